@@ -1,0 +1,216 @@
+"""Configuration of Mega models: the keys of transformers 4.37.2, and a few of the paper's recipes that it lacks."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+NORMALIZATION_TYPES = ("scalenorm", "layernorm", "rmsnorm", "batchnorm", "syncbatchnorm")
+ATTENTION_ACTIVATIONS = ("softmax", "laplace", "relu2")
+ACTIVATIONS = ("silu", "relu", "linear", "gelu", "gelu_accurate")
+POSITIONAL_BIASES = ("rotary", "simple")
+
+
+@strict
+class MegaConfig(PreTrainedConfig):
+    r"""Shape and options of a Mega model (arXiv 2209.10655), with the names and defaults of transformers 4.37.2.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 30522):
+            Number of token ids.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Width D of the residual stream, in channels.
+        num_hidden_layers (`int`, *optional*, defaults to 4):
+            Number of Mega blocks.
+        intermediate_size (`int`, *optional*, defaults to 256):
+            Width E of the attention values, in channels.
+        ema_projection_size (`int`, *optional*, defaults to 16):
+            Number N of exponential moving averages per channel.
+        bidirectional (`bool`, *optional*, defaults to True):
+            Whether the moving average also runs from right to left; must be false in a decoder.
+        shared_representation_size (`int`, *optional*, defaults to 64):
+            Width Z of queries and keys, in channels.
+        use_chunking (`bool`, *optional*, defaults to False):
+            Whether attention stays inside chunks of `chunk_size` tokens (Mega-chunk, linear cost).
+        chunk_size (`int`, *optional*, defaults to -1):
+            Attention chunk C, in tokens; read when `use_chunking` is true.
+        truncation (`int`, *optional*, defaults to None):
+            Length of the moving average's kernel, in tokens; none means unlimited.
+        normalize_before_mega (`bool`, *optional*, defaults to True):
+            Whether the attention sublayer normalises its input (pre-norm) rather than its output.
+        normalization_type (`str`, *optional*, defaults to "scalenorm"):
+            One of scalenorm, layernorm, rmsnorm, batchnorm, syncbatchnorm.
+        norm_affine (`bool`, *optional*, defaults to True):
+            Whether norms have learned parameters.
+        activation (`str`, *optional*, defaults to "silu"):
+            Activation of values, outputs and feed-forward: silu, relu, linear, gelu or gelu_accurate.
+        attention_activation (`str`, *optional*, defaults to "softmax"):
+            What turns scores into attention weights: softmax, laplace or relu2.
+        dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout of the moving average's and the sublayers' outputs, as a probability.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout of attention values, as a probability.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout of attention weights, as a probability.
+        use_feature_dropout (`bool`, *optional*, defaults to False):
+            Whether dropout removes whole features of a sequence instead of single elements.
+        use_normalized_ffn (`bool`, *optional*, defaults to True):
+            Whether a block ends with a normalised feed-forward network.
+        nffn_hidden_size (`int`, *optional*, defaults to 256):
+            Inner width F of the feed-forward network, in channels.
+        normalize_before_ffn (`bool`, *optional*, defaults to True):
+            Whether the feed-forward network normalises its input rather than its output.
+        nffn_activation_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout inside the feed-forward network, as a probability.
+        max_positions (`int`, *optional*, defaults to 2048):
+            Length of the table of the simple positional bias, in tokens; a hard limit only for that bias.
+        add_token_type_embeddings (`bool`, *optional*, defaults to False):
+            Whether token type embeddings are added to word embeddings.
+        type_vocab_size (`int`, *optional*, defaults to 2):
+            Number of token types.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of initial weights of linear layers, embeddings and positional biases.
+        ema_delta_alpha_range (`float`, *optional*, defaults to 0.2):
+            Standard deviation of the initial damping and decay of the moving average, before the sigmoid.
+        ema_beta_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial expansion of the moving average about 1, -1, 1, ...
+        ema_gamma_omega_range (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the initial projection and residual weight of the moving average.
+        pad_token_id (`int`, *optional*, defaults to 1):
+            Id of the padding token.
+        bos_token_id (`int`, *optional*, defaults to 0):
+            Id of the token that begins a text.
+        eos_token_id (`int`, *optional*, defaults to 2):
+            Id of the token that ends a text.
+        relative_positional_bias (`str`, *optional*, defaults to "rotary"):
+            Additive positional bias of the attention scores: rotary (any length) or simple (a table).
+        classifier_dropout (`float`, *optional*, defaults to None):
+            Dropout of classification heads, as a probability; none means `hidden_dropout_prob`.
+        use_cache (`bool`, *optional*, defaults to True):
+            Whether a decoder returns a cache for generation when no labels are given.
+        add_lm_hidden_dense_layer (`bool`, *optional*, defaults to True):
+            Whether a dense layer with tanh precedes the language-model head.
+        is_decoder (`bool`, *optional*, defaults to False):
+            Whether attention is causal.
+        add_cross_attention (`bool`, *optional*, defaults to False):
+            Whether every block of a decoder attends to an encoder.
+        tie_word_embeddings (`bool`, *optional*, defaults to True):
+            Whether the language-model head shares its weight with the word embeddings.
+        scale_embeddings (`bool`, *optional*, defaults to False):
+            Whether word embeddings are multiplied by sqrt(D), as in the paper's language models; not in 4.37.2.
+        final_norm (`bool`, *optional*, defaults to False):
+            Whether a norm without parameters follows the last block, as in the paper's pre-norm language models;
+            not in 4.37.2.
+        embedding_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the embeddings, as a probability; not in 4.37.2.
+        lm_head_bias (`bool`, *optional*, defaults to True):
+            Whether the language-model head has a bias; 4.37.2 always has one.
+    """
+
+    model_type = "mega"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 30522
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    intermediate_size: int = 256
+    ema_projection_size: int = 16
+    bidirectional: bool = True
+    shared_representation_size: int = 64
+    use_chunking: bool = False
+    chunk_size: int = -1
+    truncation: int | None = None
+    normalize_before_mega: bool = True
+    normalization_type: str = "scalenorm"
+    norm_affine: bool = True
+    activation: str = "silu"
+    attention_activation: str = "softmax"
+    dropout_prob: float | int = 0.1
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    use_feature_dropout: bool = False
+    use_normalized_ffn: bool = True
+    nffn_hidden_size: int = 256
+    normalize_before_ffn: bool = True
+    nffn_activation_dropout_prob: float | int = 0.1
+    max_positions: int = 2048
+    add_token_type_embeddings: bool = False
+    type_vocab_size: int = 2
+    initializer_range: float | int = 0.02
+    ema_delta_alpha_range: float | int = 0.2
+    ema_beta_range: float | int = 0.02
+    ema_gamma_omega_range: float | int = 1.0
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    relative_positional_bias: str = "rotary"
+    classifier_dropout: float | int | None = None
+    use_cache: bool = True
+    add_lm_hidden_dense_layer: bool = True
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
+    scale_embeddings: bool = False
+    final_norm: bool = False
+    embedding_dropout_prob: float | int = 0.0
+    lm_head_bias: bool = True
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Mega has one attention head; libraries that ask for the number get it here."""
+        return 1
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of every block: each carries a recurrent state along the sequence.
+
+        `linear_attention` is the name by which third-party sequence parallelism recognises such layers, and refuses
+        them, instead of restarting the moving average on every rank.
+        """
+        return ["linear_attention"] * self.num_hidden_layers
+
+    def validate_architecture(self) -> None:
+        """Refuse values and combinations that no Mega model can have."""
+        choices = {
+            "normalization_type": NORMALIZATION_TYPES,
+            "attention_activation": ATTENTION_ACTIVATIONS,
+            "activation": ACTIVATIONS,
+            "relative_positional_bias": POSITIONAL_BIASES,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "ema_projection_size"]
+        sizes += ["shared_representation_size", "nffn_hidden_size", "max_positions", "type_vocab_size"]
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in (name for name in type(self).__annotations__ if name.endswith("dropout_prob")):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.use_chunking and self.chunk_size < 1:
+            raise ValueError(
+                f"use_chunking=True with chunk_size={self.chunk_size}: set chunk_size to a number of tokens, at least 1"
+            )
+        if self.truncation is not None and self.truncation < 1:
+            raise ValueError(f"truncation={self.truncation} must be at least 1 token, or None for no truncation")
+        if self.relative_positional_bias == "rotary" and self.shared_representation_size % 2:
+            raise ValueError(
+                f"relative_positional_bias='rotary' splits queries in halves, but shared_representation_size="
+                f"{self.shared_representation_size} is odd: make it even, or use the simple bias"
+            )
+
+    def validate_for_model(self) -> None:
+        """Refuse combinations that a configuration may pass through while it is edited, but no model can have."""
+        if self.is_decoder and self.bidirectional:
+            raise ValueError(
+                "is_decoder=True with bidirectional=True would let every position see the future: set bidirectional=False"
+            )
+        if self.add_cross_attention and not self.is_decoder:
+            raise ValueError("add_cross_attention=True needs a decoder: set is_decoder=True and bidirectional=False")
+        if self.is_decoder and self.normalization_type in ("batchnorm", "syncbatchnorm"):
+            raise ValueError(
+                f"normalization_type={self.normalization_type!r} normalises over positions and would leak the future "
+                "into a decoder: choose scalenorm, layernorm or rmsnorm"
+            )
+
+
+__all__ = ["MegaConfig"]

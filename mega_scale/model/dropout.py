@@ -1,0 +1,21 @@
+"""Dropout of elements, or of whole features of a sequence."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MegaDropout(nn.Module):
+    """Zeroes elements with probability p while training; featurewise: one draw for a feature of a sequence."""
+
+    def __init__(self, p: float, featurewise: bool = False) -> None:
+        super().__init__()
+        self.p = float(p)
+        self.featurewise = featurewise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D)."""
+        if not self.training or self.p == 0.0:
+            return x
+        if self.featurewise:
+            return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
+        return F.dropout(x, self.p)

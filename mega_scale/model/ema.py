@@ -1,0 +1,52 @@
+"""The moving-average sublayer of a Mega block.
+
+Legend: B batch, L length, D channels, N moving averages per channel.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.ops.ema import EmaCoefficients, damped_ema
+
+
+class MegaMultiDimensionDampedEma(nn.Module):
+    """`silu(EMA(x) + omega x)` (arXiv 2209.10655, equations 5 and 6; omega and silu as in the public implementations).
+
+    Its parameters are kept in fp32: a decay close to one does not survive bf16.
+    """
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        rows = config.hidden_size * (2 if config.bidirectional else 1)
+        averages = config.ema_projection_size
+        self.bidirectional = config.bidirectional
+        self.truncation = config.truncation
+        self.damping_factor = nn.Parameter(torch.empty(rows, averages, 1))
+        self.decay_factor = nn.Parameter(torch.empty(rows, averages, 1))
+        self.ema_expansion_matrix = nn.Parameter(torch.empty(rows, averages, 1))
+        self.kernel_projection_matrix = nn.Parameter(torch.empty(rows, averages))
+        self.residual_weight = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Average x over the sequence.
+
+        Args:
+            x: (B, L, D), any floating dtype.
+            mask: (B, L) bool, false for positions that the average leaves out (their omega term stays).
+            state: h before the first token, (B, D, N) fp32; none means zero.
+
+        Returns:
+            (B, L, D) in the dtype of x, and h after the last token; none when truncated.
+        """
+        coefficients = EmaCoefficients.from_parameters(
+            self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix
+        )
+        inputs = x if mask is None else x * mask[..., None]
+        y, state = damped_ema(
+            inputs, coefficients, state, bidirectional=self.bidirectional, truncation=self.truncation
+        )
+        return F.silu(y + self.residual_weight * x).to(x.dtype), state

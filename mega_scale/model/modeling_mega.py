@@ -1,0 +1,267 @@
+"""The Hugging Face models: backbone and heads.
+
+Legend: B batch, L length, D channels, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+)
+from transformers.utils import can_return_tuple
+
+from mega_scale.model.block import MegaBlock
+from mega_scale.model.cache import MegaCache
+from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.model.embeddings import MegaEmbeddings
+from mega_scale.model.initialization import initial_tensor
+from mega_scale.model.norm import MegaSequenceNorm
+
+
+class MegaPreTrainedModel(PreTrainedModel):
+    """What all Mega models share: configuration class, initial values, and what may not be split or rounded."""
+
+    config: MegaConfig
+    config_class = MegaConfig
+    base_model_prefix = "mega"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MegaBlock"]
+    _keep_in_fp32_modules_strict = ["ema_gate"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    def __init__(self, config: MegaConfig) -> None:
+        config.validate_for_model()
+        super().__init__(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                value = initial_tensor(module, name, self.config)
+                if value is not None:
+                    init.copy_(tensor, value.to(tensor.device, tensor.dtype))
+
+
+class MegaPooler(nn.Module):
+    """tanh of a dense layer over the first token."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) to (B, D)."""
+        return torch.tanh(self.dense(x[:, 0]))
+
+
+class MegaModel(MegaPreTrainedModel):
+    """The backbone: embeddings, blocks, and a pooler over the first token.
+
+    Args:
+        config: an encoder's, or with `is_decoder=True, bidirectional=False` a decoder's.
+        add_pooling_layer: whether to pool the first token.
+
+    Raises:
+        ValueError: the configuration describes no model, such as a bidirectional decoder.
+    """
+
+    def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        if config.add_cross_attention:
+            raise ValueError("add_cross_attention=True is not supported yet: set add_cross_attention=False")
+        self.embedding_layer = MegaEmbeddings(config)
+        self.layers = nn.ModuleList([MegaBlock(config) for _ in range(config.num_hidden_layers)])
+        self.final_norm = (
+            MegaSequenceNorm(config.normalization_type, config.hidden_size, affine=False) if config.final_norm else None
+        )
+        self.pooler = MegaPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embeddings."""
+        return self.embedding_layer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
+        self.embedding_layer.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: MegaCache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Run the blocks over a batch.
+
+        Args:
+            input_ids: (B, L) int64; or give `inputs_embeds`.
+            attention_mask: (B, L), or (B, past + L) with a cache; 1 or true for valid positions. A decoder's rows may
+                be padded on the right only.
+            token_type_ids: (B, L) int64.
+            inputs_embeds: (B, L, D), in place of word embeddings.
+            past_key_values: cache of the tokens before these, of any number; decoders only.
+            use_cache: whether to return a cache; default: `config.use_cache` of a decoder that is not training.
+            output_attentions: whether to return attention weights, (B, K, C, C) a block.
+            output_hidden_states: whether to return the embeddings and every block's output.
+            kwargs: ignored extras of `generate()` and trainers.
+
+        Raises:
+            ValueError: inputs that exclude or lack each other; a cache in an encoder or with truncation.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        cache = self._cache(past_key_values, use_cache)
+        mask = self._mask(attention_mask, past_key_values)
+
+        x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
+        hidden_states, attentions = [x], []
+        for i, block in enumerate(self.layers):
+            state = None if cache is None else cache.layers[i].state
+            x, weights, state = block(x, mask, state, cache is not None, output_attentions)
+            if cache is not None:
+                cache.layers[i].state = state
+            hidden_states.append(x)
+            attentions.append(weights)
+        if self.final_norm is not None:
+            x = self.final_norm(x, mask)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=x,
+            pooler_output=None if self.pooler is None else self.pooler(x),
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def _cache(self, past: MegaCache | None, use_cache: bool | None) -> MegaCache | None:
+        config = self.config
+        if past is not None and not isinstance(past, MegaCache):
+            raise ValueError(f"past_key_values is a {type(past).__name__}: Mega needs a mega_scale.MegaCache, or none")
+        if use_cache or past is not None:
+            if not config.is_decoder:
+                raise ValueError("a cache needs a decoder: set is_decoder=True and bidirectional=False, or use_cache=False")
+            if config.truncation is not None:
+                raise ValueError(
+                    f"truncation={config.truncation} leaves the moving average without a finite state to cache: "
+                    "pass use_cache=False, or set truncation=None"
+                )
+        if past is not None:
+            return past
+        if use_cache is None:
+            use_cache = config.use_cache and config.is_decoder and config.truncation is None and not self.training
+        return MegaCache(config.num_hidden_layers) if use_cache else None
+
+    def _mask(self, attention_mask: Tensor | None, past: MegaCache | None) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        mask = attention_mask.bool()
+        if mask.dim() != 2:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: expected (batch, length)")
+        if self.config.is_decoder and past is None and not bool(mask[:, 0].all()):
+            raise ValueError("a decoder's rows must be padded on the right: attention_mask begins with zeros")
+        return mask
+
+
+class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
+    """Mega with a language-model head: optional dense layer with tanh, then a linear layer, tied by default.
+
+    Args:
+        config: a decoder's: `is_decoder=True, bidirectional=False`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config)
+        self.mega = MegaModel(config, add_pooling_layer=False)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The layer that gives logits."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the layer that gives logits."""
+        self.lm_head = new_embeddings
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # generate() then leaves the cache to forward(), which makes a MegaCache.
+        return False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: MegaCache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Logits, and the cross-entropy of the next token when labels are given; other arguments as in `MegaModel`.
+
+        Args:
+            labels: (B, L) int64, the tokens themselves; -100 is ignored. The loss compares position t with label t + 1.
+            shift_labels: (B, L) int64, the next token of every position, for rows cut from a longer text; -100 is
+                ignored.
+            logits_to_keep: compute only the last n logits (0: all), or those at the given positions.
+            num_items_in_batch: what the sum of token losses is divided by; default: the number of valid tokens here.
+        """
+        has_labels = labels is not None or shift_labels is not None
+        outputs = self.mega(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=False if has_labels and use_cache is None else use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = outputs.last_hidden_state[:, kept]
+        if self.dense is not None:
+            hidden = torch.tanh(self.dense(hidden))
+        logits = self.lm_head(hidden)
+        loss = None
+        if has_labels:
+            loss = self.loss_function(
+                logits,
+                labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

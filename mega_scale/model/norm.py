@@ -1,0 +1,72 @@
+"""Norms of Mega behind one wrapper, with the parameter names of transformers 4.37.2.
+
+Legend: B batch, L length, D channels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+_EPSILON = 1e-5
+
+
+class MegaScaleNorm(nn.Module):
+    """`g x / rms(x)` with one learned scalar g (arXiv 1910.05895)."""
+
+    def __init__(self, eps: float = _EPSILON, affine: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_parameter("scalar", nn.Parameter(torch.ones(1)) if affine else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) in any floating dtype; statistics in fp32."""
+        return _divide_by_rms(x, self.scalar, self.eps)
+
+
+class MegaRMSNorm(nn.Module):
+    """`g x / rms(x)` with a learned g per channel (arXiv 1910.07467). In 4.37.2 this class returns its input unnormalised."""
+
+    def __init__(self, channels: int, eps: float = _EPSILON, affine: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_parameter("weight", nn.Parameter(torch.ones(channels)) if affine else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) in any floating dtype; statistics in fp32."""
+        return _divide_by_rms(x, self.weight, self.eps)
+
+
+def _divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (out if gain is None else out * gain).to(x.dtype)
+
+
+class MegaSequenceNorm(nn.Module):
+    """The norm named by `normalization_type`; batch norms take their statistics from valid positions only."""
+
+    def __init__(self, kind: str, channels: int, affine: bool = True) -> None:
+        super().__init__()
+        self.norm: nn.Module
+        if kind == "layernorm":
+            self.norm = nn.LayerNorm(channels, _EPSILON, elementwise_affine=affine)
+        elif kind == "scalenorm":
+            self.norm = MegaScaleNorm(affine=affine)
+        elif kind == "rmsnorm":
+            self.norm = MegaRMSNorm(channels, affine=affine)
+        elif kind == "batchnorm":
+            self.norm = nn.BatchNorm1d(channels, eps=_EPSILON, affine=affine)
+        elif kind == "syncbatchnorm":
+            self.norm = nn.SyncBatchNorm(channels, eps=_EPSILON, affine=affine)
+        else:
+            raise ValueError(f"normalization_type={kind!r} is unknown")
+        self.over_batch = kind in ("batchnorm", "syncbatchnorm")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise x (B, L, D); mask (B, L) bool marks the positions that batch statistics count."""
+        if not self.over_batch:
+            return self.norm(x)
+        if mask is None or not self.training:
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+        out = torch.zeros_like(x)
+        out[mask] = self.norm(x[mask])
+        return out

@@ -1,0 +1,76 @@
+"""Single-head attention inside chunks: one entry, a reference and a fused form."""
+
+import torch
+from torch import Tensor
+
+from mega_scale.ops.attention.bias import key_minus_query, rotary_bias, simple_bias, toeplitz
+from mega_scale.ops.attention.fused import fused_attention
+from mega_scale.ops.attention.reference import ACTIVATIONS, reference_attention
+
+IMPLEMENTATIONS = ("auto", "eager", "sdpa")
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    *,
+    activation: str = "softmax",
+    causal: bool = False,
+    offset: int = 0,
+    key_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    return_weights: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of every chunk to itself (arXiv 2209.10655, equations 16 to 19, and section 3.4).
+
+    softmax: `softmax(q k^T Z^-1/2 + bias)`; laplace and relu2: `f(q k^T / n + bias)`, n the query's position in the chunk
+    plus one when causal, else the chunk's number of valid keys, at least one.
+
+    Args:
+        q: (B, K, I, Z), any floating dtype.
+        k: (B, K, J, Z).
+        v: (B, K, J, E).
+        bias: (I + J - 1,): its entry m belongs to key minus query `m - (I - 1) - offset` (see `key_minus_query`).
+        activation: softmax, laplace or relu2.
+        causal: whether query i sees keys up to `i + offset` only.
+        offset: keys that precede the first query, tokens.
+        key_mask: (B, K, J) bool, true for valid keys. A softmax chunk without any valid key attends as if unmasked.
+        dropout: probability of dropping a weight.
+        return_weights: whether to return the weights; eager only.
+        impl: auto, eager (the reference) or sdpa (softmax).
+
+    Returns:
+        (B, K, I, E) in the dtype of v, and the weights before dropout (B, K, I, J) or none.
+
+    Raises:
+        ValueError: a shape does not fit, or the implementation lacks what is asked for.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if bias.shape != (q.shape[2] + k.shape[2] - 1,):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}: {q.shape[2]} queries and {k.shape[2]} keys need "
+            f"({q.shape[2] + k.shape[2] - 1},)"
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:3]):
+        raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}: expected bool {tuple(k.shape[:3])}")
+    if impl == "auto":
+        impl = "sdpa" if activation == "softmax" and not return_weights else "eager"
+    if impl == "sdpa":
+        if activation != "softmax" or return_weights:
+            raise ValueError(
+                f"impl='sdpa' has neither weights to return nor activation={activation!r}: use impl='eager'"
+            )
+        return fused_attention(q, k, v, bias, causal=causal, offset=offset, key_mask=key_mask, dropout=dropout), None
+    out, weights = reference_attention(
+        q, k, v, bias, activation=activation, causal=causal, offset=offset, key_mask=key_mask, dropout=dropout
+    )
+    return out, weights if return_weights else None
+
+
+__all__ = ["IMPLEMENTATIONS", "chunk_attention", "key_minus_query", "rotary_bias", "simple_bias", "toeplitz"]

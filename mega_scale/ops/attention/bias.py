@@ -1,0 +1,56 @@
+"""Positional biases of Mega: functions of the distance alone, so one vector holds a whole Toeplitz matrix.
+
+Legend: I queries, J keys, Z width of queries and keys, M centre of the table.
+"""
+
+import torch
+from torch import Tensor
+
+
+def key_minus_query(queries: int, keys: int, offset: int, device: torch.device | str) -> Tensor:
+    """The distances j - (i + offset) that occur between I queries and J keys, ascending: (I + J - 1,) int64."""
+    return torch.arange(-(queries - 1) - offset, keys - offset, device=device)
+
+
+def toeplitz(vector: Tensor, queries: int) -> Tensor:
+    """The matrix whose entry (i, j) is `vector[I - 1 + j - i]`: (I + J - 1,) to (I, J)."""
+    return vector.unfold(0, vector.shape[0] - queries + 1, 1).flip(0)
+
+
+def rotary_bias(alpha: Tensor, beta: Tensor, distances: Tensor) -> Tensor:
+    """The rotary bias of Mega, an additive function of the distance (arXiv 2209.10655, section 3.3; HF 4.37.2).
+
+    `sum_k (a1 b1 + a2 b2)_k cos(d theta_k) + (a1 b2 - a2 b1)_k sin(d theta_k)`, with d = i - j, the halves 1 and 2 of
+    alpha and beta, and `theta_k = 10000^(-k / (Z / 2))`.
+
+    Args:
+        alpha: (1, Z) or (Z,), Z even; so is `beta`.
+        beta: like alpha.
+        distances: j - i, (n,) int64.
+
+    Returns:
+        (n,) fp32, or fp64 for fp64 parameters.
+    """
+    dtype = torch.promote_types(alpha.dtype, torch.float32)
+    with torch.autocast(alpha.device.type, enabled=False):
+        a1, a2 = alpha.to(dtype).reshape(-1).chunk(2)
+        b1, b2 = beta.to(dtype).reshape(-1).chunk(2)
+        half = a1.shape[0]
+        theta = 10000.0 ** (-torch.arange(half, device=alpha.device, dtype=dtype) / half)
+        angles = -distances.to(dtype)[:, None] * theta
+        return angles.cos() @ (a1 * b1 + a2 * b2) + angles.sin() @ (a1 * b2 - a2 * b1)
+
+
+def simple_bias(table: Tensor, centre: int, distances: Tensor) -> Tensor:
+    """The learned bias `table[M - 1 + j - i]`; a distance beyond the table has the bias at its end.
+
+    Args:
+        table: (2 max_positions - 1,).
+        centre: M, tokens: the chunk in a chunked model, max_positions otherwise.
+        distances: j - i, (n,) int64.
+
+    Returns:
+        (n,) in the dtype of the table, at least fp32.
+    """
+    places = (distances + (centre - 1)).clamp(0, table.shape[0] - 1)
+    return table.to(torch.promote_types(table.dtype, torch.float32))[places]

@@ -1,0 +1,29 @@
+"""Softmax attention in chunks through `scaled_dot_product_attention`, the Toeplitz bias passed as its mask.
+
+Legend: B batch, K chunks, I queries, J keys, Z width of queries and keys, E width of values.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mega_scale.ops.attention.bias import toeplitz
+from mega_scale.ops.attention.reference import open_empty_chunks, visible_keys
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    *,
+    causal: bool,
+    offset: int,
+    key_mask: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Output (B, K, I, E); arguments as in `chunk_attention`. A query that sees no key gets zeros."""
+    mask = toeplitz(bias.to(q.dtype), q.shape[2])
+    visible = visible_keys(q.shape[2], k.shape[2], causal, offset, open_empty_chunks(key_mask), q.device)
+    if visible is not None:
+        mask = mask.masked_fill(~visible, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -1,0 +1,79 @@
+"""Attention in chunks, written out: scores, bias, activation, masks, values.
+
+Legend: B batch, K chunks, I queries, J keys, Z width of queries and keys, E width of values.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mega_scale.ops.attention.bias import toeplitz
+
+ACTIVATIONS = ("softmax", "laplace", "relu2")
+
+
+def laplace(x: Tensor) -> Tensor:
+    """The cumulative normal distribution that approximates relu2 (arXiv 2209.10655, equation 12)."""
+    return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
+
+
+def relu2(x: Tensor) -> Tensor:
+    """The squared ReLU (arXiv 2109.08668)."""
+    return torch.relu(x).square()
+
+
+def visible_keys(
+    queries: int, keys: int, causal: bool, offset: int, key_mask: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which keys each query sees: broadcastable to (B, K, I, J) bool; none when it sees all."""
+    visible = None
+    if causal:
+        visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
+    if key_mask is not None:
+        visible = key_mask.unsqueeze(-2) if visible is None else visible & key_mask.unsqueeze(-2)
+    return visible
+
+
+def open_empty_chunks(key_mask: Tensor | None) -> Tensor | None:
+    """The mask with chunks that have no valid key opened, as the softmax of HF 4.37.2 treats them."""
+    return None if key_mask is None else key_mask | ~key_mask.any(-1, keepdim=True)
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    *,
+    activation: str,
+    causal: bool,
+    offset: int,
+    key_mask: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, K, I, E) and weights (B, K, I, J); arguments as in `chunk_attention`. Scores and weights are fp32."""
+    queries, keys = q.shape[2], k.shape[2]
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
+        matrix = toeplitz(bias.to(dtype), queries)
+        if activation == "softmax":
+            visible = visible_keys(queries, keys, causal, offset, open_empty_chunks(key_mask), q.device)
+            scores = scores * q.shape[-1] ** -0.5 + matrix
+            if visible is not None:
+                scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
+            weights = scores.softmax(-1)
+        else:
+            visible = visible_keys(queries, keys, causal, offset, key_mask, q.device)
+            if causal:
+                count = torch.arange(offset + 1, offset + queries + 1, device=q.device, dtype=dtype)[:, None]
+            elif key_mask is not None:
+                count = key_mask.sum(-1).clamp(min=1)[..., None, None].to(dtype)
+            else:
+                count = torch.tensor(float(keys), device=q.device, dtype=dtype)
+            weights = {"laplace": laplace, "relu2": relu2}[activation](scores / count + matrix)
+        if visible is not None:
+            weights = weights.masked_fill(~visible, 0.0)
+        weights = weights.to(v.dtype)
+        return torch.nn.functional.dropout(weights, dropout, dropout > 0) @ v, weights

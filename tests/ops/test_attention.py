@@ -1,0 +1,127 @@
+"""Attention in chunks: definitions checked by loops, the fused form against the reference, gradients included."""
+
+import math
+
+import pytest
+import torch
+
+from mega_scale.ops.attention import chunk_attention, key_minus_query, rotary_bias, simple_bias, toeplitz
+
+
+def make_case(batch=2, chunks=3, queries=7, keys=7, z=6, e=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, chunks, queries, z), (batch, chunks, keys, z), (batch, chunks, keys, e), (queries + keys - 1,))
+    return [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("queries,keys,offset", [(1, 1, 0), (5, 5, 0), (1, 9, 8), (4, 9, 5)])
+def test_toeplitz_holds_each_distance_once(queries, keys, offset):
+    distances = key_minus_query(queries, keys, offset, "cpu")
+    matrix = toeplitz(distances, queries)
+    want = torch.arange(keys)[None, :] - (torch.arange(queries)[:, None] + offset)
+    assert torch.equal(matrix, want)
+
+
+def test_rotary_bias_is_the_product_of_rotated_vectors():
+    """The definition: rotate alpha to position i and beta to position j, and multiply."""
+    z, length = 8, 11
+    generator = torch.Generator().manual_seed(1)
+    alpha, beta = (torch.randn(1, z, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def rotate(vector, position):
+        first, second = vector.reshape(-1).chunk(2)
+        angle = position * 10000.0 ** (-torch.arange(z // 2) / (z // 2))
+        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()])
+
+    got = toeplitz(rotary_bias(alpha, beta, key_minus_query(length, length, 0, "cpu")), length)
+    for i in range(length):
+        for j in range(length):
+            torch.testing.assert_close(got[i, j], rotate(alpha, i) @ rotate(beta, j), atol=1e-6, rtol=1e-6)
+
+
+def test_simple_bias_reads_the_table_about_its_centre_and_never_beyond():
+    table = torch.arange(9.0)
+    assert simple_bias(table, 5, key_minus_query(5, 5, 0, "cpu")).tolist() == list(range(9))
+    assert simple_bias(table, 3, key_minus_query(3, 3, 0, "cpu")).tolist() == [0, 1, 2, 3, 4]
+    assert simple_bias(table, 8, torch.tensor([-7, 0, 7])).tolist() == [0, 7, 8]
+
+
+@pytest.mark.parametrize("activation", ["softmax", "laplace", "relu2"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries,offset", [(7, 0), (1, 6), (3, 4)])
+def test_reference_is_the_definition(activation, causal, queries, offset):
+    q, k, v, bias = make_case(queries=queries)
+    mask = torch.ones(2, 3, 7, dtype=torch.bool)
+    mask[0, 2, 5:] = False
+    got, weights = chunk_attention(
+        q, k, v, bias, activation=activation, causal=causal, offset=offset, key_mask=mask, return_weights=True
+    )
+    for b in range(2):
+        for c in range(3):
+            for i in range(queries):
+                seen = [j for j in range(7) if mask[b, c, j] and (not causal or j <= i + offset)]
+                count = i + offset + 1 if causal else int(mask[b, c].sum())
+                row = torch.zeros(7)
+                for j in seen:
+                    dot = q[b, c, i] @ k[b, c, j]
+                    at = bias[queries - 1 + j - i]
+                    score = dot / math.sqrt(6) + at if activation == "softmax" else dot / count + at
+                    row[j] = {
+                        "softmax": score.exp(),
+                        "laplace": 0.5 * (1 + math.erf((float(score.detach()) - 0.707107) / (0.282095 * math.sqrt(2)))),
+                        "relu2": max(float(score.detach()), 0.0) ** 2,
+                    }[activation]
+                if activation == "softmax":
+                    row = row / row.sum()
+                torch.testing.assert_close(weights[b, c, i], row, atol=2e-6, rtol=1e-5)
+                torch.testing.assert_close(got[b, c, i], row @ v[b, c], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("queries,keys,offset", [(1, 1, 0), (7, 7, 0), (63, 63, 0), (1, 9, 8), (3, 9, 6)])
+def test_fused_softmax_matches_the_reference(queries, keys, offset, masked, causal):
+    mask = None
+    if masked:
+        mask = torch.ones(2, 3, keys, dtype=torch.bool)
+        mask[0, 2, (keys + 1) // 2 :] = False
+        mask[1, 1] = False
+    results = []
+    for impl in ("eager", "sdpa"):
+        leaves = make_case(queries=queries, keys=keys)
+        out, _ = chunk_attention(*leaves, causal=causal, offset=offset, key_mask=mask, impl=impl)
+        out.mul(torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for name, got, want in zip(("out", "dq", "dk", "dv", "dbias"), results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("activation", ["softmax", "laplace", "relu2"])
+def test_nothing_becomes_nan_where_no_key_is_valid(activation):
+    q, k, v, bias = make_case()
+    mask = torch.zeros(2, 3, 7, dtype=torch.bool)
+    mask[0, 0, 4:] = True
+    for causal in (False, True):
+        out, weights = chunk_attention(
+            q, k, v, bias, activation=activation, causal=causal, key_mask=mask, return_weights=True
+        )
+        out.sum().backward()
+        assert torch.isfinite(out).all() and torch.isfinite(q.grad).all() and torch.isfinite(bias.grad).all()
+        assert (weights[0, 0, :, :4] == 0).all()
+        empty = weights[1].sum(-1)
+        torch.testing.assert_close(empty, torch.ones_like(empty) if activation == "softmax" else empty * 0)
+
+
+def test_refusals_name_what_is_wrong():
+    q, k, v, bias = make_case()
+    for arguments, words in (
+        ({"activation": "gelu"}, "activation='gelu'"),
+        ({"impl": "flash"}, "impl='flash'"),
+        ({"impl": "sdpa", "activation": "relu2"}, "eager"),
+        ({"impl": "sdpa", "return_weights": True}, "eager"),
+        ({"key_mask": torch.ones(2, 3, 7)}, "key_mask is"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            chunk_attention(q, k, v, bias, **arguments)
+    with pytest.raises(ValueError, match="bias has shape"):
+        chunk_attention(q, k, v, bias[1:])

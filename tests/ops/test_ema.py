@@ -1,0 +1,193 @@
+"""The damped EMA: every implementation against the recurrence, gradients included, at awkward sizes."""
+
+import pytest
+import torch
+
+from mega_scale.ops.ema import EmaCoefficients, damped_ema
+
+LENGTHS = (1, 2, 63, 64, 65, 500)
+
+
+def make_case(length, bidirectional=False, with_state=True, batch=2, channels=6, averages=4, seed=0, dtype=torch.float32):
+    """Leaf tensors of one problem: x, the four HF-shaped parameters and a state."""
+    generator = torch.Generator().manual_seed(seed + length)
+    rows = channels * (2 if bidirectional else 1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+    leaves = {
+        "x": normal(batch, length, channels),
+        "damping": normal(rows, averages, 1),
+        "decay": normal(rows, averages, 1),
+        "expansion": normal(rows, averages, 1),
+        "projection": normal(rows, averages),
+    }
+    if with_state:
+        leaves["state"] = normal(batch, rows, averages)
+    return leaves
+
+
+def run(leaves, impl, resets=None, bidirectional=False, truncation=None):
+    """y, the final state, and the gradients of a fixed random function of both."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    y, state = damped_ema(
+        leaves["x"], coefficients, leaves.get("state"), resets,
+        bidirectional=bidirectional, truncation=truncation, impl=impl,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(7)
+    loss = (y * torch.randn(y.shape, generator=generator)).sum()
+    if state is not None:
+        loss = loss + (state * torch.randn(state.shape, generator=generator)).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    named = {"y": y, **{"d" + name: g for name, g in zip(leaves, gradients, strict=True)}}
+    return {**named, "end": state} if state is not None else named
+
+
+def assert_same(got, want, tolerance=1e-5):
+    assert got.keys() == want.keys()
+    for name in want:
+        difference = (got[name] - want[name]).abs().max()
+        assert difference <= tolerance * want[name].abs().max().clamp(min=1), f"{name} differs by {difference}"
+
+
+def make_resets(batch, length, seed=3):
+    """Borders at, before and after multiples of 64, at random places, and one row with none."""
+    resets = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.05
+    for place in (0, 63, 64, 65, 66, 128, length - 1):
+        if place < length:
+            resets[0, place] = True
+    resets[-1] = False
+    return resets
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("impl", ["blocked", "fft"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_matches_the_recurrence(length, impl, bidirectional):
+    leaves = make_case(length, bidirectional)
+    assert_same(run(leaves, impl, None, bidirectional), run(leaves, "recurrent", None, bidirectional))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_blocked_resets_match_the_recurrence(length, bidirectional):
+    leaves = make_case(length, bidirectional, batch=3)
+    resets = make_resets(3, length)
+    assert_same(
+        run(leaves, "blocked", resets, bidirectional), run(leaves, "recurrent", resets, bidirectional)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_blocked_matches_the_recurrence_over_4096_tokens(bidirectional):
+    leaves = make_case(4096, bidirectional)
+    for resets in (None, make_resets(2, 4096)):
+        assert_same(
+            run(leaves, "blocked", resets, bidirectional), run(leaves, "recurrent", resets, bidirectional)
+        )
+
+
+def test_blocked_is_exact_in_double_precision():
+    leaves = make_case(300, dtype=torch.float64)
+    resets = make_resets(2, 300)
+    assert_same(run(leaves, "blocked", resets), run(leaves, "recurrent", resets), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["recurrent", "fft", "blocked"])
+def test_state_carries_a_sequence_cut_anywhere(impl):
+    leaves = {name: leaf.detach() for name, leaf in make_case(150).items()}
+    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    whole, end = damped_ema(leaves["x"], coefficients, leaves["state"], impl=impl)
+    pieces, state = [], leaves["state"]
+    for piece in leaves["x"].split([1, 63, 64, 2, 20], dim=1):
+        y, state = damped_ema(piece, coefficients, state, impl=impl)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state, end, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_documents_do_not_reach_each_other(bidirectional):
+    """NaN in one document leaves the others untouched: kept apart, not merely subtracted."""
+    leaves = {name: leaf.detach() for name, leaf in make_case(200, bidirectional, with_state=False).items()}
+    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    resets = torch.zeros(2, 200, dtype=torch.bool)
+    resets[:, [0, 70, 130]] = True
+    clean, _ = damped_ema(leaves["x"][:, 70:130], coefficients, bidirectional=bidirectional)
+    poisoned = leaves["x"].clone()
+    poisoned[:, 70:130] = leaves["x"][:, 70:130]
+    poisoned[:, 60:70] = 1e30
+    poisoned[:, 130:140] = -1e30
+    y, _ = damped_ema(poisoned, coefficients, resets=resets, bidirectional=bidirectional)
+    torch.testing.assert_close(y[:, 70:130], clean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("taps", [1, 8, 40, 100])
+def test_truncated_kernel_sees_only_its_taps(taps, bidirectional):
+    leaves = make_case(40, bidirectional, with_state=False)
+    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    tau = torch.arange(min(taps, 40))
+    kernel = torch.einsum(
+        "dn,dnt->dt", coefficients.projection * coefficients.gain, (coefficients.log_decay[..., None] * tau).exp()
+    )
+    want = torch.zeros_like(leaves["x"])
+    for t in range(40):
+        for lag in range(min(taps, 40)):
+            if t - lag >= 0:
+                want[:, t] += kernel[:6, lag] * leaves["x"][:, t - lag]
+            if bidirectional and t + lag < 40:
+                want[:, t] += kernel[6:, lag] * leaves["x"][:, t + lag]
+    y, state = damped_ema(leaves["x"], coefficients, truncation=taps, bidirectional=bidirectional)
+    torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+    assert state is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coefficients_are_never_rounded(dtype):
+    """A decay of 1 - 3e-4 rounds to 1 in bf16; the average over 2,000 tokens would be 83% off."""
+    shape = (3, 2, 1)
+    damping = torch.full(shape, -3.5).to(dtype)
+    decay = torch.full(shape, -4.6).to(dtype)
+    arguments = damping, decay, torch.ones(shape).to(dtype), torch.ones(3, 2).to(dtype)
+    x = torch.ones(1, 2000, 3, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coefficients = EmaCoefficients.from_parameters(*arguments)
+        y, state = damped_ema(x, coefficients)
+    exact = EmaCoefficients.from_parameters(*(a.double() for a in arguments))
+    want, end = damped_ema(x.double(), exact)
+    assert y.dtype == dtype and state.dtype == torch.float32
+    assert all(c.dtype == torch.float32 for c in coefficients)
+    torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=0)
+    torch.testing.assert_close(state.double(), end, rtol=1e-5, atol=0)
+
+
+def test_saturated_parameters_stay_finite():
+    parameters = [torch.full((2, 3, 1), 60.0, requires_grad=True) for _ in range(3)]
+    projection = torch.ones(2, 3, requires_grad=True)
+    y, _ = damped_ema(torch.ones(1, 130, 2), EmaCoefficients.from_parameters(*parameters, projection))
+    y.sum().backward()
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(p.grad).all() for p in [*parameters, projection])
+
+
+def test_refusals_name_what_is_wrong():
+    leaves = {name: leaf.detach() for name, leaf in make_case(5).items()}
+    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    x, resets = leaves["x"], torch.zeros(2, 5, dtype=torch.bool)
+    for arguments, words in (
+        ({"impl": "magic"}, "magic"),
+        ({"bidirectional": True}, "bidirectional"),
+        ({"state": torch.zeros(2, 6, 5)}, "state has shape"),
+        ({"resets": resets.int()}, "resets are"),
+        ({"resets": resets, "impl": "fft"}, "resets"),
+        ({"truncation": 3, "impl": "blocked"}, "truncated"),
+        ({"truncation": 3, "resets": resets}, "truncation=3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            damped_ema(x, coefficients, **arguments)
+    with pytest.raises(ValueError, match="length of at least 1"):
+        damped_ema(x[:, :0], coefficients)

@@ -1,5 +1,7 @@
 """Configuration of Mega models: the keys of transformers 4.37.2, and a few of the paper's recipes that it lacks."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -152,6 +154,11 @@ class MegaConfig(PreTrainedConfig):
     final_norm: bool = False
     embedding_dropout_prob: float | int = 0.0
     lm_head_bias: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Files of 4.37.2 hold the number of heads, which is no choice.
+        kwargs.pop("num_attention_heads", None)
+        super().__post_init__(**kwargs)
 
     @property
     def num_attention_heads(self) -> int:

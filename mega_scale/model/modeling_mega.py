@@ -31,7 +31,8 @@ class MegaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "mega"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MegaBlock"]
-    _keep_in_fp32_modules_strict = ["ema_gate"]
+    fp32_modules = ("ema_gate",)
+    _keep_in_fp32_modules_strict = list(fp32_modules)
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
@@ -255,7 +256,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
                 logits,
                 labels,
                 vocab_size=self.config.vocab_size,
-                shift_labels=shift_labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),
                 num_items_in_batch=num_items_in_batch,
             )
         return CausalLMOutputWithCrossAttentions(

@@ -42,41 +42,55 @@ def _layout(x: Tensor, resets: Tensor | None, c: int) -> _Layout:
     return _Layout(blocks, block[:, -1], place[:, -1] + 1, block * c + place, keep)
 
 
-class _StateScan(torch.autograd.Function):
-    """`h_{m+1} = decay keep_m h_m + s_m`; returns keep_m h_m of every block m, and the h after the last block."""
+class _ChannelsFirst(torch.autograd.Function):
+    """Transposes a matrix and lays it out anew; so does its backward, which autograd would do element by element."""
 
     @staticmethod
-    def forward(
-        ctx: Any, ends: Tensor, decay: Tensor, state: Tensor, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """ends (M, B, D, N), decay (D, N), state (B, D, N), keep (M, B, 1, 1) or none."""
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """(rows, columns) to contiguous (columns, rows)."""
+        return x.t().contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Back again."""
+        return gradient.t().contiguous()
+
+
+class _StateScan(torch.autograd.Function):
+    """`h_{m+1} = decay keep_m h_m + s_m`; returns keep_m h_m of every block m."""
+
+    @staticmethod
+    def forward(ctx: Any, ends: Tensor, decay: Tensor, state: Tensor, keep: Tensor | None) -> Tensor:
+        """ends (D, B, M, N), decay (D, 1, N), state (D, B, N), keep (B, M, 1) or none."""
         before = torch.empty_like(ends)
-        for m in range(ends.shape[0]):
-            before[m] = state if keep is None else state * keep[m]
-            state = torch.addcmul(ends[m], before[m], decay)
+        for m in range(ends.shape[2]):
+            before[:, :, m] = state if keep is None else state * keep[:, m]
+            state = torch.addcmul(ends[:, :, m], before[:, :, m], decay)
         ctx.save_for_backward(before, decay, keep)
-        return before, state
+        return before
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """The same recurrence, from the last block to the first."""
-        d_before, d_state = gradients
+        (d_before,) = gradients
         before, decay, keep = ctx.saved_tensors
         d_ends, d_decay = torch.empty_like(before), torch.zeros_like(decay)
-        for m in range(before.shape[0] - 1, -1, -1):
-            d_ends[m] = d_state
-            d_decay += (d_state * before[m]).sum(0)
-            d_state = torch.addcmul(d_before[m], d_state, decay)
+        d_state = torch.zeros_like(before[:, :, 0])
+        for m in range(before.shape[2] - 1, -1, -1):
+            d_ends[:, :, m] = d_state
+            d_decay += (d_state * before[:, :, m]).sum(1, keepdim=True)
+            d_state = torch.addcmul(d_before[:, :, m], d_state, decay)
             if keep is not None:
-                d_state = d_state * keep[m]
+                d_state = d_state * keep[:, m]
         return d_ends, d_decay, d_state, None
 
 
 def blocked_ema(
-    x: Tensor, coefficients: EmaCoefficients, state: Tensor, resets: Tensor | None = None, block_size: int = 64
+    x: Tensor, coefficients: EmaCoefficients, state: Tensor, resets: Tensor | None = None, block_size: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of `recurrent_ema` as about 2 (c + 2N) multiply-adds per element in matrix products.
+    """The recurrence of `recurrent_ema` as about c + 2N multiply-adds per element in matrix products.
 
     Args:
         x: (B, L, D) in the dtype of the coefficients.
@@ -96,27 +110,26 @@ def blocked_ema(
     else:
         slots = layout.slots[..., None].expand_as(x)
         x_blocks = x.new_zeros(batch, layout.blocks * c, channels).scatter(1, slots, x)
-    x_DcX = x_blocks.view(batch, layout.blocks, c, channels).permute(3, 2, 1, 0).reshape(channels, c, -1)
+    x_DXc = _ChannelsFirst.apply(x_blocks.reshape(-1, channels)).view(channels, -1, c)  # X is B * M
 
     log_decay, gain, projection = coefficients
     steps = torch.arange(c + 1, device=x.device, dtype=x.dtype)
-    powers = torch.exp(log_decay[..., None] * steps)  # (D, N, c + 1)
-    into_state = gain[..., None] * powers[..., :c].flip(-1)  # (D, N, c): token -> state at the end of its block
-    out_of_state = (projection[..., None] * powers[..., 1:]).transpose(1, 2)  # (D, c, N): state before -> output
-    kernel = torch.einsum("dn,dnc->dc", projection * gain, powers[..., :c])
-    toeplitz = F.pad(kernel.flip(-1), (0, c - 1)).unfold(-1, c, 1).flip(1)  # (D, c, c): row i holds kernel[i - j]
+    powers = torch.exp(log_decay[:, None] * steps[:, None])  # (D, c + 1, N)
+    into_state = gain[:, None] * powers[:, :c].flip(1)  # (D, c, N): token -> state at the end of its block
+    out_of_state = (projection[:, None] * powers[:, 1:]).transpose(1, 2)  # (D, N, c): state before -> output
+    kernel = torch.einsum("dn,dcn->dc", projection * gain, powers[:, :c])
+    toeplitz = F.pad(kernel, (c - 1, 0)).unfold(-1, c, 1).flip(1)  # (D, c, c): row j holds kernel[i - j]
 
-    ends = torch.bmm(into_state, x_DcX).view(channels, -1, layout.blocks, batch).permute(2, 3, 0, 1)
-    keep = None if layout.keep is None else layout.keep.t()[..., None, None]
-    before, _ = _StateScan.apply(ends, powers[..., c], state, keep)
-    before_DNX = before.permute(2, 3, 0, 1).reshape(channels, -1, layout.blocks * batch)
-    y = torch.bmm(torch.cat([toeplitz, out_of_state], 2), torch.cat([x_DcX, before_DNX], 1))
-    y = y.view(channels, c, layout.blocks, batch).permute(3, 2, 1, 0).reshape(batch, -1, channels)
+    ends = torch.bmm(x_DXc, into_state).view(channels, batch, layout.blocks, -1)
+    keep = None if layout.keep is None else layout.keep[..., None]
+    before = _StateScan.apply(ends, powers[:, c:], state.transpose(0, 1), keep)
+    y = torch.baddbmm(torch.bmm(x_DXc, toeplitz), before.view(channels, batch * layout.blocks, -1), out_of_state)
+    y = _ChannelsFirst.apply(y.view(channels, -1)).view(batch, -1, channels)
     y = y[:, :length] if layout.slots is None else y.gather(1, slots)
 
     # The last block may be part full: its end state follows from its own tokens and the state before it.
     tail = F.pad(x[:, -c:], (0, 0, max(c - length, 0), 0))
     tail = tail * (steps[:c] >= c - layout.last_filled[:, None])[..., None]
-    last_before = before[layout.last_block, torch.arange(batch, device=x.device)]
+    last_before = before[:, torch.arange(batch, device=x.device), layout.last_block].transpose(0, 1)
     fading = torch.exp(log_decay * layout.last_filled[:, None, None].to(x.dtype))
-    return y, fading * last_before + torch.einsum("dnc,bcd->bdn", into_state, tail)
+    return y, fading * last_before + torch.einsum("dcn,bcd->bdn", into_state, tail)

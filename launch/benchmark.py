@@ -1,0 +1,379 @@
+"""Times our operations against their peers, in one run, after checking that all of them compute the same.
+
+    python launch/benchmark.py ema --peer-python /path/to/python-with-transformers-4.37.2
+
+Contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
+median, least and greatest time. What is not correct is not timed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mega_scale.ops.ema import EmaCoefficients, damped_ema
+
+TOLERANCE = 1e-4
+PARAMETERS = ("damping", "decay", "expansion", "projection")
+WORKER = Path(__file__).with_name("benchmark_peer.py")
+
+
+class Contender(Protocol):
+    """One implementation of what a sub-command times."""
+
+    name: str
+
+    def results(self) -> dict[str, Tensor]:
+        """Outputs and gradients by name, for the check against the reference."""
+
+    def time(self) -> float:
+        """Run once.
+
+        Returns:
+            Duration in milliseconds.
+        """
+
+
+class OurEma:
+    """`damped_ema` of this project.
+
+    Args:
+        impl: its implementation.
+        problem: x and dy (B, L, D); damping, decay, expansion (D, N, 1); projection (D, N).
+    """
+
+    def __init__(self, impl: str, problem: dict[str, Tensor]) -> None:
+        self.name = impl
+        self.impl = impl
+        # A kernel truncated at the full length is the same kernel, without the state that a plain convolution lacks.
+        self.truncation = problem["x"].shape[1] if impl == "fft" else None
+        self.leaves = {name: problem[name].clone().requires_grad_() for name in ("x", *PARAMETERS)}
+        self.dy = problem["dy"]
+
+    def run(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One forward and backward.
+
+        Returns:
+            y (B, L, D), and the gradients of x and of the parameters.
+        """
+        coefficients = EmaCoefficients.from_parameters(*(self.leaves[name] for name in PARAMETERS))
+        y, _ = damped_ema(self.leaves["x"], coefficients, impl=self.impl, truncation=self.truncation)
+        return y, torch.autograd.grad(y, list(self.leaves.values()), self.dy)
+
+    def results(self) -> dict[str, Tensor]:
+        """Outputs and gradients: y, dx, ddamping, ddecay, dexpansion, dprojection."""
+        y, grads = self.run()
+        return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(self.leaves, grads, strict=True)}}
+
+    def time(self) -> float:
+        """Run once.
+
+        Returns:
+            Duration in milliseconds.
+        """
+        start = time.perf_counter()
+        self.run()
+        return 1e3 * (time.perf_counter() - start)
+
+
+class Peer:
+    """An implementation that runs in another interpreter, timed there.
+
+    Args:
+        what: the sub-command.
+        python: the interpreter.
+        problem: the same tensors that our implementations get.
+        threads: CPU threads of the other process.
+        folder: where tensors are exchanged.
+
+    Raises:
+        ValueError: the interpreter cannot be started, or does not answer; with the end of what it said.
+    """
+
+    def __init__(self, what: str, python: str, problem: dict[str, Tensor], threads: int, folder: Path) -> None:
+        self.folder = folder
+        save_file(problem, folder / "problem.safetensors")
+        self.errors = (folder / "errors.txt").open("w+", encoding="utf-8")
+        command = [python, str(WORKER), what, str(folder / "problem.safetensors"), str(threads)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                text=True,
+                env=environment,
+            )
+        except OSError as error:
+            raise ValueError(f"--peer-python {python} cannot be started: {error.strerror}") from error
+        self.versions: dict[str, str] = self._answer()
+        self.name = f"transformers {self.versions['transformers']}"
+
+    def results(self) -> dict[str, Tensor]:
+        """Outputs and gradients, through a file."""
+        return load_file(self._ask(f"check {self.folder / 'results.safetensors'}")["file"])
+
+    def time(self) -> float:
+        """Run once.
+
+        Returns:
+            Duration in milliseconds, measured by the other process.
+        """
+        return float(self._ask("time")["ms"])
+
+    def close(self) -> None:
+        """End the other process."""
+        try:
+            self.process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.errors.close()
+
+    def _ask(self, request: str) -> dict[str, str]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(request + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # It has ended; reading its answer says why.
+        return self._answer()
+
+    def _answer(self) -> dict[str, str]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.process.wait()
+        self.errors.seek(0)
+        last_words = (self.errors.read().strip() or "no message").splitlines()[-1]
+        self.errors.close()
+        raise ValueError(f"the peer ended with exit status {self.process.returncode}: {last_words}")
+
+
+def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int) -> dict[str, Tensor]:
+    """Input, output gradient and freshly initialised parameters of one EMA layer, drawn from a seed.
+
+    Args:
+        batch: sequences.
+        length: tokens.
+        hidden: channels D.
+        states: moving averages per channel N.
+        seed: of the generator.
+
+    Returns:
+        x and dy (B, L, D); damping, decay, expansion (D, N, 1); projection (D, N); all fp32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    signs = 1.0 - 2.0 * (torch.arange(states) % 2)
+    return {
+        "x": normal(batch, length, hidden),
+        "dy": normal(batch, length, hidden),
+        "damping": 0.2 * normal(hidden, states, 1),
+        "decay": 0.2 * normal(hidden, states, 1),
+        "expansion": signs[:, None] + 0.02 * normal(hidden, states, 1),
+        "projection": normal(hidden, states),
+    }
+
+
+def largest_errors(contenders: Sequence[Contender], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Check every contender against the reference.
+
+    Args:
+        contenders: what is to be timed.
+        reference: outputs and gradients by name.
+
+    Returns:
+        For each contender's name the largest error of all tensors, relative to the tensor's largest value.
+
+    Raises:
+        ValueError: a contender differs by more than TOLERANCE; names contender, tensor and error.
+    """
+    largest = {}
+    for contender in contenders:
+        results = contender.results()
+        errors = {
+            name: ((results[name].double() - truth.double()).abs().max() / truth.double().abs().max()).item()
+            for name, truth in reference.items()
+        }
+        # not <=, so that NaN fails
+        wrong = [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
+        if wrong:
+            raise ValueError(
+                f"{contender.name} is not timed: it differs from the reference in {', '.join(wrong)} "
+                f"of the largest value; {TOLERANCE:.0e} is allowed"
+            )
+        largest[contender.name] = max(errors.values())
+    return largest
+
+
+def interleave(contenders: Sequence[Contender], repeats: int, warmup: int) -> dict[str, list[float]]:
+    """Time contenders in turns.
+
+    Args:
+        contenders: what to time.
+        repeats: timed runs of each.
+        warmup: runs of each before them, not counted.
+
+    Returns:
+        For each contender's name its durations, milliseconds.
+    """
+    for _ in range(warmup):
+        for contender in contenders:
+            contender.time()
+    durations: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for _ in range(repeats):
+        for contender in contenders:
+            durations[contender.name].append(contender.time())
+    return durations
+
+
+def table(durations: dict[str, list[float]], errors: dict[str, float]) -> str:
+    """Markdown table of durations, with the ratio of medians to every contender but the first.
+
+    Args:
+        durations: milliseconds by contender, our main one first.
+        errors: largest relative error by contender.
+
+    Returns:
+        The table; "times faster than P" is P's median over the row's.
+    """
+    medians = {name: statistics.median(times) for name, times in durations.items()}
+    peers = list(medians)[1:]
+    rows = [
+        ["", "median ms", "min", "max", *(f"times faster than {peer}" for peer in peers), "largest error"],
+        ["---"] * (5 + len(peers)),
+    ]
+    for name, times in durations.items():
+        cells = [f"{medians[name]:.3f}", f"{min(times):.3f}", f"{max(times):.3f}"]
+        cells += [f"{medians[peer] / medians[name]:.2f}" for peer in peers]
+        rows.append([name, *cells, f"{errors[name]:.1e}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def hardware() -> str:
+    """One line on the machine: processor, logical cores, operating system."""
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass  # Not Linux: the platform's own name has to do.
+    return f"{processor}, {os.cpu_count()} logical cores, {platform.system()} {platform.machine()}"
+
+
+def run_ema(args: argparse.Namespace) -> None:
+    """The `ema` sub-command: forward + backward of the damped EMA."""
+    sizes = {name: getattr(args, name) for name in ("batch", "length", "hidden", "states")}
+    problem = ema_problem(**sizes, seed=args.seed)
+    reference = OurEma("recurrent", {name: tensor.double() for name, tensor in problem.items()}).results()
+    contenders: list[Contender] = [OurEma(impl, problem) for impl in ("blocked", "fft")]
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    with tempfile.TemporaryDirectory() as folder:
+        peer = None
+        if args.peer_python:
+            peer = Peer("ema", args.peer_python, problem, args.threads, Path(folder))
+            versions |= {f"peer's {package}": version for package, version in peer.versions.items()}
+            contenders.append(peer)
+        try:
+            errors = largest_errors(contenders, reference)
+            durations = interleave(contenders, args.repeats, args.warmup)
+        finally:
+            if peer is not None:
+                peer.close()
+    lines = [
+        f"Damped EMA, forward + backward, fp32, {', '.join(f'{name} {size}' for name, size in sizes.items())}, "
+        f"{args.threads} CPU thread(s), {args.repeats} repeats after {args.warmup} for warm-up, in turns.",
+        "Timed in all of them: coefficients from parameters, the moving average, and the gradients of x and of the "
+        "four parameters; not the residual, nor silu. fft and transformers compute no end state.",
+        "Largest error: of outputs and gradients against the recurrence in fp64, relative to a tensor's largest value.",
+        f"Machine: {hardware()}. Versions: {', '.join(' '.join(version) for version in versions.items())}.",
+    ]
+    print("\n".join(lines), table(durations, errors), sep="\n\n")
+    if args.json:
+        report = {
+            "benchmark": "ema",
+            "sizes": sizes,
+            "threads": args.threads,
+            "seed": args.seed,
+            "hardware": hardware(),
+            "versions": versions,
+            "milliseconds": durations,
+            "median_ms": {name: statistics.median(times) for name, times in durations.items()},
+            "largest_error": errors,
+        }
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; each sub-command sets `run` to its function."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    ema = commands.add_parser("ema", help="forward + backward of the damped EMA", formatter_class=formatter)
+    ema.add_argument("--batch", type=positive, default=2, help="sequences")
+    ema.add_argument("--length", type=positive, default=2048, help="tokens a sequence")
+    ema.add_argument("--hidden", type=positive, default=512, help="channels")
+    ema.add_argument("--states", type=positive, default=16, help="moving averages per channel")
+    ema.add_argument("--seed", type=int, default=0, help="of inputs and parameters")
+    ema.add_argument("--peer-python", default=None, help="interpreter with transformers 4.37.2, to compare with")
+    _add_timing(ema, run_ema)
+    return top
+
+
+def _add_timing(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    command.add_argument("--threads", type=positive, default=1, help="CPU threads of every contender")
+    command.add_argument("--repeats", type=positive, default=20, help="timed runs of every contender")
+    command.add_argument("--warmup", type=positive, default=3, help="runs of every contender before them")
+    command.add_argument("--json", default=None, help="file for all figures")
+    command.set_defaults(run=run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command.
+
+    Args:
+        arguments: the command line, without the program's name; none means this process's.
+
+    Returns:
+        Exit status: 2 with one line on standard error when something is wrong.
+    """
+    args = parser().parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Perplexity and bits per byte of a trained model on text files; under a launcher, the ranks share the text.
+
+python launch/evaluate.py runs/debug README.md
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mega_scale.config import refuse
+from mega_scale.data import DataConfig, load_whole, validation_batches
+from mega_scale.parallel import ParallelConfig, World, placement
+from mega_scale.training.evaluate import evaluate
+from mega_scale.training.restore import load_model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what is refused is said in one line, with exit code 2."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="run folder (its newest checkpoint), checkpoint, export or HF folder")
+    parser.add_argument("text", nargs="+", help="files or globs")
+    parser.add_argument("--source", choices=("text", "json", "parquet"), default="text", help="kind of file")
+    parser.add_argument("--text-column", default="text", help="column that holds the text, in json and parquet")
+    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens read at once (default: 1024)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in one forward of one rank (default: 8)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON line")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by launchers
+    args = parser.parse_args(arguments)
+    rank, size = placement()[:2]
+    try:
+        settings = DataConfig(
+            source=args.source,
+            path=args.text,
+            text_column=args.text_column,
+            sequence_length=args.sequence_length,
+            validation_fraction=0.0,
+        )
+        if args.batch_size < 1:
+            raise ValueError(f"--batch-size {args.batch_size} is not possible: give at least 1")
+        model, tokenizer = load_model(args.model, torch.device("cpu"))
+        dataset = load_whole(settings, tokenizer)
+        batches = validation_batches(dataset, len(dataset) + 1, args.batch_size, rank, size, tail=True)
+    except (ValueError, OSError) as error:
+        refuse(error, quiet=rank != 0)
+    with World.start(ParallelConfig(device=args.device)) as world:
+        found = evaluate(model.to(world.device), batches, dataset.tokens / dataset.bytes, world)
+        if world.rank == 0:
+            print(
+                json.dumps(found._asdict())
+                if args.json
+                else f"loss {found.loss:.4f} nats/token | perplexity {found.perplexity:.3f} | "
+                f"{found.bits_per_byte:.4f} bits/byte | {found.tokens:,} tokens, {dataset.bytes:,} bytes"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

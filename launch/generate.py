@@ -1,0 +1,59 @@
+"""Continues a text with a trained model: a run, a checkpoint, an export or a Hugging Face folder.
+
+python launch/generate.py runs/debug --prompt "def main(" --max-new-tokens 200
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mega_scale.config import refuse
+from mega_scale.training.restore import load_model
+from mega_scale.training.sample import generate_text
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what is refused is said in one line, with exit code 2."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="run folder (its newest checkpoint), checkpoint, export or HF folder")
+    parser.add_argument("--prompt", default="", help="text to continue; empty begins a document")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to generate (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="share of probability sampled from (default: 0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--stop-at-eos", action="store_true", help="end at the end-of-text token")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: fp32)")
+    args = parser.parse_args(arguments)
+    try:
+        for name, value, good in (
+            ("max-new-tokens", args.max_new_tokens, args.max_new_tokens > 0),
+            ("temperature", args.temperature, args.temperature >= 0),
+            ("top-p", args.top_p, 0 < args.top_p <= 1),
+        ):
+            if not good:
+                raise ValueError(f"--{name} {value} is not possible: see --help")
+        model, tokenizer = load_model(args.model, torch.device(args.device), DTYPES[args.dtype])
+    except (ValueError, OSError) as error:
+        refuse(error)
+    print(
+        generate_text(
+            model,
+            tokenizer,
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            stop_at_eos=args.stop_at_eos,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

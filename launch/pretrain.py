@@ -1,0 +1,189 @@
+"""Pretrains a Mega causal language model; starts under deepspeed, torchrun, accelerate launch, or plain python.
+
+deepspeed --num_accelerators 2 launch/pretrain.py --config configs/debug.yaml train.steps=200
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
+from mega_scale.data import Loader, PackedDataset, load_datasets, load_tokenizer, validation_batches
+from mega_scale.hub import open_folder
+from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model.flops import training_flops_per_token
+from mega_scale.parallel import Values, World, check_layout, describe, parallelize, placement, seeded_values
+from mega_scale.training.checkpoint import find_checkpoint, load_checkpoint, read_state
+from mega_scale.training.evaluate import Evaluation, evaluate
+from mega_scale.training.loop import Run, train
+from mega_scale.training.metrics import peak_flops
+from mega_scale.training.optimizer import build_optimizer
+from mega_scale.training.restore import describe_model, values_from
+from mega_scale.training.sample import generate_text
+from mega_scale.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a rank needs before it meets the others; making it refuses what cannot run."""
+
+    config: RunConfig
+    model: MegaConfig
+    values: Values
+    tokenizer: PreTrainedTokenizerBase
+    validation: PackedDataset | None
+    loader: Loader
+    resumed: Path | None
+
+
+def prepare(config: RunConfig, rank: int, size: int) -> Prepared:
+    """Check the run, read its text and open its weights; starts nothing.
+
+    Raises:
+        ValueError: the run cannot start.
+    """
+    config.validate(size)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = model_config(config.model, tokenizer)
+    values = seeded_values(model, config.train.seed)
+    if config.init_from is not None:
+        values = starting_weights(Path(config.init_from), model)
+    training, validation = load_datasets(config.data, tokenizer)
+    loader = Loader(
+        training,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=rank,
+        world_size=size,
+        seed=config.data.seed,
+        shuffle=config.data.shuffle,
+    )
+    resumed = None
+    if config.resume is not None:
+        resumed = find_checkpoint(Path(config.run_dir if config.resume == "latest" else config.resume))
+        loader.check(read_state(resumed)["data"])
+    return Prepared(config, model, values, tokenizer, validation, loader, resumed)
+
+
+def starting_weights(folder: Path, model: MegaConfig) -> Values:
+    """Weights of an export or a Hugging Face folder, which must hold the model that the run describes."""
+    found, tensors = open_folder(folder)
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in MegaForCausalLM(model).state_dict().items()}
+        given = {name: tensor.shape for name, tensor in MegaForCausalLM(found).state_dict().items()}
+    if wanted != given:
+        keys = [key for key in MegaConfig.__annotations__ if getattr(found, key, None) != getattr(model, key, None)]
+        differences = ", ".join(f"model.{key}={getattr(model, key)!r} (there: {getattr(found, key)!r})" for key in keys)
+        raise ValueError(f"init_from={str(folder)!r} holds another model than the run describes: {differences}")
+    return values_from(tensors)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what is refused is said in one line, with exit code 2."""
+    try:
+        place = placement()
+    except ValueError as error:
+        refuse(error)
+    config = parse(sys.argv[1:] if arguments is None else arguments, quiet=place.rank != 0)
+    try:
+        prepared = prepare(config, place.rank, place.size)
+    except ValueError as error:
+        refuse(error, quiet=place.rank != 0)
+    with World.start(config.parallel) as world:
+        pretrain(prepared, world)
+
+
+def pretrain(prepared: Prepared, world: World) -> None:
+    """Train on all ranks; collective."""
+    config, train_config, model = prepared.config, prepared.config.train, prepared.model
+    run_dir = Path(config.run_dir)
+    if world.rank == 0:
+        save_config(config, run_dir / "config.yaml")
+    with torch.device("meta"):
+        module = MegaForCausalLM(model)
+    engine = parallelize(
+        module,
+        prepared.values,
+        config.parallel,
+        dtype=train_config.dtype,
+        micro_batch_size=train_config.micro_batch_size,
+        accumulation=train_config.global_batch_size // (train_config.micro_batch_size * world.size),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        build_optimizer=lambda sharded: build_optimizer(sharded, config.optimizer),
+        world=world,
+    )
+    engine.module.train()
+    torch.manual_seed(train_config.seed + 1 + world.rank)  # dropout differs between ranks, initial weights do not
+    layout = describe(config.parallel, world)
+    start, tokens = 0, 0
+    if prepared.resumed is not None:
+        check_layout(read_state(prepared.resumed)["layout"], config.parallel, world)
+        state = load_checkpoint(prepared.resumed, engine, world)
+        start, tokens = state["step"], state["tokens"]
+    if world.rank == 0:
+        announce(prepared, world, start)
+
+    def describe_run(folder: Path) -> None:
+        save_config(config, folder / "config.yaml")
+        describe_model(folder / "model", model, prepared.tokenizer)
+
+    def evaluation() -> Evaluation:
+        assert prepared.validation is not None
+        dataset = prepared.validation
+        rows = train_config.eval_batches * train_config.global_batch_size or len(dataset)
+        batches = validation_batches(dataset, rows, train_config.micro_batch_size, world.rank, world.size)
+        return evaluate(engine.module, batches, dataset.tokens / dataset.bytes, world)
+
+    def sample(step: int) -> str:
+        return generate_text(
+            engine.module,
+            prepared.tokenizer,
+            train_config.sample_prompt,
+            max_new_tokens=train_config.sample_tokens,
+            seed=train_config.seed + step,
+        )
+
+    run = Run(
+        run_dir=run_dir,
+        engine=engine,
+        world=world,
+        data=prepared.loader,
+        learning_rate=lambda step: learning_rate(step, config.schedule, config.optimizer.lr, train_config.steps),
+        evaluate=evaluation if prepared.validation is not None else None,
+        sample=sample,
+        describe=describe_run,
+        flops_per_token=training_flops_per_token(model, config.data.sequence_length),
+        peak_flops=peak_flops(world.device, train_config.dtype),
+        facts={"layout": layout},
+    )
+    try:
+        train(run, train_config, config.checkpoint, start, tokens)
+    finally:
+        engine.close()
+
+
+def announce(prepared: Prepared, world: World, start: int) -> None:
+    """Say in a few lines what runs."""
+    config = prepared.config
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MegaForCausalLM(prepared.model).parameters())
+    facts: dict[str, Any] = {
+        "parameters": parameters,
+        **describe(config.parallel, world),
+        "device": str(world.device),
+        "dtype": config.train.dtype,
+        "training_tokens": prepared.loader.dataset.tokens,
+        "tokens_per_step": config.train.global_batch_size * config.data.sequence_length,
+        "from_step": start,
+    }
+    print(f"mega_scale | {json.dumps(facts)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Combinations with which no run can start, refused before any process group does."""
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mega_scale.config.model_section import model_config
+from mega_scale.training.checkpoint import find_checkpoint
+
+if TYPE_CHECKING:
+    from mega_scale.config.run_config import RunConfig
+
+
+def check(config: "RunConfig", world_size: int) -> None:
+    """Refuse a run that cannot start.
+
+    Args:
+        config: the run; its `run_dir` is created if it does not exist.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: names the keys, their values and a remedy.
+    """
+    config.data.validate()
+    _check_numbers(config)
+    _check_schedule(config)
+    _check_model(config)
+    _check_batches(config, world_size)
+    _check_reports(config)
+    _check_engine(config, world_size)
+    _check_folders(config)
+
+
+def _require(good: bool, key: str, value: object, remedy: str) -> None:
+    if not good:
+        raise ValueError(f"{key}={value!r} is not possible: {remedy}")
+
+
+def _check_numbers(config: "RunConfig") -> None:
+    train, optimizer, schedule = config.train, config.optimizer, config.schedule
+    positive = {
+        "train.steps": train.steps,
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.log_every": train.log_every,
+        "train.sample_tokens": train.sample_tokens,
+        "optimizer.lr": optimizer.lr,
+        "optimizer.eps": optimizer.eps,
+    }
+    for key, value in positive.items():
+        _require(0 < value < math.inf, key, value, "it must be above 0")
+    not_negative = {
+        "train.seed": train.seed,
+        "train.eval_every": train.eval_every,
+        "train.eval_batches": train.eval_batches,
+        "train.sample_every": train.sample_every,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "optimizer.max_grad_norm": optimizer.max_grad_norm,
+        "schedule.warmup_steps": schedule.warmup_steps,
+        "schedule.min_lr": schedule.min_lr,
+        "schedule.warmup_init_lr": schedule.warmup_init_lr,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for key, value in not_negative.items():
+        _require(0 <= value < math.inf, key, value, "it must be 0 or above")
+    for key, value in {"optimizer.beta1": optimizer.beta1, "optimizer.beta2": optimizer.beta2}.items():
+        _require(0 <= value < 1, key, value, "it must be 0 or above and below 1")
+    _require(train.dtype in ("fp32", "bf16"), "train.dtype", train.dtype, "choose fp32 or bf16")
+
+
+def _check_schedule(config: "RunConfig") -> None:
+    schedule, lr, steps = config.schedule, config.optimizer.lr, config.train.steps
+    remedy = "choose cosine, linear or constant"
+    _require(schedule.decay in ("cosine", "linear", "constant"), "schedule.decay", schedule.decay, remedy)
+    if schedule.warmup_steps > steps:
+        raise ValueError(
+            f"schedule.warmup_steps={schedule.warmup_steps} is more than train.steps={steps}: "
+            f"warm up for at most {steps} steps, or train longer"
+        )
+    for key, value in {"min_lr": schedule.min_lr, "warmup_init_lr": schedule.warmup_init_lr}.items():
+        if value > lr:
+            raise ValueError(f"schedule.{key}={value} is more than optimizer.lr={lr}: lower it, or raise optimizer.lr")
+
+
+def _check_model(config: "RunConfig") -> None:
+    model, length = config.model, config.data.sequence_length
+    _require(model.is_decoder, "model.is_decoder", False, "a causal language model is trained, set it to true")
+    if model.bidirectional:
+        raise ValueError(
+            "model.bidirectional=True with model.is_decoder=True would let every position see the future: "
+            "set model.bidirectional=false"
+        )
+    remedy = "pretraining on text has no encoder to attend to, set it to false"
+    _require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
+    model_config(model)
+    if model.use_chunking and length % model.chunk_size:
+        below = max(length // model.chunk_size, 1) * model.chunk_size
+        near = sorted({below, -(-length // model.chunk_size) * model.chunk_size})
+        raise ValueError(
+            f"model.chunk_size={model.chunk_size} does not divide data.sequence_length={length}: use a sequence_length "
+            f"of {' or '.join(str(value) for value in near)}, or a chunk_size that divides {length}"
+        )
+    if model.relative_positional_bias == "simple":
+        key, reach = ("model.chunk_size", model.chunk_size) if model.use_chunking else ("data.sequence_length", length)
+        if reach > model.max_positions:
+            raise ValueError(
+                f"{key}={reach} is more than model.max_positions={model.max_positions}, the reach of "
+                f"model.relative_positional_bias='simple': set max_positions to at least {reach}, or take the rotary"
+            )
+    if model.truncation is not None and config.train.sample_every:
+        raise ValueError(
+            f"model.truncation={model.truncation} leaves the moving average without a state to generate from, but "
+            f"train.sample_every={config.train.sample_every}: set sample_every=0, or truncation=null"
+        )
+
+
+def _check_batches(config: "RunConfig", world_size: int) -> None:
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    at_once = world_size * micro
+    if batch % at_once == 0:
+        return
+    remedy = " or ".join(str(value) for value in (batch // at_once * at_once, -(-batch // at_once) * at_once) if value)
+    if batch % world_size == 0:
+        share = batch // world_size
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:3])
+        remedy += f", or a micro_batch_size of {' or '.join(str(size) for size in nearest)}"
+    raise ValueError(
+        f"train.global_batch_size={batch} is not a multiple of {world_size} ranks x train.micro_batch_size={micro} = "
+        f"{at_once} sequences: use a global_batch_size of {remedy}"
+    )
+
+
+def _check_reports(config: "RunConfig") -> None:
+    if config.train.eval_every and not config.data.validates:
+        raise ValueError(
+            f"train.eval_every={config.train.eval_every} needs validation text, but data.validation_fraction=0 and no "
+            "other is named: set data.validation_fraction, validation_path or validation_split, or train.eval_every=0"
+        )
+
+
+def _check_engine(config: "RunConfig", world_size: int) -> None:
+    micro = config.train.micro_batch_size
+    config.parallel.validate(
+        dtype=config.train.dtype,
+        micro_batch_size=micro,
+        accumulation=config.train.global_batch_size // (world_size * micro),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        world_size=world_size,
+    )
+
+
+def _check_folders(config: "RunConfig") -> None:
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={config.run_dir!r} cannot be created ({error.strerror}): choose a folder that can be written"
+        ) from None
+    _require(os.access(run_dir, os.W_OK | os.X_OK), "run_dir", config.run_dir, "choose a folder that can be written")
+    if config.init_from is not None and not (Path(config.init_from) / "config.json").is_file():
+        raise ValueError(
+            f"init_from={config.init_from!r} has no config.json: give the folder of an export or a Hugging Face model"
+        )
+    if config.resume is not None:
+        try:
+            find_checkpoint(run_dir if config.resume == "latest" else Path(config.resume))
+        except ValueError as error:
+            raise ValueError(f"resume={config.resume!r}: {error}") from None

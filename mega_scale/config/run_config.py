@@ -1,0 +1,60 @@
+"""RunConfig: everything that a run is told, composed of the sections that sit beside their owners."""
+
+from dataclasses import dataclass, field
+
+from mega_scale.config.checks import check
+from mega_scale.config.model_section import ModelSection
+from mega_scale.data.config import DataConfig
+from mega_scale.parallel.config import ParallelConfig
+from mega_scale.training.checkpoint import CheckpointConfig
+from mega_scale.training.optimizer import OptimizerConfig
+from mega_scale.training.schedule import ScheduleConfig
+from mega_scale.training.train_config import TrainConfig
+
+
+@dataclass
+class RunConfig:
+    """The run"""
+
+    run_dir: str = "runs/debug"
+    """Folder for checkpoints, TensorBoard events and the resolved configuration (path)."""
+
+    resume: str | None = None
+    """Checkpoint to continue from: "latest" for the newest in run_dir, or a checkpoint folder (path)."""
+
+    init_from: str | None = None
+    """Folder of an export or a Hugging Face model from which the initial weights are taken (path)."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    """The model"""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text"""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW"""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate's schedule"""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop"""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model is spread over ranks"""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints"""
+
+    def validate(self, world_size: int) -> None:
+        """Refuse values and combinations with which no run can start, before any process group does.
+
+        Creates `run_dir`, to see that it can be written.
+
+        Args:
+            world_size: number of ranks of the run.
+
+        Raises:
+            ValueError: names the keys, their values and a remedy.
+        """
+        check(self, world_size)

@@ -1,0 +1,23 @@
+"""Text to tokens to batches: corpus, tokenizer, packing, and a loader that is a pure function of the step."""
+
+from mega_scale.data.config import DataConfig
+from mega_scale.data.corpus import Corpus, Documents, load_corpus
+from mega_scale.data.loader import Loader, validation_batches
+from mega_scale.data.packing import PackedDataset
+from mega_scale.data.parts import load_datasets, load_whole
+from mega_scale.data.streaming import StreamedDataset
+from mega_scale.data.tokenizer import load_tokenizer
+
+__all__ = [
+    "Corpus",
+    "DataConfig",
+    "Documents",
+    "Loader",
+    "PackedDataset",
+    "StreamedDataset",
+    "load_corpus",
+    "load_datasets",
+    "load_tokenizer",
+    "load_whole",
+    "validation_batches",
+]

@@ -1,0 +1,144 @@
+"""Tokenizers by name, and from documents to pieces of tokens."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, is_byte_tokenizer
+from mega_scale.data.hub_reach import look_up
+
+_ENCODED_AT_ONCE = 1 << 20  # characters
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can end a document.
+
+    Args:
+        name: "byte" for the built-in one, a folder, or a hub name.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: There is none of that name, or it has neither an eos nor a sep token.
+    """
+    if name == "byte":
+        return build_byte_tokenizer()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        tokenizer = _from_pretrained(str(folder), "it holds no tokenizer that transformers can load", local=True)
+    else:
+        reach = look_up(name, "model")
+        if reach == "absent":
+            raise ValueError(f"data.tokenizer={name!r}: neither a folder nor a name on the hub; correct it")
+        remedy = "no such folder, and the hub cannot be reached; give an existing folder"
+        if reach == "there":
+            remedy = "the hub has no tokenizer there that transformers can load; name another one"
+        tokenizer = _from_pretrained(name, remedy, local=reach == "unreachable")
+    separator_id(tokenizer)
+    return tokenizer
+
+
+def _from_pretrained(name: str, remedy: str, *, local: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # every format and the hub have errors of their own
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f'data.tokenizer={name!r}: {remedy}, or "byte" ({cause})') from None
+    return tokenizer
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Find the token that ends a document: eos, else sep.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        Its id.
+
+    Raises:
+        ValueError: It has neither.
+    """
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError(
+        f"data.tokenizer={tokenizer.name_or_path!r} has neither an eos nor a sep token to end documents with; "
+        "add one and save it again, or name another tokenizer"
+    )
+
+
+def token_type(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name the smallest integer type that holds every token.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        "<u2" or "<u4", as numpy writes them.
+    """
+    return "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash everything that a tokenizer saves.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = file.read_bytes()
+            total.update(f"{file.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
+    return total.hexdigest()
+
+
+def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, int]]:
+    """Tokenise documents, each followed by the token that ends it.
+
+    Args:
+        documents: Texts.
+        tokenizer: Adds no special tokens of its own.
+
+    Returns:
+        Pieces of whole documents, in order: tokens (T,), of the type that `token_type` names, and the UTF-8 bytes of
+        their text.
+    """
+    end, dtype, by_bytes = separator_id(tokenizer), token_type(tokenizer), is_byte_tokenizer(tokenizer)
+    for texts in _batched(documents):
+        if by_bytes:
+            tokens = encode_bytes(texts)
+        else:
+            found = tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # it would warn of texts that are longer than one sequence
+            )["input_ids"]
+            tokens = np.fromiter(chain.from_iterable([*ids, end] for ids in found), dtype=dtype)
+        yield tokens, sum(len(text.encode()) for text in texts)
+
+
+def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Collect documents up to a number of characters, which bounds memory whether they are lines or books."""
+    texts, characters = [], 0
+    for text in documents:
+        texts.append(text)
+        characters += len(text)
+        if characters >= _ENCODED_AT_ONCE:
+            yield texts
+            texts, characters = [], 0
+    if texts:
+        yield texts

@@ -1,0 +1,148 @@
+"""The model card of an export: what was trained, on what, how far, and how to load it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mega_scale.hub.layout import layout_of
+from mega_scale.model import MegaConfig
+
+_HOW_TO_LOAD = """\
+```python
+import mega_scale  # registers the Mega classes with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer("def ", return_tensors="pt", add_special_tokens=False)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
+```
+"""
+_NOT_IN_HF = {
+    "scale_embeddings": (False, "it does not scale embeddings by sqrt(hidden_size)"),
+    "final_norm": (False, "it has no norm after the last block"),
+    "embedding_dropout_prob": (0.0, "it has no embedding dropout; this matters in training only"),
+    "lm_head_bias": (True, "its head always has a bias, which it would initialise to zero"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a card reports about a run.
+
+    Args:
+        name: title of the model.
+        step: optimizer steps taken.
+        tokens: training tokens seen.
+        validation_loss: of the last evaluation, nats/token; none when there was none.
+        bits_per_byte: of the same evaluation, bits per byte of its text.
+        data: what the model was trained on, in words.
+        layout: engine and number of ranks, in words.
+        run_config: the run's resolved configuration, YAML.
+        versions: package to version.
+    """
+
+    name: str
+    step: int
+    tokens: int
+    validation_loss: float | None = None
+    bits_per_byte: float | None = None
+    data: str = "not recorded"
+    layout: str = "not recorded"
+    run_config: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def model_card(facts: TrainingFacts, config: MegaConfig, *, dtype: str = "fp32") -> str:
+    """Markdown text of an export's README.md.
+
+    Args:
+        facts: what is known of the training run.
+        config: the model's configuration.
+        dtype: dtype of the exported parameters, "fp32" or "bf16".
+
+    Returns:
+        The card, with the metadata block that model hubs read.
+    """
+    sections = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mega\n- mega_scale\n---",
+        f"# {facts.name}",
+        f"A Mega causal language model (arXiv 2209.10655), pretrained with mega_scale. {_attention(config)}",
+        f"## Load\n\n{_HOW_TO_LOAD}\n{_in_transformers_4(config)}",
+        f"## Model\n\n{_table(_model_rows(config, dtype))}",
+        f"## Training\n\n{_table(_training_rows(facts))}",
+    ]
+    if facts.run_config.strip():
+        sections.append(f"The run's configuration:\n\n```yaml\n{facts.run_config.strip()}\n```")
+    if facts.versions:
+        sections.append(f"## Versions\n\n{_table(list(facts.versions.items()))}")
+    return "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+def beyond_transformers_4(config: MegaConfig) -> list[str]:
+    """What of a configuration transformers 4.37.2 does not compute, in words, one entry a key.
+
+    Args:
+        config: the model's configuration.
+
+    Returns:
+        Lines naming key, value and effect; none when 4.37.2 computes the same function.
+    """
+    lines = [
+        f"`{key}={getattr(config, key)!r}`: {effect}"
+        for key, (default, effect) in _NOT_IN_HF.items()
+        if getattr(config, key) != default
+    ]
+    if config.normalization_type == "rmsnorm":
+        lines.append("`normalization_type='rmsnorm'`: its RMSNorm returns the scaled input without normalising it")
+    return lines
+
+
+def _in_transformers_4(config: MegaConfig) -> str:
+    beyond = beyond_transformers_4(config)
+    if not beyond:
+        return "The folder also loads in transformers 4.37.2, with its own `MegaForCausalLM`."
+    lines = "\n".join(f"* {line}" for line in beyond)
+    return f"transformers 4.37.2 has a `MegaForCausalLM` too, but lacks part of this model:\n\n{lines}"
+
+
+def _attention(config: MegaConfig) -> str:
+    if config.use_chunking:
+        return (
+            f"Attention stays inside chunks of {config.chunk_size} tokens; the moving average carries information "
+            "across them, so the cost is linear in the length."
+        )
+    return "Attention spans the whole sequence."
+
+
+def _model_rows(config: MegaConfig, dtype: str) -> list[tuple[str, str]]:
+    layout = layout_of(config)
+    parameters = sum(layout.tensors[name].numel() for name in layout.stored() if name not in layout.buffers)
+    stored = "fp32" if dtype == "fp32" else f"{dtype}; the moving average's parameters in fp32"
+    return [
+        ("parameters", f"{parameters:,}"),
+        ("blocks", str(config.num_hidden_layers)),
+        ("hidden size", str(config.hidden_size)),
+        ("vocabulary", f"{config.vocab_size:,} tokens"),
+        ("weights stored in", stored),
+    ]
+
+
+def _training_rows(facts: TrainingFacts) -> list[tuple[str, str]]:
+    rows = [("steps", f"{facts.step:,}"), ("tokens seen", f"{facts.tokens:,}")]
+    if facts.validation_loss is not None:
+        loss = facts.validation_loss
+        rows.append(("validation loss", f"{loss:.4f} nats/token (perplexity {_perplexity(loss)})"))
+    if facts.bits_per_byte is not None:
+        rows.append(("validation text", f"{facts.bits_per_byte:.4f} bits/byte"))
+    return [*rows, ("data", facts.data), ("layout", facts.layout)]
+
+
+def _perplexity(loss: float) -> str:
+    # Beyond e^100 the figure says nothing, and exp overflows at 710.
+    return f"{math.exp(loss):.2f}" if loss < 100 else "beyond measure"
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -1,0 +1,26 @@
+"""How the model is spread over processes: the process group, and two engines behind one protocol."""
+
+from mega_scale.parallel.config import ParallelConfig
+from mega_scale.parallel.engine import BuildOptimizer, Engine
+from mega_scale.parallel.layout import check_layout, describe
+from mega_scale.parallel.materialize import Values, fill, seeded_values
+from mega_scale.parallel.parallelize import parallelize
+from mega_scale.parallel.weights import LazyWeights, open_weights
+from mega_scale.parallel.world import Placement, World, placement
+
+__all__ = [
+    "BuildOptimizer",
+    "Engine",
+    "LazyWeights",
+    "ParallelConfig",
+    "Placement",
+    "Values",
+    "World",
+    "check_layout",
+    "describe",
+    "fill",
+    "open_weights",
+    "parallelize",
+    "placement",
+    "seeded_values",
+]

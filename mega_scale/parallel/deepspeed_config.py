@@ -1,0 +1,83 @@
+"""The native DeepSpeed configuration: our settings in DeepSpeed's words, with a user's keys merged over them."""
+
+from typing import Any
+
+# Keys of DeepSpeed that say what another setting of ours says, and that setting. Two answers to one question would be
+# settled by DeepSpeed without a word.
+OWNERS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
+    "elasticity": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "gradient_allreduce_op": "train.global_batch_size (losses are sums over tokens divided by their number)",
+    "optimizer": "the optimizer section",
+    "scheduler": "the schedule section",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "bf16.enabled": "train.dtype",
+    "fp16.enabled": "train.dtype",
+    "torch_autocast.enabled": "train.dtype",
+    "torch_autocast.dtype": "train.dtype",
+    "data_types.param_dtype": "train.dtype",
+}
+
+
+def native_config(
+    user: dict[str, Any],
+    *,
+    zero_stage: int,
+    dtype: str,
+    micro_batch_size: int,
+    accumulation: int,
+    max_grad_norm: float,
+    world_size: int,
+) -> dict[str, Any]:
+    """Build the dictionary that DeepSpeed is started with.
+
+    Args:
+        user: native keys of `parallel.ds_config`, merged over ours.
+        zero_stage: 0 to 3.
+        dtype: fp32 or bf16.
+        micro_batch_size: sequences in one forward pass of one rank.
+        accumulation: forward passes in one optimizer step.
+        max_grad_norm: norm to which gradients are clipped, 0 for not at all.
+        world_size: ranks of the run.
+
+    Returns:
+        A configuration in DeepSpeed's own keys.
+
+    Raises:
+        ValueError: a key of `user` contradicts a setting of ours.
+    """
+    ours: dict[str, Any] = {
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        # Stage 0 has no norm to report after clipping, so the engine clips there itself.
+        "gradient_clipping": max_grad_norm if zero_stage > 0 else 0.0,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        # bf16 by autocast: DeepSpeed's own bf16 mode rounds every parameter, those of the EMA included. Without modules
+        # listed here, weights are gathered and gradients are reduced in fp32.
+        "torch_autocast": {"enabled": dtype == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+    }
+    return _merge(ours, user, "")
+
+
+def _merge(ours: dict[str, Any], user: dict[str, Any], prefix: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in user.items():
+        path = prefix + key
+        if path in OWNERS and (key not in ours or ours[key] != value):
+            raise ValueError(
+                f"parallel.ds_config.{path}={value!r} contradicts {OWNERS[path]}: set it there and remove it here"
+            )
+        if isinstance(value, dict):
+            inner = ours.get(key, {})
+            merged[key] = _merge(inner if isinstance(inner, dict) else {}, value, path + ".")
+        else:
+            merged[key] = value
+    return merged

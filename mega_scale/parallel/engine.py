@@ -1,0 +1,74 @@
+"""What the training loop asks of an engine, whichever shards the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+BuildOptimizer = Callable[[nn.Module], Optimizer]
+"""Makes AdamW over the parameters of a model that an engine has sharded."""
+
+
+class Engine(Protocol):
+    """A sharded model with its optimizer; every method is collective unless it says otherwise."""
+
+    module: nn.Module
+    """The model; call it on all ranks alike for evaluation and generation, under `no_grad`."""
+
+    def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int) -> Tensor:
+        """Loss of one micro-batch of this rank: the sum over its tokens divided by `num_items`.
+
+        Args:
+            input_ids: (B, L) int64.
+            shift_labels: (B, L) int64, the next tokens, -100 where there is none.
+            num_items: labelled tokens of the global batch, over all ranks and micro-batches.
+
+        Returns:
+            Scalar fp32, nats. The loss of the global batch is the sum over ranks and micro-batches.
+        """
+        ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of the sum of `loss` over all ranks.
+
+        Args:
+            loss: what `forward` returned.
+            last: whether this is the last micro-batch of the step.
+        """
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip the gradients, take one AdamW step, and forget the gradients.
+
+        Args:
+            lr: learning rate of this step, absolute.
+
+        Returns:
+            L2 norm of the whole gradient before clipping.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer; every rank writes its part.
+
+        Args:
+            folder: an existing empty folder, the same on all ranks.
+        """
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read model and optimizer; what follows is bit for bit what followed `save`. Settings stay this run's.
+
+        Args:
+            folder: where `save` wrote, with the same engine, stage and number of ranks.
+
+        Raises:
+            ValueError: the folder was written by another engine, stage or number of ranks.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; needs no other rank, and may be called after an error or twice."""
+        ...

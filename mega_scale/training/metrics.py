@@ -1,0 +1,159 @@
+"""What a run reports: a console line, TensorBoard scalars, and a JSON line, all of the same numbers."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+# Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Peak of the device's matrix products, FLOP/s; none where it is not known."""
+    if device.type != "cuda" or dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory allocated on a GPU so far, or memory held by this process on a CPU; bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class Throughput:
+    """Time and tokens since the last report; evaluations, samples and checkpoints can be left out of the time."""
+
+    def __init__(self, flops_per_token: int, peak: float | None, ranks: int) -> None:
+        self._flops_per_token, self._peak, self._ranks = flops_per_token, peak, ranks
+        self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
+
+    def add(self, tokens: int) -> None:
+        """Count a step of so many tokens, over all ranks."""
+        self._tokens += tokens
+        self._steps += 1
+
+    def skip(self, seconds: float) -> None:
+        """Leave out time that was not training."""
+        self._since += seconds
+
+    def report(self, steps_left: int) -> dict[str, float]:
+        """Tokens per second over all ranks, seconds left, and MFU where the peak is known; begins a new interval."""
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        rate = self._tokens / seconds
+        found = {"tokens_per_second": rate, "eta_seconds": steps_left * seconds / max(self._steps, 1)}
+        if self._peak is not None:
+            found["mfu"] = rate * self._flops_per_token / (self._peak * self._ranks)
+        self._since, self._tokens, self._steps = now, 0, 0
+        return found
+
+
+class Reporter:
+    """Writes on rank 0; on other ranks every call does nothing.
+
+    Args:
+        run_dir: `metrics.jsonl` and `tensorboard/` lie here; what they hold from `start` on is superseded.
+        rank: of this process.
+        start: first step of this run.
+        steps: last step of the run.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, start: int, steps: int, tensorboard: bool) -> None:
+        self._active = rank == 0
+        self._writer: Any = None
+        if not self._active:
+            return
+        self._path = run_dir / "metrics.jsonl"
+        kept = []
+        if start and self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= start]
+        self._path.write_text("".join(line + "\n" for line in kept))
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False
+        )
+        self._steps = steps
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def advance(self) -> None:
+        """Count one step on the progress bar."""
+        if self._active:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self._active:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Report a training step: loss, grad_norm, lr, tokens_per_second, memory_bytes, eta_seconds, perhaps mfu."""
+        if not self._active:
+            return
+        minutes, seconds = divmod(int(values["eta_seconds"]), 60)
+        parts = [
+            f"step {step:>{len(str(self._steps))}}/{self._steps}",
+            f"loss {values['loss']:.4f}",
+            f"grad {values['grad_norm']:.3f}",
+            f"lr {values['lr']:.2e}",
+            f"{values['tokens_per_second']:,.0f} tok/s",
+            f"mem {values['memory_bytes'] / 2**30:.2f} GiB",
+            f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
+        ]
+        if "mfu" in values:
+            parts.insert(5, f"mfu {values['mfu']:.1%}")
+        self.say(" | ".join(parts))
+        self._record(step, "train", values)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Report an evaluation: loss, perplexity, bits_per_byte, tokens."""
+        self.say(
+            f"step {step} | validation loss {values['loss']:.4f} nats/token | perplexity {values['perplexity']:.3f} | "
+            f"{values['bits_per_byte']:.4f} bits/byte | {values['tokens']:,.0f} tokens"
+        )
+        if self._active:
+            self._record(step, "validation", values)
+
+    def sample(self, step: int, text: str) -> None:
+        """Report generated text."""
+        if not self._active:
+            return
+        self.say(f"step {step} | sample: {text!r}")
+        if self._writer is not None:
+            self._writer.add_text("sample", "    " + text.replace("\n", "\n    "), step)
+
+    def _record(self, step: int, part: str, values: dict[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "part": part, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{part}/{name}", value, step)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._active:
+            self._bar.close()
+            if self._writer is not None:
+                self._writer.close()

@@ -1,0 +1,83 @@
+"""A trained model on one device, from a run, a checkpoint of either engine, an export or a Hugging Face folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mega_scale.hub import open_folder
+from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.parallel import Values, fill, open_weights
+from mega_scale.training.checkpoint import find_checkpoint
+
+
+def describe_model(folder: Path, config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what a checkpoint needs beside weights to be a model again: its configuration and tokenizer."""
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def open_model(path: Path) -> tuple[MegaConfig, Mapping[str, Tensor], PreTrainedTokenizerBase]:
+    """Open a model without reading its weights.
+
+    Args:
+        path: an export or Hugging Face folder (it has config.json), a checkpoint, or a run folder (its newest checkpoint).
+
+    Returns:
+        Configuration; full CPU tensors by state-dict name, read when asked for; tokenizer.
+
+    Raises:
+        ValueError: the path is none of these, or the weights do not fit the configuration.
+    """
+    if (path / "config.json").is_file():
+        config, tensors = open_folder(path)
+        described = path
+    else:
+        folder = find_checkpoint(path)
+        described = folder / "model"
+        config, tensors = MegaConfig.from_pretrained(described), open_weights(folder / "engine")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(described)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{described} has no tokenizer ({' '.join(str(error).split())[:200]}): save one there") from None
+    return config, tensors, tokenizer
+
+
+def values_from(tensors: Mapping[str, Tensor]) -> Values:
+    """Values to fill a model with, from tensors by name."""
+
+    def value(name: str, owner: nn.Module, local_name: str) -> Tensor:
+        return tensors[name]
+
+    return value
+
+
+def load_model(
+    path: Path, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[MegaForCausalLM, PreTrainedTokenizerBase]:
+    """Load a model for inference on one device, one tensor at a time.
+
+    Args:
+        path: see `open_model`.
+        device: where it goes.
+        dtype: of the weights; those of the moving average stay fp32.
+
+    Returns:
+        The model in eval mode, and its tokenizer.
+
+    Raises:
+        ValueError: see `open_model`.
+    """
+    config, tensors, tokenizer = open_model(path)
+    with torch.device("meta"):
+        model = MegaForCausalLM(config)
+    full = values_from(tensors)
+
+    def value(name: str, owner: nn.Module, local_name: str) -> Tensor:
+        exact = any(part in name for part in MegaForCausalLM.fp32_modules)
+        return full(name, owner, local_name).to(torch.float32 if exact else dtype)
+
+    fill(model, value, lambda old, tensor: nn.Parameter(tensor.to(device)), device)
+    return model.eval(), tokenizer

@@ -1,0 +1,54 @@
+"""Text that a model continues, while it trains or afterwards."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate_text(
+    module: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_at_eos: bool = False,
+) -> str:
+    """Continue a text; collective when the model is sharded, and the same on all ranks.
+
+    Leaves the random state as it found it, so that training does not depend on samples.
+
+    Args:
+        module: a causal model with `generate()`.
+        tokenizer: of the model.
+        prompt: text to continue; empty begins a document.
+        max_new_tokens: tokens to generate.
+        seed: of the sampling.
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        top_p: share of probability to sample from.
+        stop_at_eos: whether an end-of-text token ends the text early.
+
+    Returns:
+        Prompt and continuation.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    device = next(module.parameters()).device
+    input_ids = torch.tensor([ids], device=device)
+    options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    was_training = module.training
+    module.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        output = module.generate(  # type: ignore[operator]
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id if stop_at_eos else None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **(options if temperature > 0 else {"do_sample": False}),
+        )
+    module.train(was_training)
+    return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -1,0 +1,161 @@
+"""Documents of every source are what was written, and the held-out part shares no text with the rest."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mega_scale.data import hub_reach
+from mega_scale.data.config import DataConfig
+from mega_scale.data.corpus import is_held_out, load_corpus, load_documents
+
+TEXTS = [f"document {i}: ünïcode 😀 {'x' * i}\nsecond line" for i in range(200)]
+
+
+def write(folder: Path, source: str) -> list[str]:
+    """Write TEXTS in one of the formats; the globs to read them by."""
+    if source == "text":
+        for i, text in enumerate(TEXTS):
+            (folder / f"{i:03}[x].txt").write_text(text, encoding="utf-8")
+        return [str(folder / "*.txt")]
+    if source == "json":
+        rows = [json.dumps({"text": text, "number": i}) for i, text in enumerate(TEXTS)]
+        (folder / "a.jsonl").write_text("\n".join(rows[:50]) + "\n", encoding="utf-8")
+        with gzip.open(folder / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.write("\n".join(rows[50:]) + "\n")
+        return [str(folder / "a.jsonl"), str(folder / "b.jsonl.gz")]
+    pq.write_table(pa.table({"text": TEXTS, "number": list(range(len(TEXTS)))}), folder / "a.parquet")
+    return [str(folder / "a.parquet")]
+
+
+def config_of(folder: Path, source: str, **keys) -> DataConfig:
+    return DataConfig(source=source, path=write(folder, source), cache_dir=str(folder / "cache"), **keys)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("source", ["text", "json", "parquet"])
+def test_documents_come_back_in_order_and_again(source, streaming, tmp_path):
+    config = config_of(tmp_path, source, streaming=streaming, shuffle=False, validation_documents=5)
+    documents = load_documents(config)
+    assert list(documents) == TEXTS
+    assert list(documents) == TEXTS
+    config.max_documents = 7
+    assert list(load_documents(config)) == TEXTS[:7]
+
+
+def test_a_hub_data_set_is_read_by_name_config_and_splits(tmp_path):
+    folder = tmp_path / "owner-name"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"body": f"the {split} text"}) + "\n")
+    keys = {"source": "hub", "hub_name": str(folder), "text_column": "body", "cache_dir": str(tmp_path / "cache")}
+    corpus = load_corpus(DataConfig(**keys, validation_split="test"))
+    assert list(corpus.train) == ["the train text"]
+    assert corpus.validation is not None and list(corpus.validation) == ["the test text"]
+    with pytest.raises(ValueError, match=r"data.hub_split='nowhere'.*cannot be loaded"):
+        load_corpus(DataConfig(**keys, hub_split="nowhere"))
+
+
+def test_held_out_part_is_disjoint_even_where_texts_repeat(tmp_path):
+    rows = [{"text": text} for text in TEXTS + TEXTS[::-1] + TEXTS[:30]]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    keys = {"source": "json", "path": [str(tmp_path / "a.jsonl")], "cache_dir": str(tmp_path / "cache")}
+    corpus = load_corpus(DataConfig(**keys, validation_fraction=0.2))
+    train, validation = list(corpus.train), list(corpus.validation or [])
+    assert not set(train) & set(validation)
+    assert sorted(train + validation) == sorted(row["text"] for row in rows)
+    assert 0.1 < len(validation) / len(rows) < 0.3
+    # Order and company do not matter: the text alone decides.
+    assert set(validation) == {text for text in TEXTS if is_held_out(text, 0.2)}
+    # A larger share holds out more, never other texts.
+    assert {text for text in TEXTS if is_held_out(text, 0.1)} < set(validation)
+
+
+def test_size_of_the_held_out_part_can_be_bounded_and_training_never_sees_the_rest(tmp_path):
+    config = config_of(tmp_path, "parquet", validation_fraction=0.3, validation_documents=4)
+    corpus = load_corpus(config)
+    held_out = [text for text in TEXTS if is_held_out(text, 0.3)]
+    assert list(corpus.validation or []) == held_out[:4]
+    assert not set(corpus.train) & set(held_out)
+
+
+def test_validation_text_of_its_own_or_none(tmp_path):
+    (tmp_path / "valid.txt").write_text("held out")
+    config = config_of(tmp_path, "text", validation_path=[str(tmp_path / "valid.txt")])
+    config.path = [str(tmp_path / "0*.txt")]
+    corpus = load_corpus(config)
+    assert list(corpus.train) == TEXTS[:100]
+    assert list(corpus.validation or []) == ["held out"]
+    assert load_corpus(config_of(tmp_path, "parquet", validation_fraction=0.0)).validation is None
+
+
+def test_empty_texts_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": " "}\n')
+    config = DataConfig(source="json", path=[str(tmp_path / "a.jsonl")], cache_dir=str(tmp_path / "cache"))
+    assert list(load_documents(config)) == ["one", " "]
+
+
+def test_changed_file_is_read_anew(tmp_path):
+    file = tmp_path / "a.txt"
+    config = DataConfig(source="text", path=[str(file)], cache_dir=str(tmp_path / "cache"))
+    file.write_text("before")
+    assert list(load_documents(config)) == ["before"]
+    file.write_text("after it")
+    assert list(load_documents(config)) == ["after it"]
+
+
+def test_digest_depends_on_texts_and_order(tmp_path):
+    def digest(*texts: str) -> str:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        config = DataConfig(source="json", path=[str(tmp_path / "a.jsonl")], cache_dir=str(tmp_path / "cache"))
+        return load_documents(config).digest()
+
+    assert digest("ab", "c") == digest("ab", "c")
+    assert len({digest("ab", "c"), digest("c", "ab"), digest("a", "bc"), digest("abc")}) == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "source", "keys", "named"),
+    [
+        ("a.jsonl", b'{"body": "x", "n": 1}\n', "json", {}, ["data.text_column='text'", "body, n"]),
+        ("a.jsonl", b'{"text": 5}\n', "json", {}, ["data.text_column='text'", "int, not text"]),
+        ("a.jsonl", b'{"text": "x"\n{"te', "json", {}, ["a.jsonl", "cannot be read", "JSON"]),
+        ("a.txt", b"\xff\xfe\x00", "text", {}, ["a.txt", "cannot be read", "utf-8"]),
+        ("a.parquet", b"no parquet", "parquet", {}, ["a.parquet", "cannot be read"]),
+    ],
+)
+def test_unreadable_sources_are_refused(name, content, source, keys, named, streaming, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    config = DataConfig(
+        source=source, path=[str(tmp_path / name)], cache_dir=str(tmp_path / "cache"), streaming=streaming, **keys
+    )
+    with pytest.raises(ValueError) as refusal:
+        list(load_documents(config))
+    for words in named:
+        assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(("answer", "named"), [("absent", "correct the name"), ("unreachable", "cannot be reached")])
+def test_hub_data_set_that_cannot_be_fetched_is_refused_at_once(answer, named, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("mega_scale.data.sources.look_up", lambda name, kind: answer)
+    with pytest.raises(ValueError, match=rf"data.hub_name='no/such'.*{named}"):
+        load_documents(DataConfig(source="hub", hub_name="no/such"))
+
+
+def test_hub_that_does_not_answer_is_unreachable(monkeypatch):
+    def refuse(*arguments, **keys):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(hub_reach.HfApi, "repo_info", refuse)
+    assert hub_reach.look_up("owner/name", "dataset") == "unreachable"
+
+
+def test_offline_hub_data_set_that_was_never_fetched_is_refused(tmp_path):
+    config = DataConfig(source="hub", hub_name="no/such", cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"data.hub_name='no/such'.*cannot be loaded"):
+        load_documents(config)

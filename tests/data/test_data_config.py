@@ -1,0 +1,75 @@
+"""DataConfig refuses what cannot work, by key, value and remedy."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from mega_scale.data.config import DataConfig, expand_paths
+
+
+def test_defaults_are_valid():
+    DataConfig().validate()
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"source": "csv"}, ["data.source='csv'", "python-stdlib, text, json, parquet, hub"]),
+        ({"source": "text"}, ["data.path=None", "files or globs"]),
+        ({"source": "text", "path": []}, ["data.path=[]"]),
+        ({"source": "text", "path": ["missing.txt"]}, ["data.path='missing.txt'", "no such file"]),
+        ({"source": "text", "path": ["a.txt", "*.md"]}, ["data.path='*.md'", "matches no file"]),
+        ({"source": "text", "path": ["."]}, ["data.path='.'", "folder"]),
+        ({"source": "text", "path": ["a.txt"], "validation_path": ["b.txt"]}, ["data.validation_path='b.txt'"]),
+        ({"source": "text", "path": ["a.txt"], "validation_path": []}, ["data.validation_path=[]"]),
+        ({"source": "text", "path": ["a.txt"], "hub_name": "x/y"}, ["data.hub_name='x/y'", "null"]),
+        ({"path": ["a.txt"]}, ["data.path=['a.txt']", "python-stdlib"]),
+        ({"validation_path": ["a.txt"]}, ["data.validation_path=['a.txt']"]),
+        ({"validation_split": "test"}, ["data.validation_split='test'", "hub"]),
+        ({"source": "hub"}, ["data.hub_name=None"]),
+        ({"source": "hub", "hub_name": "a/b/c"}, ["data.hub_name='a/b/c'"]),
+        ({"source": "hub", "hub_name": "a/b", "hub_split": ""}, ["data.hub_split=''"]),
+        ({"source": "hub", "hub_name": "a/b", "validation_split": "train"}, ["data.validation_split='train'"]),
+        ({"source": "json", "path": ["a.txt"], "text_column": ""}, ["data.text_column=''"]),
+        ({"validation_fraction": 1.0}, ["data.validation_fraction=1.0"]),
+        ({"validation_fraction": -0.1}, ["data.validation_fraction=-0.1"]),
+        ({"validation_fraction": float("nan")}, ["data.validation_fraction=nan"]),
+        ({"validation_documents": 0}, ["data.validation_documents=0"]),
+        ({"max_documents": 0}, ["data.max_documents=0"]),
+        ({"sequence_length": 1}, ["data.sequence_length=1", "at least 2"]),
+        ({"seed": -1}, ["data.seed=-1"]),
+        ({"streaming": True, "shuffle": False}, ["data.streaming=True", "python-stdlib"]),
+        ({"source": "text", "path": ["a.txt"], "streaming": True}, ["data.streaming=True", "data.shuffle=false"]),
+        (
+            {"source": "text", "path": ["a.txt"], "streaming": True, "shuffle": False},
+            ["data.validation_documents=None", "validation_fraction=0"],
+        ),
+        ({"tokenizer": "./nowhere"}, ["data.tokenizer='./nowhere'", "no such folder"]),
+        ({"tokenizer": "a/b/c"}, ["data.tokenizer='a/b/c'"]),
+        ({"cache_dir": "a.txt"}, ["data.cache_dir='a.txt'", "file"]),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(keys, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text")
+    with pytest.raises(ValueError) as refusal:
+        DataConfig(**keys).validate()
+    assert "\n" not in str(refusal.value)
+    for words in named:
+        assert words in str(refusal.value)
+
+
+def test_validation_reads_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff" * 10)  # reading it as UTF-8 would fail
+    started = time.perf_counter()
+    DataConfig(source="text", path=[str(tmp_path / "*.txt")], validation_path=[str(tmp_path / "a.txt")]).validate()
+    assert time.perf_counter() - started < 1
+
+
+def test_globs_are_sorted_and_every_file_is_named_once(tmp_path):
+    for name in ("b.txt", "a.txt", "c[1].txt", "sub/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = expand_paths([str(tmp_path / "c[1].txt"), str(tmp_path / "**" / "*.txt"), str(tmp_path / "a.txt")], "path")
+    assert [Path(file).relative_to(tmp_path).as_posix() for file in found] == ["c[1].txt", "a.txt", "b.txt", "sub/d.txt"]

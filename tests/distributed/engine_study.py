@@ -1,0 +1,216 @@
+"""What two ranks do with every engine; the tests look at what comes back."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import tiny_run
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mega_scale.parallel import Engine, ParallelConfig, World, parallelize, seeded_values
+
+# Nothing below the persistence threshold would be partitioned, and bugs of partitioning would not show.
+_PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+ENGINES: dict[str, dict[str, Any]] = {
+    **{f"fsdp-{stage}": {"engine": "fsdp", "zero_stage": stage} for stage in (1, 2, 3)},
+    **{f"zero-{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2)},
+    "zero-3": {"engine": "deepspeed", "zero_stage": 3, "ds_config": _PARTITION_ALL},
+}
+CUT = 3
+DROPOUT = {"dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "nffn_activation_dropout_prob": 0.1}
+WITH_DROPOUT = ("fsdp-3", "zero-3")
+
+
+def gathered(module: nn.Module) -> dict[str, Tensor]:
+    """Full tensors of the state dict, tied names included; collective."""
+    full: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, DTensor):
+            full[name] = parameter.full_tensor().detach().clone()
+        elif hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                full[name] = parameter.detach().clone()
+        else:
+            full[name] = parameter.detach().clone()
+    return full | {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def study(folder: Path) -> dict[str, dict[str, Any]]:
+    with World.start(ParallelConfig(timeout_s=120)) as world:
+        return {key: _study_engine(key, world, folder / key) for key in ENGINES}
+
+
+def _study_engine(key: str, world: World, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = _uninterrupted(key, world, folder)
+    found["resumed"] = _resumed(key, world, folder)
+    found["generating"] = _generating(key, world)
+    found["bf16"] = _bf16(key, world)
+    found["recomputed"] = _checkpointed(key, world, 2, {})
+    if key in WITH_DROPOUT:
+        found["dropout"] = [_checkpointed(key, world, every, DROPOUT) for every in (0, 1)]
+    return found | _materialised(key, world, folder)
+
+
+def _folder(path: Path, world: World) -> Path:
+    if world.rank == 0:
+        path.mkdir(parents=True)
+    world.barrier()
+    return path
+
+
+def _uninterrupted(key: str, world: World, folder: Path) -> dict[str, Any]:
+    engine = tiny_run.make_engine(world, ENGINES[key])
+    start = gathered(engine.module)
+    first = tiny_run.train(engine, world, range(CUT))
+    engine.save(_folder(folder / "cut", world))
+    at_cut = gathered(engine.module)
+    second = tiny_run.train(engine, world, range(CUT, tiny_run.STEPS))
+    engine.save(_folder(folder / "straight", world))
+    end = gathered(engine.module)
+    engine.close()
+    return {
+        "start": start,
+        "at_cut": at_cut,
+        "end": end,
+        "losses": first[0] + second[0],
+        "norms": first[1] + second[1],
+        "tied": engine.module.lm_head.weight is engine.module.mega.embedding_layer.word_embeddings.weight,
+        "linear_restored": nn.functional.linear.__module__ != "deepspeed.runtime.zero.linear",
+    }
+
+
+def _resumed(key: str, world: World, folder: Path) -> dict[str, Any]:
+    engine = tiny_run.make_engine(world, ENGINES[key])
+    # What ran before must leave no trace, gathered weights included.
+    with torch.no_grad():
+        engine.module(input_ids=torch.ones(1, 8, dtype=torch.int64))
+    engine.load(folder / "cut")
+    at_cut = gathered(engine.module)
+    losses, norms = tiny_run.train(engine, world, range(CUT, tiny_run.STEPS))
+    engine.save(_folder(folder / "resumed", world))
+    end = gathered(engine.module)
+    engine.close()
+    return {"at_cut": at_cut, "end": end, "losses": losses, "norms": norms}
+
+
+def _generating(key: str, world: World) -> dict[str, Any]:
+    """Evaluation and generation between steps."""
+    texts, evaluations = [], []
+
+    def between(engine: Engine) -> None:
+        inputs, labels, count = tiny_run.global_batch(50)
+        engine.module.eval()
+        with torch.no_grad():
+            evaluations.append(float(engine.forward(inputs, labels, count)))
+            direct = engine.module(input_ids=inputs, shift_labels=labels, num_items_in_batch=count, use_cache=False)
+            evaluations.append(float(direct.loss))
+            texts.append(engine.module.generate(inputs[:1, :5], max_new_tokens=14, do_sample=False, eos_token_id=None))
+        engine.module.train()
+
+    engine = tiny_run.make_engine(world, ENGINES[key])
+    losses, norms = tiny_run.train(engine, world, range(tiny_run.STEPS), between)
+    engine.close()
+    return {"losses": losses, "norms": norms, "texts": texts, "evaluations": evaluations}
+
+
+def _bf16(key: str, world: World) -> dict[str, Any]:
+    engine = tiny_run.make_engine(world, ENGINES[key], dtype="bf16")
+    seen: dict[str, Any] = {}
+    ema = engine.module.get_submodule("mega.layers.1.mega_layer.ema_gate")
+    linear = engine.module.get_submodule("mega.layers.1.nffn.fc1")
+
+    def look_at_ema(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.setdefault("ema", {name: tensor.detach().clone() for name, tensor in module.named_parameters()})
+
+    def look_at_linear(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.setdefault("linear", output.dtype)
+
+    hooks = [ema.register_forward_pre_hook(look_at_ema), linear.register_forward_hook(look_at_linear)]
+    losses, norms = tiny_run.train(engine, world, range(tiny_run.STEPS))
+    for hook in hooks:
+        hook.remove()
+    seen["masters"] = {tensor.dtype for tensor in gathered(engine.module).values()}
+    with torch.no_grad():
+        inputs, labels, count = tiny_run.global_batch(50)
+        seen["direct"] = engine.module(input_ids=inputs, use_cache=False).logits.dtype
+        seen["evaluation"] = float(engine.forward(inputs, labels, count))
+    engine.close()
+    return seen | {"losses": losses, "norms": norms}
+
+
+def _checkpointed(key: str, world: World, every: int, changes: dict[str, Any]) -> dict[str, Any]:
+    engine = tiny_run.make_engine(world, ENGINES[key] | {"activation_checkpoint": every}, **changes)
+    calls = [0, 0, 0]
+
+    def count(number: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[number] += 1
+
+        return hook
+
+    hooks = [engine.module.get_submodule(f"mega.layers.{i}.nffn.fc1").register_forward_hook(count(i)) for i in range(3)]
+    losses, norms = tiny_run.train(engine, world, range(2))
+    for hook in hooks:
+        hook.remove()
+    forwards = [number // (2 * tiny_run.ACCUMULATION) for number in calls]
+    end = gathered(engine.module)
+    engine.close()
+    return {"losses": losses, "norms": norms, "end": end, "forwards": forwards}
+
+
+def _refusals(engine: Engine, key: str, folder: Path) -> list[str]:
+    """Messages about the files of other engines and stages."""
+    family = {"fsdp-1": "fsdp", "fsdp-2": "fsdp", "fsdp-3": "fsdp", "zero-1": "zero-1 or 2", "zero-2": "zero-1 or 2"}
+    messages = []
+    for other in ("fsdp-1", "zero-0", "zero-1"):
+        written = (folder.parent / other).is_dir()
+        if written and family.get(other, other) != family.get(key, key):
+            try:
+                engine.load(folder.parent / other / "cut")
+            except ValueError as error:
+                messages.append(str(error))
+            else:
+                messages.append(f"{key} loaded {other}")
+    return messages
+
+
+def _materialised(key: str, world: World, folder: Path) -> dict[str, Any]:
+    """How many full values are alive at once, which share of the parameters stays here, what the engine refuses."""
+    config = tiny_run.tiny_config()
+    draw = seeded_values(config, tiny_run.SEED)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def values(name: str, owner: nn.Module, local_name: str) -> Tensor:
+        nonlocal most
+        value = draw(name, owner, local_name)
+        alive.append(weakref.ref(value))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return value
+
+    engine = parallelize(
+        tiny_run.meta_model(config),
+        values,
+        ParallelConfig(**ENGINES[key]),
+        dtype="fp32",
+        micro_batch_size=2,
+        accumulation=tiny_run.ACCUMULATION,
+        max_grad_norm=0.0,
+        build_optimizer=tiny_run.build_optimizer,
+        world=world,
+    )
+    local = total = 0
+    for parameter in engine.module.parameters():
+        if isinstance(parameter, DTensor):
+            local, total = local + parameter.to_local().numel(), total + parameter.numel()
+        elif hasattr(parameter, "ds_tensor"):
+            local, total = local + parameter.ds_tensor.numel(), total + parameter.ds_numel
+        else:
+            local, total = local + parameter.numel(), total + parameter.numel()
+    refusals = _refusals(engine, key, folder)
+    engine.close()
+    return {"full_values": most, "share": local / total, "refusals": refusals}

@@ -1,0 +1,192 @@
+"""Both engines in every stage at two ranks, against plain PyTorch in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+from engine_study import CUT, ENGINES, WITH_DROPOUT, study
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from mega_scale.parallel import ParallelConfig, World, open_weights, seeded_values
+from mega_scale.parallel.materialize import fill
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(study, 2, folder, folder, timeout_s=600)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[list[float], list[float], dict[str, Tensor]]:
+    return tiny_run.plain_run(tiny_run.tiny_config())
+
+
+@pytest.fixture(params=list(ENGINES))
+def key(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_starts_from_the_same_values_as_one_process(ranks, key):
+    config = tiny_run.tiny_config()
+    model = tiny_run.meta_model(config)
+    fill(model, seeded_values(config, tiny_run.SEED), lambda old, value: nn.Parameter(value), torch.device("cpu"))
+    for found in ranks:
+        assert_same(found[key]["start"], dict(model.state_dict()))
+        assert found[key]["tied"]
+
+
+def test_trains_as_one_process_does(ranks, plain, key):
+    losses, norms, weights = plain
+    for found in ranks:
+        assert found[key]["losses"] == pytest.approx(losses, rel=1e-5)
+        assert found[key]["norms"] == pytest.approx(norms, rel=1e-5)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[key]["end"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    assert min(norms) > tiny_run.MAX_GRAD_NORM  # clipping took part
+
+
+def test_resumes_bit_for_bit(ranks, folder, key):
+    for found in ranks:
+        straight, resumed = found[key], found[key]["resumed"]
+        assert_same(resumed["at_cut"], straight["at_cut"])
+        assert resumed["losses"] == straight["losses"][CUT:]
+        assert resumed["norms"] == straight["norms"][CUT:]
+        assert_same(resumed["end"], straight["end"])
+    assert_equal_files(folder / key / "resumed", folder / key / "straight")
+
+
+def assert_equal_files(found: Path, expected: Path) -> None:
+    """Everything that both engines wrote, optimizer state included."""
+    if (expected / ".metadata").exists():
+        for path in (found, expected):
+            dcp_to_torch_save(path, path / "whole.pt")
+    names = sorted(path.relative_to(expected) for path in expected.rglob("*.pt"))
+    assert names
+    assert names == sorted(path.relative_to(found) for path in found.rglob("*.pt"))
+    moments = 0
+    for name in names:
+        pairs = [torch.load(path / name, weights_only=False) for path in (found, expected)]
+        moments += assert_equal_trees(*pairs, str(name))
+    assert moments > 0
+
+
+def assert_equal_trees(found: Any, expected: Any, where: str) -> int:
+    """Compares tensors in nested containers; returns how many second moments there were."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        inside = sum(assert_equal_trees(found[key], expected[key], f"{where}.{key}") for key in expected)
+        return inside + ("exp_avg_sq" in expected)
+    if isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        return sum(assert_equal_trees(*pair, where) for pair in zip(found, expected, strict=True))
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected), where
+    return 0
+
+
+def test_generation_and_evaluation_between_steps_change_nothing(ranks, key):
+    for found in ranks:
+        busy = found[key]["generating"]
+        assert busy["losses"] == found[key]["losses"]
+        assert busy["norms"] == found[key]["norms"]
+        assert len(set(busy["evaluations"])) == tiny_run.STEPS  # called directly or not, and moving with the weights
+        assert all(text.shape == (1, 19) for text in busy["texts"])
+    assert all(torch.equal(*pair) for pair in zip(*(found[key]["generating"]["texts"] for found in ranks), strict=True))
+
+
+def test_bf16_is_near_fp32_and_keeps_the_ema_exact(ranks, key):
+    for found in ranks:
+        rounded = found[key]["bf16"]
+        assert rounded["losses"] == pytest.approx(found[key]["losses"], rel=1e-2)
+        assert rounded["norms"] == pytest.approx(found[key]["norms"], rel=3e-2)
+        assert rounded["losses"] != found[key]["losses"]
+        assert rounded["linear"] == rounded["direct"] == torch.bfloat16
+        assert rounded["masters"] == {torch.float32}
+        prefix = "mega.layers.1.mega_layer.ema_gate."
+        for name, seen in rounded["ema"].items():
+            assert seen.dtype == torch.float32
+            assert torch.equal(seen, found[key]["start"][prefix + name]), name
+
+
+def test_recomputed_activations_change_nothing(ranks, key):
+    for found in ranks:
+        run = found[key]["recomputed"]
+        assert run["losses"] == found[key]["losses"][:2]
+        assert run["norms"] == found[key]["norms"][:2]
+        # Of every second block among three, the one that is looked at is the only one.
+        assert run["forwards"] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("key", WITH_DROPOUT)
+def test_recomputed_activations_repeat_dropout(ranks, key):
+    for found in ranks:
+        kept, recomputed = found[key]["dropout"]
+        assert kept["losses"] != found[key]["losses"][:2]
+        assert recomputed["losses"] == kept["losses"]
+        assert recomputed["norms"] == kept["norms"]
+        assert_same(recomputed["end"], kept["end"])
+
+
+@pytest.mark.parametrize("saved", ["cut", "straight"])
+def test_opened_weights_are_the_gathered_ones(ranks, folder, key, saved):
+    weights = open_weights(folder / key / saved)
+    expected = ranks[0][key]["at_cut" if saved == "cut" else "end"]
+    assert_same(dict(weights), expected)
+    assert len(weights) == len(expected)
+    assert "lm_head.weight" in weights
+    assert "mega.layers.0.mega_layer.rel_pos_bias._float_tensor" in weights
+
+
+def test_refuses_files_of_another_layout(ranks, key):
+    for found in ranks:
+        assert found[key]["refusals"] or key in ("fsdp-1", "fsdp-2", "fsdp-3")
+        for message in found[key]["refusals"]:
+            assert "was not written" in message
+
+
+def test_materialises_one_tensor_at_a_time(ranks, key):
+    for found in ranks:
+        seen = found[key]
+        if key.startswith("fsdp") or key == "zero-3":
+            assert seen["full_values"] <= 2  # the one just drawn, and the one before that is being replaced
+            assert 0.4 < seen["share"] < 0.6
+        else:
+            assert seen["share"] == 1.0
+
+
+def test_deepspeed_leaves_no_patched_functions_behind(ranks, key):
+    assert all(found[key]["linear_restored"] for found in ranks)
+
+
+def alone() -> dict[str, tuple[list[float], list[float]]]:
+    found = {}
+    with World.start(ParallelConfig()) as world:
+        for key in ("fsdp-3", "zero-0", "zero-2", "zero-3"):
+            engine = tiny_run.make_engine(world, ENGINES[key])
+            found[key] = tiny_run.train(engine, world, range(tiny_run.STEPS))
+            engine.close()
+    return found
+
+
+def test_one_process_without_a_launcher(plain, tmp_path):
+    [found] = run_ranks(alone, 1, tmp_path, launched=False)
+    for losses, norms in found.values():
+        assert losses == pytest.approx(plain[0], rel=1e-5)
+        assert norms == pytest.approx(plain[1], rel=1e-5)

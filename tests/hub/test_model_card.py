@@ -1,0 +1,86 @@
+"""The model card: facts, honesty about 4.37.2, and a loading recipe that runs."""
+
+import re
+
+import pytest
+import yaml
+
+from mega_scale.hub import TrainingFacts, model_card, write_export
+
+FACTS = TrainingFacts(
+    name="stdlib-tiny",
+    step=1200,
+    tokens=9_830_400,
+    validation_loss=2.0,
+    bits_per_byte=2.8854,
+    data="python-stdlib, tokenizer byte, sequences of 512 tokens",
+    layout="deepspeed, ZeRO stage 3, 2 ranks",
+    run_config="train:\n  steps: 1200\n",
+    versions={"torch": "2.13.0", "transformers": "5.23.0"},
+)
+
+
+def test_card_tells_the_training_facts(make_config):
+    card = model_card(FACTS, make_config(), dtype="bf16")
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "text-generation"
+    for expected in (
+        "# stdlib-tiny",
+        "| steps | 1,200 |",
+        "| tokens seen | 9,830,400 |",
+        "| validation loss | 2.0000 nats/token (perplexity 7.39) |",
+        "| validation text | 2.8854 bits/byte |",
+        "| layout | deepspeed, ZeRO stage 3, 2 ranks |",
+        "| data | python-stdlib, tokenizer byte, sequences of 512 tokens |",
+        "```yaml\ntrain:\n  steps: 1200\n```",
+        "| torch | 2.13.0 |",
+        "| weights stored in | bf16; the moving average's parameters in fp32 |",
+    ):
+        assert expected in card
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_card_counts_each_parameter_once(make_model, tied):
+    model = make_model(tie_word_embeddings=tied)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"| parameters | {count:,} |" in model_card(FACTS, model.config)
+
+
+def test_card_says_what_transformers_4_lacks(make_config):
+    assert "also loads in transformers 4.37.2" in model_card(FACTS, make_config())
+    config = make_config(
+        scale_embeddings=True,
+        final_norm=True,
+        embedding_dropout_prob=0.1,
+        lm_head_bias=False,
+        normalization_type="rmsnorm",
+    )
+    card = model_card(FACTS, config)
+    assert "also loads in transformers 4.37.2" not in card
+    for key in (
+        "scale_embeddings=True",
+        "final_norm=True",
+        "embedding_dropout_prob=0.1",
+        "lm_head_bias=False",
+        "normalization_type='rmsnorm'",
+    ):
+        assert f"* `{key}`: " in card
+
+
+def test_card_without_known_losses_claims_none(make_config):
+    card = model_card(TrainingFacts(name="x", step=0, tokens=0), make_config())
+    assert "nats/token" not in card
+    assert "bits/byte" not in card
+    assert "| data | not recorded |" in card
+    assert "beyond measure" in model_card(TrainingFacts("x", 1, 1, validation_loss=1e4), make_config())
+
+
+def test_the_loading_recipe_runs(tmp_path, make_model, tokenizer, capsys):
+    model = make_model()
+    card = model_card(FACTS, model.config)
+    folder = write_export(tmp_path / "out", model.state_dict(), model.config, tokenizer, card)
+    recipe = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    assert '"path/to/this/folder"' in recipe
+    exec(recipe.replace("path/to/this/folder", str(folder)), {})
+    assert capsys.readouterr().out.startswith("def ")

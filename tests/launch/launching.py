@@ -1,0 +1,63 @@
+"""Real launchers on a small run: two CPU processes, real text, a minute at most."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = [
+    "model.hidden_size=32", "model.num_hidden_layers=2", "model.intermediate_size=48", "model.nffn_hidden_size=40",
+    "model.shared_representation_size=16", "model.ema_projection_size=4", "model.use_chunking=true",
+    "model.chunk_size=16", "model.normalization_type=layernorm", "model.dropout_prob=0.1",
+    "data.sequence_length=64", "train.global_batch_size=8", "train.micro_batch_size=2", "train.log_every=1",
+    "train.eval_every=0", "train.eval_batches=2", "train.sample_every=0", "train.sample_tokens=20",
+    "optimizer.lr=0.01", "schedule.warmup_steps=3", "checkpoint.every=0", "parallel.timeout_s=120",
+]  # fmt: skip
+
+
+def start(launcher, arguments, timeout=300):
+    """Run a command in its own process group, which is killed as a whole; returns (exit code, output)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
+    process = subprocess.Popen(
+        [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{launcher} did not end within {timeout} s:\n{output[-4000:]}")
+    return process.returncode, output
+
+
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "29611", "launch/pretrain.py"],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "29612", "launch/pretrain.py"],
+    # --multi_gpu is how accelerate starts several processes of one machine, GPUs or not.
+    "accelerate": [
+        "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "29613", "launch/pretrain.py",
+    ],
+    "python": ["python", "launch/pretrain.py"],
+}  # fmt: skip
+
+
+def pretrain(launcher, run_dir, *changes, timeout=300):
+    """Train the tiny run; returns its output, and fails unless it ends well."""
+    code, output = start(LAUNCHERS[launcher], [*TINY, f"run_dir={run_dir}", *changes], timeout)
+    assert code == 0, f"exit code {code}:\n{output[-6000:]}"
+    return output
+
+
+def metrics(run_dir, part="train"):
+    """Rows of metrics.jsonl, by step."""
+    rows = (json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row for row in rows if row["part"] == part}
+

@@ -1,0 +1,111 @@
+"""launch/benchmark.py: what it prints, what it refuses to time, and the peer in another interpreter."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+TINY = ["--batch", "1", "--length", "65", "--hidden", "4", "--states", "3", "--repeats", "3", "--warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("launched_benchmark", LAUNCH / "benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(LAUNCH / "benchmark.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+class Fixed:
+    """A contender with given results and durations."""
+
+    def __init__(self, name, results=None, durations=(), log=None):
+        self.name, self.given, self.durations, self.log = name, results, iter(durations), log
+
+    def results(self):
+        return self.given
+
+    def time(self):
+        if self.log is not None:
+            self.log.append(self.name)
+        return next(self.durations)
+
+
+def test_compares_our_implementations_without_a_peer(tmp_path):
+    done = run("ema", *TINY, "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["blocked", "fft"]
+    assert f"torch {torch.__version__}" in done.stdout
+    assert "not the residual, nor silu" in done.stdout
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {name: len(times) for name, times in report["milliseconds"].items()} == {"blocked": 3, "fft": 3}
+    assert max(report["largest_error"].values()) < 1e-4
+    assert report["sizes"] == {"batch": 1, "length": 65, "hidden": 4, "states": 3}
+
+
+def test_contenders_take_turns_and_warm_up_is_not_counted(benchmark):
+    log = []
+    contenders = [Fixed("a", durations=[90, 1, 2], log=log), Fixed("b", durations=[80, 3, 4], log=log)]
+    assert benchmark.interleave(contenders, repeats=2, warmup=1) == {"a": [1, 2], "b": [3, 4]}
+    assert log == ["a", "b"] * 3
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_what_is_not_correct_is_not_timed(benchmark, wrong):
+    truth = {"y": torch.tensor([1.0, -2.0]), "dx": torch.tensor([3.0])}
+    good = Fixed("good", {"y": torch.tensor([1.0, -2.0001]), "dx": torch.tensor([3.0])})
+    bad = Fixed("bad", {"y": torch.tensor([1.0, -2.0]), "dx": torch.tensor([3.0 * wrong])})
+    assert benchmark.largest_errors([good], truth)["good"] == pytest.approx(5e-5, rel=0.01)
+    with pytest.raises(ValueError, match=r"bad is not timed.*dx by"):
+        benchmark.largest_errors([good, bad], truth)
+
+
+def test_table_gives_medians_and_ratios(benchmark):
+    durations = {"ours": [1.0, 2.0, 9.0], "peer": [10.0, 11.0, 12.0]}
+    rows = benchmark.table(durations, {"ours": 1e-7, "peer": 2e-7}).splitlines()
+    assert rows[0] == "|  | median ms | min | max | times faster than peer | largest error |"
+    assert rows[2:] == [
+        "| ours | 2.000 | 1.000 | 9.000 | 5.50 | 1.0e-07 |",
+        "| peer | 11.000 | 10.000 | 12.000 | 1.00 | 2.0e-07 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peer-python", "/no/such/python"], "--peer-python /no/such/python cannot be started"),
+        (["--peer-python", sys.executable], "the peer ended with exit status 1: ModuleNotFoundError"),
+        (["--length", "0"], "0 must be at least 1"),
+    ],
+)
+def test_bad_arguments_end_with_one_clear_line(arguments, message):
+    done = run("ema", *TINY, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(
+    "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"
+)
+def test_the_peer_computes_the_same_and_is_timed(tmp_path):
+    peer = os.environ["MEGA_SCALE_PEER_PYTHON"]
+    done = run("ema", *TINY, "--peer-python", peer, "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert list(report["median_ms"]) == ["blocked", "fft", "transformers 4.37.2"]
+    assert report["largest_error"]["transformers 4.37.2"] < 1e-5
+    assert report["versions"]["peer's transformers"] == "4.37.2"

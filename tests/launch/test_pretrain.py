@@ -1,0 +1,181 @@
+"""launch/pretrain.py under every launcher: same losses, exact resume, and what comes out."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from launching import ROOT, metrics, pretrain, start
+
+from mega_scale.parallel import open_weights
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+
+NO_DROPOUT = [f"model.{name}=0" for name in (
+    "dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob", "nffn_activation_dropout_prob",
+)]  # fmt: skip
+
+
+def text(text_file):
+    return ["data.source=json", f"data.path={text_file}", "data.validation_fraction=0.2"]
+
+
+def losses(run_dir):
+    return [row["loss"] for row in metrics(run_dir).values()]
+
+
+def same_tensors(one, other, where=""):
+    """Every tensor in two nested structures is equal, bit for bit; returns how many there were."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+        return 1
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        return sum(same_tensors(one[key], other[key], f"{where}.{key}") for key in one)
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        return sum(same_tensors(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True)))
+    return 0
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, text_file):
+    """Twenty steps in one process."""
+    run_dir = tmp_path_factory.mktemp("alone")
+    pretrain("python", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=20", "parallel.engine=fsdp")
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "launcher,engine,stage",
+    [("deepspeed", "deepspeed", 3), ("torchrun", "fsdp", 3), ("accelerate", "fsdp", 2), ("python", "deepspeed", 1)],
+)
+def test_every_launcher_and_engine_gives_the_losses_of_one_process(tmp_path, text_file, alone, launcher, engine, stage):
+    pretrain(
+        launcher, tmp_path, *text(text_file), *NO_DROPOUT, "train.steps=20", f"parallel.engine={engine}",
+        f"parallel.zero_stage={stage}", "parallel.activation_checkpoint=1",
+    )  # fmt: skip
+    got, want = metrics(tmp_path), metrics(alone)
+    assert len(got) == 20
+    for step, row in want.items():
+        assert got[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), step
+        assert got[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4), step
+        assert got[step]["tokens"] == row["tokens"]
+    weights, reference = (open_weights(run / "checkpoints/step-00000020/engine") for run in (tmp_path, alone))
+    assert set(weights) == set(reference)
+    for name in reference:
+        torch.testing.assert_close(weights[name], reference[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("launcher,engine", [("deepspeed", "deepspeed"), ("torchrun", "fsdp")])
+def test_a_run_stopped_half_way_resumes_bit_for_bit(tmp_path, text_file, launcher, engine):
+    common = [*text(text_file), f"parallel.engine={engine}", "train.steps=60", "checkpoint.every=30", "train.sample_every=25"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    pretrain(launcher, whole, *common)
+    # The first half is what a run killed after step 30 leaves behind.
+    shutil.copytree(whole, halves, ignore=shutil.ignore_patterns("step-00000060", "tensorboard"))
+    output = pretrain(launcher, halves, *common, "--resume")
+    assert "from_step\": 30" in output
+    first, second = metrics(whole), metrics(halves)
+    assert list(second) == list(range(1, 61))
+    for step in range(31, 61):
+        for key in ("loss", "grad_norm", "lr", "tokens"):
+            assert second[step][key] == first[step][key], (step, key)
+    folders = [run / "checkpoints/step-00000060" for run in (whole, halves)]
+    states = [json.loads((folder / "trainer.json").read_text()) for folder in folders]
+    assert states[0] == states[1]
+    weights = [dict(open_weights(folder / "engine")) for folder in folders]
+    assert same_tensors(*weights) > 20
+    files = sorted(p.relative_to(folders[0]) for p in folders[0].glob("engine/**/*") if p.is_file())
+    optimizer = [file for file in files if file.suffix == ".distcp" or "optim_states" in file.name]
+    assert len(optimizer) == 2
+    for file in optimizer:
+        one, other = (folder / file for folder in folders)
+        if file.suffix == ".distcp":
+            assert one.read_bytes() == other.read_bytes()
+        else:
+            loaded = [torch.load(path, weights_only=False) for path in (one, other)]  # noqa: S301  written by this test
+            assert same_tensors(*loaded) > 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_file):
+    """A run with everything on, by the main command's launcher."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    output = pretrain(
+        "deepspeed", run_dir, *text(text_file), "train.steps=30", "checkpoint.every=10", "checkpoint.keep=2",
+        "train.eval_every=10", "train.sample_every=15", "train.micro_batch_size=4",
+    )  # fmt: skip
+    return run_dir, output
+
+
+def test_a_run_reports_and_leaves_what_it_should(trained):
+    run_dir, output = trained
+    assert output.count("validation loss") == 3 and output.count("sample:") == 2
+    assert "tok/s" in output and "eta" in output
+    assert [folder.name for folder in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000020", "step-00000030"]
+    rows = metrics(run_dir, "validation")
+    assert rows[30]["loss"] < rows[10]["loss"] < 6
+    assert rows[30]["bits_per_byte"] == pytest.approx(rows[30]["loss"] / 0.6931472, rel=0.02)  # bytes, and a few eos
+    assert list((run_dir / "tensorboard").glob("events*"))
+
+
+def test_the_saved_configuration_runs_again_as_it_is(trained, tmp_path):
+    run_dir, _ = trained
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert settings["train"]["steps"] == 30 and settings["run_dir"] == str(run_dir)
+    code, output = start(
+        ["python", "launch/pretrain.py"],
+        ["--config", str(run_dir / "config.yaml"), f"run_dir={tmp_path}", "train.steps=2", "train.eval_every=0"],
+    )
+    assert code == 0, output
+    assert losses(tmp_path)[0] == pytest.approx(losses(run_dir)[0], rel=0.01)  # dropout differs between one and two ranks
+
+
+def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_path):
+    run_dir, _ = trained
+    export = tmp_path / "export"
+    code, output = start(["python", "launch/export.py"], [str(run_dir), str(export)])
+    assert code == 0, output
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    weights = open_weights(run_dir / "checkpoints/step-00000030/engine")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert tokenizer.decode(tokenizer("def é\n", add_special_tokens=False)["input_ids"]) == "def é\n"
+
+    texts = []
+    for source in (run_dir, export):
+        code, output = start(
+            ["python", "launch/generate.py"], [str(source), "--prompt", "def ", "--max-new-tokens", "40"]
+        )
+        assert code == 0 and "def " in output, output
+        texts.append(output)
+    assert texts[0] == texts[1]
+
+    figures = []
+    for source in (run_dir, export):
+        code, output = start(["python", "launch/evaluate.py"], [str(source), str(ROOT / "README.md"), "--json"])
+        assert code == 0, output
+        figures.append(json.loads(output.splitlines()[-1]))
+    assert figures[0] == figures[1] and 2 < figures[0]["bits_per_byte"] < 8
+
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    again = ["--config", str(run_dir / "config.yaml"), f"init_from={export}", f"run_dir={tmp_path / 'again'}"]
+    code, output = start(["python", "launch/pretrain.py"], [*again, "train.steps=1", "optimizer.lr=1e-9",
+                                                            "schedule.warmup_steps=0"])  # fmt: skip
+    assert code == 0, output
+    last = metrics(run_dir, "validation")[settings["train"]["steps"]]["loss"]
+    assert metrics(tmp_path / "again", "validation")[1]["loss"] == pytest.approx(last, rel=1e-4)
+
+
+def test_bf16_trains_like_fp32(tmp_path, text_file, alone):
+    for engine in ("deepspeed", "fsdp"):
+        run_dir = tmp_path / engine
+        pretrain(
+            "python", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=20", f"parallel.engine={engine}",
+            "train.dtype=bf16",
+        )  # fmt: skip
+        assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-2)

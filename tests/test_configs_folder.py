@@ -1,0 +1,51 @@
+"""Every recipe in configs/ parses, can start on the machine that it names, and has the size that it names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mega_scale.config import load_config, model_config
+from mega_scale.data import load_tokenizer
+from mega_scale.model import MegaForCausalLM
+
+FOLDER = Path(__file__).parents[1] / "configs"
+
+# File, ranks of the machine named at its top, and millions of parameters, with or without the embedding.
+RECIPES = [
+    ("debug.yaml", 2, 0.667, True),
+    ("enwik8-39m.yaml", 8, 39, True),
+    ("wikitext103-252m.yaml", 24, 252, True),
+    ("megalodon-1.3b.yaml", 16, 1300, False),
+]
+
+
+def test_every_recipe_is_listed_here():
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(name for name, *_ in RECIPES)
+
+
+@pytest.mark.parametrize(("name", "ranks", "millions", "with_embedding"), RECIPES)
+def test_recipe_can_start_and_has_its_size(name, ranks, millions, with_embedding, tmp_path, monkeypatch):
+    config = load_config(FOLDER / name)
+    # Stand where the files that the recipe reads exist.
+    monkeypatch.chdir(tmp_path)
+    for path in [*(config.data.path or []), *(config.data.validation_path or [])]:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+    config.validate(world_size=ranks)
+    tokenizer = load_tokenizer("byte") if config.data.tokenizer == "byte" else None
+    shape = model_config(config.model, tokenizer)
+    with torch.device("meta"):
+        model = MegaForCausalLM(shape)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if not with_embedding:
+        count -= model.mega.embedding_layer.word_embeddings.weight.numel()
+    assert count / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in RECIPES])
+def test_recipe_says_its_machine_first(name):
+    top = (FOLDER / name).read_text(encoding="utf-8").partition("\nrun_dir:")[0]
+    assert all(line.startswith("#") or not line for line in top.splitlines())
+    assert "# Machine: " in top
+    assert load_config(FOLDER / name).run_dir == f"runs/{Path(name).stem}"

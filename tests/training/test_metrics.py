@@ -1,0 +1,95 @@
+"""What a run reports, and the figures that it reports."""
+
+import json
+
+import pytest
+import torch
+
+from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model.flops import training_flops_per_token
+from mega_scale.training.metrics import Reporter, Throughput, memory_bytes, peak_flops
+
+VALUES = {
+    "loss": 2.5, "grad_norm": 0.25, "lr": 1e-3, "memory_bytes": 2**30, "tokens": 100, "tokens_per_second": 1234.0,
+    "eta_seconds": 3725.0,
+}  # fmt: skip
+
+
+def test_a_step_is_one_line_with_all_its_figures(tmp_path, capsys):
+    reporter = Reporter(tmp_path, rank=0, start=0, steps=300, tensorboard=False)
+    reporter.step(30, VALUES)
+    reporter.step(40, {**VALUES, "mfu": 0.4})
+    reporter.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        "step  30/300 | loss 2.5000 | grad 0.250 | lr 1.00e-03 | 1,234 tok/s | mem 1.00 GiB | eta 1:02:05"
+    )
+    assert "mfu 40.0%" in second
+
+
+def test_other_ranks_say_nothing(tmp_path, capsys):
+    reporter = Reporter(tmp_path, rank=1, start=0, steps=3, tensorboard=True)
+    reporter.step(1, VALUES)
+    reporter.sample(1, "text")
+    reporter.evaluation(1, {"loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "tokens": 10})
+    reporter.advance()
+    reporter.close()
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_resuming_supersedes_what_was_written_after_the_checkpoint(tmp_path):
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        reporter = Reporter(tmp_path, rank=0, start=start, steps=4, tensorboard=False)
+        for step in steps:
+            reporter.step(step, {**VALUES, "loss": start + step})
+        reporter.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 2), (3, 5), (4, 6)]
+
+
+def test_tensorboard_holds_the_same_figures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reporter = Reporter(tmp_path, rank=0, start=0, steps=4, tensorboard=True)
+    reporter.step(2, VALUES)
+    reporter.evaluation(2, {"loss": 1.5, "perplexity": 4.5, "bits_per_byte": 2.2, "tokens": 10})
+    reporter.sample(2, "def f():\n    pass")
+    reporter.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("train/loss")[0].value == 2.5 and events.Scalars("validation/bits_per_byte")[0].step == 2
+    assert any("sample" in tag for tag in events.Tags()["tensors"])
+
+
+def test_throughput_leaves_out_pauses():
+    throughput = Throughput(flops_per_token=100, peak=1000.0, ranks=2)
+    throughput.skip(-9.0)  # as if nine seconds had passed
+    throughput.add(50)
+    throughput.add(50)
+    report = throughput.report(steps_left=4)
+    assert report["tokens_per_second"] == pytest.approx(100 / 9, rel=0.05)
+    assert report["eta_seconds"] == pytest.approx(18, rel=0.05)
+    assert report["mfu"] == pytest.approx(100 / 9 * 100 / 2000, rel=0.05)
+    throughput.add(7)
+    throughput.skip(-1.0)
+    assert throughput.report(0)["tokens_per_second"] == pytest.approx(7, rel=0.05)
+
+
+def test_device_figures():
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+    assert memory_bytes(torch.device("cpu")) > 10 * 2**20
+
+
+def test_flops_follow_the_matrix_products():
+    """Six operations per matrix weight and token, plus averages and attention."""
+    config = MegaConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=3, intermediate_size=96, nffn_hidden_size=80,
+        shared_representation_size=32, ema_projection_size=4, is_decoder=True, bidirectional=False, use_chunking=True,
+        chunk_size=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MegaForCausalLM(config)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    rest = 3 * 3 * (6 * 4 * 64 + 129 * (32 + 96))
+    assert training_flops_per_token(config, 1024) == 6 * weights + rest
+    shorter = training_flops_per_token(config, 64)
+    assert training_flops_per_token(config, 1024) - shorter == 3 * 3 * 64 * (32 + 96)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mega_scale.config import refuse
 from mega_scale.data import DataConfig, load_whole, validation_batches
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         refuse(error, quiet=rank != 0)
     with World.start(ParallelConfig(device=args.device)) as world:
-        found = evaluate(model.to(world.device), batches, dataset.tokens / dataset.bytes, world)
+        found = evaluate(nn.Module.to(model, world.device), batches, dataset.tokens / dataset.bytes, world)
         if world.rank == 0:
             print(
                 json.dumps(found._asdict())

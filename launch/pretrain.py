@@ -49,6 +49,10 @@ def prepare(config: RunConfig, rank: int, size: int) -> Prepared:
         ValueError: the run cannot start.
     """
     config.validate(size)
+    resumed = None
+    if config.resume is not None:
+        resumed = find_checkpoint(Path(config.run_dir if config.resume == "latest" else config.resume))
+        check_layout(read_state(resumed)["layout"], config.parallel, size)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = model_config(config.model, tokenizer)
     values = seeded_values(model, config.train.seed)
@@ -64,9 +68,7 @@ def prepare(config: RunConfig, rank: int, size: int) -> Prepared:
         seed=config.data.seed,
         shuffle=config.data.shuffle,
     )
-    resumed = None
-    if config.resume is not None:
-        resumed = find_checkpoint(Path(config.run_dir if config.resume == "latest" else config.resume))
+    if resumed is not None:
         loader.check(read_state(resumed)["data"])
     return Prepared(config, model, values, tokenizer, validation, loader, resumed)
 
@@ -120,10 +122,8 @@ def pretrain(prepared: Prepared, world: World) -> None:
     )
     engine.module.train()
     torch.manual_seed(train_config.seed + 1 + world.rank)  # dropout differs between ranks, initial weights do not
-    layout = describe(config.parallel, world)
     start, tokens = 0, 0
     if prepared.resumed is not None:
-        check_layout(read_state(prepared.resumed)["layout"], config.parallel, world)
         state = load_checkpoint(prepared.resumed, engine, world)
         start, tokens = state["step"], state["tokens"]
     if world.rank == 0:
@@ -160,7 +160,7 @@ def pretrain(prepared: Prepared, world: World) -> None:
         describe=describe_run,
         flops_per_token=training_flops_per_token(model, config.data.sequence_length),
         peak_flops=peak_flops(world.device, train_config.dtype),
-        facts={"layout": layout},
+        facts={"layout": describe(config.parallel, world.size)},
     )
     try:
         train(run, train_config, config.checkpoint, start, tokens)
@@ -175,7 +175,7 @@ def announce(prepared: Prepared, world: World, start: int) -> None:
         parameters = sum(p.numel() for p in MegaForCausalLM(prepared.model).parameters())
     facts: dict[str, Any] = {
         "parameters": parameters,
-        **describe(config.parallel, world),
+        **describe(config.parallel, world.size),
         "device": str(world.device),
         "dtype": config.train.dtype,
         "training_tokens": prepared.loader.dataset.tokens,

@@ -197,7 +197,8 @@ def _validation_batch(dataset: PackedDataset, indices: np.ndarray, whole: int, l
 
 def _batch(rows: np.ndarray) -> dict[str, Tensor]:
     tokens = torch.from_numpy(rows)
-    return {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+    # Copies even of a single row, whose two halves would else share their memory.
+    return {"input_ids": tokens[:, :-1].clone(), "shift_labels": tokens[:, 1:].clone()}
 
 
 def _require_rank(micro_batch_size: int, rank: int, world_size: int) -> None:

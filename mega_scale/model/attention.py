@@ -102,8 +102,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
             return_weights: whether to return attention weights.
 
         Returns:
-            (B, L, D); weights (B, K, C, C), or (B, 1, L, position + L) while one chunk holds everything, or none; state or
-            none.
+            (B, L, D); weights, (B, K, C, C) or (B, 1, L, position + L) while one chunk holds everything, or none; state
+            or none.
         """
         length = x.shape[1]
         new_mask = None if mask is None else mask[:, -length:]

@@ -65,7 +65,8 @@ class MegaCacheLayer(CacheLayerMixin):
 
     def _each(self, function: Any) -> None:
         if self.state is not None:
-            self.state = LayerState(*(function(t) for t in self.state[:3]), self.state.position)
+            ema, keys, values, position = self.state
+            self.state = LayerState(function(ema), function(keys), function(values), position)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows `beam_idx` (B,), as beam search does after each step."""
@@ -84,7 +85,8 @@ class MegaCache(Cache):
     """One `LayerState` per block; pass it back as `past_key_values` to go on where the last call ended."""
 
     def __init__(self, num_hidden_layers: int) -> None:
-        super().__init__(layers=[MegaCacheLayer() for _ in range(num_hidden_layers)])
+        self.states = [MegaCacheLayer() for _ in range(num_hidden_layers)]
+        super().__init__(layers=[*self.states])
 
     @property
     def is_compileable(self) -> bool:
@@ -94,13 +96,11 @@ class MegaCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        states = (layer.state for layer in self.layers if layer.state is not None)
+        states = (layer.state for layer in self.states if layer.state is not None)
         return sum(tensor.nbytes for state in states for tensor in state[:3])
 
 
-def remember(
-    state: LayerState | None, ema: Tensor, keys: Tensor, values: Tensor, chunk: int | None
-) -> LayerState:
+def remember(state: LayerState | None, ema: Tensor, keys: Tensor, values: Tensor, chunk: int | None) -> LayerState:
     """The state after the tokens whose keys (B, L, Z) and values (B, L, E) follow those of `state`.
 
     Args:

@@ -209,7 +209,8 @@ class MegaConfig(PreTrainedConfig):
         """Refuse combinations that a configuration may pass through while it is edited, but no model can have."""
         if self.is_decoder and self.bidirectional:
             raise ValueError(
-                "is_decoder=True with bidirectional=True would let every position see the future: set bidirectional=False"
+                "is_decoder=True with bidirectional=True would let every position see the future: "
+                "set bidirectional=False"
             )
         if self.add_cross_attention and not self.is_decoder:
             raise ValueError("add_cross_attention=True needs a decoder: set is_decoder=True and bidirectional=False")

@@ -46,7 +46,5 @@ class MegaMultiDimensionDampedEma(nn.Module):
             self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix
         )
         inputs = x if mask is None else x * mask[..., None]
-        y, state = damped_ema(
-            inputs, coefficients, state, bidirectional=self.bidirectional, truncation=self.truncation
-        )
+        y, state = damped_ema(inputs, coefficients, state, bidirectional=self.bidirectional, truncation=self.truncation)
         return F.silu(y + self.residual_weight * x).to(x.dtype), state

@@ -25,7 +25,7 @@ class MegaEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, token_type_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Embed input_ids (B, L), or take inputs_embeds (B, L, D) in place of word embeddings; token types default to 0."""
+        """Embed input_ids (B, L), or take inputs_embeds (B, L, D) in their place; token types default to 0."""
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if self.scale != 1.0:
             x = x * self.scale

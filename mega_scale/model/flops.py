@@ -1,6 +1,7 @@
 """Floating-point operations of a causal Mega model, as the algorithm needs them.
 
-Legend: D hidden size, N averages, Z width of queries and keys, E width of values, F feed-forward width, C chunk, V vocabulary.
+Legend: D hidden size, N averages, Z width of queries and keys, E width of values, F feed-forward width, C chunk,
+V vocabulary.
 """
 
 from mega_scale.model.configuration_mega import MegaConfig

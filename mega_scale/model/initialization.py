@@ -27,7 +27,7 @@ def initial_tensor(
     Returns:
         The full tensor on the CPU, fp32 (integers keep their dtype); none when the module is not one of Mega's.
     """
-    tensor = module._parameters.get(name)
+    tensor: Tensor | None = module._parameters.get(name)
     if tensor is None:
         tensor = module._buffers[name]
     if tensor is None:

@@ -88,9 +88,9 @@ class MegaModel(MegaPreTrainedModel):
         """The word embeddings."""
         return self.embedding_layer.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the word embeddings."""
-        self.embedding_layer.word_embeddings = value
+        self.embedding_layer.add_module("word_embeddings", value)
 
     @can_return_tuple
     def forward(
@@ -133,10 +133,10 @@ class MegaModel(MegaPreTrainedModel):
         x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
         hidden_states, attentions = [x], []
         for i, block in enumerate(self.layers):
-            state = None if cache is None else cache.layers[i].state
+            state = None if cache is None else cache.states[i].state
             x, weights, state = block(x, mask, state, cache is not None, output_attentions)
             if cache is not None:
-                cache.layers[i].state = state
+                cache.states[i].state = state
             hidden_states.append(x)
             attentions.append(weights)
         if self.final_norm is not None:
@@ -155,7 +155,7 @@ class MegaModel(MegaPreTrainedModel):
             raise ValueError(f"past_key_values is a {type(past).__name__}: Mega needs a mega_scale.MegaCache, or none")
         if use_cache or past is not None:
             if not config.is_decoder:
-                raise ValueError("a cache needs a decoder: set is_decoder=True and bidirectional=False, or use_cache=False")
+                raise ValueError("a cache needs is_decoder=True and bidirectional=False: set them, or use_cache=False")
             if config.truncation is not None:
                 raise ValueError(
                     f"truncation={config.truncation} leaves the moving average without a finite state to cache: "

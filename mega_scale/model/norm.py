@@ -12,6 +12,8 @@ _EPSILON = 1e-5
 class MegaScaleNorm(nn.Module):
     """`g x / rms(x)` with one learned scalar g (arXiv 1910.05895)."""
 
+    scalar: nn.Parameter | None
+
     def __init__(self, eps: float = _EPSILON, affine: bool = True) -> None:
         super().__init__()
         self.eps = eps
@@ -23,7 +25,9 @@ class MegaScaleNorm(nn.Module):
 
 
 class MegaRMSNorm(nn.Module):
-    """`g x / rms(x)` with a learned g per channel (arXiv 1910.07467). In 4.37.2 this class returns its input unnormalised."""
+    """`g x / rms(x)` with a learned g per channel (arXiv 1910.07467). In 4.37.2 it returns its input unnormalised."""
+
+    weight: nn.Parameter | None
 
     def __init__(self, channels: int, eps: float = _EPSILON, affine: bool = True) -> None:
         super().__init__()

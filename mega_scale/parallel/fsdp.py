@@ -76,6 +76,7 @@ class FsdpEngine:
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """Clip, step, forget gradients, see `Engine.step`."""
+        self._drop_gathered()
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if isinstance(norm, DTensor):
@@ -90,6 +91,7 @@ class FsdpEngine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's shards, see `Engine.save`."""
+        self._drop_gathered()
         dcp.save(self._state(), checkpoint_id=folder)
         if self._world.rank == 0:
             write_ties(self.module, folder)
@@ -101,8 +103,8 @@ class FsdpEngine:
             raise ValueError(
                 f"{folder} was not written by the fsdp engine: set parallel.engine to the engine that wrote it"
             )
-        self._allocate_optimizer_state()
         self._drop_gathered()
+        self._allocate_optimizer_state()
         dcp.load(self._state(), checkpoint_id=folder)
 
     def close(self) -> None:
@@ -129,7 +131,7 @@ class FsdpEngine:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _drop_gathered(self) -> None:
-        """Free weights that a forward without backward left gathered: they would hide the loaded ones."""
+        """Free weights that a forward without backward left gathered: they stand in for the sharded ones until then."""
         for unit in self.module.modules():
             if isinstance(unit, FSDPModule):
                 unit.reshard()

@@ -1,9 +1,9 @@
 """Checkpoints of a run: one folder a step, complete once it bears its name.
 
 A folder `run_dir/checkpoints/step-00000030` holds `engine/` (weights and optimizer, written by every rank),
-`rng-00000.safetensors` and so on (random state of each rank), `config.yaml` (the run), `model/` (the model's configuration
-and tokenizer) and `trainer.json` (step, tokens, position in the data, layout). It is written under another name, and
-renamed when every rank has finished.
+`rng-00000.safetensors` and so on (random state of each rank), `config.yaml` (the run), `model/` (the model's
+configuration and tokenizer) and `trainer.json` (step, tokens, position in the data, layout). It is written under
+another name, and renamed when every rank has finished.
 """
 
 import json

@@ -99,9 +99,7 @@ def train(run: Run, config: TrainConfig, checkpoints: CheckpointConfig, start: i
             reporter.sample(step, run.sample(step))
         if _due(step, checkpoints.every) or step == config.steps:
             state = _state(run, step, tokens, evaluation)
-            folder = save_checkpoint(
-                run.run_dir, step, run.engine, run.world, state, run.describe, checkpoints.keep
-            )
+            folder = save_checkpoint(run.run_dir, step, run.engine, run.world, state, run.describe, checkpoints.keep)
             reporter.say(f"step {step} | saved {folder}")
         throughput.skip(time.perf_counter() - paused)
     reporter.close()
@@ -123,8 +121,8 @@ def _step(run: Run, step: int, lr: float) -> tuple[float, float, int]:
     total = float(run.world.sum(loss))
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(
-            f"step {step} has loss {total} and gradient norm {norm}: lower optimizer.lr, or look at the rows of that step; "
-            f"resume from the last checkpoint in {run.run_dir / 'checkpoints'}"
+            f"step {step} has loss {total} and gradient norm {norm}: lower optimizer.lr, or look at the rows of that "
+            f"step; resume from the last checkpoint in {run.run_dir / 'checkpoints'}"
         )
     return total, norm, seen
 

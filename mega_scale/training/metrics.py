@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
@@ -92,8 +93,6 @@ class Reporter:
         )
         self._steps = steps
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
             self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
 
     def advance(self) -> None:

@@ -23,7 +23,7 @@ def open_model(path: Path) -> tuple[MegaConfig, Mapping[str, Tensor], PreTrained
     """Open a model without reading its weights.
 
     Args:
-        path: an export or Hugging Face folder (it has config.json), a checkpoint, or a run folder (its newest checkpoint).
+        path: an export or Hugging Face folder (it has config.json), a checkpoint, or a run folder (its newest one).
 
     Returns:
         Configuration; full CPU tensors by state-dict name, read when asked for; tokenizer.
@@ -31,6 +31,7 @@ def open_model(path: Path) -> tuple[MegaConfig, Mapping[str, Tensor], PreTrained
     Raises:
         ValueError: the path is none of these, or the weights do not fit the configuration.
     """
+    tensors: Mapping[str, Tensor]
     if (path / "config.json").is_file():
         config, tensors = open_folder(path)
         described = path
@@ -41,7 +42,8 @@ def open_model(path: Path) -> tuple[MegaConfig, Mapping[str, Tensor], PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(described)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{described} has no tokenizer ({' '.join(str(error).split())[:200]}): save one there") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{described} has no tokenizer ({reason}): save one there") from None
     return config, tensors, tokenizer
 
 

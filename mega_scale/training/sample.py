@@ -51,4 +51,4 @@ def generate_text(
             **(options if temperature > 0 else {"do_sample": False}),
         )
     module.train(was_training)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

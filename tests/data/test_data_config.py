@@ -72,4 +72,9 @@ def test_globs_are_sorted_and_every_file_is_named_once(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     found = expand_paths([str(tmp_path / "c[1].txt"), str(tmp_path / "**" / "*.txt"), str(tmp_path / "a.txt")], "path")
-    assert [Path(file).relative_to(tmp_path).as_posix() for file in found] == ["c[1].txt", "a.txt", "b.txt", "sub/d.txt"]
+    assert [Path(file).relative_to(tmp_path).as_posix() for file in found] == [
+        "c[1].txt",
+        "a.txt",
+        "b.txt",
+        "sub/d.txt",
+    ]

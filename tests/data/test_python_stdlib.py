@@ -6,11 +6,16 @@ import sys
 import textwrap
 import tokenize
 
+from mega_scale.data import python_stdlib
 from mega_scale.data.config import DataConfig
 from mega_scale.data.corpus import load_corpus
 from mega_scale.data.python_stdlib import stdlib_documents
 
-DIGEST = "import hashlib; print(hashlib.sha256('\\0'.join(stdlib_documents()).encode()).hexdigest())"
+DIGEST = """
+import hashlib, runpy, sys
+documents = runpy.run_path(sys.argv[1])["stdlib_documents"]()
+print(hashlib.sha256("\\0".join(documents).encode()).hexdigest())
+"""
 
 
 def test_sources_and_built_in_documentation_are_there():
@@ -24,7 +29,7 @@ def test_sources_and_built_in_documentation_are_there():
 
 
 def test_every_process_sees_the_same():
-    command = [sys.executable, "-c", f"from mega_scale.data.python_stdlib import stdlib_documents; {DIGEST}"]
+    command = [sys.executable, "-c", DIGEST, python_stdlib.__file__]
     found = {
         subprocess.run(command, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
         for seed in ("1", "2")

@@ -62,10 +62,17 @@ def _folder(path: Path, world: World) -> Path:
     return path
 
 
+def _evaluate(engine: Engine) -> None:
+    """A forward without backward, after which an engine may hold gathered weights."""
+    with torch.no_grad():
+        engine.module(input_ids=torch.ones(1, 8, dtype=torch.int64), use_cache=False)
+
+
 def _uninterrupted(key: str, world: World, folder: Path) -> dict[str, Any]:
     engine = tiny_run.make_engine(world, ENGINES[key])
     start = gathered(engine.module)
     first = tiny_run.train(engine, world, range(CUT))
+    _evaluate(engine)
     engine.save(_folder(folder / "cut", world))
     at_cut = gathered(engine.module)
     second = tiny_run.train(engine, world, range(CUT, tiny_run.STEPS))
@@ -85,9 +92,7 @@ def _uninterrupted(key: str, world: World, folder: Path) -> dict[str, Any]:
 
 def _resumed(key: str, world: World, folder: Path) -> dict[str, Any]:
     engine = tiny_run.make_engine(world, ENGINES[key])
-    # What ran before must leave no trace, gathered weights included.
-    with torch.no_grad():
-        engine.module(input_ids=torch.ones(1, 8, dtype=torch.int64))
+    _evaluate(engine)
     engine.load(folder / "cut")
     at_cut = gathered(engine.module)
     losses, norms = tiny_run.train(engine, world, range(CUT, tiny_run.STEPS))
@@ -188,7 +193,8 @@ def _materialised(key: str, world: World, folder: Path) -> dict[str, Any]:
     def values(name: str, owner: nn.Module, local_name: str) -> Tensor:
         nonlocal most
         value = draw(name, owner, local_name)
-        alive.append(weakref.ref(value))
+        if local_name in owner._parameters:
+            alive.append(weakref.ref(value))
         most = max(most, sum(reference() is not None for reference in alive))
         return value
 

@@ -60,4 +60,3 @@ def metrics(run_dir, part="train"):
     """Rows of metrics.jsonl, by step."""
     rows = (json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row for row in rows if row["part"] == part}
-

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from launching import ROOT, metrics, pretrain, start
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mega_scale.parallel import open_weights
 
@@ -70,13 +71,14 @@ def test_every_launcher_and_engine_gives_the_losses_of_one_process(tmp_path, tex
 
 @pytest.mark.parametrize("launcher,engine", [("deepspeed", "deepspeed"), ("torchrun", "fsdp")])
 def test_a_run_stopped_half_way_resumes_bit_for_bit(tmp_path, text_file, launcher, engine):
-    common = [*text(text_file), f"parallel.engine={engine}", "train.steps=60", "checkpoint.every=30", "train.sample_every=25"]
+    common = [*text(text_file), f"parallel.engine={engine}", "train.steps=60", "checkpoint.every=30"]
+    common += ["train.sample_every=25"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     pretrain(launcher, whole, *common)
     # The first half is what a run killed after step 30 leaves behind.
     shutil.copytree(whole, halves, ignore=shutil.ignore_patterns("step-00000060", "tensorboard"))
     output = pretrain(launcher, halves, *common, "--resume")
-    assert "from_step\": 30" in output
+    assert 'from_step": 30' in output
     first, second = metrics(whole), metrics(halves)
     assert list(second) == list(range(1, 61))
     for step in range(31, 61):
@@ -95,7 +97,7 @@ def test_a_run_stopped_half_way_resumes_bit_for_bit(tmp_path, text_file, launche
         if file.suffix == ".distcp":
             assert one.read_bytes() == other.read_bytes()
         else:
-            loaded = [torch.load(path, weights_only=False) for path in (one, other)]  # noqa: S301  written by this test
+            loaded = [torch.load(path, weights_only=False) for path in (one, other)]  # written by this test
             assert same_tensors(*loaded) > 2
 
 
@@ -130,7 +132,8 @@ def test_the_saved_configuration_runs_again_as_it_is(trained, tmp_path):
         ["--config", str(run_dir / "config.yaml"), f"run_dir={tmp_path}", "train.steps=2", "train.eval_every=0"],
     )
     assert code == 0, output
-    assert losses(tmp_path)[0] == pytest.approx(losses(run_dir)[0], rel=0.01)  # dropout differs between one and two ranks
+    # Dropout differs between one and two ranks.
+    assert losses(tmp_path)[0] == pytest.approx(losses(run_dir)[0], rel=0.01)
 
 
 def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_path):
@@ -138,8 +141,6 @@ def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_p
     export = tmp_path / "export"
     code, output = start(["python", "launch/export.py"], [str(run_dir), str(export)])
     assert code == 0, output
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
     weights = open_weights(run_dir / "checkpoints/step-00000030/engine")
     for name, tensor in model.state_dict().items():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.big_modeling import _refuse_recurrent_layers_under_sequence_parallelism
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import mega_scale
@@ -120,7 +121,7 @@ def test_impossible_calls_are_refused():
     simple = make_model(relative_positional_bias="simple", use_chunking=False, max_positions=8)
     truncated = make_model(truncation=4)
     for call, words in (
-        (lambda: model(), "exactly one"),
+        (model, "exactly one"),
         (lambda: model(ids, attention_mask=mask), "padded on the right"),
         (lambda: encoder(ids, use_cache=True), "decoder"),
         (lambda: truncated(ids, use_cache=True), "truncation=4"),
@@ -215,7 +216,10 @@ def test_shifted_labels_and_a_global_count_add_up():
     whole = model(ids, labels=labels).loss
     shifted = torch.cat([labels[:, 1:], labels.new_full((4, 1), -100)], 1)
     count = int((shifted != -100).sum())
-    parts = [model(i, shift_labels=s, num_items_in_batch=count).loss for i, s in zip(ids.split(2), shifted.split(2))]
+    parts = [
+        model(i, shift_labels=s, num_items_in_batch=count).loss
+        for i, s in zip(ids.split(2), shifted.split(2), strict=True)
+    ]
     torch.testing.assert_close(sum(parts), whole)
     assert model(ids, shift_labels=torch.full_like(ids, -100), num_items_in_batch=count).loss == 0
 
@@ -223,9 +227,10 @@ def test_shifted_labels_and_a_global_count_add_up():
 def test_keys_beyond_4_37_2():
     plain, ids = make_model(), make_ids(1, 9)
     scaled = make_model(scale_embeddings=True)
-    assert scaled.mega(ids, output_hidden_states=True).hidden_states[0].std() > 3 * plain.mega(
-        ids, output_hidden_states=True
-    ).hidden_states[0].std()
+    assert (
+        scaled.mega(ids, output_hidden_states=True).hidden_states[0].std()
+        > 3 * plain.mega(ids, output_hidden_states=True).hidden_states[0].std()
+    )
     normed = make_model(final_norm=True, normalization_type="layernorm").mega(ids).last_hidden_state
     torch.testing.assert_close(normed.mean(-1), torch.zeros(1, 9), atol=1e-5, rtol=0)
     assert make_model(lm_head_bias=False).lm_head.bias is None
@@ -264,8 +269,6 @@ def test_no_hidden_state_survives_a_forward():
 
 
 def test_layers_are_declared_recurrent():
-    from accelerate.big_modeling import _refuse_recurrent_layers_under_sequence_parallelism
-
     assert make_config().layer_types == ["linear_attention"] * 2
     with pytest.raises(ValueError, match="linear_attention"):
         _refuse_recurrent_layers_under_sequence_parallelism(make_model())

@@ -8,9 +8,10 @@ from mega_scale.ops.ema import EmaCoefficients, damped_ema
 LENGTHS = (1, 2, 63, 64, 65, 500)
 
 
-def make_case(length, bidirectional=False, with_state=True, batch=2, channels=6, averages=4, seed=0, dtype=torch.float32):
+def make_case(length, bidirectional=False, with_state=True, batch=2, dtype=torch.float32):
     """Leaf tensors of one problem: x, the four HF-shaped parameters and a state."""
-    generator = torch.Generator().manual_seed(seed + length)
+    channels, averages = 6, 4
+    generator = torch.Generator().manual_seed(length)
     rows = channels * (2 if bidirectional else 1)
 
     def normal(*shape):
@@ -28,10 +29,17 @@ def make_case(length, bidirectional=False, with_state=True, batch=2, channels=6,
     return leaves
 
 
+PARAMETERS = ("damping", "decay", "expansion", "projection")
+
+
+def coefficients_of(leaves):
+    return EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
+
+
 def run(leaves, impl, resets=None, bidirectional=False, truncation=None):
     """y, the final state, and the gradients of a fixed random function of both."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    coefficients = coefficients_of(leaves)
     y, state = damped_ema(
         leaves["x"], coefficients, leaves.get("state"), resets,
         bidirectional=bidirectional, truncation=truncation, impl=impl,
@@ -75,9 +83,7 @@ def test_matches_the_recurrence(length, impl, bidirectional):
 def test_blocked_resets_match_the_recurrence(length, bidirectional):
     leaves = make_case(length, bidirectional, batch=3)
     resets = make_resets(3, length)
-    assert_same(
-        run(leaves, "blocked", resets, bidirectional), run(leaves, "recurrent", resets, bidirectional)
-    )
+    assert_same(run(leaves, "blocked", resets, bidirectional), run(leaves, "recurrent", resets, bidirectional))
 
 
 @pytest.mark.slow
@@ -85,9 +91,7 @@ def test_blocked_resets_match_the_recurrence(length, bidirectional):
 def test_blocked_matches_the_recurrence_over_4096_tokens(bidirectional):
     leaves = make_case(4096, bidirectional)
     for resets in (None, make_resets(2, 4096)):
-        assert_same(
-            run(leaves, "blocked", resets, bidirectional), run(leaves, "recurrent", resets, bidirectional)
-        )
+        assert_same(run(leaves, "blocked", resets, bidirectional), run(leaves, "recurrent", resets, bidirectional))
 
 
 def test_blocked_is_exact_in_double_precision():
@@ -99,7 +103,7 @@ def test_blocked_is_exact_in_double_precision():
 @pytest.mark.parametrize("impl", ["recurrent", "fft", "blocked"])
 def test_state_carries_a_sequence_cut_anywhere(impl):
     leaves = {name: leaf.detach() for name, leaf in make_case(150).items()}
-    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    coefficients = coefficients_of(leaves)
     whole, end = damped_ema(leaves["x"], coefficients, leaves["state"], impl=impl)
     pieces, state = [], leaves["state"]
     for piece in leaves["x"].split([1, 63, 64, 2, 20], dim=1):
@@ -113,7 +117,7 @@ def test_state_carries_a_sequence_cut_anywhere(impl):
 def test_documents_do_not_reach_each_other(bidirectional):
     """NaN in one document leaves the others untouched: kept apart, not merely subtracted."""
     leaves = {name: leaf.detach() for name, leaf in make_case(200, bidirectional, with_state=False).items()}
-    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    coefficients = coefficients_of(leaves)
     resets = torch.zeros(2, 200, dtype=torch.bool)
     resets[:, [0, 70, 130]] = True
     clean, _ = damped_ema(leaves["x"][:, 70:130], coefficients, bidirectional=bidirectional)
@@ -129,7 +133,7 @@ def test_documents_do_not_reach_each_other(bidirectional):
 @pytest.mark.parametrize("taps", [1, 8, 40, 100])
 def test_truncated_kernel_sees_only_its_taps(taps, bidirectional):
     leaves = make_case(40, bidirectional, with_state=False)
-    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    coefficients = coefficients_of(leaves)
     tau = torch.arange(min(taps, 40))
     kernel = torch.einsum(
         "dn,dnt->dt", coefficients.projection * coefficients.gain, (coefficients.log_decay[..., None] * tau).exp()
@@ -176,7 +180,7 @@ def test_saturated_parameters_stay_finite():
 
 def test_refusals_name_what_is_wrong():
     leaves = {name: leaf.detach() for name, leaf in make_case(5).items()}
-    coefficients = EmaCoefficients.from_parameters(*(leaves[k] for k in ("damping", "decay", "expansion", "projection")))
+    coefficients = coefficients_of(leaves)
     x, resets = leaves["x"], torch.zeros(2, 5, dtype=torch.bool)
     for arguments, words in (
         ({"impl": "magic"}, "magic"),

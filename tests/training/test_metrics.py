@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
@@ -21,9 +22,7 @@ def test_a_step_is_one_line_with_all_its_figures(tmp_path, capsys):
     reporter.step(40, {**VALUES, "mfu": 0.4})
     reporter.close()
     first, second = capsys.readouterr().out.splitlines()
-    assert first == (
-        "step  30/300 | loss 2.5000 | grad 0.250 | lr 1.00e-03 | 1,234 tok/s | mem 1.00 GiB | eta 1:02:05"
-    )
+    assert first == ("step  30/300 | loss 2.5000 | grad 0.250 | lr 1.00e-03 | 1,234 tok/s | mem 1.00 GiB | eta 1:02:05")
     assert "mfu 40.0%" in second
 
 
@@ -48,8 +47,6 @@ def test_resuming_supersedes_what_was_written_after_the_checkpoint(tmp_path):
 
 
 def test_tensorboard_holds_the_same_figures(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     reporter = Reporter(tmp_path, rank=0, start=0, steps=4, tensorboard=True)
     reporter.step(2, VALUES)
     reporter.evaluation(2, {"loss": 1.5, "perplexity": 4.5, "bits_per_byte": 2.2, "tokens": 10})

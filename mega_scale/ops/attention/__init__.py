@@ -26,8 +26,8 @@ def chunk_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of every chunk to itself (arXiv 2209.10655, equations 16 to 19, and section 3.4).
 
-    softmax: `softmax(q k^T Z^-1/2 + bias)`; laplace and relu2: `f(q k^T / n + bias)`, n the query's position in the chunk
-    plus one when causal, else the chunk's number of valid keys, at least one.
+    softmax: `softmax(q k^T Z^-1/2 + bias)`; laplace and relu2: `f(q k^T / n + bias)`, n the query's position in the
+    chunk plus one when causal, else the chunk's number of valid keys, at least one.
 
     Args:
         q: (B, K, I, Z), any floating dtype.

@@ -36,8 +36,9 @@ def damped_ema(
         impl: auto, recurrent (the reference), fft or blocked.
 
     Returns:
-        y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first), (B, D or 2D, N)
-        in the dtype of the coefficients, at least fp32; none when the kernel is truncated, which has no finite state.
+        y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),
+        (B, D or 2D, N) in the dtype of the coefficients, at least fp32; none when the kernel is truncated, which has no
+        finite state.
 
     Raises:
         ValueError: a shape does not fit, or the implementation lacks what is asked for.
@@ -51,9 +52,7 @@ def damped_ema(
         ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
         state_ahead, state_back = (None, None) if state is None else state.chunk(2, dim=1)
         y_ahead, state_ahead = _one_direction(inputs, ahead, state_ahead, resets, truncation, impl)
-        y_back, state_back = _one_direction(
-            inputs.flip(1), back, state_back, _flip_resets(resets), truncation, impl
-        )
+        y_back, state_back = _one_direction(inputs.flip(1), back, state_back, _flip_resets(resets), truncation, impl)
         state = None if state_ahead is None or state_back is None else torch.cat([state_ahead, state_back], 1)
         return (y_ahead + y_back.flip(1)).to(x.dtype), state
 
@@ -84,7 +83,7 @@ def _one_direction(
 
 
 def _flip_resets(resets: Tensor | None) -> Tensor | None:
-    """A border before token t lies before token t - 1 when read from the right; a border before token 0 has no inside."""
+    """Read from the right, a border before token t lies before token t - 1; one before token 0 has no other side."""
     if resets is None:
         return None
     return torch.cat([torch.zeros_like(resets[:, :1]), resets[:, 1:].flip(1)], 1)

@@ -23,7 +23,9 @@ class EmaCoefficients(NamedTuple):
     projection: Tensor
 
     @classmethod
-    def from_parameters(cls, damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor) -> "EmaCoefficients":
+    def from_parameters(
+        cls, damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor
+    ) -> "EmaCoefficients":
         """Coefficients from a layer's parameters (arXiv 2209.10655, equations 5 and 6, in the names of HF 4.37.2).
 
         `p = sigmoid(damping)`, `q = 1 - p sigmoid(decay)`, `gain = p expansion`, `projection / sqrt(N)`.

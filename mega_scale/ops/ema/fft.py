@@ -12,7 +12,7 @@ from mega_scale.ops.ema.coefficients import EmaCoefficients
 def fft_ema(
     x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, truncation: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`y = k * x` with `k[tau] = sum_n projection gain q^tau`, zero from `truncation` on, plus the carried state's part.
+    """`y = k * x` with `k[tau] = sum_n projection gain q^tau`, zero from `truncation` on, plus what the state carries.
 
     Args:
         x: (B, L, D) in the dtype of the coefficients.

@@ -1,0 +1,159 @@
+"""The rows of a step do not depend on ranks, micro-batches or interruptions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mega_scale.data.cache import StoredTokens, fingerprint
+from mega_scale.data.loader import Loader, validation_batches
+from mega_scale.data.packing import PackedDataset
+
+L = 8
+ROWS = 37  # no multiple of any batch size below
+
+
+def dataset(rows: int = ROWS, extra: int = 3, first: int = 0) -> PackedDataset:
+    """Rows that can be told by their first token: row i starts with first + i * L."""
+    tokens = np.arange(first, first + rows * L + 1 + extra, dtype="<u4")
+    return PackedDataset(StoredTokens(tokens, 2 * len(tokens), fingerprint(tokens)), L)
+
+
+def loader(data: PackedDataset | None = None, micro: int = 12, rank: int = 0, world: int = 1, **keys) -> Loader:
+    keys = {"global_batch_size": 12, "seed": 1, "shuffle": True} | keys
+    return Loader(data or dataset(), micro_batch_size=micro, rank=rank, world_size=world, **keys)
+
+
+def global_rows(step: int, micro: int, world: int, **keys) -> list[int]:
+    """First tokens of a step's rows, micro-batch by micro-batch, rank by rank."""
+    ranks = [loader(micro=micro, rank=rank, world=world, **keys).batches(step) for rank in range(world)]
+    assert all(batch["input_ids"].shape == (micro, L) for batches in ranks for batch in batches)
+    return [
+        token
+        for one_micro_batch_of_all in zip(*ranks, strict=True)
+        for batch in one_micro_batch_of_all
+        for token in batch["input_ids"][:, 0].tolist()
+    ]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("micro", "world"), [(1, 1), (4, 1), (6, 2), (2, 2), (3, 4), (1, 4), (1, 12)])
+def test_global_batch_is_the_same_however_it_is_split(micro, world, shuffle):
+    for step in (0, 2, 3, 7, 1000):
+        assert global_rows(step, micro, world, shuffle=shuffle) == global_rows(step, 12, 1, shuffle=shuffle)
+
+
+def test_labels_are_the_next_tokens():
+    for batch in loader(micro=3).batches(5) + loader(micro=1).batches(5):
+        for name in ("input_ids", "shift_labels"):
+            assert batch[name].dtype == torch.int64 and batch[name].is_contiguous()
+        labels = batch["input_ids"] + 1
+        batch["input_ids"].zero_()  # which must not change the labels
+        assert torch.equal(batch["shift_labels"], labels)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_epoch_has_every_row_once_and_follows_the_last_without_a_gap(shuffle):
+    run = [row for step in range(ROWS) for row in global_rows(step, 12, 1, shuffle=shuffle)]  # 12 epochs
+    epochs = [run[i : i + ROWS] for i in range(0, len(run), ROWS)]
+    assert all(sorted(epoch) == [i * L for i in range(ROWS)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == (12 if shuffle else 1)
+    if not shuffle:
+        assert epochs[0] == sorted(epochs[0])
+
+
+def test_seed_chooses_the_order():
+    assert global_rows(0, 12, 1, seed=1) == global_rows(0, 12, 1, seed=1) != global_rows(0, 12, 1, seed=2)
+
+
+def test_resumed_loader_continues_with_the_same_rows():
+    whole = loader(micro=3, rank=1, world=2)
+    expected = [whole.batches(step) for step in range(10)]
+    resumed = loader(micro=3, rank=1, world=2)
+    resumed.check(json.loads(json.dumps(whole.state_dict(6))))
+    for step in (6, 7, 8, 9):
+        for one, other in zip(expected[step], resumed.batches(step), strict=True):
+            assert torch.equal(one["input_ids"], other["input_ids"])
+
+
+def test_state_says_where_the_run_is():
+    state = loader().state_dict(7)
+    assert (state["step"], state["rows"], state["epoch"]) == (7, 84, 2)
+    assert state["fingerprint"] == dataset().fingerprint
+    # Ranks and micro-batches are free to change.
+    loader(micro=2, rank=3, world=6).check(state)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (lambda: loader(global_batch_size=24), ["train.global_batch_size=24", "12"]),
+        (lambda: loader(seed=9), ["data.seed=9", "1"]),
+        (lambda: loader(shuffle=False), ["data.shuffle=False", "True"]),
+        (lambda: loader(dataset(first=1)), ["fingerprint", "init_from"]),
+        (lambda: loader(dataset(rows=36)), ["fingerprint"]),
+        (lambda: loader(PackedDataset(dataset_stored(), 4)), ["data.sequence_length=4", "8"]),
+    ],
+)
+def test_resuming_otherwise_is_refused(other, named):
+    with pytest.raises(ValueError) as refusal:
+        other().check(loader().state_dict(3))
+    for words in named:
+        assert words in str(refusal.value)
+
+
+def dataset_stored() -> StoredTokens:
+    tokens = np.arange(ROWS * L + 4, dtype="<u4")
+    return StoredTokens(tokens, 2 * len(tokens), fingerprint(tokens))
+
+
+def test_seed_does_not_matter_unshuffled():
+    loader(shuffle=False, seed=4).check(loader(shuffle=False, seed=5).state_dict(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: loader(micro=5), "train.global_batch_size=12 is not a multiple of 1 ranks x train.micro_batch_size=5"),
+        (lambda: loader(micro=4, world=2), "use a multiple of 8"),
+        (lambda: loader(micro=0), "train.micro_batch_size=0"),
+        (lambda: loader(rank=2, world=2), "rank 2 is not one of 2 ranks"),
+        (lambda: loader(global_batch_size=0), "train.global_batch_size=0"),
+        (lambda: loader(dataset(rows=11)), "train.global_batch_size=12 .* 11 rows of data.sequence_length=8"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 12, ROWS, 1000])
+@pytest.mark.parametrize(("micro", "world"), [(1, 1), (4, 1), (4, 2), (3, 5)])
+def test_validation_predicts_each_token_once_with_as_many_batches_on_every_rank(micro, world, rows, tail):
+    data = dataset()
+    ranks = [list(validation_batches(data, rows, micro, rank, world, tail=tail)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    inputs, labels = (
+        torch.stack([batch[name] for step in zip(*ranks, strict=True) for batch in step]).flatten(0, 1)
+        for name in ("input_ids", "shift_labels")
+    )
+    assert inputs.shape == labels.shape == (len(ranks[0]) * world * micro, L)
+    assert inputs.min() >= 0 and inputs.dtype == labels.dtype == torch.int64
+    last = ROWS * L + 3 if tail and rows >= ROWS else min(rows, ROWS) * L
+    counted = labels != -100
+    assert labels[counted].tolist() == list(range(1, last + 1))
+    assert torch.equal(labels[counted], inputs[counted] + 1)
+    # No batch is there for nothing.
+    assert any(counted.flatten(0, 1).view(len(ranks[0]), -1)[-1].tolist())
+
+
+def test_text_shorter_than_a_row_can_be_validated_on_by_its_tail():
+    short = dataset(rows=0, extra=3)
+    (batch,) = validation_batches(short, 1000, 2, 0, 1, tail=True)
+    assert batch["shift_labels"].tolist() == [[1, 2, 3, *[-100] * 5], [-100] * 8]
+    with pytest.raises(ValueError, match=r"4 tokens.*data.sequence_length=8.*data.validation_fraction"):
+        validation_batches(short, 1000, 2, 0, 1)
+    with pytest.raises(ValueError, match="more text"):
+        validation_batches(dataset(rows=0, extra=0), 1000, 2, 0, 1, tail=True)

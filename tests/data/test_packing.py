@@ -1,0 +1,74 @@
+"""Packed rows hold every token exactly once, documents ended by eos, from the cache as well as without."""
+
+import numpy as np
+import pytest
+
+from mega_scale.data import packing
+from mega_scale.data.corpus import Documents
+from mega_scale.data.packing import pack
+from mega_scale.data.tokenizer import load_tokenizer
+
+TEXTS = ["first", "the second, longer document", "", "é😀", "x" * 100]
+STREAM = [token for text in TEXTS for token in [*(byte + 3 for byte in text.encode()), 2]]
+
+
+def documents(texts: list[str]) -> Documents:
+    return Documents(lambda: iter(texts))
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 64, len(STREAM) - 1])
+def test_every_token_is_predicted_exactly_once(length, tmp_path):
+    dataset = pack(documents(TEXTS), load_tokenizer("byte"), length, tmp_path)
+    assert len(dataset) == (len(STREAM) - 1) // length
+    rows = dataset.rows(np.arange(len(dataset)))
+    assert rows.shape == (len(dataset), length + 1) and rows.dtype == np.int64
+    assert rows[:, :-1].ravel().tolist() == STREAM[: len(dataset) * length]
+    assert rows[:, 1:].ravel().tolist() == STREAM[1 : len(dataset) * length + 1]
+    # What is left out is shorter than a row, and starts with the last token that is not.
+    tail = dataset.tail()
+    assert [*STREAM[: len(dataset) * length], *tail] == STREAM and 1 <= len(tail) <= length
+
+
+def test_rows_come_in_the_order_asked_for(tmp_path):
+    dataset = pack(documents(TEXTS), load_tokenizer("byte"), 7, tmp_path)
+    whole = dataset.rows(np.arange(len(dataset)))
+    np.testing.assert_array_equal(dataset.rows(np.array([5, 0, 5])), whole[[5, 0, 5]])
+    assert dataset.rows(np.array([], dtype=np.int64)).shape == (0, 8)
+
+
+def test_totals_count_tokens_with_their_ends_and_bytes_of_text(tmp_path):
+    dataset = pack(documents(TEXTS), load_tokenizer("byte"), 7, tmp_path)
+    assert dataset.tokens == len(STREAM)
+    assert dataset.bytes == sum(len(text.encode()) for text in TEXTS) == len(STREAM) - len(TEXTS)
+
+
+def test_second_time_nothing_is_tokenised(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("byte")
+    first = pack(documents(TEXTS), tokenizer, 7, tmp_path)
+
+    def refuse(*arguments):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(packing, "encode", refuse)
+    again = pack(documents(TEXTS), tokenizer, 5, tmp_path)  # another length needs no other tokens
+    assert (again.fingerprint, again.tokens, again.bytes) == (first.fingerprint, first.tokens, first.bytes)
+    assert again.rows(np.array([0])).tolist() == [STREAM[:6]]
+    with pytest.raises(AssertionError, match="tokenised again"):
+        pack(documents([*TEXTS, "more"]), tokenizer, 7, tmp_path)
+    tokenizer.add_tokens(["document"])
+    with pytest.raises(AssertionError, match="tokenised again"):
+        pack(documents(TEXTS), tokenizer, 7, tmp_path)
+
+
+def test_fingerprint_is_of_the_tokens(tmp_path):
+    def fingerprint(*texts: str) -> str:
+        return pack(documents(list(texts)), load_tokenizer("byte"), 2, tmp_path).fingerprint
+
+    assert fingerprint("ab", "c") == fingerprint("ab", "c")
+    assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("c", "ab")}) == 3
+
+
+def test_no_text_makes_no_rows(tmp_path):
+    dataset = pack(documents([]), load_tokenizer("byte"), 7, tmp_path)
+    assert (len(dataset), dataset.tokens, dataset.bytes, len(dataset.tail())) == (0, 0, 0, 0)
+    assert len(pack(documents(["short"]), load_tokenizer("byte"), 7, tmp_path)) == 0

@@ -1,0 +1,106 @@
+"""What cannot run is refused: one clear line, an exit code, no rank left behind, within 20 seconds."""
+
+import json
+import time
+
+import psutil
+import pytest
+from launching import LAUNCHERS, TINY, start
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+
+CASES = {
+    "unknown key": (["train.stepz=10"], ["train.stepz", "train.steps"]),
+    "unknown section": (["trian.steps=10"], ["trian.steps", "train.steps"]),
+    "wrong type": (["train.steps=many"], ["train.steps", "many", "int"]),
+    "unknown choice": (["parallel.engine=megatron"], ["parallel.engine", "megatron", "fsdp"]),
+    "missing config": (["--config", "configs/none.yaml"], ["configs/none.yaml", "no such file"]),
+    "missing text": (["data.source=text", "data.path=/nowhere/*.txt"], ["data.path", "/nowhere/*.txt"]),
+    "no path": (["data.source=json"], ["data.path", "files"]),
+    "wrong column": (["data.source=json", "data.path={text}", "data.text_column=body"], ["body", "text"]),
+    "empty text": (["data.source=text", "data.path={empty}"], ["train on", "give more text"]),
+    "too little text": (["data.source=text", "data.path={short}", "data.validation_fraction=0"], ["tokens", "row"]),
+    "batch not divisible": (["train.global_batch_size=9"], ["train.global_batch_size=9", "8 or 10"]),
+    "chunk does not divide": (["data.sequence_length=70"], ["model.chunk_size=16", "data.sequence_length=70", "64"]),
+    "bidirectional": (["model.bidirectional=true"], ["model.bidirectional", "future"]),
+    "odd rotary width": (["model.shared_representation_size=15"], ["shared_representation_size=15", "even"]),
+    "negative rate": (["optimizer.lr=-1"], ["optimizer.lr=-1", "above 0"]),
+    "long warm-up": (["train.steps=10", "schedule.warmup_steps=50"], ["schedule.warmup_steps=50", "train.steps=10"]),
+    "zero stage": (["parallel.engine=deepspeed", "parallel.zero_stage=7"], ["parallel.zero_stage=7", "3"]),
+    "native key of ours": (["parallel.ds_config.gradient_clipping=3"], ["gradient_clipping", "optimizer.max_grad_norm"]),
+    "no CUDA": (["parallel.device=cuda"], ["parallel.device", "cuda", "cpu"]),
+    "unwritable run folder": (["run_dir={file}/run"], ["run_dir", "folder"]),
+    "nothing to resume": (["run_dir={folder}/fresh", "--resume"], ["resume", "no checkpoint"]),
+    "not a checkpoint": (["--resume", "{folder}"], ["resume", "trainer.json"]),
+    "no export": (["init_from={folder}"], ["init_from", "config.json"]),
+    "unknown tokenizer": (["data.tokenizer=./no-such-folder"], ["data.tokenizer", "no-such-folder"]),
+    "small vocabulary": (["model.vocab_size=100"], ["model.vocab_size=100", "259"]),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, text_file):
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("a few words")
+    return {
+        "text": str(text_file), "empty": str(folder / "empty.txt"), "short": str(folder / "short.txt"),
+        "file": str(folder / "short.txt"), "folder": str(folder),
+    }  # fmt: skip
+
+
+def refused(launcher, arguments, places, words):
+    changes = [argument.format(**places) for argument in arguments]
+    began = time.monotonic()
+    code, output = start(LAUNCHERS[launcher], [*TINY, f"run_dir={places['folder']}/run", *changes], timeout=60)
+    seconds = time.monotonic() - began
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(lines) == 1, output[-3000:]
+    assert "Traceback" not in "".join(output.splitlines()[: output.splitlines().index(lines[0]) + 1])
+    missing = [word for word in words if word not in lines[0]]
+    assert not missing, (missing, lines[0])
+    assert seconds < 20
+    return output
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_in_one_line(name, places):
+    output = refused("python", *CASES[name][:1], places, CASES[name][1])
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "accelerate"])
+def test_refused_on_all_ranks_under_a_launcher(launcher, places):
+    """Two ranks with micro-batches of two cannot share ten sequences; nobody is left waiting."""
+    refused(launcher, ["train.global_batch_size=10"], places, ["train.global_batch_size=10", "2 ranks"])
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if "launch/pretrain.py" in (p.info["cmdline"] or [])]
+    assert not [command for command in left if f"run_dir={places['folder']}/run" in command]
+
+
+@pytest.mark.parametrize("tool,arguments,words", [
+    ("export", ["{folder}", "{folder}/out"], ["no checkpoint", "step"]),
+    ("generate", ["{folder}"], ["trainer.json"]),
+    ("evaluate", ["{folder}", "{text}"], ["trainer.json"]),
+])  # fmt: skip
+def test_other_commands_refuse_too(tool, arguments, words, places):
+    code, output = start(["python", f"launch/{tool}.py"], [argument.format(**places) for argument in arguments], timeout=60)
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in output, output
+    assert any(word in lines[0] for word in words), lines[0]
+
+
+def test_resuming_with_another_layout_or_text_is_refused(tmp_path, places):
+    common = [*TINY, "data.source=json", f"data.path={places['text']}", f"run_dir={tmp_path}", "train.steps=4"]
+    code, output = start(LAUNCHERS["python"], [*common, "train.steps=3", "parallel.engine=fsdp"])
+    assert code == 0, output
+    state = json.loads((tmp_path / "checkpoints/step-00000003/trainer.json").read_text())
+    assert state["layout"]["engine"] == "fsdp" and state["data"]["fingerprint"]
+    for change, words in (
+        (["parallel.engine=deepspeed"], ["parallel.engine", "fsdp"]),
+        (["parallel.engine=fsdp", "data.sequence_length=32"], ["data.sequence_length=32", "64"]),
+        (["parallel.engine=fsdp", "data.max_documents=20"], ["fingerprint"]),
+    ):
+        code, output = start(LAUNCHERS["python"], [*common, *change, "--resume"])
+        lines = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(lines) == 1, output
+        assert all(word in lines[0] for word in words), lines[0]

@@ -6,7 +6,7 @@ deepspeed --num_accelerators 2 launch/pretrain.py --config configs/debug.yaml tr
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,10 @@ def pretrain(prepared: Prepared, world: World) -> None:
     config, train_config, model = prepared.config, prepared.config.train, prepared.model
     run_dir = Path(config.run_dir)
     if world.rank == 0:
-        save_config(config, run_dir / "config.yaml")
+        save_config(replace(config, resume=None), run_dir / "config.yaml")
+    same_text = world.broadcast(prepared.loader.dataset.fingerprint) == prepared.loader.dataset.fingerprint
+    if not world.all_agree(same_text):
+        raise ValueError("the ranks read different text: give every machine the same files, tokenizer and Python")
     with torch.device("meta"):
         module = MegaForCausalLM(model)
     engine = parallelize(
@@ -130,7 +133,7 @@ def pretrain(prepared: Prepared, world: World) -> None:
         announce(prepared, world, start)
 
     def describe_run(folder: Path) -> None:
-        save_config(config, folder / "config.yaml")
+        save_config(replace(config, resume=None), folder / "config.yaml")
         describe_model(folder / "model", model, prepared.tokenizer)
 
     def evaluation() -> Evaluation:

@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mega_scale.data.cache import cache_folder
 from mega_scale.data.config import DataConfig
-from mega_scale.data.corpus import load_corpus, load_documents
+from mega_scale.data.corpus import Documents, load_corpus, load_documents
 from mega_scale.data.packing import PackedDataset, pack
 from mega_scale.data.streaming import StreamedDataset
 
@@ -39,7 +39,11 @@ def load_datasets(
             )
     if corpus.validation is None:
         return train, None
-    validation = pack(corpus.validation, tokenizer, length, cache)
+    held_out = corpus.validation
+    if config.streaming:  # hashing and tokenising would each read the stream, so its few documents are kept meanwhile
+        texts = list(held_out)
+        held_out = Documents(lambda: iter(texts))
+    validation = pack(held_out, tokenizer, length, cache)
     if not len(validation):
         raise ValueError(
             f"the text to validate on has {validation.tokens} tokens, less than one row of data.sequence_length="

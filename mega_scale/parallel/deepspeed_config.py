@@ -75,9 +75,12 @@ def _merge(ours: dict[str, Any], user: dict[str, Any], prefix: str) -> dict[str,
             raise ValueError(
                 f"parallel.ds_config.{path}={value!r} contradicts {OWNERS[path]}: set it there and remove it here"
             )
-        if isinstance(value, dict):
-            inner = ours.get(key, {})
-            merged[key] = _merge(inner if isinstance(inner, dict) else {}, value, path + ".")
+        inner = ours.get(key, {} if isinstance(value, dict) else None)
+        if isinstance(inner, dict) != isinstance(value, dict):
+            expected = "a section of keys" if isinstance(inner, dict) else "a single value"
+            raise ValueError(f"parallel.ds_config.{path}={value!r}: DeepSpeed expects {expected} there")
+        if isinstance(inner, dict):
+            merged[key] = _merge(inner, value, path + ".")
         else:
             merged[key] = value
     return merged

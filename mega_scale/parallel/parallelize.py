@@ -1,7 +1,5 @@
 """How a model on one meta device becomes a model on all ranks: the order, stated once."""
 
-from torch import nn
-
 from mega_scale.model import MegaPreTrainedModel
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ParallelConfig
@@ -44,7 +42,6 @@ def parallelize(
     Raises:
         ValueError: the model or its values cannot be spread like this.
     """
-    _refuse_rank_statistics(model, world)
     checkpoint_activations(model, config.activation_checkpoint)
     if config.engine == "fsdp":
         return FsdpEngine(
@@ -74,15 +71,3 @@ def parallelize(
         build_optimizer=build_optimizer,
         world=world,
     )
-
-
-def _refuse_rank_statistics(model: nn.Module, world: World) -> None:
-    """Batch norm's running statistics would differ between ranks, and a checkpoint holds those of one."""
-    if world.size > 1 and any(type(module) is nn.BatchNorm1d for module in model.modules()):
-        raise ValueError(
-            f"model.normalization_type='batchnorm' keeps statistics of each of {world.size} ranks apart: "
-            "choose layernorm, scalenorm or rmsnorm, or one process"
-        )
-    cpu_sync = world.device.type == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    if cpu_sync:
-        raise ValueError("model.normalization_type='syncbatchnorm' needs CUDA: choose layernorm, scalenorm or rmsnorm")

@@ -142,6 +142,7 @@ def _bf16(key: str, world: World) -> dict[str, Any]:
     with torch.no_grad():
         inputs, labels, count = tiny_run.global_batch(50)
         seen["direct"] = engine.module(input_ids=inputs, use_cache=False).logits.dtype
+        seen["text"] = engine.module.generate(inputs[:1, :5], max_new_tokens=6, do_sample=False, eos_token_id=None)
         seen["evaluation"] = float(engine.forward(inputs, labels, count))
     engine.close()
     return seen | {"losses": losses, "norms": norms}

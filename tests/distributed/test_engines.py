@@ -118,6 +118,7 @@ def test_bf16_is_near_fp32_and_keeps_the_ema_exact(ranks, key):
         assert rounded["norms"] == pytest.approx(found[key]["norms"], rel=3e-2)
         assert rounded["losses"] != found[key]["losses"]
         assert rounded["linear"] == rounded["direct"] == torch.bfloat16
+        assert rounded["text"].shape == (1, 11)
         assert rounded["masters"] == {torch.float32}
         prefix = "mega.layers.1.mega_layer.ema_gate."
         for name, seen in rounded["ema"].items():
@@ -181,6 +182,7 @@ def alone() -> dict[str, tuple[list[float], list[float]]]:
         for key in ("fsdp-3", "zero-0", "zero-2", "zero-3"):
             engine = tiny_run.make_engine(world, ENGINES[key])
             found[key] = tiny_run.train(engine, world, range(tiny_run.STEPS))
+            engine.close()
             engine.close()
     return found
 

@@ -16,7 +16,7 @@ TINY = [
     "model.chunk_size=16", "model.normalization_type=layernorm", "model.dropout_prob=0.1",
     "data.sequence_length=64", "train.global_batch_size=8", "train.micro_batch_size=2", "train.log_every=1",
     "train.eval_every=0", "train.eval_batches=2", "train.sample_every=0", "train.sample_tokens=20",
-    "optimizer.lr=0.01", "schedule.warmup_steps=3", "checkpoint.every=0", "parallel.timeout_s=120",
+    "optimizer.lr=0.01", "schedule.warmup_steps=3", "schedule.min_lr=0", "checkpoint.every=0", "parallel.timeout_s=120",
 ]  # fmt: skip
 
 

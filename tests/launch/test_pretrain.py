@@ -129,7 +129,7 @@ def test_the_saved_configuration_runs_again_as_it_is(trained, tmp_path):
     assert settings["train"]["steps"] == 30 and settings["run_dir"] == str(run_dir)
     code, output = start(
         ["python", "launch/pretrain.py"],
-        ["--config", str(run_dir / "config.yaml"), f"run_dir={tmp_path}", "train.steps=2", "train.eval_every=0"],
+        ["--config", str(run_dir / "config.yaml"), f"run_dir={tmp_path}", "train.steps=4", "train.eval_every=0"],
     )
     assert code == 0, output
     # Dropout differs between one and two ranks.
@@ -165,8 +165,8 @@ def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_p
 
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
     again = ["--config", str(run_dir / "config.yaml"), f"init_from={export}", f"run_dir={tmp_path / 'again'}"]
-    code, output = start(["python", "launch/pretrain.py"], [*again, "train.steps=1", "optimizer.lr=1e-9",
-                                                            "schedule.warmup_steps=0"])  # fmt: skip
+    again += ["train.steps=1", "optimizer.lr=1e-9", "schedule.warmup_steps=0"]
+    code, output = start(["python", "launch/pretrain.py"], again)
     assert code == 0, output
     last = metrics(run_dir, "validation")[settings["train"]["steps"]]["loss"]
     assert metrics(tmp_path / "again", "validation")[1]["loss"] == pytest.approx(last, rel=1e-4)

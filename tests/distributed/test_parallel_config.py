@@ -1,0 +1,75 @@
+"""What the parallel section refuses, and how native DeepSpeed keys are merged."""
+
+from typing import Any
+
+import pytest
+
+from mega_scale.parallel import ParallelConfig
+from mega_scale.parallel.deepspeed_config import OWNERS, native_config
+
+RUN: dict[str, Any] = {
+    "dtype": "fp32",
+    "micro_batch_size": 2,
+    "accumulation": 3,
+    "max_grad_norm": 1.0,
+    "world_size": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "remedy"),
+    [
+        ({"engine": "ddp"}, r"parallel\.engine='ddp'", "fsdp, deepspeed"),
+        ({"zero_stage": 4}, r"parallel\.zero_stage=4", "choose 0, 1, 2 or 3"),
+        ({"engine": "fsdp", "zero_stage": 0}, r"parallel\.zero_stage=0", "deepspeed"),
+        ({"activation_checkpoint": -1}, r"parallel\.activation_checkpoint=-1", "choose 0"),
+        ({"timeout_s": 0}, r"parallel\.timeout_s=0", "at least 1"),
+        ({"device": "tpu"}, r"parallel\.device='tpu'", "auto, cpu, cuda"),
+        ({"engine": "fsdp", "ds_config": {"wall_clock_breakdown": True}}, r"parallel\.ds_config=", "remove it"),
+    ],
+)
+def test_refuses(changes: dict[str, Any], field: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}.*{remedy}"):
+        ParallelConfig(**changes).validate(**RUN)
+
+
+def test_accepts_what_can_run():
+    for stage in range(4):
+        ParallelConfig(engine="deepspeed", zero_stage=stage).validate(**RUN)
+    for stage in range(1, 4):
+        ParallelConfig(engine="fsdp", zero_stage=stage).validate(**RUN)
+
+
+@pytest.mark.parametrize("path", OWNERS)
+def test_refuses_native_keys_that_other_settings_own(path: str) -> None:
+    native: dict[str, Any] = {}
+    *outer, key = path.split(".")
+    inner = native
+    for name in outer:
+        inner = inner.setdefault(name, {})
+    inner[key] = "something else"
+    with pytest.raises(ValueError, match=f"parallel.ds_config.{path}='something else' contradicts") as refusal:
+        ParallelConfig(ds_config=native).validate(**RUN)
+    assert OWNERS[path] in str(refusal.value)
+
+
+def test_native_keys_are_merged_over_ours():
+    user = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+        "train_batch_size": 24,
+        "flops_profiler": {"enabled": True},
+        "steps_per_print": 5,
+    }
+    merged = native_config(user, zero_stage=2, **RUN)
+    assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert merged["flops_profiler"] == {"enabled": True}
+    assert merged["steps_per_print"] == 5
+    assert merged["train_batch_size"] == 24
+    assert merged["train_micro_batch_size_per_gpu"] == 2
+    assert merged["gradient_accumulation_steps"] == 3
+    assert user["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+
+
+def test_a_section_cannot_be_replaced_by_a_value():
+    with pytest.raises(ValueError, match=r"zero_optimization=3.*expects a section"):
+        native_config({"zero_optimization": 3}, zero_stage=3, **RUN)

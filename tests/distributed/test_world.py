@@ -1,0 +1,120 @@
+"""The process group: collectives, a rank that fails, and what the environment has to say."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankFailedError, run_ranks
+
+from mega_scale.parallel import ParallelConfig, Placement, World, check_layout, describe, placement
+
+MESSAGE = {"prompt": "naïve", "steps": [1, 2.5, None], "stop": False}
+
+
+def collectives() -> dict[str, Any]:
+    with World.start(ParallelConfig(timeout_s=60)) as world:
+        mine = torch.tensor([world.rank + 1.0, 10.0], dtype=torch.float64)
+        found = {
+            "rank": world.rank,
+            "size": world.size,
+            "device": str(world.device),
+            "sum": world.sum(mine),
+            "mine": mine,
+            "all": world.all_agree(True),
+            "some": world.all_agree(world.rank == 0),
+            "none": world.all_agree(False),
+            "message": world.broadcast(MESSAGE if world.rank == 0 else None),
+            "empty": world.broadcast("" if world.rank == 0 else "x"),
+        }
+        world.barrier()
+    world.close()
+    return found
+
+
+@pytest.mark.distributed
+def test_collectives_of_two_ranks(tmp_path):
+    found = run_ranks(collectives, 2, tmp_path, timeout_s=120)
+    assert [each["rank"] for each in found] == [0, 1]
+    for rank, each in enumerate(found):
+        assert each["size"] == 2
+        assert each["sum"].tolist() == [3.0, 20.0]
+        assert each["mine"].tolist() == [rank + 1.0, 10.0]
+        assert (each["all"], each["some"], each["none"]) == (True, False, False)
+        assert each["message"] == MESSAGE
+        assert each["empty"] == ""
+
+
+@pytest.mark.distributed
+def test_one_process_is_a_world_of_its_own(tmp_path):
+    [found] = run_ranks(collectives, 1, tmp_path, timeout_s=120, launched=False)
+    assert (found["rank"], found["size"], found["some"]) == (0, 1, True)
+    assert found["sum"].tolist() == [1.0, 10.0]
+    assert found["message"] == MESSAGE
+
+
+def one_fails() -> None:
+    with World.start(ParallelConfig(timeout_s=600)) as world:
+        world.barrier()
+        if world.rank == 1:
+            raise RuntimeError("the disk is full")
+        start = time.monotonic()
+        try:
+            world.barrier()
+        except RuntimeError as error:
+            raise RuntimeError(f"waited {time.monotonic() - start:.0f} s") from error
+
+
+@pytest.mark.distributed
+def test_a_failing_rank_does_not_leave_the_other_waiting(tmp_path):
+    with pytest.raises(RankFailedError) as failure:
+        run_ranks(one_fails, 2, tmp_path, timeout_s=120)
+    assert "the disk is full" in failure.value.reports[1]
+    assert any(f"waited {seconds} s" in failure.value.reports[0] for seconds in range(10))
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_placement_without_launcher(no_launcher):
+    # accelerate sets these two even when it starts a single process
+    no_launcher.setenv("MASTER_ADDR", "127.0.0.1")
+    no_launcher.setenv("MASTER_PORT", "29500")
+    assert placement() == Placement(0, 1, 0, False)
+
+
+def test_placement_of_a_launcher(no_launcher):
+    for name, value in {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        no_launcher.setenv(name, value)
+    assert placement() == Placement(5, 8, 1, True)
+
+
+def test_placement_of_half_a_launcher(no_launcher):
+    no_launcher.setenv("RANK", "0")
+    no_launcher.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT are missing"):
+        placement()
+
+
+def test_a_checkpoint_of_another_layout_is_refused():
+    config = ParallelConfig(engine="deepspeed", zero_stage=3)
+    saved = describe(config, 2)
+    assert saved == {"engine": "deepspeed", "zero_stage": 3, "world_size": 2}
+    check_layout(saved, config, 2)
+    for changed, config, size in (
+        ("parallel.engine", ParallelConfig(engine="fsdp"), 2),
+        ("parallel.zero_stage", ParallelConfig(zero_stage=1), 2),
+        ("number of processes", ParallelConfig(), 4),
+    ):
+        with pytest.raises(ValueError, match=changed):
+            check_layout(saved, config, size)

@@ -18,7 +18,7 @@ def chunk_attention(
     *,
     activation: str = "softmax",
     causal: bool = False,
-    offset: int = 0,
+    offset: int | Tensor = 0,
     key_mask: Tensor | None = None,
     dropout: float = 0.0,
     return_weights: bool = False,
@@ -33,10 +33,11 @@ def chunk_attention(
         q: (B, K, I, Z), any floating dtype.
         k: (B, K, J, Z).
         v: (B, K, J, E).
-        bias: (I + J - 1,): its entry m belongs to key minus query `m - (I - 1) - offset` (see `key_minus_query`).
+        bias: (I + J - 1,), or (B, I + J - 1) with an offset for every row: its entry m belongs to key minus query
+            `m - (I - 1) - offset` (see `key_minus_query`).
         activation: softmax, laplace or relu2.
         causal: whether query i sees keys up to `i + offset` only.
-        offset: keys that precede the first query, tokens.
+        offset: keys that precede the first query, tokens: one number, or (B,) int64, one for every row.
         key_mask: (B, K, J) bool, true for valid keys. A softmax chunk without any valid key attends as if unmasked.
         dropout: probability of dropping a weight.
         return_weights: whether to return the weights; eager only.
@@ -52,10 +53,10 @@ def chunk_attention(
         raise ValueError(f"activation={activation!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
-    if bias.shape != (q.shape[2] + k.shape[2] - 1,):
+    expected = (*((q.shape[0],) if isinstance(offset, Tensor) else ()), q.shape[2] + k.shape[2] - 1)
+    if bias.shape != expected:
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}: {q.shape[2]} queries and {k.shape[2]} keys need "
-            f"({q.shape[2] + k.shape[2] - 1},)"
+            f"bias has shape {tuple(bias.shape)}: {q.shape[2]} queries and {k.shape[2]} keys need {expected}"
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:3]):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}: expected bool {tuple(k.shape[:3])}")

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 
-def key_minus_query(queries: int, keys: int, offset: int, device: torch.device | str) -> Tensor:
-    """The distances j - (i + offset) that occur between I queries and J keys, ascending: (I + J - 1,) int64."""
-    return torch.arange(-(queries - 1) - offset, keys - offset, device=device)
+def key_minus_query(queries: int, keys: int, offset: int | Tensor, device: torch.device | str) -> Tensor:
+    """The distances j - (i + offset) that occur between I queries and J keys, ascending: int64, (I + J - 1,).
+
+    With an offset for every row, (B,), they are (B, I + J - 1).
+    """
+    distances = torch.arange(-(queries - 1), keys, device=device)
+    return distances - (offset[:, None] if isinstance(offset, Tensor) else offset)
 
 
 def toeplitz(vector: Tensor, queries: int) -> Tensor:
-    """The matrix whose entry (i, j) is `vector[I - 1 + j - i]`: (I + J - 1,) to (I, J)."""
-    return vector.unfold(0, vector.shape[0] - queries + 1, 1).flip(0)
+    """The matrix whose entry (i, j) is `vector[I - 1 + j - i]`: (..., I + J - 1) to (..., I, J)."""
+    return vector.unfold(-1, vector.shape[-1] - queries + 1, 1).flip(-2)
 
 
 def rotary_bias(alpha: Tensor, beta: Tensor, distances: Tensor) -> Tensor:
@@ -26,10 +30,10 @@ def rotary_bias(alpha: Tensor, beta: Tensor, distances: Tensor) -> Tensor:
     Args:
         alpha: (1, Z) or (Z,), Z even; so is `beta`.
         beta: like alpha.
-        distances: j - i, (n,) int64.
+        distances: j - i, int64 of any shape.
 
     Returns:
-        (n,) fp32, or fp64 for fp64 parameters.
+        In the shape of `distances`: fp32, or fp64 for fp64 parameters.
     """
     dtype = torch.promote_types(alpha.dtype, torch.float32)
     with torch.autocast(alpha.device.type, enabled=False):
@@ -37,7 +41,7 @@ def rotary_bias(alpha: Tensor, beta: Tensor, distances: Tensor) -> Tensor:
         b1, b2 = beta.to(dtype).reshape(-1).chunk(2)
         half = a1.shape[0]
         theta = 10000.0 ** (-torch.arange(half, device=alpha.device, dtype=dtype) / half)
-        angles = -distances.to(dtype)[:, None] * theta
+        angles = -distances.to(dtype)[..., None] * theta
         return angles.cos() @ (a1 * b1 + a2 * b2) + angles.sin() @ (a1 * b2 - a2 * b1)
 
 
@@ -47,10 +51,10 @@ def simple_bias(table: Tensor, centre: int, distances: Tensor) -> Tensor:
     Args:
         table: (2 max_positions - 1,).
         centre: M, tokens: the chunk in a chunked model, max_positions otherwise.
-        distances: j - i, (n,) int64.
+        distances: j - i, int64 of any shape.
 
     Returns:
-        (n,) in the dtype of the table, at least fp32.
+        In the shape of `distances`, in the dtype of the table, at least fp32.
     """
     places = (distances + (centre - 1)).clamp(0, table.shape[0] - 1)
     return table.to(torch.promote_types(table.dtype, torch.float32))[places]

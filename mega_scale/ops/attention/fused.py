@@ -6,8 +6,7 @@ Legend: B batch, K chunks, I queries, J keys, Z width of queries and keys, E wid
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.attention.bias import toeplitz
-from mega_scale.ops.attention.reference import open_empty_chunks, visible_keys
+from mega_scale.ops.attention.reference import bias_matrix, open_empty_chunks, visible_keys
 
 
 def fused_attention(
@@ -17,12 +16,12 @@ def fused_attention(
     bias: Tensor,
     *,
     causal: bool,
-    offset: int,
+    offset: int | Tensor,
     key_mask: Tensor | None,
     dropout: float,
 ) -> Tensor:
     """Output (B, K, I, E); arguments as in `chunk_attention`. A query that sees no key gets zeros."""
-    mask = toeplitz(bias.to(q.dtype), q.shape[2])
+    mask = bias_matrix(bias.to(q.dtype), q.shape[2])
     visible = visible_keys(q.shape[2], k.shape[2], causal, offset, open_empty_chunks(key_mask), q.device)
     if visible is not None:
         mask = mask.masked_fill(~visible, float("-inf"))

@@ -24,15 +24,26 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def visible_keys(
-    queries: int, keys: int, causal: bool, offset: int, key_mask: Tensor | None, device: torch.device
+    queries: int, keys: int, causal: bool, offset: int | Tensor, key_mask: Tensor | None, device: torch.device
 ) -> Tensor | None:
     """Which keys each query sees: broadcastable to (B, K, I, J) bool; none when it sees all."""
     visible = None
     if causal:
-        visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
+        last = torch.arange(queries, device=device)[:, None] + _per_row(offset)
+        visible = torch.arange(keys, device=device) <= last
     if key_mask is not None:
         visible = key_mask.unsqueeze(-2) if visible is None else visible & key_mask.unsqueeze(-2)
     return visible
+
+
+def bias_matrix(bias: Tensor, queries: int) -> Tensor:
+    """The bias of every query and key: (I + J - 1,) to (I, J), or (B, I + J - 1) to (B, 1, I, J)."""
+    matrix = toeplitz(bias, queries)
+    return matrix if bias.dim() == 1 else matrix.unsqueeze(1)
+
+
+def _per_row(offset: int | Tensor) -> int | Tensor:
+    return offset[:, None, None, None] if isinstance(offset, Tensor) else offset
 
 
 def open_empty_chunks(key_mask: Tensor | None) -> Tensor | None:
@@ -48,7 +59,7 @@ def reference_attention(
     *,
     activation: str,
     causal: bool,
-    offset: int,
+    offset: int | Tensor,
     key_mask: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
@@ -57,7 +68,7 @@ def reference_attention(
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
         scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
-        matrix = toeplitz(bias.to(dtype), queries)
+        matrix = bias_matrix(bias.to(dtype), queries)
         if activation == "softmax":
             visible = visible_keys(queries, keys, causal, offset, open_empty_chunks(key_mask), q.device)
             scores = scores * q.shape[-1] ** -0.5 + matrix
@@ -67,7 +78,9 @@ def reference_attention(
         else:
             visible = visible_keys(queries, keys, causal, offset, key_mask, q.device)
             if causal:
-                count = torch.arange(offset + 1, offset + queries + 1, device=q.device, dtype=dtype)[:, None]
+                count = torch.arange(1, queries + 1, device=q.device, dtype=dtype)[:, None] + _per_row(offset)
+                # Padding before a row's first token has no position; it is masked, but must stay finite.
+                count = count.clamp(min=1) if isinstance(offset, Tensor) else count
             elif key_mask is not None:
                 count = key_mask.sum(-1).clamp(min=1)[..., None, None].to(dtype)
             else:

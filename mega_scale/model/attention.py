@@ -13,51 +13,9 @@ from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.dropout import MegaDropout
 from mega_scale.model.ema import MegaMultiDimensionDampedEma
 from mega_scale.model.norm import MegaSequenceNorm
-from mega_scale.ops.attention import chunk_attention, key_minus_query, rotary_bias, simple_bias
-
-
-class MegaSimpleRelativePositionalBias(nn.Module):
-    """A learned bias per distance; the table has `max_positions` on either side, read about the chunk when chunked."""
-
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__()
-        self.chunked = config.use_chunking
-        self.centre = config.chunk_size if config.use_chunking else config.max_positions
-        self.rel_pos_bias = nn.Parameter(torch.empty(2 * config.max_positions - 1))
-
-    def forward(self, queries: int, keys: int, offset: int) -> Tensor:
-        """The bias of I queries after `offset` keys against J keys, (I + J - 1,)."""
-        if not self.chunked and keys > self.centre:
-            raise ValueError(
-                f"a sequence of {keys} tokens is longer than max_positions={self.centre}, the limit of "
-                "relative_positional_bias='simple': shorten it, use chunks, or use the rotary bias"
-            )
-        distances = key_minus_query(queries, keys, offset, self.rel_pos_bias.device)
-        return simple_bias(self.rel_pos_bias, self.centre, distances)
-
-
-class MegaRotaryRelativePositionalBias(nn.Module):
-    """A learned function of the distance, defined at any distance."""
-
-    _float_tensor: Tensor
-
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.empty(1, config.shared_representation_size))
-        self.b_param = nn.Parameter(torch.empty(1, config.shared_representation_size))
-        # Not used; checkpoints of 4.37.2 have it, and load strictly.
-        self.register_buffer("_float_tensor", torch.zeros(1))
-
-    def forward(self, queries: int, keys: int, offset: int) -> Tensor:
-        """The bias of I queries after `offset` keys against J keys, (I + J - 1,)."""
-        return rotary_bias(self.alpha, self.b_param, key_minus_query(queries, keys, offset, self.alpha.device))
-
-
-def positional_bias(config: MegaConfig) -> nn.Module:
-    """The bias module that `relative_positional_bias` names."""
-    if config.relative_positional_bias == "simple":
-        return MegaSimpleRelativePositionalBias(config)
-    return MegaRotaryRelativePositionalBias(config)
+from mega_scale.model.positional_bias import positional_bias
+from mega_scale.model.slots import Slots, align
+from mega_scale.ops.attention import chunk_attention
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -88,6 +46,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
+        pads: Tensor | None = None,
         state: LayerState | None = None,
         return_state: bool = False,
         return_weights: bool = False,
@@ -97,13 +56,14 @@ class MegaMovingAverageGatedAttention(nn.Module):
         Args:
             x: (B, L, D).
             mask: bool, true for valid positions: (B, L), or (B, position + L) after a state.
+            pads: padding before each row's first token, (B,) int64; none where no row has any.
             state: of the tokens before x; decoders only.
             return_state: whether to return the state after x.
             return_weights: whether to return attention weights.
 
         Returns:
             (B, L, D); weights, (B, K, C, C) or (B, 1, L, position + L) while one chunk holds everything, or none; state
-            or none.
+            or none. With `pads`, chunks and so their weights count from each row's first token.
         """
         length = x.shape[1]
         new_mask = None if mask is None else mask[:, -length:]
@@ -116,7 +76,14 @@ class MegaMovingAverageGatedAttention(nn.Module):
         # Each row is applied on its own: the stacked (B, L, 2, Z) product would double the memory of queries and keys.
         q = (z * self.qk_weight[0] + self.qk_bias[0]).to(v.dtype)
         k = (z * self.qk_weight[1] + self.qk_bias[1]).to(v.dtype)
-        attended, weights = self._attend(q, k, v, mask, state, return_weights)
+        seen = 0 if state is None else state.position
+        mask = align(mask, seen + length)
+        if pads is None:
+            attended, weights = self._attend(q, k, v, mask, state, return_weights)
+            kept = None
+        else:
+            slots = Slots.lay(pads, seen, length, self.chunk)
+            attended, weights, kept = self._attend_in_slots(q, k, v, mask, state, slots, return_weights)
 
         hidden = self.activation(candidate + self.h_proj(attended * F.silu(gate)))
         out = torch.addcmul(x, torch.sigmoid(update), self.dropout(hidden) - x)
@@ -124,41 +91,70 @@ class MegaMovingAverageGatedAttention(nn.Module):
             out = self.norm(out, new_mask)
         if not return_state or ema_state is None:
             return out, weights, None
-        chunk = self.config.chunk_size if self.config.use_chunking else None
-        return out, weights, remember(state, ema_state, k, v, chunk)
+        if kept is None:
+            kept = remember(state, k, v, self.chunk)
+        return out, weights, LayerState(ema_state, *kept, seen + length)
+
+    @property
+    def chunk(self) -> int | None:
+        """C, tokens; none without chunks."""
+        return self.config.chunk_size if self.config.use_chunking else None
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: LayerState | None, return_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of new tokens to their chunk: of q (B, L, Z) to remembered keys and k; returns (B, L, E)."""
         length = q.shape[1]
-        seen = 0 if state is None else state.position
-        if self.config.use_chunking:
-            seen %= self.config.chunk_size
+        seen = 0 if state is None else state.position % self.chunk if self.chunk else state.position
         if state is not None and seen:
             k = torch.cat([state.keys[:, :seen], k], 1)
             # Dropout of values happens below, on remembered ones too: a cache is not used while training.
             v = torch.cat([state.values[:, :seen], v], 1)
-        v = self.hidden_dropout(v)
         total = seen + length
-        key_mask = mask
-        if mask is not None:
-            missing = total - mask.shape[1]
-            key_mask = F.pad(mask, (missing, 0), value=True) if missing > 0 else mask[:, -total:]
+        key_mask = None if mask is None else mask[:, -total:]
+        if self.chunk is None or total <= self.chunk:
+            return self._core(q, k, v, key_mask, seen, return_weights)
+        # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
+        pad = -total % self.chunk
+        if pad and (key_mask is not None or not self.config.is_decoder):
+            valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
+            key_mask = F.pad(valid, (0, pad), value=False)
+        q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
+        out, weights = self._core(q, k, v, key_mask, 0, return_weights)
+        return out[:, seen:total], weights
 
-        offset = seen
-        if self.config.use_chunking and total > self.config.chunk_size:
-            # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
-            pad = -total % self.config.chunk_size
-            q = F.pad(q, (0, 0, seen, pad))
-            k, v = F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
-            if pad and (key_mask is not None or not self.config.is_decoder):
-                valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
-                key_mask = F.pad(valid, (0, pad), value=False)
-            offset = 0
-            q, k, v = (t.unflatten(1, (-1, self.config.chunk_size)) for t in (q, k, v))
+    def _attend_in_slots(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        state: LayerState | None,
+        slots: Slots,
+        return_weights: bool,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        """The same for left-padded rows; also returns the keys and values to remember."""
+        k = slots.keys(None if state is None else state.keys, k)
+        v = slots.keys(None if state is None else state.values, v)
+        valid = slots.valid(mask)
+        kept = (k, v) if self.chunk is None else (slots.open_chunk(k, self.chunk), slots.open_chunk(v, self.chunk))
+        if slots.length == 1:
+            out, weights = self._core(q, k, v, valid, slots.shift, return_weights)
         else:
-            q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+            out, weights = self._core(slots.queries(q), k, v, valid, 0, return_weights)
+            out = slots.back(out)
+        if weights is not None and self.chunk is None:
+            weights = slots.by_column(weights)
+        return out, weights, kept
+
+    def _core(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, offset: int | Tensor, return_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks; returns (B, I, E)."""
+        size = self.chunk if self.chunk is not None and k.shape[1] > self.chunk else None
+        q, k, v = (
+            t.unsqueeze(1) if size is None else t.unflatten(1, (-1, size)) for t in (q, k, self.hidden_dropout(v))
+        )
         if key_mask is not None:
             key_mask = key_mask.unflatten(1, (-1, k.shape[2]))
         eager = self.config._attn_implementation == "eager" or return_weights
@@ -172,5 +168,4 @@ class MegaMovingAverageGatedAttention(nn.Module):
             return_weights=return_weights,
             impl="eager" if eager else "auto",
         )  # fmt: skip
-        first = seen - offset  # dummy queries before the new ones
-        return out.flatten(1, 2)[:, first : first + length], weights
+        return out.flatten(1, 2), weights

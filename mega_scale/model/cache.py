@@ -3,6 +3,7 @@
 Legend: B batch, D channels, N moving averages per channel, C chunk, Z width of keys, E width of values.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +12,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class LayerState(NamedTuple):
-    """State of one block after `position` tokens.
+    """State of one block's self-attention after `position` columns of the input.
 
     Args:
         ema: h of the moving average, (B, D, N) fp32.
-        keys: keys of the current chunk in their places, (B, C, Z), places from `position % C` on being unused;
-            without chunks, all keys (B, position, Z).
+        keys: keys of the open chunk in their places, (B, C, Z), places after the last token being unused; without
+            chunks, all keys (B, position, Z).
         values: values likewise, (B, C, E) or (B, position, E).
-        position: tokens seen.
+        position: columns seen, padding included.
     """
 
     ema: Tensor
@@ -27,12 +28,25 @@ class LayerState(NamedTuple):
     position: int
 
 
+class EncoderState(NamedTuple):
+    """What one block's cross-attention made of the encoder's output.
+
+    Args:
+        keys: (B, S, Z).
+        values: (B, S, D).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
 class MegaCacheLayer(CacheLayerMixin):
     """Holds one block's `LayerState` behind the interface by which `generate()` handles caches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.state: LayerState | None = None
+        self.encoder: EncoderState | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the first call of the model makes the state."""
@@ -55,7 +69,7 @@ class MegaCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state = None
+        self.state, self.encoder = None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: the moving average cannot be run backwards."""
@@ -63,10 +77,12 @@ class MegaCacheLayer(CacheLayerMixin):
             "a Mega cache cannot drop tokens: its moving average holds them; start again from an empty cache"
         )
 
-    def _each(self, function: Any) -> None:
+    def _each(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
             ema, keys, values, position = self.state
             self.state = LayerState(function(ema), function(keys), function(values), position)
+        if self.encoder is not None:
+            self.encoder = EncoderState(*map(function, self.encoder))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows `beam_idx` (B,), as beam search does after each step."""
@@ -82,44 +98,68 @@ class MegaCacheLayer(CacheLayerMixin):
 
 
 class MegaCache(Cache):
-    """One `LayerState` per block; pass it back as `past_key_values` to go on where the last call ended."""
+    """One state per block; pass it back as `past_key_values` to go on where the last call ended.
+
+    Args:
+        num_hidden_layers: blocks of the model.
+    """
 
     def __init__(self, num_hidden_layers: int) -> None:
         self.states = [MegaCacheLayer() for _ in range(num_hidden_layers)]
+        self.pads: Tensor | None = None
+        """Padding before each row's first token, (B,) int64; none where no row has any."""
         super().__init__(layers=[*self.states])
 
     @property
     def is_compileable(self) -> bool:
-        """The position is a Python number, so a step is compiled for one place in the chunk at a time."""
+        """The position is a Python number, so `generate()` does not compile steps by itself."""
         return False
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        states = (layer.state for layer in self.states if layer.state is not None)
-        return sum(tensor.nbytes for state in states for tensor in state[:3])
+        held = [tensor for layer in self.states for tensor in (*(layer.state or ())[:3], *(layer.encoder or ()))]
+        return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.pads = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take rows `beam_idx` (B,), as beam search does after each step."""
+        super().reorder_cache(beam_idx)
+        self.pads = None if self.pads is None else self.pads.index_select(0, beam_idx.to(self.pads.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.pads = None if self.pads is None else self.pads.repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        super().batch_select_indices(indices)
+        self.pads = None if self.pads is None else self.pads[indices]
 
 
-def remember(state: LayerState | None, ema: Tensor, keys: Tensor, values: Tensor, chunk: int | None) -> LayerState:
-    """The state after the tokens whose keys (B, L, Z) and values (B, L, E) follow those of `state`.
+def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+    """Keys and values to remember after new tokens, of rows without padding before them.
 
     Args:
         state: the state before; none before the first token.
-        ema: h after the last token.
-        keys: of the new tokens.
-        values: of the new tokens.
+        keys: of the new tokens, (B, L, Z).
+        values: of the new tokens, (B, L, E).
         chunk: C, tokens; none without chunks.
     """
-    before = 0 if state is None else state.position
-    position = before + keys.shape[1]
     if chunk is None:
-        if state is not None:
-            keys, values = torch.cat([state.keys, keys], 1), torch.cat([state.values, values], 1)
-        return LayerState(ema, keys, values, position)
-    begin = max(0, position // chunk * chunk - before)  # the new tokens of the chunk that is open now
+        if state is None:
+            return keys, values
+        return torch.cat([state.keys, keys], 1), torch.cat([state.values, values], 1)
+    before = 0 if state is None else state.position
+    begin = max(0, (before + keys.shape[1]) // chunk * chunk - before)  # the new tokens of the chunk that is open now
     place = (before + begin) % chunk
     kept = []
-    for old, new in zip((None, None) if state is None else state[1:3], (keys, values), strict=True):
+    for old, new in ((state and state.keys, keys), (state and state.values, values)):
         if old is None:
             buffer = new.new_zeros(new.shape[0], chunk, new.shape[2])
         else:
@@ -127,4 +167,4 @@ def remember(state: LayerState | None, ema: Tensor, keys: Tensor, values: Tensor
         fresh = new[:, begin:]
         buffer[:, place : place + fresh.shape[1]] = fresh
         kept.append(buffer)
-    return LayerState(ema, kept[0], kept[1], position)
+    return kept[0], kept[1]

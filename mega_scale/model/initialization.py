@@ -3,14 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from mega_scale.model.attention import (
-    MegaMovingAverageGatedAttention,
-    MegaRotaryRelativePositionalBias,
-    MegaSimpleRelativePositionalBias,
-)
+from mega_scale.model.attention import MegaMovingAverageGatedAttention
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.ema import MegaMultiDimensionDampedEma
 from mega_scale.model.norm import MegaRMSNorm, MegaScaleNorm
+from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias, MegaSimpleRelativePositionalBias
 
 
 def initial_tensor(

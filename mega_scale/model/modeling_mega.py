@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -21,6 +22,7 @@ from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
 from mega_scale.model.norm import MegaSequenceNorm
+from mega_scale.model.slots import leading_pads
 
 
 class MegaPreTrainedModel(PreTrainedModel):
@@ -74,8 +76,6 @@ class MegaModel(MegaPreTrainedModel):
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        if config.add_cross_attention:
-            raise ValueError("add_cross_attention=True is not supported yet: set add_cross_attention=False")
         self.embedding_layer = MegaEmbeddings(config)
         self.layers = nn.ModuleList([MegaBlock(config) for _ in range(config.num_hidden_layers)])
         self.final_norm = (
@@ -99,7 +99,9 @@ class MegaModel(MegaPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: MegaCache | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -109,13 +111,16 @@ class MegaModel(MegaPreTrainedModel):
 
         Args:
             input_ids: (B, L) int64; or give `inputs_embeds`.
-            attention_mask: (B, L), or (B, past + L) with a cache; 1 or true for valid positions. A decoder's rows may
-                be padded on the right only.
+            attention_mask: (B, L), or (B, past + L) with a cache; 1 or true for valid positions. Rows padded on the
+                left count positions, and chunks, from their first valid token.
             token_type_ids: (B, L) int64.
             inputs_embeds: (B, L, D), in place of word embeddings.
+            encoder_hidden_states: (B, S, D), what cross-attention attends to; not needed again with a cache.
+            encoder_attention_mask: (B, S), 1 or true for valid positions.
             past_key_values: cache of the tokens before these, of any number; decoders only.
             use_cache: whether to return a cache; default: `config.use_cache` of a decoder that is not training.
-            output_attentions: whether to return attention weights, (B, K, C, C) a block.
+            output_attentions: whether to return attention weights: (B, K, C, C) a block, or (B, 1, L, past + L) without
+                chunks; of cross-attention (B, L, S).
             output_hidden_states: whether to return the embeddings and every block's output.
             kwargs: ignored extras of `generate()` and trainers.
 
@@ -128,31 +133,50 @@ class MegaModel(MegaPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cache = self._cache(past_key_values, use_cache)
-        mask = self._mask(attention_mask, past_key_values)
+        mask, pads = self._mask_and_pads(attention_mask, cache)
+        encoder_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
+        if config.add_cross_attention and encoder_hidden_states is None and not (cache and cache.states[0].encoder):
+            raise ValueError("add_cross_attention=True needs encoder_hidden_states (batch, length, hidden_size)")
 
         x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
-        hidden_states, attentions = [x], []
+        hidden_states, attentions, cross_attentions = [x], [], []
         for i, block in enumerate(self.layers):
-            state = None if cache is None else cache.states[i].state
-            x, weights, state = block(x, mask, state, cache is not None, output_attentions)
-            if cache is not None:
-                cache.states[i].state = state
+            layer = None if cache is None else cache.states[i]
+            out = block(
+                x,
+                mask,
+                pads,
+                encoder_hidden_states,
+                encoder_mask,
+                None if layer is None else layer.state,
+                None if layer is None else layer.encoder,
+                layer is not None,
+                output_attentions,
+            )
+            x = out.x
+            if layer is not None:
+                layer.state, layer.encoder = out.state, out.encoder
             hidden_states.append(x)
-            attentions.append(weights)
+            attentions.append(out.weights)
+            cross_attentions.append(out.cross_weights)
         if self.final_norm is not None:
-            x = self.final_norm(x, mask)
+            x = self.final_norm(x, None if mask is None else mask[:, -x.shape[1] :])
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=x,
             pooler_output=None if self.pooler is None else self.pooler(x),
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions and config.add_cross_attention else None,
         )
 
-    def _cache(self, past: MegaCache | None, use_cache: bool | None) -> MegaCache | None:
+    def _cache(self, past: Cache | None, use_cache: bool | None) -> MegaCache | None:
         config = self.config
         if past is not None and not isinstance(past, MegaCache):
-            raise ValueError(f"past_key_values is a {type(past).__name__}: Mega needs a mega_scale.MegaCache, or none")
+            # HF's encoder-decoder wrapper hands in an empty cache of its own kind, and takes back what we return.
+            if not isinstance(past, Cache) or past.get_seq_length() > 0:
+                raise ValueError(f"past_key_values is a {type(past).__name__}: Mega needs a MegaCache, or none")
+            past, use_cache = None, True
         if use_cache or past is not None:
             if not config.is_decoder:
                 raise ValueError("a cache needs is_decoder=True and bidirectional=False: set them, or use_cache=False")
@@ -167,15 +191,26 @@ class MegaModel(MegaPreTrainedModel):
             use_cache = config.use_cache and config.is_decoder and config.truncation is None and not self.training
         return MegaCache(config.num_hidden_layers) if use_cache else None
 
-    def _mask(self, attention_mask: Tensor | None, past: MegaCache | None) -> Tensor | None:
+    def _mask_and_pads(
+        self, attention_mask: Tensor | None, cache: MegaCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The mask as bool, and each row's leading padding where some row has any and positions depend on it."""
+        seen = 0 if cache is None else cache.get_seq_length()
+        pads = None if cache is None else cache.pads
         if attention_mask is None:
-            return None
+            return None, pads
         mask = attention_mask.bool()
         if mask.dim() != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: expected (batch, length)")
-        if self.config.is_decoder and past is None and not bool(mask[:, 0].all()):
-            raise ValueError("a decoder's rows must be padded on the right: attention_mask begins with zeros")
-        return mask
+        if seen == 0 and (self.config.is_decoder or self.config.use_chunking):
+            # A compiled graph takes the general way: looking at the mask would break it.
+            if torch.compiler.is_compiling() or not bool(mask[:, 0].all()):
+                pads = leading_pads(mask)
+        elif pads is not None and mask.shape[1] > seen:
+            pads = leading_pads(mask)  # a row may have been padding only until now
+        if cache is not None:
+            cache.pads = pads
+        return mask, pads
 
 
 class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
@@ -214,8 +249,10 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: MegaCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -239,6 +276,8 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
             use_cache=False if has_labels and use_cache is None else use_cache,
             output_attentions=output_attentions,
@@ -265,4 +304,5 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )

@@ -1,0 +1,79 @@
+"""Losses of the heads: a sum over the targets that count, divided by their number.
+
+The number may span several micro-batches or ranks, so that the parts add up to the loss of the whole batch. Without
+any target the loss is zero and still has a graph, where a mean would be NaN.
+
+Legend: B batch, K classes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Cross-entropy of classes, computed in fp32.
+
+    Args:
+        logits: (..., K).
+        labels: (...) integers; `ignore_index` does not count.
+        num_items: what the sum is divided by; default: the number of labels that count.
+
+    Returns:
+        A scalar, in nats per label.
+    """
+    labels = labels.reshape(-1).to(logits.device, torch.long)
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    total = functional.cross_entropy(flat, labels, ignore_index=ignore_index, reduction="sum")
+    return total / _divisor((labels != ignore_index).sum().clamp(min=1), num_items)
+
+
+def sequence_loss(
+    logits: Tensor, labels: Tensor, problem_type: str | None = None, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Loss of one prediction a sequence: mean square, cross-entropy, or binary cross-entropy.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) classes, (B, K) zeros and ones for several labels, or (B, K) values of a regression, (B,) if K = 1.
+        problem_type: regression, single_label_classification or multi_label_classification; default: regression
+            if K = 1, else one label if the labels are integers, else several.
+        num_items: what the sum is divided by; default: the number of elements of `labels`.
+
+    Raises:
+        ValueError: labels whose shape does not fit the problem.
+    """
+    if problem_type is None:
+        problem_type = _problem_type(logits.shape[-1], labels)
+    labels = labels.to(logits.device)
+    single = problem_type == "single_label_classification"
+    expected = logits[..., 0] if single else logits
+    if labels.numel() != expected.numel():
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}: {problem_type} of logits {tuple(logits.shape)} needs "
+            f"{tuple(expected.shape)}; set problem_type in the configuration if you meant another problem"
+        )
+    if single:
+        return cross_entropy(logits, labels, num_items)
+    values, targets = logits.float(), labels.reshape(logits.shape).float()
+    if problem_type == "regression":
+        total = functional.mse_loss(values, targets, reduction="sum")
+    else:
+        total = functional.binary_cross_entropy_with_logits(values, targets, reduction="sum")
+    return total / _divisor(labels.numel(), num_items)
+
+
+def _problem_type(classes: int, labels: Tensor) -> str:
+    if classes == 1:
+        return "regression"
+    return "single_label_classification" if labels.dtype in INTEGERS else "multi_label_classification"
+
+
+def _divisor(count: Tensor | int, num_items: Tensor | int | None) -> Tensor | int:
+    if num_items is None:
+        return count
+    return num_items.to(count.device) if isinstance(num_items, Tensor) and isinstance(count, Tensor) else num_items

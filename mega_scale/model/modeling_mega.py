@@ -133,12 +133,12 @@ class MegaModel(MegaPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cache = self._cache(past_key_values, use_cache)
-        mask, pads = self._mask_and_pads(attention_mask, cache)
+        x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
+        mask, pads = self._mask_and_pads(attention_mask, cache, x.shape[0], x.device)
         encoder_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         if config.add_cross_attention and encoder_hidden_states is None and not (cache and cache.states[0].encoder):
             raise ValueError("add_cross_attention=True needs encoder_hidden_states (batch, length, hidden_size)")
 
-        x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
         hidden_states, attentions, cross_attentions = [x], [], []
         for i, block in enumerate(self.layers):
             layer = None if cache is None else cache.states[i]
@@ -192,12 +192,15 @@ class MegaModel(MegaPreTrainedModel):
         return MegaCache(config.num_hidden_layers) if use_cache else None
 
     def _mask_and_pads(
-        self, attention_mask: Tensor | None, cache: MegaCache | None
+        self, attention_mask: Tensor | None, cache: MegaCache | None, batch: int, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None]:
         """The mask as bool, and each row's leading padding where some row has any and positions depend on it."""
         seen = 0 if cache is None else cache.get_seq_length()
         pads = None if cache is None else cache.pads
         if attention_mask is None:
+            if cache is not None and torch.compiler.is_compiling():
+                # Positions then live in tensors, and one graph serves every place in the chunk.
+                pads = torch.zeros(batch, dtype=torch.long, device=device) if pads is None else pads
             return None, pads
         mask = attention_mask.bool()
         if mask.dim() != 2:

@@ -18,6 +18,8 @@ def key_minus_query(queries: int, keys: int, offset: int | Tensor, device: torch
 
 def toeplitz(vector: Tensor, queries: int) -> Tensor:
     """The matrix whose entry (i, j) is `vector[I - 1 + j - i]`: (..., I + J - 1) to (..., I, J)."""
+    if queries == 1:  # a decoding step; a size that grows with it would make a compiled graph its own
+        return vector.unsqueeze(-2)
     return vector.unfold(-1, vector.shape[-1] - queries + 1, 1).flip(-2)
 
 

@@ -70,7 +70,9 @@ def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text:
     )
 
 
-def export(checkpoint: Path, out: Path, *, max_shard_bytes: int, dtype: str, overwrite: bool) -> Path:
+def export(
+    checkpoint: Path, out: Path, *, max_shard_bytes: int, dtype: str, overwrite: bool, with_code: bool = False
+) -> Path:
     """Write a checkpoint's model as a Hugging Face folder.
 
     Args:
@@ -79,6 +81,7 @@ def export(checkpoint: Path, out: Path, *, max_shard_bytes: int, dtype: str, ove
         max_shard_bytes: largest weight file, bytes.
         dtype: "fp32" or "bf16".
         overwrite: whether an earlier export is replaced.
+        with_code: whether the folder is to load without mega_scale.
 
     Returns:
         The checkpoint folder that was exported.
@@ -93,9 +96,17 @@ def export(checkpoint: Path, out: Path, *, max_shard_bytes: int, dtype: str, ove
     facts = training_facts(
         out.resolve().name, read_state(folder), load_config(run_file), run_file.read_text(encoding="utf-8")
     )
-    card = model_card(facts, config, dtype=dtype)
+    card = model_card(facts, config, dtype=dtype, with_code=with_code)
     write_export(
-        out, tensors, config, tokenizer, card, max_shard_bytes=max_shard_bytes, dtype=dtype, overwrite=overwrite
+        out,
+        tensors,
+        config,
+        tokenizer,
+        card,
+        max_shard_bytes=max_shard_bytes,
+        dtype=dtype,
+        overwrite=overwrite,
+        with_code=with_code,
     )
     return folder
 
@@ -114,6 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters (default: fp32)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="add the model's Python files, so that the folder loads with torch and transformers alone: "
+        "from_pretrained(folder, trust_remote_code=True)",
+    )
     args = parser.parse_args(arguments)
     try:
         folder = export(
@@ -122,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_shard_bytes=args.max_shard_size,
             dtype=args.dtype,
             overwrite=args.overwrite,
+            with_code=args.remote_code,
         )
     except (ValueError, OSError) as error:
         refuse(error)

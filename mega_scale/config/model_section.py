@@ -83,7 +83,7 @@ def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | No
             values.setdefault(name, getattr(tokenizer, name))
     try:
         config = MegaConfig(**values)
-        config.validate_for_model()
+        config.check_for_model()
     except Exception as error:
         # The strict dataclass wraps what its validators raise.
         raise ValueError(f"model.{error.__cause__ or error}") from None

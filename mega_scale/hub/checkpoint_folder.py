@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mega_scale.hub.layout import BASE_PREFIX, Layout, layout_of
 from mega_scale.model import MegaConfig
+from mega_scale.model.norm import warn_if_norm_differs
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -133,6 +134,7 @@ def _read_config(folder: Path) -> MegaConfig:
     if not isinstance(values, dict) or values.get("model_type") != MegaConfig.model_type:
         found = values.get("model_type") if isinstance(values, dict) else None
         raise ValueError(f"{path} has model_type={found!r}: expected {MegaConfig.model_type!r}")
+    warn_if_norm_differs(values)
     return MegaConfig.from_pretrained(folder)
 
 

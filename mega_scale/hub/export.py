@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mega_scale.hub.layout import Layout, layout_of
+from mega_scale.hub.remote_code import auto_classes, auto_map, remote_code
 from mega_scale.model import MegaConfig
+from mega_scale.model.norm import SAVED_BY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -29,6 +31,7 @@ def write_export(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str = "fp32",
     overwrite: bool = False,
+    with_code: bool = False,
 ) -> Path:
     """Write a causal language model as a folder that `AutoModelForCausalLM` and transformers 4.37.2 load.
 
@@ -44,6 +47,8 @@ def write_export(
         max_shard_bytes: largest weight file, bytes; a single larger tensor gets a file of its own.
         dtype: "fp32" or "bf16", of the parameters; buffers and the moving average's parameters stay in fp32.
         overwrite: whether an export that is already there is replaced.
+        with_code: whether the folder holds the model's Python files too, by which it loads without mega_scale when
+            `trust_remote_code=True` is given.
 
     Returns:
         The folder.
@@ -69,14 +74,14 @@ def write_export(
 
     def write(target: Path) -> None:
         (target / "README.md").write_text(card, encoding="utf-8")
-        _write_configs(target, config, tokenizer, DTYPES[dtype])
+        _write_configs(target, config, tokenizer, DTYPES[dtype], with_code)
         _write_tokenizer(target, tokenizer)
         _write_weights(target, tensors, layout, max_shard_bytes, DTYPES[dtype])
         for file in target.glob("*.safetensors"):
             # safetensors makes its files private; they are to be as readable as the rest.
             shutil.copymode(target / "README.md", file)
 
-    _write_then_rename(folder, write)
+    write_then_rename(folder, write)
     return folder
 
 
@@ -157,10 +162,20 @@ def _tensor_to_store(name: str, tensor: Tensor, layout: Layout, dtype: torch.dty
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _write_configs(folder: Path, config: MegaConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+def _write_configs(
+    folder: Path, config: MegaConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, with_code: bool
+) -> None:
     config = copy.deepcopy(config)
     config.architectures = ["MegaForCausalLM"]
     config.dtype = dtype
+    setattr(config, SAVED_BY, "mega_scale")
+    # A configuration that was read from a folder with code may point to files that this one lacks.
+    vars(config).pop("auto_map", None)
+    if with_code:
+        classes = auto_classes()
+        config.auto_map = auto_map(classes)
+        for name, text in remote_code(classes).items():
+            (folder / name).write_text(text, encoding="utf-8")
     config.save_pretrained(folder)
     generation = GenerationConfig.from_model_config(config)
     # The tokenizer wrote the training text, so its special tokens are the ones that the model has learned.
@@ -180,7 +195,13 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_then_rename(folder: Path, write: Callable[[Path], None]) -> None:
+def write_then_rename(folder: Path, write: Callable[[Path], None]) -> None:
+    """Create or replace a folder as a whole, so that it appears under its name only when it is complete.
+
+    Args:
+        folder: the folder; what it holds is replaced.
+        write: fills the empty folder that it is given.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir()

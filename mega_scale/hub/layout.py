@@ -1,6 +1,6 @@
-"""Which tensors a causal language model's folder holds, asked of the model itself on the meta device."""
+"""Which tensors a model's folder holds, asked of the model itself on the meta device."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -58,11 +58,12 @@ class Layout(NamedTuple):
         return [f"{kind} ({len(names)}): {_list(names)}" for kind, names in kinds.items() if names]
 
 
-def layout_of(config: MegaConfig) -> Layout:
-    """Layout of `MegaForCausalLM(config)`, built without memory for its weights.
+def layout_of(config: MegaConfig, build: Callable[[MegaConfig], nn.Module] = MegaForCausalLM) -> Layout:
+    """Layout of a model, built without memory for its weights.
 
     Args:
         config: the model's configuration.
+        build: makes the model from it.
 
     Returns:
         The layout.
@@ -71,7 +72,7 @@ def layout_of(config: MegaConfig) -> Layout:
         ValueError: no such model exists; the message names the fields.
     """
     with torch.device("meta"):
-        model: nn.Module = MegaForCausalLM(config)
+        model = build(config)
     buffers = dict(model.named_buffers())
     # A state dict detaches its values: identity survives only with keep_vars.
     tensors = model.state_dict(keep_vars=True)

@@ -19,6 +19,15 @@ prompt = tokenizer("def ", return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 ```
 """
+_WITH_CODE = """\
+The folder holds the model's own Python files. Without mega_scale, in an environment with only torch and transformers 5,
+leave out its import and allow them to run:
+
+```python
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+```
+"""
 _NOT_IN_HF = {
     "scale_embeddings": (False, "it does not scale embeddings by sqrt(hidden_size)"),
     "final_norm": (False, "it has no norm after the last block"),
@@ -54,13 +63,14 @@ class TrainingFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def model_card(facts: TrainingFacts, config: MegaConfig, *, dtype: str = "fp32") -> str:
+def model_card(facts: TrainingFacts, config: MegaConfig, *, dtype: str = "fp32", with_code: bool = False) -> str:
     """Markdown text of an export's README.md.
 
     Args:
         facts: what is known of the training run.
         config: the model's configuration.
         dtype: dtype of the exported parameters, "fp32" or "bf16".
+        with_code: whether the folder holds the model's Python files.
 
     Returns:
         The card, with the metadata block that model hubs read.
@@ -69,7 +79,11 @@ def model_card(facts: TrainingFacts, config: MegaConfig, *, dtype: str = "fp32")
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mega\n- mega_scale\n---",
         f"# {facts.name}",
         f"A Mega causal language model (arXiv 2209.10655), pretrained with mega_scale. {_attention(config)}",
-        f"## Load\n\n{_HOW_TO_LOAD}\n{_in_transformers_4(config)}",
+        "\n\n".join(
+            part.strip()
+            for part in ("## Load", _HOW_TO_LOAD, _WITH_CODE if with_code else "", _in_transformers_4(config))
+            if part
+        ),
         f"## Model\n\n{_table(_model_rows(config, dtype))}",
         f"## Training\n\n{_table(_training_rows(facts))}",
     ]

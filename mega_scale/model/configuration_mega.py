@@ -205,8 +205,11 @@ class MegaConfig(PreTrainedConfig):
                 f"{self.shared_representation_size} is odd: make it even, or use the simple bias"
             )
 
-    def validate_for_model(self) -> None:
-        """Refuse combinations that a configuration may pass through while it is edited, but no model can have."""
+    def check_for_model(self) -> None:
+        """Refuse combinations that a configuration may pass through while it is edited, but no model can have.
+
+        Not a `validate_...` method: strict dataclasses run those whenever a configuration is made, and wrap their errors.
+        """
         if self.is_decoder and self.bidirectional:
             raise ValueError(
                 "is_decoder=True with bidirectional=True would let every position see the future: "

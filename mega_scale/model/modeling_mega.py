@@ -21,7 +21,7 @@ from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
-from mega_scale.model.norm import MegaSequenceNorm
+from mega_scale.model.norm import MegaSequenceNorm, warn_if_norm_differs
 from mega_scale.model.slots import leading_pads
 
 
@@ -39,8 +39,15 @@ class MegaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: MegaConfig) -> None:
-        config.validate_for_model()
+        config.check_for_model()
         super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model from a folder or the hub; warns of a checkpoint whose norm computed something else."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        warn_if_norm_differs(vars((loaded[0] if isinstance(loaded, tuple) else loaded).config))
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -224,6 +231,8 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
+    # The moving average cannot take tokens back, so generate() refuses assisted decoding.
+    _is_stateful = True
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)

@@ -3,10 +3,16 @@
 Legend: B batch, L length, D channels.
 """
 
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 _EPSILON = 1e-5
+# The key of config.json by which an export is known, also after transformers 4.37.2 has saved it again.
+SAVED_BY = "saved_by"
 
 
 class MegaScaleNorm(nn.Module):
@@ -74,3 +80,21 @@ class MegaSequenceNorm(nn.Module):
         out = torch.zeros_like(x)
         out[mask] = self.norm(x[mask])
         return out
+
+
+def warn_if_norm_differs(values: Mapping[str, Any]) -> None:
+    """Warn of weights that were trained with the RMSNorm of transformers 4.37.2, which does not normalise.
+
+    Args:
+        values: content of a config.json.
+    """
+    release = str(values.get("transformers_version") or "").split(".")[0]
+    older = release.isdecimal() and int(release) < 5
+    if values.get("normalization_type") == "rmsnorm" and older and SAVED_BY not in values:
+        warnings.warn(
+            "normalization_type='rmsnorm' in a checkpoint of transformers "
+            f"{values['transformers_version']}: its RMSNorm returned its input without normalising it, here it "
+            "normalises, so the model computes something else than it did there; train it further, or start anew",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaForCausalLM
+from mega_scale.model.norm import warn_if_norm_differs
 
 EMBEDDING = "mega.embedding_layer.word_embeddings.weight"
 
@@ -132,6 +134,24 @@ def test_folders_that_are_none_are_refused(tmp_path, make_config):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         open_folder(tmp_path)
+
+
+def test_rmsnorm_of_transformers_4_is_warned_of(tmp_path, make_model):
+    model = make_model(normalization_type="rmsnorm")
+    folder = write_folder(tmp_path / "in", model.config, model.state_dict())
+    with pytest.warns(UserWarning, match=r"normalization_type='rmsnorm' .* transformers 4\.37\.2: .* here it"):
+        open_folder(folder)
+    values = json.loads((folder / "config.json").read_text())
+    # Made by transformers 5; an export that 4.37.2 saved again; of unknown origin; normalised in both.
+    for changes in (
+        {"transformers_version": "5.0.0"},
+        {"saved_by": "mega_scale"},
+        {"transformers_version": None},
+        {"normalization_type": "layernorm"},
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            warn_if_norm_differs(values | changes)
 
 
 class _Shell:

@@ -95,6 +95,15 @@ def test_exports_a_named_checkpoint_in_bf16_over_an_earlier_export(tmp_path, lau
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_exports_the_models_code_when_asked(tmp_path, launched, run_folder, weights):
+    for options in ([], ["--remote-code", "--overwrite"]):
+        out = tmp_path / "out"
+        launched.main([str(run_folder), str(out), *options])
+        assert ("auto_map" in json.loads((out / "config.json").read_text())) == bool(options)
+        assert (out / "modeling_mega.py").is_file() == bool(options)
+        assert ("trust_remote_code=True" in (out / "README.md").read_text()) == bool(options)
+
+
 def test_refusals_are_one_line(tmp_path, launched, run_folder, capsys):
     taken = tmp_path / "taken"
     taken.mkdir()

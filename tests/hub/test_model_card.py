@@ -84,3 +84,9 @@ def test_the_loading_recipe_runs(tmp_path, make_model, tokenizer, capsys):
     assert '"path/to/this/folder"' in recipe
     exec(recipe.replace("path/to/this/folder", str(folder)), {})
     assert capsys.readouterr().out.startswith("def ")
+
+
+def test_card_says_how_to_load_without_mega_scale(make_config):
+    line = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+    assert line in model_card(FACTS, make_config(), with_code=True)
+    assert line not in model_card(FACTS, make_config())

@@ -1,6 +1,7 @@
 """Times our operations against their peers, in one run, after checking that all of them compute the same.
 
     python launch/benchmark.py ema --peer-python /path/to/python-with-transformers-4.37.2
+    python launch/benchmark.py decode --tokens 16384 --chunk 128
 
 Contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
 median, least and greatest time. What is not correct is not timed.
@@ -24,6 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
+from launch.benchmark_decode import add_decode_arguments, run_decode
+from launch.machine import hardware
 
 TOLERANCE = 1e-4
 PARAMETERS = ("damping", "decay", "expansion", "projection")
@@ -268,19 +273,6 @@ def table(durations: dict[str, list[float]], errors: dict[str, float]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def hardware() -> str:
-    """One line on the machine: processor, logical cores, operating system."""
-    processor = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass  # Not Linux: the platform's own name has to do.
-    return f"{processor}, {os.cpu_count()} logical cores, {platform.system()} {platform.machine()}"
-
-
 def run_ema(args: argparse.Namespace) -> None:
     """The `ema` sub-command: forward + backward of the damped EMA."""
     sizes = {name: getattr(args, name) for name in ("batch", "length", "hidden", "states")}
@@ -345,13 +337,19 @@ def parser() -> argparse.ArgumentParser:
     ema.add_argument("--seed", type=int, default=0, help="of inputs and parameters")
     ema.add_argument("--peer-python", default=None, help="interpreter with transformers 4.37.2, to compare with")
     _add_timing(ema, run_ema)
+    words = "time per token and cache bytes as a text grows"
+    decode = commands.add_parser("decode", help=words, formatter_class=formatter)
+    add_decode_arguments(decode, positive)
+    _add_timing(decode, run_decode, repeats=5, warmup=1)
     return top
 
 
-def _add_timing(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+def _add_timing(
+    command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], repeats: int = 20, warmup: int = 3
+) -> None:
     command.add_argument("--threads", type=positive, default=1, help="CPU threads of every contender")
-    command.add_argument("--repeats", type=positive, default=20, help="timed runs of every contender")
-    command.add_argument("--warmup", type=positive, default=3, help="runs of every contender before them")
+    command.add_argument("--repeats", type=positive, default=repeats, help="timed runs of every contender")
+    command.add_argument("--warmup", type=positive, default=warmup, help="runs of every contender before them")
     command.add_argument("--json", default=None, help="file for all figures")
     command.set_defaults(run=run)
 

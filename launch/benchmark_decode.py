@@ -1,4 +1,7 @@
-"""The `decode` sub-command of benchmark.py: whether decoding stays as fast, and its cache as small, as a text grows."""
+"""The `decode` sub-command of benchmark.py: whether decoding stays as fast, and its cache as small, as a text grows.
+
+Legend: B batch, T tokens, P checked positions, V vocabulary.
+"""
 
 import argparse
 import copy
@@ -6,13 +9,14 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from launch.machine import hardware
 from mega_scale import MegaCache, MegaConfig, MegaForCausalLM
 
 TOLERANCE = 1e-4
@@ -52,11 +56,12 @@ class Decoded(NamedTuple):
     places: list[Place]
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
+def add_decode_arguments(command: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Declare the options of the sub-command, but for those that all sub-commands share.
 
     Args:
         command: the parser of the sub-command.
+        positive: reads an integer of at least 1.
     """
     sizes = {
         "tokens": (16384, "length of the text, the first token included"),
@@ -71,8 +76,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "vocabulary": (256, "number of token ids"),
     }
     for name, (default, text) in sizes.items():
-        command.add_argument(f"--{name}", type=int, default=default, help=text)
-    command.add_argument("--activation", default="softmax", help="of attention: softmax, laplace or relu2")
+        command.add_argument(f"--{name}", type=positive, default=default, help=text)
+    activations = ["softmax", "laplace", "relu2"]
+    command.add_argument("--activation", default="softmax", choices=activations, help="of attention")
     command.add_argument("--seed", type=int, default=0, help="of the model's weights")
 
 
@@ -163,8 +169,8 @@ def logit_error(model: MegaForCausalLM, decoded: Decoded, checked: Tensor) -> fl
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"nothing is timed: decoded logits differ from the full forward by {errors[first]:.1e} of the largest logit "
-            f"at position {int(checked[first])}; {TOLERANCE:.0e} is allowed"
+            f"nothing is timed: decoded logits differ from the full forward by {errors[first]:.1e} of the largest "
+            f"logit at position {int(checked[first])}; {TOLERANCE:.0e} is allowed"
         )
     return float(errors.max())
 
@@ -212,74 +218,100 @@ def time_windows(model: MegaForCausalLM, places: Sequence[Place], window: int, r
     return durations
 
 
-def run_decode(args: argparse.Namespace) -> dict[str, object]:
-    """The `decode` sub-command: check, time and print.
+class Report(NamedTuple):
+    """What the `decode` sub-command found.
+
+    Args:
+        windows: first and last position of each, tokens.
+        milliseconds: per token, of every segment of each window.
+        held: bytes of the cache at the beginning of each window.
+        formula: bytes that the README's formula gives.
+        error: of decoded logits against the full forward, relative to the largest logit.
+        checked: number of positions where they were compared.
+    """
+
+    windows: list[tuple[int, int]]
+    milliseconds: list[list[float]]
+    held: list[int]
+    formula: int
+    error: float
+    checked: int
+
+    @property
+    def medians(self) -> list[float]:
+        """Milliseconds per token of each window."""
+        return [statistics.median(times) for times in self.milliseconds]
+
+    @property
+    def ratio(self) -> float:
+        """Time per token of the last window over that of the first."""
+        return self.medians[-1] / self.medians[0]
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        rows = [
+            f"Checked before: logits at {self.checked} positions equal those of one full forward, largest error "
+            f"{self.error:.1e} of the largest logit.",
+            "",
+            "| tokens | median ms/token | min | max | cache bytes |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for (first, last), times, held in zip(self.windows, self.milliseconds, self.held, strict=True):
+            middle = statistics.median(times)
+            rows.append(f"| {first} to {last} | {middle:.4f} | {min(times):.4f} | {max(times):.4f} | {held} |")
+        return [
+            *rows,
+            "",
+            f"Time per token, last window over first: {self.ratio:.3f}.",
+            f"Formula: layers * batch * (4*D*N + element_size*C*(Z+E)) = {self.formula} bytes.",
+        ]
+
+
+def measure(args: argparse.Namespace) -> Report:
+    """Decode a text, check it, and time its first and last window.
 
     Args:
         args: the command line.
 
-    Returns:
-        All figures.
-
     Raises:
         ValueError: windows overlap, cached and full logits differ, or the cache's size is not the formula's.
     """
-    if args.window < 1 or args.tokens < args.chunk + 2 * args.window:
+    if args.tokens < args.chunk + 2 * args.window:
         raise ValueError(
             f"--tokens {args.tokens} must hold a chunk of {args.chunk} and two windows of {args.window} tokens: "
-            f"pass --tokens {args.chunk + 2 * max(1, args.window)} or more"
+            f"pass --tokens {args.chunk + 2 * args.window} or more"
         )
     model = build_model(args)
     starts = [args.chunk, args.tokens - args.window]
-    draw = torch.randint(args.tokens, (_CHECKED,), generator=torch.Generator().manual_seed(args.seed))
-    checked = torch.cat([draw, torch.tensor([0, args.chunk - 1, args.chunk, args.tokens - 1])]).unique()
+    drawn = torch.randint(args.tokens, (_CHECKED,), generator=torch.Generator().manual_seed(args.seed))
+    checked = torch.cat([drawn, torch.tensor([0, args.chunk - 1, args.chunk, args.tokens - 1])]).unique()
     decoded = decode(model, args.batch, args.tokens, starts, checked)
     error = logit_error(model, decoded, checked)
-    time_windows(model, decoded.places, args.window, args.warmup)
-    durations = time_windows(model, decoded.places, args.window, args.repeats)
-    medians = [statistics.median(times) for times in durations]
     held = [place.cache.nbytes for place in decoded.places]
-    report: dict[str, object] = {
-        "benchmark": "decode",
-        "sizes": {name: value for name, value in vars(args).items() if isinstance(value, int)},
-        "activation": args.activation,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "window_starts": starts,
-        "ms_per_token": durations,
-        "median_ms_per_token": medians,
-        "last_over_first": medians[-1] / medians[0],
-        "cache_bytes": held,
-        "formula_bytes": formula_bytes(model.config, args.batch, model.dtype.itemsize),
-        "largest_error": error,
-        "checked_positions": len(checked),
-    }
-    print(_text(args, report, durations))
+    time_windows(model, decoded.places, args.window, args.warmup)
+    return Report(
+        windows=[(start, start + args.window - 1) for start in starts],
+        milliseconds=time_windows(model, decoded.places, args.window, args.repeats),
+        held=held,
+        formula=formula_bytes(model.config, args.batch, model.dtype.itemsize),
+        error=error,
+        checked=len(checked),
+    )
+
+
+def run_decode(args: argparse.Namespace) -> None:
+    """The `decode` sub-command: measure and print.
+
+    Args:
+        args: the command line.
+    """
+    report = measure(args)
+    sizes = {name: value for name, value in vars(args).items() if isinstance(value, (int, str)) and name != "json"}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    head = f"Greedy decoding, fp32, windows in turns: {', '.join(f'{name} {value}' for name, value in sizes.items())}."
+    machine = f"Machine: {hardware()}. Versions: {', '.join(' '.join(version) for version in versions.items())}."
+    print(head, machine, *report.lines(), sep="\n")
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report
-
-
-def _text(args: argparse.Namespace, report: dict[str, object], durations: list[list[float]]) -> str:
-    lines = [
-        f"Greedy decoding, fp32, {args.tokens} tokens, chunk {args.chunk}, batch {args.batch}, {args.layers} layers, "
-        f"hidden {args.hidden}, {args.activation}, {args.threads} CPU thread(s). Windows of {args.window} tokens in turns, "
-        f"{args.repeats} rounds of {_SEGMENTS} segments after {args.warmup} for warm-up.",
-        f"Checked before: logits at {report['checked_positions']} positions equal one full forward, largest error "
-        f"{report['largest_error']:.1e} of the largest logit.",
-        "",
-        "| tokens | median ms/token | min | max | cache bytes |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for start, times, held in zip(
-        (args.chunk, args.tokens - args.window), durations, report["cache_bytes"], strict=True  # type: ignore[call-overload]
-    ):  # fmt: skip
-        middle = statistics.median(times)
-        lines.append(
-            f"| {start} to {start + args.window} | {middle:.4f} | {min(times):.4f} | {max(times):.4f} | {held} |"
-        )
-    lines += [
-        "",
-        f"Last window over first: {report['last_over_first']:.3f} of the time per token.",
-        f"Formula: layers * batch * (4*D*N + element_size*C*(Z+E)) = {report['formula_bytes']} bytes.",
-    ]
-    return "\n".join(lines)
+        content: dict[str, Any] = {"benchmark": "decode", "sizes": sizes, "hardware": hardware(), "versions": versions}
+        content |= {**report._asdict(), "median_ms": report.medians, "last_over_first": report.ratio}
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -126,7 +126,7 @@ class MegaCache(Cache):
         super().reset()
         self.pads = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Take rows `beam_idx` (B,), as beam search does after each step."""
         super().reorder_cache(beam_idx)
         self.pads = None if self.pads is None else self.pads.index_select(0, beam_idx.to(self.pads.device))

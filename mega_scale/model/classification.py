@@ -11,7 +11,7 @@ from transformers.modeling_outputs import MultipleChoiceModelOutput, SequenceCla
 from transformers.utils import can_return_tuple
 
 from mega_scale.model.configuration_mega import MegaConfig
-from mega_scale.model.heads import MegaHeadModel, head_dropout, sequence_token
+from mega_scale.model.heads import MegaHeadModel, head_dropout, label_count, sequence_token
 from mega_scale.model.losses import cross_entropy, sequence_loss
 from mega_scale.model.modeling_mega import MegaModel
 
@@ -23,7 +23,7 @@ class MegaClassificationHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(head_dropout(config))
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.out_proj = nn.Linear(config.hidden_size, label_count(config))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, D) to (B, K)."""
@@ -41,7 +41,7 @@ class MegaForSequenceClassification(MegaHeadModel):
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = label_count(config)
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.classifier = MegaClassificationHead(config)
         self.post_init()
@@ -72,7 +72,7 @@ class MegaForSequenceClassification(MegaHeadModel):
         Raises:
             ValueError: labels whose shape does not fit the problem.
         """
-        outputs = self.encode(
+        hidden, outputs = self.encode(
             kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -81,7 +81,7 @@ class MegaForSequenceClassification(MegaHeadModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.classifier(sequence_token(outputs.last_hidden_state, attention_mask, self.config))
+        logits = self.classifier(sequence_token(hidden, attention_mask, self.config))
         loss = None
         if labels is not None:
             # The configuration stays as it is: what one batch suggests must not decide for the next.
@@ -136,15 +136,9 @@ class MegaForMultipleChoice(MegaHeadModel):
         Raises:
             ValueError: inputs without a dimension of choices.
         """
-        shapes = {"input_ids": (input_ids, 3), "inputs_embeds": (inputs_embeds, 4)}
-        for name, (tensor, dimensions) in shapes.items():
-            if tensor is not None and tensor.dim() != dimensions:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}: expected {dimensions} dimensions, (batch, choices, ...); "
-                    "add one of size 1 for a batch of one"
-                )
+        choices = _choices(input_ids, inputs_embeds)
         mask = _rows(attention_mask)
-        outputs = self.encode(
+        hidden, outputs = self.encode(
             kwargs,
             input_ids=_rows(input_ids),
             attention_mask=mask,
@@ -153,10 +147,10 @@ class MegaForMultipleChoice(MegaHeadModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        token = sequence_token(outputs.last_hidden_state, mask, self.config)
+        token = sequence_token(hidden, mask, self.config)
+        assert self.mega.pooler is not None
         pooled = self.mega.pooler(token[:, None])
-        given = input_ids if input_ids is not None else inputs_embeds
-        logits = self.classifier(self.dropout(pooled)).view(given.shape[:2])
+        logits = self.classifier(self.dropout(pooled)).view(choices)
         return MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,
@@ -174,10 +168,10 @@ class MegaForTokenClassification(MegaHeadModel):
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = label_count(config)
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(head_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, label_count(config))
         self.post_init()
 
     @can_return_tuple
@@ -202,7 +196,7 @@ class MegaForTokenClassification(MegaHeadModel):
         Returns:
             loss, logits (B, L, K), hidden_states, attentions.
         """
-        outputs = self.encode(
+        hidden, outputs = self.encode(
             kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -211,13 +205,28 @@ class MegaForTokenClassification(MegaHeadModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        logits = self.classifier(self.dropout(hidden))
         return TokenClassifierOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _choices(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    """B and M of the inputs of multiple choice."""
+    name, given, dimensions = "input_ids", input_ids, 3
+    if given is None:
+        name, given, dimensions = "inputs_embeds", inputs_embeds, 4
+    if given is None:
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if given.dim() != dimensions:
+        raise ValueError(
+            f"{name} has shape {tuple(given.shape)}: expected {dimensions} dimensions, (batch, choices, ...); "
+            "add one of size 1 for a batch of one"
+        )
+    return given.shape[0], given.shape[1]
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:

@@ -108,7 +108,7 @@ class MegaConfig(PreTrainedConfig):
     """
 
     model_type = "mega"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 30522
     hidden_size: int = 128
@@ -170,9 +170,10 @@ class MegaConfig(PreTrainedConfig):
         """Kind of every block: each carries a recurrent state along the sequence.
 
         `linear_attention` is the name by which third-party sequence parallelism recognises such layers, and refuses
-        them, instead of restarting the moving average on every rank.
+        them, instead of restarting the moving average on every rank. A decoder with cross-attention says `hybrid`,
+        which is as true: from `linear_attention`, EncoderDecoderModel's `generate()` makes caches that it cannot use.
         """
-        return ["linear_attention"] * self.num_hidden_layers
+        return ["hybrid" if self.add_cross_attention else "linear_attention"] * self.num_hidden_layers
 
     def validate_architecture(self) -> None:
         """Refuse values and combinations that no Mega model can have."""

@@ -18,10 +18,21 @@ class MegaHeadModel(MegaPreTrainedModel):
 
     mega: MegaModel
 
-    def encode(self, extras: dict[str, Any], **inputs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Run the backbone; `extras` are keyword arguments of the head's forward that it passes on."""
+    def encode(
+        self, extras: dict[str, Any], **inputs: Any
+    ) -> tuple[Tensor, BaseModelOutputWithPoolingAndCrossAttentions]:
+        """Run the backbone.
+
+        Args:
+            extras: keyword arguments that the head's forward does not know.
+            inputs: those that it does.
+
+        Returns:
+            The last hidden state (B, L, D), and all outputs.
+        """
         # A head reads every position at once, so a cache would only hold memory.
-        return self.mega(**{**extras, **inputs, "use_cache": False, "return_dict": True})
+        outputs = self.mega(**{**extras, **inputs, "use_cache": False, "return_dict": True})
+        return outputs.last_hidden_state, outputs
 
 
 def sequence_token(hidden: Tensor, attention_mask: Tensor | None, config: MegaConfig) -> Tensor:
@@ -48,3 +59,9 @@ def sequence_token(hidden: Tensor, attention_mask: Tensor | None, config: MegaCo
 def head_dropout(config: MegaConfig) -> float:
     """Dropout probability of a classification head."""
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def label_count(config: MegaConfig) -> int:
+    """Number of classes, labels, or values that a head predicts."""
+    assert config.num_labels is not None, "configurations default to two labels"
+    return config.num_labels

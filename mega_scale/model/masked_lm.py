@@ -33,7 +33,7 @@ class MegaForMaskedLM(MegaHeadModel):
             logger.warning("MegaForMaskedLM with is_decoder=True predicts a token from its left side only")
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
-        self.mlm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.mlm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -68,7 +68,7 @@ class MegaForMaskedLM(MegaHeadModel):
         Returns:
             loss, logits (B, L, V), hidden_states, attentions.
         """
-        outputs = self.encode(
+        hidden, outputs = self.encode(
             kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -79,7 +79,6 @@ class MegaForMaskedLM(MegaHeadModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        hidden = outputs.last_hidden_state
         if self.dense is not None:
             hidden = torch.tanh(self.dense(hidden))
         logits = self.mlm_head(hidden)

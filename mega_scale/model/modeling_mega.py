@@ -6,6 +6,7 @@ Legend: B batch, L length, D channels, V vocabulary.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -21,6 +22,7 @@ from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
+from mega_scale.model.losses import cross_entropy
 from mega_scale.model.norm import MegaSequenceNorm, warn_if_norm_differs
 from mega_scale.model.slots import leading_pads
 
@@ -59,15 +61,18 @@ class MegaPreTrainedModel(PreTrainedModel):
 
 
 class MegaPooler(nn.Module):
-    """tanh of a dense layer over the first token."""
+    """tanh of a dense layer over the first token; behind padding on the left, the first real one."""
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) to (B, D)."""
-        return torch.tanh(self.dense(x[:, 0]))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D) to (B, D); mask (B, L) bool marks real tokens."""
+        if mask is None:
+            return torch.tanh(self.dense(x[:, 0]))
+        first = leading_pads(mask).clamp(max=x.shape[1] - 1)
+        return torch.tanh(self.dense(x[torch.arange(x.shape[0], device=x.device), first]))
 
 
 class MegaModel(MegaPreTrainedModel):
@@ -149,7 +154,8 @@ class MegaModel(MegaPreTrainedModel):
         hidden_states, attentions, cross_attentions = [x], [], []
         for i, block in enumerate(self.layers):
             layer = None if cache is None else cache.states[i]
-            out = block(
+            # By position: reentrant checkpointing gives back a plain tuple.
+            x, weights, cross_weights, state, encoder = block(
                 x,
                 mask,
                 pads,
@@ -160,17 +166,17 @@ class MegaModel(MegaPreTrainedModel):
                 layer is not None,
                 output_attentions,
             )
-            x = out.x
             if layer is not None:
-                layer.state, layer.encoder = out.state, out.encoder
+                layer.state, layer.encoder = state, encoder
             hidden_states.append(x)
-            attentions.append(out.weights)
-            cross_attentions.append(out.cross_weights)
+            attentions.append(weights)
+            cross_attentions.append(cross_weights)
+        new_mask = None if mask is None else mask[:, -x.shape[1] :]
         if self.final_norm is not None:
-            x = self.final_norm(x, None if mask is None else mask[:, -x.shape[1] :])
+            x = self.final_norm(x, new_mask)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=x,
-            pooler_output=None if self.pooler is None else self.pooler(x),
+            pooler_output=None if self.pooler is None else self.pooler(x, new_mask),
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
@@ -269,7 +275,6 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
@@ -277,12 +282,16 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, L) int64, the tokens themselves; -100 is ignored. The loss compares position t with label t + 1.
-            shift_labels: (B, L) int64, the next token of every position, for rows cut from a longer text; -100 is
-                ignored.
             logits_to_keep: compute only the last n logits (0: all), or those at the given positions.
             num_items_in_batch: what the sum of token losses is divided by; default: the number of valid tokens here.
+            kwargs: `shift_labels` (B, L) int64, in place of `labels`, the next token of every position, for rows cut from
+                a longer text; -100 is ignored. (The Trainer takes every named argument with "label" in it for one that
+                each batch has.) Others are ignored.
         """
-        has_labels = labels is not None or shift_labels is not None
+        shift_labels: Tensor | None = kwargs.get("shift_labels")
+        if labels is not None and shift_labels is not None:
+            raise ValueError("give labels or shift_labels, not both")
+        following = shift_labels if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.mega(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -291,7 +300,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
-            use_cache=False if has_labels and use_cache is None else use_cache,
+            use_cache=False if following is not None and use_cache is None else use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -301,17 +310,8 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         if self.dense is not None:
             hidden = torch.tanh(self.dense(hidden))
         logits = self.lm_head(hidden)
-        loss = None
-        if has_labels:
-            loss = self.loss_function(
-                logits,
-                labels,
-                vocab_size=self.config.vocab_size,
-                shift_labels=None if shift_labels is None else shift_labels.contiguous(),
-                num_items_in_batch=num_items_in_batch,
-            )
         return CausalLMOutputWithCrossAttentions(
-            loss=loss,
+            loss=None if following is None else cross_entropy(logits, following, num_items_in_batch),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -32,9 +32,9 @@ class MegaForQuestionAnswering(MegaHeadModel):
                 "set num_labels=2"
             )
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = 2
         self.mega = MegaModel(config, add_pooling_layer=False)
-        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
     @can_return_tuple
@@ -68,7 +68,7 @@ class MegaForQuestionAnswering(MegaHeadModel):
         """
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give both start_positions and end_positions, or neither")
-        outputs = self.encode(
+        hidden, outputs = self.encode(
             kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -77,7 +77,7 @@ class MegaForQuestionAnswering(MegaHeadModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        start_logits, end_logits = self.qa_outputs(hidden).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             pairs = ((start_logits, start_positions), (end_logits, end_positions))

@@ -173,15 +173,16 @@ def test_generate_samples_and_searches_alike_with_and_without_cache(chunked):
 def test_gradient_checkpointing_changes_nothing(length):
     ids = make_ids(2, length)
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (None, False, True):
         model = make_model(dropout_prob=0.2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         torch.manual_seed(1)
         model(ids, shift_labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    for one, *others in zip(*gradients, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other)
 
 
 def test_shifted_labels_and_a_global_count_add_up():
@@ -197,6 +198,7 @@ def test_shifted_labels_and_a_global_count_add_up():
     ]
     torch.testing.assert_close(sum(parts), whole)
     assert model(ids, shift_labels=torch.full_like(ids, -100), num_items_in_batch=count).loss == 0
+    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
 
 
 def test_keys_beyond_4_37_2():

@@ -11,7 +11,6 @@ from transformers import (
     AutoTokenizer,
     pipeline,
 )
-from transformers.pipelines import get_supported_tasks
 
 TEXTS = [
     "a moving average carries the past of a long text into every chunk of it",
@@ -108,8 +107,11 @@ def test_feature_extraction(folder, kind, tokenizer):
     assert features.shape == (1, len(tokenizer(SHORT).input_ids), 24) and features.isfinite().all()
 
 
-def test_question_answering_over_a_folder(folder):
+def test_question_answering_by_hand(folder):
     path = folder("MegaForQuestionAnswering")
+    # transformers 5 has dropped this pipeline; the Auto class and its scores serve in its place.
+    with pytest.raises(KeyError, match="question-answering"):
+        pipeline("question-answering", model=path)
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForQuestionAnswering.from_pretrained(path).eval()
     inputs = tokenizer("who carries the past?", LONG, return_tensors="pt", return_offsets_mapping=True)
     offsets = inputs.pop("offset_mapping")[0]
@@ -122,7 +124,3 @@ def test_question_answering_over_a_folder(folder):
     first, last = divmod(scores.argmax().item(), len(end))
     answer = LONG[offsets[first, 0] : offsets[last, 1]]
     assert answer and answer in LONG
-    if "question-answering" in get_supported_tasks():  # later releases of transformers 5 have dropped this pipeline
-        found = pipeline("question-answering", model=path)
-        reply = found(question="who carries the past?", context=LONG, max_answer_len=100)
-        assert reply["answer"].strip() == answer.strip()

@@ -177,7 +177,9 @@ def test_nothing_is_ever_nan(options, text, shape, dropout, featurewise):
 @given(configurations(add_cross_attention=True), cuts(), st.integers(1, 12), st.data())
 def test_cached_cross_attention_equals_the_full_forward(options, cut, source_length, data):
     model, (ids, mask, pieces) = make_model(**options), cut
-    source = torch.randn(ids.shape[0], source_length, options["hidden_size"], generator=torch.Generator().manual_seed(1))
+    source = torch.randn(
+        ids.shape[0], source_length, options["hidden_size"], generator=torch.Generator().manual_seed(1)
+    )
     source_mask = data.draw(masks(ids.shape[0], source_length))
     model.register_forward_pre_hook(
         lambda module, args, kwargs: (

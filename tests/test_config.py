@@ -291,7 +291,9 @@ def test_unwritable_run_dir_is_refused(tmp_path):
 def test_the_values_that_a_refusal_names_do_work(tmp_path):
     for words in ("train.micro_batch_size=3", "train.micro_batch_size=5", "train.global_batch_size=32"):
         argv = ["train.global_batch_size=30", "train.micro_batch_size=8", words, f"run_dir={tmp_path}"]
-        parse(argv).validate(world_size=2)
+        config = parse(argv)
+        config.validate(world_size=2)
+        assert config.train.global_batch_size % (2 * config.train.micro_batch_size) == 0
 
 
 def test_a_checkpoint_is_accepted_by_name_and_as_the_latest(tmp_path):
@@ -299,7 +301,9 @@ def test_a_checkpoint_is_accepted_by_name_and_as_the_latest(tmp_path):
     folder.mkdir(parents=True)
     (folder / "trainer.json").write_text("{}")
     for resume in ("latest", folder, tmp_path):
-        parse([f"run_dir={tmp_path}", f"resume={resume}"]).validate(world_size=2)
+        config = parse([f"run_dir={tmp_path}", f"resume={resume}"])
+        config.validate(world_size=2)
+        assert config.resume == str(resume)
 
 
 # Help and files

@@ -209,7 +209,7 @@ class MegaConfig(PreTrainedConfig):
     def check_for_model(self) -> None:
         """Refuse combinations that a configuration may pass through while it is edited, but no model can have.
 
-        Not a `validate_...` method: strict dataclasses run those whenever a configuration is made, and wrap their errors.
+        Not a `validate_...` method: strict dataclasses run those whenever a configuration is made.
         """
         if self.is_decoder and self.bidirectional:
             raise ValueError(

@@ -284,9 +284,9 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             labels: (B, L) int64, the tokens themselves; -100 is ignored. The loss compares position t with label t + 1.
             logits_to_keep: compute only the last n logits (0: all), or those at the given positions.
             num_items_in_batch: what the sum of token losses is divided by; default: the number of valid tokens here.
-            kwargs: `shift_labels` (B, L) int64, in place of `labels`, the next token of every position, for rows cut from
-                a longer text; -100 is ignored. (The Trainer takes every named argument with "label" in it for one that
-                each batch has.) Others are ignored.
+            kwargs: `shift_labels` (B, L) int64, in place of `labels`: the next token of every position, for rows cut
+                from a longer text; -100 is ignored. Others are ignored. (The Trainer expects every named argument with
+                "label" in it in each batch.)
         """
         shift_labels: Tensor | None = kwargs.get("shift_labels")
         if labels is not None and shift_labels is not None:

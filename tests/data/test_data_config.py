@@ -9,7 +9,9 @@ from mega_scale.data.config import DataConfig, expand_paths
 
 
 def test_defaults_are_valid():
-    DataConfig().validate()
+    config = DataConfig()
+    config.validate()
+    assert config.source == "python-stdlib" and config.validates
 
 
 @pytest.mark.parametrize(

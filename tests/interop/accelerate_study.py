@@ -1,6 +1,6 @@
 """A third party's training script: Accelerator with DeepSpeed and a Mega from a folder; nothing of ours but the model.
 
-    accelerate launch ... accelerate_study.py MODEL_FOLDER OUTPUT_FOLDER ZERO_STAGE
+accelerate launch ... accelerate_study.py MODEL_FOLDER OUTPUT_FOLDER ZERO_STAGE
 """
 
 import json

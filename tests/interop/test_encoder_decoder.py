@@ -33,14 +33,14 @@ def source():
 def test_learns_from_labels(width):
     pair, labels = make_pair(encoder_width=width).train(), make_ids(2, 13, seed=5)
     labels[0, 9:] = -100
-    optimizer = torch.optim.AdamW(pair.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(pair.parameters(), lr=1e-2)
     losses = []
-    for step in range(12):
+    for step in range(20):
         out = pair(**source(), labels=labels)
         out.loss.backward()
         losses.append(out.loss.item())
         if step == 0:
-            # The pooler is not used, nor is the last block's norm in a model that normalises before.
+            # Only the pooler has no use here.
             idle = {name for name, p in pair.named_parameters() if p.grad is None}
             assert all("pooler" in name for name in idle), idle
             embedding = pair.encoder.get_input_embeddings().weight.grad
@@ -48,7 +48,7 @@ def test_learns_from_labels(width):
         optimizer.step()
         optimizer.zero_grad()
     assert out.logits.shape == (2, 13, 61)
-    assert sum(losses[-3:]) < 0.85 * sum(losses[:3]), losses
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
 
 
 @pytest.mark.parametrize("activation", ["softmax", "laplace", "relu2"])

@@ -41,7 +41,7 @@ def losses(trainer):
 
 def test_trains_saves_and_loads(tmp_path):
     model = make_model(spread=0.05)
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=language(), eval_dataset=language(8))
+    trainer = Trainer(model, arguments(tmp_path, max_steps=60), train_dataset=language(), eval_dataset=language(8))
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
@@ -89,7 +89,10 @@ def test_accumulated_loss_equals_that_of_one_large_batch(tmp_path):
 def test_classifies_with_metrics_on_padded_batches(tmp_path):
     generator = torch.Generator().manual_seed(0)
     rows = [
-        {"input_ids": [10 + label] * 2 + torch.randint(20, 60, (length,), generator=generator).tolist(), "labels": label}
+        {
+            "input_ids": [10 + label] * 2 + torch.randint(20, 60, (length,), generator=generator).tolist(),
+            "labels": label,
+        }
         for label in (0, 1, 2)
         for length in range(3, 15)
     ]

@@ -103,21 +103,21 @@ def assert_close(got, want, mask):
     torch.testing.assert_close(got[valid] / scale, want[valid] / scale, **CLOSE)
 
 
-@settings(max_examples=60, **CHECKS)
+@settings(max_examples=100, **CHECKS)
 @given(configurations(), texts())
 def test_cached_steps_equal_the_full_forward(options, text):
     model, (ids, mask) = make_model(**options), text
     assert_close(read(model, ids, mask, [1] * ids.shape[1]), at_once(model, ids, mask), mask)
 
 
-@settings(max_examples=80, **CHECKS)
+@settings(max_examples=140, **CHECKS)
 @given(configurations(), cuts())
 def test_calls_of_any_length_equal_the_full_forward(options, cut):
     model, (ids, mask, pieces) = make_model(**options), cut
     assert_close(read(model, ids, mask, pieces), at_once(model, ids, mask), mask)
 
 
-@settings(max_examples=40, **CHECKS)
+@settings(max_examples=80, **CHECKS)
 @given(configurations(use_chunking=True), texts(longest=40))
 def test_calls_chunk_by_chunk_equal_the_full_forward(options, text):
     model, (ids, mask) = make_model(**options), text
@@ -126,7 +126,7 @@ def test_calls_chunk_by_chunk_equal_the_full_forward(options, text):
     assert_close(read(model, ids, mask, pieces), at_once(model, ids, mask), mask)
 
 
-@settings(max_examples=50, **CHECKS)
+@settings(max_examples=80, **CHECKS)
 @given(configurations(), texts(), st.randoms(use_true_random=False), st.booleans())
 def test_the_order_of_a_batch_is_irrelevant(options, text, shuffle, encoder):
     model, (ids, mask) = make_model(**options, **({"is_decoder": False} if encoder else {})), text
@@ -136,7 +136,7 @@ def test_the_order_of_a_batch_is_irrelevant(options, text, shuffle, encoder):
     assert_close(got, at_once(model, ids, mask)[order], None if mask is None else mask[order])
 
 
-@settings(max_examples=50, **CHECKS)
+@settings(max_examples=80, **CHECKS)
 @given(configurations(), texts())
 def test_a_row_does_not_depend_on_the_others(options, text):
     model, (ids, mask) = make_model(**options), text
@@ -146,7 +146,7 @@ def test_a_row_does_not_depend_on_the_others(options, text):
         assert_close(at_once(model, ids[i : i + 1], row), together[i : i + 1], row)
 
 
-@settings(max_examples=70, **CHECKS)
+@settings(max_examples=120, **CHECKS)
 @given(
     configurations(),
     texts(),
@@ -173,7 +173,7 @@ def test_nothing_is_ever_nan(options, text, shape, dropout, featurewise):
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
-@settings(max_examples=40, **CHECKS)
+@settings(max_examples=80, **CHECKS)
 @given(configurations(add_cross_attention=True), cuts(), st.integers(1, 12), st.data())
 def test_cached_cross_attention_equals_the_full_forward(options, cut, source_length, data):
     model, (ids, mask, pieces) = make_model(**options), cut

@@ -74,8 +74,9 @@ class MegaMovingAverageGatedAttention(nn.Module):
         update, z, gate, candidate = self.mx_proj(averaged).split(self.segments, -1)
         z = F.silu(z)
         # Each row is applied on its own: the stacked (B, L, 2, Z) product would double the memory of queries and keys.
-        q = (z * self.qk_weight[0] + self.qk_bias[0]).to(v.dtype)
-        k = (z * self.qk_weight[1] + self.qk_bias[1]).to(v.dtype)
+        # They keep what precision they have: relu2 squares their scores.
+        q = z * self.qk_weight[0] + self.qk_bias[0]
+        k = z * self.qk_weight[1] + self.qk_bias[1]
         seen = 0 if state is None else state.position
         mask = align(mask, seen + length)
         if pads is None:

@@ -21,6 +21,7 @@ def fused_attention(
     dropout: float,
 ) -> Tensor:
     """Output (B, K, I, E); arguments as in `chunk_attention`. A query that sees no key gets zeros."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
     mask = bias_matrix(bias.to(q.dtype), q.shape[2])
     visible = visible_keys(q.shape[2], k.shape[2], causal, offset, open_empty_chunks(key_mask), q.device)
     if visible is not None:

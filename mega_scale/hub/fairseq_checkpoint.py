@@ -186,6 +186,9 @@ def _as_fields(
         del values["nffn_hidden_size"]
     before = values["normalize_before_mega"]
     derived = {"normalize_before_ffn": before, "final_norm": before, "add_lm_hidden_dense_layer": False}
+    prefix = LAYOUTS[layout].final_norm
+    learned = prefix is not None and any(name.startswith(f"{prefix}norm.") for name in state)
+    derived["final_norm_affine"] = before and learned
     if layout == "lm":
         cross = any(".cross_attn." in name for name in state)
         derived |= {"is_decoder": True, "bidirectional": False, "lm_head_bias": False, "add_cross_attention": cross}

@@ -141,7 +141,7 @@ NO_COUNTERPART = {
     "embed_tokens.": "the input is not a table of words",
     "project_in_dim.": "embeddings have a width of their own, here it is hidden_size",
     "embed_norm.": "embeddings are normalised (--normalize-embedding), here they are not",
-    "final_norm.": "the final norm has parameters that change its output (no --no-affine-final-norm), here it has none",
+    "final_norm.": "the final norm has parameters that change its output: set final_norm_affine=True",
     "cross_attn.": "blocks attend to an encoder: set add_cross_attention=True",
     "nffn.": "blocks have a feed-forward network: set use_normalized_ffn=True",
 }

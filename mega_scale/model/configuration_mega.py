@@ -99,8 +99,10 @@ class MegaConfig(PreTrainedConfig):
         scale_embeddings (`bool`, *optional*, defaults to False):
             Whether word embeddings are multiplied by sqrt(D), as in the paper's language models; not in 4.37.2.
         final_norm (`bool`, *optional*, defaults to False):
-            Whether a norm without parameters follows the last block, as in the paper's pre-norm language models;
-            not in 4.37.2.
+            Whether a norm follows the last block, as in the paper's pre-norm models; not in 4.37.2.
+        final_norm_affine (`bool`, *optional*, defaults to False):
+            Whether that norm has learned parameters: not in the paper's language models, but in its encoders; not in
+            4.37.2.
         embedding_dropout_prob (`float`, *optional*, defaults to 0.0):
             Dropout of the embeddings, as a probability; not in 4.37.2.
         lm_head_bias (`bool`, *optional*, defaults to True):
@@ -152,6 +154,7 @@ class MegaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     scale_embeddings: bool = False
     final_norm: bool = False
+    final_norm_affine: bool = False
     embedding_dropout_prob: float | int = 0.0
     lm_head_bias: bool = True
 
@@ -216,6 +219,8 @@ class MegaConfig(PreTrainedConfig):
                 "is_decoder=True with bidirectional=True would let every position see the future: "
                 "set bidirectional=False"
             )
+        if self.final_norm_affine and not self.final_norm:
+            raise ValueError("final_norm_affine=True without final_norm=True: set final_norm=True, or neither")
         if self.add_cross_attention and not self.is_decoder:
             raise ValueError("add_cross_attention=True needs a decoder: set is_decoder=True and bidirectional=False")
         if self.is_decoder and self.normalization_type in ("batchnorm", "syncbatchnorm"):

@@ -91,7 +91,9 @@ class MegaModel(MegaPreTrainedModel):
         self.embedding_layer = MegaEmbeddings(config)
         self.layers = nn.ModuleList([MegaBlock(config) for _ in range(config.num_hidden_layers)])
         self.final_norm = (
-            MegaSequenceNorm(config.normalization_type, config.hidden_size, affine=False) if config.final_norm else None
+            MegaSequenceNorm(config.normalization_type, config.hidden_size, affine=config.final_norm_affine)
+            if config.final_norm
+            else None
         )
         self.pooler = MegaPooler(config) if add_pooling_layer else None
         self.post_init()

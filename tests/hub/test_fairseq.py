@@ -125,6 +125,34 @@ def test_a_converted_model_matches_the_equations(options):
         assert (got - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "scalenorm", "rmsnorm"])
+@pytest.mark.parametrize("layout", ["lm", "encoder", "lra"])
+def test_a_final_norm_with_parameters(layout, norm):
+    """As in encoders, and in language models without --no-affine-final-norm."""
+    options = Options(layout=layout, norm=norm, scale_embedding=False, shared_output=False)
+    state = random_state(options)
+    block_norm = f"{options.block(0)}mega_layer.norm.norm."
+    generator = torch.Generator().manual_seed(3)
+    for name in [name for name in state if name.startswith(block_norm)]:
+        parameter = LAYOUTS[layout].final_norm + "norm." + name.removeprefix(block_norm)
+        state[parameter] = torch.randn(state[name].shape, generator=generator)
+    with pytest.raises(ValueError, match="final_norm_affine=True"):
+        load(options, state)
+    model = load(options, state, final_norm_affine=True)
+    tokens = torch.arange(2, 12)
+    with torch.no_grad():
+        out = model(input_ids=tokens[None])
+    truth = Model(options, state)
+    got, expected = (
+        (out.logits[0], truth.logits(tokens)) if layout == "lm" else (out.last_hidden_state[0], truth.hidden(tokens))
+    )
+    assert (got - expected).abs().max() < 1e-5
+    back = mega_to_fairseq(model.state_dict(), model.config, layout=layout)
+    assert back.keys() == state.keys() and all(
+        torch.equal(back[name], state[name]) for name in state if not name.endswith("_float_tensor")
+    )
+
+
 def test_alpha_and_delta_are_told_apart():
     state = random_state(LM)
     tokens = torch.arange(2, 12)
@@ -189,7 +217,7 @@ def test_parts_of_other_models_are_left_out():
         load(options, both)
     options = CASES["lra"]
     head = {"classifier.0.0.weight": torch.zeros(5, 6), "sentence_projection_layer.weight": torch.zeros(2, 5)}
-    load(options, random_state(options) | head)
+    assert load(options, random_state(options) | head).config.num_hidden_layers == options.layers
 
 
 UNKNOWN = {
@@ -197,7 +225,7 @@ UNKNOWN = {
     "decoder.embed_tokens.embeddings.0.0.weight": "adaptive embedding",
     "decoder.project_in_dim.weight": "a width of their own",
     "decoder.embed_norm.norm.weight": "--normalize-embedding",
-    "decoder.final_norm.norm.weight": "--no-affine-final-norm",
+    "decoder.final_norm.norm.weight": "final_norm_affine=True",
     "decoder.layers.0.cross_attn.k_proj.bias": "add_cross_attention=True",
     "decoder.layers.0.mega_layer.norm.norm.scalar": "this configuration has none",
     "decoder.layers.2.nffn.fc1.bias": "use_normalized_ffn=True",

@@ -210,6 +210,10 @@ def test_keys_beyond_4_37_2():
     )
     normed = make_model(final_norm=True, normalization_type="layernorm").mega(ids).last_hidden_state
     torch.testing.assert_close(normed.mean(-1), torch.zeros(1, 9), atol=1e-5, rtol=0)
+    affine = make_model(final_norm=True, final_norm_affine=True, normalization_type="layernorm")
+    assert affine.mega.final_norm.norm.weight.shape == (24,)
+    with pytest.raises(ValueError, match="final_norm_affine=True without"):
+        make_model(final_norm_affine=True)
     assert make_model(lm_head_bias=False).lm_head.bias is None
     dropped = make_model(embedding_dropout_prob=0.5).train()
     assert (dropped.mega(ids, output_hidden_states=True).hidden_states[0] == 0).float().mean() > 0.3

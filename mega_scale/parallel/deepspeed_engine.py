@@ -49,7 +49,7 @@ class DeepSpeedEngine:
         self._max_grad_norm = max_grad_norm
         deepspeed = _start_deepspeed(world)
         if self._stage == 3:
-            fill(model, values, _partitioner(deepspeed, native), world.device)
+            fill(model, values, _partitioner(deepspeed, native, world.rank), world.device)
         else:
             fill(model, values, lambda old, value: nn.Parameter(value.to(world.device)), world.device)
         if dtype == "bf16":
@@ -124,11 +124,15 @@ def _start_deepspeed(world: World) -> Any:
     return deepspeed
 
 
-def _partitioner(deepspeed: Any, native: dict[str, Any]) -> Any:
+def _partitioner(deepspeed: Any, native: dict[str, Any], rank: int) -> Any:
     def place(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-        parameter = nn.Parameter(value)
+        parameter: Any = nn.Parameter(value)
         # Partitions what the module holds in place, so the same parameter then serves in the model.
         deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=native)
+        # Where ranks do not divide a parameter, the last part ends in memory that DeepSpeed leaves as it found it, and
+        # that would go into optimizer and checkpoints.
+        part = parameter.ds_tensor.data
+        part[max(parameter.ds_numel - rank * part.numel(), 0) :] = 0
         return parameter
 
     return place

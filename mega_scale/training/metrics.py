@@ -67,6 +67,14 @@ class Throughput:
         return found
 
 
+def _step_of(line: str) -> float:
+    """Step of a line of metrics.jsonl; infinite for half a line, which a killed run may leave behind."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
 class Reporter:
     """Writes on rank 0; on other ranks every call does nothing.
 
@@ -86,7 +94,7 @@ class Reporter:
         self._path = run_dir / "metrics.jsonl"
         kept = []
         if start and self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start]
         self._path.write_text("".join(line + "\n" for line in kept))
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False

@@ -1,12 +1,15 @@
 """Real launchers on a small run: two CPU processes, real text, a minute at most."""
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
+import psutil
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -20,14 +23,18 @@ TINY = [
 ]  # fmt: skip
 
 
-def start(launcher, arguments, timeout=300):
-    """Run a command in its own process group, which is killed as a whole; returns (exit code, output)."""
+def _popen(launcher, arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
+
+
+def start(launcher, arguments, timeout=300):
+    """Run a command in its own process group, which is killed as a whole; returns (exit code, output)."""
+    process = _popen(launcher, arguments)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -54,6 +61,33 @@ def pretrain(launcher, run_dir, *changes, timeout=300):
     code, output = start(LAUNCHERS[launcher], [*TINY, f"run_dir={run_dir}", *changes], timeout)
     assert code == 0, f"exit code {code}:\n{output[-6000:]}"
     return output
+
+
+def pretrain_until(launcher, run_dir, text, *changes, timeout=300):
+    """Train the tiny run, and kill every process of it with SIGKILL once it prints `text`."""
+    process = _popen(LAUNCHERS[launcher], [*TINY, f"run_dir={run_dir}", *changes])
+    watchdog = threading.Timer(timeout, _kill_all, [process.pid])
+    watchdog.start()
+    try:
+        seen = any(text in line for line in process.stdout)
+    finally:
+        watchdog.cancel()
+        _kill_all(process.pid)
+        process.stdout.close()
+        process.wait()
+    assert seen, f"{launcher} ended without printing {text!r}"
+
+
+def _kill_all(pid):
+    """Launchers give ranks sessions of their own, so a process group is not enough."""
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=30)
 
 
 def metrics(run_dir, part="train"):

@@ -1,12 +1,11 @@
 """launch/pretrain.py under every launcher: same losses, exact resume, and what comes out."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import yaml
-from launching import ROOT, metrics, pretrain, start
+from launching import ROOT, metrics, pretrain, pretrain_until, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mega_scale.parallel import open_weights
@@ -70,13 +69,13 @@ def test_every_launcher_and_engine_gives_the_losses_of_one_process(tmp_path, tex
 
 
 @pytest.mark.parametrize("launcher,engine", [("deepspeed", "deepspeed"), ("torchrun", "fsdp")])
-def test_a_run_stopped_half_way_resumes_bit_for_bit(tmp_path, text_file, launcher, engine):
+def test_a_run_killed_half_way_resumes_bit_for_bit(tmp_path, text_file, launcher, engine):
     common = [*text(text_file), f"parallel.engine={engine}", "train.steps=60", "checkpoint.every=30"]
     common += ["train.sample_every=25"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     pretrain(launcher, whole, *common)
-    # The first half is what a run killed after step 30 leaves behind.
-    shutil.copytree(whole, halves, ignore=shutil.ignore_patterns("step-00000060", "tensorboard"))
+    pretrain_until(launcher, halves, "step 30 | saved", *common)
+    assert [folder.name for folder in (halves / "checkpoints").glob("*0")] == ["step-00000030"]
     output = pretrain(launcher, halves, *common, "--resume")
     assert 'from_step": 30' in output
     first, second = metrics(whole), metrics(halves)

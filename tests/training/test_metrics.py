@@ -42,6 +42,9 @@ def test_resuming_supersedes_what_was_written_after_the_checkpoint(tmp_path):
         for step in steps:
             reporter.step(step, {**VALUES, "loss": start + step})
         reporter.close()
+        if start == 0:
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 4, "lo')  # killed while writing
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 2), (3, 5), (4, 6)]
 

@@ -15,7 +15,7 @@ from torch import nn
 from mega_scale.config import refuse
 from mega_scale.data import DataConfig, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
-from mega_scale.training.evaluate import evaluate
+from mega_scale.training.evaluate import evaluate, loss_of
 from mega_scale.training.restore import load_model
 
 
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         refuse(error, quiet=rank != 0)
     with World.start(ParallelConfig(device=args.device)) as world:
-        found = evaluate(nn.Module.to(model, world.device), batches, dataset.tokens / dataset.bytes, world)
+        model = nn.Module.to(model, world.device)
+        found = evaluate(model, loss_of(model), batches, dataset.tokens / dataset.bytes, world)
         if world.rank == 0:
             print(
                 json.dumps(found._asdict())

@@ -13,12 +13,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
+from mega_scale.config import RunConfig, check_vocabulary, model_config, parse, refuse, save_config
 from mega_scale.data import Loader, PackedDataset, load_datasets, load_tokenizer, validation_batches
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
-from mega_scale.parallel import Values, World, check_layout, describe, parallelize, placement, seeded_values
+from mega_scale.parallel import (
+    Engine,
+    Placement,
+    Values,
+    World,
+    check_layout,
+    describe,
+    parallelize,
+    per_block,
+    placement,
+    seeded_values,
+    self_test,
+)
 from mega_scale.training.checkpoint import find_checkpoint, load_checkpoint, read_state
 from mega_scale.training.evaluate import Evaluation, evaluate
 from mega_scale.training.loop import Run, train
@@ -42,19 +54,28 @@ class Prepared:
     resumed: Path | None
 
 
-def prepare(config: RunConfig, rank: int, size: int) -> Prepared:
+def prepare(config: RunConfig, place: Placement) -> Prepared:
     """Check the run, read its text and open its weights; starts nothing.
+
+    Args:
+        config: the run.
+        place: where this process stands among its ranks.
+
+    Returns:
+        What this rank trains with.
 
     Raises:
         ValueError: the run cannot start.
     """
-    config.validate(size)
+    config.validate(place.size, place.local_size)
+    mesh = config.parallel.mesh(place.size)
     resumed = None
     if config.resume is not None:
         resumed = find_checkpoint(Path(config.run_dir if config.resume == "latest" else config.resume))
-        check_layout(read_state(resumed)["layout"], config.parallel, size)
+        check_layout(read_state(resumed)["layout"], config.parallel, place.size)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = model_config(config.model, tokenizer)
+    check_vocabulary(model.vocab_size, mesh.tp)
     values = seeded_values(model, config.train.seed)
     if config.init_from is not None:
         values = starting_weights(Path(config.init_from), model)
@@ -63,8 +84,8 @@ def prepare(config: RunConfig, rank: int, size: int) -> Prepared:
         training,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        rank=rank,
-        world_size=size,
+        rank=mesh.dp_rank(place.rank),
+        world_size=mesh.dp,
         seed=config.data.seed,
         shuffle=config.data.shuffle,
     )
@@ -94,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(error)
     config = parse(sys.argv[1:] if arguments is None else arguments, quiet=place.rank != 0)
     try:
-        prepared = prepare(config, place.rank, place.size)
+        prepared = prepare(config, place)
     except ValueError as error:
         refuse(error, quiet=place.rank != 0)
     with World.start(config.parallel) as world:
@@ -105,11 +126,20 @@ def pretrain(prepared: Prepared, world: World) -> None:
     """Train on all ranks; collective."""
     config, train_config, model = prepared.config, prepared.config.train, prepared.model
     run_dir = Path(config.run_dir)
+    mesh = config.parallel.mesh(world.size)
     if world.rank == 0:
         save_config(replace(config, resume=None), run_dir / "config.yaml")
     same_text = world.broadcast(prepared.loader.dataset.fingerprint) == prepared.loader.dataset.fingerprint
     if not world.all_agree(same_text):
         raise ValueError("the ranks read different text: give every machine the same files, tokenizer and Python")
+    if config.parallel.self_test:
+        found = self_test(model, config.parallel, world)
+        if world.rank == 0:
+            print(
+                f"mega_scale | self-test: loss and {found.parameters} gradients of a tiny model in this layout equal "
+                f"those of one process, largest relative difference {found.error:.1e}",
+                flush=True,
+            )
     with torch.device("meta"):
         module = MegaForCausalLM(model)
     engine = parallelize(
@@ -118,19 +148,19 @@ def pretrain(prepared: Prepared, world: World) -> None:
         config.parallel,
         dtype=train_config.dtype,
         micro_batch_size=train_config.micro_batch_size,
-        accumulation=train_config.global_batch_size // (train_config.micro_batch_size * world.size),
+        accumulation=train_config.global_batch_size // (train_config.micro_batch_size * mesh.dp),
         max_grad_norm=config.optimizer.max_grad_norm,
         build_optimizer=lambda sharded: build_optimizer(sharded, config.optimizer),
         world=world,
+        seed=train_config.seed,
     )
     engine.module.train()
-    torch.manual_seed(train_config.seed + 1 + world.rank)  # dropout differs between ranks, initial weights do not
     start, tokens = 0, 0
     if prepared.resumed is not None:
         state = load_checkpoint(prepared.resumed, engine, world)
         start, tokens = state["step"], state["tokens"]
     if world.rank == 0:
-        announce(prepared, world, start)
+        announce(prepared, world, start, engine_parameters(engine))
 
     def describe_run(folder: Path) -> None:
         save_config(replace(config, resume=None), folder / "config.yaml")
@@ -140,8 +170,9 @@ def pretrain(prepared: Prepared, world: World) -> None:
         assert prepared.validation is not None
         dataset = prepared.validation
         rows = train_config.eval_batches * train_config.global_batch_size or len(dataset)
-        batches = validation_batches(dataset, rows, train_config.micro_batch_size, world.rank, world.size)
-        return evaluate(engine.module, batches, dataset.tokens / dataset.bytes, world)
+        rank = mesh.dp_rank(world.rank)
+        batches = validation_batches(dataset, rows, train_config.micro_batch_size, rank, mesh.dp)
+        return evaluate(engine.module, engine.forward, batches, dataset.tokens / dataset.bytes, world)
 
     def sample(step: int) -> str:
         return generate_text(
@@ -171,13 +202,19 @@ def pretrain(prepared: Prepared, world: World) -> None:
         engine.close()
 
 
-def announce(prepared: Prepared, world: World, start: int) -> None:
-    """Say in a few lines what runs."""
+def engine_parameters(engine: Engine) -> int:
+    """Numbers of the model that this rank holds."""
+    return sum(engine.held(name).numel() for name in dict(engine.module.named_parameters()))
+
+
+def announce(prepared: Prepared, world: World, start: int, own_parameters: int) -> None:
+    """Say in a few lines what runs, in which layout, and what that layout sends."""
     config = prepared.config
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MegaForCausalLM(prepared.model).parameters())
     facts: dict[str, Any] = {
         "parameters": parameters,
+        "parameters_per_rank": own_parameters,
         **describe(config.parallel, world.size),
         "device": str(world.device),
         "dtype": config.train.dtype,
@@ -186,6 +223,19 @@ def announce(prepared: Prepared, world: World, start: int) -> None:
         "from_step": start,
     }
     print(f"mega_scale | {json.dumps(facts)}", flush=True)
+    for sends in per_block(
+        prepared.model,
+        config.parallel,
+        world.shape,
+        rows=config.train.micro_batch_size,
+        tokens=config.data.sequence_length,
+        dtype=config.train.dtype,
+    ):
+        print(
+            f"mega_scale | a block sends over {sends.axis}, per rank and micro-batch: {sends.forward:,} bytes forward, "
+            f"{sends.backward:,} backward ({sends.formula})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

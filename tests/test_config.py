@@ -218,7 +218,7 @@ def _blocked_run_dir(folder: Path) -> str:
     [
         (
             "train.global_batch_size=30 train.micro_batch_size=8",
-            ["train.global_batch_size=30", "2 ranks", "train.micro_batch_size=8", "16 or 32", "3 or 5"],
+            ["train.global_batch_size=30", "2 data-parallel ranks", "train.micro_batch_size=8", "16 or 32", "3 or 5"],
         ),
         ("train.global_batch_size=7 train.micro_batch_size=8", ["train.global_batch_size=7", "of 16"]),
         ("model.use_chunking=true model.chunk_size=100", ["model.chunk_size=100", "sequence_length=512", "500 or 600"]),

@@ -5,19 +5,22 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mega_scale.config.mesh_checks import check_sequence_parallel, check_tensor_parallel, check_vocabulary
 from mega_scale.config.model_section import model_config
+from mega_scale.parallel.mesh import divisors, multiples, nearest
 from mega_scale.training.checkpoint import find_checkpoint
 
 if TYPE_CHECKING:
     from mega_scale.config.run_config import RunConfig
 
 
-def check(config: "RunConfig", world_size: int) -> None:
+def check(config: "RunConfig", world_size: int, local_size: int | None = None) -> None:
     """Refuse a run that cannot start.
 
     Args:
         config: the run; its `run_dir` is created if it does not exist.
         world_size: number of ranks.
+        local_size: number of ranks on this host; None where all are on one.
 
     Raises:
         ValueError: names the keys, their values and a remedy.
@@ -25,10 +28,12 @@ def check(config: "RunConfig", world_size: int) -> None:
     config.data.validate()
     _check_numbers(config)
     _check_schedule(config)
+    dp = config.parallel.mesh(world_size).dp
     _check_model(config)
-    _check_batches(config, world_size)
+    _check_spread(config)
+    _check_batches(config, dp)
     _check_reports(config)
-    _check_engine(config, world_size)
+    _check_engine(config, dp, world_size, local_size)
     _check_folders(config)
 
 
@@ -95,12 +100,11 @@ def _check_model(config: "RunConfig") -> None:
     remedy = "pretraining on text has no encoder to attend to, set it to false"
     _require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
     model_config(model)
-    if model.use_chunking and length % model.chunk_size:
-        below = max(length // model.chunk_size, 1) * model.chunk_size
-        near = sorted({below, -(-length // model.chunk_size) * model.chunk_size})
+    # Over several sp ranks, a length that is not whole chunks is padded.
+    if model.use_chunking and length % model.chunk_size and config.parallel.sp == 1:
         raise ValueError(
             f"model.chunk_size={model.chunk_size} does not divide data.sequence_length={length}: use a sequence_length "
-            f"of {' or '.join(str(value) for value in near)}, or a chunk_size that divides {length}"
+            f"of {multiples(model.chunk_size, length)}, or a chunk_size that divides {length}"
         )
     if model.relative_positional_bias == "simple":
         key, reach = ("model.chunk_size", model.chunk_size) if model.use_chunking else ("data.sequence_length", length)
@@ -116,20 +120,24 @@ def _check_model(config: "RunConfig") -> None:
         )
 
 
-def _check_batches(config: "RunConfig", world_size: int) -> None:
+def _check_spread(config: "RunConfig") -> None:
+    check_tensor_parallel(config.model, config.parallel.tp)
+    check_sequence_parallel(config.model, config.data.sequence_length, config.parallel.sp)
+    if config.model.vocab_size is not None:
+        check_vocabulary(config.model.vocab_size, config.parallel.tp)
+
+
+def _check_batches(config: "RunConfig", dp: int) -> None:
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    at_once = world_size * micro
+    at_once = dp * micro
     if batch % at_once == 0:
         return
-    remedy = " or ".join(str(value) for value in (batch // at_once * at_once, -(-batch // at_once) * at_once) if value)
-    if batch % world_size == 0:
-        share = batch // world_size
-        sizes = [size for size in range(1, share + 1) if share % size == 0]
-        nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:3])
-        remedy += f", or a micro_batch_size of {' or '.join(str(size) for size in nearest)}"
+    remedy = multiples(at_once, batch)
+    if batch % dp == 0:
+        remedy += f", or a micro_batch_size of {nearest(divisors(batch // dp), micro, count=3)}"
     raise ValueError(
-        f"train.global_batch_size={batch} is not a multiple of {world_size} ranks x train.micro_batch_size={micro} = "
-        f"{at_once} sequences: use a global_batch_size of {remedy}"
+        f"train.global_batch_size={batch} is not a multiple of {dp} data-parallel ranks x "
+        f"train.micro_batch_size={micro} = {at_once} sequences: use a global_batch_size of {remedy}"
     )
 
 
@@ -141,14 +149,15 @@ def _check_reports(config: "RunConfig") -> None:
         )
 
 
-def _check_engine(config: "RunConfig", world_size: int) -> None:
+def _check_engine(config: "RunConfig", dp: int, world_size: int, local_size: int | None) -> None:
     micro = config.train.micro_batch_size
     config.parallel.validate(
         dtype=config.train.dtype,
         micro_batch_size=micro,
-        accumulation=config.train.global_batch_size // (world_size * micro),
+        accumulation=config.train.global_batch_size // (dp * micro),
         max_grad_norm=config.optimizer.max_grad_norm,
         world_size=world_size,
+        local_size=local_size,
     )
 
 

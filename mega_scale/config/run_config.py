@@ -46,15 +46,16 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints"""
 
-    def validate(self, world_size: int) -> None:
+    def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse values and combinations with which no run can start, before any process group does.
 
         Creates `run_dir`, to see that it can be written.
 
         Args:
             world_size: number of ranks of the run.
+            local_size: number of ranks on this host; None where all are on one.
 
         Raises:
             ValueError: names the keys, their values and a remedy.
         """
-        check(self, world_size)
+        check(self, world_size, local_size)

@@ -10,12 +10,29 @@ from transformers.activations import ACT2FN
 
 from mega_scale.model.cache import LayerState, remember
 from mega_scale.model.configuration_mega import MegaConfig
-from mega_scale.model.dropout import MegaDropout
+from mega_scale.model.dropout import MegaAttentionDropout, MegaDropout
 from mega_scale.model.ema import MegaMultiDimensionDampedEma
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import positional_bias
 from mega_scale.model.slots import Slots, align
 from mega_scale.ops.attention import chunk_attention
+
+
+class MegaPackedLinear(nn.Linear):
+    """Several linear layers of one input, whose weights lie one after the other in one tensor.
+
+    Args:
+        channels: width of the input.
+        segments: widths of the outputs.
+    """
+
+    def __init__(self, channels: int, segments: dict[str, int]) -> None:
+        super().__init__(channels, sum(segments.values()))
+        self.segments = segments
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """x (..., channels) to one tensor a segment."""
+        return super().forward(x).split(list(self.segments.values()), -1)
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -25,18 +42,22 @@ class MegaMovingAverageGatedAttention(nn.Module):
         super().__init__()
         self.config = config
         self.activation = ACT2FN[config.activation]
+        self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
+        self.attention_dropout = MegaAttentionDropout(config.attention_probs_dropout_prob)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
         self.ema_gate = MegaMultiDimensionDampedEma(config)
         self.v_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.segments = [
+        self.mx_proj = MegaPackedLinear(
             config.hidden_size,
-            config.shared_representation_size,
-            config.intermediate_size,
-            config.hidden_size,
-        ]
-        self.mx_proj = nn.Linear(config.hidden_size, sum(self.segments))
+            {
+                "update": config.hidden_size,
+                "shared": config.shared_representation_size,
+                "gate": config.intermediate_size,
+                "candidate": config.hidden_size,
+            },
+        )
         self.h_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.qk_weight = nn.Parameter(torch.empty(2, config.shared_representation_size))
         self.qk_bias = nn.Parameter(torch.empty(2, config.shared_representation_size))
@@ -68,15 +89,16 @@ class MegaMovingAverageGatedAttention(nn.Module):
         length = x.shape[1]
         new_mask = None if mask is None else mask[:, -length:]
         normed = self.norm(x, new_mask) if self.config.normalize_before_mega else x
-        v = self.activation(self.v_proj(normed))
         averaged, ema_state = self.ema_gate(normed, new_mask, None if state is None else state.ema)
-        averaged = self.dropout(averaged)
-        update, z, gate, candidate = self.mx_proj(averaged).split(self.segments, -1)
+        averaged = self.ema_dropout(averaged)
+        v = self.activation(self.v_proj(normed))
+        update, z, gate, candidate = self.mx_proj(averaged)
         z = F.silu(z)
         # Each row is applied on its own: the stacked (B, L, 2, Z) product would double the memory of queries and keys.
         # They keep what precision they have: relu2 squares their scores.
-        q = z * self.qk_weight[0] + self.qk_bias[0]
-        k = z * self.qk_weight[1] + self.qk_bias[1]
+        weight, bias = self.qk_weight, self.qk_bias
+        q = z * weight[0] + bias[0]
+        k = z * weight[1] + bias[1]
         seen = 0 if state is None else state.position
         mask = align(mask, seen + length)
         if pads is None:
@@ -165,7 +187,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
             causal=self.config.is_decoder,
             offset=offset,
             key_mask=key_mask,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            dropout=self.attention_dropout.rule(),
             return_weights=return_weights,
             impl="eager" if eager else "auto",
         )  # fmt: skip

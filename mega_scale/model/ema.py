@@ -46,5 +46,9 @@ class MegaMultiDimensionDampedEma(nn.Module):
             self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix
         )
         inputs = x if mask is None else x * mask[..., None]
-        y, state = damped_ema(inputs, coefficients, state, bidirectional=self.bidirectional, truncation=self.truncation)
+        y, state = self.average(inputs, coefficients, state)
         return F.silu(y + self.residual_weight * x).to(x.dtype), state
+
+    def average(self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The average itself, without omega and silu: x (B, L, D) and h before it to y, and h after it."""
+        return damped_ema(x, coefficients, state, bidirectional=self.bidirectional, truncation=self.truncation)

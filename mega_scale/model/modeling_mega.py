@@ -262,6 +262,10 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         # generate() then leaves the cache to forward(), which makes a MegaCache.
         return False
 
+    def token_loss(self, logits: Tensor, following: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Cross-entropy of logits (B, L, V) and next tokens (B, L), a scalar; see `losses.cross_entropy`."""
+        return cross_entropy(logits, following, num_items)
+
     @can_return_tuple
     def forward(
         self,
@@ -313,7 +317,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             hidden = torch.tanh(self.dense(hidden))
         logits = self.lm_head(hidden)
         return CausalLMOutputWithCrossAttentions(
-            loss=None if following is None else cross_entropy(logits, following, num_items_in_batch),
+            loss=None if following is None else self.token_loss(logits, following, num_items_in_batch),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

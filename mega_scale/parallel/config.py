@@ -1,11 +1,13 @@
 """Settings of how a run is spread over processes."""
 
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any, Literal
 
 import torch
 
-from mega_scale.parallel.deepspeed_config import native_config
+from mega_scale.parallel.deepspeed_config import check_mesh, native_config
+from mega_scale.parallel.mesh import MeshShape
 
 ENGINES = ("fsdp", "deepspeed")
 DEVICES = ("auto", "cpu", "cuda")
@@ -21,6 +23,21 @@ class ParallelConfig:
     zero_stage: int = 3
     """Split over ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0, deepspeed only, nothing (stage)."""
 
+    dp_replicate: int = 1
+    """Copies of the sharded model; gradients are summed between them (ranks)."""
+
+    dp_shard: int = -1
+    """Ranks that read different rows, parameters sharded over them; -1 takes what the other axes leave (ranks)."""
+
+    sp: int = 1
+    """Sequence parallelism: ranks that share one sequence in whole chunks and pass only the EMA's state (ranks)."""
+
+    tp: int = 1
+    """Tensor parallelism: ranks of one host that share the channels of every layer (ranks)."""
+
+    self_test: bool = False
+    """Whether, before training, gradients of a tiny model in this layout are compared with one process's (no unit)."""
+
     activation_checkpoint: int = 0
     """Recompute the activations of every n-th block in the backward pass; 1 is every block, 0 none (blocks)."""
 
@@ -33,8 +50,31 @@ class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; auto takes CUDA where there is one (no unit)."""
 
+    def mesh(self, world_size: int) -> MeshShape:
+        """Lay the ranks of a run out on the axes.
+
+        Args:
+            world_size: ranks of the run.
+
+        Returns:
+            The number of ranks along each axis.
+
+        Raises:
+            ValueError: the axes do not hold all ranks; names keys, values and what would work.
+        """
+        return MeshShape.resolve(
+            world_size, dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, sp=self.sp, tp=self.tp
+        )
+
     def validate(
-        self, *, dtype: str, micro_batch_size: int, accumulation: int, max_grad_norm: float, world_size: int
+        self,
+        *,
+        dtype: str,
+        micro_batch_size: int,
+        accumulation: int,
+        max_grad_norm: float,
+        world_size: int,
+        local_size: int | None = None,
     ) -> None:
         """Refuse what cannot run, before any process group starts.
 
@@ -44,6 +84,7 @@ class ParallelConfig:
             accumulation: forward passes in one optimizer step.
             max_grad_norm: norm to which gradients are clipped, 0 for not at all.
             world_size: ranks of the run.
+            local_size: ranks of this host; None where all are on one.
 
         Raises:
             ValueError: a field has a value that cannot run; names the field, the value and the remedy.
@@ -73,13 +114,26 @@ class ParallelConfig:
                 f"parallel.ds_config={self.ds_config} has no effect with parallel.engine=fsdp: "
                 "remove it, or choose parallel.engine=deepspeed"
             )
+        mesh = self.mesh(world_size)
+        self._check_hosts(local_size or world_size)
         if self.engine == "deepspeed":
-            native_config(
+            native = native_config(
                 self.ds_config,
                 zero_stage=self.zero_stage,
                 dtype=dtype,
                 micro_batch_size=micro_batch_size,
                 accumulation=accumulation,
                 max_grad_norm=max_grad_norm,
-                world_size=world_size,
+                world_size=mesh.fsdp,
             )
+            check_mesh(native, mesh)
+
+    def _check_hosts(self, local_size: int) -> None:
+        """Refuse tensor parallelism between hosts: its collectives run several times a layer."""
+        if local_size % self.tp == 0:
+            return
+        also = "" if self.dp_shard == -1 else " with parallel.dp_shard=-1"
+        raise ValueError(
+            f"parallel.tp={self.tp} does not divide the {local_size} ranks of this host, and ranks that share channels "
+            f"must share a host: use parallel.tp={gcd(local_size, self.tp)}{also}"
+        )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from mega_scale.parallel.mesh import MeshShape
+
 # Keys of DeepSpeed that say what another setting of ours says, and that setting. Two answers to one question would be
 # settled by DeepSpeed without a word.
 OWNERS = {
@@ -20,7 +22,17 @@ OWNERS = {
     "torch_autocast.enabled": "train.dtype",
     "torch_autocast.dtype": "train.dtype",
     "data_types.param_dtype": "train.dtype",
+    "data_parallel_size": "parallel.dp_shard",
+    "sequence_parallel_size": "parallel.sp",
+    "tensor_parallel": "parallel.tp",
+    "zero_optimization.mics_shard_size": "parallel.dp_shard and parallel.dp_replicate",
+    "zero_optimization.mics_hierarchical_params_gather": "parallel.dp_shard and parallel.dp_replicate",
+    "zero_optimization.zero_hpz_partition_size": "parallel.dp_shard and parallel.dp_replicate",
+    "zero_optimization.reduce_scatter": "parallel.sp (only reduce-scatter averages gradients over it)",
 }
+
+# Keys of zero_optimization that move gradients or weights away from the device.
+_OFFLOADS = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
 
 
 def native_config(
@@ -56,7 +68,7 @@ def native_config(
         "gradient_accumulation_steps": accumulation,
         # Stage 0 has no norm to report after clipping, so the engine clips there itself.
         "gradient_clipping": max_grad_norm if zero_stage > 0 else 0.0,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, "reduce_scatter": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -65,6 +77,42 @@ def native_config(
         "torch_autocast": {"enabled": dtype == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
     return _merge(ours, user, "")
+
+
+def check_mesh(native: dict[str, Any], mesh: MeshShape) -> None:
+    """Refuse native keys with which DeepSpeed cannot train on a mesh.
+
+    Args:
+        native: a configuration of `native_config`.
+        mesh: the ranks of the run.
+
+    Raises:
+        ValueError: names the keys, their values and a remedy.
+    """
+    zero = native["zero_optimization"]
+    copies = f"parallel.dp_replicate={mesh.dp_replicate}"
+    if mesh.dp_replicate > 1 and zero["stage"] < 3:
+        raise ValueError(
+            f"{copies} with parallel.engine=deepspeed makes copies of a sharded model, but parallel.zero_stage="
+            f"{zero['stage']} does not shard its weights: use parallel.zero_stage=3, or parallel.engine=fsdp"
+        )
+    for key in _OFFLOADS:
+        if mesh.dp_replicate > 1 and _offloads(zero.get(key)):
+            raise ValueError(
+                f"{copies} sums gradients between copies on the device, which "
+                f"parallel.ds_config.zero_optimization.{key}={zero[key]!r} takes them away from: remove that key, or "
+                "use parallel.dp_replicate=1, or parallel.engine=fsdp without ds_config"
+            )
+    if zero.get("zero_quantized_gradients") and mesh.fsdp != mesh.size:
+        raise ValueError(
+            "parallel.ds_config.zero_optimization.zero_quantized_gradients=true reduces gradients over all "
+            f"{mesh.size} ranks, but {copies} and parallel.tp={mesh.tp} leave {mesh.fsdp} to a shard: remove that key, "
+            "or use parallel.dp_replicate=1 and parallel.tp=1"
+        )
+
+
+def _offloads(value: Any) -> bool:
+    return value.get("device", "none") != "none" if isinstance(value, dict) else bool(value)
 
 
 def _merge(ours: dict[str, Any], user: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mega_scale.parallel.window import START, Place
+
 BuildOptimizer = Callable[[nn.Module], Optimizer]
 """Makes AdamW over the parameters of a model that an engine has sharded."""
 
@@ -17,21 +19,23 @@ class Engine(Protocol):
     module: nn.Module
     """The model; call it on all ranks alike for evaluation and generation, under `no_grad`."""
 
-    def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int) -> Tensor:
+    def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int, place: Place = START) -> Tensor:
         """Loss of one micro-batch of this rank: the sum over its tokens divided by `num_items`.
 
         Args:
-            input_ids: (B, L) int64.
+            input_ids: (B, L) int64, whole rows; ranks that share them are given the same.
             shift_labels: (B, L) int64, the next tokens, -100 where there is none.
             num_items: labelled tokens of the global batch, over all ranks and micro-batches.
+            place: of the micro-batch in the run, on which dropout depends.
 
         Returns:
-            Scalar fp32, nats. The loss of the global batch is the sum over ranks and micro-batches.
+            Scalar fp32, nats. The loss of the global batch is the sum over micro-batches and over ranks, of which those
+            along `tp` hold the same.
         """
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of the sum of `loss` over all ranks.
+        """Add the gradient of the loss of all ranks.
 
         Args:
             loss: what `forward` returned.
@@ -66,6 +70,23 @@ class Engine(Protocol):
 
         Raises:
             ValueError: the folder was written by another engine, stage or number of ranks.
+        """
+        ...
+
+    def held(self, name: str) -> Tensor:
+        """What this rank holds of a parameter, flat; not collective.
+
+        Args:
+            name: of the parameter in `module`.
+        """
+        ...
+
+    def part(self, name: str, value: Tensor) -> Tensor:
+        """What this rank would hold of a value in a parameter's place, in the form of `held`; not collective.
+
+        Args:
+            name: of the parameter in `module`.
+            value: whole, or this rank's part along `tp`.
         """
         ...
 

@@ -1,22 +1,27 @@
 """The FSDP2 engine: PyTorch's `fully_shard` over a mesh of ranks, AdamW on sharded parameters."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mega_scale.model import MegaPreTrainedModel
+from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.engine import BuildOptimizer
 from mega_scale.parallel.materialize import Values, fill
+from mega_scale.parallel.pieces import pieces
+from mega_scale.parallel.shards import shard_dimension
+from mega_scale.parallel.spread import Spread
 from mega_scale.parallel.structure import blocks, ema_of
-from mega_scale.parallel.weights import named_tensors, write_ties
+from mega_scale.parallel.weights import named_tensors, write_names
+from mega_scale.parallel.window import START, Place
 from mega_scale.parallel.world import World
 
 
@@ -25,11 +30,13 @@ class FsdpEngine:
 
     Stage 3 gathers a block for its forward and again for its backward; stage 2 keeps it from forward to backward;
     stage 1 keeps weights and gradients whole until the last micro-batch, and reduces gradients once a step. Gradients
-    are summed over ranks in fp32, as the loss is already divided by the tokens of the global batch.
+    are summed over ranks in fp32, as the loss is already divided by the tokens of the global batch. Parameters are
+    sharded over dp_shard and sp together, on top of tp, and copied along dp_replicate.
 
     Args:
-        model: `MegaForCausalLM` on the meta device; becomes `module`.
+        model: `MegaForCausalLM` on the meta device, spread; becomes `module`.
         values: full values of its parameters and persistent buffers.
+        parts: how it was spread.
         stage: 1 to 3.
         dtype: fp32 or bf16, of forward and backward; parameters, EMA and optimizer are fp32 in either.
         max_grad_norm: norm to which gradients are clipped, 0 for not at all.
@@ -41,6 +48,7 @@ class FsdpEngine:
         self,
         model: MegaPreTrainedModel,
         values: Values,
+        parts: Spread,
         *,
         stage: int,
         dtype: str,
@@ -52,18 +60,28 @@ class FsdpEngine:
         self._world = world
         self._keep_gradients_whole = stage == 1
         self._max_grad_norm = max_grad_norm
-        # One axis now. Parameters will be sharded over this axis flattened with others when there are any.
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
-        _shard(model, mesh["dp_shard"], dtype, reshard=stage == 3)
+        self._window = parts.window
+        if parts.tp.size > 1:
+            _declare_parts(model, world.mesh["tp"])
+        copies = world.shape.dp_replicate > 1
+        _shard(model, world.mesh["dp_replicate", "fsdp"] if copies else world.mesh["fsdp"], dtype, reshard=stage == 3)
         model.to_empty(device=world.device)
-        fill(model, values, _place, world.device)
+        fill(model, values, _placer(world.axis("fsdp")), world.device, template=parts.template, tp=parts.tp)
+        self._parameters = dict(model.named_parameters())
+        table = pieces(model)
+        # What every rank of tp holds is counted by the first.
+        self._counted = [
+            parameter
+            for name, parameter in self._parameters.items()
+            if parts.tp.rank == 0 or table[name].dim is not None
+        ]
         self._optimizer = build_optimizer(model)
 
-    def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int) -> Tensor:
+    def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int, place: Place = START) -> Tensor:
         """This rank's share of the loss, see `Engine.forward`."""
-        output = self.module(
-            input_ids=input_ids, shift_labels=shift_labels, num_items_in_batch=num_items, use_cache=False
-        )
+        inputs, labels = self._window.take(place, input_ids, shift_labels)
+        with self._window:
+            output = self.module(input_ids=inputs, shift_labels=labels, num_items_in_batch=num_items, use_cache=False)
         return output.loss
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -71,30 +89,36 @@ class FsdpEngine:
         if self._keep_gradients_whole:
             _root(self.module).set_requires_gradient_sync(last)
             _root(self.module).set_reshard_after_backward(last)
-        loss.backward()
+        with self._window:
+            loss.backward()
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """Clip, step, forget gradients, see `Engine.step`."""
         self._drop_gathered()
-        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = self._gradient_norm()
         if self._max_grad_norm > 0:
-            clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+            gradients = _local_gradients(list(self.module.parameters()))
+            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def _gradient_norm(self) -> Tensor:
+        """L2 norm of the whole gradient: every number of it is counted once, on the rank that holds it."""
+        gradients = _local_gradients(self._counted)
+        norms = torch._foreach_norm(gradients) if gradients else []
+        own = torch.stack(list(norms)).square().sum() if norms else torch.zeros((), device=self._world.device)
+        return self._world.sum(own, alike=("dp_replicate",)).sqrt()
+
     def save(self, folder: Path) -> None:
         """Write this rank's shards, see `Engine.save`."""
         self._drop_gathered()
         dcp.save(self._state(), checkpoint_id=folder)
         if self._world.rank == 0:
-            write_ties(self.module, folder)
+            write_names(self.module, folder, self._world.shape.tp)
         self._world.barrier()
 
     def load(self, folder: Path) -> None:
@@ -106,6 +130,14 @@ class FsdpEngine:
         self._drop_gathered()
         self._allocate_optimizer_state()
         dcp.load(self._state(), checkpoint_id=folder)
+
+    def held(self, name: str) -> Tensor:
+        """This rank's rows, see `Engine.held`."""
+        return _local(self._parameters[name]).detach().flatten()
+
+    def part(self, name: str, value: Tensor) -> Tensor:
+        """This rank's rows of a value, see `Engine.part`."""
+        return _rows(value, self._world.axis("fsdp")).flatten()
 
     def close(self) -> None:
         """Nothing outside the module to free, see `Engine.close`."""
@@ -157,15 +189,48 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: str, reshard: bool) -> Non
             unit.set_force_sum_reduction_for_comms(True)
 
 
-def _place(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """Copy this rank's rows of a full value into a sharded parameter, without communication."""
+def _declare_parts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Tell FSDP and checkpoints which part of a whole tensor each parameter is.
+
+    Without it, parts of different ranks of tp would overwrite each other in a checkpoint.
+    """
+    declared: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in declared:
+                    dim = shard_dimension(module, name)
+                    placement = Replicate() if dim is None else Shard(dim)
+                    declared[parameter] = nn.Parameter(
+                        DTensor.from_local(parameter.detach(), mesh, [placement], run_check=False)
+                    )
+                module._parameters[name] = declared[parameter]
+
+
+def _rows(value: Tensor, fsdp: Axis) -> Tensor:
+    """The rows of a value that FSDP keeps on this rank; the last ranks have none where there are fewer chunks."""
+    rows = value.chunk(fsdp.size)
+    return rows[fsdp.rank] if fsdp.rank < len(rows) else value[:0]
+
+
+def _placer(fsdp: Axis) -> Callable[[nn.Parameter, Tensor], nn.Parameter]:
+    def place(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+        """Copy this rank's rows of a value into a sharded parameter, without communication."""
+        with torch.no_grad():
+            _local(parameter).copy_(_rows(value, fsdp))
+        return parameter
+
+    return place
+
+
+def _local(parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         raise TypeError(f"a parameter of shape {tuple(parameter.shape)} was left out of sharding")
-    local = parameter.to_local()
-    part = distribute_tensor(value.to(local.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-    with torch.no_grad():
-        local.copy_(part.to_local())
-    return parameter
+    return parameter.to_local()
+
+
+def _local_gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def _root(module: nn.Module) -> FSDPModule:

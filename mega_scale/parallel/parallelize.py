@@ -1,13 +1,13 @@
 """How a model on one meta device becomes a model on all ranks: the order, stated once."""
 
 from mega_scale.model import MegaPreTrainedModel
-from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.deepspeed_config import native_config
 from mega_scale.parallel.deepspeed_engine import DeepSpeedEngine
 from mega_scale.parallel.engine import BuildOptimizer, Engine
 from mega_scale.parallel.fsdp import FsdpEngine
 from mega_scale.parallel.materialize import Values
+from mega_scale.parallel.spread import spread
 from mega_scale.parallel.world import World
 
 
@@ -22,8 +22,9 @@ def parallelize(
     max_grad_norm: float,
     build_optimizer: BuildOptimizer,
     world: World,
+    seed: int = 0,
 ) -> Engine:
-    """Spread a model over the ranks: checkpoint activations, then shard, materialise, and build the optimizer.
+    """Spread a model over the ranks: cut channels and rows, then shard, materialise, and build the optimizer.
 
     Args:
         model: `MegaForCausalLM` on the meta device, changed in place.
@@ -35,6 +36,7 @@ def parallelize(
         max_grad_norm: norm to which gradients are clipped, 0 for not at all.
         build_optimizer: makes AdamW over the sharded model.
         world: ranks and device.
+        seed: of dropout.
 
     Returns:
         The engine that trains the model.
@@ -42,11 +44,18 @@ def parallelize(
     Raises:
         ValueError: the model or its values cannot be spread like this.
     """
-    checkpoint_activations(model, config.activation_checkpoint)
+    parts = spread(
+        model,
+        sp=world.axis("sp"),
+        tp=world.axis("tp"),
+        activation_checkpoint=config.activation_checkpoint,
+        seed=seed,
+    )
     if config.engine == "fsdp":
         return FsdpEngine(
             model,
             values,
+            parts,
             stage=config.zero_stage,
             dtype=dtype,
             max_grad_norm=max_grad_norm,
@@ -60,11 +69,12 @@ def parallelize(
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         max_grad_norm=max_grad_norm,
-        world_size=world.size,
+        world_size=world.shape.fsdp,
     )
     return DeepSpeedEngine(
         model,
         values,
+        parts,
         native=native,
         dtype=dtype,
         max_grad_norm=max_grad_norm,

@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -11,8 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.config import ParallelConfig
+from mega_scale.parallel.mesh import Coordinates, MeshShape
+from mega_scale.parallel.monitor import PeerMonitor
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LET_GLOO_FINISH_S = 0.1
@@ -25,84 +30,117 @@ class Placement(NamedTuple):
     size: int
     local_rank: int
     launched: bool  # false: no launcher, one process alone
+    local_size: int  # processes on this machine; all, where the launcher does not say
 
 
 def placement() -> Placement:
     """Read what deepspeed, torchrun or accelerate say about this process; without a launcher, it is alone.
 
     Returns:
-        Rank, number of ranks, rank on this machine, and whether there is a launcher.
+        Rank, number of ranks, rank on this machine, whether there is a launcher, and number of ranks on this machine.
 
     Raises:
         ValueError: only some of a launcher's variables are set.
     """
     missing = [name for name in _VARIABLES if name not in os.environ]
     if "RANK" in missing and "WORLD_SIZE" in missing:
-        return Placement(0, 1, 0, False)
+        return Placement(0, 1, 0, False, 1)
     if missing:
         raise ValueError(
             f"environment variables {', '.join(missing)} are missing while others of a launcher are set: "
             "start the script with deepspeed, torchrun, accelerate launch or plain python"
         )
     rank, size, local_rank = (int(os.environ[name]) for name in _VARIABLES[:3])
-    return Placement(rank, size, local_rank, True)
+    # torchrun and accelerate set the first, deepspeed the second.
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size
+    return Placement(rank, size, local_rank, True, int(local_size))
 
 
 @dataclass(frozen=True)
 class World:
     """All ranks of a run; every method is collective, so all ranks call it in the same order.
 
-    Use it in a `with` statement: when a rank fails, its connections close, and the ranks that wait for it fail at once
-    rather than after the timeout.
+    Use it in a `with` statement: when a rank fails, its connections close, and the ranks that wait for it end at once
+    rather than after the timeout. They end with exit code 75 and one line that names it, as they do when it is killed
+    or cannot be reached.
 
     Args:
         rank: number of this process, 0 to size - 1.
         size: number of processes.
         local_rank: number of this process on its machine.
         device: where this process computes.
+        shape: how many ranks stand along each axis.
+        mesh: process groups along dp_replicate, fsdp (dp_shard and sp together) and tp; parameters are laid out on it.
+        sp_group: the ranks along sp.
+        monitor: watches the other ranks; none where there are none.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    shape: MeshShape
+    mesh: DeviceMesh
+    sp_group: dist.ProcessGroup
+    monitor: PeerMonitor | None
 
     @classmethod
     def start(cls, config: ParallelConfig) -> "World":
         """Join the process group: NCCL on CUDA, gloo on CPUs.
 
         Args:
-            config: device and timeout.
+            config: device, timeout and mesh.
 
         Returns:
             This process's view of the run.
 
         Raises:
-            ValueError: the launcher's variables are incomplete, or there are fewer CUDA devices than local ranks.
+            ValueError: the launcher's variables are incomplete, the mesh does not hold the ranks, or there are fewer
+                CUDA devices than local ranks.
+            SystemExit: the ranks cannot meet within the timeout; standard error has one line that says who is missing.
         """
-        rank, size, local_rank, launched = placement()
+        rank, size, local_rank = placement()[:3]
         device = _device(config.device, local_rank)
+        shape = config.mesh(size)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=config.timeout_s),
-            # Alone, a process needs no port that another could hold.
-            store=None if launched else dist.HashStore(),
-            init_method="env://" if launched else None,
-            device_id=device if device.type == "cuda" else None,
-        )
-        return cls(rank, size, local_rank, device)
+        monitor = PeerMonitor.start(rank, size, config.timeout_s) if size > 1 else None
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=config.timeout_s),
+                # Alone, a process needs no port that another could hold.
+                store=monitor.store if monitor is not None else dist.HashStore(),
+                device_id=device if device.type == "cuda" else None,
+            )
+            mesh, sp_group = _groups(shape, device)
+        except Exception as error:
+            if monitor is not None:
+                monitor.fail(error)
+                monitor.linger()
+            raise
+        return cls(rank, size, local_rank, device, shape, mesh, sp_group, monitor)
+
+    def lay_out(self, shape: MeshShape) -> "World":
+        """The same ranks on other axes.
+
+        Args:
+            shape: how many ranks stand along each axis.
+        """
+        mesh, sp_group = _groups(shape, self.device)
+        return replace(self, shape=shape, mesh=mesh, sp_group=sp_group)
 
     def close(self, failed: bool = False) -> None:
-        """Leave the process group; needs no other rank, and may be called twice.
+        """Leave the process group; may be called twice. The rank that keeps the ranks' store waits for all to leave.
 
         Args:
             failed: whether this rank leaves because of an error. NCCL would wait for collectives that never end, so
                 then the end of the process has to close its connections.
         """
+        if self.monitor is not None and not failed:
+            self.monitor.leave()
         if not dist.is_initialized() or (failed and dist.get_backend() == "nccl"):
             return
         if dist.get_backend() == "gloo":
@@ -117,22 +155,43 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.monitor is not None and error is not None:
+            self.monitor.fail(error)
         self.close(failed=kind is not None)
+        if self.monitor is not None and error is not None:
+            self.monitor.linger()
+
+    @property
+    def at(self) -> Coordinates:
+        """Where this rank stands along each axis."""
+        return self.shape.coordinates(self.rank)
+
+    def axis(self, name: str) -> Axis:
+        """The ranks along one axis, as this rank sees them.
+
+        Args:
+            name: dp_replicate, fsdp (dp_shard and sp together), sp or tp.
+        """
+        group = self.sp_group if name == "sp" else self.mesh.get_group(name)
+        return Axis(group, dist.get_rank(group), dist.get_world_size(group))
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def sum(self, value: Tensor) -> Tensor:
+    def sum(self, value: Tensor, alike: Sequence[str] = ()) -> Tensor:
         """Sum of a tensor over all ranks.
 
         Args:
             value: any shape and dtype, the same on all ranks; left as it is.
+            alike: axes along which ranks hold the same value, which is to count once.
 
         Returns:
             The sum, on this rank's device, in the same shape and dtype.
         """
         total = value.detach().to(self.device, copy=True)
+        if any(getattr(self.at, name) for name in alike):
+            total.zero_()
         dist.all_reduce(total)
         return total
 
@@ -167,6 +226,13 @@ class World:
             data.copy_(torch.tensor(payload, dtype=torch.uint8))
         dist.broadcast(data, src=0)
         return json.loads(bytes(data.tolist()))
+
+
+def _groups(shape: MeshShape, device: torch.device) -> tuple[DeviceMesh, dist.ProcessGroup]:
+    sizes = {"dp_replicate": shape.dp_replicate, "fsdp": shape.fsdp, "tp": shape.tp}
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    sp_group, _ = dist.new_subgroups_by_enumeration(shape.lines("sp"))
+    return mesh, sp_group
 
 
 def _device(choice: str, local_rank: int) -> torch.device:

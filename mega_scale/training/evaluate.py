@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from mega_scale.parallel import World
 
+ShareOfLoss = Callable[[Tensor, Tensor, int], Tensor]
+"""(input_ids (B, L), shift_labels (B, L), divisor) -> sum of this rank's token losses over the divisor, nats."""
+
 
 class Evaluation(NamedTuple):
     """How well a model predicts a text.
@@ -29,6 +32,7 @@ class Evaluation(NamedTuple):
 @torch.no_grad()
 def evaluate(
     module: nn.Module,
+    share: ShareOfLoss,
     batches: Iterable[dict[str, Tensor]],
     tokens_per_byte: float,
     world: World,
@@ -38,6 +42,7 @@ def evaluate(
 
     Args:
         module: the model.
+        share: computes this rank's share of the loss with it, such as `Engine.forward`, or `loss_of(module)`.
         batches: this rank's, `input_ids` and `shift_labels` (B, L) int64 each; -100 is not counted.
         tokens_per_byte: tokens of the text divided by its UTF-8 bytes.
         world: all ranks.
@@ -51,17 +56,26 @@ def evaluate(
     """
     was_training = module.training
     module.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    counted = torch.zeros((), dtype=torch.int64, device=world.device)
     for batch in batches:
         labels = batch["shift_labels"].to(world.device)
-        loss = module(
-            input_ids=batch["input_ids"].to(world.device), shift_labels=labels, num_items_in_batch=1, use_cache=False
-        ).loss
-        totals += torch.stack([loss.double(), (labels != -100).sum().double()])
+        total += share(batch["input_ids"].to(world.device), labels, 1).double()
+        counted += (labels != -100).sum()
         every_batch()
     module.train(was_training)
-    nats, tokens = world.sum(totals).tolist()
+    nats, tokens = float(world.sum(total, alike=("tp",))), int(world.sum(counted, alike=("sp", "tp")))
     if tokens == 0:
         raise ValueError("the text has no token to predict: give a longer one, or a shorter data.sequence_length")
     loss = nats / tokens
-    return Evaluation(loss, math.exp(min(loss, 700.0)), loss * tokens_per_byte / math.log(2), int(tokens))
+    return Evaluation(loss, math.exp(min(loss, 700.0)), loss * tokens_per_byte / math.log(2), tokens)
+
+
+def loss_of(module: nn.Module) -> ShareOfLoss:
+    """Compute losses with a model that is whole on this rank."""
+
+    def share(input_ids: Tensor, shift_labels: Tensor, divisor: int) -> Tensor:
+        output = module(input_ids=input_ids, shift_labels=shift_labels, num_items_in_batch=divisor, use_cache=False)
+        return output.loss
+
+    return share

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mega_scale.parallel import Engine, World
+from mega_scale.parallel import Engine, Place, World
 from mega_scale.training.checkpoint import CheckpointConfig, save_checkpoint
 from mega_scale.training.evaluate import Evaluation
 from mega_scale.training.metrics import Reporter, Throughput, memory_bytes
@@ -108,17 +108,19 @@ def train(run: Run, config: TrainConfig, checkpoints: CheckpointConfig, start: i
 
 def _step(run: Run, step: int, lr: float) -> tuple[float, float, int]:
     """One optimizer step: loss in nats per token and gradient norm of the global batch, and its tokens."""
-    batches = run.data.batches(step - 1)
+    world, batches = run.world, run.data.batches(step - 1)
     labelled = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
-    seen = int(run.world.sum(torch.tensor(labelled, device=run.world.device)))
-    loss = torch.zeros((), device=run.world.device)
+    seen = int(world.sum(torch.tensor(labelled, device=world.device), alike=("sp", "tp")))
+    loss = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
-        inputs, labels = (batch[name].to(run.world.device, non_blocking=True) for name in ("input_ids", "shift_labels"))
-        share = run.engine.forward(inputs, labels, seen)
+        inputs, labels = (batch[name].to(world.device, non_blocking=True) for name in ("input_ids", "shift_labels"))
+        # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
+        place = Place(step - 1, (i * world.shape.dp + world.shape.dp_rank(world.rank)) * len(inputs))
+        share = run.engine.forward(inputs, labels, seen, place)
         run.engine.backward(share, last=i == len(batches) - 1)
         loss += share.detach()
     norm = run.engine.step(lr)
-    total = float(run.world.sum(loss))
+    total = float(world.sum(loss, alike=("tp",)))
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(
             f"step {step} has loss {total} and gradient norm {norm}: lower optimizer.lr, or look at the rows of that "

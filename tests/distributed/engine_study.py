@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mega_scale.parallel import Engine, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
 
 # Nothing below the persistence threshold would be partitioned, and bugs of partitioning would not show.
 _PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -25,8 +26,8 @@ DROPOUT = {"dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "nffn_activation_dro
 WITH_DROPOUT = ("fsdp-3", "zero-3")
 
 
-def gathered(module: nn.Module) -> dict[str, Tensor]:
-    """Full tensors of the state dict, tied names included; collective."""
+def parts(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters by their own names, tied ones included, whole but for what tp cuts under DeepSpeed; collective."""
     full: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if isinstance(parameter, DTensor):
@@ -36,6 +37,13 @@ def gathered(module: nn.Module) -> dict[str, Tensor]:
                 full[name] = parameter.detach().clone()
         else:
             full[name] = parameter.detach().clone()
+    return full
+
+
+def gathered(module: nn.Module) -> dict[str, Tensor]:
+    """Full tensors of the state dict, tied names included; collective."""
+    local = parts(module)
+    full = {source: assemble(names, local.__getitem__) for source, names in whole_tensors(pieces(module)).items()}
     return full | {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 

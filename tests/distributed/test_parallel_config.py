@@ -33,6 +33,31 @@ def test_refuses(changes: dict[str, Any], field: str, remedy: str) -> None:
         ParallelConfig(**changes).validate(**RUN)
 
 
+@pytest.mark.parametrize(
+    ("changes", "local_size", "words"),
+    [
+        ({"tp": 0}, 4, ["parallel.tp=0", "parallel.tp=1"]),
+        ({"dp_shard": 3}, 4, ["parallel.dp_shard=3", "parallel.dp_shard=4", "parallel.dp_shard=-1"]),
+        ({"tp": 4}, 2, ["parallel.tp=4", "2 ranks of this host", "use parallel.tp=2"]),
+        ({"tp": 2, "dp_shard": 2}, 1, ["parallel.tp=2", "parallel.tp=1 with parallel.dp_shard=-1"]),
+        ({"dp_replicate": 2, "zero_stage": 1}, 4, ["parallel.dp_replicate=2", "parallel.zero_stage=3", "engine=fsdp"]),
+    ],
+)
+def test_refuses_meshes(changes: dict[str, Any], local_size: int, words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        ParallelConfig(**changes).validate(**RUN, local_size=local_size)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize("offload", [None, False, {}, {"device": "none"}])
+def test_copies_accept_keys_that_offload_nothing(offload: Any) -> None:
+    ParallelConfig(dp_replicate=2, ds_config={"zero_optimization": {"offload_optimizer": offload}}).validate(**RUN)
+
+
+def test_native_reduce_scatter_may_be_repeated():
+    ParallelConfig(ds_config={"zero_optimization": {"reduce_scatter": True}}).validate(**RUN)
+
+
 def test_accepts_what_can_run():
     runs = [("deepspeed", 0), *((engine, stage) for engine in ("deepspeed", "fsdp") for stage in (1, 2, 3))]
     accepted = [ParallelConfig(engine=engine, zero_stage=stage).validate(**RUN) for engine, stage in runs]
@@ -60,7 +85,7 @@ def test_native_keys_are_merged_over_ours():
         "steps_per_print": 5,
     }
     merged = native_config(user, zero_stage=2, **RUN)
-    assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert merged["zero_optimization"] == {"stage": 2, "reduce_scatter": True, "reduce_bucket_size": 1000}
     assert merged["flops_profiler"] == {"enabled": True}
     assert merged["steps_per_print"] == 5
     assert merged["train_batch_size"] == 24

@@ -1,6 +1,5 @@
 """The process group: collectives, a rank that fails, and what the environment has to say."""
 
-import time
 from typing import Any
 
 import pytest
@@ -58,11 +57,7 @@ def one_fails() -> None:
         world.barrier()
         if world.rank == 1:
             raise RuntimeError("the disk is full")
-        start = time.monotonic()
-        try:
-            world.barrier()
-        except RuntimeError as error:
-            raise RuntimeError(f"waited {time.monotonic() - start:.0f} s") from error
+        world.barrier()
 
 
 @pytest.mark.distributed
@@ -70,12 +65,13 @@ def test_a_failing_rank_does_not_leave_the_other_waiting(tmp_path):
     with pytest.raises(RankFailedError) as failure:
         run_ranks(one_fails, 2, tmp_path, timeout_s=120)
     assert "the disk is full" in failure.value.reports[1]
-    assert any(f"waited {seconds} s" in failure.value.reports[0] for seconds in range(10))
+    assert failure.value.reports[0] == "exit code 75"
 
 
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -84,7 +80,7 @@ def test_placement_without_launcher(no_launcher):
     # accelerate sets these two even when it starts a single process
     no_launcher.setenv("MASTER_ADDR", "127.0.0.1")
     no_launcher.setenv("MASTER_PORT", "29500")
-    assert placement() == Placement(0, 1, 0, False)
+    assert placement() == Placement(0, 1, 0, False, 1)
 
 
 def test_placement_of_a_launcher(no_launcher):
@@ -96,7 +92,12 @@ def test_placement_of_a_launcher(no_launcher):
         "MASTER_PORT": "1",
     }.items():
         no_launcher.setenv(name, value)
-    assert placement() == Placement(5, 8, 1, True)
+    assert placement() == Placement(5, 8, 1, True, local_size=8)
+    no_launcher.setenv("LOCAL_SIZE", "4")  # deepspeed
+    assert placement() == Placement(5, 8, 1, True, local_size=4)
+    no_launcher.delenv("LOCAL_SIZE")
+    no_launcher.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun, accelerate
+    assert placement() == Placement(5, 8, 1, True, local_size=2)
 
 
 def test_placement_of_half_a_launcher(no_launcher):
@@ -109,12 +110,19 @@ def test_placement_of_half_a_launcher(no_launcher):
 def test_a_checkpoint_of_another_layout_is_refused():
     config = ParallelConfig(engine="deepspeed", zero_stage=3)
     saved = describe(config, 2)
-    assert saved == {"engine": "deepspeed", "zero_stage": 3, "world_size": 2}
+    axes = {"dp_replicate": 1, "dp_shard": 2, "sp": 1, "tp": 1}
+    assert saved == {"engine": "deepspeed", "zero_stage": 3, "world_size": 2, **axes}
     check_layout(saved, config, 2)
+    check_layout(saved, ParallelConfig(dp_shard=2), 2)
+    # As written before there were axes.
+    check_layout({"engine": "deepspeed", "zero_stage": 3, "world_size": 2}, config, 2)
     for changed, config, size in (
         ("parallel.engine", ParallelConfig(engine="fsdp"), 2),
         ("parallel.zero_stage", ParallelConfig(zero_stage=1), 2),
         ("number of processes", ParallelConfig(), 4),
+        (r"parallel\.tp 1, this run has 2", ParallelConfig(tp=2), 2),
+        (r"parallel\.sp 1, this run has 2", ParallelConfig(sp=2), 2),
+        (r"parallel\.dp_replicate 1, this run has 2", ParallelConfig(dp_replicate=2), 2),
     ):
         with pytest.raises(ValueError, match=changed):
             check_layout(saved, config, size)

@@ -31,6 +31,12 @@ CASES = {
         ["parallel.ds_config.gradient_clipping=3"],
         ["gradient_clipping", "optimizer.max_grad_norm"],
     ),
+    "tensor parallel alone": (["parallel.tp=2"], ["parallel.tp=2", "use parallel.tp=1", "start 2 processes"]),
+    "no sequence parallel": (["parallel.sp=0"], ["parallel.sp=0", "parallel.sp=1"]),
+    "native tensor parallel": (
+        ["parallel.ds_config.tensor_parallel.autotp_size=2"],
+        ["ds_config.tensor_parallel", "contradicts parallel.tp"],
+    ),
     "no CUDA": (["parallel.device=cuda"], ["parallel.device", "cuda", "cpu"]),
     "unwritable run folder": (["run_dir={file}/run"], ["run_dir", "folder"]),
     "nothing to resume": (["run_dir={folder}/fresh", "--resume"], ["resume", "run folder"]),
@@ -75,7 +81,7 @@ def test_refused_in_one_line(name, places):
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "accelerate"])
 def test_refused_on_all_ranks_under_a_launcher(launcher, places):
     """Two ranks with micro-batches of two cannot share ten sequences; nobody is left waiting."""
-    refused(launcher, ["train.global_batch_size=10"], places, ["train.global_batch_size=10", "2 ranks"])
+    refused(launcher, ["train.global_batch_size=10"], places, ["train.global_batch_size=10", "2 data-parallel ranks"])
     left = [
         p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if "launch/pretrain.py" in (p.info["cmdline"] or [])
     ]

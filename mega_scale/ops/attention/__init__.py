@@ -1,5 +1,7 @@
 """Single-head attention inside chunks: one entry, a reference and a fused form."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def chunk_attention(
     causal: bool = False,
     offset: int | Tensor = 0,
     key_mask: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: float | Callable[[Tensor], Tensor] = 0.0,
     return_weights: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -39,7 +41,7 @@ def chunk_attention(
         causal: whether query i sees keys up to `i + offset` only.
         offset: keys that precede the first query, tokens: one number, or (B,) int64, one for every row.
         key_mask: (B, K, J) bool, true for valid keys. A softmax chunk without any valid key attends as if unmasked.
-        dropout: probability of dropping a weight.
+        dropout: probability of dropping a weight, or a function of weights (B, K, I, J) that drops some; eager only.
         return_weights: whether to return the weights; eager only.
         impl: auto, eager (the reference) or sdpa (softmax).
 
@@ -61,11 +63,12 @@ def chunk_attention(
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:3]):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}: expected bool {tuple(k.shape[:3])}")
     if impl == "auto":
-        impl = "sdpa" if activation == "softmax" and not return_weights else "eager"
+        impl = "sdpa" if activation == "softmax" and not return_weights and not callable(dropout) else "eager"
     if impl == "sdpa":
-        if activation != "softmax" or return_weights:
+        if activation != "softmax" or return_weights or callable(dropout):
             raise ValueError(
-                f"impl='sdpa' has neither weights to return nor activation={activation!r}: use impl='eager'"
+                f"impl='sdpa' has neither weights to return or to drop by a function, nor activation={activation!r}: "
+                "use impl='eager'"
             )
         return fused_attention(q, k, v, bias, causal=causal, offset=offset, key_mask=key_mask, dropout=dropout), None
     out, weights = reference_attention(

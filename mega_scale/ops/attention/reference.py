@@ -4,8 +4,10 @@ Legend: B batch, K chunks, I queries, J keys, Z width of queries and keys, E wid
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.attention.bias import toeplitz
@@ -61,7 +63,7 @@ def reference_attention(
     causal: bool,
     offset: int | Tensor,
     key_mask: Tensor | None,
-    dropout: float,
+    dropout: float | Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Output (B, K, I, E) and weights (B, K, I, J); arguments as in `chunk_attention`. Scores and weights are fp32."""
     queries, keys = q.shape[2], k.shape[2]
@@ -89,4 +91,5 @@ def reference_attention(
         if visible is not None:
             weights = weights.masked_fill(~visible, 0.0)
         weights = weights.to(v.dtype)
-        return torch.nn.functional.dropout(weights, dropout, dropout > 0) @ v, weights
+        kept = dropout(weights) if callable(dropout) else F.dropout(weights, dropout, dropout > 0)
+        return kept @ v, weights

@@ -1,14 +1,42 @@
 """The damped exponential moving average: one entry, several implementations."""
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor
 
-from mega_scale.ops.ema.blocked import blocked_ema
+from mega_scale.ops.ema.blocked import BlockedEma
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.fft import fft_ema
 from mega_scale.ops.ema.recurrent import recurrent_ema
 
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked")
+
+
+class Carry(Protocol):
+    """How states travel between the parts of a sequence that is cut along its length.
+
+    The average is linear and its decay does not depend on the input, so every part can start from zero; what the others
+    send is added afterwards.
+    """
+
+    def __call__(
+        self, end: Tensor, log_fade: Tensor, passes: Tensor | None, bidirectional: bool
+    ) -> Callable[[], Tensor]:
+        """Send this part's end state, and do not wait for the others'.
+
+        Args:
+            end: h after this part's last token, had it begun at zero, (B, D, N); with `bidirectional` (B, 2D, N), the
+                second half being h before its first token, coming from the right.
+            log_fade: logarithm of what is left of a state at the other end of this part, (D or 2D, N).
+            passes: (B,) bool, false where a document begins in this part, and no state gets through; none: all do.
+            bidirectional: whether the second half travels from right to left.
+
+        Returns:
+            A function that waits, and returns the state before this part, in the shape of `end`.
+        """
+        ...
 
 
 def damped_ema(
@@ -19,6 +47,7 @@ def damped_ema(
     *,
     bidirectional: bool = False,
     truncation: int | None = None,
+    carry: Carry | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Multi-dimensional damped EMA (arXiv 2209.10655, equations 5 and 6).
@@ -33,6 +62,7 @@ def damped_ema(
         resets: (B, L) bool, true where a document begins: neither side of that border reaches the other.
         bidirectional: whether the average also runs from right to left.
         truncation: taps of the kernel, tokens; none means unlimited.
+        carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked only.
         impl: auto, recurrent (the reference), fft or blocked.
 
     Returns:
@@ -44,42 +74,76 @@ def damped_ema(
         ValueError: a shape does not fit, or the implementation lacks what is asked for.
     """
     _check(x, coefficients, state, resets, bidirectional, impl)
+    if carry is not None and (state is not None or truncation is not None or impl not in ("auto", "blocked")):
+        raise ValueError(
+            f"carry brings the state of the blocked form: it excludes state, truncation={truncation} and impl={impl!r}"
+        )
     with torch.autocast(x.device.type, enabled=False):
         inputs = x.to(coefficients.log_decay.dtype)
-        if not bidirectional:
-            y, state = _one_direction(inputs, coefficients, state, resets, truncation, impl)
-            return y.to(x.dtype), state
-        ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
-        state_ahead, state_back = (None, None) if state is None else state.chunk(2, dim=1)
-        y_ahead, state_ahead = _one_direction(inputs, ahead, state_ahead, resets, truncation, impl)
-        y_back, state_back = _one_direction(inputs.flip(1), back, state_back, _flip_resets(resets), truncation, impl)
-        state = None if state_ahead is None or state_back is None else torch.cat([state_ahead, state_back], 1)
-        return (y_ahead + y_back.flip(1)).to(x.dtype), state
+        directions = [_Direction(inputs, coefficients, state, resets)]
+        if bidirectional:
+            ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
+            state_ahead, state_back = (None, None) if state is None else state.chunk(2, dim=1)
+            directions = [
+                _Direction(inputs, ahead, state_ahead, resets),
+                _Direction(inputs.flip(1), back, state_back, _flip_resets(resets)),
+            ]
+        found: Sequence[tuple[Tensor, Tensor | None]]
+        if carry is not None:
+            found = _carried(directions, carry, resets)
+        else:
+            found = [_whole(direction, truncation, impl) for direction in directions]
+        y, end = found[0]
+        if bidirectional:
+            y = y + found[1][0].flip(1)
+            end = None if end is None or found[1][1] is None else torch.cat([end, found[1][1]], 1)
+        return y.to(x.dtype), end
 
 
-def _one_direction(
-    x: Tensor,
-    coefficients: EmaCoefficients,
-    state: Tensor | None,
-    resets: Tensor | None,
-    truncation: int | None,
-    impl: str,
-) -> tuple[Tensor, Tensor | None]:
+class _Direction(NamedTuple):
+    x: Tensor
+    coefficients: EmaCoefficients
+    state: Tensor | None
+    resets: Tensor | None
+
+
+def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Tensor, Tensor | None]:
+    x, coefficients, state, resets = direction
     if truncation is not None:
         if impl not in ("auto", "fft"):
             raise ValueError(f"impl={impl!r} has no truncated kernel: use impl='fft', or truncation=None")
         if state is not None or resets is not None:
             raise ValueError(f"truncation={truncation} keeps no state: it takes neither state nor resets")
         return fft_ema(x, coefficients, None, truncation)
+    if impl in ("auto", "blocked"):
+        form = BlockedEma(x, coefficients, state, resets)
+        form.inside()
+        return form.outputs()
     if state is None:
         state = x.new_zeros(x.shape[0], *coefficients.log_decay.shape)
-    if impl == "fft":
-        if resets is not None:
-            raise ValueError("impl='fft' has one kernel for the whole sequence and takes no resets: use impl='blocked'")
-        return fft_ema(x, coefficients, state)
     if impl == "recurrent":
         return recurrent_ema(x, coefficients, state, resets)
-    return blocked_ema(x, coefficients, state, resets)
+    if resets is not None:
+        raise ValueError("impl='fft' has one kernel for the whole sequence and takes no resets: use impl='blocked'")
+    return fft_ema(x, coefficients, state)
+
+
+def _carried(directions: list[_Direction], carry: Carry, resets: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Both directions' states travel at once, while the products inside blocks are computed."""
+    forms = [BlockedEma(*direction) for direction in directions]
+    sent = [form.end for form in forms]
+    passes = None
+    if resets is not None:
+        passes = ~resets.any(1)
+        if len(sent) == 2:
+            # A document that begins this part keeps what lies to its right from what lies to its left.
+            sent[1] = sent[1] * (~resets[:, 0])[:, None, None]
+    log_fade = torch.cat([direction.coefficients.log_decay for direction in directions]) * directions[0].x.shape[1]
+    arrive = carry(torch.cat(sent, 1) if len(sent) == 2 else sent[0], log_fade, passes, len(sent) == 2)
+    for form in forms:
+        form.inside()
+    incoming = arrive().chunk(len(forms), dim=1)
+    return [form.outputs(state) for form, state in zip(forms, incoming, strict=True)]
 
 
 def _flip_resets(resets: Tensor | None) -> Tensor | None:
@@ -113,4 +177,4 @@ def _check(
         raise ValueError(f"resets are {resets.dtype} {tuple(resets.shape)}: expected bool {tuple(x.shape[:2])}")
 
 
-__all__ = ["IMPLEMENTATIONS", "EmaCoefficients", "blocked_ema", "damped_ema", "fft_ema", "recurrent_ema"]
+__all__ = ["IMPLEMENTATIONS", "Carry", "EmaCoefficients", "damped_ema", "fft_ema", "recurrent_ema"]

@@ -87,49 +87,94 @@ class _StateScan(torch.autograd.Function):
         return d_ends, d_decay, d_state, None
 
 
-def blocked_ema(
-    x: Tensor, coefficients: EmaCoefficients, state: Tensor, resets: Tensor | None = None, block_size: int = 32
-) -> tuple[Tensor, Tensor]:
-    """The recurrence of `recurrent_ema` as about c + 2N multiply-adds per element in matrix products.
+class BlockedEma:
+    """The recurrence of `recurrent_ema` as about c + 2N multiply-adds per element in matrix products, in three steps.
+
+    The end state is known after the first step, so where a sequence is cut, states can travel between its parts while
+    the second step computes, and enter with the third.
 
     Args:
         x: (B, L, D) in the dtype of the coefficients.
         coefficients: (D, N) each.
-        state: h before the first token, (B, D, N).
+        state: h before the first token, (B, D, N); none means zero.
         resets: (B, L) bool, true where a document begins. Reading how many blocks they need synchronises a GPU once.
         block_size: c, tokens.
 
-    Returns:
-        y (B, L, D), and h after the last token (B, D, N).
+    Attributes:
+        end: h after the last token, (B, D, N).
     """
-    batch, length, channels = x.shape
-    c = min(block_size, length)
-    layout = _layout(x, resets, c)
-    if layout.slots is None:
-        x_blocks = F.pad(x, (0, 0, 0, layout.blocks * c - length))
-    else:
-        slots = layout.slots[..., None].expand_as(x)
-        x_blocks = x.new_zeros(batch, layout.blocks * c, channels).scatter(1, slots, x)
-    x_DXc = _ChannelsFirst.apply(x_blocks.reshape(-1, channels)).view(channels, -1, c)  # X is B * M
 
-    log_decay, gain, projection = coefficients
-    steps = torch.arange(c + 1, device=x.device, dtype=x.dtype)
-    powers = torch.exp(log_decay[:, None] * steps[:, None])  # (D, c + 1, N)
-    into_state = gain[:, None] * powers[:, :c].flip(1)  # (D, c, N): token -> state at the end of its block
-    out_of_state = (projection[:, None] * powers[:, 1:]).transpose(1, 2)  # (D, N, c): state before -> output
-    kernel = torch.einsum("dn,dcn->dc", projection * gain, powers[:, :c])
-    toeplitz = F.pad(kernel, (c - 1, 0)).unfold(-1, c, 1).flip(1)  # (D, c, c): row j holds kernel[i - j]
+    def __init__(
+        self,
+        x: Tensor,
+        coefficients: EmaCoefficients,
+        state: Tensor | None,
+        resets: Tensor | None = None,
+        block_size: int = 32,
+    ) -> None:
+        batch, length, channels = x.shape
+        self._shape = x.shape
+        self._coefficients = coefficients
+        self._resets = resets
+        c = self._c = min(block_size, length)
+        layout = self._layout = _layout(x, resets, c)
+        if layout.slots is None:
+            x_blocks = F.pad(x, (0, 0, 0, layout.blocks * c - length))
+        else:
+            x_blocks = x.new_zeros(batch, layout.blocks * c, channels).scatter(1, self._slots(), x)
+        self._x_DXc = _ChannelsFirst.apply(x_blocks.reshape(-1, channels)).view(channels, -1, c)  # X is B * M
 
-    ends = torch.bmm(x_DXc, into_state).view(channels, batch, layout.blocks, -1)
-    keep = None if layout.keep is None else layout.keep[..., None]
-    before = _StateScan.apply(ends, powers[:, c:], state.transpose(0, 1), keep)
-    y = torch.baddbmm(torch.bmm(x_DXc, toeplitz), before.view(channels, batch * layout.blocks, -1), out_of_state)
-    y = _ChannelsFirst.apply(y.view(channels, -1)).view(batch, -1, channels)
-    y = y[:, :length] if layout.slots is None else y.gather(1, slots)
+        log_decay, gain, _ = coefficients
+        steps = torch.arange(c + 1, device=x.device, dtype=x.dtype)
+        self._powers = torch.exp(log_decay[:, None] * steps[:, None])  # (D, c + 1, N)
+        into_state = gain[:, None] * self._powers[:, :c].flip(1)  # (D, c, N): token -> state at the end of its block
+        ends = torch.bmm(self._x_DXc, into_state).view(channels, batch, layout.blocks, -1)
+        keep = None if layout.keep is None else layout.keep[..., None]
+        first = ends.new_zeros(channels, batch, ends.shape[-1]) if state is None else state.transpose(0, 1)
+        self._before = _StateScan.apply(ends, self._powers[:, c:], first, keep)
 
-    # The last block may be part full: its end state follows from its own tokens and the state before it.
-    tail = F.pad(x[:, -c:], (0, 0, max(c - length, 0), 0))
-    tail = tail * (steps[:c] >= c - layout.last_filled[:, None])[..., None]
-    last_before = before[:, torch.arange(batch, device=x.device), layout.last_block].transpose(0, 1)
-    fading = torch.exp(log_decay * layout.last_filled[:, None, None].to(x.dtype))
-    return y, fading * last_before + torch.einsum("dcn,bcd->bdn", into_state, tail)
+        # The last block may be part full: its end state follows from its own tokens and the state before it.
+        tail = F.pad(x[:, -c:], (0, 0, max(c - length, 0), 0))
+        tail = tail * (steps[:c] >= c - layout.last_filled[:, None])[..., None]
+        last_before = self._before[:, torch.arange(batch, device=x.device), layout.last_block].transpose(0, 1)
+        fading = torch.exp(log_decay * layout.last_filled[:, None, None].to(x.dtype))
+        self.end = fading * last_before + torch.einsum("dcn,bcd->bdn", into_state, tail)
+
+    def _slots(self) -> Tensor:
+        assert self._layout.slots is not None
+        return self._layout.slots[..., None].expand(self._shape)
+
+    def inside(self) -> None:
+        """What the tokens of a block give each other."""
+        _, gain, projection = self._coefficients
+        c = self._c
+        kernel = torch.einsum("dn,dcn->dc", projection * gain, self._powers[:, :c])
+        toeplitz = F.pad(kernel, (c - 1, 0)).unfold(-1, c, 1).flip(1)  # (D, c, c): row j holds kernel[i - j]
+        self._y = torch.bmm(self._x_DXc, toeplitz)
+
+    def outputs(self, incoming: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What earlier blocks give, and what lies before all of them.
+
+        Args:
+            incoming: h before the first token, (B, D, N), if it was not known at the beginning.
+
+        Returns:
+            y (B, L, D), and h after the last token (B, D, N).
+        """
+        batch, length, channels = self._shape
+        log_decay, _, projection = self._coefficients
+        layout, before, end = self._layout, self._before, self.end
+        if incoming is not None:
+            blocks = torch.arange(layout.blocks, device=before.device, dtype=before.dtype)
+            faded = torch.exp(log_decay[:, None] * (blocks * self._c)[:, None])  # (D, M, N)
+            added = incoming.transpose(0, 1)[:, :, None] * faded[:, None]
+            through = torch.exp(log_decay * length) * incoming
+            if self._resets is not None:
+                assert layout.keep is not None
+                added = added * layout.keep.cumprod(1)[..., None]
+                through = through * (~self._resets.any(1))[:, None, None]
+            before, end = before + added, end + through
+        out_of_state = (projection[:, None] * self._powers[:, 1:]).transpose(1, 2)  # (D, N, c): state before -> output
+        y = torch.baddbmm(self._y, before.view(channels, batch * layout.blocks, -1), out_of_state)
+        y = _ChannelsFirst.apply(y.view(channels, -1)).view(batch, -1, channels)
+        return y[:, :length] if layout.slots is None else y.gather(1, self._slots()), end

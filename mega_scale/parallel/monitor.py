@@ -1,0 +1,294 @@
+"""Tells a rank that another one has died, failed or cannot be reached, and ends it with one line that says so.
+
+Each rank writes a beat into the key-value store and reads two keys: the news, one key for all, and the beat of the next
+rank; the ring goes round, and ranks that have left are skipped. So a beat costs a rank two small messages however many
+ranks there are. Only the rank before a silent one looks at all of them, once, to say who else is silent.
+
+The first cause wins: the news key changes once, atomically, from WELL or ALARM to a verdict, which all ranks print.
+ALARM is what a rank says whose collective failed: it is a victim, and does not know of whom. It makes all ranks less
+patient, so that the culprit is known within seconds.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from mega_scale.parallel.rendezvous import Rendezvous, connect
+
+PEER_LOST = 75
+"""Exit code of a rank that ends because of another one (EX_TEMPFAIL: nothing is wrong with the run, start it again)."""
+
+WELL, ALARM, LEFT = "well", "alarm", "left"
+
+_LONGEST_BEAT_S = 1.0
+# In beats. A rank is given up at 30 of the timeout's 40, so that all ranks have ended when the timeout is over.
+_TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _VICTIM_WAITS, _NEWS_SPREAD, _LOOKS = 40, 30, 5, 12, 2, 3
+_REASON_LENGTH, _NAMED = 300, 16
+_REMEDY = "see its output and the network, then start the run again with --resume"
+
+
+class PeerMonitor:
+    """One rank's watch over the others; see the file's head.
+
+    Two threads: one talks to the store, and hangs if the store's host cannot be reached; the other one notices that.
+
+    Args:
+        rendezvous: the store where the ranks meet.
+        rank: number of this process, 0 to size - 1.
+        size: number of processes, 2 or more.
+        timeout_s: time within which all ranks have ended when one is lost (seconds).
+    """
+
+    def __init__(self, rendezvous: Rendezvous, rank: int, size: int, timeout_s: float) -> None:
+        self._rendezvous, self._rank, self._size, self._timeout_s = rendezvous, rank, size, timeout_s
+        self._beat_s = min(_LONGEST_BEAT_S, timeout_s / _TIMEOUT)
+        self._long = _PATIENCE * timeout_s / _TIMEOUT
+        self._short = min(_PATIENCE_IN_ALARM * self._beat_s, self._long)
+        self._name = f"rank {rank} ({socket.gethostname()})"
+        self._keeper = "the launcher" if rendezvous.launchers else "rank 0"
+
+        # What the main thread asks of the talking one, and its answers.
+        self._report: str | None = None
+        self._leaving = self._failed = False
+        self._wake, self._told, self._stopped = threading.Event(), threading.Event(), threading.Event()
+
+        # What is known of the others.
+        self._met = self._alarm = self._store_gone = False
+        self._contact = self._heard = time.monotonic()
+        self._next = (rank + 1) % size
+        self._next_beat = ""
+        self._sample: tuple[float, list[str]] | None = None
+
+        self._ending = threading.Lock()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch_store)]
+
+    @classmethod
+    def start(cls, rank: int, size: int, timeout_s: float) -> "PeerMonitor":
+        """Meet all other ranks, and watch them from then on; collective.
+
+        Args:
+            rank: number of this process.
+            size: number of processes, 2 or more.
+            timeout_s: longest wait for the others, here and later (seconds).
+
+        Raises:
+            SystemExit: the store cannot be reached in time; standard error has one line with its address. When it is
+                reached but not all ranks come, the process ends with a line that names them. The exit code is 75.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            rendezvous = connect(rank, timeout_s)
+        except ConnectionError as error:
+            _say(f"rank {rank} ({socket.gethostname()})", str(error))
+            raise SystemExit(PEER_LOST) from None
+        monitor = cls(rendezvous, rank, size, timeout_s)
+        monitor._meet(deadline)
+        return monitor
+
+    @property
+    def store(self) -> dist.Store:
+        """Where a process group can keep its keys."""
+        return self._rendezvous.store
+
+    def leave(self) -> None:
+        """Say that this rank has done its work, so that nobody misses it; may be called twice.
+
+        The rank that keeps the store waits for the others to say the same, at most the timeout: without the store they
+        would take it for dead.
+        """
+        if self._stopped.is_set():
+            return
+        self._leaving = True
+        self._tell()
+        if self._rendezvous.hosted:
+            with contextlib.suppress(dist.DistError):  # a rank that works on and on is no failure of this one
+                self.store.wait(["all left"], timedelta(seconds=self._timeout_s))
+        self._stop()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others why this rank ends. Does not return if it is the victim of another one.
+
+        Args:
+            error: what the main thread raised. If a collective failed, the process ends with the line that names the
+                culprit, if one is found within seconds; else this rank is named as the one that failed.
+        """
+        if _failed_by_others(error):
+            self._alarm = True
+            self._wake.set()
+            time.sleep(_VICTIM_WAITS * self._beat_s)
+        self._failed = True
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
+        self._report = f"{self._name} failed: {reason}; its own output says more"
+        self._tell()
+
+    def linger(self) -> None:
+        """Live on until the others have read why this rank ends: the store, or neighbours, may end with it."""
+        time.sleep(_NEWS_SPREAD * self._beat_s)
+        self._stop()
+
+    def _meet(self, deadline: float) -> None:
+        store, address = self.store, self._rendezvous.address
+        store.compare_set("news", "", WELL)
+        store.set(f"host/{self._rank}", socket.gethostname())
+        store.set(f"beat/{self._rank}", "0")
+        for thread in self._threads:
+            thread.start()
+        if store.add("arrived", 1) == self._size:
+            store.set("all arrived", "")
+        try:
+            store.wait(["all arrived"], timedelta(seconds=max(deadline - time.monotonic(), self._beat_s)))
+        except dist.DistNetworkError:
+            self._give_up(
+                f"the key-value store at {address} was lost while the ranks met; see the output of {self._keeper}"
+            )
+        except dist.DistError:
+            missing = [rank for rank in range(self._size) if not store.check([f"host/{rank}"])]
+            self._give_up(
+                f"of {self._size} ranks, {_ranks(missing)} did not come to {address} within {self._timeout_s:g} s; see "
+                "whether every host was started, with the same address and number of hosts, and what they printed"
+            )
+        if not self._rendezvous.launchers:
+            self._keeper = f"rank 0 ({_texts(store, ['host/0'])[0]})"
+        self._heard = time.monotonic()
+        self._met = True
+
+    def _tell(self) -> None:
+        """Have the talking thread say at once what there is to say; if it cannot, the store's watch ends the wait."""
+        self._wake.set()
+        self._told.wait(self._long)
+
+    def _give_up(self, verdict: str) -> None:
+        self._report = verdict
+        self._tell()
+        self._end(verdict)
+
+    def _stop(self) -> None:
+        # A thread that comes back from the store while the interpreter ends aborts the process.
+        self._stopped.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(_NEWS_SPREAD * self._beat_s)
+
+    def _talk(self) -> None:
+        beats = 0
+        while not self._stopped.is_set():
+            beats += 1
+            try:
+                self._exchange(str(beats))
+            except RuntimeError:
+                # The connection broke, so the process that keeps the store is gone, and the store with it.
+                self._store_gone = True
+                self._told.set()  # as far as it can be
+                return
+            self._wake.wait(self._beat_s)
+            self._wake.clear()
+
+    def _exchange(self, beat: str) -> None:
+        store, leaving, report = self._rendezvous.watch, self._leaving, self._report
+        store.set(f"beat/{self._rank}", LEFT if leaving else beat)
+        if self._alarm:
+            store.compare_set("news", WELL, ALARM)
+        if report is not None:
+            self._publish(report)
+        if leaving and not self._told.is_set() and store.add("left", 1) == self._size:
+            store.set("all left", "")
+        watched = [f"beat/{self._next}"] if self._met and self._next != self._rank else []
+        news, *beats = _texts(store, ["news", *watched])
+        self._contact = time.monotonic()
+        if leaving or report is not None:
+            self._told.set()
+        if news == ALARM:
+            self._alarm = True
+        elif news != WELL and not self._failed:
+            self._end(news)
+        if beats:
+            self._look(beats[0])
+
+    def _look(self, beat: str) -> None:
+        """Compare the next rank's beat with the last one; by this host's clock, since hosts' clocks differ."""
+        now = time.monotonic()
+        patience = self._short if self._alarm else self._long
+        if beat == LEFT:
+            self._next, self._next_beat, self._heard, self._sample = (self._next + 1) % self._size, "", now, None
+        elif beat != self._next_beat:
+            self._next_beat, self._heard, self._sample = beat, now, None
+        elif now - self._heard > patience / 2 and self._sample is None:
+            self._sample = now, self._beats()
+        elif self._sample is not None and now - self._heard > patience and now - self._sample[0] > patience / 2:
+            both = enumerate(zip(self._sample[1], self._beats(), strict=True))
+            silent = [rank for rank, (old, new) in both if old == new != LEFT and rank != self._rank]
+            self._sample = None
+            if self._next in silent:
+                self._publish(
+                    f"{self._where(silent)} gave no sign of life for {now - self._heard:.0f} s: died, or cannot be "
+                    f"reached; {_REMEDY}"
+                )
+
+    def _beats(self) -> list[str]:
+        return _texts(self._rendezvous.watch, [f"beat/{rank}" for rank in range(self._size)])
+
+    def _where(self, ranks: list[int]) -> str:
+        """Ranks by host."""
+        found: dict[str, list[int]] = {}
+        for rank, host in zip(ranks, _texts(self._rendezvous.watch, [f"host/{rank}" for rank in ranks]), strict=True):
+            found.setdefault(host, []).append(rank)
+        return ", ".join(f"{_ranks(there)} ({host})" for host, there in found.items())
+
+    def _publish(self, verdict: str) -> None:
+        for before in (WELL, ALARM):
+            self._rendezvous.watch.compare_set("news", before, verdict)
+
+    def _watch_store(self) -> None:
+        looks = 0
+        while not self._stopped.wait(self._beat_s):
+            silent = time.monotonic() - self._contact
+            # Several looks: a process that was suspended has not listened either.
+            looks = looks + 1 if silent > (self._short if self._alarm or self._store_gone else self._long) else 0
+            if looks >= _LOOKS and not self._failed:
+                what = "has been lost" if self._store_gone else "has not answered"
+                self._end(
+                    f"{self._keeper}, which keeps the key-value store at {self._rendezvous.address}, {what} for "
+                    f"{silent:.0f} s: died, or cannot be reached; {_REMEDY}"
+                )
+
+    def _end(self, verdict: str) -> None:
+        """End this process, whatever its main thread waits for."""
+        if self._ending.acquire(blocking=False):
+            _say(self._name, verdict)
+        # As in linger: a launcher ends a host's other ranks with the first.
+        time.sleep(_NEWS_SPREAD * self._beat_s)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(PEER_LOST)
+
+
+def _failed_by_others(error: BaseException | None) -> bool:
+    """Whether the error, or what it came from, is one that a process group or store raises when others are gone."""
+    while error is not None:
+        # gloo's are plain RuntimeErrors that begin with its source file.
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _texts(store: dist.Store, keys: list[str]) -> list[str]:
+    return [value.decode() for value in store.multi_get(keys)]
+
+
+def _ranks(ranks: list[int]) -> str:
+    names = ", ".join(str(rank) for rank in ranks[:_NAMED])
+    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {names}{more}"
+
+
+def _say(name: str, verdict: str) -> None:
+    # One write, past Python's buffer: lines of ranks do not mix, and the main thread may hold the buffer's lock.
+    line = f"error: {name} ends with exit code {PEER_LOST}: {' '.join(verdict.split())}\n"
+    os.write(2, line.encode())

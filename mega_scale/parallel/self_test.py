@@ -1,0 +1,180 @@
+"""Before a run: does this layout compute the gradients of one process? A tiny model with the run's options answers it.
+
+A wrong reduction shows as a factor between gradients, on some ranks or parameters only, and in no loss.
+
+Legend: T ranks that share channels, P ranks that share a row.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.parallel.collectives import ALONE
+from mega_scale.parallel.config import ParallelConfig
+from mega_scale.parallel.materialize import fill, seeded_values
+from mega_scale.parallel.parallelize import parallelize
+from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
+from mega_scale.parallel.spread import spread
+from mega_scale.parallel.window import Place
+from mega_scale.parallel.world import World
+
+_SEED = 11
+_CHUNK = 8
+# A gradient is read off the weights, which one step of SGD has moved: the loss is left undivided, so that it is large
+# beside them and rounding gives about 1e-6.
+_ITEMS = 1
+_TOLERANCE = 1e-3
+
+
+class SelfTest(NamedTuple):
+    """What was found, the same on all ranks.
+
+    Args:
+        parameters: gradients compared.
+        error: largest difference of a gradient, as a share of its largest number.
+    """
+
+    parameters: int
+    error: float
+
+
+def tiny_model(config: MegaConfig, shape_tp: int) -> MegaConfig:
+    """The run's model with its options and few channels.
+
+    Args:
+        config: of the run's model.
+        shape_tp: T, which divides all widths.
+    """
+    width = 8 * shape_tp
+    changes = {
+        "vocab_size": 2 * width,
+        "hidden_size": width,
+        "intermediate_size": width,
+        "nffn_hidden_size": width,
+        "shared_representation_size": 8,
+        "ema_projection_size": min(config.ema_projection_size, 4),
+        "num_hidden_layers": 2,
+        "max_positions": max(4 * _CHUNK, 64),
+        "chunk_size": _CHUNK if config.use_chunking else config.chunk_size,
+        "pad_token_id": 1,
+        "initializer_range": 0.2,  # so that every part of the model matters
+    }
+    return MegaConfig(**({name: getattr(config, name) for name in MegaConfig.__annotations__} | changes))
+
+
+def self_test(config: MegaConfig, parallel: ParallelConfig, world: World) -> SelfTest:
+    """Compare loss and gradients of a tiny model in this layout with those of one process; collective.
+
+    Args:
+        config: of the run's model.
+        parallel: the layout.
+        world: ranks and device.
+
+    Returns:
+        How much was compared, and the largest difference.
+
+    Raises:
+        RuntimeError: they differ; names the parameter, the rank, and the size of the difference.
+    """
+    tiny = tiny_model(config, world.shape.tp)
+    length = 2 * _CHUNK * world.shape.sp - 3 if tiny.use_chunking else 2 * _CHUNK  # the last chunk is not filled
+    generator = torch.Generator().manual_seed(_SEED)
+    tokens = torch.randint(2, tiny.vocab_size, (2 * world.shape.dp, length + 1), generator=generator)
+    inputs, labels = tokens[:, :-1].to(world.device), tokens[:, 1:].to(world.device)
+    expected_loss, expected = _alone(tiny, inputs, labels, world.device)
+    loss, found = _in_layout(tiny, inputs, labels, parallel, world)
+
+    worst, name = 0.0, ""
+    for key, (gradient, reference, largest) in found(expected).items():
+        error = float((gradient - reference).abs().max()) if gradient.numel() else 0.0
+        # The gradient of the keys' bias is zero under softmax but for rounding.
+        error /= max(largest, 1e-3 * max(float(tensor.abs().max()) for tensor in expected.values()))
+        if not error <= worst:  # a NaN is the worst
+            worst, name = error, key
+    worst = max(worst, abs(loss - expected_loss) / abs(expected_loss))
+    errors = world.sum(torch.nn.functional.one_hot(torch.tensor(world.rank), world.size).double() * worst)
+    if not bool((errors <= _TOLERANCE).all()):
+        raise RuntimeError(
+            f"self-test: gradients of rank {int(errors.argmax())} of {world.shape} differ from those of one process by "
+            f"{float(errors.max()):.1e} (rank {world.rank}: {worst:.1e}, in {name or 'loss'}; loss {loss:.6f}, "
+            f"of one process {expected_loss:.6f}), so those of the run would be wrong: choose another layout, or set "
+            "parallel.self_test=false only if you know better"
+        )
+    return SelfTest(len(expected), float(errors.max()))
+
+
+def _meta(config: MegaConfig) -> MegaForCausalLM:
+    with torch.device("meta"):
+        return MegaForCausalLM(config)
+
+
+def _alone(config: MegaConfig, inputs: Tensor, labels: Tensor, device: torch.device) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients by name of the state dict, of the whole batch in this process."""
+    model = _meta(config)
+    parts = spread(model, sp=ALONE, tp=ALONE, activation_checkpoint=0, seed=_SEED)
+    fill(
+        model,
+        seeded_values(config, _SEED),
+        lambda old, value: nn.Parameter(value.to(device, copy=True)),
+        device,
+        template=parts.template,
+    )
+    model.train()
+    parts.window.take(Place(), inputs, labels)
+    with parts.window:
+        output = model(input_ids=inputs, shift_labels=labels, num_items_in_batch=_ITEMS, use_cache=False)
+    output.loss.backward()
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    table = whole_tensors(pieces(model))
+    return float(output.loss.detach()), {name: assemble(parts, gradients.__getitem__) for name, parts in table.items()}
+
+
+_Pairs = Callable[[dict[str, Tensor]], dict[str, tuple[Tensor, Tensor, float]]]
+"""Expected gradients by name of the state dict -> by own name: this rank's gradient, its part of the expected one, and
+the largest number in the whole of that."""
+
+
+def _in_layout(
+    config: MegaConfig, inputs: Tensor, labels: Tensor, parallel: ParallelConfig, world: World
+) -> tuple[float, _Pairs]:
+    """Loss in the layout, and a function that pairs this rank's gradients with its parts of expected ones."""
+    engine = parallelize(
+        _meta(config),
+        seeded_values(config, _SEED),
+        parallel,
+        dtype="fp32",
+        micro_batch_size=2,
+        accumulation=1,
+        max_grad_norm=0.0,
+        # One step at rate 1 moves every weight by its gradient, whatever an engine calls it.
+        build_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
+        world=world,
+        seed=_SEED,
+    )
+    engine.module.train()
+    before = {name: engine.held(name).clone() for name in dict(engine.module.named_parameters())}
+    first = 2 * world.shape.dp_rank(world.rank)
+    rows = slice(first, first + 2)
+    loss = engine.forward(inputs[rows], labels[rows], _ITEMS, Place(0, first))
+    engine.backward(loss, last=True)
+    engine.step(1.0)
+    after = {name: engine.held(name).clone() for name in before}
+    table = pieces(engine.module)
+
+    def pair(expected: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
+        paired = {}
+        for name, old in before.items():
+            whole = expected[table[name].source]
+            part = engine.part(name, table[name].of(whole, world.at.tp, world.shape.tp))
+            paired[name] = (old - after[name], part, float(whole.abs().max()))
+        return paired
+
+    total = float(world.sum(loss, alike=("tp",)))
+    engine.close()
+    return total, pair

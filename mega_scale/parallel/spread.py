@@ -1,0 +1,59 @@
+"""How a model on the meta device becomes this rank's part of it, before an engine shards what is left."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mega_scale.model import MegaPreTrainedModel
+from mega_scale.parallel.activation_checkpoint import checkpoint_activations
+from mega_scale.parallel.collectives import Axis
+from mega_scale.parallel.dropout import drop_by_place
+from mega_scale.parallel.sequence import Kept, StateExchange, share_rows
+from mega_scale.parallel.tensor import cut_channels, separate_segments
+from mega_scale.parallel.window import Window
+
+
+class Spread(NamedTuple):
+    """What engines need to know of a model that was spread.
+
+    Args:
+        template: the model as it was, on the meta device.
+        window: tells it which part of the global batch it computes.
+        tp: the ranks that share every layer.
+    """
+
+    template: nn.Module
+    window: Window
+    tp: Axis
+
+
+def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, activation_checkpoint: int, seed: int) -> Spread:
+    """Cut channels over `tp` and rows over `sp`, make dropout independent of both, and checkpoint activations.
+
+    Args:
+        model: on the meta device, changed in place.
+        sp: the ranks that share a row.
+        tp: the ranks that share every layer.
+        activation_checkpoint: 0 for no block, n for every n-th.
+        seed: of dropout.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: the model cannot be spread like this.
+    """
+    with torch.device("meta"):
+        template = type(model)(model.config)
+    config = model.config
+    if sp.size > 1 and not config.use_chunking:
+        raise ValueError(f"parallel.sp={sp.size} cuts rows into whole chunks: set model.use_chunking=true")
+    window, kept = Window(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1), Kept()
+    separate_segments(model)
+    share_rows(model, window, StateExchange(sp, kept))
+    if tp.size > 1:
+        cut_channels(model, tp)
+    drop_by_place(model, seed, window, tp)
+    checkpoint_activations(model, activation_checkpoint, kept)
+    return Spread(template, window, tp)

@@ -1,0 +1,186 @@
+"""Tensor parallelism: how the modules of a model on the meta device become this rank's part of them.
+
+The residual stream is cut over channels. The moving average, norms, gates and the stream itself then need only a
+statistic a token; a block collects the channels of its stream for values, of its average for gates, queries and keys,
+and of its stream again for the feed-forward network, and sums its two outputs over ranks: five large collectives.
+
+Legend: D channels of the stream, E width of values, F of the feed-forward network, T ranks, V vocabulary.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mega_scale.model import MegaForCausalLM, MegaPreTrainedModel
+from mega_scale.model.attention import MegaMovingAverageGatedAttention, MegaPackedLinear
+from mega_scale.model.embeddings import MegaEmbeddings
+from mega_scale.model.feed_forward import MegaNormalizedFeedForwardNetwork
+from mega_scale.model.norm import MegaSequenceNorm
+from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias
+from mega_scale.parallel.collectives import Axis, Gather
+from mega_scale.parallel.shards import TensorParallel
+from mega_scale.parallel.tensor_layers import (
+    CutAttention,
+    CutEma,
+    CutLinear,
+    GatherLinear,
+    GatherSegments,
+    ScatterLinear,
+    SegmentedLinear,
+    SharedRotaryBias,
+    SharedSimpleBias,
+    WholeLinear,
+    cut_norm,
+    on_meta,
+)
+from mega_scale.parallel.vocabulary import CutTokenTypes, CutVocabularyEmbedding, cut_cross_entropy
+
+_SHARED_SEGMENT = "shared"  # queries and keys, which every rank computes
+
+
+class CutCausalLM(TensorParallel, MegaForCausalLM):
+    """A language model whose logits are cut over the vocabulary, and collected where no loss is asked for."""
+
+    def token_loss(self, logits: Tensor, following: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """See `MegaForCausalLM.token_loss`; logits (B, L, V / T)."""
+        total = cut_cross_entropy(logits, following, self.axis)
+        return total / ((following != -100).sum().clamp(min=1) if num_items is None else num_items)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See `MegaForCausalLM.forward`; `return_dict=False` is not understood."""
+        output = super().forward(*args, **kwargs)
+        if output.loss is None:
+            output.logits = Gather(output.logits, self.axis).wait()
+        return output
+
+
+def separate_segments(model: MegaPreTrainedModel) -> None:
+    """Give every segment of packed layers a layer of its own, whatever T is: checkpoints then bear the same names.
+
+    Args:
+        model: on the meta device, changed in place.
+    """
+    for module in list(model.modules()):
+        for name, packed in list(module.named_children()):
+            if isinstance(packed, MegaPackedLinear):
+                layers = {key: on_meta(nn.Linear, packed.in_features, width) for key, width in packed.segments.items()}
+                setattr(module, name, SegmentedLinear(layers, _rows(packed)))
+
+
+def _rows(packed: MegaPackedLinear) -> dict[str, tuple[int, int]]:
+    rows, begin = {}, 0
+    for key, width in packed.segments.items():
+        rows[key] = (begin, begin + width)
+        begin += width
+    return rows
+
+
+def cut_channels(model: MegaPreTrainedModel, axis: Axis) -> None:
+    """Replace the modules of a model by this rank's parts of them.
+
+    Args:
+        model: on the meta device, after `separate_segments` and `share_rows`; changed in place.
+        axis: the ranks that share every layer.
+
+    Raises:
+        ValueError: T does not divide a width, or the model has what cannot be cut.
+    """
+    check_widths(model.config, axis.size)
+    for module in list(model.modules()):
+        if isinstance(module, MegaSequenceNorm):
+            module.norm = cut_norm(module.norm, axis)
+        elif isinstance(module, MegaMovingAverageGatedAttention):
+            _cut_attention(module, axis)
+        elif isinstance(module, MegaNormalizedFeedForwardNetwork):
+            module.fc1 = _gather_linear(module.fc1, axis)
+            module.fc2 = _scatter_linear(module.fc2, axis)
+        elif isinstance(module, MegaEmbeddings):
+            _cut_embeddings(module, axis)
+    if isinstance(model, MegaForCausalLM):
+        tied = model.config.tie_word_embeddings
+        if model.dense is not None:
+            model.dense = _gather_linear(model.dense, axis)
+        model.lm_head = _gather_linear(model.lm_head, axis)
+        if tied:
+            model.lm_head.weight = model.mega.embedding_layer.word_embeddings._parameters["weight"]
+        _become(model, CutCausalLM, axis)
+
+
+def check_widths(config: Any, size: int) -> None:
+    """Refuse a model that T ranks cannot share.
+
+    Args:
+        config: of the model.
+        size: T.
+
+    Raises:
+        ValueError: names the key, the value and the remedy.
+    """
+    if config.bidirectional or config.add_cross_attention:
+        key = "bidirectional" if config.bidirectional else "add_cross_attention"
+        raise ValueError(f"parallel.tp={size} serves causal models only: set model.{key}=false, or parallel.tp=1")
+    widths = ["hidden_size", "intermediate_size", "vocab_size"]
+    widths += ["nffn_hidden_size"] if config.use_normalized_ffn else []
+    for key in widths:
+        value = getattr(config, key)
+        if value % size:
+            raise ValueError(
+                f"parallel.tp={size} does not divide model.{key}={value}: set model.{key} to "
+                f"{-(-value // size) * size}, or choose a parallel.tp that divides {value}"
+            )
+
+
+def _cut_attention(layer: MegaMovingAverageGatedAttention, axis: Axis) -> None:
+    packed: Any = layer.mx_proj
+    layers = {}
+    for key, linear in packed.named_children():
+        if key == _SHARED_SEGMENT:
+            layers[key] = linear
+            _become(linear, WholeLinear, axis)
+        else:
+            layers[key] = on_meta(CutLinear, linear.in_features, linear.out_features, axis)
+    gathering = GatherSegments(layers, packed.rows)
+    gathering.axis = axis
+    layer.add_module("mx_proj", gathering)
+    layer.v_proj = _gather_linear(layer.v_proj, axis)
+    layer.h_proj = _scatter_linear(layer.h_proj, axis)
+    _cut_rows(layer.ema_gate, axis)
+    _become(layer.ema_gate, CutEma, axis)
+    rotary = isinstance(layer.rel_pos_bias, MegaRotaryRelativePositionalBias)
+    _become(layer.rel_pos_bias, SharedRotaryBias if rotary else SharedSimpleBias, axis)
+    _become(layer, CutAttention, axis)
+    # The stream's channels travel while the average is computed, the average's while values are.
+    layer.ema_gate.register_forward_pre_hook(lambda module, args: layer.v_proj.expect(args[0]))
+    layer.ema_dropout.register_forward_hook(lambda module, args, output: gathering.expect(output))
+
+
+def _cut_embeddings(embeddings: MegaEmbeddings, axis: Axis) -> None:
+    words = embeddings.word_embeddings
+    embeddings.word_embeddings = on_meta(
+        CutVocabularyEmbedding, words.num_embeddings, words.embedding_dim, words.padding_idx, axis
+    )
+    if embeddings.token_type_embeddings is not None:
+        types = embeddings.token_type_embeddings
+        types.embedding_dim //= axis.size
+        types.weight = nn.Parameter(types.weight.detach()[:, : types.embedding_dim])
+        _become(types, CutTokenTypes, axis)
+
+
+def _gather_linear(linear: nn.Linear, axis: Axis) -> GatherLinear:
+    return on_meta(GatherLinear, linear.in_features, linear.out_features, axis, linear.bias is not None)
+
+
+def _scatter_linear(linear: nn.Linear, axis: Axis) -> ScatterLinear:
+    return on_meta(ScatterLinear, linear.in_features, linear.out_features, axis)
+
+
+def _cut_rows(module: nn.Module, axis: Axis) -> None:
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None:
+            setattr(module, name, nn.Parameter(parameter.detach()[: parameter.shape[0] // axis.size]))
+
+
+def _become(module: nn.Module, kind: type[TensorParallel], axis: Axis) -> None:
+    """Give a module the class that reads its parameters as parts; its state stays."""
+    module.__class__ = kind
+    module.axis = axis  # type: ignore[assignment]

@@ -1,0 +1,169 @@
+"""What two and four ranks do in every layout of the mesh, for the tests to compare with one process."""
+
+from typing import Any
+
+import engine_study
+import tiny_run
+import torch
+from torch import Tensor
+
+from mega_scale.parallel import Engine, ParallelConfig, Place, World, parallelize, seeded_values
+from mega_scale.parallel.mesh import MeshShape
+from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
+
+STEPS = 20
+ROWS = 4
+LENGTH = 61  # fills 8 chunks of 8 but for 3 tokens
+DROPOUT = dict.fromkeys(
+    ("dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob", "nffn_activation_dropout_prob"), 0.1
+) | {"embedding_dropout_prob": 0.1}
+LAYOUTS = {
+    "dp2": MeshShape(1, 2, 1, 1),
+    "sp2": MeshShape(1, 1, 2, 1),
+    "tp2": MeshShape(1, 1, 1, 2),
+    "sp4": MeshShape(1, 1, 4, 1),
+    "tp4": MeshShape(1, 1, 1, 4),
+    "dp2-sp2": MeshShape(1, 2, 2, 1),
+    "dp2-tp2": MeshShape(1, 2, 1, 2),
+    "sp2-tp2": MeshShape(1, 1, 2, 2),
+    "replicate2-sp2": MeshShape(2, 1, 2, 1),
+}
+# Name: changes of the model, activation checkpointing, number format.
+VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "plain": ({}, 0, "fp32"),
+    "recomputed": ({}, 1, "fp32"),
+    "dropout-recomputed": (DROPOUT, 1, "fp32"),
+    "bf16": ({}, 0, "bf16"),
+}
+# Other models that share the arithmetic of tensor and sequence parallelism, in one layout that has both.
+MODELS: dict[str, dict[str, Any]] = {
+    "laplace-simple-scalenorm-untied": {
+        "attention_activation": "laplace",
+        "relative_positional_bias": "simple",
+        "max_positions": 16,
+        "normalization_type": "scalenorm",
+        "tie_word_embeddings": False,
+        "add_token_type_embeddings": True,
+    },
+    "relu2-rmsnorm-post-final": {
+        "attention_activation": "relu2",
+        "normalization_type": "rmsnorm",
+        "normalize_before_mega": False,
+        "normalize_before_ffn": False,
+        "final_norm": True,
+        "final_norm_affine": True,
+        "add_lm_hidden_dense_layer": False,
+        "lm_head_bias": False,
+        "scale_embeddings": True,
+    },
+    "no-ffn-plain-norm-feature-dropout": {
+        "use_normalized_ffn": False,
+        "norm_affine": False,
+        "use_feature_dropout": True,
+        **DROPOUT,
+    },
+}
+
+
+def config(**changes: Any) -> Any:
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "nffn_hidden_size": 28, "vocab_size": 68}
+    return tiny_run.tiny_config(**(sizes | {"num_hidden_layers": 2} | changes))
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor, int]:
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, 68, (ROWS, LENGTH + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    for row in range(ROWS):
+        labels[row, 50 - 9 * row :] = -100
+    return tokens[:, :-1].contiguous(), labels, int((labels != -100).sum())
+
+
+def make_engine(world: World, engine: str, variant: tuple[dict[str, Any], int, str]) -> Engine:
+    changes, activation_checkpoint, dtype = variant
+    settings = engine_study.ENGINES["zero-3"] if engine == "deepspeed" else {"engine": engine}
+    shape = config(**changes)
+    parallel = ParallelConfig(**settings, activation_checkpoint=activation_checkpoint, **world.shape._asdict())
+    return parallelize(
+        tiny_run.meta_model(shape),
+        seeded_values(shape, tiny_run.SEED),
+        parallel,
+        dtype=dtype,
+        micro_batch_size=ROWS // world.shape.dp,
+        accumulation=1,
+        max_grad_norm=0.4,
+        build_optimizer=tiny_run.build_optimizer,
+        world=world,
+        seed=5,
+    )
+
+
+def train(engine: Engine, world: World, steps: range) -> tuple[list[float], list[float]]:
+    losses, norms = [], []
+    dp, dp_rank = world.shape.dp, world.shape.dp_rank(world.rank)
+    engine.module.train()
+    rows = ROWS // dp
+    for step in steps:
+        inputs, labels, count = global_batch(step)
+        mine = slice(dp_rank * rows, (dp_rank + 1) * rows)
+        loss = engine.forward(inputs[mine], labels[mine], count, Place(step, dp_rank * rows))
+        engine.backward(loss, last=True)
+        losses.append(float(world.sum(loss, alike=("tp",))))
+        norms.append(engine.step(3e-3))
+    return losses, norms
+
+
+def whole_weights(engine: Engine, world: World) -> dict[str, Tensor]:
+    """The state dict's tensors, whole and on every rank, by their Hugging Face names; collective."""
+    table, local = pieces(engine.module), engine_study.parts(engine.module)
+    is_whole = world.shape.tp == 1 or not hasattr(next(engine.module.parameters()), "ds_id")
+    if not is_whole:
+        for name, piece in table.items():
+            parts = [torch.empty_like(local[name]) for _ in range(world.shape.tp)]
+            torch.distributed.all_gather(parts, local[name].contiguous(), group=world.axis("tp").group)
+            local[name] = piece.join(parts)
+    return {source: assemble(names, local.__getitem__) for source, names in whole_tensors(table).items()}
+
+
+def run(world: World, engine: str, variant: tuple[dict[str, Any], int, str], steps: int = STEPS) -> dict[str, Any]:
+    made = make_engine(world, engine, variant)
+    start = whole_weights(made, world)
+    losses, norms = train(made, world, range(steps))
+    found = {"losses": losses, "norms": norms, "start": start, "end": whole_weights(made, world)}
+    made.close()
+    return found
+
+
+MODEL_STEPS = 4
+
+
+def alone() -> dict[str, dict[str, Any]]:
+    """One process, by variant and by model."""
+    with World.start(ParallelConfig()) as world:
+        found = {name: run(world, "fsdp", variant) for name, variant in VARIANTS.items()}
+        return found | {name: run(world, "fsdp", (model, 0, "fp32"), MODEL_STEPS) for name, model in MODELS.items()}
+
+
+def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Every layout of so many ranks."""
+    found = {}
+    with World.start(ParallelConfig(timeout_s=300)) as ranks:
+        for name, shape in LAYOUTS.items():
+            if shape.size == size:
+                world = ranks.lay_out(shape)
+                for engine in ("fsdp", "deepspeed"):
+                    for variant, settings in VARIANTS.items():
+                        steps = STEPS if settings[2] == "fp32" else 5
+                        found[name, engine, variant] = run(world, engine, settings, steps)
+    return found
+
+
+def study_models() -> dict[tuple[str, str], dict[str, Any]]:
+    """Other models, in the layout that cuts both rows and channels."""
+    with World.start(ParallelConfig(timeout_s=300)) as ranks:
+        world = ranks.lay_out(LAYOUTS["sp2-tp2"])
+        return {
+            (name, engine): run(world, engine, (model, 1, "fp32"), MODEL_STEPS)
+            for name, model in MODELS.items()
+            for engine in ("fsdp", "deepspeed")
+        }

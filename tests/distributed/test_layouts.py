@@ -1,0 +1,76 @@
+"""Every layout of two and four ranks, both engines, against one process: losses, gradient norms and weights."""
+
+from pathlib import Path
+from typing import Any
+
+import layout_study
+import pytest
+import torch
+from layout_study import LAYOUTS, MODELS, VARIANTS, study, study_models
+from ranks import run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+ENGINES = ("fsdp", "deepspeed")
+EXACT = [variant for variant, (_, _, dtype) in VARIANTS.items() if dtype == "fp32"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    [found] = run_ranks(layout_study.alone, 1, tmp_path_factory.mktemp("alone"), launched=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """What every rank found, by layout, engine and variant."""
+    everything = {}
+    for size in (2, 4):
+        ranks = run_ranks(study, size, Path(tmp_path_factory.mktemp(f"ranks-{size}")), size, timeout_s=840)
+        everything |= {key: [rank[key] for rank in ranks] for key in ranks[0]}
+    return everything
+
+
+def assert_equal_runs(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for run in ranks:
+        assert run["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert run["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+        assert run["start"].keys() == expected["start"].keys()
+        for name, tensor in expected["start"].items():
+            assert torch.equal(run["start"][name], tensor), name
+        for name, tensor in expected["end"].items():
+            torch.testing.assert_close(run["end"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", EXACT)
+def test_trains_as_one_process_does(found, alone, layout, engine, variant):
+    expected = alone[variant]
+    assert len(expected["losses"]) == 20 and min(expected["norms"]) > 0.4  # so that clipping takes part
+    assert_equal_runs(found[layout, engine, variant], expected)
+
+
+def test_dropout_matters(alone):
+    assert alone["dropout-recomputed"]["losses"] != pytest.approx(alone["plain"]["losses"], rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bf16_is_near_fp32(found, alone, layout, engine):
+    for run in found[layout, engine, "bf16"]:
+        assert run["losses"] == pytest.approx(alone["plain"]["losses"][: len(run["losses"])], rel=1e-2)
+        assert run["losses"] != alone["plain"]["losses"][: len(run["losses"])]
+
+
+@pytest.fixture(scope="module")
+def other_models(tmp_path_factory):
+    return run_ranks(study_models, 4, Path(tmp_path_factory.mktemp("models")), timeout_s=600)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("model", MODELS)
+def test_other_models_train_as_in_one_process(other_models, alone, model, engine):
+    """All attention activations, both biases, all norms, tied and untied, with and without the parts one can leave out."""
+    assert_equal_runs([rank[model, engine] for rank in other_models], alone[model])

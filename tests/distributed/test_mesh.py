@@ -1,0 +1,81 @@
+"""The arithmetic of the mesh: where ranks stand, which rows they read, and what an axis of -1 becomes."""
+
+from itertools import product
+
+import pytest
+
+from mega_scale.parallel import ParallelConfig
+from mega_scale.parallel.mesh import AXES, Coordinates, MeshShape, divisors, multiples, nearest
+
+SHAPES = [MeshShape(*sizes) for sizes in product((1, 2, 3), (1, 2, 4), (1, 2), (1, 3))]
+
+
+def test_axes_are_those_of_shapes_and_of_the_settings():
+    assert AXES == MeshShape._fields == Coordinates._fields
+    assert all(hasattr(ParallelConfig, axis) for axis in AXES)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ranks_are_numbered_row_major_with_tp_fastest(shape):
+    expected = list(product(*(range(size) for size in shape)))
+    assert [shape.coordinates(rank) for rank in range(shape.size)] == expected
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ranks_with_one_dp_rank_are_those_that_share_rows(shape):
+    assert shape.size == shape.dp * shape.sp * shape.tp == shape.dp_replicate * shape.fsdp * shape.tp
+    readers: dict[int, list[Coordinates]] = {}
+    for rank in range(shape.size):
+        readers.setdefault(shape.dp_rank(rank), []).append(shape.coordinates(rank))
+    assert sorted(readers) == list(range(shape.dp))
+    for together in readers.values():
+        assert len({at[:2] for at in together}) == 1
+        assert len({at[2:] for at in together}) == len(together) == shape.sp * shape.tp
+
+
+def test_a_mesh_of_sixteen():
+    shape = MeshShape(2, 2, 2, 2)
+    assert shape.coordinates(13) == Coordinates(dp_replicate=1, dp_shard=1, sp=0, tp=1)
+    assert [shape.dp_rank(rank) for rank in range(16)] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert (shape.size, shape.dp, shape.fsdp) == (16, 4, 4)
+
+
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_there_is_no_rank_outside(rank):
+    with pytest.raises(AssertionError):
+        MeshShape(1, 2, 1, 2).coordinates(rank)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "expected"),
+    [
+        (1, {}, (1, 1, 1, 1)),
+        (8, {}, (1, 8, 1, 1)),
+        (8, {"tp": 2}, (1, 4, 1, 2)),
+        (8, {"sp": 2, "tp": 4}, (1, 1, 2, 4)),
+        (24, {"dp_replicate": 3, "sp": 2}, (3, 4, 2, 1)),
+        (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, (2, 2, 1, 2)),
+        (8, {"dp_replicate": 8, "dp_shard": 1}, (8, 1, 1, 1)),
+    ],
+)
+def test_resolve(world_size, sizes, expected):
+    assert MeshShape.resolve(world_size, **sizes) == ParallelConfig(**sizes).mesh(world_size) == expected
+
+
+def test_numbers_for_remedies():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert nearest(divisors(12), 5) == "4 or 6"
+    assert nearest([7], 2) == "7"
+    assert multiples(16, 30) == "16 or 32"
+    assert multiples(16, 7) == multiples(16, 16) == "16"
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_lines_differ_along_one_axis_only(axis):
+    shape = MeshShape(2, 3, 2, 2)
+    lines = shape.lines(axis)
+    assert sorted(rank for line in lines for rank in line) == list(range(shape.size))
+    for line in lines:
+        along = [shape.coordinates(rank)._asdict() for rank in line]
+        assert [at.pop(axis) for at in along] == list(range(getattr(shape, axis)))
+        assert all(at == along[0] for at in along)

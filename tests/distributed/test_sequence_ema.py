@@ -1,0 +1,106 @@
+"""The moving average over parts of a row against one scan of the whole row, in fp64: values, states, all gradients."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+
+from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.parallel import ParallelConfig, World
+from mega_scale.parallel.collectives import Axis
+from mega_scale.parallel.sequence import StateExchange
+
+pytestmark = pytest.mark.distributed
+
+BATCH, CHANNELS, AVERAGES = 3, 5, 4
+PARTS = (2, 3, 4, 8)
+PER_RANK = {2: 67, 3: 32, 4: 33, 8: 1}  # tokens: block borders, one block, one more, a single token
+DOCUMENTS = ("none", "borders", "spanning", "random")
+CASES = list(itertools.product(PARTS, (False, True), DOCUMENTS))
+
+
+def problem(parts: int, bidirectional: bool, documents: str) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(7 * parts + bidirectional)
+    length, rows = parts * PER_RANK[parts], CHANNELS * (2 if bidirectional else 1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    resets = torch.zeros(BATCH, length, dtype=torch.bool)
+    if documents == "borders":  # on the first token of a part, one before it, one after it
+        for row, shift in enumerate((0, -1, 1)):
+            resets[row, (torch.arange(1, parts) * PER_RANK[parts] + shift) % length] = True
+    elif documents == "spanning":  # a document begins early in the first part and ends late in the last
+        resets[0, 1 % length] = resets[0, length - 1] = resets[1, length // 2] = True
+    elif documents == "random":
+        resets = torch.rand(BATCH, length, generator=generator) < 0.05
+    return {
+        "x": draw(BATCH, length, CHANNELS),
+        "damping": draw(rows, AVERAGES, 1),
+        "decay": draw(rows, AVERAGES, 1) - 3,  # so that much is left of a state after a part
+        "expansion": draw(rows, AVERAGES, 1),
+        "projection": draw(rows, AVERAGES),
+        "probe": draw(BATCH, length, CHANNELS),
+        "resets": None if documents == "none" else resets,
+    }
+
+
+PARAMETERS = ("damping", "decay", "expansion", "projection")
+
+
+def differentiate(given: dict[str, Any], bidirectional: bool, **options: Any) -> dict[str, Tensor]:
+    leaves = {name: given[name].clone().requires_grad_() for name in ("x", *PARAMETERS)}
+    coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
+    y, state = damped_ema(leaves["x"], coefficients, resets=given["resets"], bidirectional=bidirectional, **options)
+    (y * given["probe"]).sum().backward()
+    return {"y": y.detach(), "state": state.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+
+
+def all_cases() -> list[dict[str, Tensor] | None]:
+    found: list[dict[str, Tensor] | None] = []
+    with World.start(ParallelConfig(timeout_s=120)) as world:
+        groups = {parts: dist.new_group(list(range(parts))) for parts in PARTS}
+        for parts, bidirectional, documents in CASES:
+            if world.rank >= parts:
+                found.append(None)
+                continue
+            given = problem(parts, bidirectional, documents)
+            cut = slice(world.rank * PER_RANK[parts], (world.rank + 1) * PER_RANK[parts])
+            mine = given | {name: given[name][:, cut] for name in ("x", "probe", "resets") if given[name] is not None}
+            exchange = StateExchange(Axis(groups[parts], world.rank, parts))
+            found.append(differentiate(mine, bidirectional, carry=exchange))
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(all_cases, max(PARTS), tmp_path_factory.mktemp("ema"))
+
+
+@pytest.mark.parametrize(("parts", "bidirectional", "documents"), CASES)
+def test_parts_equal_the_whole(ranks, parts, bidirectional, documents):
+    number = CASES.index((parts, bidirectional, documents))
+    found = [ranks[rank][number] for rank in range(parts)]
+    expected = differentiate(problem(parts, bidirectional, documents), bidirectional, impl="recurrent")
+    joined = {name: torch.cat([part[name] for part in found], 1) for name in ("y", "dx")}
+    joined |= {f"d{name}": sum(part[f"d{name}"] for part in found) for name in PARAMETERS}
+    # The last part knows the state after the row; the first, in its second half, that before it.
+    states = [found[-1]["state"][:, :CHANNELS], found[0]["state"][:, CHANNELS:]]
+    joined["state"] = torch.cat(states, 1)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(joined[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_carry_refuses_what_it_cannot_have():
+    given = problem(2, False, "none")
+    coefficients = EmaCoefficients.from_parameters(*(given[name] for name in PARAMETERS))
+    carry = StateExchange(Axis(None, 0, 1))
+    for options in ({"truncation": 4}, {"impl": "fft"}, {"impl": "recurrent"}):
+        with pytest.raises(ValueError, match="carry"):
+            damped_ema(given["x"], coefficients, carry=carry, **options)
+    with pytest.raises(ValueError, match="carry"):
+        damped_ema(given["x"], coefficients, torch.zeros(BATCH, CHANNELS, AVERAGES).double(), carry=carry)

@@ -35,12 +35,12 @@ def keep_mask(p: float, key: int, rows: Tensor, positions: Tensor, columns: Tens
     """Which elements stay, (B, L, D) bool; arguments as in `positional_dropout`."""
     place = _mix64(_mix64(rows + key)[:, None] + positions)  # (B, L)
     mixed = _as_int32(place)[..., None] ^ _as_int32(_mix64(columns + (key ^ 0x9E3779B9)))
-    # In place, on 32-bit numbers that wrap: the only arrays of the full size.
-    mixed ^= mixed >> 16
-    mixed *= _FIRST
-    mixed ^= mixed >> 15
-    mixed *= _SECOND
-    mixed ^= mixed >> 16
+    # On 32-bit numbers that wrap, the only arrays of the full size. A shift of a signed number repeats its sign, which
+    # is cut off: else no mixed number would be negative.
+    for multiplier, shift in ((_FIRST, 16), (_SECOND, 15)):
+        mixed ^= (mixed >> shift).bitwise_and_(2 ** (32 - shift) - 1)
+        mixed *= multiplier
+    mixed ^= (mixed >> 16).bitwise_and_(2**16 - 1)
     return mixed >= round(p * 2**32) - 2**31
 
 
@@ -53,5 +53,5 @@ def _mix64(numbers: Tensor) -> Tensor:
 
 
 def _as_int32(numbers: Tensor) -> Tensor:
-    """Numbers of 0 .. 2^32 - 1 as the signed 32-bit numbers with the same bits."""
+    """Numbers of 0 .. 2^32 - 1 as signed 32-bit numbers, the highest bit flipped; two of them flip it back."""
     return (numbers - 2**31).to(torch.int32)

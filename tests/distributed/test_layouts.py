@@ -72,5 +72,5 @@ def other_models(tmp_path_factory):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model", MODELS)
 def test_other_models_train_as_in_one_process(other_models, alone, model, engine):
-    """All attention activations, both biases, all norms, tied and untied, with and without the parts one can leave out."""
+    """All attention activations, both biases, all norms, tied and untied, with and without optional parts."""
     assert_equal_runs([rank[model, engine] for rank in other_models], alone[model])

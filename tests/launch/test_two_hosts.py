@@ -165,7 +165,7 @@ def alone(tmp_path_factory, text_file):
     return metrics(run_dir)
 
 
-@pytest.mark.parametrize("kind,changes", [("deepspeed", []), ("torchrun c10d", [])])
+@pytest.mark.parametrize("kind,changes", [("deepspeed", ["parallel.sp=2"]), ("torchrun c10d", [])])
 def test_two_hosts_give_the_losses_of_one_process(hosts, tmp_path, text_file, alone, kind, changes):
     with Job(kind, hosts, tmp_path, 1, *text(text_file), "train.steps=10", *changes) as job:
         job.until(job.ended, 300)
@@ -198,7 +198,7 @@ def test_a_cut_cable_ends_all_ranks_and_launchers_with_a_message(hosts, tmp_path
         assert "host-a:" in line
 
 
-def test_a_short_interruption_is_survived(hosts, tmp_path, text_file, alone):
+def test_a_short_interruption_is_survived(hosts, tmp_path, text_file):
     changes = [*text(text_file), "train.steps=100000", "parallel.timeout_s=60"]
     with Job("torchrun", hosts, tmp_path, 1, *changes) as job:
         job.until(lambda: job.trained(5), 300)

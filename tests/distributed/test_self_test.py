@@ -1,0 +1,90 @@
+"""The test that a run makes of its own layout: it passes where gradients are right, and finds them wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import layout_study
+import pytest
+import tiny_run
+import torch
+from layout_study import DROPOUT, LAYOUTS
+from ranks import run_ranks
+
+from mega_scale.parallel import ParallelConfig, SelfTest, World, collectives, sequence, shards, tensor_layers
+from mega_scale.parallel.self_test import self_test, tiny_model
+
+pytestmark = pytest.mark.distributed
+
+
+def attempt(world: World, engine: str, stage: int, **changes: Any) -> SelfTest | str:
+    config = tiny_run.tiny_config(**(DROPOUT | changes))
+    parallel = ParallelConfig(engine=engine, zero_stage=stage, **world.shape._asdict())
+    try:
+        return self_test(config, parallel, world)
+    except RuntimeError as error:
+        return str(error)
+
+
+def broken(module: Any, name: str, wrong: Callable[..., Any], act: Callable[[], Any]) -> Any:
+    right = getattr(module, name)
+    setattr(module, name, wrong)
+    try:
+        return act()
+    finally:
+        setattr(module, name, right)
+
+
+def study() -> dict[Any, SelfTest | str]:
+    found: dict[Any, SelfTest | str] = {}
+    with World.start(ParallelConfig(timeout_s=120)) as ranks:
+        for layout in ("dp2", "sp2", "tp2"):
+            world = ranks.lay_out(LAYOUTS[layout])
+            for engine, stage in (("fsdp", 3), ("fsdp", 1), ("deepspeed", 3), ("deepspeed", 1), ("deepspeed", 0)):
+                found[layout, engine, stage] = attempt(world, engine, stage)
+        sp, tp = ranks.lay_out(LAYOUTS["sp2"]), ranks.lay_out(LAYOUTS["tp2"])
+
+        # Ranks that forget to sum the gradient of what all of them hold.
+        found["not summed"] = broken(shards, "sum_gradient", lambda x, axis: x, lambda: attempt(tp, "fsdp", 3))
+        # States that arrive without their gradient.
+        gather = sequence.start_gather
+
+        def silent(x: torch.Tensor, axis: Any) -> Any:
+            return gather(x if torch.is_grad_enabled() else torch.zeros_like(x), axis)
+
+        found["no gradient"] = broken(sequence, "start_gather", silent, lambda: attempt(sp, "deepspeed", 3))
+        # One rank that sees another loss.
+        share = collectives.reduce_scatter
+
+        def partly(x: torch.Tensor, axis: Any) -> torch.Tensor:
+            return share(x * (1.01 if axis.rank else 1.0), axis)
+
+        found["one rank"] = broken(tensor_layers, "reduce_scatter", partly, lambda: attempt(tp, "fsdp", 3))
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(study, 2, tmp_path_factory.mktemp("self-test"), timeout_s=300)
+
+
+def test_right_layouts_pass(ranks):
+    for rank in ranks:
+        passed = {key: value for key, value in rank.items() if isinstance(key, tuple)}
+        assert len(passed) == 15
+        for key, found in passed.items():
+            assert isinstance(found, SelfTest), (key, found)
+            assert found.parameters > 40 and found.error < 1e-4, (key, found)
+
+
+@pytest.mark.parametrize("fault", ["not summed", "no gradient", "one rank"])
+def test_wrong_gradients_are_found_by_all_ranks(ranks, fault):
+    for rank in ranks:
+        assert isinstance(rank[fault], str), rank[fault]
+        assert "self-test" in rank[fault] and "parallel.self_test=false" in rank[fault]
+
+
+def test_the_tiny_model_has_the_options_of_the_run():
+    config = layout_study.config(normalization_type="rmsnorm", attention_activation="laplace", scale_embeddings=True)
+    tiny = tiny_model(config, 4)
+    assert (tiny.normalization_type, tiny.attention_activation, tiny.scale_embeddings) == ("rmsnorm", "laplace", True)
+    assert tiny.hidden_size % 4 == tiny.vocab_size % 4 == tiny.intermediate_size % 4 == 0

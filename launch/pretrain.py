@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.config import RunConfig, check_vocabulary, model_config, parse, refuse, save_config
+from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
 from mega_scale.data import Loader, PackedDataset, load_datasets, load_tokenizer, validation_batches
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
@@ -24,6 +24,7 @@ from mega_scale.parallel import (
     Values,
     World,
     check_layout,
+    check_vocabulary,
     describe,
     parallelize,
     per_block,

@@ -2,7 +2,6 @@
 
 from mega_scale.config.arguments import DEFAULT_CONFIG, load_config, parse, refuse
 from mega_scale.config.files import save_config, to_yaml
-from mega_scale.config.mesh_checks import check_vocabulary
 from mega_scale.config.model_section import ModelSection, model_config
 from mega_scale.config.run_config import RunConfig
 
@@ -10,7 +9,6 @@ __all__ = [
     "DEFAULT_CONFIG",
     "ModelSection",
     "RunConfig",
-    "check_vocabulary",
     "load_config",
     "model_config",
     "parse",

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mega_scale.config.mesh_checks import check_sequence_parallel, check_tensor_parallel, check_vocabulary
 from mega_scale.config.model_section import model_config
 from mega_scale.parallel.mesh import divisors, multiples, nearest
+from mega_scale.parallel.model_checks import check_sequence_parallel, check_tensor_parallel, check_vocabulary
 from mega_scale.training.checkpoint import find_checkpoint
 
 if TYPE_CHECKING:

@@ -28,7 +28,6 @@ OWNERS = {
     "zero_optimization.mics_shard_size": "parallel.dp_shard and parallel.dp_replicate",
     "zero_optimization.mics_hierarchical_params_gather": "parallel.dp_shard and parallel.dp_replicate",
     "zero_optimization.zero_hpz_partition_size": "parallel.dp_shard and parallel.dp_replicate",
-    "zero_optimization.reduce_scatter": "parallel.sp (only reduce-scatter averages gradients over it)",
 }
 
 # Keys of zero_optimization that move gradients or weights away from the device.
@@ -68,7 +67,7 @@ def native_config(
         "gradient_accumulation_steps": accumulation,
         # Stage 0 has no norm to report after clipping, so the engine clips there itself.
         "gradient_clipping": max_grad_norm if zero_stage > 0 else 0.0,
-        "zero_optimization": {"stage": zero_stage, "reduce_scatter": True},
+        "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,

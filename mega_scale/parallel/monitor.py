@@ -105,7 +105,7 @@ class PeerMonitor:
         if self._stopped.is_set():
             return
         self._leaving = True
-        self._tell()
+        self._tell(self._long)
         if self._rendezvous.hosted:
             with contextlib.suppress(dist.DistError):  # a rank that works on and on is no failure of this one
                 self.store.wait(["all left"], timedelta(seconds=self._timeout_s))
@@ -125,7 +125,7 @@ class PeerMonitor:
         self._failed = True
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
         self._report = f"{self._name} failed: {reason}; its own output says more"
-        self._tell()
+        self._tell(_VICTIM_WAITS * self._beat_s)
 
     def linger(self) -> None:
         """Live on until the others have read why this rank ends: the store, or neighbours, may end with it."""
@@ -158,14 +158,14 @@ class PeerMonitor:
         self._heard = time.monotonic()
         self._met = True
 
-    def _tell(self) -> None:
-        """Have the talking thread say at once what there is to say; if it cannot, the store's watch ends the wait."""
+    def _tell(self, longest_s: float) -> None:
+        """Have the talking thread say at once what there is to say."""
         self._wake.set()
-        self._told.wait(self._long)
+        self._told.wait(longest_s)
 
     def _give_up(self, verdict: str) -> None:
         self._report = verdict
-        self._tell()
+        self._tell(_VICTIM_WAITS * self._beat_s)
         self._end(verdict)
 
     def _stop(self) -> None:

@@ -86,10 +86,11 @@ def _reach(host: str, port: int, deadline: float) -> None:
             with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), _FIRST_PAUSE_S)):
                 return
         except OSError as error:
-            if time.monotonic() + pause > deadline:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise ConnectionError(
                     f"{host}:{port} (MASTER_ADDR, MASTER_PORT) cannot be reached: {error}; see whether rank 0 started, "
                     "and whether this host resolves that name and may connect to that port"
                 ) from None
-        time.sleep(pause)
+        time.sleep(min(pause, left))
         pause = min(2 * pause, _LONGEST_PAUSE_S)

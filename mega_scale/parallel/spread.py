@@ -9,6 +9,7 @@ from mega_scale.model import MegaPreTrainedModel
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.dropout import drop_by_place
+from mega_scale.parallel.model_checks import check_sequence_parallel
 from mega_scale.parallel.sequence import Kept, StateExchange, share_rows
 from mega_scale.parallel.tensor import cut_channels, separate_segments
 from mega_scale.parallel.window import Window
@@ -47,8 +48,7 @@ def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, activation_checkpo
     with torch.device("meta"):
         template = type(model)(model.config)
     config = model.config
-    if sp.size > 1 and not config.use_chunking:
-        raise ValueError(f"parallel.sp={sp.size} cuts rows into whole chunks: set model.use_chunking=true")
+    check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     window, kept = Window(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1), Kept()
     separate_segments(model)
     share_rows(model, window, StateExchange(sp, kept))

@@ -18,6 +18,7 @@ from mega_scale.model.feed_forward import MegaNormalizedFeedForwardNetwork
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias
 from mega_scale.parallel.collectives import Axis, Gather
+from mega_scale.parallel.model_checks import check_tensor_parallel, check_vocabulary
 from mega_scale.parallel.shards import TensorParallel
 from mega_scale.parallel.tensor_layers import (
     CutAttention,
@@ -85,7 +86,8 @@ def cut_channels(model: MegaPreTrainedModel, axis: Axis) -> None:
     Raises:
         ValueError: T does not divide a width, or the model has what cannot be cut.
     """
-    check_widths(model.config, axis.size)
+    check_tensor_parallel(model.config, axis.size)
+    check_vocabulary(model.config.vocab_size, axis.size)
     for module in list(model.modules()):
         if isinstance(module, MegaSequenceNorm):
             module.norm = cut_norm(module.norm, axis)
@@ -104,30 +106,6 @@ def cut_channels(model: MegaPreTrainedModel, axis: Axis) -> None:
         if tied:
             model.lm_head.weight = model.mega.embedding_layer.word_embeddings._parameters["weight"]
         _become(model, CutCausalLM, axis)
-
-
-def check_widths(config: Any, size: int) -> None:
-    """Refuse a model that T ranks cannot share.
-
-    Args:
-        config: of the model.
-        size: T.
-
-    Raises:
-        ValueError: names the key, the value and the remedy.
-    """
-    if config.bidirectional or config.add_cross_attention:
-        key = "bidirectional" if config.bidirectional else "add_cross_attention"
-        raise ValueError(f"parallel.tp={size} serves causal models only: set model.{key}=false, or parallel.tp=1")
-    widths = ["hidden_size", "intermediate_size", "vocab_size"]
-    widths += ["nffn_hidden_size"] if config.use_normalized_ffn else []
-    for key in widths:
-        value = getattr(config, key)
-        if value % size:
-            raise ValueError(
-                f"parallel.tp={size} does not divide model.{key}={value}: set model.{key} to "
-                f"{-(-value // size) * size}, or choose a parallel.tp that divides {value}"
-            )
 
 
 def _cut_attention(layer: MegaMovingAverageGatedAttention, axis: Axis) -> None:

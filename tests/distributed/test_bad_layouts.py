@@ -12,8 +12,8 @@ import yaml
 
 from launch.pretrain import Prepared, prepare
 from mega_scale.config import RunConfig, parse
-from mega_scale.config.mesh_checks import check_sequence_parallel, check_tensor_parallel, check_vocabulary
 from mega_scale.parallel import Placement
+from mega_scale.parallel.model_checks import check_sequence_parallel, check_tensor_parallel, check_vocabulary
 
 # Runs on 8 ranks in every layout that the cases propose.
 SOUND = """data.source=text data.path={folder}/text.txt data.validation_fraction=0 run_dir={folder}/run
@@ -126,7 +126,6 @@ CASES = [
             "tensor_parallel.autotp_size=2": "parallel.tp",
             "zero_optimization.mics_shard_size=2": "parallel.dp_replicate",
             "zero_optimization.zero_hpz_partition_size=2": "parallel.dp_replicate",
-            "zero_optimization.reduce_scatter=false": "parallel.sp",
         }.items()
     ),
 ]

@@ -54,10 +54,6 @@ def test_copies_accept_keys_that_offload_nothing(offload: Any) -> None:
     ParallelConfig(dp_replicate=2, ds_config={"zero_optimization": {"offload_optimizer": offload}}).validate(**RUN)
 
 
-def test_native_reduce_scatter_may_be_repeated():
-    ParallelConfig(ds_config={"zero_optimization": {"reduce_scatter": True}}).validate(**RUN)
-
-
 def test_accepts_what_can_run():
     runs = [("deepspeed", 0), *((engine, stage) for engine in ("deepspeed", "fsdp") for stage in (1, 2, 3))]
     accepted = [ParallelConfig(engine=engine, zero_stage=stage).validate(**RUN) for engine, stage in runs]
@@ -85,7 +81,7 @@ def test_native_keys_are_merged_over_ours():
         "steps_per_print": 5,
     }
     merged = native_config(user, zero_stage=2, **RUN)
-    assert merged["zero_optimization"] == {"stage": 2, "reduce_scatter": True, "reduce_bucket_size": 1000}
+    assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
     assert merged["flops_profiler"] == {"enabled": True}
     assert merged["steps_per_print"] == 5
     assert merged["train_batch_size"] == 24

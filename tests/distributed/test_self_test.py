@@ -16,9 +16,10 @@ from mega_scale.parallel.self_test import self_test, tiny_model
 pytestmark = pytest.mark.distributed
 
 
-def attempt(world: World, engine: str, stage: int, **changes: Any) -> SelfTest | str:
-    config = tiny_run.tiny_config(**(DROPOUT | changes))
-    parallel = ParallelConfig(engine=engine, zero_stage=stage, **world.shape._asdict())
+def attempt(world: World, engine: str, stage: int, **native: Any) -> SelfTest | str:
+    config = tiny_run.tiny_config(**DROPOUT)
+    ds_config = {"zero_optimization": native} if native else {}
+    parallel = ParallelConfig(engine=engine, zero_stage=stage, ds_config=ds_config, **world.shape._asdict())
     try:
         return self_test(config, parallel, world)
     except RuntimeError as error:
@@ -39,8 +40,10 @@ def study() -> dict[Any, SelfTest | str]:
     with World.start(ParallelConfig(timeout_s=120)) as ranks:
         for layout in ("dp2", "sp2", "tp2"):
             world = ranks.lay_out(LAYOUTS[layout])
-            for engine, stage in (("fsdp", 3), ("fsdp", 1), ("deepspeed", 3), ("deepspeed", 1), ("deepspeed", 0)):
+            for engine, stage in [("fsdp", 3), ("fsdp", 2), ("fsdp", 1), *(("deepspeed", stage) for stage in range(4))]:
                 found[layout, engine, stage] = attempt(world, engine, stage)
+            # To DeepSpeed, ranks of sp are data-parallel ones: it divides by their number in whatever way it reduces.
+            found[layout, "all-reduce", 2] = attempt(world, "deepspeed", 2, reduce_scatter=False)
         sp, tp = ranks.lay_out(LAYOUTS["sp2"]), ranks.lay_out(LAYOUTS["tp2"])
 
         # Ranks that forget to sum the gradient of what all of them hold.
@@ -70,7 +73,7 @@ def ranks(tmp_path_factory):
 def test_right_layouts_pass(ranks):
     for rank in ranks:
         passed = {key: value for key, value in rank.items() if isinstance(key, tuple)}
-        assert len(passed) == 15
+        assert len(passed) == 24
         for key, found in passed.items():
             assert isinstance(found, SelfTest), (key, found)
             assert found.parameters > 40 and found.error < 1e-4, (key, found)

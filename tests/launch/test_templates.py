@@ -31,7 +31,7 @@ def slurm(tmp_path, monkeypatch):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[0-0]", "SLURM_JOB_NUM_NODES": "1"}
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[0-0]", "SLURM_JOB_NUM_NODES": "1"}
     for name, value in {**job, "PATH": path, "RANKS_PER_NODE": "2"}.items():
         monkeypatch.setenv(name, value)
 

@@ -185,6 +185,7 @@ def test_a_cut_cable_ends_all_ranks_and_launchers_with_a_message(hosts, tmp_path
         job.until(lambda: job.trained(5), 300)
         hosts[1].cut()
         seconds = job.until(lambda: not job.ranks(), 100)
+        print(f"cut, {kind}: ranks {seconds:.1f} s")
         assert seconds < TIMEOUT_S + 3, job.report()
         seconds = job.until(lambda: not job.family(), 100)
         assert seconds < 10, job.report()
@@ -216,5 +217,6 @@ def test_a_rank_killed_on_another_host_is_named_long_before_the_timeout(hosts, t
         [victim] = [process for process in job.ranks() if process.environ()["RANK"] == "1"]
         victim.kill()
         seconds = job.until(lambda: not job.family(), 100)
+        print(f"killed: all {seconds:.1f} s")
         assert seconds < 40, job.report()
     assert "rank 0 (host-a) ends with exit code 75: rank 1 (host-b) gave no sign of life" in job.lines(0)[0]

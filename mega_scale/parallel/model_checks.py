@@ -1,9 +1,8 @@
 """Models and lengths that cannot be spread over tensor- or sequence-parallel ranks."""
 
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mega_scale.config.model_section import ModelSection
 from mega_scale.parallel.mesh import multiples
 
 
@@ -14,11 +13,11 @@ class _Rule(NamedTuple):
     remedy: str
 
 
-def check_tensor_parallel(model: ModelSection, tp: int) -> None:
+def check_tensor_parallel(model: Any, tp: int) -> None:
     """Refuse a model whose channels cannot be shared.
 
     Args:
-        model: the `model` section of a run, or a MegaConfig; `check_vocabulary` looks at its vocabulary.
+        model: a MegaConfig, or the `model` section of a run, which has its keys; `check_vocabulary` looks at its vocabulary.
         tp: ranks that share the channels of every layer.
 
     Raises:
@@ -57,13 +56,13 @@ def check_vocabulary(vocab_size: int, tp: int) -> None:
         )
 
 
-def check_sequence_parallel(model: ModelSection, length: int, sp: int) -> None:
+def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
     """Refuse a model or a length of which not every rank can have some whole chunks.
 
     A length that does not fill the ranks is no obstacle: its end is padded.
 
     Args:
-        model: the `model` section of a run, or a MegaConfig.
+        model: a MegaConfig, or the `model` section of a run, which has its keys.
         length: of one sequence, in tokens.
         sp: ranks that share it.
 
@@ -102,7 +101,7 @@ def _refuse_broken(axis: str, rules: list[_Rule]) -> None:
             raise ValueError(f"{axis} with {rule.setting}: {rule.why}; use {rule.remedy}, or {name}=1")
 
 
-def _norm(model: ModelSection) -> _Rule:
+def _norm(model: Any) -> _Rule:
     return _Rule(
         model.normalization_type in ("batchnorm", "syncbatchnorm"),
         f"model.normalization_type={model.normalization_type!r}",
@@ -111,7 +110,7 @@ def _norm(model: ModelSection) -> _Rule:
     )
 
 
-def _cross_attention(model: ModelSection) -> _Rule:
+def _cross_attention(model: Any) -> _Rule:
     why = "what attends to an encoder is not spread over ranks"
     return _Rule(model.add_cross_attention, "model.add_cross_attention=True", why, "model.add_cross_attention=false")
 

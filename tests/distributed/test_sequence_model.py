@@ -1,0 +1,111 @@
+"""An encoder whose rows are cut over ranks: both directions of the average, padding, and what cannot be cut."""
+
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from mega_scale.model import MegaForCausalLM, MegaForMaskedLM
+from mega_scale.parallel import ParallelConfig, Place, World, seeded_values
+from mega_scale.parallel.collectives import ALONE, Axis
+from mega_scale.parallel.materialize import fill
+from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
+from mega_scale.parallel.spread import spread
+
+pytestmark = pytest.mark.distributed
+
+LENGTH = 64
+LENGTHS = (
+    64,
+    50,
+    32,
+    17,
+)  # of the rows: on a border of parts, before it, inside the first part; the last part is empty
+ACTIVATIONS = ("softmax", "laplace")
+
+
+def encoder(activation: str) -> Any:
+    return tiny_run.tiny_config(
+        is_decoder=False,
+        bidirectional=True,
+        attention_activation=activation,
+        dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+        num_hidden_layers=2,
+    )
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, 67, (len(LENGTHS), LENGTH), generator=generator)
+    mask = torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]
+    labels = ids.where(mask & (torch.rand(ids.shape, generator=generator) < 0.3), -100)
+    return ids, mask, labels
+
+
+def train_once(activation: str, sp: Axis, every: int) -> dict[str, Tensor]:
+    """Loss and gradients of this rank's part, before they are summed over ranks."""
+    config = encoder(activation)
+    with torch.device("meta"):
+        model = MegaForMaskedLM(config)
+    parts = spread(model, sp=sp, tp=ALONE, activation_checkpoint=every, seed=1)
+    place = {"template": parts.template}
+    fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)
+    model.train()
+    ids, mask, labels = batch()
+    own, targets = parts.window.take(Place(3, 8), ids, labels)
+    with parts.window:
+        loss = model(
+            input_ids=own,
+            attention_mask=parts.window.split(mask, False),
+            labels=targets,
+            num_items_in_batch=int((labels != -100).sum()),
+        ).loss
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+    whole = {
+        name: assemble(own, gradients.__getitem__)
+        for name, own in whole_tensors(pieces(model)).items()
+        if all(gradients[part] is not None for part in own)
+    }
+    return whole | {"loss": loss.detach()}
+
+
+def study() -> dict[Any, dict[str, Tensor]]:
+    with World.start(ParallelConfig(timeout_s=120, sp=4)) as world:
+        return {(name, every): train_once(name, world.axis("sp"), every) for name in ACTIVATIONS for every in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(study, 4, tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_encoder_in_parts_has_the_gradients_of_the_whole(ranks, activation, every):
+    expected = train_once(activation, ALONE, 0)
+    parts = [rank[activation, every] for rank in ranks]
+    assert parts[0].keys() == expected.keys() and len(expected) > 40
+    for name, tensor in expected.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes", "message"),
+    [
+        ("sp", {"use_chunking": False}, r"parallel\.sp=2.*model\.use_chunking=true"),
+        ("sp", {"truncation": 8}, r"parallel\.sp=2.*model\.truncation"),
+        ("tp", {"hidden_size": 19}, r"parallel\.tp=2.*model\.hidden_size=19.*20"),
+        ("tp", {"vocab_size": 67}, r"parallel\.tp=2.*67 ids.*model\.vocab_size=68"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(axes, changes, message):
+    with torch.device("meta"):
+        model = MegaForCausalLM(tiny_run.tiny_config(intermediate_size=20, nffn_hidden_size=24, **changes))
+    axis = {"sp": ALONE, "tp": ALONE} | {axes: Axis(None, 0, 2)}
+    with pytest.raises(ValueError, match=message):
+        spread(model, **axis, activation_checkpoint=0, seed=0)

@@ -1,10 +1,11 @@
-"""Times our operations against their peers, in one run, after checking that all of them compute the same.
+"""Measures what we build against its peers, in one run, after checking that all of them compute the same.
 
     python launch/benchmark.py ema --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py decode --tokens 16384 --chunk 128
+    python launch/benchmark.py memory --lengths 65536 262144 --sp 1 2 4
 
-Contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
-median, least and greatest time. What is not correct is not timed.
+Timed contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
+median, least and greatest time. What is not correct is not reported.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from mega_scale.ops.ema import EmaCoefficients, damped_ema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
 from launch.benchmark_decode import add_decode_arguments, run_decode
+from launch.benchmark_memory import add_memory_arguments, run_memory
 from launch.machine import hardware
 
 TOLERANCE = 1e-4
@@ -341,17 +343,25 @@ def parser() -> argparse.ArgumentParser:
     decode = commands.add_parser("decode", help=words, formatter_class=formatter)
     add_decode_arguments(decode, positive)
     _add_timing(decode, run_decode, repeats=5, warmup=1)
+    words = "memory per rank of training one long sequence that ranks share"
+    memory = commands.add_parser("memory", help=words, formatter_class=formatter)
+    add_memory_arguments(memory, positive)
+    _add_common(memory, run_memory)
     return top
+
+
+def _add_common(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    command.add_argument("--threads", type=positive, default=1, help="CPU threads of every process")
+    command.add_argument("--json", default=None, help="file for all figures")
+    command.set_defaults(run=run)
 
 
 def _add_timing(
     command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], repeats: int = 20, warmup: int = 3
 ) -> None:
-    command.add_argument("--threads", type=positive, default=1, help="CPU threads of every contender")
+    _add_common(command, run)
     command.add_argument("--repeats", type=positive, default=repeats, help="timed runs of every contender")
     command.add_argument("--warmup", type=positive, default=warmup, help="runs of every contender before them")
-    command.add_argument("--json", default=None, help="file for all figures")
-    command.set_defaults(run=run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

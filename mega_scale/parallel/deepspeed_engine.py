@@ -15,7 +15,7 @@ from mega_scale.parallel.engine import BuildOptimizer
 from mega_scale.parallel.materialize import Values, fill
 from mega_scale.parallel.pieces import pieces
 from mega_scale.parallel.spread import Spread
-from mega_scale.parallel.weights import DEEPSPEED_TAG, write_names, zero_file
+from mega_scale.parallel.weights import DEEPSPEED_TAG, model_file, write_names, zero_file
 from mega_scale.parallel.window import START, Place
 from mega_scale.parallel.world import World
 
@@ -161,13 +161,13 @@ class DeepSpeedEngine:
     def _refuse_other_layout(self, files: Path) -> None:
         """DeepSpeed would fail late, or hang, on files of another stage or number of ranks."""
         shape = self._world.shape
-        weights = zero_file(0, 0, "model") if self._stage == 3 else "mp_rank_00_model_states.pt"
-        parts = len(list(files.glob("*_optim_states.pt")))
-        expected = shape.fsdp * shape.tp if self._stage > 0 else 0
-        if not (files / weights).is_file() or parts != expected:
+        parts = {zero_file(rank, tp, "optim") for rank in range(shape.fsdp) for tp in range(shape.tp)}
+        found = {path.name for path in files.glob("*_optim_states.pt")}
+        weights = zero_file(0, 0, "model") if self._stage == 3 else model_file(shape.tp - 1)
+        if not (files / weights).is_file() or found != (parts if self._stage > 0 else set()):
             raise ValueError(
-                f"{files} was not written at parallel.zero_stage={self._stage} in {shape.fsdp} parts x parallel.tp="
-                f"{shape.tp} of the deepspeed engine (partitions found: {parts}): resume with the layout that wrote it"
+                f"{files} was not written by the deepspeed engine at parallel.zero_stage={self._stage} in {shape.fsdp} "
+                f"parts x parallel.tp={shape.tp} (partitions found: {len(found)}): resume with the layout that wrote it"
             )
 
 

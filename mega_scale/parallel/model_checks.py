@@ -17,7 +17,7 @@ def check_tensor_parallel(model: Any, tp: int) -> None:
     """Refuse a model whose channels cannot be shared.
 
     Args:
-        model: a MegaConfig, or the `model` section of a run, which has its keys; `check_vocabulary` looks at its vocabulary.
+        model: a MegaConfig, or the `model` section of a run, which has its keys; its vocabulary is checked apart.
         tp: ranks that share the channels of every layer.
 
     Raises:

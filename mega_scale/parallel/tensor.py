@@ -140,7 +140,7 @@ def _cut_embeddings(embeddings: MegaEmbeddings, axis: Axis) -> None:
     if embeddings.token_type_embeddings is not None:
         types = embeddings.token_type_embeddings
         types.embedding_dim //= axis.size
-        types.weight = nn.Parameter(types.weight.detach()[:, : types.embedding_dim])
+        types.weight = nn.Parameter(types.weight.detach()[:, : types.embedding_dim].contiguous())
         _become(types, CutTokenTypes, axis)
 
 

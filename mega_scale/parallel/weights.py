@@ -77,7 +77,7 @@ def open_weights(folder: Path) -> LazyWeights:
     root = inner if inner.is_dir() else folder
     files = root / DEEPSPEED_TAG
     partitioned = (files / zero_file(0, 0, "model")).is_file()
-    if not ((root / ".metadata").is_file() or partitioned or (files / _model_file(0)).is_file()):
+    if not ((root / ".metadata").is_file() or partitioned or (files / model_file(0)).is_file()):
         raise ValueError(f"{folder} holds no checkpoint of an engine: name a folder like checkpoints/step-00000100")
     names = _read_names(root)
     if (root / ".metadata").is_file():
@@ -163,7 +163,7 @@ def _open_dcp(folder: Path, names: Names) -> LazyWeights:
 
 def _open_replicated(folder: Path, names: Names) -> LazyWeights:
     """ZeRO 0 to 2: one file for each rank of tp holds all of its weights, in fp32, as the engine never rounds them."""
-    modules = [_mapped(folder / _model_file(rank))["module"] for rank in range(names.tp)]
+    modules = [_mapped(folder / model_file(rank))["module"] for rank in range(names.tp)]
 
     def read(name: str) -> Tensor:
         parts = [module[name] for module in modules]
@@ -243,7 +243,8 @@ def _mapped(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def _model_file(tp_rank: int) -> str:
+def model_file(tp_rank: int) -> str:
+    """Name of a file of ZeRO 0 to 2: the weights of a rank of tp."""
     return f"mp_rank_{tp_rank:02d}_model_states.pt"
 
 

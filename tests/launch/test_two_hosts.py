@@ -138,7 +138,7 @@ class Job:
         """Wait until `wanted()`; seconds that it took."""
         began = time.monotonic()
         while not wanted():
-            assert time.monotonic() < began + timeout, self.report()
+            assert time.monotonic() < began + timeout and not (self.ended() and not wanted()), self.report()
             time.sleep(0.1)
         return time.monotonic() - began
 
@@ -146,7 +146,7 @@ class Job:
         return all(process.poll() is not None for process in self.processes)
 
     def report(self):
-        return "\n".join(f"{path.name}:\n{path.read_text()[-4000:]}" for path in self.outputs)
+        return "\n".join(f"{path.name}:\n{path.read_text()[-8000:]}" for path in self.outputs)
 
     def trained(self, steps):
         return self.outputs[0].read_text().count("| loss") >= steps

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mega_scale.config import load_config, model_config
+from mega_scale.config import load_config, model_config, parse
 from mega_scale.data import load_tokenizer
 from mega_scale.model import MegaForCausalLM
 
@@ -49,3 +49,12 @@ def test_recipe_says_its_machine_first(name):
     assert all(line.startswith("#") or not line for line in top.splitlines())
     assert "# Machine: " in top
     assert load_config(FOLDER / name).run_dir == f"runs/{Path(name).stem}"
+
+
+def test_the_long_context_layout_of_the_readme_can_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = ["data.sequence_length=262144", "train.global_batch_size=16", "parallel.sp=8", "parallel.tp=2"]
+    assert all(change in (FOLDER.parent / "README.md").read_text(encoding="utf-8") for change in changes)
+    config = parse(["--config", str(FOLDER / "megalodon-1.3b.yaml"), *changes])
+    config.validate(world_size=64, local_size=8)
+    assert config.parallel.mesh(64) == (1, 4, 8, 2)

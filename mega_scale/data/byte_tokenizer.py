@@ -42,18 +42,18 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.split_special_tokens and _definition(tokenizer) == _definition(build_byte_tokenizer())
 
 
-def encode_bytes(texts: Sequence[str]) -> np.ndarray:
+def encode_bytes(texts: Sequence[bytes]) -> np.ndarray:
     """Do what the built-in tokenizer does, some hundred times as fast.
 
     Args:
-        texts: Documents.
+        texts: Documents in UTF-8.
 
     Returns:
         (T,) uint16: each document's tokens, followed by eos.
     """
     end = list(_SPECIAL).index("eos_token")
     # The byte 0xff never occurs in UTF-8, so it can stand for the end of a document meanwhile.
-    joined = np.frombuffer(b"".join(text.encode() + b"\xff" for text in texts), dtype=np.uint8)
+    joined = np.frombuffer(b"".join(text + b"\xff" for text in texts), dtype=np.uint8)
     return np.where(joined == 0xFF, np.uint16(end), joined + np.uint16(_FIRST_BYTE))
 
 

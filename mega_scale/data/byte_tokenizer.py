@@ -39,7 +39,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Say whether a tokenizer is the built-in one, also when it comes from a folder."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
-    return tokenizer.split_special_tokens and _definition(tokenizer) == _definition(build_byte_tokenizer())
+    return tokenizer.split_special_tokens and fast_definition(tokenizer) == fast_definition(build_byte_tokenizer())
 
 
 def encode_bytes(texts: Sequence[bytes]) -> np.ndarray:
@@ -57,9 +57,9 @@ def encode_bytes(texts: Sequence[bytes]) -> np.ndarray:
     return np.where(joined == 0xFF, np.uint16(end), joined + np.uint16(_FIRST_BYTE))
 
 
-def _definition(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+def fast_definition(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """Describe a fast tokenizer as plain JSON, without what its last call left behind."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left behind by the last call, they say nothing about the tokenizer.
     return {name: part for name, part in definition.items() if name not in ("padding", "truncation")}
 
 

@@ -45,7 +45,7 @@ class Manifest:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is there as a whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     with unfinished.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()

@@ -181,7 +181,8 @@ class ShardWriter:
         return ShardRecord(self._name, self._tokens, self._documents, self._bytes, checksums)
 
     def _unfinished(self, suffix: str) -> Path:
-        return self._folder / f"{self._name}.{suffix}.unfinished"
+        # Of this process alone: one that lost its parent may still write the same shard.
+        return self._folder / f"{self._name}.{suffix}.unfinished-{os.getpid()}"
 
     def _write(self, suffix: str, array: np.ndarray) -> None:
         self._files[suffix].write(array.data)

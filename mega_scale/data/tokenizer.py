@@ -1,6 +1,7 @@
 """Tokenizers by name, and from documents to pieces of tokens."""
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -8,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, is_byte_tokenizer
+from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, fast_definition, is_byte_tokenizer
 from mega_scale.data.hub_reach import look_up
 
 _ENCODED_AT_ONCE = 1 << 20  # characters
@@ -88,15 +89,20 @@ def token_type(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that a tokenizer saves.
+    """Hash everything that decides which tokens a text becomes.
 
     Args:
         tokenizer: Any tokenizer.
 
     Returns:
-        32 hexadecimal digits.
+        32 hexadecimal digits; the same for a tokenizer that was saved and loaded again.
     """
     total = hashlib.blake2b(digest_size=16)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        separator = separator_id(tokenizer)
+        described = [fast_definition(tokenizer), bool(tokenizer.split_special_tokens), separator]
+        total.update(json.dumps(described, sort_keys=True).encode())
+        return total.hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):

@@ -1,6 +1,6 @@
 """Processes that read steps ahead of the training loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -22,7 +22,7 @@ class Feed:
     def __init__(self, read: Callable[[int], Any], workers: int, prefetch: int, pin_memory: bool) -> None:
         self._steps = _Steps(read)
         self._workers, self._prefetch, self._pin = workers, prefetch, pin_memory
-        self._results: Iterator[Any] | None = None
+        self._results: Any = None
         self._next = 0
 
     def take(self, step: int) -> Any:
@@ -43,9 +43,9 @@ class Feed:
             self._results = self._start(step)
         try:
             found = next(self._results)
-        except RuntimeError as error:
+        except Exception as error:
             self.close()
-            if not str(error).startswith("DataLoader worker"):
+            if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
                 raise
             raise RuntimeError(
                 f"a process that reads data ended before step {step} was read: {error}; one that was killed may have "
@@ -59,9 +59,12 @@ class Feed:
 
     def close(self) -> None:
         """End the workers."""
-        self._results = None  # torch ends them when nobody waits for them any more
+        if self._results is not None:
+            # Torch ends them when nobody refers to them any more, but an error's traceback may.
+            self._results._shutdown_workers()
+        self._results = None
 
-    def _start(self, step: int) -> Iterator[Any]:
+    def _start(self, step: int) -> Any:
         loader: DataLoader[Any] = DataLoader(
             self._steps,
             batch_size=None,

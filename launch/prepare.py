@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for number in run(preparation, args.processes, config.max_bad_share):
                 bar.update(sizes[number])
         preparation.finish()
-        print(describe(read_manifest(args.folder)))
+        manifest = read_manifest(args.folder)
+        print(describe(manifest), *manifest.tally.lines(), sep="\n")
     except (ValueError, OSError) as error:
         refuse(error)
 

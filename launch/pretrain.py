@@ -67,6 +67,9 @@ def prepare(config: RunConfig, rank: int, size: int) -> Prepared:
         world_size=size,
         seed=config.data.seed,
         shuffle=config.data.shuffle,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=torch.cuda.is_available() and config.parallel.device != "cpu",
     )
     if resumed is not None:
         loader.check(read_state(resumed)["data"])
@@ -168,6 +171,7 @@ def pretrain(prepared: Prepared, world: World) -> None:
     try:
         train(run, train_config, config.checkpoint, start, tokens)
     finally:
+        prepared.loader.close()
         engine.close()
 
 
@@ -186,6 +190,8 @@ def announce(prepared: Prepared, world: World, start: int) -> None:
         "from_step": start,
     }
     print(f"mega_scale | {json.dumps(facts)}", flush=True)
+    for line in prepared.loader.dataset.tally().lines():
+        print(f"mega_scale | {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,21 @@ class Tally:
                 found[cause] = found.get(cause, 0) + count
         return dict(sorted(found.items()))
 
+    def lines(self, most: int = 20) -> list[str]:
+        """Say in words what was left out, a line a file.
+
+        Args:
+            most: Files to name, those with the most bad rows first.
+        """
+        worst = sorted(self.bad, key=lambda file: (-sum(self.bad[file].values()), file))
+        found = [
+            f"left out of {file}: " + ", ".join(f"{count} {cause}" for cause, count in sorted(self.bad[file].items()))
+            for file in worst[:most]
+        ]
+        if len(worst) > most:
+            found.append(f"and rows of {len(worst) - most} more files")
+        return found
+
     def check(self, share: float, *, ended: bool) -> None:
         """Refuse text with too many bad rows.
 

@@ -65,7 +65,7 @@ class Loader:
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world = rank, world_size
         self._seed, self._shuffle, self._pin = seed, shuffle, pin_memory
-        self._bad_rows = self.dataset.bad_rows()
+        self._bad_rows = self.dataset.tally().by_cause()
         self._feed = Feed(self._read, workers, prefetch, pin_memory) if workers else None
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
@@ -114,11 +114,15 @@ class Loader:
             step: Steps done before.
 
         Returns:
-            `tokens/NAME` and `epochs/NAME` for every source, see `Mixture.progress`, and `bad_rows/CAUSE`.
+            `tokens/NAME` and `epochs/NAME` for every source, see `Mixture.progress`; `padding`, the share of places
+            without a token so far; `bad_rows/CAUSE`.
         """
         found: dict[str, float] = {}
-        for name, progress in self.dataset.progress(step * self._global).items():
-            found |= {f"{key}/{name}": progress[key] for key in ("tokens", "epochs") if progress[key] is not None}
+        progress = self.dataset.progress(step * self._global)
+        for name, figures in progress.items():
+            found |= {f"{key}/{name}": figures[key] for key in ("tokens", "epochs") if figures[key] is not None}
+        places = step * self._global * self.dataset.sequence_length
+        found["padding"] = 1 - sum(figures["tokens"] for figures in progress.values()) / max(places, 1)
         return found | {f"bad_rows/{cause}": count for cause, count in self._bad_rows.items()}
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -181,7 +185,7 @@ class Loader:
     def _read(self, step: int) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
         """This rank's batches of a step, and the bad rows found so far."""
         found = [_batch(self.dataset.rows(numbers, self._seed, self._shuffle)) for numbers in self._numbers(step)]
-        return found, self.dataset.bad_rows()
+        return found, self.dataset.tally().by_cause()
 
     def _numbers(self, step: int) -> list[range]:
         """Numbers in the run of this rank's rows of a step, by micro-batch."""

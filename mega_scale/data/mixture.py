@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mega_scale.data.bad_rows import Tally
 from mega_scale.data.packing import PackedDataset
 from mega_scale.data.permutation import shuffled
 from mega_scale.data.streaming import StreamedDataset
@@ -171,13 +172,12 @@ class Mixture:
                 found[name] = {"rows": count, "epochs": count / len(dataset), "tokens": tokens}
         return found
 
-    def bad_rows(self) -> dict[str, int]:
-        """Rows of text that were left out, by cause, as far as the text has been read."""
-        found: dict[str, int] = {}
+    def tally(self) -> Tally:
+        """Count the rows of text that were read, and the bad ones, as far as the text has been read."""
+        total = Tally()
         for dataset in self.datasets.values():
-            for cause, count in dataset.tally.by_cause().items():
-                found[cause] = found.get(cause, 0) + count
-        return found
+            total.merge(dataset.tally)
+        return total
 
     def _by_dataset(self, numbers: Sequence[int]) -> list[tuple[str, list[int], np.ndarray]]:
         """Which of the rows each dataset has, and the numbers that they have there."""

@@ -174,6 +174,7 @@ def test_counts_reach_the_manifest_and_the_report(tmp_path):
     prepared = DataConfig("prepared", [str(tmp_path / "made")], validation_fraction=0.0, sequence_length=64)
     for settings in (config, prepared):
         train, _ = load_datasets(settings, tokenizer)
+        assert train.tally.lines() == [f"left out of {path}: " + ", ".join(f"1 {cause}" for cause in expected)]
         report = Loader(train, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1).report(3)
         assert {key: value for key, value in report.items() if "bad" in key} == {
             f"bad_rows/{cause}": 1 for cause in expected

@@ -2,6 +2,8 @@
 
     python launch/benchmark.py ema --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py decode --tokens 16384 --chunk 128
+    python launch/benchmark.py loader --megabytes 10 5000
+    python launch/benchmark.py prepare --megabytes 200
 
 Contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
 median, least and greatest time. What is not correct is not timed.
@@ -27,6 +29,7 @@ from torch import Tensor
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
+from launch.benchmark_data import add_loader_arguments, add_prepare_arguments, run_loader, run_prepare
 from launch.benchmark_decode import add_decode_arguments, run_decode
 from launch.machine import hardware
 
@@ -341,6 +344,16 @@ def parser() -> argparse.ArgumentParser:
     decode = commands.add_parser("decode", help=words, formatter_class=formatter)
     add_decode_arguments(decode, positive)
     _add_timing(decode, run_decode, repeats=5, warmup=1)
+    loader = commands.add_parser("loader", help="prepared data to batches: tokens/s, memory", formatter_class=formatter)
+    add_loader_arguments(loader, positive)
+    loader.add_argument("--threads", type=positive, default=1, help="CPU threads")
+    loader.add_argument("--json", default=None, help="file for all figures")
+    loader.set_defaults(run=run_loader)
+    prepare = commands.add_parser(
+        "prepare", help="text to prepared data against datasets.map", formatter_class=formatter
+    )
+    add_prepare_arguments(prepare, positive)
+    _add_timing(prepare, run_prepare, repeats=1, warmup=0)
     return top
 
 

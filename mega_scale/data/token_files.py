@@ -56,11 +56,22 @@ class MappedFile:
             empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
             self._map = None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.array = np.empty(0, dtype) if self._map is None else np.frombuffer(self._map, dtype)
+        # Rows lie anywhere: reading on behind one, as systems do, would fetch thirty times what is asked for.
+        self._advise("MADV_RANDOM")
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Values `start` to below `stop`, a view, fetched from disk at once."""
+        first = start * self.array.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        self._advise("MADV_WILLNEED", first, stop * self.array.itemsize - first)
+        return self.array[start:stop]
 
     def release(self) -> None:
         """Give back the pages that this process looked at; they stay in the page cache while there is room."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        self._advise("MADV_DONTNEED")
+
+    def _advise(self, what: str, *place: int) -> None:
+        if self._map is not None and hasattr(mmap, what):  # not every system has them
+            self._map.madvise(getattr(mmap, what), *place)
 
 
 class Shard:
@@ -87,10 +98,9 @@ class Shard:
         """Its files by suffix; mapped at the first use, and readable from then on even if they are removed."""
         return {suffix: MappedFile(self._path(suffix), dtype) for suffix, dtype in self._types().items()}
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """(tokens,) unsigned integers."""
-        return self.mapped["tokens"].array[: self.record.tokens]
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to below `stop`, or to the shard's end: (n,) unsigned integers, a view."""
+        return self.mapped["tokens"].slice(start, min(stop, self.record.tokens))
 
     @property
     def ends(self) -> np.ndarray:

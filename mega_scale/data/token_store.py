@@ -55,7 +55,7 @@ class TokenStore:
         done = 0
         while start + done < stop:
             first = start + done - int(self._starts[i])
-            piece = self._shards[i].tokens[first : first + stop - start - done]
+            piece = self._shards[i].tokens(first, first + stop - start - done)
             out[done : done + len(piece)] = piece
             done += len(piece)
             i += 1

@@ -149,6 +149,13 @@ def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iter
 
 
 def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        # What a call would set and do, without where each token stands in the text: a fifth faster.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     found = tokenizer(
         texts,
         add_special_tokens=False,

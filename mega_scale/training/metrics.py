@@ -86,7 +86,7 @@ def _step_of(line: str) -> float:
 
 
 def _data_parts(values: dict[str, float]) -> list[str]:
-    """What a console line says of the data: waiting, padding, bad rows, and each source's epochs and tokens."""
+    """What a console line says of the data: waiting, padding, bad rows, epochs, and tokens of several sources."""
     parts = []
     if "loader_wait" in values:
         parts.append(f"wait {values['loader_wait']:.1%}")
@@ -95,7 +95,10 @@ def _data_parts(values: dict[str, float]) -> list[str]:
     bad = sum(value for name, value in values.items() if name.startswith("bad_rows/"))
     if bad:
         parts.append(f"bad rows {bad:,.0f}")
-    for name in (key.removeprefix("tokens/") for key in values if key.startswith("tokens/")):
+    names = [key.removeprefix("tokens/") for key in values if key.startswith("tokens/")]
+    if len(names) == 1 and f"epochs/{names[0]}" in values:
+        return [*parts, f"epoch {values[f'epochs/{names[0]}']:.2f}"]
+    for name in names:
         epochs = f"{values[f'epochs/{name}']:.2f} epochs, " if f"epochs/{name}" in values else ""
         parts.append(f"{name} {epochs}{values[f'tokens/{name}']:,.0f} tok")
     return parts

@@ -31,8 +31,10 @@ def test_a_step_says_what_the_loader_reports(tmp_path, capsys):
     data = {"loader_wait": 0.012, "padding": 0.25, "bad_rows/empty": 2, "bad_rows/too_long": 1}
     data |= {"tokens/code": 1200, "epochs/code": 0.5, "tokens/web": 4000}
     reporter.step(1, {**VALUES, **data})
+    reporter.step(2, {**VALUES, "tokens/text": 1200, "epochs/text": 0.5})
     reporter.close()
-    line = capsys.readouterr().out.strip()
+    line, alone = capsys.readouterr().out.strip().splitlines()
+    assert alone.endswith("eta 1:02:05 | epoch 0.50")
     assert line.endswith("wait 1.2% | padding 25.0% | bad rows 3 | code 0.50 epochs, 1,200 tok | web 4,000 tok")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Scalars("train/bad_rows/too_long")[0].value == 1

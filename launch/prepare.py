@@ -3,6 +3,9 @@
 python launch/prepare.py prepared/code data.source=json 'data.path=corpus/*.jsonl.zst' data.tokenizer=tokenizers/code
 python launch/pretrain.py data.source=prepared data.path=prepared/code data.tokenizer=tokenizers/code
 python launch/prepare.py prepared/code --verify
+python launch/prepare.py prepared/web --executor slurm --tasks 500 --slurm partition=cpu time=12:00:00 data.source=...
+
+Beyond one machine, datatrove runs it (pip install 'mega_scale[cluster]'); the files are the same.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mega_scale.config import parse, refuse
-from mega_scale.data import load_tokenizer
+from mega_scale.data import cluster, load_tokenizer
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import Manifest, check_content, read_manifest
 
@@ -30,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where the data goes, or lies")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (default: one a core)")
     parser.add_argument("--shard-mb", type=int, default=128, help="text of one shard, MB (default: 128)")
+    words = "processes of this machine; datatrove's local executor; or its Slurm executor, then a shared FOLDER"
+    parser.add_argument("--executor", choices=("processes", "datatrove", "slurm"), default="processes", help=words)
+    parser.add_argument("--tasks", type=int, default=1, help="of datatrove, each with its share of the shards")
+    parser.add_argument("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the Slurm executor")
     parser.add_argument("--verify", action="store_true", help="only compare the folder's files with their checksums")
     args, rest = parser.parse_known_args(arguments)
     try:
@@ -37,15 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in check_content(args.folder):
                 print(f"{name} is good", flush=True)
             return
-        for option, value in (("--processes", args.processes), ("--shard-mb", args.shard_mb)):
-            if value < 1:
-                raise ValueError(f"{option} {value} is not possible: give at least 1")
-        config = parse(rest).data
+        for option in ("processes", "shard_mb", "tasks"):
+            if getattr(args, option) < 1:
+                name = option.replace("_", "-")
+                raise ValueError(f"--{name} {getattr(args, option)} is not possible: give at least 1")
+        keys = [word for word in args.slurm if word.startswith("data.")]
+        slurm = dict(word.split("=", 1) for word in args.slurm if "=" in word and word not in keys)
+        config = parse([*keys, *rest]).data
         config.validate()
         # Every process has a core of its own already.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tokenizer = load_tokenizer(config.tokenizer)
         preparation = Preparation(args.folder, config, tokenizer, shard_bytes=args.shard_mb * 10**6)
+        if args.executor != "processes":
+            local = args.processes if args.executor == "datatrove" else None
+            cluster.run(args.folder, config, args.shard_mb * 10**6, tasks=args.tasks, processes=local, slurm=slurm)
+            if local is None:
+                print(f"submitted; {args.folder / 'manifest.json'} is there when it is done")
+                return
         missing = set(preparation.missing())
         sizes = [unit.size for unit in preparation.units]
         done = sum(size for i, size in enumerate(sizes) if i not in missing)

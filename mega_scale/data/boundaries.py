@@ -1,7 +1,7 @@
 """What a model needs to keep the documents of a row apart, from `Loader.document_starts`.
 
-Shapes: B rows, L sequence length. `starts` (B, L + 1) bool is True where a document's first token stands; place p < L is
-that of `input_ids[:, p]`, place p + 1 that of `shift_labels[:, p]`.
+Shapes: B rows, L sequence length. `starts` (B, L + 1) bool is True where a document's first token stands; place p < L
+is that of `input_ids[:, p]`, place p + 1 that of `shift_labels[:, p]`.
 """
 
 import torch

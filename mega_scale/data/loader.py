@@ -115,14 +115,16 @@ class Loader:
 
         Returns:
             `tokens/NAME` and `epochs/NAME` for every source, see `Mixture.progress`; `padding`, the share of places
-            without a token so far; `bad_rows/CAUSE`.
+            without a token so far; `bad_rows/CAUSE`. What is not known of a stream is left out.
         """
         found: dict[str, float] = {}
         progress = self.dataset.progress(step * self._global)
         for name, figures in progress.items():
             found |= {f"{key}/{name}": figures[key] for key in ("tokens", "epochs") if figures[key] is not None}
         places = step * self._global * self.dataset.sequence_length
-        found["padding"] = 1 - sum(figures["tokens"] for figures in progress.values()) / max(places, 1)
+        tokens = [figures["tokens"] for figures in progress.values()]
+        if places and None not in tokens:
+            found["padding"] = 1 - sum(tokens) / places
         return found | {f"bad_rows/{cause}": count for cause, count in self._bad_rows.items()}
 
     def state_dict(self, step: int) -> dict[str, Any]:

@@ -161,15 +161,16 @@ class Mixture:
 
         Returns:
             By name: `rows`, `epochs` (a fraction; None for a stream) and `tokens` predicted, which is exact where an
-            epoch ends and else that share of an epoch.
+            epoch ends and else that share of an epoch (None for a stream whose rows are not full).
         """
         found: dict[str, dict[str, Any]] = {}
         for (name, dataset), count in zip(self.datasets.items(), self._schedule.counts(rows), strict=True):
             if isinstance(dataset, StreamedDataset):
-                found[name] = {"rows": count, "epochs": None, "tokens": count * self.sequence_length}
+                tokens = count * self.sequence_length if dataset.packing == "concat" else None
+                found[name] = {"rows": count, "epochs": None, "tokens": tokens}
             else:
-                tokens = round(Fraction(count * dataset.labels, len(dataset)))
-                found[name] = {"rows": count, "epochs": count / len(dataset), "tokens": tokens}
+                exact = Fraction(count * dataset.labels, len(dataset))
+                found[name] = {"rows": count, "epochs": count / len(dataset), "tokens": round(exact)}
         return found
 
     def tally(self) -> Tally:

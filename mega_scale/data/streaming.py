@@ -1,7 +1,7 @@
 """The rows of a stream: cut while it is read, in its order, the same rows that packing would store."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -80,10 +80,11 @@ class StreamedDataset:
         """
         if self._epoch_rows is None:
             self._start(0)
-            first = list(islice(self._rows, count))
-            if len(first) < count:
-                self._epoch_rows = len(first)
-            self._rows = chain(first, self._rows)
+            found = sum(1 for _ in islice(self._rows, count))
+            if found < count:
+                self._epoch_rows = found
+            # Begun anew: processes that are forked later must not share the place in an open file.
+            self._start(0)
         return self._epoch_rows is None or self._epoch_rows >= count
 
     def rows(self, indices: np.ndarray) -> np.ndarray:

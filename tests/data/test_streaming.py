@@ -56,6 +56,7 @@ def test_text_is_read_once_an_epoch(start):
     counted = Counted(TEXTS)
     streamed = StreamedDataset(Documents(counted.read), load_tokenizer("byte"), 8)
     assert streamed.holds(10)
+    streamed.rows(np.array([0]))
     before = counted.starts
     for index in range(start, 100):
         streamed.rows(np.array([index]))
@@ -99,6 +100,21 @@ def test_streamed_run_equals_the_unshuffled_one_and_resumes(source, tmp_path):
     resumed.check(json.loads(json.dumps(streamed.state_dict(steps - 2))))
     with pytest.raises(ValueError, match="fingerprint"):
         resumed.check(packed.state_dict(0))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_several_workers_read_a_stream_like_the_process_itself(shuffle, tmp_path):
+    """Forked from one process, they must not move each other's place in a file."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} " * 300}) for i in range(600)))
+    keys = {"source": "json", "path": [str(tmp_path / "a.jsonl")], "validation_fraction": 0.0, "sequence_length": 2048}
+    config = DataConfig(**keys, streaming=True, shuffle=shuffle, shuffle_buffer=20)
+    sizes = {"global_batch_size": 8, "micro_batch_size": 8, "rank": 0, "world_size": 1, "shuffle": shuffle}
+    plain, fed = (
+        Loader(load_datasets(config, load_tokenizer("byte"))[0], **sizes, workers=workers) for workers in (0, 3)
+    )
+    for step in range(50):
+        assert torch.equal(plain.batches(step)[0]["input_ids"], fed.batches(step)[0]["input_ids"])
+    fed.close()
 
 
 def test_other_text_is_noticed():

@@ -3,6 +3,8 @@
     python launch/benchmark.py ema --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py decode --tokens 16384 --chunk 128
     python launch/benchmark.py memory --lengths 65536 262144 --sp 1 2 4
+    python launch/benchmark.py loader --megabytes 10 5000
+    python launch/benchmark.py prepare --megabytes 200
 
 Timed contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
 median, least and greatest time. What is not correct is not reported.
@@ -28,6 +30,7 @@ from torch import Tensor
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
+from launch.benchmark_data import add_loader_arguments, add_prepare_arguments, run_loader, run_prepare
 from launch.benchmark_decode import add_decode_arguments, run_decode
 from launch.benchmark_memory import add_memory_arguments, run_memory
 from launch.machine import hardware
@@ -347,6 +350,16 @@ def parser() -> argparse.ArgumentParser:
     memory = commands.add_parser("memory", help=words, formatter_class=formatter)
     add_memory_arguments(memory, positive)
     _add_common(memory, run_memory)
+    loader = commands.add_parser("loader", help="prepared data to batches: tokens/s, memory", formatter_class=formatter)
+    add_loader_arguments(loader, positive)
+    loader.add_argument("--threads", type=positive, default=1, help="CPU threads")
+    loader.add_argument("--json", default=None, help="file for all figures")
+    loader.set_defaults(run=run_loader)
+    prepare = commands.add_parser(
+        "prepare", help="text to prepared data against datasets.map", formatter_class=formatter
+    )
+    add_prepare_arguments(prepare, positive)
+    _add_timing(prepare, run_prepare, repeats=1, warmup=0)
     return top
 
 

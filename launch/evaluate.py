@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="run folder (its newest checkpoint), checkpoint, export or HF folder")
     parser.add_argument("text", nargs="+", help="files or globs")
-    parser.add_argument("--source", choices=("text", "json", "parquet"), default="text", help="kind of file")
-    parser.add_argument("--text-column", default="text", help="column that holds the text, in json and parquet")
+    parser.add_argument("--source", choices=("text", "json", "parquet", "arrow"), default="text", help="kind of file")
+    parser.add_argument("--text-column", default="text", help="column that holds the text, in json, parquet and arrow")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens read at once (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in one forward of one rank (default: 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--batch-size {args.batch_size} is not possible: give at least 1")
         model, tokenizer = load_model(args.model, torch.device("cpu"))
         dataset = load_whole(settings, tokenizer)
-        batches = validation_batches(dataset, len(dataset) + 1, args.batch_size, rank, size, tail=True)
+        batches = validation_batches(dataset, len(dataset), args.batch_size, rank, size)
     except (ValueError, OSError) as error:
         refuse(error, quiet=rank != 0)
     with World.start(ParallelConfig(device=args.device)) as world:

@@ -89,6 +89,9 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
         world_size=mesh.dp,
         seed=config.data.seed,
         shuffle=config.data.shuffle,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=torch.cuda.is_available() and config.parallel.device != "cpu",
     )
     if resumed is not None:
         loader.check(read_state(resumed)["data"])
@@ -200,6 +203,7 @@ def pretrain(prepared: Prepared, world: World) -> None:
     try:
         train(run, train_config, config.checkpoint, start, tokens)
     finally:
+        prepared.loader.close()
         engine.close()
 
 
@@ -237,6 +241,8 @@ def announce(prepared: Prepared, world: World, start: int, own_parameters: int) 
             f"{sends.backward:,} backward ({sends.formula})",
             flush=True,
         )
+    for line in prepared.loader.dataset.tally().lines():
+        print(f"mega_scale | {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from mega_scale.data.config import DataConfig
 from mega_scale.data.corpus import Corpus, Documents, load_corpus
 from mega_scale.data.loader import Loader, validation_batches
+from mega_scale.data.mixture import Mixture
 from mega_scale.data.packing import PackedDataset
 from mega_scale.data.parts import load_datasets, load_whole
 from mega_scale.data.streaming import StreamedDataset
@@ -13,6 +14,7 @@ __all__ = [
     "DataConfig",
     "Documents",
     "Loader",
+    "Mixture",
     "PackedDataset",
     "StreamedDataset",
     "load_corpus",

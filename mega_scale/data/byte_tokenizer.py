@@ -39,27 +39,27 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Say whether a tokenizer is the built-in one, also when it comes from a folder."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
-    return tokenizer.split_special_tokens and _definition(tokenizer) == _definition(build_byte_tokenizer())
+    return tokenizer.split_special_tokens and fast_definition(tokenizer) == fast_definition(build_byte_tokenizer())
 
 
-def encode_bytes(texts: Sequence[str]) -> np.ndarray:
+def encode_bytes(texts: Sequence[bytes]) -> np.ndarray:
     """Do what the built-in tokenizer does, some hundred times as fast.
 
     Args:
-        texts: Documents.
+        texts: Documents in UTF-8.
 
     Returns:
         (T,) uint16: each document's tokens, followed by eos.
     """
     end = list(_SPECIAL).index("eos_token")
     # The byte 0xff never occurs in UTF-8, so it can stand for the end of a document meanwhile.
-    joined = np.frombuffer(b"".join(text.encode() + b"\xff" for text in texts), dtype=np.uint8)
+    joined = np.frombuffer(b"".join(text + b"\xff" for text in texts), dtype=np.uint8)
     return np.where(joined == 0xFF, np.uint16(end), joined + np.uint16(_FIRST_BYTE))
 
 
-def _definition(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+def fast_definition(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """Describe a fast tokenizer as plain JSON, without what its last call left behind."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left behind by the last call, they say nothing about the tokenizer.
     return {name: part for name, part in definition.items() if name not in ("padding", "truncation")}
 
 

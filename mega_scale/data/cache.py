@@ -1,34 +1,22 @@
-"""Tokens on disk, so that a corpus is tokenised once and its tokens are shared by the processes of a machine.
+"""Tokenised text of earlier runs: folders of prepared data, one for each corpus and tokenizer.
 
-`<key>.json` names `<fingerprint>.tokens`, the bare array; the key is a hash of what was tokenised. Both are written
-under another name and renamed, tokens first: a reader never finds half a file, and several processes may write at once.
+A folder is made under another name and renamed, so a reader never finds half of one, and several processes may make the
+same one at once: the first one's stays.
 """
 
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+from mega_scale.data.bad_rows import Tally
+from mega_scale.data.prepared import Manifest, check_content, open_part, read_manifest, write_manifest
+from mega_scale.data.token_files import ShardWriter
+from mega_scale.data.token_store import TokenStore
+from mega_scale.data.tokenizer import Encoded
 
-_HASHED_AT_ONCE = 1 << 24  # tokens
-
-
-class StoredTokens(NamedTuple):
-    """Tokens of a corpus.
-
-    Args:
-        tokens: (T,) unsigned integers, mapped from disk.
-        bytes: UTF-8 bytes of the text.
-        fingerprint: Hash of the tokens, 32 hexadecimal digits.
-    """
-
-    tokens: np.ndarray
-    bytes: int
-    fingerprint: str
+_PART = "all"
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -49,22 +37,7 @@ def cache_folder(cache_dir: str | None) -> Path:
         raise ValueError(f"data.cache_dir={cache_dir!r}: this user has no home folder; name a folder") from None
 
 
-def fingerprint(tokens: np.ndarray) -> str:
-    """Hash tokens; the same ones have the same fingerprint on every machine.
-
-    Args:
-        tokens: (T,) little-endian unsigned integers.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    total = hashlib.blake2b(tokens.dtype.str.encode(), digest_size=16)
-    for start in range(0, len(tokens), _HASHED_AT_ONCE):
-        total.update(np.ascontiguousarray(tokens[start : start + _HASHED_AT_ONCE]).data)
-    return total.hexdigest()
-
-
-def open_tokens(folder: Path, key: str) -> StoredTokens | None:
+def open_tokens(folder: Path, key: str) -> TokenStore | None:
     """Open tokens that were written before.
 
     Args:
@@ -75,25 +48,26 @@ def open_tokens(folder: Path, key: str) -> StoredTokens | None:
         The tokens, or None where there are none or they are damaged.
     """
     try:
-        entry = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
-        tokens = np.memmap(folder / f"{entry['fingerprint']}.tokens", dtype=entry["dtype"], mode="r")
-        found = StoredTokens(tokens, entry["bytes"], entry["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        for _ in check_content(folder / key):
+            pass
+        store = open_part(folder / key, read_manifest(folder / key), _PART)
+        store.map()  # what is mapped stays readable when another process replaces the folder
+    except (OSError, ValueError):
         return None
-    return found if fingerprint(tokens) == found.fingerprint else None
+    return store
 
 
-def write_tokens(folder: Path, key: str, pieces: Iterable[tuple[np.ndarray, int]], dtype: str) -> StoredTokens | None:
+def write_tokens(folder: Path, key: str, pieces: Iterable[Encoded], dtype: str) -> TokenStore:
     """Write tokens piece by piece, so that they need not fit in memory.
 
     Args:
         folder: Folder of the cache, created if it does not exist.
         key: Hash of what the tokens are made from.
-        pieces: Tokens (T,) and the UTF-8 bytes of their text, in order.
+        pieces: Whole documents, in order.
         dtype: Little-endian unsigned integer type that holds every token.
 
     Returns:
-        The tokens, or None if there were none.
+        The tokens.
 
     Raises:
         ValueError: The folder cannot be written.
@@ -101,30 +75,23 @@ def write_tokens(folder: Path, key: str, pieces: Iterable[tuple[np.ndarray, int]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
-            return _write(folder, Path(unfinished), key, pieces, dtype)
+            made = Path(unfinished) / "made"
+            made.mkdir()
+            writer = ShardWriter(made, _PART, dtype)
+            for piece in pieces:
+                writer.add(piece)
+            manifest = Manifest("", "", dtype, {_PART: [writer.close()]}, Tally())
+            write_manifest(made, manifest)
+            store = open_part(made, manifest, _PART)
+            store.map()
+            if open_tokens(folder, key) is None:
+                with suppress(OSError):  # there is none to replace
+                    os.rename(folder / key, Path(unfinished) / "damaged")
+            with suppress(OSError):  # another process was first
+                os.rename(made, folder / key)
+            return store
     except OSError as error:
         raise ValueError(
             f"the folder for tokenised text {str(folder)!r} cannot be written ({error}): name another one with "
             "data.cache_dir, or make room"
         ) from None
-
-
-def _write(
-    folder: Path, unfinished: Path, key: str, pieces: Iterable[tuple[np.ndarray, int]], dtype: str
-) -> StoredTokens | None:
-    total, text_bytes, length = hashlib.blake2b(dtype.encode(), digest_size=16), 0, 0
-    with open(unfinished / "tokens", "wb") as file:
-        for tokens, count in pieces:
-            array = np.ascontiguousarray(tokens, dtype=dtype)
-            file.write(array.data)
-            total.update(array.data)
-            text_bytes += count
-            length += len(array)
-    if not length:
-        return None
-    name = total.hexdigest()
-    entry = {"fingerprint": name, "dtype": dtype, "bytes": text_bytes, "tokens": length}
-    (unfinished / "entry").write_text(json.dumps(entry), encoding="utf-8")
-    os.replace(unfinished / "tokens", folder / f"{name}.tokens")
-    os.replace(unfinished / "entry", folder / f"{key}.json")
-    return StoredTokens(np.memmap(folder / f"{name}.tokens", dtype=dtype, mode="r"), text_bytes, name)

@@ -5,10 +5,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-Source = Literal["python-stdlib", "text", "json", "parquet", "hub"]
-FILE_SOURCES = ("text", "json", "parquet")
+from mega_scale.data.mixture_config import mixture_entries
+
+Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared"]
+FILE_SOURCES = ("text", "json", "parquet", "arrow")
+Packing = Literal["none", "concat"]
 
 # A hub name is "name" or "owner/name"; anything else that is given as a name must be a folder.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -20,10 +23,17 @@ class DataConfig:
 
     source: Source = "python-stdlib"
     """Kind of corpus: python-stdlib (the text of Python's own library), text (UTF-8, one document a file, line ends
-    read as \\n), json (one object a line, or a list), parquet, or hub (a data set by name)."""
+    read as \\n), json (one object a line, or a list), parquet, arrow, hub (a data set by name), or prepared (a folder
+    that launch/prepare.py wrote). Text and json may be compressed (.gz, .zst)."""
 
     path: list[str] | None = None
-    """Files or globs to read (paths), for source text, json and parquet; read in this order."""
+    """Files or globs to read (paths), for source text, json, parquet and arrow; read in this order. For source
+    prepared, the folder."""
+
+    mixture: dict[str, Any] | None = None
+    """Several sources by name, each a mapping of its own keys (source, path, hub_name and the like) and either
+    weight, its share of the rows, or epochs, how often it is read relative to the others (1 by default); null reads
+    the one source that the other keys name."""
 
     hub_name: str | None = None
     """Name of a Hugging Face data set, such as "owner/name", or the folder of one, for source hub."""
@@ -35,17 +45,26 @@ class DataConfig:
     """Name of the data set's split to train on, for source hub."""
 
     text_column: str = "text"
-    """Name of the column that holds the text, for source json, parquet and hub."""
+    """Name of the column that holds the text, for source json, parquet, arrow and hub."""
+
+    max_document_bytes: int = 1 << 26
+    """Longest document (UTF-8 bytes); a longer one is a bad row."""
+
+    max_bad_share: float = 0.01
+    """Largest share of bad rows (0 to 1): not UTF-8, no such column, not text, empty, too long, broken JSON, in a
+    truncated or corrupt file. They are skipped and counted; more of them end the run."""
 
     validation_path: list[str] | None = None
-    """Files or globs to validate on (paths), for source text, json and parquet; null holds out a share of the text."""
+    """Files or globs to validate on (paths), for source text, json, parquet and arrow; null holds out a share of the
+    text."""
 
     validation_split: str | None = None
     """Name of the data set's split to validate on, for source hub; null holds out a share of the text."""
 
     validation_fraction: float = 0.05
     """Share of the documents held out for validation (0 to below 1), chosen by a hash of their text so that a repeated
-    text stays on one side; unused with validation_path or validation_split; 0 holds out nothing."""
+    text stays on one side; unused with validation_path or validation_split; 0 holds out nothing. Prepared data was
+    split when it was prepared; there, 0 leaves its validation part unread."""
 
     validation_documents: int | None = None
     """Size of the validation part at most (documents); null takes all; a stream must be told where to stop."""
@@ -59,14 +78,28 @@ class DataConfig:
     sequence_length: int = 512
     """Length of a training sequence (tokens)."""
 
+    packing: Packing = "concat"
+    """How documents become sequences: concat (end to end, cut anywhere), or none (each alone, in sequences that are
+    not full)."""
+
     streaming: bool = False
-    """Read the training text while training, in its own order, instead of tokenising it first; needs shuffle=false."""
+    """Read the training text while training instead of tokenising it first; every process reads all of it."""
 
     shuffle: bool = True
-    """Draw the sequences of every epoch in a new order given by `seed`; false: in the order of the corpus."""
+    """Draw the sequences of every epoch in a new order given by `seed`; false: in the order of the corpus. A stream's
+    files are read in a new order, and its documents drawn from a buffer."""
+
+    shuffle_buffer: int = 10_000
+    """Documents of a stream that are held in memory to draw from (documents)."""
 
     seed: int = 0
     """Seed of the order of the sequences (no unit)."""
+
+    workers: int = 0
+    """Processes of each rank that read ahead; 0 reads when a step asks for it (processes)."""
+
+    prefetch: int = 2
+    """Steps that each of the `workers` reads ahead (steps)."""
 
     cache_dir: str | None = None
     """Folder for tokenised text (path); null takes ~/.cache/mega_scale."""
@@ -77,8 +110,14 @@ class DataConfig:
         Raises:
             ValueError: The first key that cannot work, with its value and the remedy.
         """
-        if self.source not in get_args(Source):
-            raise _refusal("source", self.source, f"choose one of {', '.join(get_args(Source))}")
+        if self.mixture is not None:
+            for name, entry in mixture_entries(self).items():
+                try:
+                    entry.config.validate()
+                except ValueError as error:
+                    raise ValueError(f"data.mixture.{name}: {error}") from None
+            return
+        self._validate_choices()
         self._validate_paths()
         self._validate_hub()
         self._validate_numbers()
@@ -90,10 +129,20 @@ class DataConfig:
     @property
     def validates(self) -> bool:
         """Whether any text is held out for validation."""
+        if self.mixture is not None:
+            return any(entry.config.validates for entry in mixture_entries(self).values())
         return bool(self.validation_path or self.validation_split or self.validation_fraction)
 
+    def _validate_choices(self) -> None:
+        if self.source not in get_args(Source):
+            raise _refusal("source", self.source, f"choose one of {', '.join(get_args(Source))}")
+        if self.packing not in get_args(Packing):
+            raise _refusal("packing", self.packing, f"choose one of {', '.join(get_args(Packing))}")
+
     def _validate_paths(self) -> None:
-        if self.source in FILE_SOURCES:
+        if self.source == "prepared":
+            self._validate_prepared()
+        elif self.source in FILE_SOURCES:
             if not self.path:
                 raise _refusal("path", self.path, f"source {self.source} needs files or globs")
             expand_paths(self.path, key="path")
@@ -102,10 +151,18 @@ class DataConfig:
                     raise _refusal("validation_path", self.validation_path, "name files or globs, or leave it null")
                 expand_paths(self.validation_path, key="validation_path")
         for key in ("path", "validation_path"):
-            if self.source not in FILE_SOURCES and getattr(self, key) is not None:
+            read = self.source in FILE_SOURCES or (self.source == "prepared" and key == "path")
+            if not read and getattr(self, key) is not None:
                 raise _refusal(key, getattr(self, key), f"source {self.source} reads no files; set it to null")
         if not self.text_column:
             raise _refusal("text_column", self.text_column, "name the column that holds the text")
+
+    def _validate_prepared(self) -> None:
+        if not self.path or len(self.path) != 1:
+            raise _refusal("path", self.path, "source prepared needs one folder; several can be a data.mixture")
+        if not (Path(self.path[0]).expanduser() / "manifest.json").is_file():
+            remedy = "it has no manifest.json; name a folder that launch/prepare.py has written to its end"
+            raise _refusal("path", self.path[0], remedy)
 
     def _validate_hub(self) -> None:
         for key in ("hub_name", "hub_config", "validation_split"):
@@ -127,6 +184,13 @@ class DataConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise _refusal(key, value, "give at least 1, or null for all")
+        if not 0 <= self.max_bad_share <= 1:
+            raise _refusal("max_bad_share", self.max_bad_share, "give a share from 0 to 1")
+        for key in ("max_document_bytes", "shuffle_buffer", "prefetch"):
+            if getattr(self, key) < 1:
+                raise _refusal(key, getattr(self, key), "give at least 1")
+        if self.workers < 0:
+            raise _refusal("workers", self.workers, "give a number of processes, or 0")
         if self.sequence_length < 2:
             raise _refusal("sequence_length", self.sequence_length, "give at least 2 tokens")
         if self.seed < 0:
@@ -135,10 +199,8 @@ class DataConfig:
     def _validate_streaming(self) -> None:
         if not self.streaming:
             return
-        if self.source == "python-stdlib":
-            raise _refusal("streaming", True, "source python-stdlib is read whole; set data.streaming=false")
-        if self.shuffle:
-            raise _refusal("streaming", True, "a stream is read in its own order; set data.shuffle=false")
+        if self.source in ("python-stdlib", "prepared"):
+            raise _refusal("streaming", True, f"source {self.source} is no stream; set data.streaming=false")
         separate = self.validation_path or self.validation_split
         if self.validation_fraction and not separate and self.validation_documents is None and not self.max_documents:
             raise _refusal(

@@ -1,32 +1,61 @@
 """From a DataConfig to documents: which texts there are, and which of them are held out."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
-import datasets
+import numpy as np
 
+from mega_scale.data.bad_rows import Tally, usable
 from mega_scale.data.config import DataConfig
-from mega_scale.data.python_stdlib import stdlib_documents
-from mega_scale.data.sources import load_source
-
-_READ_AT_ONCE = 64  # documents
+from mega_scale.data.permutation import shuffled
+from mega_scale.data.readers import Piece
+from mega_scale.data.sources import TextSource, open_source
 
 
 class Documents:
     """Texts that can be read again and again, always the same ones in the same order.
 
     Args:
-        read: Starts from the first text at every call.
+        read: Starts from the first text at every call; is told the seed and epoch of an order of pieces, or None for
+            the corpus's own.
+        tally: What the last reading found.
     """
 
-    def __init__(self, read: Callable[[], Iterator[str]]) -> None:
+    def __init__(self, read: Callable[[tuple[int, int] | None], Iterator[str]], tally: Tally | None = None) -> None:
         self._read = read
+        self.tally = tally or Tally()
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "Documents":
+        """Take texts that are in memory."""
+        return cls(lambda order: iter(texts))
 
     def __iter__(self) -> Iterator[str]:
-        return self._read()
+        return self._read(None)
+
+    def shuffled(self, seed: int, epoch: int, buffer: int) -> Iterator[str]:
+        """Read the same texts in another order: the pieces are permuted, and texts drawn from a buffer.
+
+        Args:
+            seed: Chooses the orders of a run.
+            epoch: Chooses one of them.
+            buffer: Texts held in memory to draw from.
+
+        Returns:
+            The same order for the same arguments, on every machine.
+        """
+        return _through_buffer(self._read((seed, epoch)), random.Random(f"{seed} {epoch}"), buffer)
+
+    def select(self, wanted: Callable[[str], bool]) -> "Documents":
+        """Keep some texts, each by itself."""
+        return Documents(lambda order: (text for text in self._read(order) if wanted(text)), self.tally)
+
+    def first(self, count: int | None) -> "Documents":
+        """Keep the first texts of the corpus's own order; None keeps all."""
+        return self if count is None else Documents(lambda order: islice(self._read(None), count), self.tally)
 
     def digest(self) -> str:
         """Hash all texts and their order; reads them once.
@@ -54,7 +83,7 @@ class Corpus:
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """Find a run's documents; texts that are empty are left out.
+    """Find a run's documents; rows that cannot be used are left out and counted.
 
     Args:
         config: The keys under `data:`, validated.
@@ -63,17 +92,19 @@ def load_corpus(config: DataConfig) -> Corpus:
         The part to train on and the part to validate on.
 
     Raises:
-        ValueError: The source cannot be read, or has no such column.
+        ValueError: The source cannot be found, or has no such column.
     """
     everything = load_documents(config)
     if config.validation_path or config.validation_split:
-        return Corpus(everything, _first(_source_documents(config, held_out=True), config.validation_documents))
+        separate = _documents(open_source(config, held_out=True), config.max_bad_share)
+        return Corpus(everything, separate.first(config.validation_documents))
     share = config.validation_fraction
     if not share:
         return Corpus(everything, None)
-    train = Documents(lambda: (text for text in everything if not is_held_out(text, share)))
-    validation = Documents(lambda: (text for text in everything if is_held_out(text, share)))
-    return Corpus(train, _first(validation, config.validation_documents))
+    validation = everything.select(lambda text: is_held_out(text, share))
+    return Corpus(
+        everything.select(lambda text: not is_held_out(text, share)), validation.first(config.validation_documents)
+    )
 
 
 def load_documents(config: DataConfig) -> Documents:
@@ -86,9 +117,9 @@ def load_documents(config: DataConfig) -> Documents:
         The documents, at most `max_documents`.
 
     Raises:
-        ValueError: The source cannot be read, or has no such column.
+        ValueError: The source cannot be found, or has no such column.
     """
-    return _first(_source_documents(config, held_out=False), config.max_documents)
+    return _documents(open_source(config), config.max_bad_share).first(config.max_documents)
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -105,50 +136,31 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(digest, "little") < share * 2**64
 
 
-def _first(documents: Documents, count: int | None) -> Documents:
-    return documents if count is None else Documents(lambda: islice(documents, count))
+def _documents(source: TextSource, max_bad_share: float) -> Documents:
+    pieces, tally = source.pieces(None), Tally()
+
+    def read(order: tuple[int, int] | None) -> Iterator[str]:
+        tally.clear()
+        rows = (row for piece in _ordered(pieces, order) for row in source.read(piece))
+        return usable(rows, tally, max_bad_share)
+
+    return Documents(read, tally)
 
 
-def _source_documents(config: DataConfig, *, held_out: bool) -> Documents:
-    if config.source == "python-stdlib":
-        texts = [text for text in stdlib_documents() if text]
-        return Documents(lambda: iter(texts))
-    dataset, name = load_source(config, held_out=held_out)
-    column = "text" if config.source == "text" else config.text_column
-    _require_column(dataset, column, name)
-    return Documents(lambda: _read_column(dataset, column, name))
+def _ordered(pieces: list[Piece], order: tuple[int, int] | None) -> Iterable[Piece]:
+    if order is None:
+        return pieces
+    return [pieces[i] for i in shuffled(np.arange(len(pieces)), len(pieces), *order)]
 
 
-def _require_column(dataset: Any, column: str, name: str) -> None:
-    columns = dataset.column_names
-    if columns is None:  # a stream of JSON knows its columns by its first row only
-        try:
-            columns = list(next(iter(dataset), {}))
-        except Exception as error:
-            raise _unreadable(name, error) from None
-    if columns and column not in columns:
-        raise ValueError(f"data.text_column={column!r}: {name} has the columns {', '.join(columns)}; name one of them")
-
-
-def _read_column(dataset: Any, column: str, name: str) -> Iterator[str]:
-    batches = dataset.select_columns([column]).iter(batch_size=_READ_AT_ONCE)
-    while True:
-        # Only the reading is guarded: what goes wrong in the consumer is not the source's fault.
-        try:
-            batch = next(batches, None)
-        except Exception as error:
-            raise _unreadable(name, error) from None
-        if batch is None:
-            return
-        for text in batch[column]:
-            if text is not None and not isinstance(text, str):
-                raise ValueError(
-                    f"data.text_column={column!r} of {name} holds {type(text).__name__}, not text: name another column"
-                )
-            if text:
-                yield text
-
-
-def _unreadable(name: str, error: Exception) -> ValueError:
-    cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-    return ValueError(f"{name} cannot be read: {cause or error}; repair it, or correct data.source")
+def _through_buffer(texts: Iterable[str], draw: random.Random, size: int) -> Iterator[str]:
+    held: list[str] = []
+    for text in texts:
+        if len(held) < size:
+            held.append(text)
+            continue
+        i = int(draw.random() * size)
+        yield held[i]
+        held[i] = text
+    draw.shuffle(held)
+    yield from held

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mega_scale.data.packing import PackedDataset
-from mega_scale.data.permutation import shuffled
+from mega_scale.data.mixture import Mixture
+from mega_scale.data.packing import MISSING, PackedDataset
 from mega_scale.data.streaming import StreamedDataset
+from mega_scale.data.workers import Feed
 
-_IGNORED = -100  # a label that no loss counts
-_MISSING = -1  # no token
+IGNORED = -100  # a label that no loss counts
 
 
 class Loader:
@@ -26,10 +26,13 @@ class Loader:
         dataset: Rows of tokens.
         global_batch_size: G, rows a step over all ranks.
         micro_batch_size: Rows a rank takes at once.
-        rank: This rank, 0 to below world_size.
-        world_size: Number of ranks.
+        rank: This rank, 0 to below world_size; ranks that share a sequence or a layer have the same.
+        world_size: Number of ranks that read different rows.
         seed: Chooses the orders of the epochs.
-        shuffle: Order every epoch anew; a stream cannot be.
+        shuffle: Order every epoch anew.
+        workers: Processes that read ahead; 0 reads when a step asks for it.
+        prefetch: Steps that each of them reads ahead.
+        pin_memory: Put batches in page-locked memory, from which they are copied to a GPU in the background.
 
     Raises:
         ValueError: The sizes do not fit each other, or there are fewer rows than one global batch.
@@ -37,7 +40,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: PackedDataset | StreamedDataset,
+        dataset: PackedDataset | StreamedDataset | Mixture,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -45,6 +48,9 @@ class Loader:
         world_size: int,
         seed: int = 0,
         shuffle: bool = True,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         _require_rank(micro_batch_size, rank, world_size)
         at_once = micro_batch_size * world_size
@@ -53,13 +59,14 @@ class Loader:
                 f"train.global_batch_size={global_batch_size} is not a multiple of {world_size} ranks x "
                 f"train.micro_batch_size={micro_batch_size}: use a multiple of {at_once}"
             )
-        if isinstance(dataset, StreamedDataset) and shuffle:
-            raise ValueError("data.shuffle=True: a stream is read in its own order; set data.shuffle=false")
-        _require_batch(dataset, global_batch_size)
-        self.dataset = dataset
+        self.dataset = dataset if isinstance(dataset, Mixture) else Mixture({"text": dataset})
+        _require_order(self.dataset, shuffle)
+        _require_batch(self.dataset, global_batch_size)
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world = rank, world_size
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._pin = seed, shuffle, pin_memory
+        self._bad_rows = self.dataset.tally().by_cause()
+        self._feed = Feed(self._read, workers, prefetch, pin_memory) if workers else None
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
         """Read this rank's share of one step.
@@ -68,11 +75,57 @@ class Loader:
             step: Steps done before, 0 for the first.
 
         Returns:
-            One micro-batch after the other: `input_ids` and `shift_labels`, the next tokens, (B, L) int64 each.
+            One micro-batch after the other: `input_ids` and `shift_labels`, the next tokens, (B, L) int64 each; behind
+            a row's last token the input is 0 and the label -100.
+
+        Raises:
+            ValueError: The text cannot be read, or has too many bad rows.
+            RuntimeError: A worker process ended.
         """
-        first = step * self._global + self._rank * self._micro
-        starts = range(first, first + self._global, self._micro * self._world)
-        return [_batch(self.dataset.rows(self._places(start + np.arange(self._micro)))) for start in starts]
+        if self._feed is not None:
+            found, self._bad_rows = self._feed.take(step)
+            return found
+        found, self._bad_rows = self._read(step)
+        if self._pin:
+            return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in found]
+        return found
+
+    def document_starts(self, step: int) -> list[Tensor]:
+        """Say where documents start in the batches of a step, for a model that keeps them apart.
+
+        Args:
+            step: Steps done before.
+
+        Returns:
+            For each of `batches(step)`, (B, L + 1) bool: True where the token at that place is a document's first.
+            Places 0..L-1 are those of `input_ids`; place p + 1 is that of `shift_labels[:, p]`. A row that goes on with
+            a document of the row before is False at place 0, and places behind a row's last token are False.
+
+        Raises:
+            ValueError: The text is a stream.
+        """
+        numbers = self._numbers(step)
+        return [torch.from_numpy(self.dataset.document_starts(row, self._seed, self._shuffle)) for row in numbers]
+
+    def report(self, step: int) -> dict[str, float]:
+        """Say how far the run is; the same on all ranks, but for bad rows of a stream.
+
+        Args:
+            step: Steps done before.
+
+        Returns:
+            `tokens/NAME` and `epochs/NAME` for every source, see `Mixture.progress`; `padding`, the share of places
+            without a token so far; `bad_rows/CAUSE`. What is not known of a stream is left out.
+        """
+        found: dict[str, float] = {}
+        progress = self.dataset.progress(step * self._global)
+        for name, figures in progress.items():
+            found |= {f"{key}/{name}": figures[key] for key in ("tokens", "epochs") if figures[key] is not None}
+        places = step * self._global * self.dataset.sequence_length
+        tokens = [figures["tokens"] for figures in progress.values()]
+        if places and None not in tokens:
+            found["padding"] = 1 - sum(tokens) / places
+        return found | {f"bad_rows/{cause}": count for cause, count in self._bad_rows.items()}
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Describe the position before a step, and the data.
@@ -81,16 +134,10 @@ class Loader:
             step: Steps done before.
 
         Returns:
-            Plain JSON.
+            Plain JSON, the same for all ranks and any number of them.
         """
         rows = step * self._global
-        length = len(self.dataset) if isinstance(self.dataset, PackedDataset) else None
-        return {
-            "step": step,
-            "rows": rows,
-            "epoch": None if length is None else rows // length,
-            **self._identity(),
-        }
+        return {"step": step, "rows": rows, "sources": self.dataset.progress(rows), **self._identity()}
 
     def check(self, state: dict[str, Any]) -> None:
         """Refuse to continue a run on other data or in another order.
@@ -103,6 +150,7 @@ class Loader:
         """
         keys = {
             "sequence_length": "data.sequence_length",
+            "packing": "data.packing",
             "global_batch_size": "train.global_batch_size",
             "shuffle": "data.shuffle",
             "seed": "data.seed",
@@ -121,35 +169,35 @@ class Loader:
                 "the weights with init_from"
             )
 
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._feed is not None:
+            self._feed.close()
+
     def _identity(self) -> dict[str, Any]:
         return {
             "sequence_length": self.dataset.sequence_length,
+            "packing": next(iter(self.dataset.datasets.values())).packing,
             "global_batch_size": self._global,
             "shuffle": self._shuffle,
             "seed": self._seed if self._shuffle else None,
             "fingerprint": self.dataset.fingerprint,
         }
 
-    def _places(self, rows: np.ndarray) -> np.ndarray:
-        """Where the rows of a run stand in the dataset; a stream numbers its own rows without end."""
-        if isinstance(self.dataset, StreamedDataset):
-            return rows
-        length = len(self.dataset)
-        epochs, places = np.divmod(rows, length)
-        if self._shuffle:
-            for epoch in np.unique(epochs).tolist():
-                places[epochs == epoch] = shuffled(places[epochs == epoch], length, self._seed, epoch)
-        return places
+    def _read(self, step: int) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
+        """This rank's batches of a step, and the bad rows found so far."""
+        found = [_batch(self.dataset.rows(numbers, self._seed, self._shuffle)) for numbers in self._numbers(step)]
+        return found, self.dataset.tally().by_cause()
+
+    def _numbers(self, step: int) -> list[range]:
+        """Numbers in the run of this rank's rows of a step, by micro-batch."""
+        first = step * self._global + self._rank * self._micro
+        starts = range(first, first + self._global, self._micro * self._world)
+        return [range(start, start + self._micro) for start in starts]
 
 
 def validation_batches(
-    dataset: PackedDataset,
-    rows: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    *,
-    tail: bool = False,
+    dataset: PackedDataset, rows: int, micro_batch_size: int, rank: int, world_size: int
 ) -> Iterator[dict[str, Tensor]]:
     """Split the first rows of a dataset over ranks, with as many batches of the same shape for each.
 
@@ -161,7 +209,6 @@ def validation_batches(
         micro_batch_size: Rows a rank takes at once.
         rank: This rank, 0 to below world_size.
         world_size: Number of ranks.
-        tail: Take the tokens after the last row too where `rows` reaches it, so that all but the first are predicted.
 
     Returns:
         `input_ids` and `shift_labels`, (B, L) int64 each.
@@ -170,35 +217,28 @@ def validation_batches(
         ValueError: There is nothing to predict.
     """
     _require_rank(micro_batch_size, rank, world_size)
-    whole = min(rows, len(dataset))
-    last = dataset.tail() if tail and rows >= len(dataset) else dataset.tail()[:0]
-    total = whole + (len(last) > 1)
+    total = min(rows, len(dataset))
     if total < 1:
         raise ValueError(
-            f"the text to validate on has {dataset.tokens} tokens, of which no row of data.sequence_length="
-            f"{dataset.sequence_length} + 1 is asked for: give more text, a larger data.validation_fraction, or a "
-            "shorter sequence_length"
+            f"the text to validate on has {dataset.tokens} tokens, of which none can be predicted: give more text, or "
+            "a larger data.validation_fraction"
         )
     at_once = micro_batch_size * world_size
     starts = range(rank * micro_batch_size, -(-total // at_once) * at_once, at_once)
-    return (_validation_batch(dataset, start + np.arange(micro_batch_size), whole, last) for start in starts)
+    return (_validation_batch(dataset, start + np.arange(micro_batch_size), total) for start in starts)
 
 
-def _validation_batch(dataset: PackedDataset, indices: np.ndarray, whole: int, last: np.ndarray) -> dict[str, Tensor]:
-    rows = np.full((len(indices), dataset.sequence_length + 1), _MISSING)
-    rows[indices < whole] = dataset.rows(indices[indices < whole])
-    if len(last) > 1:
-        rows[indices == whole, : len(last)] = last
-    batch = _batch(rows)
-    batch["input_ids"].clamp_(min=0)
-    batch["shift_labels"].masked_fill_(batch["shift_labels"] == _MISSING, _IGNORED)
-    return batch
+def _validation_batch(dataset: PackedDataset, indices: np.ndarray, total: int) -> dict[str, Tensor]:
+    rows = np.full((len(indices), dataset.sequence_length + 1), MISSING)
+    rows[indices < total] = dataset.rows(indices[indices < total])
+    return _batch(rows)
 
 
 def _batch(rows: np.ndarray) -> dict[str, Tensor]:
     tokens = torch.from_numpy(rows)
-    # Copies even of a single row, whose two halves would else share their memory.
-    return {"input_ids": tokens[:, :-1].clone(), "shift_labels": tokens[:, 1:].clone()}
+    labels = tokens[:, 1:].clone()
+    # Both are new memory: of a single row, the two halves would else overlap.
+    return {"input_ids": tokens[:, :-1].clamp(min=0), "shift_labels": labels.masked_fill_(labels == MISSING, IGNORED)}
 
 
 def _require_rank(micro_batch_size: int, rank: int, world_size: int) -> None:
@@ -208,14 +248,23 @@ def _require_rank(micro_batch_size: int, rank: int, world_size: int) -> None:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks: give 0 to {world_size - 1}")
 
 
-def _require_batch(dataset: PackedDataset | StreamedDataset, rows: int) -> None:
-    if isinstance(dataset, PackedDataset):
-        enough, found = len(dataset) >= rows, str(len(dataset))
-    else:
-        enough, found = dataset.holds(rows), "fewer"
-    if not enough:
-        raise ValueError(
-            f"train.global_batch_size={rows} is more than the text to train on has, {found} rows of "
-            f"data.sequence_length={dataset.sequence_length} tokens: give more text, a smaller batch, or a shorter "
-            "sequence_length"
-        )
+def _require_order(mixture: Mixture, shuffle: bool) -> None:
+    for dataset in mixture.datasets.values():
+        if isinstance(dataset, StreamedDataset) and dataset.shuffle != shuffle:
+            raise ValueError(f"data.shuffle={shuffle}, but the stream was opened with {dataset.shuffle}: open it so")
+
+
+def _require_batch(mixture: Mixture, rows: int) -> None:
+    """A dataset that is alone must have a batch; in a mixture, a small one may be read several times in a batch."""
+    for name, dataset in mixture.datasets.items():
+        needed = rows if len(mixture.datasets) == 1 else 1
+        if isinstance(dataset, PackedDataset):
+            enough, found = len(dataset) >= needed, str(len(dataset))
+        else:
+            enough, found = dataset.holds(needed), "fewer"
+        if not enough:
+            raise ValueError(
+                f"train.global_batch_size={rows} is more than the text to train on has ({name}), {found} rows of "
+                f"data.sequence_length={dataset.sequence_length} tokens: give more text, a smaller batch, or a shorter "
+                "sequence_length"
+            )

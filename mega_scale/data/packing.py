@@ -1,45 +1,120 @@
-"""From documents to rows of a fixed length: tokens end to end, cut every L, with one token of overlap.
+"""From documents to rows of a fixed length.
 
-Shapes: L sequence length, n rows. A row has L + 1 tokens: positions 0..L-1 are read, positions 1..L are predicted. Rows
-start L tokens apart, so every token but the first of all is predicted exactly once.
+Shapes: L sequence length, n rows. A row has L + 1 places: 0..L-1 are read, 1..L are predicted. The next row starts with
+the last token of the one before, so that in an epoch every token but the first is predicted exactly once; a row that is
+not full has `MISSING` behind its tokens.
 """
 
-import hashlib
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from mega_scale.data.cache import StoredTokens, fingerprint, open_tokens, write_tokens
-from mega_scale.data.corpus import Documents
-from mega_scale.data.tokenizer import encode, token_type, tokenizer_digest
+from mega_scale.data.bad_rows import Tally
+from mega_scale.data.config import Packing
+from mega_scale.data.token_store import TokenStore
 
-_FORMAT = "mega_scale tokens 1"
+MISSING = -1  # no token
+_DOCUMENTS_AT_ONCE = 1024
+
+
+class Layout(Protocol):
+    """Which tokens each row has."""
+
+    def __len__(self) -> int:
+        """Number of rows of an epoch."""
+
+    def span(self, row: int) -> tuple[int, int]:
+        """Place of a row's first token in the store, and the place after its last."""
+
+
+class Concatenated:
+    """All documents end to end, cut every L tokens.
+
+    Args:
+        store: The documents.
+        sequence_length: L, tokens.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int) -> None:
+        self._tokens, self._length = store.tokens, sequence_length
+
+    def __len__(self) -> int:
+        return int(row_count(self._tokens, self._length))
+
+    def span(self, row: int) -> tuple[int, int]:
+        """See Layout."""
+        start = row * self._length
+        return start, min(start + self._length + 1, self._tokens)
+
+
+class Separate:
+    """Every document alone, in one row or, if it is longer, in several of its own.
+
+    Args:
+        store: The documents.
+        sequence_length: L, tokens.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int) -> None:
+        self._store, self._length = store, sequence_length
+        # Rows before every 1024th document: the index stays small, and the rest is looked up in the store.
+        counts = [int(self._rows_of(first)[-1]) for first in range(0, store.documents, _DOCUMENTS_AT_ONCE)]
+        self._before = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return int(self._before[-1])
+
+    def span(self, row: int) -> tuple[int, int]:
+        """See Layout."""
+        block = int(np.searchsorted(self._before, row, side="right")) - 1
+        first = block * _DOCUMENTS_AT_ONCE
+        rows, within = self._rows_of(first), row - int(self._before[block])
+        i = int(np.searchsorted(rows, within, side="right")) - 1
+        start, end = self._bounds(first)[i : i + 2].tolist()
+        start += (within - int(rows[i])) * self._length
+        return start, min(start + self._length + 1, end)
+
+    def _bounds(self, first: int) -> np.ndarray:
+        """Starts of up to 1024 documents, and the last one's end."""
+        last = min(first + _DOCUMENTS_AT_ONCE, self._store.documents)
+        ends = self._store.ends(max(first - 1, 0), last)
+        return np.concatenate([[0], ends]) if first == 0 else ends
+
+    def _rows_of(self, first: int) -> np.ndarray:
+        """Rows of these documents up to each one's start, and up to the last one's end."""
+        return np.cumsum(np.concatenate([[0], row_count(np.diff(self._bounds(first)), self._length)]))
 
 
 class PackedDataset:
-    """Rows of L + 1 tokens, cut from one array.
+    """Rows of L + 1 tokens of a store.
 
     Args:
-        stored: All documents' tokens, each with the token that ends it.
+        store: All documents' tokens, each with the token that ends it.
         sequence_length: L, tokens.
+        packing: "concat" or "none", see `Concatenated` and `Separate`.
+        tally: Rows of text that the store was made from, and the bad ones.
 
     Attributes:
         sequence_length: L, tokens.
+        packing: How rows are made.
         tokens: Tokens of all documents and of what ends them.
         bytes: UTF-8 bytes of the documents' text.
-        fingerprint: Hash of the tokens.
+        labels: Tokens that an epoch predicts.
+        fingerprint: Hash of the tokens and of where documents end.
     """
 
-    def __init__(self, stored: StoredTokens, sequence_length: int) -> None:
-        self._tokens = stored.tokens
-        self.sequence_length = sequence_length
-        self.tokens = len(stored.tokens)
-        self.bytes = stored.bytes
-        self.fingerprint = stored.fingerprint
+    def __init__(
+        self, store: TokenStore, sequence_length: int, packing: Packing = "concat", tally: Tally | None = None
+    ) -> None:
+        self._store = store
+        self._layout: Layout = (Concatenated if packing == "concat" else Separate)(store, sequence_length)
+        self.sequence_length, self.packing = sequence_length, packing
+        self.tokens, self.bytes, self.fingerprint = store.tokens, store.bytes, store.fingerprint
+        self.labels = store.tokens - (store.documents if packing == "none" else min(1, store.documents))
+        self.tally = tally or Tally()
 
     def __len__(self) -> int:
-        return max(self.tokens - 1, 0) // self.sequence_length
+        return len(self._layout)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Read rows.
@@ -48,40 +123,39 @@ class PackedDataset:
             indices: (n,) numbers of rows, 0 to below len(self).
 
         Returns:
-            (n, L + 1) int64 tokens.
+            (n, L + 1) int64 tokens, and MISSING behind the last one.
         """
-        starts = np.asarray(indices, dtype=np.int64)[:, None] * self.sequence_length
-        return self._tokens[starts + np.arange(self.sequence_length + 1)].astype(np.int64)
+        found = np.full((len(indices), self.sequence_length + 1), MISSING)
+        for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
+            start, stop = self._layout.span(index)
+            self._store.read(start, stop, row[: stop - start])
+        return found
 
-    def tail(self) -> np.ndarray:
-        """Read what is left after the last whole row.
+    def document_starts(self, indices: np.ndarray) -> np.ndarray:
+        """Say where documents start in rows, for a model that keeps them apart.
+
+        Args:
+            indices: (n,) numbers of rows, 0 to below len(self).
 
         Returns:
-            (1 to L,) int64 tokens, the first of which is the last row's last; empty without any token.
+            (n, L + 1) bool: a document's first token stands there; a row that goes on with a document has False at
+            its first place, and what is behind a row's last token is False.
         """
-        return self._tokens[len(self) * self.sequence_length :].astype(np.int64)
+        found = np.zeros((len(indices), self.sequence_length + 1), dtype=bool)
+        for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
+            start, stop = self._layout.span(index)
+            # Documents end where the next one starts.
+            row[self._starts_between(start, stop) - start] = True
+        return found
+
+    def _starts_between(self, start: int, stop: int) -> np.ndarray:
+        """Places of documents' first tokens from `start` to below `stop`."""
+        first, last = self._store.document_at(start), self._store.document_at(stop - 1)
+        ends = self._store.ends(max(first - 1, 0), last)
+        starts = np.concatenate([[0], ends]) if first == 0 else ends
+        return starts[starts >= start]
 
 
-def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_length: int, cache: Path) -> PackedDataset:
-    """Tokenise documents, or find their tokens in the cache, and cut them into rows.
-
-    Args:
-        documents: Texts.
-        tokenizer: Ends every document with its eos or sep token.
-        sequence_length: L, tokens.
-        cache: Folder for tokens; several processes may use it at once.
-
-    Returns:
-        The rows; none where there is no text.
-
-    Raises:
-        ValueError: The text cannot be read, or the folder cannot be written.
-    """
-    parts = (_FORMAT, documents.digest(), tokenizer_digest(tokenizer))
-    key = hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
-    dtype = token_type(tokenizer)
-    stored = open_tokens(cache, key) or write_tokens(cache, key, encode(documents, tokenizer), dtype)
-    if stored is None:
-        nothing = np.empty(0, dtype=dtype)
-        stored = StoredTokens(nothing, 0, fingerprint(nothing))
-    return PackedDataset(stored, sequence_length)
+def row_count(tokens: int | np.ndarray, sequence_length: int) -> np.ndarray:
+    """Count the rows that so many tokens make, one number or many: every token but the first is predicted."""
+    return -(-np.maximum(tokens - 1, 0) // sequence_length)

@@ -1,17 +1,27 @@
 """The datasets of a run, from its configuration."""
 
+from fractions import Fraction
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
+from mega_scale.data.bad_rows import Tally
 from mega_scale.data.cache import cache_folder
 from mega_scale.data.config import DataConfig
 from mega_scale.data.corpus import Documents, load_corpus, load_documents
-from mega_scale.data.packing import PackedDataset, pack
+from mega_scale.data.mixture import Dataset, Mixture
+from mega_scale.data.mixture_config import mixture_entries
+from mega_scale.data.packing import PackedDataset
+from mega_scale.data.prepared import open_part, read_manifest, require_tokenizer
 from mega_scale.data.streaming import StreamedDataset
+from mega_scale.data.token_store import TokenStore
+from mega_scale.data.tokenise import tokenise
+from mega_scale.data.tokenizer import tokenizer_digest
 
 
 def load_datasets(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PackedDataset | StreamedDataset, PackedDataset | None]:
+) -> tuple[Dataset | Mixture, PackedDataset | None]:
     """Make what a run trains on and what it validates on.
 
     Args:
@@ -22,54 +32,125 @@ def load_datasets(
         The rows to train on, and those to validate on, None where the configuration holds out nothing.
 
     Raises:
-        ValueError: A key cannot work, the text cannot be read, or a part has less than one row.
+        ValueError: A key cannot work, the text cannot be read, a part has less than one row, or prepared data has
+            another tokenizer.
     """
     config.validate()
+    if config.mixture is not None:
+        return _load_mixture(config, tokenizer)
+    train, held_out = _load_source(config, tokenizer)
+    return train, None if held_out is None else _validation_dataset(config, held_out)
+
+
+def _load_mixture(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Mixture, PackedDataset | None]:
+    datasets: dict[str, Dataset] = {}
+    weights: dict[str, Fraction] = {}
+    validation: list[TokenStore] = []
+    for name, entry in mixture_entries(config).items():
+        try:
+            datasets[name], held_out = _load_source(entry.config, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"data.mixture.{name}: {error}") from None
+        validation += [] if held_out is None else [held_out]
+        if entry.weight is not None:
+            weights[name] = entry.weight
+            continue
+        dataset = datasets[name]
+        if isinstance(dataset, StreamedDataset):
+            raise ValueError(f"data.mixture.{name}: how long a stream is is not known; give it and all others a weight")
+        assert entry.epochs is not None
+        weights[name] = entry.epochs * len(dataset)
+    mixture = Mixture(datasets, weights)
+    return mixture, _validation_dataset(config, TokenStore.joined(validation)) if validation else None
+
+
+def _load_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, TokenStore | None]:
+    """What to train on, and the documents to validate on, of one source."""
+    if config.source == "prepared":
+        train, held_out, tally = _open_prepared(config, tokenizer)
+        return _training_dataset(config, train, tally), held_out
     corpus = load_corpus(config)
-    length, cache = config.sequence_length, cache_folder(config.cache_dir)
-    train: PackedDataset | StreamedDataset
+    cache = cache_folder(config.cache_dir)
+    dataset: Dataset
     if config.streaming:
-        train = StreamedDataset(corpus.train, tokenizer, length)
+        dataset = StreamedDataset(
+            corpus.train,
+            tokenizer,
+            config.sequence_length,
+            config.packing,
+            shuffle=config.shuffle,
+            seed=config.seed,
+            buffer=config.shuffle_buffer,
+        )
     else:
-        train = pack(corpus.train, tokenizer, length, cache)
-        if not len(train):
-            raise ValueError(
-                f"the text to train on ({_source(config)}) has {train.tokens} tokens, less than one row of "
-                f"data.sequence_length={length} + 1: give more text{_held_out_hint(config)}, or shorter sequences"
-            )
+        store = tokenise(corpus.train, tokenizer, cache)
+        # What the reading found, before the next one begins.
+        dataset = _training_dataset(config, store, Tally.from_json(corpus.train.tally.to_json()))
     if corpus.validation is None:
-        return train, None
-    held_out = corpus.validation
+        return dataset, None
+    held_out_texts = corpus.validation
     if config.streaming:  # hashing and tokenising would each read the stream, so its few documents are kept meanwhile
-        texts = list(held_out)
-        held_out = Documents(lambda: iter(texts))
-    validation = pack(held_out, tokenizer, length, cache)
-    if not len(validation):
+        held_out_texts = Documents.of(list(corpus.validation))
+    return dataset, tokenise(held_out_texts, tokenizer, cache)
+
+
+def _open_prepared(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenStore, TokenStore | None, Tally]:
+    assert config.path is not None
+    folder = Path(config.path[0]).expanduser()
+    manifest = read_manifest(folder)
+    require_tokenizer(folder, manifest, tokenizer_digest(tokenizer), config.tokenizer)
+    train = open_part(folder, manifest, "train").first_documents(config.max_documents)
+    if not config.validation_fraction:
+        return train, None, manifest.tally
+    validation = open_part(folder, manifest, "validation").first_documents(config.validation_documents)
+    if not validation.tokens:
         raise ValueError(
-            f"the text to validate on has {validation.tokens} tokens, less than one row of data.sequence_length="
+            f"data.path={str(folder)!r} was prepared without a validation part, but data.validation_fraction="
+            f"{config.validation_fraction}: set it to 0, or prepare the data again"
+        )
+    return train, validation, manifest.tally
+
+
+def _training_dataset(config: DataConfig, store: TokenStore, tally: Tally) -> PackedDataset:
+    length = config.sequence_length
+    if store.tokens <= (length if config.packing == "concat" else 1):
+        raise ValueError(
+            f"the text to train on ({_source(config)}) has {store.tokens} tokens, less than one row of "
+            f"data.sequence_length={length} + 1: give more text{_held_out_hint(config)}, or shorter sequences"
+        )
+    return PackedDataset(store, length, config.packing, tally)
+
+
+def _validation_dataset(config: DataConfig, store: TokenStore) -> PackedDataset:
+    length = config.sequence_length
+    if store.tokens <= (length if config.packing == "concat" else 1):
+        raise ValueError(
+            f"the text to validate on has {store.tokens} tokens, less than one row of data.sequence_length="
             f"{length} + 1: {_validation_remedy(config)}"
         )
-    return train, validation
+    return PackedDataset(store, length, config.packing)
 
 
 def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
     """Make one dataset of all of a configuration's text, none held out, to evaluate on.
 
     Args:
-        config: The keys under `data:`; `streaming` and what concerns validation are not used.
+        config: The keys under `data:`, of text that is not prepared; what concerns validation is not used.
         tokenizer: As `load_tokenizer` gives it.
 
     Returns:
-        The rows; a text that is shorter than one is in the `tail`.
+        The rows; a text that is shorter than one makes one that is not full.
 
     Raises:
         ValueError: A key cannot work, the text cannot be read, or there is none.
     """
     config.validate()
-    dataset = pack(load_documents(config), tokenizer, config.sequence_length, cache_folder(config.cache_dir))
-    if not dataset.tokens:
+    store = tokenise(load_documents(config), tokenizer, cache_folder(config.cache_dir))
+    if not store.tokens:
         raise ValueError(f"{_source(config)} holds no text: give some")
-    return dataset
+    return PackedDataset(store, config.sequence_length, config.packing)
 
 
 def _source(config: DataConfig) -> str:

@@ -1,14 +1,16 @@
-"""The rows of a stream: cut while it is read, in its own order, the same rows that packing would store."""
+"""The rows of a stream: cut while it is read, in its order, the same rows that packing would store."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.data.cache import fingerprint
+from mega_scale.data.config import Packing
 from mega_scale.data.corpus import Documents
-from mega_scale.data.tokenizer import encode
+from mega_scale.data.packing import MISSING
+from mega_scale.data.token_files import hash_of
+from mega_scale.data.tokenizer import Encoded, encode
 
 _FINGERPRINTED = 64  # rows
 
@@ -17,18 +19,25 @@ class StreamedDataset:
     """Rows of L + 1 tokens, cut from documents that are read again at every epoch.
 
     Rows are numbered over all epochs, without end. Reading them in ascending order costs one pass over the text; going
-    back, or resuming far from the start, reads the text again from its start.
+    back, or resuming far from the start, reads the text again from the epoch's start.
 
     Args:
         documents: Texts, not read as a whole.
         tokenizer: Ends every document with its eos or sep token.
         sequence_length: L, tokens.
+        packing: "concat" or "none", see `mega_scale.data.packing`.
+        shuffle: Read every epoch in another order; False: in the corpus's own.
+        seed: Chooses the orders.
+        buffer: Texts held in memory to draw from when shuffling.
 
     Attributes:
         sequence_length: L, tokens.
+        packing: How rows are made.
+        shuffle: Whether every epoch has its own order.
         tokens: None: how many a stream has is not known.
         bytes: None.
-        fingerprint: Hash of the first rows' tokens.
+        fingerprint: Hash of the first rows' tokens in the corpus's own order.
+        tally: Rows of text that this process has read in this epoch, and the bad ones.
 
     Raises:
         ValueError: There are fewer than L + 1 tokens, or the text cannot be read.
@@ -37,17 +46,31 @@ class StreamedDataset:
     tokens: None = None
     bytes: None = None
 
-    def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
-        self._documents, self._tokenizer = documents, tokenizer
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        packing: Packing = "concat",
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        buffer: int = 1,
+    ) -> None:
+        self._documents, self._tokenizer, self.packing = documents, tokenizer, packing
+        self.shuffle, self._seed, self._buffer = shuffle, seed, buffer
         self.sequence_length = sequence_length
+        self.tally = documents.tally
+        self._rows: Iterator[np.ndarray] = iter(())
         self._epoch_rows: int | None = None  # known when the text has been read to its end
-        first = self._start(_FINGERPRINTED)
-        if not first:
+        first = list(islice(self._cut(documents), _FINGERPRINTED))
+        if not first or (packing == "concat" and MISSING in first[0]):
             raise ValueError(
                 f"the text to train on has less than one row of data.sequence_length={sequence_length} + 1 tokens: "
                 "give more text, or a shorter sequence_length"
             )
-        self.fingerprint = f"stream-{fingerprint(np.concatenate(first))}"
+        self.fingerprint = f"stream-{hash_of(np.concatenate(first))}"
+        self._start(0)
 
     def holds(self, count: int) -> bool:
         """Say whether an epoch has at least so many rows; reads no further than those.
@@ -56,7 +79,12 @@ class StreamedDataset:
             count: Number of rows.
         """
         if self._epoch_rows is None:
-            self._start(count)
+            self._start(0)
+            found = sum(1 for _ in islice(self._rows, count))
+            if found < count:
+                self._epoch_rows = found
+            # Begun anew: processes that are forked later must not share the place in an open file.
+            self._start(0)
         return self._epoch_rows is None or self._epoch_rows >= count
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
@@ -66,52 +94,81 @@ class StreamedDataset:
             indices: (n,) numbers of rows, counted over all epochs; ascending, or the text is read again.
 
         Returns:
-            (n, L + 1) int64 tokens.
+            (n, L + 1) int64 tokens, and MISSING behind the last one.
         """
-        return np.stack([self._row(index) for index in np.asarray(indices).tolist()]).astype(np.int64)
+        return np.stack([self._row(index) for index in np.asarray(indices).tolist()])
 
-    def _start(self, ahead: int) -> list[np.ndarray]:
-        """Go to the first row, and look at so many."""
-        pieces = (tokens for tokens, _ in encode(self._documents, self._tokenizer))
-        rows = cut_rows(pieces, self.sequence_length)
-        first = list(islice(rows, ahead))
-        if len(first) < ahead:
-            self._epoch_rows = len(first)
-        self._cursor, self._rows = 0, chain(first, rows)
-        return first
+    def _start(self, epoch: int) -> None:
+        """Go to the first row of an epoch."""
+        texts: Iterable[str] = self._documents
+        if self.shuffle:
+            texts = self._documents.shuffled(self._seed, epoch, self._buffer)
+        self._epoch, self._cursor, self._rows = epoch, 0, self._cut(texts)
+
+    def _cut(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        cut = cut_rows if self.packing == "concat" else cut_documents
+        return cut(encode(texts, self._tokenizer), self.sequence_length)
 
     def _row(self, index: int) -> np.ndarray:
-        if self._epoch_rows is not None:
-            index %= self._epoch_rows
-        if index < self._cursor:
+        if self._epoch_rows is None and index >= self._cursor and self._epoch == 0:
+            found = self._skip_to(index)
+            if found is not None:
+                return found
+            self._epoch_rows = self._cursor
+        if self._epoch_rows is None:  # the first epoch was left before its end was seen
             self._start(0)
-        for row in self._rows:
+            return self._row(index)
+        epoch, within = divmod(index, self._epoch_rows)
+        if epoch != self._epoch or within < self._cursor:
+            self._start(epoch)
+        found = self._skip_to(within)
+        assert found is not None, "the text became shorter while it was read"
+        return found
+
+    def _skip_to(self, row: int) -> np.ndarray | None:
+        for found in self._rows:
             self._cursor += 1
-            if self._cursor > index:
-                return row
-        self._epoch_rows = self._cursor
-        return self._row(index)  # which now wraps around
+            if self._cursor > row:
+                return found
+        return None
 
 
-def cut_rows(pieces: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
-    """Cut tokens that arrive in pieces into rows, each starting with the last token of the one before.
+def cut_rows(pieces: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
+    """Cut documents end to end into rows, each starting with the last token of the one before.
 
     Args:
-        pieces: Arrays of tokens (any length,).
+        pieces: Whole documents.
         sequence_length: L, tokens.
 
     Returns:
-        Rows (L + 1,); the tail that is shorter is left out.
+        Rows (L + 1,) int64; the last one has MISSING behind its tokens.
     """
-    rest: list[np.ndarray] = []
-    held = 0
+    rest = np.empty(0, np.int64)
     for piece in pieces:
-        rest.append(piece)
-        held += len(piece)
-        if held <= sequence_length:
-            continue
-        tokens = np.concatenate(rest)
-        used = (held - 1) // sequence_length * sequence_length
+        tokens = np.concatenate([rest, piece.tokens.astype(np.int64)])
+        used = max(len(tokens) - 1, 0) // sequence_length * sequence_length
         for start in range(0, used, sequence_length):
             yield tokens[start : start + sequence_length + 1]
-        rest, held = [tokens[used:]], held - used
+        rest = tokens[used:]
+    if len(rest) > 1:
+        yield _filled(rest, sequence_length)
+
+
+def cut_documents(pieces: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
+    """Cut each document alone into rows.
+
+    Args:
+        pieces: Whole documents.
+        sequence_length: L, tokens.
+
+    Returns:
+        Rows (L + 1,) int64, with MISSING behind a document's last token.
+    """
+    for piece in pieces:
+        for document in np.split(piece.tokens.astype(np.int64), piece.ends[:-1]):
+            for start in range(0, len(document) - 1, sequence_length):
+                yield _filled(document[start : start + sequence_length + 1], sequence_length)
+
+
+def _filled(tokens: np.ndarray, sequence_length: int) -> np.ndarray:
+    return np.concatenate([tokens, np.full(sequence_length + 1 - len(tokens), MISSING)])

@@ -1,15 +1,17 @@
 """Tokenizers by name, and from documents to pieces of tokens."""
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, is_byte_tokenizer
+from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, fast_definition, is_byte_tokenizer
 from mega_scale.data.hub_reach import look_up
 
 _ENCODED_AT_ONCE = 1 << 20  # characters
@@ -87,15 +89,20 @@ def token_type(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that a tokenizer saves.
+    """Hash everything that decides which tokens a text becomes.
 
     Args:
         tokenizer: Any tokenizer.
 
     Returns:
-        32 hexadecimal digits.
+        32 hexadecimal digits; the same for a tokenizer that was saved and loaded again.
     """
     total = hashlib.blake2b(digest_size=16)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        separator = separator_id(tokenizer)
+        described = [fast_definition(tokenizer), bool(tokenizer.split_special_tokens), separator]
+        total.update(json.dumps(described, sort_keys=True).encode())
+        return total.hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
@@ -104,35 +111,63 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return total.hexdigest()
 
 
-def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, int]]:
-    """Tokenise documents, each followed by the token that ends it.
+class Encoded(NamedTuple):
+    """Whole documents as tokens, each followed by the token that ends it.
+
+    Args:
+        tokens: (T,) of all of them, of the type that `token_type` names.
+        ends: (n,) int64, the place in `tokens` after each document's last.
+        text_ends: (n,) int64, UTF-8 bytes of their text up to each one's end.
+    """
+
+    tokens: np.ndarray
+    ends: np.ndarray
+    text_ends: np.ndarray
+
+
+def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
+    """Tokenise documents, and end each with the separator.
 
     Args:
         documents: Texts.
         tokenizer: Adds no special tokens of its own.
 
     Returns:
-        Pieces of whole documents, in order: tokens (T,), of the type that `token_type` names, and the UTF-8 bytes of
-        their text.
+        Documents in order, many at once.
     """
     end, dtype, by_bytes = separator_id(tokenizer), token_type(tokenizer), is_byte_tokenizer(tokenizer)
-    for texts in _batched(documents):
+    for texts in batched(documents):
+        raw = [text.encode() for text in texts]
+        sizes = np.fromiter(map(len, raw), dtype=np.int64, count=len(raw))
         if by_bytes:
-            tokens = encode_bytes(texts)
-        else:
-            found = tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # it would warn of texts that are longer than one sequence
-            )["input_ids"]
-            tokens = np.fromiter(chain.from_iterable([*ids, end] for ids in found), dtype=dtype)
-        yield tokens, sum(len(text.encode()) for text in texts)
+            yield Encoded(encode_bytes(raw), np.cumsum(sizes + 1), np.cumsum(sizes))
+            continue
+        found = _token_lists(texts, tokenizer)
+        lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found)) + 1
+        tokens = np.fromiter(chain.from_iterable((*ids, end) for ids in found), dtype=dtype, count=lengths.sum())
+        yield Encoded(tokens, np.cumsum(lengths), np.cumsum(sizes))
 
 
-def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Collect documents up to a number of characters, which bounds memory whether they are lines or books."""
+def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        # What a call would set and do, without where each token stands in the text: a fifth faster.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    found = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # it would warn of texts that are longer than one sequence
+    )
+    return found["input_ids"]
+
+
+def batched(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Collect documents up to a million characters, which bounds memory whether they are lines or books."""
     texts, characters = [], 0
     for text in documents:
         texts.append(text)

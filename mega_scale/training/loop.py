@@ -28,6 +28,10 @@ class Batches(Protocol):
         """Plain JSON: the position before `step`, and what the data was."""
         ...
 
+    def report(self, step: int) -> dict[str, float]:
+        """Figures by name: tokens and epochs of every source before `step`, padding, bad rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class Run:
@@ -81,14 +85,14 @@ def train(run: Run, config: TrainConfig, checkpoints: CheckpointConfig, start: i
     state = _state(run, start, tokens, None)
     for step in range(start + 1, config.steps + 1):
         lr = run.learning_rate(step - 1)
-        loss, norm, seen = _step(run, step, lr)
+        loss, norm, seen, waited = _step(run, step, lr)
         tokens += seen
-        throughput.add(seen)
+        throughput.add(seen, waited)
         reporter.advance()
         if step % config.log_every == 0 or step == config.steps:
             speed = throughput.report(config.steps - step)
             values = {"loss": loss, "grad_norm": norm, "lr": lr, "memory_bytes": memory_bytes(run.world.device)}
-            reporter.step(step, {**values, "tokens": tokens, **speed})
+            reporter.step(step, {**values, "tokens": tokens, **speed, **run.data.report(step)})
 
         paused = time.perf_counter()
         evaluation = None
@@ -106,9 +110,11 @@ def train(run: Run, config: TrainConfig, checkpoints: CheckpointConfig, start: i
     return state
 
 
-def _step(run: Run, step: int, lr: float) -> tuple[float, float, int]:
-    """One optimizer step: loss in nats per token and gradient norm of the global batch, and its tokens."""
+def _step(run: Run, step: int, lr: float) -> tuple[float, float, int, float]:
+    """One optimizer step: loss in nats per token, gradient norm and tokens of the global batch, seconds of waiting."""
+    began = time.perf_counter()
     world, batches = run.world, run.data.batches(step - 1)
+    waited = time.perf_counter() - began
     labelled = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
     seen = int(world.sum(torch.tensor(labelled, device=world.device), alike=("sp", "tp")))
     loss = torch.zeros((), device=world.device)
@@ -126,7 +132,7 @@ def _step(run: Run, step: int, lr: float) -> tuple[float, float, int]:
             f"step {step} has loss {total} and gradient norm {norm}: lower optimizer.lr, or look at the rows of that "
             f"step; resume from the last checkpoint in {run.run_dir / 'checkpoints'}"
         )
-    return total, norm, seen
+    return total, norm, seen, waited
 
 
 def _due(step: int, every: int) -> bool:

@@ -44,26 +44,36 @@ class Throughput:
 
     def __init__(self, flops_per_token: int, peak: float | None, ranks: int) -> None:
         self._flops_per_token, self._peak, self._ranks = flops_per_token, peak, ranks
-        self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
+        self._since, self._tokens, self._steps, self._waited = time.perf_counter(), 0, 0, 0.0
 
-    def add(self, tokens: int) -> None:
-        """Count a step of so many tokens, over all ranks."""
+    def add(self, tokens: int, waited: float = 0.0) -> None:
+        """Count a step of so many tokens, over all ranks, and the seconds for which it waited for them."""
         self._tokens += tokens
         self._steps += 1
+        self._waited += waited
 
     def skip(self, seconds: float) -> None:
         """Leave out time that was not training."""
         self._since += seconds
 
     def report(self, steps_left: int) -> dict[str, float]:
-        """Tokens per second over all ranks, seconds left, and MFU where the peak is known; begins a new interval."""
+        """Figures of the interval that ends now; the next one begins.
+
+        Args:
+            steps_left: until the end of the run.
+
+        Returns:
+            Tokens per second over all ranks, seconds left, share of the time that this rank waited for the loader, and
+            MFU where the peak is known.
+        """
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         rate = self._tokens / seconds
         found = {"tokens_per_second": rate, "eta_seconds": steps_left * seconds / max(self._steps, 1)}
+        found["loader_wait"] = self._waited / seconds
         if self._peak is not None:
             found["mfu"] = rate * self._flops_per_token / (self._peak * self._ranks)
-        self._since, self._tokens, self._steps = now, 0, 0
+        self._since, self._tokens, self._steps, self._waited = now, 0, 0, 0.0
         return found
 
 
@@ -73,6 +83,25 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _data_parts(values: dict[str, float]) -> list[str]:
+    """What a console line says of the data: waiting, padding, bad rows, epochs, and tokens of several sources."""
+    parts = []
+    if "loader_wait" in values:
+        parts.append(f"wait {values['loader_wait']:.1%}")
+    if "padding" in values:
+        parts.append(f"padding {values['padding']:.1%}")
+    bad = sum(value for name, value in values.items() if name.startswith("bad_rows/"))
+    if bad:
+        parts.append(f"bad rows {bad:,.0f}")
+    names = [key.removeprefix("tokens/") for key in values if key.startswith("tokens/")]
+    if len(names) == 1 and f"epochs/{names[0]}" in values:
+        return [*parts, f"epoch {values[f'epochs/{names[0]}']:.2f}"]
+    for name in names:
+        epochs = f"{values[f'epochs/{name}']:.2f} epochs, " if f"epochs/{name}" in values else ""
+        parts.append(f"{name} {epochs}{values[f'tokens/{name}']:,.0f} tok")
+    return parts
 
 
 class Reporter:
@@ -115,7 +144,8 @@ class Reporter:
             sys.stdout.flush()
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Report a training step: loss, grad_norm, lr, tokens_per_second, memory_bytes, eta_seconds, perhaps mfu."""
+        """Report a training step: loss, grad_norm, lr, tokens_per_second, memory_bytes, eta_seconds, perhaps mfu, and
+        what the loader reports."""
         if not self._active:
             return
         minutes, seconds = divmod(int(values["eta_seconds"]), 60)
@@ -130,7 +160,7 @@ class Reporter:
         ]
         if "mfu" in values:
             parts.insert(5, f"mfu {values['mfu']:.1%}")
-        self.say(" | ".join(parts))
+        self.say(" | ".join([*parts, *_data_parts(values)]))
         self._record(step, "train", values)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:

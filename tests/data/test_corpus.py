@@ -92,10 +92,12 @@ def test_validation_text_of_its_own_or_none(tmp_path):
     assert load_corpus(config_of(tmp_path, "parquet", validation_fraction=0.0)).validation is None
 
 
-def test_empty_texts_are_left_out(tmp_path):
+def test_empty_texts_are_left_out_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": " "}\n')
-    config = DataConfig(source="json", path=[str(tmp_path / "a.jsonl")], cache_dir=str(tmp_path / "cache"))
-    assert list(load_documents(config)) == ["one", " "]
+    config = DataConfig(source="json", path=[str(tmp_path / "a.jsonl")], max_bad_share=0.5)
+    documents = load_documents(config)
+    assert list(documents) == list(documents) == ["one", " "]
+    assert documents.tally.to_json()["bad"] == {str(tmp_path / "a.jsonl"): {"empty": 2}}
 
 
 def test_changed_file_is_read_anew(tmp_path):
@@ -123,8 +125,8 @@ def test_digest_depends_on_texts_and_order(tmp_path):
     [
         ("a.jsonl", b'{"body": "x", "n": 1}\n', "json", {}, ["data.text_column='text'", "body, n"]),
         ("a.jsonl", b'{"text": 5}\n', "json", {}, ["data.text_column='text'", "int, not text"]),
-        ("a.jsonl", b'{"text": "x"\n{"te', "json", {}, ["a.jsonl", "cannot be read", "JSON"]),
-        ("a.txt", b"\xff\xfe\x00", "text", {}, ["a.txt", "cannot be read", "utf-8"]),
+        ("a.jsonl", b'{"text": "x"\n{"te', "json", {}, ["a.jsonl, line 2", "cannot be used", "JSON"]),
+        ("a.txt", b"\xff\xfe\x00", "text", {}, ["a.txt, line 1", "cannot be used", "utf-8"]),
         ("a.parquet", b"no parquet", "parquet", {}, ["a.parquet", "cannot be read"]),
     ],
 )

@@ -7,38 +7,43 @@ import sys
 import numpy as np
 import pytest
 
-from mega_scale.data import cache
-from mega_scale.data.cache import cache_folder, fingerprint, open_tokens, write_tokens
+from mega_scale.data.cache import cache_folder, open_tokens, write_tokens
+from mega_scale.data.tokenizer import Encoded
 
-PIECES = [(np.arange(5, dtype="<u2"), 7), (np.array([60_000], dtype="<u2"), 1)]
+PIECES = [
+    Encoded(np.arange(5, dtype="<u2"), np.array([2, 5]), np.array([3, 7])),
+    Encoded(np.array([60_000], dtype="<u2"), np.array([1]), np.array([1])),
+]
 
 
 def test_what_is_written_is_what_is_opened(tmp_path):
     assert open_tokens(tmp_path, "key") is None
     written = write_tokens(tmp_path, "key", PIECES, "<u2")
     opened = open_tokens(tmp_path, "key")
-    assert written is not None and opened is not None
+    assert opened is not None and opened.fingerprint == written.fingerprint
     for stored in (written, opened):
-        assert stored.tokens.tolist() == [0, 1, 2, 3, 4, 60_000]
-        assert stored.tokens.dtype == np.uint16 and isinstance(stored.tokens, np.memmap)
-        assert stored.bytes == 8
-        assert stored.fingerprint == fingerprint(np.array([0, 1, 2, 3, 4, 60_000], dtype="<u2"))
+        found = np.zeros(6, np.int64)
+        stored.read(0, 6, found)
+        assert found.tolist() == [0, 1, 2, 3, 4, 60_000]
+        assert stored.ends(0, 3).tolist() == [2, 5, 6]
+        assert (stored.tokens, stored.documents, stored.bytes) == (6, 3, 8)
     assert not list(tmp_path.glob("unfinished-*"))
 
 
-def test_fingerprint_depends_on_every_token_and_their_type():
-    tokens = np.arange(100, dtype="<u2")
-    other = tokens.copy()
-    other[50] += 1
-    assert (
-        len({fingerprint(tokens), fingerprint(other), fingerprint(tokens[:-1]), fingerprint(tokens.astype("<u4"))}) == 4
-    )
+def test_fingerprint_depends_on_every_token_and_on_where_documents_end(tmp_path):
+    def fingerprint(tokens: list[int], ends: list[int], dtype: str = "<u2") -> str:
+        piece = Encoded(np.array(tokens), np.array(ends), np.array(ends))
+        return write_tokens(tmp_path, str((tokens, ends, dtype)), [piece], dtype).fingerprint
+
+    first = fingerprint([1, 2, 3, 4], [2, 4])
+    others = [fingerprint([1, 2, 9, 4], [2, 4]), fingerprint([1, 2, 3, 4], [3, 4]), fingerprint([1, 2, 3], [3])]
+    assert len({first, *others, fingerprint([1, 2, 3, 4], [2, 4], "<u4")}) == 5
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "no tokens", "no json", "other json"])
 def test_damaged_tokens_are_not_opened_and_can_be_written_again(damage, tmp_path):
     write_tokens(tmp_path, "key", PIECES, "<u2")
-    (file,) = tmp_path.glob("*.tokens")
+    (file,) = tmp_path.glob("key/*.tokens")
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[3] ^= 1
@@ -50,15 +55,15 @@ def test_damaged_tokens_are_not_opened_and_can_be_written_again(damage, tmp_path
     elif damage == "no tokens":
         file.unlink()
     else:
-        (tmp_path / "key.json").write_text("{" if damage == "no json" else json.dumps(["a list"]))
+        (tmp_path / "key/manifest.json").write_text("{" if damage == "no json" else json.dumps(["a list"]))
     assert open_tokens(tmp_path, "key") is None
     write_tokens(tmp_path, "key", PIECES, "<u2")
     assert open_tokens(tmp_path, "key") is not None
 
 
-def test_no_tokens_are_not_stored(tmp_path):
-    assert write_tokens(tmp_path, "key", [], "<u2") is None
-    assert open_tokens(tmp_path, "key") is None
+def test_no_documents_are_stored_like_any(tmp_path):
+    for stored in (write_tokens(tmp_path, "key", [], "<u2"), open_tokens(tmp_path, "key")):
+        assert stored is not None and (stored.tokens, stored.documents, stored.bytes) == (0, 0, 0)
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path):
@@ -86,18 +91,17 @@ def test_folder_is_the_users_unless_named(tmp_path, monkeypatch):
 @pytest.mark.distributed
 def test_several_processes_may_write_at_once(tmp_path):
     script = f"""
-import runpy
-import numpy as np
 from pathlib import Path
-cache = runpy.run_path({cache.__file__!r})
-open_tokens, write_tokens = cache["open_tokens"], cache["write_tokens"]
+import numpy as np
+from mega_scale.data.cache import open_tokens, write_tokens
+from mega_scale.data.tokenizer import Encoded
 folder = Path({str(tmp_path)!r})
-for round in range(100):
-    pieces = [(np.arange(1000, dtype="<u2") + i, 1) for i in range(20)]
+for round in range(20):
+    pieces = [Encoded(np.arange(1000, dtype="<u2") + i, np.array([1000]), np.array([1])) for i in range(20)]
     stored = write_tokens(folder, f"key{{round % 3}}", pieces, "<u2")
-    assert stored.bytes == 20 and len(stored.tokens) == 20_000 and stored.tokens[-1] == 1018
+    assert stored.bytes == 20 and stored.tokens == 20_000
     assert open_tokens(folder, f"key{{round % 3}}").fingerprint == stored.fingerprint
 """
     writers = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 3 + [".tokens"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key0", "key1", "key2"]

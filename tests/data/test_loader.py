@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from stores import store_of
 
-from mega_scale.data.cache import StoredTokens, fingerprint
 from mega_scale.data.loader import Loader, validation_batches
 from mega_scale.data.packing import PackedDataset
 
@@ -14,10 +14,10 @@ L = 8
 ROWS = 37  # no multiple of any batch size below
 
 
-def dataset(rows: int = ROWS, extra: int = 3, first: int = 0) -> PackedDataset:
+def dataset(rows: int = ROWS, extra: int = 0, first: int = 0) -> PackedDataset:
     """Rows that can be told by their first token: row i starts with first + i * L."""
     tokens = np.arange(first, first + rows * L + 1 + extra, dtype="<u4")
-    return PackedDataset(StoredTokens(tokens, 2 * len(tokens), fingerprint(tokens)), L)
+    return PackedDataset(store_of(tokens), L)
 
 
 def loader(data: PackedDataset | None = None, micro: int = 12, rank: int = 0, world: int = 1, **keys) -> Loader:
@@ -79,7 +79,8 @@ def test_resumed_loader_continues_with_the_same_rows():
 
 def test_state_says_where_the_run_is():
     state = loader().state_dict(7)
-    assert (state["step"], state["rows"], state["epoch"]) == (7, 84, 2)
+    assert (state["step"], state["rows"]) == (7, 84)
+    assert state["sources"] == {"text": {"rows": 84, "epochs": 84 / ROWS, "tokens": 84 * L}}
     assert state["fingerprint"] == dataset().fingerprint
     # Ranks and micro-batches are free to change.
     loader(micro=2, rank=3, world=6).check(state)
@@ -93,7 +94,7 @@ def test_state_says_where_the_run_is():
         (lambda: loader(shuffle=False), ["data.shuffle=False", "True"]),
         (lambda: loader(dataset(first=1)), ["fingerprint", "init_from"]),
         (lambda: loader(dataset(rows=36)), ["fingerprint"]),
-        (lambda: loader(PackedDataset(dataset_stored(), 4)), ["data.sequence_length=4", "8"]),
+        (lambda: loader(PackedDataset(store_of(np.arange(ROWS * L + 1)), 4)), ["data.sequence_length=4", "8"]),
     ],
 )
 def test_resuming_otherwise_is_refused(other, named):
@@ -101,11 +102,6 @@ def test_resuming_otherwise_is_refused(other, named):
         other().check(loader().state_dict(3))
     for words in named:
         assert words in str(refusal.value)
-
-
-def dataset_stored() -> StoredTokens:
-    tokens = np.arange(ROWS * L + 4, dtype="<u4")
-    return StoredTokens(tokens, 2 * len(tokens), fingerprint(tokens))
 
 
 def test_seed_does_not_matter_unshuffled():
@@ -128,12 +124,12 @@ def test_sizes_that_do_not_fit_are_refused(make, named):
         make()
 
 
-@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("extra", [0, 3])
 @pytest.mark.parametrize("rows", [1, 5, 12, ROWS, 1000])
 @pytest.mark.parametrize(("micro", "world"), [(1, 1), (4, 1), (4, 2), (3, 5)])
-def test_validation_predicts_each_token_once_with_as_many_batches_on_every_rank(micro, world, rows, tail):
-    data = dataset()
-    ranks = [list(validation_batches(data, rows, micro, rank, world, tail=tail)) for rank in range(world)]
+def test_validation_predicts_each_token_once_with_as_many_batches_on_every_rank(micro, world, rows, extra):
+    data = dataset(extra=extra)
+    ranks = [list(validation_batches(data, rows, micro, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     inputs, labels = (
         torch.stack([batch[name] for step in zip(*ranks, strict=True) for batch in step]).flatten(0, 1)
@@ -141,19 +137,16 @@ def test_validation_predicts_each_token_once_with_as_many_batches_on_every_rank(
     )
     assert inputs.shape == labels.shape == (len(ranks[0]) * world * micro, L)
     assert inputs.min() >= 0 and inputs.dtype == labels.dtype == torch.int64
-    last = ROWS * L + 3 if tail and rows >= ROWS else min(rows, ROWS) * L
     counted = labels != -100
-    assert labels[counted].tolist() == list(range(1, last + 1))
+    assert labels[counted].tolist() == list(range(1, min(rows * L, ROWS * L + extra) + 1))
     assert torch.equal(labels[counted], inputs[counted] + 1)
     # No batch is there for nothing.
     assert any(counted.flatten(0, 1).view(len(ranks[0]), -1)[-1].tolist())
 
 
-def test_text_shorter_than_a_row_can_be_validated_on_by_its_tail():
-    short = dataset(rows=0, extra=3)
-    (batch,) = validation_batches(short, 1000, 2, 0, 1, tail=True)
+def test_text_shorter_than_a_row_makes_one_that_is_not_full():
+    (batch,) = validation_batches(dataset(rows=0, extra=3), 1000, 2, 0, 1)
     assert batch["shift_labels"].tolist() == [[1, 2, 3, *[-100] * 5], [-100] * 8]
-    with pytest.raises(ValueError, match=r"4 tokens.*data.sequence_length=8.*data.validation_fraction"):
-        validation_batches(short, 1000, 2, 0, 1)
+    assert batch["input_ids"][0, :4].tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="more text"):
-        validation_batches(dataset(rows=0, extra=0), 1000, 2, 0, 1, tail=True)
+        validation_batches(dataset(rows=0, extra=0), 1000, 2, 0, 1)

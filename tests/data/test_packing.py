@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mega_scale.data import packing
+from mega_scale.data import tokenise
 from mega_scale.data.corpus import Documents
-from mega_scale.data.packing import pack
+from mega_scale.data.packing import MISSING, PackedDataset
 from mega_scale.data.tokenizer import load_tokenizer
 
 TEXTS = ["first", "the second, longer document", "", "é😀", "x" * 100]
@@ -13,20 +13,23 @@ STREAM = [token for text in TEXTS for token in [*(byte + 3 for byte in text.enco
 
 
 def documents(texts: list[str]) -> Documents:
-    return Documents(lambda: iter(texts))
+    return Documents.of(texts)
+
+
+def pack(texts: Documents, tokenizer, length: int, cache) -> PackedDataset:
+    return PackedDataset(tokenise.tokenise(texts, tokenizer, cache), length)
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 64, len(STREAM) - 1])
 def test_every_token_is_predicted_exactly_once(length, tmp_path):
     dataset = pack(documents(TEXTS), load_tokenizer("byte"), length, tmp_path)
-    assert len(dataset) == (len(STREAM) - 1) // length
+    assert len(dataset) == -(-(len(STREAM) - 1) // length)
     rows = dataset.rows(np.arange(len(dataset)))
     assert rows.shape == (len(dataset), length + 1) and rows.dtype == np.int64
-    assert rows[:, :-1].ravel().tolist() == STREAM[: len(dataset) * length]
-    assert rows[:, 1:].ravel().tolist() == STREAM[1 : len(dataset) * length + 1]
-    # What is left out is shorter than a row, and starts with the last token that is not.
-    tail = dataset.tail()
-    assert [*STREAM[: len(dataset) * length], *tail] == STREAM and 1 <= len(tail) <= length
+    missing = [MISSING] * (len(dataset) * length + 1 - len(STREAM))
+    assert len(missing) < length and dataset.labels == len(STREAM) - 1
+    assert rows[:, 1:].ravel().tolist() == STREAM[1:] + missing
+    assert [*rows[:, :-1].ravel(), rows[-1, -1]] == STREAM + missing
 
 
 def test_rows_come_in_the_order_asked_for(tmp_path):
@@ -49,7 +52,7 @@ def test_second_time_nothing_is_tokenised(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(packing, "encode", refuse)
+    monkeypatch.setattr(tokenise, "encode", refuse)
     again = pack(documents(TEXTS), tokenizer, 5, tmp_path)  # another length needs no other tokens
     assert (again.fingerprint, again.tokens, again.bytes) == (first.fingerprint, first.tokens, first.bytes)
     assert again.rows(np.array([0])).tolist() == [STREAM[:6]]
@@ -70,5 +73,5 @@ def test_fingerprint_is_of_the_tokens(tmp_path):
 
 def test_no_text_makes_no_rows(tmp_path):
     dataset = pack(documents([]), load_tokenizer("byte"), 7, tmp_path)
-    assert (len(dataset), dataset.tokens, dataset.bytes, len(dataset.tail())) == (0, 0, 0, 0)
-    assert len(pack(documents(["short"]), load_tokenizer("byte"), 7, tmp_path)) == 0
+    assert (len(dataset), dataset.tokens, dataset.bytes, dataset.labels) == (0, 0, 0, 0)
+    assert len(pack(documents(["short"]), load_tokenizer("byte"), 7, tmp_path)) == 1

@@ -45,13 +45,13 @@ def test_whole_text_holds_nothing_out(tmp_path):
     assert (whole.tokens, whole.bytes, len(whole)) == (81, 80, 5)
     (tmp_path / "train1.txt").write_text("short")
     whole = load_whole(config, load_tokenizer("byte"))
-    assert (len(whole), len(whole.tail())) == (0, 6)
+    assert (len(whole), whole.tokens) == (1, 6)
 
 
 @pytest.mark.parametrize(
     ("texts", "keys", "named"),
     [
-        ({"train.txt": "", "valid.txt": "x" * 99}, {}, ["to train on", "0 tokens", "data.sequence_length=16"]),
+        ({"train.txt": "", "valid.txt": "x" * 99}, {}, ["1 of 1 rows", "1 empty", "train.txt, line 1"]),
         ({"train.txt": "short", "valid.txt": "x" * 99}, {}, ["to train on", "6 tokens", "data.path="]),
         ({"train.txt": "x" * 99, "valid.txt": "short"}, {}, ["to validate on", "6 tokens", "more validation text"]),
         (
@@ -75,8 +75,9 @@ def test_too_little_text_is_refused(texts, keys, named, tmp_path):
 
 
 def test_no_text_at_all_cannot_be_evaluated_on(tmp_path):
+    config = text_config(tmp_path, {"train.txt": ""}, validation_path=None, max_bad_share=1.0)
     with pytest.raises(ValueError, match="holds no text"):
-        load_whole(text_config(tmp_path, {"train.txt": ""}, validation_path=None), load_tokenizer("byte"))
+        load_whole(config, load_tokenizer("byte"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -90,5 +91,5 @@ def test_empty_file_of_json_is_refused(streaming, tmp_path):
         shuffle=False,
         validation_fraction=0.0,
     )
-    with pytest.raises(ValueError, match=r"data.path=.*holds no document"):
+    with pytest.raises(ValueError, match=r"the text to train on.* less than one row"):
         load_datasets(config, load_tokenizer("byte"))

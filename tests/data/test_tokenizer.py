@@ -84,7 +84,7 @@ def test_fast_path_equals_the_tokenizer():
     tokenizer = load_tokenizer("byte")
     texts = HARD + random_texts(300)
     expected = [token for text in texts for token in [*tokenizer(text)["input_ids"], 2]]
-    np.testing.assert_array_equal(encode_bytes(texts), np.array(expected, dtype=np.uint16))
+    np.testing.assert_array_equal(encode_bytes([text.encode() for text in texts]), np.array(expected, dtype=np.uint16))
 
 
 def test_fast_path_is_for_the_byte_tokenizer_only(tmp_path, word_folder):
@@ -102,19 +102,21 @@ def test_documents_end_with_the_separator(word_folder):
     tokenizer = load_tokenizer(word_folder)
     texts = ["the way of the text " * 60_000, "a batch", "the house"]  # the first is more than one batch holds
     pieces = list(encode(texts, tokenizer))
-    tokens = np.concatenate([tokens for tokens, _ in pieces])
+    tokens = np.concatenate([piece.tokens for piece in pieces])
     end = tokenizer.eos_token_id
     expected = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], end]]
     np.testing.assert_array_equal(tokens, expected)
     assert tokens.dtype == np.uint16 and len(pieces) > 1
-    assert sum(count for _, count in pieces) == sum(len(text.encode()) for text in texts)
+    assert sum(piece.text_ends[-1] for piece in pieces) == sum(len(text.encode()) for text in texts)
+    documents = [document for piece in pieces for document in np.split(piece.tokens, piece.ends[:-1])]
+    assert len(documents) == 3 and all(document[-1] == end for document in documents)
 
 
 def test_token_type_grows_with_the_vocabulary():
     words = {f"w{i}": i for i in range(70_000)} | {"</s>": 70_000}
     large = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words)), eos_token="</s>")
     assert (token_type(load_tokenizer("byte")), token_type(large)) == ("<u2", "<u4")
-    assert next(encode(["w69999"], large))[0].tolist() == [69_999, 70_000]
+    assert next(encode(["w69999"], large)).tokens.tolist() == [69_999, 70_000]
 
 
 def test_separator_is_eos_else_sep_else_refused():

@@ -18,7 +18,10 @@ CASES = {
     "missing text": (["data.source=text", "data.path=/nowhere/*.txt"], ["data.path", "/nowhere/*.txt"]),
     "no path": (["data.source=json"], ["data.path", "files"]),
     "wrong column": (["data.source=json", "data.path={text}", "data.text_column=body"], ["body", "text"]),
-    "empty text": (["data.source=text", "data.path={empty}"], ["train on", "give more text"]),
+    "empty text": (
+        ["data.source=text", "data.path={empty}"],
+        ["1 of 1 rows", "empty.txt, line 1", "data.max_bad_share"],
+    ),
     "too little text": (["data.source=text", "data.path={short}", "data.validation_fraction=0"], ["tokens", "row"]),
     "batch not divisible": (["train.global_batch_size=9"], ["train.global_batch_size=9", "8 or 10"]),
     "chunk does not divide": (["data.sequence_length=70"], ["model.chunk_size=16", "data.sequence_length=70", "64"]),

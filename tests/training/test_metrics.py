@@ -26,6 +26,21 @@ def test_a_step_is_one_line_with_all_its_figures(tmp_path, capsys):
     assert "mfu 40.0%" in second
 
 
+def test_a_step_says_what_the_loader_reports(tmp_path, capsys):
+    reporter = Reporter(tmp_path, rank=0, start=0, steps=3, tensorboard=True)
+    data = {"loader_wait": 0.012, "padding": 0.25, "bad_rows/empty": 2, "bad_rows/too_long": 1}
+    data |= {"tokens/code": 1200, "epochs/code": 0.5, "tokens/web": 4000}
+    reporter.step(1, {**VALUES, **data})
+    reporter.step(2, {**VALUES, "tokens/text": 1200, "epochs/text": 0.5})
+    reporter.close()
+    line, alone = capsys.readouterr().out.strip().splitlines()
+    assert alone.endswith("eta 1:02:05 | epoch 0.50")
+    assert line.endswith("wait 1.2% | padding 25.0% | bad rows 3 | code 0.50 epochs, 1,200 tok | web 4,000 tok")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("train/bad_rows/too_long")[0].value == 1
+    assert events.Scalars("train/tokens/web")[0].value == 4000
+
+
 def test_other_ranks_say_nothing(tmp_path, capsys):
     reporter = Reporter(tmp_path, rank=1, start=0, steps=3, tensorboard=True)
     reporter.step(1, VALUES)
@@ -69,9 +84,12 @@ def test_throughput_leaves_out_pauses():
     assert report["tokens_per_second"] == pytest.approx(100 / 9, rel=0.05)
     assert report["eta_seconds"] == pytest.approx(18, rel=0.05)
     assert report["mfu"] == pytest.approx(100 / 9 * 100 / 2000, rel=0.05)
-    throughput.add(7)
+    throughput.add(7, waited=0.25)
     throughput.skip(-1.0)
-    assert throughput.report(0)["tokens_per_second"] == pytest.approx(7, rel=0.05)
+    report = throughput.report(0)
+    assert report["tokens_per_second"] == pytest.approx(7, rel=0.05)
+    assert report["loader_wait"] == pytest.approx(0.25, rel=0.05)
+    assert throughput.report(0)["loader_wait"] == 0
 
 
 def test_device_figures():

@@ -1,0 +1,86 @@
+"""Tokenises a corpus into a folder of prepared data, in parallel; run again, it goes on where it was interrupted.
+
+python launch/prepare.py prepared/code data.source=json 'data.path=corpus/*.jsonl.zst' data.tokenizer=tokenizers/code
+python launch/pretrain.py data.source=prepared data.path=prepared/code data.tokenizer=tokenizers/code
+python launch/prepare.py prepared/code --verify
+python launch/prepare.py prepared/web --executor slurm --tasks 500 --slurm partition=cpu time=12:00:00 data.source=...
+
+Beyond one machine, datatrove runs it (pip install 'mega_scale[cluster]'); the files are the same.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mega_scale.config import parse, refuse
+from mega_scale.data import cluster, load_tokenizer
+from mega_scale.data.prepare import Preparation, run
+from mega_scale.data.prepared import Manifest, check_content, read_manifest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what is refused is said in one line, with exit code 2."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s FOLDER [options] [--config FILE] [data.KEY=VALUE ...]",
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="where the data goes, or lies")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (default: one a core)")
+    parser.add_argument("--shard-mb", type=int, default=128, help="text of one shard, MB (default: 128)")
+    words = "processes of this machine; datatrove's local executor; or its Slurm executor, then a shared FOLDER"
+    parser.add_argument("--executor", choices=("processes", "datatrove", "slurm"), default="processes", help=words)
+    parser.add_argument("--tasks", type=int, default=1, help="of datatrove, each with its share of the shards")
+    parser.add_argument("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the Slurm executor")
+    parser.add_argument("--verify", action="store_true", help="only compare the folder's files with their checksums")
+    args, rest = parser.parse_known_args(arguments)
+    try:
+        if args.verify:
+            for name in check_content(args.folder):
+                print(f"{name} is good", flush=True)
+            return
+        for option in ("processes", "shard_mb", "tasks"):
+            if getattr(args, option) < 1:
+                name = option.replace("_", "-")
+                raise ValueError(f"--{name} {getattr(args, option)} is not possible: give at least 1")
+        keys = [word for word in args.slurm if word.startswith("data.")]
+        slurm = dict(word.split("=", 1) for word in args.slurm if "=" in word and word not in keys)
+        config = parse([*keys, *rest]).data
+        config.validate()
+        # Every process has a core of its own already.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        tokenizer = load_tokenizer(config.tokenizer)
+        preparation = Preparation(args.folder, config, tokenizer, shard_bytes=args.shard_mb * 10**6)
+        if args.executor != "processes":
+            local = args.processes if args.executor == "datatrove" else None
+            cluster.run(args.folder, config, args.shard_mb * 10**6, tasks=args.tasks, processes=local, slurm=slurm)
+            if local is None:
+                print(f"submitted; {args.folder / 'manifest.json'} is there when it is done")
+                return
+        missing = set(preparation.missing())
+        sizes = [unit.size for unit in preparation.units]
+        done = sum(size for i, size in enumerate(sizes) if i not in missing)
+        with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None) as bar:
+            for number in run(preparation, args.processes, config.max_bad_share):
+                bar.update(sizes[number])
+        preparation.finish()
+        manifest = read_manifest(args.folder)
+        print(describe(manifest), *manifest.tally.lines(), sep="\n")
+    except (ValueError, OSError) as error:
+        refuse(error)
+
+
+def describe(manifest: Manifest) -> str:
+    """One line on what a folder holds, and what was left out."""
+    facts = {part: manifest.totals(part) for part in manifest.parts}
+    rows = manifest.tally
+    return json.dumps({**facts, "rows": rows.rows, "bad_rows": rows.by_cause()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,45 @@
+"""Trains a byte-level BPE tokenizer on a corpus, into a folder that data.tokenizer and AutoTokenizer load.
+
+python launch/train_tokenizer.py tokenizers/code --vocab-size 32000 data.source=json 'data.path=corpus/*.jsonl'
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mega_scale.config import parse, refuse
+from mega_scale.data import load_corpus
+from mega_scale.data.train_tokenizer import train_bpe
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what is refused is said in one line, with exit code 2."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s FOLDER [--vocab-size N] [--config FILE] [data.KEY=VALUE ...]",
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="where the tokenizer goes")
+    parser.add_argument("--vocab-size", type=int, default=32_000, help="ids, special ones included (default: 32000)")
+    args, rest = parser.parse_known_args(arguments)
+    try:
+        if args.folder.is_dir() and any(args.folder.iterdir()):
+            raise ValueError(f"{str(args.folder)!r} is not empty: name another folder")
+        config = parse(rest).data
+        config.validate()
+        if config.source == "prepared" or config.mixture is not None:
+            raise ValueError("a tokenizer is trained on one source of text: set data.source and data.path to it")
+        documents = load_corpus(config).train
+        tokenizer = train_bpe(documents, args.vocab_size)
+        tokenizer.save_pretrained(args.folder)
+        print(
+            json.dumps({"vocab_size": len(tokenizer), "rows": documents.tally.rows}), *documents.tally.lines(), sep="\n"
+        )
+    except (ValueError, OSError) as error:
+        refuse(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

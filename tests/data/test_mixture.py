@@ -1,0 +1,170 @@
+"""Every row of a mixture is read as often as it should be, in one order, whatever ranks, workers and resumes."""
+
+import json
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from stores import store_of
+
+from mega_scale.data import DataConfig, Loader, Mixture, load_datasets, load_tokenizer
+from mega_scale.data.mixture import Schedule
+from mega_scale.data.packing import PackedDataset
+
+L = 16
+LENGTHS = np.random.default_rng(0).integers(2, 40, size=10_000)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[1], [1, 1], [7, 3], [Fraction("0.7"), Fraction("0.2"), Fraction("0.1")], [1000, 1, 30, 30, 5], [1] * 9],
+)
+def test_every_source_has_its_share_at_any_time(weights):
+    schedule = Schedule(weights)
+    shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
+    seen = [0] * len(weights)
+    for row in range(3000):
+        assert schedule.counts(row) == seen
+        source, index = schedule.locate(row)
+        assert index == seen[source]
+        seen[source] += 1
+        assert all(abs(count - (row + 1) * share) <= 2 for count, share in zip(seen, shares, strict=True))
+    # As far as one likes, without having been there.
+    far = 10**15 + 7
+    source, index = schedule.locate(far)
+    assert schedule.counts(far)[source] == index and schedule.counts(far + 1)[source] == index + 1
+
+
+def test_whole_weights_are_met_exactly():
+    weights = [311, 1, 4_000, 27]
+    for times in (1, 2, 5):
+        assert Schedule(weights).counts(times * sum(weights)) == [times * weight for weight in weights]
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    """10,000 documents in two sources, read once and twice in an epoch; a token is its document's number times 64 plus
+    its offset."""
+    tokens = np.concatenate([64 * i + np.arange(length) for i, length in enumerate(LENGTHS)])
+    split, place = 7_000, int(LENGTHS[:7_000].sum())
+    first = PackedDataset(store_of(tokens[:place], LENGTHS[:split], cuts=[1000, 1001, 6000]), L)
+    second = PackedDataset(store_of(tokens[place:], LENGTHS[split:]), L, "none")
+    return Mixture({"first": first, "second": second}, {"first": len(first), "second": 2 * len(second)})
+
+
+GLOBAL = 120
+
+
+def rows_of(mixture: Mixture, world: int, workers: int, steps: range, state: dict | None = None) -> torch.Tensor:
+    """Inputs of all ranks, in the order of the global batch, (rows, L) with -1 behind the last token."""
+    loaders = [
+        Loader(
+            mixture, global_batch_size=GLOBAL, micro_batch_size=GLOBAL // world, rank=rank, world_size=world, seed=5,
+            workers=workers,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    found = []
+    for loader in loaders:
+        if state is not None:
+            loader.check(state)
+    for step in steps:
+        for loader in loaders:
+            (batch,) = loader.batches(step)
+            found.append(torch.where(batch["shift_labels"] == -100, -1, batch["input_ids"]))
+    states = [json.dumps(loader.state_dict(steps.stop)) for loader in loaders]
+    assert len(set(states)) == 1 and len(states[0]) < 1000
+    for loader in loaders:
+        loader.close()
+    return torch.cat(found)
+
+
+@pytest.fixture(scope="module")
+def reference(mixture) -> torch.Tensor:
+    steps = 2 * (len(mixture.datasets["first"]) + 2 * len(mixture.datasets["second"]))
+    return rows_of(mixture, 1, 0, range(-(-steps // GLOBAL)))
+
+
+def test_two_epochs_have_every_document_and_offset_as_often_as_weighted(mixture, reference):
+    epoch = len(mixture.datasets["first"]) + 2 * len(mixture.datasets["second"])
+    for epochs in (1, 2):
+        rows = reference[: epochs * epoch]
+        seen = Counter(rows[rows >= 0].tolist())
+        # The token that ends a corpus, or a document that stands alone, is predicted and never read.
+        expected = Counter()
+        for i, length in enumerate(LENGTHS.tolist()):
+            last = length - 1 if i >= 7_000 or i == 6_999 else length
+            expected.update(dict.fromkeys(range(64 * i, 64 * i + last), epochs * (1 if i < 7_000 else 2)))
+        assert seen == expected
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (1, 2), (2, 2)])
+def test_ranks_and_workers_do_not_change_the_order(world, workers, mixture, reference):
+    steps = range(len(reference) // GLOBAL)
+    assert torch.equal(rows_of(mixture, world, workers, steps), reference)
+
+
+def test_three_resumes_on_other_numbers_of_ranks_go_on_with_the_next_row(mixture, reference):
+    steps, found, state = len(reference) // GLOBAL, [], None
+    borders = [0, steps // 5, steps // 2, steps // 2 + 1, steps]
+    for world, workers, start, stop in zip((2, 4, 1, 3), (0, 2, 0, 0), borders, borders[1:], strict=False):
+        found.append(rows_of(mixture, world, workers, range(start, stop), state))
+        loader = Loader(mixture, global_batch_size=GLOBAL, micro_batch_size=GLOBAL, rank=0, world_size=1, seed=5)
+        state = json.loads(json.dumps(loader.state_dict(stop)))
+    assert torch.equal(torch.cat(found), reference)
+
+
+def test_progress_by_source_is_exact_at_the_end_of_an_epoch(mixture):
+    first, second = mixture.datasets["first"], mixture.datasets["second"]
+    loader = Loader(mixture, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1)
+    report = loader.report(2 * (len(first) + 2 * len(second)))
+    places = L * 2 * (len(first) + 2 * len(second))
+    assert report.pop("padding") == pytest.approx(1 - (2 * first.labels + 4 * second.labels) / places)
+    assert report == {
+        "tokens/first": 2 * first.labels, "epochs/first": 2.0, "tokens/second": 4 * second.labels, "epochs/second": 4.0,
+    }  # fmt: skip
+
+
+def test_mixture_from_a_configuration(tmp_path):
+    for name, count in (("code", 40), ("prose", 10)):
+        lines = [json.dumps({"body": f"{name} {i} {'x' * 30}"}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    entries = {
+        name: {"source": "json", "path": str(tmp_path / f"{name}.jsonl"), "text_column": "body", "epochs": epochs}
+        for name, epochs in (("code", 1), ("prose", 2.5))
+    }
+    config = DataConfig(mixture=entries, sequence_length=32, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+    config.validate()
+    train, validation = load_datasets(config, load_tokenizer("byte"))
+    assert isinstance(train, Mixture) and validation is not None and config.validates
+    rows = {name: len(dataset) for name, dataset in train.datasets.items()}
+    progress = train.progress(10 * (2 * rows["code"] + 5 * rows["prose"]))
+    assert (progress["code"]["epochs"], progress["prose"]["epochs"]) == (20, 50)
+    text = load_tokenizer("byte").decode(
+        [t for row in validation.rows(np.arange(len(validation))) for t in row if t > 2]
+    )
+    assert "code" in text and "prose" in text
+    loader = Loader(train, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1)
+    entries["prose"]["epochs"] = 2
+    other, _ = load_datasets(config, load_tokenizer("byte"))
+    with pytest.raises(ValueError, match="fingerprint"):
+        Loader(other, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1).check(loader.state_dict(3))
+    entries["prose"] |= {"streaming": True, "validation_documents": 2}
+    with pytest.raises(ValueError, match=r"data.mixture.prose.validation_documents is not a key"):
+        load_datasets(config, load_tokenizer("byte"))
+
+
+def test_stream_in_a_mixture_needs_weights(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {i}" * 9}) for i in range(30)))
+    entry = {"source": "json", "path": str(tmp_path / "a.jsonl"), "streaming": True, "validation_fraction": 0}
+    keys = {"sequence_length": 32, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"data.mixture.web.*weight"):
+        load_datasets(DataConfig(mixture={"web": entry}, **keys), load_tokenizer("byte"))
+    mixture = {"web": entry | {"weight": 0.25}, "again": entry | {"streaming": False, "weight": 0.75}}
+    train, validation = load_datasets(DataConfig(mixture=mixture, **keys), load_tokenizer("byte"))
+    assert validation is None
+    loader = Loader(train, global_batch_size=8, micro_batch_size=8, rank=0, world_size=1)
+    assert loader.batches(0)[0]["input_ids"].shape == (8, 32)
+    assert loader.report(1)["tokens/web"] == 64 and "epochs/web" not in loader.report(1)

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 PORT = "29621"
-TIMEOUT_S = 20
+TIMEOUT_S = 30
 
 
 def ip(*arguments):

@@ -60,9 +60,9 @@ def test_a_rank_that_fails_says_why_in_one_line(benchmark, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert benchmark.main(["memory", *TINY, "--lengths", "64", "--port", str(port)]) == 2
+        assert benchmark.main(["memory", *TINY, "--lengths", "128", "--sp", "2", "--port", str(port)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: rank 0 of --sp 2 at --lengths 64") and str(port) in error
+    assert error.startswith("error: rank 0 of --sp 2 at --lengths 128") and str(port) in error
 
 
 @pytest.mark.parametrize(

@@ -55,14 +55,14 @@ def test_two_ranks_compute_the_same_and_each_keeps_half(tmp_path):
 
 
 @pytest.mark.launch
-def test_a_rank_that_fails_says_why_in_one_line(benchmark, capsys):
+def test_a_rank_that_fails_says_why_and_ends_the_others(benchmark, ours, monkeypatch):
+    monkeypatch.setattr(ours, "_LET_OTHERS_END_S", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.listen()
         port = taken.getsockname()[1]
-        assert benchmark.main(["memory", *TINY, "--lengths", "128", "--sp", "2", "--port", str(port)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: rank 0 of --sp 2 at --lengths 128") and str(port) in error
+        args = benchmark.parser().parse_args(["memory", *TINY, "--port", str(port)])
+        with pytest.raises(ValueError, match=rf"^rank 0 of --sp 2 at --lengths 128 ended with status 75.*:{port} .*\Z"):
+            ours.measure(args, length=128, sp=2)
 
 
 @pytest.mark.parametrize(

@@ -89,18 +89,16 @@ def save_checkpoint(
         (folder / "engine").mkdir(parents=True)
     world.barrier()
     engine.save(folder / "engine")
-    problem: OSError | None = None
-    try:
+
+    def write() -> None:
         save_file(_random_state(), folder / f"rng-{world.rank:05d}.safetensors")
         if world.rank == 0:
             describe(folder)
             (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        _flush(folder)
-    except OSError as error:
-        problem = error
-    if not world.all_agree(problem is None):
-        reason = f"rank {world.rank}: {problem}" if problem else "another rank could not write its part"
-        raise RuntimeError(f"checkpoint {final} is incomplete ({reason}); older checkpoints are untouched") from problem
+
+    _together(write, world, final)
+    # Once every rank has written: before, files of others may still bear temporary names. One rank a host flushes all.
+    _together(lambda: _flush(folder) if world.local_rank == 0 else None, world, final)
     if world.rank == 0:
         shutil.rmtree(final, ignore_errors=True)  # a run that was resumed from before this step writes it anew
         folder.rename(final)
@@ -153,6 +151,22 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _together(act: Callable[[], None], world: World, final: Path) -> None:
+    """Do something on every rank, and go on only if all could; collective.
+
+    Raises:
+        RuntimeError: a rank could not; names the checkpoint.
+    """
+    problem: OSError | None = None
+    try:
+        act()
+    except OSError as error:
+        problem = error
+    if not world.all_agree(problem is None):
+        reason = f"rank {world.rank}: {problem}" if problem else "another rank could not write its part"
+        raise RuntimeError(f"checkpoint {final} is incomplete ({reason}); older checkpoints are untouched") from problem
 
 
 def _flush(folder: Path) -> None:

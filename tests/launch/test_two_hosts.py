@@ -85,6 +85,13 @@ def launcher(kind, node, hostfile, ranks):
             "deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node), "--master_addr", "host-a",
             "--master_port", PORT, "launch/pretrain.py",
         ]  # fmt: skip
+    if kind == "accelerate":
+        # --multi_gpu is how accelerate starts several processes of a machine, GPUs or not.
+        return [
+            "accelerate", "launch", "--multi_gpu", "--num_machines", "2", "--num_processes", str(2 * ranks),
+            "--machine_rank", str(node), "--main_process_ip", "host-a", "--main_process_port", PORT,
+            "--mixed_precision", "no", "--dynamo_backend", "no", "launch/pretrain.py",
+        ]  # fmt: skip
     meeting = {
         "torchrun c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"host-a:{PORT}"],
         "torchrun": ["--node-rank", str(node), "--master-addr", "host-a", "--master-port", PORT],
@@ -165,7 +172,10 @@ def alone(tmp_path_factory, text_file):
     return metrics(run_dir)
 
 
-@pytest.mark.parametrize("kind,changes", [("deepspeed", ["parallel.sp=2"]), ("torchrun c10d", [])])
+@pytest.mark.parametrize(
+    "kind,changes",
+    [("deepspeed", ["parallel.sp=2"]), ("torchrun c10d", []), ("accelerate", ["parallel.dp_replicate=2"])],
+)
 def test_two_hosts_give_the_losses_of_one_process(hosts, tmp_path, text_file, alone, kind, changes):
     with Job(kind, hosts, tmp_path, 1, *text(text_file), "train.steps=10", *changes) as job:
         job.until(job.ended, 300)

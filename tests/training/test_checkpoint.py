@@ -1,6 +1,7 @@
 """Checkpoint folders: complete or not there, found by run, pruned after a new one is complete."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mega_scale.training.checkpoint import (
 class OneRank:
     """A world of one process, without a process group."""
 
-    rank, size, device = 0, 1, torch.device("cpu")
+    rank, size, local_rank, device = 0, 1, 0, torch.device("cpu")
 
     def __init__(self, agree=True):
         self.agree = agree
@@ -99,3 +100,28 @@ def test_refusals(tmp_path):
     (tmp_path / "trainer.json").write_text("{broken")
     with pytest.raises(ValueError, match="cannot be read"):
         read_state(tmp_path)
+
+
+def test_nothing_is_flushed_while_other_ranks_still_write(tmp_path, monkeypatch):
+    """A file of another rank has a temporary name until that rank has written it, which all ranks then agree on."""
+    temporary = tmp_path / "checkpoints/step-00000003.unfinished/.tmp-of-another-rank"
+
+    class Slow(OneRank):
+        def all_agree(self, flag):
+            if temporary.exists():
+                temporary.rename(temporary.with_name("rng-00001.safetensors"))
+            return flag
+
+    def look(path, flags, *rest, **options):
+        assert flags != os.O_RDONLY or not temporary.exists(), "flushed too early"
+        return opened(path, flags, *rest, **options)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", look)
+
+    def describe_slowly(folder):
+        describe(folder)
+        temporary.touch()
+
+    folder = save_checkpoint(tmp_path, 3, TextEngine("w"), Slow(), {"step": 3}, describe_slowly)
+    assert (folder / "rng-00001.safetensors").exists()

@@ -18,23 +18,6 @@ from mega_scale.model.slots import Slots, align
 from mega_scale.ops.attention import chunk_attention
 
 
-class MegaPackedLinear(nn.Linear):
-    """Several linear layers of one input, whose weights lie one after the other in one tensor.
-
-    Args:
-        channels: width of the input.
-        segments: widths of the outputs.
-    """
-
-    def __init__(self, channels: int, segments: dict[str, int]) -> None:
-        super().__init__(channels, sum(segments.values()))
-        self.segments = segments
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """x (..., channels) to one tensor a segment."""
-        return super().forward(x).split(list(self.segments.values()), -1)
-
-
 class MegaMovingAverageGatedAttention(nn.Module):
     """Moving average, attention in chunks, and gates (arXiv 2209.10655, equations 8 to 15)."""
 
@@ -49,15 +32,13 @@ class MegaMovingAverageGatedAttention(nn.Module):
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
         self.ema_gate = MegaMultiDimensionDampedEma(config)
         self.v_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.mx_proj = MegaPackedLinear(
-            config.hidden_size,
-            {
-                "update": config.hidden_size,
-                "shared": config.shared_representation_size,
-                "gate": config.intermediate_size,
-                "candidate": config.hidden_size,
-            },
-        )
+        self.segments = {
+            "update": config.hidden_size,
+            "shared": config.shared_representation_size,
+            "gate": config.intermediate_size,
+            "candidate": config.hidden_size,
+        }
+        self.mx_proj = nn.Linear(config.hidden_size, sum(self.segments.values()))
         self.h_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.qk_weight = nn.Parameter(torch.empty(2, config.shared_representation_size))
         self.qk_bias = nn.Parameter(torch.empty(2, config.shared_representation_size))
@@ -92,7 +73,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         averaged, ema_state = self.ema_gate(normed, new_mask, None if state is None else state.ema)
         averaged = self.ema_dropout(averaged)
         v = self.activation(self.v_proj(normed))
-        update, z, gate, candidate = self.mx_proj(averaged)
+        update, z, gate, candidate = self.project(averaged)
         z = F.silu(z)
         # Each row is applied on its own: the stacked (B, L, 2, Z) product would double the memory of queries and keys.
         # They keep what precision they have: relu2 squares their scores.
@@ -117,6 +98,10 @@ class MegaMovingAverageGatedAttention(nn.Module):
         if kept is None:
             kept = remember(state, k, v, self.chunk)
         return out, weights, LayerState(ema_state, *kept, seen + length)
+
+    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
+        """What `mx_proj` makes of the average (B, L, D): update, shared representation, gate and candidate."""
+        return self.mx_proj(averaged).split(list(self.segments.values()), -1)
 
     @property
     def chunk(self) -> int | None:

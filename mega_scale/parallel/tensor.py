@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mega_scale.model import MegaForCausalLM, MegaPreTrainedModel
-from mega_scale.model.attention import MegaMovingAverageGatedAttention, MegaPackedLinear
+from mega_scale.model.attention import MegaMovingAverageGatedAttention
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.feed_forward import MegaNormalizedFeedForwardNetwork
 from mega_scale.model.norm import MegaSequenceNorm
@@ -27,6 +27,7 @@ from mega_scale.parallel.tensor_layers import (
     GatherLinear,
     GatherSegments,
     ScatterLinear,
+    SegmentedAttention,
     SegmentedLinear,
     SharedRotaryBias,
     SharedSimpleBias,
@@ -62,15 +63,16 @@ def separate_segments(model: MegaPreTrainedModel) -> None:
         model: on the meta device, changed in place.
     """
     for module in list(model.modules()):
-        for name, packed in list(module.named_children()):
-            if isinstance(packed, MegaPackedLinear):
-                layers = {key: on_meta(nn.Linear, packed.in_features, width) for key, width in packed.segments.items()}
-                setattr(module, name, SegmentedLinear(layers, _rows(packed)))
+        if isinstance(module, MegaMovingAverageGatedAttention):
+            channels = module.mx_proj.in_features
+            layers = {key: on_meta(nn.Linear, channels, width) for key, width in module.segments.items()}
+            module.add_module("mx_proj", SegmentedLinear(layers, _rows(module.segments)))
+            module.__class__ = SegmentedAttention
 
 
-def _rows(packed: MegaPackedLinear) -> dict[str, tuple[int, int]]:
+def _rows(segments: dict[str, int]) -> dict[str, tuple[int, int]]:
     rows, begin = {}, 0
-    for key, width in packed.segments.items():
+    for key, width in segments.items():
         rows[key] = (begin, begin + width)
         begin += width
     return rows

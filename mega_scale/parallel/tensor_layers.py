@@ -82,7 +82,7 @@ class ScatterLinear(TensorParallel, nn.Linear):
 
 
 class SegmentedLinear(nn.Module):
-    """`MegaPackedLinear` with a layer for each segment, so that each can be cut, or not, in its own way.
+    """The packed `mx_proj` with a layer for each segment, so that each can be cut, or not, in its own way.
 
     Args:
         segments: layer of every segment, in order.
@@ -124,7 +124,15 @@ class CutEma(TensorParallel, SequenceParallelEma):
     }
 
 
-class CutAttention(TensorParallel, MegaMovingAverageGatedAttention):
+class SegmentedAttention(MegaMovingAverageGatedAttention):
+    """Gated attention whose `mx_proj` is a `SegmentedLinear`."""
+
+    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
+        """See `MegaMovingAverageGatedAttention.project`."""
+        return self.mx_proj(averaged)
+
+
+class CutAttention(TensorParallel, SegmentedAttention):
     """Gated attention with this rank's values; queries and keys are everyone's."""
 
 

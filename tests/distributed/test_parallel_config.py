@@ -51,7 +51,8 @@ def test_refuses_meshes(changes: dict[str, Any], local_size: int, words: list[st
 
 @pytest.mark.parametrize("offload", [None, False, {}, {"device": "none"}])
 def test_copies_accept_keys_that_offload_nothing(offload: Any) -> None:
-    ParallelConfig(dp_replicate=2, ds_config={"zero_optimization": {"offload_optimizer": offload}}).validate(**RUN)
+    config = ParallelConfig(dp_replicate=2, ds_config={"zero_optimization": {"offload_optimizer": offload}})
+    assert config.validate(**RUN) is None
 
 
 def test_accepts_what_can_run():

@@ -218,6 +218,7 @@ def test_a_short_interruption_is_survived(hosts, tmp_path, text_file):
         hosts[1].plug()
         done = job.outputs[0].read_text().count("| loss")
         job.until(lambda: job.trained(done + 20), 60)
+        assert not job.ended() and job.lines(0) == job.lines(1) == {}, job.report()
 
 
 def test_a_rank_killed_on_another_host_is_named_long_before_the_timeout(hosts, tmp_path, text_file):

@@ -90,7 +90,7 @@ def export(
         ValueError: there is no checkpoint, the destination is taken, or the weights do not fit the configuration.
     """
     check_destination(out, overwrite=overwrite)
-    folder = find_checkpoint(checkpoint)
+    folder, _ = find_checkpoint(checkpoint)
     config, tensors, tokenizer = open_model(folder)
     run_file = folder / "config.yaml"
     facts = training_facts(

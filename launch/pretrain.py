@@ -23,16 +23,16 @@ from mega_scale.parallel import (
     Placement,
     Values,
     World,
-    check_layout,
     check_vocabulary,
     describe,
+    difference,
     parallelize,
     per_block,
     placement,
     seeded_values,
     self_test,
 )
-from mega_scale.training.checkpoint import find_checkpoint, load_checkpoint, read_state
+from mega_scale.training.checkpoint import choose_checkpoint, find_checkpoint, load_checkpoint, read_key, read_state
 from mega_scale.training.evaluate import Evaluation, evaluate
 from mega_scale.training.loop import Run, train
 from mega_scale.training.metrics import peak_flops
@@ -72,8 +72,7 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     mesh = config.parallel.mesh(place.size)
     resumed = None
     if config.resume is not None:
-        resumed = find_checkpoint(Path(config.run_dir if config.resume == "latest" else config.resume))
-        check_layout(read_state(resumed)["layout"], config.parallel, place.size)
+        resumed = Path(config.run_dir if config.resume == "latest" else config.resume)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = model_config(config.model, tokenizer)
     check_vocabulary(model.vocab_size, mesh.tp)
@@ -94,7 +93,8 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
         pin_memory=torch.cuda.is_available() and config.parallel.device != "cpu",
     )
     if resumed is not None:
-        loader.check(read_state(resumed)["data"])
+        folder, _ = find_checkpoint(resumed, read_key(config.checkpoint.key_file))
+        loader.check(read_state(folder)["data"])
     return Prepared(config, model, values, tokenizer, validation, loader, resumed)
 
 
@@ -144,6 +144,8 @@ def pretrain(prepared: Prepared, world: World) -> None:
                 f"those of one process, largest relative difference {found.error:.1e}",
                 flush=True,
             )
+    key = read_key(config.checkpoint.key_file)
+    checkpoint = None if prepared.resumed is None else resume(prepared, world, key)
     with torch.device("meta"):
         module = MegaForCausalLM(model)
     engine = parallelize(
@@ -160,8 +162,8 @@ def pretrain(prepared: Prepared, world: World) -> None:
     )
     engine.module.train()
     start, tokens = 0, 0
-    if prepared.resumed is not None:
-        state = load_checkpoint(prepared.resumed, engine, world)
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, engine, world)
         start, tokens = state["step"], state["tokens"]
     if world.rank == 0:
         announce(prepared, world, start, engine_parameters(engine))
@@ -198,6 +200,7 @@ def pretrain(prepared: Prepared, world: World) -> None:
         describe=describe_run,
         flops_per_token=training_flops_per_token(model, config.data.sequence_length),
         peak_flops=peak_flops(world.device, train_config.dtype),
+        key=key,
         facts={"layout": describe(config.parallel, world.size)},
     )
     try:
@@ -205,6 +208,22 @@ def pretrain(prepared: Prepared, world: World) -> None:
     finally:
         prepared.loader.close()
         engine.close()
+
+
+def resume(prepared: Prepared, world: World, key: bytes | None) -> Path:
+    """The proven checkpoint to go on from, whose data this run has; collective."""
+    assert prepared.resumed is not None
+
+    def say(line: str) -> None:
+        print(f"mega_scale | {line}", flush=True)
+
+    found = choose_checkpoint(prepared.resumed, world, key, say)
+    state = read_state(found)
+    prepared.loader.check(state["data"])
+    if world.rank == 0:
+        changed = difference(state["layout"], describe(prepared.config.parallel, world.size))
+        say(f"resumed from {found}" + (f", in another layout: {changed}" if changed else ""))
+    return found
 
 
 def engine_parameters(engine: Engine) -> int:

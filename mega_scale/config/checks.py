@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mega_scale.config.model_section import model_config
 from mega_scale.parallel.mesh import divisors, multiples, nearest
 from mega_scale.parallel.model_checks import check_sequence_parallel, check_tensor_parallel, check_vocabulary
-from mega_scale.training.checkpoint import find_checkpoint
+from mega_scale.training.checkpoint import find_checkpoint, read_key
 
 if TYPE_CHECKING:
     from mega_scale.config.run_config import RunConfig
@@ -176,6 +176,7 @@ def _check_folders(config: "RunConfig") -> None:
         )
     if config.resume is not None:
         try:
-            find_checkpoint(run_dir if config.resume == "latest" else Path(config.resume))
+            key = read_key(config.checkpoint.key_file)
+            find_checkpoint(run_dir if config.resume == "latest" else Path(config.resume), key)
         except ValueError as error:
             raise ValueError(f"resume={config.resume!r}: {error}") from None

@@ -1,7 +1,6 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 around the same model and the same AdamW."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,17 @@ from mega_scale.parallel.engine import BuildOptimizer
 from mega_scale.parallel.materialize import Values, fill
 from mega_scale.parallel.pieces import pieces
 from mega_scale.parallel.spread import Spread
-from mega_scale.parallel.weights import DEEPSPEED_TAG, model_file, write_names, zero_file
+from mega_scale.parallel.state import (
+    MOMENTS,
+    WEIGHT,
+    EngineState,
+    Held,
+    copies_along,
+    ensure_moments,
+    flat,
+    names_of,
+    persistent_buffers,
+)
 from mega_scale.parallel.window import START, Place
 from mega_scale.parallel.world import World
 
@@ -74,9 +83,6 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model), config=native, mpu=unit, dist_init_required=False
         )
-        if self._copies.rank > 0:
-            # Copies hold the same, and their files would bear the same names: the first copy writes them.
-            self._engine.checkpoint_engine.save = lambda *args, **kwargs: None
 
     def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int, place: Place = START) -> Tensor:
         """This rank's share of the loss, see `Engine.forward`."""
@@ -121,21 +127,59 @@ class DeepSpeedEngine:
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's partitions, see `Engine.save`."""
-        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
-        if self._world.rank == 0:
-            write_names(self.module, folder, self._world.shape.tp)
-        self._world.barrier()
+    def state(self) -> EngineState:
+        """This rank's partitions and their moments, see `Engine.state`."""
+        optimizer = self._engine.optimizer
+        adam: torch.optim.Optimizer = optimizer if self._stage == 0 else optimizer.optimizer
+        if self._stage == 0:
+            stepped = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        else:
+            stepped = (
+                optimizer.single_partition_of_fp32_groups if self._stage < 3 else optimizer.fp32_partitioned_groups_flat
+            )
+        ensure_moments(adam, stepped)
+        names = names_of(self.module, self._world.shape.tp)
+        held = {name: self._range(self._parameters[name], piece.dim, adam) for name, piece in names.table.items()}
+        return EngineState(names, held, [adam.state[one]["step"] for one in stepped], persistent_buffers(self.module))
 
-    def load(self, folder: Path) -> None:
-        """Read this rank's partitions, see `Engine.load`."""
-        self._refuse_other_layout(folder / DEEPSPEED_TAG)
-        groups = self._engine.optimizer.param_groups
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG, load_lr_scheduler_states=False)
-        for group, own in zip(self._engine.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+    def _range(self, parameter: Any, cut: int | None, adam: torch.optim.Optimizer) -> Held:
+        optimizer, tp, fsdp = self._engine.optimizer, self._world.axis("tp"), self._world.axis("fsdp")
+        alike = [self._copies, *([tp] if cut is None else []), *([fsdp] if self._stage == 0 else [])]
+        shape, numbers = parameter.shape, slice(None)
+        start = 0
+        if self._stage == 0:
+            owner = parameter
+        elif self._stage == 3:
+            group, first, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            owner, shape, start = optimizer.fp32_partitioned_groups_flat[group], parameter.ds_shape, fsdp.rank * length
+            start = min(start, parameter.ds_numel)
+            numbers = slice(first, first + min(length, parameter.ds_numel - start))  # the last part ends in padding
+        elif parameter._hp_mapping is None:
+            owner, numbers = optimizer.single_partition_of_fp32_groups[0], slice(0, 0)
+        else:
+            place = parameter._hp_mapping
+            owner, start = (
+                optimizer.single_partition_of_fp32_groups[place.param_group_index],
+                place.lp_fragment_address.start,
+            )
+            numbers = slice(
+                place.hp_fragment_address.start, place.hp_fragment_address.start + place.hp_fragment_address.numel
+            )
+        tensors = {WEIGHT: flat(owner)[numbers]}
+        if parameter.requires_grad:
+            tensors |= {moment: flat(adam.state[owner][moment])[numbers] for moment in MOMENTS}
+        return Held(torch.Size(shape), start, tensors, *copies_along(alike))
+
+    def loaded(self, step: int) -> None:
+        """Have DeepSpeed's other copies of the weights follow, see `Engine.loaded`."""
+        self._engine.global_steps = step
+        optimizer = self._engine.optimizer
+        if self._stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._stage == 3:
+            # Gathered weights are dropped, and those that stay gathered are gathered anew.
+            optimizer.checkpoint_event_prologue()
+            optimizer.checkpoint_event_epilogue()
 
     def held(self, name: str) -> Tensor:
         """This rank's partition without its padding, see `Engine.held`."""
@@ -157,18 +201,6 @@ class DeepSpeedEngine:
         """Undo what DeepSpeed changed in this process, see `Engine.close`."""
         self._engine.destroy()
         nn.functional.linear = _linear
-
-    def _refuse_other_layout(self, files: Path) -> None:
-        """DeepSpeed would fail late, or hang, on files of another stage or number of ranks."""
-        shape = self._world.shape
-        parts = {zero_file(rank, tp, "optim") for rank in range(shape.fsdp) for tp in range(shape.tp)}
-        found = {path.name for path in files.glob("*_optim_states.pt")}
-        weights = zero_file(0, 0, "model") if self._stage == 3 else model_file(shape.tp - 1)
-        if not (files / weights).is_file() or found != (parts if self._stage > 0 else set()):
-            raise ValueError(
-                f"{files} was not written by the deepspeed engine at parallel.zero_stage={self._stage} in {shape.fsdp} "
-                f"parts x parallel.tp={shape.tp} (partitions found: {len(found)}): resume with the layout that wrote it"
-            )
 
 
 def _start_deepspeed(world: World) -> Any:

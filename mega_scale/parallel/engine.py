@@ -1,12 +1,12 @@
 """What the training loop asks of an engine, whichever shards the model."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mega_scale.parallel.state import EngineState
 from mega_scale.parallel.window import START, Place
 
 BuildOptimizer = Callable[[nn.Module], Optimizer]
@@ -54,22 +54,19 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer; every rank writes its part.
+    def state(self) -> EngineState:
+        """Model and optimizer as this rank holds them, between two steps; not collective.
 
-        Args:
-            folder: an existing empty folder, the same on all ranks.
+        Returns:
+            Views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
         ...
 
-    def load(self, folder: Path) -> None:
-        """Read model and optimizer; what follows is bit for bit what followed `save`. Settings stay this run's.
+    def loaded(self, step: int) -> None:
+        """Have whatever depends on the state follow after it was written; settings stay this run's.
 
         Args:
-            folder: where `save` wrote, with the same engine, stage and number of ranks.
-
-        Raises:
-            ValueError: the folder was written by another engine, stage or number of ranks.
+            step: optimizer steps of the run before.
         """
         ...
 

@@ -1,12 +1,10 @@
 """The FSDP2 engine: PyTorch's `fully_shard` over a mesh of ranks, AdamW on sharded parameters."""
 
+import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -19,8 +17,18 @@ from mega_scale.parallel.materialize import Values, fill
 from mega_scale.parallel.pieces import pieces
 from mega_scale.parallel.shards import shard_dimension
 from mega_scale.parallel.spread import Spread
+from mega_scale.parallel.state import (
+    MOMENTS,
+    WEIGHT,
+    EngineState,
+    Held,
+    copies_along,
+    ensure_moments,
+    flat,
+    names_of,
+    persistent_buffers,
+)
 from mega_scale.parallel.structure import blocks, ema_of
-from mega_scale.parallel.weights import named_tensors, write_names
 from mega_scale.parallel.window import START, Place
 from mega_scale.parallel.world import World
 
@@ -113,23 +121,31 @@ class FsdpEngine:
         own = torch.stack(list(norms)).square().sum() if norms else torch.zeros((), device=self._world.device)
         return self._world.sum(own, alike=("dp_replicate",)).sqrt()
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards, see `Engine.save`."""
+    def state(self) -> EngineState:
+        """This rank's rows and their moments, see `Engine.state`."""
         self._drop_gathered()
-        dcp.save(self._state(), checkpoint_id=folder)
-        if self._world.rank == 0:
-            write_names(self.module, folder, self._world.shape.tp)
-        self._world.barrier()
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        ensure_moments(self._optimizer, trained)
+        names = names_of(self.module, self._world.shape.tp)
+        held = {name: self._held(name, piece.dim) for name, piece in names.table.items()}
+        steps = [self._optimizer.state[parameter]["step"] for parameter in trained]
+        return EngineState(names, held, [_own(step) for step in steps], persistent_buffers(self.module))
 
-    def load(self, folder: Path) -> None:
-        """Read into this rank's shards, see `Engine.load`."""
-        if not (folder / ".metadata").is_file():
-            raise ValueError(
-                f"{folder} was not written by the fsdp engine: set parallel.engine to the engine that wrote it"
-            )
-        self._drop_gathered()
-        self._allocate_optimizer_state()
-        dcp.load(self._state(), checkpoint_id=folder)
+    def _held(self, name: str, cut: int | None) -> Held:
+        parameter, fsdp = self._parameters[name], self._world.axis("fsdp")
+        tensors = {WEIGHT: flat(parameter)}
+        if parameter.requires_grad:
+            tensors |= {moment: flat(self._optimizer.state[parameter][moment]) for moment in MOMENTS}
+        shape = list(parameter.shape)
+        if cut is not None:
+            shape[cut] //= self._world.shape.tp
+        # As in _rows: every rank has as many rows as the first, as long as there are some left.
+        first = min(fsdp.rank * -(-shape[0] // fsdp.size), shape[0])
+        axes = [self._world.axis("dp_replicate"), *([self._world.axis("tp")] if cut is None else [])]
+        return Held(torch.Size(shape), first * math.prod(shape[1:]), tensors, *copies_along(axes))
+
+    def loaded(self, step: int) -> None:
+        """Nothing else depends on the state, see `Engine.loaded`."""
 
     def held(self, name: str) -> Tensor:
         """This rank's rows, see `Engine.held`."""
@@ -141,26 +157,6 @@ class FsdpEngine:
 
     def close(self) -> None:
         """Nothing outside the module to free, see `Engine.close`."""
-
-    def _state(self) -> dict[str, Any]:
-        """Tensors of model and optimizer by name, each parameter once; loading writes into them in place."""
-        parameters = dict(self.module.named_parameters())
-        state = self._optimizer.state
-        return {
-            "model": named_tensors(self.module),
-            "optimizer": {name: dict(state[parameter]) for name, parameter in parameters.items() if state[parameter]},
-        }
-
-    @torch.no_grad()
-    def _allocate_optimizer_state(self) -> None:
-        """Make the optimizer create its state: a step of size zero, which changes no weight."""
-        for parameter in self.module.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        for group in self._optimizer.param_groups:
-            group["lr"] = 0.0
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
 
     def _drop_gathered(self) -> None:
         """Free weights that a forward without backward left gathered: they stand in for the sharded ones until then."""
@@ -227,6 +223,10 @@ def _local(parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         raise TypeError(f"a parameter of shape {tuple(parameter.shape)} was left out of sharding")
     return parameter.to_local()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _local_gradients(parameters: list[nn.Parameter]) -> list[Tensor]:

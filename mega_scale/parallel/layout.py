@@ -1,18 +1,17 @@
-"""The facts about a run's layout that its checkpoints depend on."""
+"""The facts about a run's layout, kept beside its checkpoints."""
 
 from typing import Any
 
 from mega_scale.parallel.config import ParallelConfig
 
-# In the order in which differences are looked for: dp_shard is what the others leave, so it differs when they do.
 _OWNERS = {
     "engine": "parallel.engine",
     "zero_stage": "parallel.zero_stage",
-    "world_size": "the number of processes",
-    "tp": "parallel.tp",
-    "sp": "parallel.sp",
+    "world_size": "processes",
     "dp_replicate": "parallel.dp_replicate",
     "dp_shard": "parallel.dp_shard",
+    "sp": "parallel.sp",
+    "tp": "parallel.tp",
 }
 
 
@@ -30,23 +29,14 @@ def describe(config: ParallelConfig, world_size: int) -> dict[str, Any]:
     return {"engine": config.engine, "zero_stage": config.zero_stage, "world_size": world_size, **axes}
 
 
-def check_layout(saved: dict[str, Any], config: ParallelConfig, world_size: int) -> None:
-    """Refuse to continue from a checkpoint that this layout cannot read.
+def difference(saved: dict[str, Any], here: dict[str, Any]) -> str:
+    """Say what of a checkpoint's layout this run does not have; empty where they are the same.
 
     Args:
         saved: what `describe` returned when the checkpoint was written.
-        config: settings of this run.
-        world_size: number of its ranks.
-
-    Raises:
-        ValueError: engine, stage, number of ranks or an axis differs; names the first that does, and the remedy.
+        here: what it returns now.
     """
-    # Checkpoints from before there were axes were written by data parallelism alone.
-    saved = {"dp_replicate": 1, "dp_shard": saved.get("world_size"), "sp": 1, "tp": 1, **saved}
-    here = describe(config, world_size)
-    for key, owner in _OWNERS.items():
-        if saved.get(key) != here[key]:
-            raise ValueError(
-                f"the checkpoint was written with {owner} {saved.get(key)!r}, this run has {here[key]!r}: "
-                f"resume with {saved.get(key)!r}, or start from an export with init_from"
-            )
+    changed = [
+        f"{owner} {saved.get(key)} -> {here[key]}" for key, owner in _OWNERS.items() if saved.get(key) != here[key]
+    ]
+    return ", ".join(changed)

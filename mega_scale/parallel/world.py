@@ -227,6 +227,28 @@ class World:
         dist.broadcast(data, src=0)
         return json.loads(bytes(data.tolist()))
 
+    def gather(self, value: Any) -> list[Any] | None:
+        """Give a value of every rank to rank 0, as JSON.
+
+        Args:
+            value: numbers, strings, lists and dictionaries; of any length on each rank.
+
+        Returns:
+            On rank 0, the values of all ranks in their order, as JSON gives them back; none on the others.
+
+        Raises:
+            TypeError: JSON cannot express this rank's value.
+        """
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self.sum(torch.nn.functional.one_hot(torch.tensor(self.rank), self.size) * len(payload)).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        padded[: len(payload)] = payload
+        found = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(padded, found, dst=0)
+        if found is None:
+            return None
+        return [json.loads(data[:length].cpu().numpy().tobytes()) for data, length in zip(found, lengths, strict=True)]
+
 
 def _groups(shape: MeshShape, device: torch.device) -> tuple[DeviceMesh, dist.ProcessGroup]:
     sizes = {"dp_replicate": shape.dp_replicate, "fsdp": shape.fsdp, "tp": shape.tp}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.parallel import Engine, Place, World
-from mega_scale.training.checkpoint import CheckpointConfig, save_checkpoint
+from mega_scale.training.checkpoint import CheckpointConfig, Saved, Saver
 from mega_scale.training.evaluate import Evaluation
 from mega_scale.training.metrics import Reporter, Throughput, memory_bytes
 from mega_scale.training.train_config import TrainConfig
@@ -48,6 +48,7 @@ class Run:
         describe: writes configuration and tokenizer into a folder.
         flops_per_token: of forward and backward.
         peak_flops: of one device, FLOP/s; none where it is not known.
+        key: secret with which checkpoints are signed, if there is one.
         facts: plain JSON to find again in every checkpoint.
     """
 
@@ -61,6 +62,7 @@ class Run:
     describe: Callable[[Path], None]
     flops_per_token: int
     peak_flops: float | None
+    key: bytes | None
     facts: dict[str, Any]
 
 
@@ -82,6 +84,7 @@ def train(run: Run, config: TrainConfig, checkpoints: CheckpointConfig, start: i
     """
     reporter = Reporter(run.run_dir, run.world.rank, start, config.steps, config.tensorboard)
     throughput = Throughput(run.flops_per_token, run.peak_flops, run.world.size)
+    saver = Saver(run.run_dir, run.engine, run.world, run.describe, checkpoints, run.key)
     state = _state(run, start, tokens, None)
     for step in range(start + 1, config.steps + 1):
         lr = run.learning_rate(step - 1)
@@ -95,6 +98,7 @@ def train(run: Run, config: TrainConfig, checkpoints: CheckpointConfig, start: i
             reporter.step(step, {**values, "tokens": tokens, **speed, **run.data.report(step)})
 
         paused = time.perf_counter()
+        _report(saver.poll(), reporter)
         evaluation = None
         if run.evaluate is not None and (_due(step, config.eval_every) or step == config.steps):
             evaluation = run.evaluate()
@@ -103,11 +107,25 @@ def train(run: Run, config: TrainConfig, checkpoints: CheckpointConfig, start: i
             reporter.sample(step, run.sample(step))
         if _due(step, checkpoints.every) or step == config.steps:
             state = _state(run, step, tokens, evaluation)
-            folder = save_checkpoint(run.run_dir, step, run.engine, run.world, state, run.describe, checkpoints.keep)
-            reporter.say(f"step {step} | saved {folder}")
+            _report(saver.save(step, state), reporter)
         throughput.skip(time.perf_counter() - paused)
+    ended = saver.finish()
+    _report(ended, reporter)
     reporter.close()
+    if ended and ended[-1].folder is None:
+        raise RuntimeError(f"the last checkpoint could not be written: {ended[-1].problem}; older ones are untouched")
     return state
+
+
+def _report(ended: list[Saved], reporter: Reporter) -> None:
+    for saved in ended:
+        if saved.folder is None:
+            reporter.say(f"step {saved.step} | checkpoint not written, older ones are untouched: {saved.problem}")
+        else:
+            reporter.say(
+                f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
+                f"training stood still {saved.stall_s:.2f} s)"
+            )
 
 
 def _step(run: Run, step: int, lr: float) -> tuple[float, float, int, float]:

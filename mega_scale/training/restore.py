@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import Values, fill, open_weights
-from mega_scale.training.checkpoint import find_checkpoint
+from mega_scale.training.checkpoint import STATE, find_checkpoint, verify
 
 
 def describe_model(folder: Path, config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -19,28 +19,33 @@ def describe_model(folder: Path, config: MegaConfig, tokenizer: PreTrainedTokeni
     tokenizer.save_pretrained(folder)
 
 
-def open_model(path: Path) -> tuple[MegaConfig, Mapping[str, Tensor], PreTrainedTokenizerBase]:
+def open_model(
+    path: Path, key: bytes | None = None
+) -> tuple[MegaConfig, Mapping[str, Tensor], PreTrainedTokenizerBase]:
     """Open a model without reading its weights.
 
     Args:
         path: an export or Hugging Face folder (it has config.json), a checkpoint, or a run folder (its newest one).
+        key: the secret with which the checkpoint must be signed, if there is one.
 
     Returns:
         Configuration; full CPU tensors by state-dict name, read when asked for; tokenizer.
 
     Raises:
-        ValueError: the path is none of these, or the weights do not fit the configuration.
+        ValueError: the path is none of these, the checkpoint is damaged, or the weights do not fit the
+            configuration.
     """
     tensors: Mapping[str, Tensor]
     if (path / "config.json").is_file():
         config, tensors = open_folder(path)
         described = path
     else:
-        folder = find_checkpoint(path)
+        folder, _ = find_checkpoint(path, key)
+        verify(folder, key)
         described = folder / "model"
-        config, tensors = MegaConfig.from_pretrained(described), open_weights(folder / "engine")
+        config, tensors = MegaConfig.from_pretrained(described), open_weights(folder / STATE)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(described)
+        tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{described} has no tokenizer ({reason}): save one there") from None

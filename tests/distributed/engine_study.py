@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import state_folder
 import tiny_run
 import torch
 from torch import Tensor, nn
@@ -60,14 +61,7 @@ def _study_engine(key: str, world: World, folder: Path) -> dict[str, Any]:
     found["recomputed"] = _checkpointed(key, world, 2, {})
     if key in WITH_DROPOUT:
         found["dropout"] = [_checkpointed(key, world, every, DROPOUT) for every in (0, 1)]
-    return found | _materialised(key, world, folder)
-
-
-def _folder(path: Path, world: World) -> Path:
-    if world.rank == 0:
-        path.mkdir(parents=True)
-    world.barrier()
-    return path
+    return found | _materialised(key, world)
 
 
 def _evaluate(engine: Engine) -> None:
@@ -81,10 +75,10 @@ def _uninterrupted(key: str, world: World, folder: Path) -> dict[str, Any]:
     start = gathered(engine.module)
     first = tiny_run.train(engine, world, range(CUT))
     _evaluate(engine)
-    engine.save(_folder(folder / "cut", world))
+    state_folder.save(engine, folder / "cut", world)
     at_cut = gathered(engine.module)
     second = tiny_run.train(engine, world, range(CUT, tiny_run.STEPS))
-    engine.save(_folder(folder / "straight", world))
+    state_folder.save(engine, folder / "straight", world)
     end = gathered(engine.module)
     engine.close()
     return {
@@ -101,10 +95,10 @@ def _uninterrupted(key: str, world: World, folder: Path) -> dict[str, Any]:
 def _resumed(key: str, world: World, folder: Path) -> dict[str, Any]:
     engine = tiny_run.make_engine(world, ENGINES[key])
     _evaluate(engine)
-    engine.load(folder / "cut")
+    state_folder.load(engine, folder / "cut", world)
     at_cut = gathered(engine.module)
     losses, norms = tiny_run.train(engine, world, range(CUT, tiny_run.STEPS))
-    engine.save(_folder(folder / "resumed", world))
+    state_folder.save(engine, folder / "resumed", world)
     end = gathered(engine.module)
     engine.close()
     return {"at_cut": at_cut, "end": end, "losses": losses, "norms": norms}
@@ -176,24 +170,8 @@ def _checkpointed(key: str, world: World, every: int, changes: dict[str, Any]) -
     return {"losses": losses, "norms": norms, "end": end, "forwards": forwards}
 
 
-def _refusals(engine: Engine, key: str, folder: Path) -> list[str]:
-    """Messages about the files of other engines and stages."""
-    family = {"fsdp-1": "fsdp", "fsdp-2": "fsdp", "fsdp-3": "fsdp", "zero-1": "zero-1 or 2", "zero-2": "zero-1 or 2"}
-    messages = []
-    for other in ("fsdp-1", "zero-0", "zero-1"):
-        written = (folder.parent / other).is_dir()
-        if written and family.get(other, other) != family.get(key, key):
-            try:
-                engine.load(folder.parent / other / "cut")
-            except ValueError as error:
-                messages.append(str(error))
-            else:
-                messages.append(f"{key} loaded {other}")
-    return messages
-
-
-def _materialised(key: str, world: World, folder: Path) -> dict[str, Any]:
-    """How many full values are alive at once, which share of the parameters stays here, what the engine refuses."""
+def _materialised(key: str, world: World) -> dict[str, Any]:
+    """How many full values are alive at once, which share of the parameters stays here."""
     config = tiny_run.tiny_config()
     draw = seeded_values(config, tiny_run.SEED)
     alive: list[weakref.ref[Tensor]] = []
@@ -226,6 +204,5 @@ def _materialised(key: str, world: World, folder: Path) -> dict[str, Any]:
             local, total = local + parameter.ds_tensor.numel(), total + parameter.ds_numel
         else:
             local, total = local + parameter.numel(), total + parameter.numel()
-    refusals = _refusals(engine, key, folder)
     engine.close()
-    return {"full_values": most, "share": local / total, "refusals": refusals}
+    return {"full_values": most, "share": local / total}

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import state_folder
 import tiny_run
 import torch
 from engine_study import CUT, ENGINES, WITH_DROPOUT, study
 from ranks import run_ranks
 from torch import Tensor, nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mega_scale.parallel import ParallelConfig, World, open_weights, seeded_values
 from mega_scale.parallel.materialize import fill
@@ -73,32 +73,10 @@ def test_resumes_bit_for_bit(ranks, folder, key):
 
 
 def assert_equal_files(found: Path, expected: Path) -> None:
-    """Everything that both engines wrote, optimizer state included."""
-    if (expected / ".metadata").exists():
-        for path in (found, expected):
-            dcp_to_torch_save(path, path / "whole.pt")
-    names = sorted(path.relative_to(expected) for path in expected.rglob("*.pt"))
-    assert names
-    assert names == sorted(path.relative_to(found) for path in found.rglob("*.pt"))
-    moments = 0
-    for name in names:
-        pairs = [torch.load(path / name, weights_only=False) for path in (found, expected)]
-        moments += assert_equal_trees(*pairs, str(name))
-    assert moments > 0
-
-
-def assert_equal_trees(found: Any, expected: Any, where: str) -> int:
-    """Compares tensors in nested containers; returns how many second moments there were."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        inside = sum(assert_equal_trees(found[key], expected[key], f"{where}.{key}") for key in expected)
-        return inside + ("exp_avg_sq" in expected)
-    if isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        return sum(assert_equal_trees(*pair, where) for pair in zip(found, expected, strict=True))
-    if isinstance(expected, Tensor):
-        assert torch.equal(found, expected), where
-    return 0
+    """Everything that was written, moments included."""
+    whole = state_folder.canonical(expected)
+    assert sum(name.startswith("exp_avg_sq/") for name in whole) > 20
+    assert state_folder.differing(state_folder.canonical(found), whole) == []
 
 
 def test_generation_and_evaluation_between_steps_change_nothing(ranks, key):
@@ -153,13 +131,6 @@ def test_opened_weights_are_the_gathered_ones(ranks, folder, key, saved):
     assert len(weights) == len(expected)
     assert "lm_head.weight" in weights
     assert "mega.layers.0.mega_layer.rel_pos_bias._float_tensor" in weights
-
-
-def test_refuses_files_of_another_layout(ranks, key):
-    for found in ranks:
-        assert found[key]["refusals"] or key in ("fsdp-1", "fsdp-2", "fsdp-3")
-        for message in found[key]["refusals"]:
-            assert "was not written" in message
 
 
 def test_materialises_one_tensor_at_a_time(ranks, key):

@@ -10,6 +10,7 @@ import torch
 
 from mega_scale.hub import open_folder
 from mega_scale.training import restore
+from mega_scale.training.checkpoint.manifest import Manifest, hash_file, write_manifest
 from mega_scale.training.restore import describe_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "export.py"
@@ -43,6 +44,9 @@ def run_folder(tmp_path, make_model, tokenizer):
             "validation": {"loss": 2.5, "perplexity": 12.18, "bits_per_byte": 3.6067, "tokens": 64},
         }
         (folder / "trainer.json").write_text(json.dumps(state))
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        records = {path.relative_to(folder).as_posix(): hash_file(path, None) for path in files}
+        write_manifest(folder, Manifest(step, step, records), None)
     unfinished = tmp_path / "run" / "checkpoints" / "step-00000200.unfinished"
     unfinished.mkdir()
     (unfinished / "trainer.json").write_text("{}")
@@ -67,7 +71,7 @@ def test_exports_the_newest_checkpoint_of_a_run(tmp_path, launched, run_folder, 
     out = tmp_path / "out"
     launched.main([str(run_folder), str(out), "--max-shard-size", "10KB"])
     newest = run_folder / "checkpoints" / "step-00000100"
-    assert weights.opened == [newest / "engine"]
+    assert weights.opened == [newest / "state"]
     assert capsys.readouterr().out == f"exported {newest} to {out}\n"
     assert (out / "model.safetensors.index.json").is_file()
     _, tensors = open_folder(out)
@@ -91,7 +95,7 @@ def test_exports_a_named_checkpoint_in_bf16_over_an_earlier_export(tmp_path, lau
     checkpoint = run_folder / "checkpoints" / "step-00000020"
     for options in ([], ["--dtype", "bf16", "--overwrite"]):
         launched.main([str(checkpoint), str(tmp_path / "out"), *options])
-    assert weights.opened == [checkpoint / "engine"] * 2
+    assert weights.opened == [checkpoint / "state"] * 2
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 

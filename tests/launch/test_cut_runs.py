@@ -64,7 +64,7 @@ def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_pat
     for step in range(7, STEPS + 1):
         for key in ("loss", "grad_norm", "lr", "tokens"):
             assert second[step][key] == first[step][key], (step, key)
-    weights = [dict(open_weights(run / f"checkpoints/step-{STEPS:08d}/engine")) for run in (whole, halves)]
+    weights = [dict(open_weights(run / f"checkpoints/step-{STEPS:08d}/state")) for run in (whole, halves)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 

@@ -1,18 +1,31 @@
-"""Checkpoint folders: complete or not there, found by run, pruned after a new one is complete."""
+"""Checkpoint folders: complete and proven or not there, found by run, pruned after a new one is proven."""
 
 import json
 import os
+import time
 
 import pytest
 import torch
 
+from mega_scale.parallel.collectives import ALONE
+from mega_scale.parallel.pieces import Piece
+from mega_scale.parallel.state import EngineState, Held, Names
 from mega_scale.training.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    Saver,
     checkpoints,
+    choose_checkpoint,
     find_checkpoint,
     load_checkpoint,
+    read_key,
     read_state,
-    save_checkpoint,
+    saver,
+    verify,
 )
+from mega_scale.training.checkpoint.folder import newest_first
+
+KEY = b"a secret of twenty-four "
 
 
 class OneRank:
@@ -20,47 +33,82 @@ class OneRank:
 
     rank, size, local_rank, device = 0, 1, 0, torch.device("cpu")
 
-    def __init__(self, agree=True):
-        self.agree = agree
+    class at:
+        tp = 0
+
+    def axis(self, name):
+        return ALONE
 
     def barrier(self):
         pass
 
     def all_agree(self, flag):
-        return flag and self.agree
+        return flag
+
+    def sum(self, value):
+        return value
+
+    def gather(self, value):
+        return json.loads(json.dumps([value]))
+
+    def broadcast(self, value):
+        return json.loads(json.dumps(value))
 
 
-class TextEngine:
-    """An engine whose state is a text."""
+class TinyEngine:
+    """An engine of one parameter."""
 
-    def __init__(self, text):
-        self.text = text
+    def __init__(self, value):
+        self.tensors = {
+            kind: torch.full((6,), float(value) + i) for i, kind in enumerate(("weight", "exp_avg", "exp_avg_sq"))
+        }
+        self.steps = torch.tensor(float(value))
+        self.told = None
 
-    def save(self, folder):
-        (folder / "weights.txt").write_text(self.text)
+    def state(self):
+        names = Names({"layer.weight": Piece("layer.weight")}, {}, 1)
+        held = {"layer.weight": Held(torch.Size([2, 3]), 0, self.tensors, 1, 0)}
+        return EngineState(names, held, [self.steps], {})
 
-    def load(self, folder):
-        self.text = (folder / "weights.txt").read_text()
+    def loaded(self, step):
+        self.told = step
 
 
 def describe(folder):
     (folder / "config.yaml").write_text("run_dir: here\n")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
 
 
-def save(run_dir, step, text="w", world=None, keep=0):
-    return save_checkpoint(run_dir, step, TextEngine(text), world or OneRank(), {"step": step}, describe, keep)
+def make_saver(run_dir, engine=None, key=None, **settings):
+    return Saver(run_dir, engine or TinyEngine(1), OneRank(), describe, CheckpointConfig(**settings), key)
 
 
-def test_what_was_saved_comes_back_with_its_random_state(tmp_path):
+def save(run_dir, step, value=1.0, key=None, **settings):
+    made = make_saver(run_dir, TinyEngine(value), key, asynchronous=False, **settings)
+    (ended,) = made.save(step, {"step": step})
+    assert ended.problem == ""
+    return ended.folder
+
+
+def names(run_dir):
+    return [folder.name for folder in checkpoints(run_dir)]
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_what_was_saved_comes_back_with_its_random_state(tmp_path, key):
     torch.manual_seed(5)
     torch.rand(3)
-    folder = save(tmp_path, 7, "weights of step 7")
+    folder = save(tmp_path, 7, 4.5, key)
     following = torch.rand(4)
-    engine = TextEngine("other")
+    engine = TinyEngine(0)
     torch.manual_seed(0)
+    assert choose_checkpoint(tmp_path, OneRank(), key) == folder
     assert load_checkpoint(folder, engine, OneRank()) == {"step": 7}
-    assert engine.text == "weights of step 7"
+    assert engine.tensors["weight"].tolist() == [4.5] * 6 and engine.tensors["exp_avg_sq"].tolist() == [6.5] * 6
+    assert engine.steps == 4 and engine.told == 7
     assert torch.equal(torch.rand(4), following)
+    assert verify(folder, key).step == 7
 
 
 def test_newest_is_found_and_unfinished_ones_are_not(tmp_path):
@@ -69,59 +117,180 @@ def test_newest_is_found_and_unfinished_ones_are_not(tmp_path):
     unfinished = tmp_path / "checkpoints" / "step-00000300.unfinished"
     unfinished.mkdir()
     (unfinished / "trainer.json").write_text("{}")
-    assert [json.loads((c / "trainer.json").read_text())["step"] for c in checkpoints(tmp_path)] == [5, 20, 100]
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000100"
-    assert find_checkpoint(tmp_path / "checkpoints" / "step-00000005").name == "step-00000005"
+    assert names(tmp_path) == ["step-00000005", "step-00000020", "step-00000100"]
+    assert find_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "step-00000100", [])
+    assert find_checkpoint(tmp_path / "checkpoints" / "step-00000005")[0].name == "step-00000005"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000100\n"
 
 
-def test_a_rank_that_fails_leaves_older_checkpoints_alone(tmp_path):
+def test_the_newest_is_the_last_one_written_even_by_a_run_that_went_back(tmp_path):
+    for step in (100, 200, 300, 150):
+        save(tmp_path, step)
+    assert newest_first(tmp_path)[0].name == "step-00000150"
+    assert choose_checkpoint(tmp_path, OneRank()).name == "step-00000150"
+
+
+def test_a_background_save_is_complete_when_it_is_polled_and_sees_nothing_of_later_steps(tmp_path):
+    engine = TinyEngine(3)
+    made = make_saver(tmp_path, engine)
+    assert made.poll() == [] and made.save(1, {"step": 1}) == []
+    engine.tensors["weight"].fill_(-1)  # training goes on
+    while not (ended := made.poll()):
+        time.sleep(0.01)
+    assert [saved.folder for saved in ended] == [tmp_path / "checkpoints" / "step-00000001"]
+    assert ended[0].bytes == verify(ended[0].folder).bytes > 0
+    other = TinyEngine(0)
+    load_checkpoint(ended[0].folder, other, OneRank())
+    assert other.tensors["weight"].tolist() == [3.0] * 6
+    assert made.finish() == []
+
+
+def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
+    write = saver.write_tensors
+
+    def slowly(path, tensors, update):
+        time.sleep(0.2)
+        return write(path, tensors, update)
+
+    monkeypatch.setattr(saver, "write_tensors", slowly)
+    made = make_saver(tmp_path)
+    assert made.save(1, {"step": 1}) == [] and made.poll() == []
+    assert [saved.step for saved in made.save(2, {"step": 2})] == [1]
+    assert [saved.step for saved in made.finish()] == [2]
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_write_that_fails_is_reported_and_leaves_older_checkpoints_alone(tmp_path, monkeypatch, asynchronous):
     save(tmp_path, 5)
-    with pytest.raises(RuntimeError, match="step-00000010 is incomplete"):
-        save(tmp_path, 10, world=OneRank(agree=False), keep=1)
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000005"]
+
+    def fail(path, tensors, update):
+        raise OSError(28, os.strerror(28), str(path))
+
+    made = make_saver(tmp_path, asynchronous=asynchronous, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(saver, "write_tensors", fail)
+        (ended,) = made.save(10, {"step": 10}) + made.finish()
+    assert ended.folder is None and "rank 0: OSError: No space left on device" in ended.problem
+    assert names(tmp_path) == ["step-00000005"] and choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
+    assert not list((tmp_path / "checkpoints").glob("*.unfinished"))
+    (ended,) = made.save(15, {"step": 15}) + made.finish()
+    assert ended.folder is not None and names(tmp_path) == ["step-00000015"]
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step, keep=2)
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+def test_what_does_not_read_back_is_no_checkpoint(tmp_path, monkeypatch):
+    write = saver.write_tensors
+
+    def lose(path, tensors, update):
+        size = write(path, tensors, update)
+        path.write_bytes(bytes(size))
+        return size
+
+    monkeypatch.setattr(saver, "write_tensors", lose)
+    (ended,) = make_saver(tmp_path, asynchronous=False).save(10, {"step": 10})
+    assert "does not read back as it was written" in ended.problem and names(tmp_path) == []
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    class Full:
+        free = 1000
+
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: Full)
+    (ended,) = make_saver(tmp_path).save(10, {"step": 10})
+    assert "1,000 are free" in ended.problem and "make room" in ended.problem
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_only_the_newest_and_every_nth_are_kept(tmp_path):
+    for step in range(1, 9):
+        save(tmp_path, step, keep=2, keep_every=3)
+    assert names(tmp_path) == [f"step-0000000{step}" for step in (3, 6, 7, 8)]
 
 
 def test_a_step_saved_again_replaces_the_earlier_one(tmp_path):
-    save(tmp_path, 3, "first")
-    folder = save(tmp_path, 3, "second")
-    assert (folder / "engine" / "weights.txt").read_text() == "second"
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    save(tmp_path, 3, 1)
+    folder = save(tmp_path, 3, 2)
+    engine = TinyEngine(0)
+    load_checkpoint(folder, engine, OneRank())
+    assert engine.tensors["weight"][0] == 2
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000003"]
+
+
+def test_a_run_killed_while_it_replaced_a_checkpoint_gets_it_back(tmp_path):
+    folder = save(tmp_path, 3)
+    folder.rename(folder.with_name(folder.name + ".replaced"))
+    (folder.parent / "step-00000004.unfinished").mkdir()
+    make_saver(tmp_path)
+    assert names(tmp_path) == ["step-00000003"] and verify(folder).step == 3
+    assert not list(folder.parent.glob("*.unfinished"))
+
+
+def test_a_damaged_one_is_passed_over_with_a_line_but_refused_when_it_was_named(tmp_path):
+    older, newer = save(tmp_path, 3), save(tmp_path, 6)
+    part = newer / "state" / "part-00000.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    lines = []
+    assert choose_checkpoint(tmp_path, OneRank(), None, lines.append) == older
+    assert len(lines) == 1 and "part-00000.safetensors does not hold what was written" in lines[0]
+    with pytest.raises(CheckpointError, match="step-00000006 is no valid checkpoint"):
+        choose_checkpoint(newer, OneRank())
+    with pytest.raises(CheckpointError, match="step-00000006"):
+        verify(newer)
+    older.joinpath("trainer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"trainer\.json is missing.*no valid checkpoint is left"):
+        choose_checkpoint(tmp_path, OneRank(), None, lines.append)
+    with pytest.raises(CheckpointError, match=r"trainer\.json is missing; resume from .*step-00000006"):
+        find_checkpoint(older)
+
+
+def test_a_signature_is_required_where_there_is_a_key_and_a_key_where_there_is_a_signature(tmp_path):
+    signed, plain = save(tmp_path / "signed", 1, key=KEY), save(tmp_path / "plain", 1)
+    with pytest.raises(CheckpointError, match=r"it is signed: set checkpoint\.key_file"):
+        verify(signed)
+    with pytest.raises(CheckpointError, match="it is not signed with a secret"):
+        verify(plain, KEY)
+    with pytest.raises(CheckpointError, match="signed with another secret"):
+        verify(signed, KEY + b"x")
+    short = tmp_path / "key"
+    short.write_bytes(b"short\n")
+    with pytest.raises(ValueError, match=r"checkpoint\.key_file=.* holds 5 bytes"):
+        read_key(str(short))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_key(str(tmp_path / "none"))
+
+
+def test_another_model_is_refused_before_anything_changes(tmp_path):
+    folder = save(tmp_path, 3, 9)
+    engine = TinyEngine(1)
+    engine.tensors = {kind: tensor[:4] for kind, tensor in engine.tensors.items()}
+    engine.state = lambda: EngineState(
+        Names({"layer.weight": Piece("layer.weight")}, {}, 1),
+        {"layer.weight": Held(torch.Size([2, 2]), 0, engine.tensors, 1, 0)},
+        [engine.steps],
+        {},
+    )
+    with pytest.raises(ValueError, match=r"layer\.weight is \(2, 3\) there and \(2, 2\) here"):
+        load_checkpoint(folder, engine, OneRank())
+    assert engine.tensors["weight"].tolist() == [1.0] * 4
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match=r"trainer\.json"):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
         find_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="neither a checkpoint"):
+        choose_checkpoint(tmp_path, OneRank())
     (tmp_path / "trainer.json").write_text("{broken")
     with pytest.raises(ValueError, match="cannot be read"):
         read_state(tmp_path)
 
 
-def test_nothing_is_flushed_while_other_ranks_still_write(tmp_path, monkeypatch):
-    """A file of another rank has a temporary name until that rank has written it, which all ranks then agree on."""
-    temporary = tmp_path / "checkpoints/step-00000003.unfinished/.tmp-of-another-rank"
-
-    class Slow(OneRank):
-        def all_agree(self, flag):
-            if temporary.exists():
-                temporary.rename(temporary.with_name("rng-00001.safetensors"))
-            return flag
-
-    def look(path, flags, *rest, **options):
-        assert flags != os.O_RDONLY or not temporary.exists(), "flushed too early"
-        return opened(path, flags, *rest, **options)
-
-    opened = os.open
-    monkeypatch.setattr(os, "open", look)
-
-    def describe_slowly(folder):
-        describe(folder)
-        temporary.touch()
-
-    folder = save_checkpoint(tmp_path, 3, TextEngine("w"), Slow(), {"step": 3}, describe_slowly)
-    assert (folder / "rng-00001.safetensors").exists()
+def test_a_pointer_that_is_stale_or_missing_is_told(tmp_path):
+    folder = save(tmp_path, 3)
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.write_text("step-00000001\n")
+    found, lines = find_checkpoint(tmp_path)
+    assert found == folder and "names 'step-00000001', step-00000003 is the newest" in lines[0]
+    pointer.unlink()
+    assert "is missing" in find_checkpoint(tmp_path)[1][0]

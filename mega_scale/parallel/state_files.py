@@ -1,0 +1,232 @@
+"""The canonical form of model and optimizer as files: one safetensors file a rank, and an index of who wrote what.
+
+    index.json              what the parameters are, their shapes, and which range of which one lies in which file
+    part-00000.safetensors  `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`, each a range of numbers, fp32
+
+Ranks that hold the same share the work of writing it. Any number of ranks in any mesh reads what it needs: ranges that
+overlap with its own, or whole parameters where `tp` differs, one at a time.
+"""
+
+import json
+import math
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mega_scale.parallel.collectives import Axis
+from mega_scale.parallel.pieces import Piece
+from mega_scale.parallel.state import WEIGHT, EngineState, Names
+
+INDEX = "index.json"
+FORMAT = 1
+_BUFFER = "buffer"
+_OPEN_FILES = 64
+
+Span = tuple[int, int, int]
+"""Rank of tp (0 where the parameter is not cut), first number, and the one after the last."""
+
+
+def part_file(rank: int) -> str:
+    """Name of the file that a rank wrote."""
+    return f"part-{rank:05d}.safetensors"
+
+
+def own_part(state: EngineState, rank: int, tp_rank: int) -> tuple[dict[str, Tensor], dict[str, Span]]:
+    """What a rank has to write.
+
+    Args:
+        state: of its engine.
+        rank: its number; rank 0 writes the buffers.
+        tp_rank: its place along tp.
+
+    Returns:
+        1-D tensors by their name in the file, views of the engine's memory; and the range of each parameter.
+    """
+    tensors: dict[str, Tensor] = {}
+    spans: dict[str, Span] = {}
+    for name, held in state.held.items():
+        length = len(held.tensors[WEIGHT])
+        first, last = (length * number // held.copies for number in (held.copy, held.copy + 1))
+        if last > first:
+            cut = state.names.table[name].dim is not None
+            spans[name] = (tp_rank if cut else 0, held.start + first, held.start + last)
+            tensors |= {f"{kind}/{name}": tensor[first:last] for kind, tensor in held.tensors.items()}
+    if rank == 0:
+        tensors |= {f"{_BUFFER}/{name}": buffer for name, buffer in state.buffers.items()}
+    return tensors, spans
+
+
+def index_of(state: EngineState, spans: list[dict[str, Span]]) -> dict[str, Any]:
+    """What `index.json` holds.
+
+    Args:
+        state: of any rank's engine.
+        spans: what each rank wrote, in their order.
+    """
+    shapes = {}
+    for name, held in state.held.items():
+        shape, dim = list(held.shape), state.names.table[name].dim
+        if dim is not None:
+            shape[dim] *= state.names.tp
+        shapes[name] = shape
+    return {
+        "format": FORMAT,
+        "optimizer_steps": int(state.steps[0]) if state.steps else 0,
+        **state.names._asdict(),
+        "shapes": shapes,
+        "trained": [name for name, held in state.held.items() if len(held.tensors) > 1],
+        "buffers": list(state.buffers),
+        "parts": spans,
+    }
+
+
+class _Source(NamedTuple):
+    part: int
+    start: int
+    stop: int
+
+
+class StateReader:
+    """Reads the files; needs no process group, and memory for one parameter.
+
+    Args:
+        folder: of `index.json`.
+
+    Raises:
+        ValueError: the index cannot be read, or is of another format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            if found["format"] != FORMAT:
+                raise ValueError(f"it has format {found['format']}, this version reads {FORMAT}")
+            table = {
+                name: Piece(source, None if rows is None else tuple(rows), dim)
+                for name, (source, rows, dim) in found["table"].items()
+            }
+            self.names = Names(table, found["ties"], found["tp"])
+            self.optimizer_steps = int(found["optimizer_steps"])
+            self.shapes = {name: torch.Size(shape) for name, shape in found["shapes"].items()}
+            self.trained, self.buffers = set(found["trained"]), list(found["buffers"])
+            self._sources: dict[tuple[str, int], list[_Source]] = {}
+            for part, spans in enumerate(found["parts"]):
+                for name, (tp_rank, start, stop) in spans.items():
+                    self._sources.setdefault((name, tp_rank), []).append(_Source(part, start, stop))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} cannot be read ({error!r}): choose another checkpoint") from None
+        for sources in self._sources.values():
+            sources.sort(key=lambda source: source.start)
+        self._files: OrderedDict[int, Any] = OrderedDict()
+
+    def load(self, state: EngineState, tp: Axis) -> None:
+        """Write what the files hold into an engine's memory.
+
+        Args:
+            state: of the engine, see `Engine.state`; it is changed only if all of it fits.
+            tp: the ranks that share every layer.
+
+        Raises:
+            ValueError: the files hold another model; nothing was changed.
+        """
+        self._require(state, tp)
+        for name, held in state.held.items():
+            cut = state.names.table[name].dim is not None
+            for kind, tensor in held.tensors.items():
+                where = (tp.size, tp.rank) if cut else (1, 0)
+                tensor.copy_(self.read(name, kind, held.start, held.start + len(tensor), *where))
+        for step in state.steps:
+            step.fill_(self.optimizer_steps)
+        for name, buffer in state.buffers.items():
+            buffer.copy_(self.buffer(name))
+
+    def read(self, name: str, kind: str, start: int, stop: int, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
+        """Some numbers of a parameter or moment.
+
+        Args:
+            name: of the parameter.
+            kind: weight, exp_avg or exp_avg_sq.
+            start: first number, in the flattened part that rank `tp_rank` of `tp_size` has.
+            stop: the one after the last.
+            tp_size: ranks over which the parameter is cut, where it can be.
+            tp_rank: one of them.
+
+        Returns:
+            (stop - start,) on the CPU.
+        """
+        dim = self.names.table[name].dim
+        if dim is None or tp_size == self.names.tp:
+            return self._range(name, kind, tp_rank if dim is not None else 0, start, stop)
+        return self.whole(name, kind).chunk(tp_size, dim)[tp_rank].reshape(-1)[start:stop]
+
+    def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """A whole parameter or moment, on the CPU."""
+        dim, shape = self.names.table[name].dim, list(self.shapes[name])
+        parts = 1 if dim is None else self.names.tp
+        if dim is not None:
+            shape[dim] //= parts
+        numbers = math.prod(shape)
+        found = [self._range(name, kind, tp_rank, 0, numbers).view(shape) for tp_rank in range(parts)]
+        return found[0] if dim is None else torch.cat(found, dim)
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer, on the CPU."""
+        return self._file(0).get_tensor(f"{_BUFFER}/{name}")
+
+    def _range(self, name: str, kind: str, tp_rank: int, start: int, stop: int) -> Tensor:
+        pieces: list[Tensor] = []
+        at = start
+        for source in self._sources.get((name, tp_rank), []):
+            first, last = max(source.start, at), min(source.stop, stop)
+            if first == at and last > first:
+                stored = self._file(source.part).get_slice(f"{kind}/{name}")
+                pieces.append(stored[first - source.start : last - source.start])
+                at = last
+        if at < stop:
+            raise ValueError(f"{self._folder} lacks numbers {at} to {stop} of {kind} {name}: choose another checkpoint")
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat(pieces) if pieces else torch.empty(0)
+
+    def _file(self, part: int) -> Any:
+        if part in self._files:
+            self._files.move_to_end(part)
+        else:
+            path = self._folder / part_file(part)
+            try:
+                self._files[part] = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path} cannot be read ({error}): choose another checkpoint") from None
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return self._files[part]
+
+    def _require(self, state: EngineState, tp: Axis) -> None:
+        wanted = {}
+        for name, held in state.held.items():
+            shape, dim = list(held.shape), state.names.table[name].dim
+            if dim is not None:
+                shape[dim] *= tp.size
+            wanted[name] = torch.Size(shape)
+        found = {name: self.shapes[name] for name in self.names.table}
+        if wanted != found:
+            names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            first = names[0]
+            raise ValueError(
+                f"{self._folder} holds another model: {first} is {_text(found.get(first))} there and "
+                f"{_text(wanted.get(first))} here ({len(names)} such parameters): set the checkpoint's model.* keys"
+            )
+        trained = {name for name, held in state.held.items() if len(held.tensors) > 1}
+        if trained - self.trained:
+            raise ValueError(
+                f"{self._folder} has no moments of {sorted(trained - self.trained)[0]}, which is trained here"
+            )
+
+
+def _text(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))

@@ -1,0 +1,197 @@
+"""The checkpoints of a run: which there are, which is the newest that holds what was written.
+
+`run_dir/checkpoints/step-00000030` holds
+
+    manifest.json   size and hash of every other file, written last
+    trainer.json    step, tokens, position in the data, layout, counters: plain JSON
+    state/          model and optimizer in canonical form, see `mega_scale.parallel.state_files`
+    random/         random state of each rank
+    config.yaml     the run
+    model/          the model's configuration and tokenizer
+
+and bears its name only when all of it lies on the disk. `checkpoints/latest` names the last one written, for people and
+other programs; what is resumed from is the newest that is proven, whatever `latest` says.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mega_scale.training.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    content_problem,
+    list_problem,
+    read_manifest,
+)
+
+STATE, RANDOM, TRAINER, LATEST = "state", "random", "trainer.json", "latest"
+_NAME = re.compile(r"step-\d{8,}")
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, in the order in which they were written, whatever state they are in."""
+    found = [path for path in run_dir.glob("checkpoints/step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_age)
+
+
+def serial_of(folder: Path) -> int:
+    """Number of a checkpoint among those of its run; 0 where its manifest does not say. Not verified."""
+    try:
+        return max(int(json.loads((folder / MANIFEST).read_bytes())["serial"]), 0)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+
+
+def verify(folder: Path, key: bytes | None = None) -> Manifest:
+    """Verify that a checkpoint holds what was written: names, sizes and hashes of all files.
+
+    Args:
+        folder: of the checkpoint.
+        key: the secret with which it must be signed, if there is one.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        CheckpointError: it does not; names the folder and the first file that differs.
+    """
+    manifest = look(folder, key)
+    problem = content_problem(folder, manifest, manifest.files, key)
+    if problem is not None:
+        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
+    return manifest
+
+
+def look(folder: Path, key: bytes | None = None) -> Manifest:
+    """Verify manifest, names and sizes, and what is small: all but the state.
+
+    Args:
+        folder: of the checkpoint.
+        key: the secret with which it must be signed, if there is one.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        CheckpointError: something differs; names the folder and the file.
+    """
+    try:
+        manifest = read_manifest(folder, key)
+        problem = list_problem(folder, manifest)
+        if problem is None:
+            problem = content_problem(folder, manifest, [n for n in manifest.files if not _is_large(n)], key)
+    except CheckpointError as error:
+        problem = str(error)
+    if problem is not None:
+        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
+    return manifest
+
+
+def large_files(manifest: Manifest) -> list[str]:
+    """The files that `look` leaves out, largest first."""
+    return sorted(filter(_is_large, manifest.files), key=lambda name: (-manifest.files[name].size, name))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path means a checkpoint's folder rather than a run's."""
+    return (path / MANIFEST).exists() or (path / TRAINER).exists() or bool(_NAME.fullmatch(path.name))
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, those that were written last first."""
+    return checkpoints(run_dir)[::-1]
+
+
+def find_checkpoint(path: Path, key: bytes | None = None) -> tuple[Path, list[str]]:
+    """The checkpoint that a path means: itself, or the newest of a run folder that passes `look`.
+
+    Args:
+        path: of a checkpoint or run folder.
+        key: the secret with which it must be signed, if there is one.
+
+    Returns:
+        Its folder, and what is wrong with those that are newer, a sentence each.
+
+    Raises:
+        ValueError: the checkpoint is damaged, there is none, or all are damaged; nothing else is taken instead of a
+            checkpoint that was named.
+    """
+    if is_checkpoint(path):
+        try:
+            look(path, key)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {_others(path, key)}") from None
+        return path, []
+    problems = []
+    for folder in newest_first(path):
+        try:
+            look(folder, key)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            pointer = pointer_problem(path, folder)
+            return folder, problems + ([pointer] if pointer else [])
+    if problems:
+        raise CheckpointError(f"none of the {len(problems)} checkpoints in {path} is valid: {'; '.join(problems)}")
+    raise ValueError(
+        f"{path} is neither a checkpoint (it has no {MANIFEST}) nor a run folder with one in checkpoints/: "
+        "give a step-... folder, or the run_dir of a run that has saved"
+    )
+
+
+def pointer_problem(run_dir: Path, newest: Path) -> str | None:
+    """What is wrong with `latest`, whose word nobody takes; none where it names the newest valid checkpoint."""
+    pointer = run_dir / "checkpoints" / LATEST
+    try:
+        named = pointer.read_bytes().decode(errors="replace").strip()
+    except OSError:
+        return f"{pointer} is missing, {newest.name} is the newest valid checkpoint"
+    if named == newest.name:
+        return None
+    return f"{pointer} names {named[:40]!r}, {newest.name} is the newest valid checkpoint"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read `trainer.json` of a checkpoint.
+
+    Raises:
+        ValueError: it is missing or no JSON.
+    """
+    try:
+        return json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / TRAINER} cannot be read ({error}): choose another checkpoint") from None
+
+
+def _age(folder: Path) -> tuple[int, int]:
+    step = int(folder.name.removeprefix("step-"))
+    # One whose manifest cannot be read stands where its step would have put it, so that it is named when it was newest.
+    return (serial_of(folder) or _serial_before(folder, step) + 1, step)
+
+
+def _serial_before(folder: Path, step: int) -> int:
+    older = [path for path in folder.parent.glob("step-*") if _NAME.fullmatch(path.name) and int(path.name[5:]) < step]
+    return max((serial_of(path) for path in older), default=0)
+
+
+def _is_large(name: str) -> bool:
+    return name.startswith(f"{STATE}/part-")
+
+
+def _others(path: Path, key: bytes | None) -> str:
+    for folder in newest_first(path.parent.parent):
+        if folder.name != path.name:
+            try:
+                look(folder, key)
+            except CheckpointError:
+                continue
+            return f"resume from {folder} instead"
+    return "there is no other valid one beside it"

@@ -1,0 +1,202 @@
+"""The manifest of a checkpoint: size and hash of every file, written last, verified before anything is read.
+
+A file system may lose or flip what it was given, and loaders do not notice: of checkpoints with one flipped bit, plain
+ones load as if nothing had happened. xxh3 finds accidents; against somebody who edits files on purpose a secret is
+needed, with which every hash is an HMAC.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import xxhash
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_PLAIN, _SIGNED = "xxh3_128", "hmac-sha256"
+_READ_BYTES = 2**18  # stays in the processor's cache between reading and hashing
+_SHORTEST_KEY = 16
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not what was written; the message says what is wrong with which file."""
+
+
+class Hash(Protocol):
+    """What `hashlib` calls a hash."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Take bytes in."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The hash of all that came in."""
+        ...
+
+
+class Record(NamedTuple):
+    """A file as it was written: its size in bytes, and its hash."""
+
+    size: int
+    hash: str
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint consists of.
+
+    Args:
+        step: optimizer steps done.
+        serial: number of the checkpoint among all that its run has written, so that the newest is known even where a
+            run was continued from an older one.
+        files: by path relative to the folder, with slashes.
+    """
+
+    step: int
+    serial: int
+    files: dict[str, Record]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(record.size for record in self.files.values())
+
+
+def read_key(path: str | None) -> bytes | None:
+    """Read the secret of `checkpoint.key_file`.
+
+    Raises:
+        ValueError: the file cannot be read, or holds less than 16 bytes.
+    """
+    if path is None:
+        return None
+    try:
+        key = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint.key_file={path!r} cannot be read ({error.strerror}): name a readable file"
+        ) from None
+    if len(key) < _SHORTEST_KEY:
+        raise ValueError(
+            f"checkpoint.key_file={path!r} holds {len(key)} bytes: give a secret of {_SHORTEST_KEY} or more"
+        )
+    return key
+
+
+def new_hash(key: bytes | None) -> Hash:
+    """A hash of a checkpoint's file: xxh3 of 128 bits, or HMAC-SHA256 with a secret."""
+    return xxhash.xxh3_128() if key is None else hmac.new(key, digestmod=hashlib.sha256)
+
+
+def hash_file(path: Path, key: bytes | None) -> Record:
+    """Read a file and hash it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found, size = new_hash(key), 0
+    buffer = bytearray(_READ_BYTES)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(view[:count])
+            size += count
+    return Record(size, found.hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
+    """Write `manifest.json`, and have the disk keep it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content: dict[str, Any] = {
+        "format": _FORMAT,
+        "step": manifest.step,
+        "serial": manifest.serial,
+        "hash": _PLAIN if key is None else _SIGNED,
+        "files": dict(sorted(manifest.files.items())),
+    }
+    content["digest"] = _digest(content, key)
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path, key: bytes | None) -> Manifest:
+    """Read `manifest.json` of a checkpoint, and verify that it is the one that was written.
+
+    Args:
+        folder: of the checkpoint.
+        key: the secret with which it must be signed, if there is one.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: there is none, it was changed, belongs to another folder, or is not signed with the secret.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        if content["format"] != _FORMAT:
+            raise CheckpointError(f"{MANIFEST} has format {content['format']!r}, this version reads {_FORMAT}")
+        algorithm, digest = content["hash"], content.pop("digest")
+        if algorithm != (_PLAIN if key is None else _SIGNED):
+            needed = "it is signed: set checkpoint.key_file" if key is None else "it is not signed with a secret"
+            raise CheckpointError(f"{MANIFEST} has hashes of kind {algorithm!r}: {needed}")
+        if not hmac.compare_digest(_digest(content, key), digest):
+            changed = "it was changed after it was written" + ("" if key is None else ", or signed with another secret")
+            raise CheckpointError(f"{MANIFEST} does not have its own hash: {changed}")
+        files = {path: Record(size, found) for path, (size, found) in content["files"].items()}
+        manifest = Manifest(content["step"], content["serial"], files)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read ({' '.join(repr(error).split())[:200]})") from None
+    if folder.name.startswith("step-") and folder.name != f"step-{manifest.step:08d}":
+        raise CheckpointError(f"{MANIFEST} is of step {manifest.step}, not of this folder")
+    return manifest
+
+
+def list_problem(folder: Path, manifest: Manifest) -> str | None:
+    """Say what is wrong with names and sizes of a checkpoint's files, without reading them; none where all is well."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    found.pop(MANIFEST, None)
+    if missing := manifest.files.keys() - found.keys():
+        return f"{min(missing)} is missing"
+    if extra := found.keys() - manifest.files.keys():
+        return f"{min(extra)} does not belong to it"
+    for name, record in manifest.files.items():
+        if found[name].is_symlink() or not found[name].is_file():
+            return f"{name} is no regular file"
+        size = found[name].stat().st_size
+        if size != record.size:
+            return f"{name} has {size} bytes, {record.size} were written"
+    return None
+
+
+def content_problem(folder: Path, manifest: Manifest, names: Iterable[str], key: bytes | None) -> str | None:
+    """Say which of some files does not hold what was written; none where all do."""
+    for name in names:
+        try:
+            found = hash_file(folder / name, key)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if (
+            not hmac.compare_digest(found.hash, str(manifest.files[name].hash))
+            or found.size != manifest.files[name].size
+        ):
+            return f"{name} does not hold what was written (its hash differs)"
+    return None
+
+
+def _digest(content: dict[str, Any], key: bytes | None) -> str:
+    found = new_hash(key)
+    found.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    return found.hexdigest()

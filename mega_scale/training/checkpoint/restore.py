@@ -1,0 +1,118 @@
+"""Going on from a checkpoint: verified by all ranks together, before anything in memory changes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mega_scale.parallel import Engine, StateReader, World
+from mega_scale.training.checkpoint.folder import (
+    RANDOM,
+    STATE,
+    find_checkpoint,
+    is_checkpoint,
+    large_files,
+    look,
+    newest_first,
+    pointer_problem,
+    read_state,
+)
+from mega_scale.training.checkpoint.manifest import CheckpointError, content_problem
+
+
+def choose_checkpoint(path: Path, world: World, key: bytes | None = None, say: Callable[[str], None] = print) -> Path:
+    """The checkpoint to go on from, proven whole; collective.
+
+    Ranks share the reading. Of a run folder the newest valid checkpoint is taken, and every newer one that is not
+    valid is reported; a checkpoint that was named itself is taken or refused.
+
+    Args:
+        path: of a checkpoint or run folder, the same on all ranks.
+        world: all ranks.
+        key: the secret with which it must be signed, if there is one.
+        say: is given, on rank 0, what is wrong with newer ones.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        CheckpointError: the named checkpoint is damaged, or all of the run are.
+        ValueError: there is none.
+    """
+    names = world.broadcast([str(folder) for folder in _candidates(path)])
+    if not names:
+        find_checkpoint(path, key)  # says why
+    problems = []
+    for name in names:
+        problem = verify_together(Path(name), world, key)
+        if problem is None:
+            pointer = None if problems or is_checkpoint(path) else pointer_problem(path, Path(name))
+            if pointer is not None and world.rank == 0:
+                say(pointer)
+            return Path(name)
+        problems.append(problem)
+        if world.rank == 0 and not is_checkpoint(path):
+            say(f"{problem}; an older one is tried")
+    raise CheckpointError("; ".join(problems) + ": no valid checkpoint is left to go on from")
+
+
+def verify_together(folder: Path, world: World, key: bytes | None = None) -> str | None:
+    """Verify a checkpoint, each rank some of its files; collective.
+
+    Args:
+        folder: of the checkpoint.
+        world: all ranks.
+        key: the secret with which it must be signed, if there is one.
+
+    Returns:
+        What is wrong, the same on all ranks; none where nothing is.
+    """
+    problem = None
+    try:
+        manifest = look(folder, key)
+        problem = content_problem(folder, manifest, large_files(manifest)[world.rank :: world.size], key)
+    except CheckpointError as error:
+        problem = str(error)
+    found = world.gather(problem)
+    first = None if found is None else next((text for text in found if text), None)
+    if first is not None and str(folder) not in first:
+        first = f"{folder} is no valid checkpoint: {first}"
+    return world.broadcast(first)
+
+
+def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
+    """Bring engine and random state to where a checkpoint left them, whichever layout wrote it; collective.
+
+    Args:
+        folder: of the checkpoint, verified.
+        engine: of any kind and number of ranks.
+        world: all ranks.
+
+    Returns:
+        The state in `trainer.json`.
+
+    Raises:
+        ValueError: it holds another model; nothing was changed.
+    """
+    state = read_state(folder)
+    with torch.no_grad():
+        StateReader(folder / STATE).load(engine.state(), world.axis("tp"))
+    engine.loaded(state["step"])
+    # Nothing in training draws from it that ranks do not draw alike, so other ranks than before go on without.
+    random = folder / RANDOM / f"rank-{world.rank:05d}.safetensors"
+    if random.exists():
+        _set_random_state(load_file(random))
+    world.barrier()
+    return state
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    return iter([path] if is_checkpoint(path) else newest_first(path))
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

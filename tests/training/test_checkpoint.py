@@ -294,3 +294,53 @@ def test_a_pointer_that_is_stale_or_missing_is_told(tmp_path):
     assert found == folder and "names 'step-00000001', step-00000003 is the newest" in lines[0]
     pointer.unlink()
     assert "is missing" in find_checkpoint(tmp_path)[1][0]
+
+
+def test_a_new_checkpoint_is_never_deleted_for_a_damaged_one_that_seems_newer(tmp_path):
+    save(tmp_path, 3)
+    damaged = save(tmp_path, 6)
+    (damaged / "manifest.json").write_text("{")
+    folder = save(tmp_path, 5, keep=1)  # continued from step 3
+    assert names(tmp_path) == ["step-00000005"] and verify(folder).step == 5
+
+
+def test_a_run_that_went_on_beside_a_damaged_checkpoint_resumes_from_its_own(tmp_path):
+    save(tmp_path, 3)
+    damaged = save(tmp_path, 6)
+    (damaged / "manifest.json").write_text("{")
+    assert newest_first(tmp_path)[0] == damaged
+    save(tmp_path, 5)
+    assert choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "trainer.json", "state/part-00000.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
+    folder = save(tmp_path, 3)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=name):
+        choose_checkpoint(tmp_path, OneRank())
+    with pytest.raises(CheckpointError, match=name):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/etc", "."])
+def test_links_beside_or_in_place_of_files_are_refused(tmp_path, target):
+    folder = save(tmp_path, 3)
+    (folder / "state" / "more").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"state/more"):
+        verify(folder)
+    (folder / "state" / "more").unlink()
+    verify(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        verify(folder)
+
+
+def test_a_folder_that_is_only_linked_is_refused(tmp_path):
+    folder = save(tmp_path, 3)
+    (folder / "state").rename(tmp_path / "elsewhere")
+    (folder / "state").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="state is a link"):
+        verify(folder)

@@ -19,7 +19,7 @@ from torch import Tensor
 from mega_scale.parallel import INDEX, Engine, EngineState, World, index_of, own_part, part_file, write_tensors
 from mega_scale.training.checkpoint.config import CheckpointConfig
 from mega_scale.training.checkpoint.files import dump, flush, replace_text
-from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, serial_of
+from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, next_serial
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
 from mega_scale.training.checkpoint.staging import Staging
 
@@ -107,10 +107,10 @@ class Saver:
         self._job: _Job | None = None
         self._spans: dict[str, tuple[int, int, int]] = {}
         self._state: EngineState | None = None
-        self._serial = 0
+        self._serial = 1
         if world.rank == 0:
             self._tidy()
-            self._serial = max((serial_of(folder) for folder in checkpoints(run_dir)), default=0)
+            self._serial = next_serial(run_dir)
 
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:
         """Begin a checkpoint, or write it where saves are not asynchronous; waits for the one before.
@@ -209,7 +209,7 @@ class Saver:
         dump(unfinished / STATE / INDEX, index)
         files = {name: Record(*record) for of_rank in records for name, record in of_rank.items()}
         files[f"{STATE}/{INDEX}"] = _hash_and_flush(unfinished / STATE / INDEX, self._key)
-        manifest = Manifest(job.step, self._serial + 1, files)
+        manifest = Manifest(job.step, self._serial, files)
         write_manifest(unfinished, manifest, self._key)
         for folder in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
             flush(folder)
@@ -222,13 +222,14 @@ class Saver:
         self._serial += 1
         replace_text(job.folder.parent / LATEST, job.folder.name + "\n")
         shutil.rmtree(replaced, ignore_errors=True)
-        self._delete_old()
+        self._delete_old(job.folder)
         return manifest.bytes
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, newest: Path) -> None:
         """Delete the oldest; the one just written stays in any case, and it was read back."""
         if self._config.keep > 0:
-            for folder in checkpoints(self._run_dir)[: -self._config.keep]:
+            others = [folder for folder in checkpoints(self._run_dir) if folder != newest]
+            for folder in others[: max(len(others) + 1 - self._config.keep, 0)]:
                 step = int(folder.name.removeprefix("step-"))
                 if not (self._config.keep_every and step % self._config.keep_every == 0):
                     shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,7 @@ from mega_scale.training.checkpoint.config import CheckpointConfig
 from mega_scale.training.checkpoint.files import dump, flush, replace_text
 from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, serial_of
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
+from mega_scale.training.checkpoint.retention import surplus
 from mega_scale.training.checkpoint.staging import Staging
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
@@ -227,11 +228,8 @@ class Saver:
 
     def _delete_old(self) -> None:
         """Delete the oldest; the one just written stays in any case, and it was read back."""
-        if self._config.keep > 0:
-            for folder in checkpoints(self._run_dir)[: -self._config.keep]:
-                step = int(folder.name.removeprefix("step-"))
-                if not (self._config.keep_every and step % self._config.keep_every == 0):
-                    shutil.rmtree(folder, ignore_errors=True)
+        for folder in surplus(self._run_dir, self._config.keep, self._config.keep_every):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _tidy(self) -> None:
         """Remove what a killed run left half written, and restore what it was about to replace."""

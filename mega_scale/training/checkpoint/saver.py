@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.parallel import INDEX, Engine, EngineState, World, index_of, own_part, part_file, write_tensors
+from mega_scale.parallel import INDEX, Engine, EngineState, Span, World, index_of, own_part, part_file, write_tensors
 from mega_scale.training.checkpoint.config import CheckpointConfig
 from mega_scale.training.checkpoint.files import dump, flush, replace_text
 from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, serial_of
@@ -27,6 +27,7 @@ from mega_scale.training.checkpoint.staging import Staging
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
+_NAMED = 4  # ranks whose problem is told
 
 
 class Saved(NamedTuple):
@@ -49,28 +50,27 @@ class Saved(NamedTuple):
     bytes: int
 
 
-class _Job:
-    """One rank's part of a checkpoint, being written."""
+class _Task:
+    """Work on a thread of its own, or on this one."""
 
-    def __init__(self, step: int, folder: Path, work: Callable[[], dict[str, Record]]) -> None:
-        self.step, self.folder = step, folder
-        self.records: dict[str, Record] = {}
+    def __init__(self, name: str, work: Callable[[], Any], background: bool) -> None:
+        self.result: Any = None
         self.problem = ""
-        self.began, self.ended, self.stall_s = time.perf_counter(), 0.0, 0.0
+        self.ended = 0.0
         self._work = work
-        self._thread: threading.Thread | None = None
+        # A daemon: a run that fails does not wait for a checkpoint that can no longer be completed.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True) if background else None
+        if self._thread is None:
+            self._run()
+        else:
+            self._thread.start()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
-            self.records = self._work()
-        except Exception as error:
+            self.result = self._work()
+        except Exception as error:  # whatever it is, the run goes on and says it
             self.problem = _text(error)
         self.ended = time.perf_counter()
-
-    def start(self) -> None:
-        # A daemon: a run that fails does not wait for a checkpoint that can no longer be completed.
-        self._thread = threading.Thread(target=self.run, name=f"checkpoint of step {self.step}", daemon=True)
-        self._thread.start()
 
     @property
     def done(self) -> bool:
@@ -79,6 +79,22 @@ class _Job:
     def join(self) -> None:
         if self._thread is not None:
             self._thread.join()
+
+
+class _Save:
+    """A checkpoint under way: written by all ranks, then completed by rank 0."""
+
+    def __init__(self, step: int, folder: Path, state: EngineState, spans: dict[str, Span]) -> None:
+        self.step, self.folder, self.state, self.spans = step, folder, state, spans
+        self.began, self.stall_s = time.perf_counter(), 0.0
+        self.writing: _Task | None = None
+        self.completing: _Task | None = None
+        self.problem = ""
+
+    @property
+    def done(self) -> bool:
+        task = self.completing or self.writing
+        return task is None or task.done
 
 
 class Saver:
@@ -105,9 +121,7 @@ class Saver:
         self._run_dir, self._engine, self._world, self._describe = run_dir, engine, world, describe
         self._config, self._key = config, key
         self._staging = Staging(pin_memory=world.device.type == "cuda") if config.asynchronous else None
-        self._job: _Job | None = None
-        self._spans: dict[str, tuple[int, int, int]] = {}
-        self._state: EngineState | None = None
+        self._save: _Save | None = None
         self._serial = 0
         if world.rank == 0:
             self._tidy()
@@ -126,7 +140,7 @@ class Saver:
         ended = self.finish()
         began = time.perf_counter()
         folder = folder_of(self._run_dir, step)
-        unfinished = folder.with_name(folder.name + _UNFINISHED)
+        unfinished = _unfinished(folder)
         state = self._engine.state()
         tensors, spans = own_part(state, self._world.rank, self._world.at.tp)
         problem = self._prepare(unfinished, tensors)
@@ -136,7 +150,7 @@ class Saver:
             tensors = self._staging.copy(tensors)
         rank, random = self._world.rank, _random_state()
 
-        def work() -> dict[str, Record]:
+        def write() -> dict[str, Record]:
             names = {f"{STATE}/{part_file(rank)}": tensors, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
             found = {name: _write_and_prove(unfinished / name, content, self._key) for name, content in names.items()}
             if rank == 0:
@@ -146,44 +160,50 @@ class Saver:
                 found |= {path.relative_to(unfinished).as_posix(): _hash_and_flush(path, self._key) for path in small}
             return found
 
-        self._job, self._state, self._spans = _Job(step, folder, work), state, spans
-        if self._staging is None:
-            self._job.run()
-            return [*ended, *self.finish()]
-        self._job.start()
-        self._job.stall_s = time.perf_counter() - began
-        return ended
+        self._save = _Save(step, folder, state, spans)
+        self._save.began = began
+        self._save.writing = self._task("write", write)
+        self._save.stall_s = time.perf_counter() - began
+        return [*ended, *([] if self._staging is not None else self.finish())]
 
     def poll(self) -> list[Saved]:
-        """Complete a checkpoint that all ranks have written by now; call it after every step."""
-        if self._job is None or not self._world.all_agree(self._job.done):
+        """Go on with a checkpoint that all ranks have written by now; call it after every step."""
+        if self._save is None or not self._world.all_agree(self._save.done):
             return []
-        return self.finish()
+        return self._go_on()
 
     def finish(self) -> list[Saved]:
         """Wait for the checkpoint that is being written, if there is one, and complete it."""
-        if self._job is None:
-            return []
-        job, self._job = self._job, None
+        ended: list[Saved] = []
+        while self._save is not None and not ended:
+            began = time.perf_counter()
+            for task in (self._save.writing, self._save.completing):
+                if task is not None:
+                    task.join()
+            self._save.stall_s += time.perf_counter() - began
+            ended = self._go_on()
+        return ended
+
+    def _go_on(self) -> list[Saved]:
+        """From written to being completed, or from there to the end; all ranks' tasks are done."""
+        save = self._save
+        assert save is not None and save.writing is not None
         began = time.perf_counter()
-        job.join()
-        assert self._state is not None
-        reports = self._world.gather([job.records, self._spans, job.problem, job.ended - job.began])
-        outcome: list[Any] = ["", 0, 0.0]
-        if reports is not None:
-            problems = [f"rank {rank}: {report[2]}" for rank, report in enumerate(reports) if report[2]]
-            outcome = ["; ".join(problems[:4]), 0, max(report[3] for report in reports)]
-            if not problems:
-                try:
-                    index = index_of(self._state, [report[1] for report in reports])
-                    outcome[1] = self._commit(job, index, [report[0] for report in reports])
-                except OSError as error:
-                    outcome[0] = f"rank 0: {_text(error)}"
-            if outcome[0]:
-                shutil.rmtree(job.folder.with_name(job.folder.name + _UNFINISHED), ignore_errors=True)
+        if save.completing is None:
+            reports = self._world.gather([save.writing.result, save.spans, save.writing.problem])
+            save.completing = self._task("complete", lambda: self._complete(save, reports))
+            save.stall_s += time.perf_counter() - began
+            return []
+        outcome = [save.completing.problem, save.completing.result, save.completing.ended - save.began]
         problem, size, write_s = self._world.broadcast(outcome)
-        job.stall_s += time.perf_counter() - began
-        return [Saved(job.step, None if problem else job.folder, problem, job.stall_s, write_s, size)]
+        if problem and self._world.rank == 0:
+            shutil.rmtree(_unfinished(save.folder), ignore_errors=True)
+        self._save = None
+        stall_s = save.stall_s + time.perf_counter() - began
+        return [Saved(save.step, None if problem else save.folder, problem, stall_s, write_s, size or 0)]
+
+    def _task(self, name: str, work: Callable[[], Any]) -> _Task:
+        return _Task(f"{name} checkpoint", work, background=self._staging is not None)
 
     def _prepare(self, unfinished: Path, tensors: dict[str, Tensor]) -> str:
         """Make the folder, and see whether there is room; returns what is wrong, the same on all ranks."""
@@ -204,24 +224,33 @@ class Saver:
         # Also tells the others that the folder is there.
         return str(self._world.broadcast(problem))
 
-    def _commit(self, job: _Job, index: dict[str, Any], records: list[dict[str, list[Any]]]) -> int:
-        """Rank 0: write what says that all is there, and give the folder its name; returns the size of all files."""
-        unfinished = job.folder.with_name(job.folder.name + _UNFINISHED)
-        dump(unfinished / STATE / INDEX, index)
-        files = {name: Record(*record) for of_rank in records for name, record in of_rank.items()}
+    def _complete(self, save: _Save, reports: list[Any] | None) -> int:
+        """Write what says that all is there, and give the folder its name; returns the size of all files.
+
+        Raises:
+            OSError: a rank could not write its part, or rank 0 cannot write this.
+        """
+        if reports is None:
+            return 0
+        problems = [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(reports) if problem]
+        if problems:
+            raise OSError("; ".join(problems[:_NAMED]))
+        unfinished = _unfinished(save.folder)
+        dump(unfinished / STATE / INDEX, index_of(save.state, [spans for _, spans, _ in reports]))
+        files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
         files[f"{STATE}/{INDEX}"] = _hash_and_flush(unfinished / STATE / INDEX, self._key)
-        manifest = Manifest(job.step, self._serial + 1, files)
+        manifest = Manifest(save.step, self._serial + 1, files)
         write_manifest(unfinished, manifest, self._key)
         for folder in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
             flush(folder)
-        replaced = job.folder.with_name(job.folder.name + _REPLACED)
-        if job.folder.exists():  # a run that was continued from before this step writes it anew
+        replaced = save.folder.with_name(save.folder.name + _REPLACED)
+        if save.folder.exists():  # a run that was continued from before this step writes it anew
             shutil.rmtree(replaced, ignore_errors=True)
-            job.folder.rename(replaced)
-        unfinished.rename(job.folder)
-        flush(job.folder.parent)
+            save.folder.rename(replaced)
+        unfinished.rename(save.folder)
+        flush(save.folder.parent)
         self._serial += 1
-        replace_text(job.folder.parent / LATEST, job.folder.name + "\n")
+        replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
         shutil.rmtree(replaced, ignore_errors=True)
         self._delete_old()
         return manifest.bytes
@@ -241,6 +270,10 @@ class Saver:
             shutil.rmtree(path, ignore_errors=True)
         for path in self._run_dir.glob(f"checkpoints/step-*{_UNFINISHED}"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + _UNFINISHED)
 
 
 def _write_and_prove(path: Path, tensors: dict[str, Tensor], key: bytes | None) -> Record:

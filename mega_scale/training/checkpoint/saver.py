@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.parallel import INDEX, Engine, EngineState, World, index_of, own_part, part_file, write_tensors
+from mega_scale.parallel import INDEX, Engine, World, index_of, own_part, part_file, write_tensors
 from mega_scale.training.checkpoint.config import CheckpointConfig
 from mega_scale.training.checkpoint.files import dump, flush, replace_text
 from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, serial_of
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
 from mega_scale.training.checkpoint.staging import Staging
 
-_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
+_UNFINISHED, _REPLACED, _DELETED = ".unfinished", ".replaced", ".deleted"
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
 
@@ -106,7 +106,7 @@ class Saver:
         self._staging = Staging(pin_memory=world.device.type == "cuda") if config.asynchronous else None
         self._job: _Job | None = None
         self._spans: dict[str, tuple[int, int, int]] = {}
-        self._state: EngineState | None = None
+        self._index: dict[str, Any] = {}
         self._serial = 0
         if world.rank == 0:
             self._tidy()
@@ -145,7 +145,8 @@ class Saver:
                 found |= {path.relative_to(unfinished).as_posix(): _hash_and_flush(path, self._key) for path in small}
             return found
 
-        self._job, self._state, self._spans = _Job(step, folder, work), state, spans
+        # The index says how many steps the optimizer has done: now, since training goes on before it is written.
+        self._job, self._index, self._spans = _Job(step, folder, work), index_of(state, []), spans
         if self._staging is None:
             self._job.run()
             return [*ended, *self.finish()]
@@ -166,7 +167,6 @@ class Saver:
         job, self._job = self._job, None
         began = time.perf_counter()
         job.join()
-        assert self._state is not None
         reports = self._world.gather([job.records, self._spans, job.problem, job.ended - job.began])
         outcome: list[Any] = ["", 0, 0.0]
         if reports is not None:
@@ -174,7 +174,7 @@ class Saver:
             outcome = ["; ".join(problems[:4]), 0, max(report[3] for report in reports)]
             if not problems:
                 try:
-                    index = index_of(self._state, [report[1] for report in reports])
+                    index = self._index | {"parts": [report[1] for report in reports]}
                     outcome[1] = self._commit(job, index, [report[0] for report in reports])
                 except OSError as error:
                     outcome[0] = f"rank 0: {_text(error)}"
@@ -231,7 +231,15 @@ class Saver:
             for folder in checkpoints(self._run_dir)[: -self._config.keep]:
                 step = int(folder.name.removeprefix("step-"))
                 if not (self._config.keep_every and step % self._config.keep_every == 0):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    self._delete(folder)
+
+    def _delete(self, folder: Path) -> None:
+        """Take the name away first, so that what is killed half way leaves no damaged checkpoint behind."""
+        nameless = folder.with_name(folder.name + _DELETED)
+        shutil.rmtree(nameless, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rename(nameless)
+        shutil.rmtree(nameless, ignore_errors=True)
 
     def _tidy(self) -> None:
         """Remove what a killed run left half written, and restore what it was about to replace."""
@@ -241,8 +249,9 @@ class Saver:
                 if not original.exists():
                     path.rename(original)
             shutil.rmtree(path, ignore_errors=True)
-        for path in self._run_dir.glob(f"checkpoints/step-*{_UNFINISHED}"):
-            shutil.rmtree(path, ignore_errors=True)
+        for suffix in (_UNFINISHED, _DELETED):
+            for path in self._run_dir.glob(f"checkpoints/step-*{suffix}"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_and_prove(path: Path, tensors: dict[str, Tensor], key: bytes | None) -> Record:

@@ -15,6 +15,7 @@ from torch import nn
 from mega_scale.config import refuse
 from mega_scale.data import DataConfig, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
+from mega_scale.training.checkpoint import read_key
 from mega_scale.training.evaluate import evaluate, loss_of
 from mega_scale.training.restore import load_model
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens read at once (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in one forward of one rank (default: 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON line")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by launchers
     args = parser.parse_args(arguments)
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if args.batch_size < 1:
             raise ValueError(f"--batch-size {args.batch_size} is not possible: give at least 1")
-        model, tokenizer = load_model(args.model, torch.device("cpu"))
+        model, tokenizer = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file))
         dataset = load_whole(settings, tokenizer)
         batches = validation_batches(dataset, len(dataset), args.batch_size, rank, size)
     except (ValueError, OSError) as error:

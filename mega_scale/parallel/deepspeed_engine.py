@@ -179,6 +179,10 @@ class DeepSpeedEngine:
         elif self._stage == 3:
             # Gathered weights are dropped, and those that stay gathered are gathered anew.
             optimizer.checkpoint_event_prologue()
+            for name, held in self.state().held.items():
+                # Depending on its settings, DeepSpeed steps a copy of what it gathers.
+                partition = self._parameters[name].ds_tensor.data.view(-1)
+                partition[: len(held.tensors[WEIGHT])] = held.tensors[WEIGHT]
             optimizer.checkpoint_event_epilogue()
 
     def held(self, name: str) -> Tensor:

@@ -44,7 +44,7 @@ def choose_checkpoint(path: Path, world: World, key: bytes | None = None, say: C
     names = world.broadcast([str(folder) for folder in _candidates(path)])
     if not names:
         find_checkpoint(path, key)  # says why
-    problems = []
+    problems: list[str] = []
     for name in names:
         problem = verify_together(Path(name), world, key)
         if problem is None:

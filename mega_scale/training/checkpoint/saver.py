@@ -21,9 +21,10 @@ from mega_scale.training.checkpoint.config import CheckpointConfig
 from mega_scale.training.checkpoint.files import dump, flush, replace_text
 from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, serial_of
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
+from mega_scale.training.checkpoint.retention import DELETED, delete, surplus
 from mega_scale.training.checkpoint.staging import Staging
 
-_UNFINISHED, _REPLACED, _DELETED = ".unfinished", ".replaced", ".deleted"
+_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
 
@@ -227,19 +228,9 @@ class Saver:
 
     def _delete_old(self) -> None:
         """Delete the oldest; the one just written stays in any case, and it was read back."""
-        if self._config.keep > 0:
-            for folder in checkpoints(self._run_dir)[: -self._config.keep]:
-                step = int(folder.name.removeprefix("step-"))
-                if not (self._config.keep_every and step % self._config.keep_every == 0):
-                    self._delete(folder)
-
-    def _delete(self, folder: Path) -> None:
-        """Take the name away first, so that what is killed half way leaves no damaged checkpoint behind."""
-        nameless = folder.with_name(folder.name + _DELETED)
-        shutil.rmtree(nameless, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rename(nameless)
-        shutil.rmtree(nameless, ignore_errors=True)
+        for folder in surplus(self._run_dir, self._config.keep, self._config.keep_every):
+            with contextlib.suppress(OSError):
+                delete(folder)
 
     def _tidy(self) -> None:
         """Remove what a killed run left half written, and restore what it was about to replace."""
@@ -249,7 +240,7 @@ class Saver:
                 if not original.exists():
                     path.rename(original)
             shutil.rmtree(path, ignore_errors=True)
-        for suffix in (_UNFINISHED, _DELETED):
+        for suffix in (_UNFINISHED, DELETED):
             for path in self._run_dir.glob(f"checkpoints/step-*{suffix}"):
                 shutil.rmtree(path, ignore_errors=True)
 

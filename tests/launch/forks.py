@@ -28,6 +28,8 @@ SETTINGS = {
 }
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LOOK_S = 0.002
+ORPHANS_S = 15
+"""Time within which processes that a killed rank started, such as those that read data, notice it (seconds)."""
 
 
 class StillRunningError(Exception):
@@ -136,7 +138,7 @@ def start(
     return Ranks(pids, output)
 
 
-def survivors(limit_s: float) -> list[str]:
+def survivors(limit_s: float = ORPHANS_S) -> list[str]:
     """Command names of processes that ranks started and that still run after a while; they are killed then.
 
     Call it when all ranks have ended.

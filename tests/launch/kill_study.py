@@ -38,8 +38,8 @@ def main() -> int:
             share = options.kills // len(cells) + (number < options.kills % len(cells))
             if share:
                 found.append(kills.study(cell, share, text, Path(folder) / cell.name, options.seed))
-                print(f"{time.monotonic() - began:6.0f} s | {cell.name}: {len(found[-1].kills)} kills", flush=True)
-                print("\n".join(found[-1].problems), flush=True)
+                line = table(found, kills.PHASES).splitlines()[-1]
+                print("\n".join([f"{time.monotonic() - began:.0f} s {line}", *found[-1].problems]), flush=True)
     summary = summarize(found)
     print(table(found, kills.PHASES))
     print(json.dumps(summary), f"in {time.monotonic() - began:.0f} s")

@@ -176,7 +176,7 @@ def _chain(found: Findings, kills: int, text: Path, run_dir: Path, reference: Re
         ended = attempt >= kills or not _kill(found, ranks, run_dir, newest, reference, chance, where)
         if ended:
             ranks.wait(LIMIT_S)
-        left = forks.survivors(15)
+        left = forks.survivors()
         found.problems += [f"{where}: still ran: {name}" for name in left]
         if after_kill:
             _check_resume(found, ranks.text(), newest, where)

@@ -95,7 +95,7 @@ def run(legs: Sequence[Leg], text: Path, folder: Path) -> dict:
             name=f"leg-{number}",
         )
         ranks.wait(LIMIT_S)
-        left = forks.survivors(15)
+        left = forks.survivors()
         said = re.search(r'"from_step": (\d+)', ranks.text())
         expected = -signal.SIGKILL if leg.cut else 0
         if said is None or left or set(ranks.codes.values()) != {expected}:

@@ -11,6 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mega_scale.training.checkpoint.files import replace_text
+
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -124,7 +126,7 @@ class Reporter:
         kept = []
         if start and self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        replace_text(self._path, "".join(line + "\n" for line in kept))
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False
         )

@@ -135,13 +135,14 @@ def test_a_background_save_is_complete_when_it_is_polled_and_sees_nothing_of_lat
     made = make_saver(tmp_path, engine)
     assert made.poll() == [] and made.save(1, {"step": 1}) == []
     engine.tensors["weight"].fill_(-1)  # training goes on
+    engine.steps.fill_(4)
     while not (ended := made.poll()):
         time.sleep(0.01)
     assert [saved.folder for saved in ended] == [tmp_path / "checkpoints" / "step-00000001"]
     assert ended[0].bytes == verify(ended[0].folder).bytes > 0
     other = TinyEngine(0)
     load_checkpoint(ended[0].folder, other, OneRank())
-    assert other.tensors["weight"].tolist() == [3.0] * 6
+    assert other.tensors["weight"].tolist() == [3.0] * 6 and other.steps == 3
     assert made.finish() == []
 
 
@@ -205,6 +206,20 @@ def test_only_the_newest_and_every_nth_are_kept(tmp_path):
     for step in range(1, 9):
         save(tmp_path, step, keep=2, keep_every=3)
     assert names(tmp_path) == [f"step-0000000{step}" for step in (3, 6, 7, 8)]
+
+
+def test_a_run_killed_while_it_deleted_a_checkpoint_leaves_no_damaged_one(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    # What a kill in the middle of a deletion leaves: some of the files.
+    monkeypatch.setattr(saver.shutil, "rmtree", lambda folder, **_: (folder / "trainer.json").unlink(missing_ok=True))
+    save(tmp_path, 3, keep=2)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    for folder in checkpoints(tmp_path):
+        verify(folder)
+    make_saver(tmp_path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3  # and the pointer
 
 
 def test_a_step_saved_again_replaces_the_earlier_one(tmp_path):

@@ -1,6 +1,7 @@
 """What a run reports, and the figures that it reports."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -49,6 +50,25 @@ def test_other_ranks_say_nothing(tmp_path, capsys):
     reporter.advance()
     reporter.close()
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_run_killed_while_it_begins_to_resume_loses_no_line(tmp_path, monkeypatch):
+    reporter = Reporter(tmp_path, rank=0, start=0, steps=4, tensorboard=False)
+    for step in (1, 2, 3):
+        reporter.step(step, VALUES)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, kill)
+        with pytest.raises(KeyboardInterrupt):
+            Reporter(tmp_path, rank=0, start=2, steps=4, tensorboard=False)
+        monkeypatch.undo()
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+    Reporter(tmp_path, rank=0, start=2, steps=4, tensorboard=False).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(before.splitlines(keepends=True)[:2])
 
 
 def test_resuming_supersedes_what_was_written_after_the_checkpoint(tmp_path):

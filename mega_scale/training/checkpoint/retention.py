@@ -6,6 +6,24 @@ from pathlib import Path
 from mega_scale.training.checkpoint.folder import checkpoints, step_of, verify
 from mega_scale.training.checkpoint.manifest import CheckpointError
 
+DELETED = ".deleted"
+"""What follows the name of a checkpoint that is being deleted."""
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint, its name first: what is killed half way leaves no damaged checkpoint behind.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        OSError: it cannot be deleted; if it could be renamed, it no longer counts as a checkpoint.
+    """
+    nameless = folder.with_name(folder.name + DELETED)
+    shutil.rmtree(nameless, ignore_errors=True)
+    folder.rename(nameless)
+    shutil.rmtree(nameless)
+
 
 def surplus(run_dir: Path, keep: int, keep_every: int) -> list[Path]:
     """The checkpoints that are not to be kept, oldest first.
@@ -55,5 +73,5 @@ def prune(
     chosen = [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
     chosen += broken if damaged else []
     for folder in [] if dry else chosen:
-        shutil.rmtree(folder)
+        delete(folder)
     return chosen

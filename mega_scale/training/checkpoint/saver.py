@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.parallel import INDEX, Engine, EngineState, Span, World, index_of, own_part, part_file, write_tensors
+from mega_scale.parallel import INDEX, Engine, Span, World, index_of, own_part, part_file, write_tensors
 from mega_scale.training.checkpoint.config import CheckpointConfig
 from mega_scale.training.checkpoint.files import dump, flush, replace_text
 from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, serial_of
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
-from mega_scale.training.checkpoint.retention import surplus
+from mega_scale.training.checkpoint.retention import DELETED, delete, surplus
 from mega_scale.training.checkpoint.staging import Staging
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
@@ -84,8 +84,8 @@ class _Task:
 class _Save:
     """A checkpoint under way: written by all ranks, then completed by rank 0."""
 
-    def __init__(self, step: int, folder: Path, state: EngineState, spans: dict[str, Span]) -> None:
-        self.step, self.folder, self.state, self.spans = step, folder, state, spans
+    def __init__(self, step: int, folder: Path, index: dict[str, Any], spans: dict[str, Span]) -> None:
+        self.step, self.folder, self.index, self.spans = step, folder, index, spans
         self.began, self.stall_s = time.perf_counter(), 0.0
         self.writing: _Task | None = None
         self.completing: _Task | None = None
@@ -160,7 +160,8 @@ class Saver:
                 found |= {path.relative_to(unfinished).as_posix(): _hash_and_flush(path, self._key) for path in small}
             return found
 
-        self._save = _Save(step, folder, state, spans)
+        # The index says how many steps the optimizer has done: now, since training goes on before it is written.
+        self._save = _Save(step, folder, index_of(state, []), spans)
         self._save.began = began
         self._save.writing = self._task("write", write)
         self._save.stall_s = time.perf_counter() - began
@@ -236,7 +237,7 @@ class Saver:
         if problems:
             raise OSError("; ".join(problems[:_NAMED]))
         unfinished = _unfinished(save.folder)
-        dump(unfinished / STATE / INDEX, index_of(save.state, [spans for _, spans, _ in reports]))
+        dump(unfinished / STATE / INDEX, save.index | {"parts": [spans for _, spans, _ in reports]})
         files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
         files[f"{STATE}/{INDEX}"] = _hash_and_flush(unfinished / STATE / INDEX, self._key)
         manifest = Manifest(save.step, self._serial + 1, files)
@@ -258,7 +259,8 @@ class Saver:
     def _delete_old(self) -> None:
         """Delete the oldest; the one just written stays in any case, and it was read back."""
         for folder in surplus(self._run_dir, self._config.keep, self._config.keep_every):
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                delete(folder)
 
     def _tidy(self) -> None:
         """Remove what a killed run left half written, and restore what it was about to replace."""
@@ -268,8 +270,9 @@ class Saver:
                 if not original.exists():
                     path.rename(original)
             shutil.rmtree(path, ignore_errors=True)
-        for path in self._run_dir.glob(f"checkpoints/step-*{_UNFINISHED}"):
-            shutil.rmtree(path, ignore_errors=True)
+        for suffix in (_UNFINISHED, DELETED):
+            for path in self._run_dir.glob(f"checkpoints/step-*{suffix}"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _unfinished(folder: Path) -> Path:

@@ -6,6 +6,7 @@ from mega_scale.parallel.engine import BuildOptimizer, Engine
 from mega_scale.parallel.layout import check_layout, describe
 from mega_scale.parallel.materialize import Values, fill, seeded_values
 from mega_scale.parallel.model_checks import check_vocabulary
+from mega_scale.parallel.monitor import Standing
 from mega_scale.parallel.parallelize import parallelize
 from mega_scale.parallel.self_test import SelfTest, self_test
 from mega_scale.parallel.weights import LazyWeights, open_weights
@@ -21,6 +22,7 @@ __all__ = [
     "Placement",
     "SelfTest",
     "Sends",
+    "Standing",
     "Values",
     "World",
     "check_layout",

@@ -93,10 +93,13 @@ class FsdpEngine:
             loss.backward()
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: bool = False) -> float:
         """Clip, step, forget gradients, see `Engine.step`."""
         self._drop_gathered()
         norm = self._gradient_norm()
+        if skip or not norm.isfinite():
+            self._optimizer.zero_grad(set_to_none=True)
+            return float(norm)
         if self._max_grad_norm > 0:
             gradients = _local_gradients(list(self.module.parameters()))
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -116,6 +119,8 @@ class FsdpEngine:
     def save(self, folder: Path) -> None:
         """Write this rank's shards, see `Engine.save`."""
         self._drop_gathered()
+        if not self._optimizer.state:
+            self._allocate_optimizer_state()  # before the first step, so that every checkpoint has the same tensors
         dcp.save(self._state(), checkpoint_id=folder)
         if self._world.rank == 0:
             write_names(self.module, folder, self._world.shape.tp)
@@ -153,7 +158,7 @@ class FsdpEngine:
 
     @torch.no_grad()
     def _allocate_optimizer_state(self) -> None:
-        """Make the optimizer create its state: a step of size zero, which changes no weight."""
+        """Make the optimizer create its state, as it is before any step: by one of size zero, which is not counted."""
         for parameter in self.module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
@@ -161,6 +166,8 @@ class FsdpEngine:
             group["lr"] = 0.0
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        for state in self._optimizer.state.values():
+            state["step"].zero_()
 
     def _drop_gathered(self) -> None:
         """Free weights that a forward without backward left gathered: they stand in for the sharded ones until then."""

@@ -3,11 +3,20 @@
 deepspeed --num_accelerators 2 launch/pretrain.py --config configs/debug.yaml train.steps=200
 """
 
-import json
+# ruff: noqa: E402
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
+from launch.stop_signals import StopSignals
+
+SIGNALS = StopSignals()
+if __name__ == "__main__":
+    SIGNALS.listen()  # before imports that take seconds
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,14 +41,19 @@ from mega_scale.parallel import (
     seeded_values,
     self_test,
 )
-from mega_scale.training.checkpoint import find_checkpoint, load_checkpoint, read_state
+from mega_scale.training.bad_steps import DIVERGED, BadStepsError
+from mega_scale.training.checkpoint import checkpoints, find_checkpoint, load_checkpoint, read_state
 from mega_scale.training.evaluate import Evaluation, evaluate
-from mega_scale.training.loop import Run, train
+from mega_scale.training.loop import Run, Trained, train
 from mega_scale.training.metrics import peak_flops
 from mega_scale.training.optimizer import build_optimizer
+from mega_scale.training.preemption import STOPPED, Stopping, StopRun, TimeLimit, seconds_of
+from mega_scale.training.progress import Progress
 from mega_scale.training.restore import describe_model, values_from
 from mega_scale.training.sample import generate_text
 from mega_scale.training.schedule import learning_rate
+from mega_scale.training.status import RunStatus
+from mega_scale.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -70,9 +84,8 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     """
     config.validate(place.size, place.local_size)
     mesh = config.parallel.mesh(place.size)
-    resumed = None
-    if config.resume is not None:
-        resumed = find_checkpoint(Path(config.run_dir if config.resume == "latest" else config.resume))
+    resumed = checkpoint_to_resume(config)
+    if resumed is not None:
         check_layout(read_state(resumed)["layout"], config.parallel, place.size)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = model_config(config.model, tokenizer)
@@ -98,6 +111,14 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     return Prepared(config, model, values, tokenizer, validation, loader, resumed)
 
 
+def checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """The checkpoint that a run goes on from; None where it starts afresh."""
+    run_dir = Path(config.run_dir)
+    if config.resume is None or (config.resume == "auto" and not checkpoints(run_dir)):
+        return None
+    return find_checkpoint(run_dir if config.resume in ("latest", "auto") else Path(config.resume))
+
+
 def starting_weights(folder: Path, model: MegaConfig) -> Values:
     """Weights of an export or a Hugging Face folder, which must hold the model that the run describes."""
     found, tensors = open_folder(folder)
@@ -120,30 +141,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if arguments is None else arguments, quiet=place.rank != 0)
     try:
         prepared = prepare(config, place)
+        # Only now are the values known to be good; until here, a signal is remembered in any case.
+        if __name__ == "__main__":
+            SIGNALS.listen(config.train.stop_signals)
     except ValueError as error:
         refuse(error, quiet=place.rank != 0)
     with World.start(config.parallel) as world:
-        pretrain(prepared, world)
+        code = watched(prepared, world)
+    SIGNALS.ignore()
+    if code:
+        raise SystemExit(code)
 
 
-def pretrain(prepared: Prepared, world: World) -> None:
-    """Train on all ranks; collective."""
+def watched(prepared: Prepared, world: World) -> int:
+    """Train on all ranks, watch the progress, and keep `status.json`; collective.
+
+    Args:
+        prepared: what this rank trains with.
+        world: all ranks.
+
+    Returns:
+        The exit code.
+    """
+    config = prepared.config
+    status = RunStatus(Path(config.run_dir), world.rank)
+    limit = None if config.train.max_time is None else TimeLimit(seconds_of(config.train.max_time))
+    stopping = Stopping(world, SIGNALS.asked, limit)
+    timeout_s = config.train.hang_timeout(config.parallel.timeout_s)
+    with Watchdog(world, timeout_s, lambda reason: status.write("failed", watchdog.step, reason)) as watchdog:
+        begin = 0 if prepared.resumed is None else read_state(prepared.resumed)["step"]
+        status.write("running", begin)
+        try:
+            trained = pretrain(prepared, world, stopping, watchdog)
+        except BadStepsError as error:
+            status.write("failed", watchdog.step, str(error))
+            if world.rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return DIVERGED
+        except StopRun:
+            # Before it began to train: nothing was done that is not in its checkpoint.
+            status.write("stopped", begin, stopping.reason())
+            return STOPPED
+        except BaseException as error:
+            status.write("failed", watchdog.step, f"{type(error).__name__}: {error}")
+            raise
+        status.write("finished" if trained.stopped is None else "stopped", trained.step, trained.stopped or "")
+    return 0 if trained.stopped is None else STOPPED
+
+
+def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Watchdog) -> Trained:
+    """Train on all ranks; collective. Raises StopRun as `meet` does."""
     config, train_config, model = prepared.config, prepared.config.train, prepared.model
     run_dir = Path(config.run_dir)
     mesh = config.parallel.mesh(world.size)
     if world.rank == 0:
         save_config(replace(config, resume=None), run_dir / "config.yaml")
-    same_text = world.broadcast(prepared.loader.dataset.fingerprint) == prepared.loader.dataset.fingerprint
-    if not world.all_agree(same_text):
-        raise ValueError("the ranks read different text: give every machine the same files, tokenizer and Python")
-    if config.parallel.self_test:
-        found = self_test(model, config.parallel, world)
-        if world.rank == 0:
-            print(
-                f"mega_scale | self-test: loss and {found.parameters} gradients of a tiny model in this layout equal "
-                f"those of one process, largest relative difference {found.error:.1e}",
-                flush=True,
-            )
+    meet(prepared, world, stopping, watchdog)
     with torch.device("meta"):
         module = MegaForCausalLM(model)
     engine = parallelize(
@@ -159,12 +212,20 @@ def pretrain(prepared: Prepared, world: World) -> None:
         seed=train_config.seed,
     )
     engine.module.train()
-    start, tokens = 0, 0
+    progress = Progress.begin(config.bad_steps)
     if prepared.resumed is not None:
+        watchdog.beat("loading")
         state = load_checkpoint(prepared.resumed, engine, world)
-        start, tokens = state["step"], state["tokens"]
+        progress = Progress.resume(prepared.resumed, state, config.bad_steps)
     if world.rank == 0:
-        announce(prepared, world, start, engine_parameters(engine))
+        announce(prepared, world, progress.step, engine_parameters(engine))
+
+    def go_on(phase: str) -> Callable[[], None]:
+        def look() -> None:
+            watchdog.beat(phase)
+            stopping.check()
+
+        return look
 
     def describe_run(folder: Path) -> None:
         save_config(replace(config, resume=None), folder / "config.yaml")
@@ -176,7 +237,8 @@ def pretrain(prepared: Prepared, world: World) -> None:
         rows = train_config.eval_batches * train_config.global_batch_size or len(dataset)
         rank = mesh.dp_rank(world.rank)
         batches = validation_batches(dataset, rows, train_config.micro_batch_size, rank, mesh.dp)
-        return evaluate(engine.module, engine.forward, batches, dataset.tokens / dataset.bytes, world)
+        every_batch = go_on("evaluating")
+        return evaluate(engine.module, engine.forward, batches, dataset.tokens / dataset.bytes, world, every_batch)
 
     def sample(step: int) -> str:
         return generate_text(
@@ -185,6 +247,7 @@ def pretrain(prepared: Prepared, world: World) -> None:
             train_config.sample_prompt,
             max_new_tokens=train_config.sample_tokens,
             seed=train_config.seed + step,
+            every_token=go_on("generating text"),
         )
 
     run = Run(
@@ -199,12 +262,51 @@ def pretrain(prepared: Prepared, world: World) -> None:
         flops_per_token=training_flops_per_token(model, config.data.sequence_length),
         peak_flops=peak_flops(world.device, train_config.dtype),
         facts={"layout": describe(config.parallel, world.size)},
+        stopping=stopping,
+        watchdog=watchdog,
     )
     try:
-        train(run, train_config, config.checkpoint, start, tokens)
+        return train(run, train_config, config.checkpoint, progress)
     finally:
         prepared.loader.close()
         engine.close()
+
+
+def meet(prepared: Prepared, world: World, stopping: Stopping, watchdog: Watchdog) -> None:
+    """See that all ranks mean the same run; collective.
+
+    Raises:
+        ValueError: they do not.
+        StopRun: a run that is resumed is to stop before it begins.
+    """
+    config = prepared.config
+    same_text = world.broadcast(prepared.loader.dataset.fingerprint) == prepared.loader.dataset.fingerprint
+    if not world.all_agree(same_text):
+        raise ValueError("the ranks read different text: give every machine the same files, tokenizer and Python")
+    same_start = str(prepared.resumed)
+    if not world.all_agree(world.broadcast(same_start) == same_start):
+        raise ValueError(f"the ranks find different checkpoints in {config.run_dir}: give all machines the same folder")
+    hurry = asked_already(stopping)
+    if hurry and prepared.resumed is not None:
+        raise StopRun
+    if config.parallel.self_test and not hurry:
+        watchdog.beat("testing the layout")
+        found = self_test(prepared.model, config.parallel, world)
+        if world.rank == 0:
+            print(
+                f"mega_scale | self-test: loss and {found.parameters} gradients of a tiny model in this layout equal "
+                f"those of one process, largest relative difference {found.error:.1e}",
+                flush=True,
+            )
+
+
+def asked_already(stopping: Stopping) -> bool:
+    """Whether the run was asked to stop while it started; collective."""
+    try:
+        stopping.check()
+    except StopRun:
+        return True
+    return False
 
 
 def engine_parameters(engine: Engine) -> int:

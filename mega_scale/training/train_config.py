@@ -86,8 +86,8 @@ class TrainConfig:
         if self.hang_timeout_s != -1 and not 0 <= self.hang_timeout_s <= _LARGEST_SHARE * timeout_s:
             raise ValueError(
                 f"train.hang_timeout_s={self.hang_timeout_s:g} with parallel.timeout_s={timeout_s:g} is not possible: "
-                f"give at most {_LARGEST_SHARE * timeout_s:g}, so that ranks can say where they stand before others give "
-                "up waiting, -1 for half of it, 0 for never, or raise parallel.timeout_s"
+                f"give at most {_LARGEST_SHARE * timeout_s:g}, so that ranks can say where they stand before the others"
+                " give up waiting, -1 for half of it, 0 for never, or raise parallel.timeout_s"
             )
         if not (self.slow_rank_factor == 0 or 1 < self.slow_rank_factor < math.inf):
             raise ValueError(

@@ -60,6 +60,7 @@ class Watchdog:
             self._world.monitor.watch(self._stand, self._at_end)
         self.beat("start-up")
         if self._timeout_s:
+            self._arm()
             self._thread.start()
         return self
 
@@ -72,18 +73,21 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        alone = self._world.monitor is None
         pause = min(self._timeout_s / _LOOKS, _LONGEST_PAUSE_S)
         while not self._stopped.wait(pause):
-            # Set anew at every look: it goes off when there are no more looks. Among others, a bit early: the launcher
-            # may end this rank as soon as they have ended.
-            longest = self._timeout_s if alone else _EARLY * self._timeout_s
-            faulthandler.dump_traceback_later(longest, exit=alone, file=2)
+            self._arm()
             if time.monotonic() - self._since > self._timeout_s:
                 if self._world.monitor is not None:
                     self._world.monitor.declare_hang()
                 else:
                     self._end()
+
+    def _arm(self) -> None:
+        """Set the timer that needs no lock; set anew at every look, it goes off when there are no more looks."""
+        alone = self._world.monitor is None
+        # Among others, a bit early: the launcher may end this rank as soon as they have ended.
+        longest = self._timeout_s if alone else _EARLY * self._timeout_s
+        faulthandler.dump_traceback_later(longest, exit=alone, file=2)
 
     def _stand(self) -> Standing:
         """Print this rank's stacks, and say where it stands."""

@@ -1,0 +1,106 @@
+"""launch/pretrain.py with faults: what FAULTS lists as JSON happens to it at certain places, on certain ranks.
+
+Each fault has `at` (import, data, forward, evaluate, token, save), `rank`, `do` (a signal's name, nan, sleep, lock), and
+perhaps `steps` (steps of data, counted from 0) and `times`.
+"""
+
+import ctypes
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+FAULTS = json.loads(os.environ["FAULTS"])
+RANK = int(os.environ.get("RANK", "0"))
+now = {"data": -1}
+
+
+def meet(at):
+    """Do what is to be done here; says whether a number is to become NaN."""
+    nan = False
+    for fault in FAULTS:
+        if (
+            fault["at"] != at
+            or fault["rank"] not in (RANK, "all")
+            or now["data"] not in fault.get("steps", [now["data"]])
+        ):
+            continue
+        if fault.setdefault("times", 10**9) == 0:
+            continue
+        fault["times"] -= 1
+        if fault["do"] == "nan":
+            nan = True
+        elif fault["do"] == "sleep":
+            time.sleep(fault.get("seconds", 600))
+        elif fault["do"] == "lock":
+            ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock
+        else:
+            for _ in range(fault.get("twice", 1)):
+                os.kill(os.getpid(), getattr(signal, fault["do"]))
+    return nan
+
+
+class OnImport:
+    """Meets the faults of imports, once the program listens."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "mega_scale":
+            meet("import")
+
+
+def wrap(owner, name, before):
+    original = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        return before(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def arm():
+    from mega_scale.data import Loader  # noqa: PLC0415
+    from mega_scale.parallel.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
+    from mega_scale.parallel.fsdp import FsdpEngine  # noqa: PLC0415
+    from mega_scale.training.sample import EveryToken  # noqa: PLC0415
+
+    def batches(original, self, step):
+        now["data"] = step
+        meet("data")
+        return original(self, step)
+
+    def forward(original, self, *args, **kwargs):
+        if not self.module.training:
+            meet("evaluate")
+            return original(self, *args, **kwargs)
+        nan = meet("forward")
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if nan else loss
+
+    def at(place):
+        def before(original, *args, **kwargs):
+            meet(place)
+            return original(*args, **kwargs)
+
+        return before
+
+    wrap(Loader, "batches", batches)
+    for engine in (FsdpEngine, DeepSpeedEngine):
+        wrap(engine, "forward", forward)
+        wrap(engine, "save", at("save"))
+    wrap(EveryToken, "__call__", at("token"))
+
+
+class ArmAfterImport:
+    """Arms the faults when launch/pretrain.py has imported everything: on its last import of ours."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "mega_scale.training.watchdog":
+            sys.meta_path.remove(self)
+            arm()
+
+
+sys.meta_path[:0] = [OnImport(), ArmAfterImport()]
+runpy.run_path(str(Path(__file__).parents[2] / "launch/pretrain.py"), run_name="__main__")

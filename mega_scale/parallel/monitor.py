@@ -125,14 +125,14 @@ class PeerMonitor:
         """Where a process group can keep its keys."""
         return self._rendezvous.store
 
-    def watch(self, standing: Callable[[], Standing], before_end: Callable[[str], None]) -> None:
+    def watch(self, standing: Callable[[], Standing], before_end: Callable[[str], None] | None) -> None:
         """Let this rank be asked where it stands.
 
         Args:
             standing: called once, in another thread, when some rank declares a hang: prints this rank's stacks, and
                 says where it stands.
             before_end: called with the verdict in another thread, before this process ends because of another rank; it
-                is not waited for longer than news take to spread.
+                is not waited for longer than news take to spread. None where there is no more to do.
         """
         self._standing, self._before_end = standing, before_end
 

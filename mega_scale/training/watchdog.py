@@ -67,6 +67,8 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._world.monitor is not None:
+            self._world.monitor.watch(self._stand, None)  # how the run ended is known by now
         self._stopped.set()
         if self._timeout_s:
             self._thread.join()

@@ -10,7 +10,7 @@ ENGINES = [("torchrun", "fsdp"), ("deepspeed", "deepspeed")]
 STOPPED = {"torchrun": 1, "deepspeed": 85, "python": 85, "accelerate": 1}
 
 
-def faulty(launcher, run_dir, faults, *changes, timeout=120):
+def faulty(launcher, run_dir, faults, *changes, timeout=240):
     """Train the tiny run with faults; returns (exit code of the launcher, output)."""
     command = [*LAUNCHERS[launcher]]
     command[command.index("launch/pretrain.py")] = "tests/launch/faulty_pretrain.py"

@@ -1,7 +1,7 @@
 """launch/pretrain.py with faults: what FAULTS lists as JSON happens to it at certain places, on certain ranks.
 
-Each fault has `at` (import, data, forward, evaluate, token, save), `rank`, `do` (a signal's name, nan, sleep, lock), and
-perhaps `steps` (steps of data, counted from 0) and `times`.
+Each fault has `at` (import, data, forward, evaluate, token, save), `rank`, `do` (a signal's name, nan, sleep, lock),
+and perhaps `steps` (steps of data, counted from 0) and `times`.
 """
 
 import ctypes

@@ -19,7 +19,7 @@ def engine(request, text_file):
         "train.steps=10",
         "checkpoint.every=2",
         f"parallel.engine={name}",
-        "train.eval_every=0",
+        "train.eval_batches=1",
     ]
     return launcher, [*changes, "parallel.self_test=false", "train.micro_batch_size=2", "data.validation_fraction=0"]
 

@@ -1,6 +1,7 @@
 """Runs launch/pretrain.py with faults under real launchers, and reads what is left."""
 
 import json
+import signal
 import socket
 
 from launching import LAUNCHERS, TINY, metrics, start
@@ -12,11 +13,24 @@ STOPPED = {"torchrun": 1, "deepspeed": 85, "python": 85, "accelerate": 1}
 
 def faulty(launcher, run_dir, faults, *changes, timeout=240):
     """Train the tiny run with faults; returns (exit code of the launcher, output)."""
-    command = [*LAUNCHERS[launcher]]
-    command[command.index("launch/pretrain.py")] = "tests/launch/faulty_pretrain.py"
-    command = [free_port() if word.isdigit() and len(word) == 5 else word for word in command]
+    command = command_of(launcher)
     environment = ["env", f"FAULTS={json.dumps(faults)}"]
     return start([*environment, *command], [*TINY, f"run_dir={run_dir}", *changes], timeout)
+
+
+def command_of(launcher):
+    """The launcher's command for the faulty program, at a free port."""
+    words = [
+        "tests/launch/faulty_pretrain.py" if word == "launch/pretrain.py" else word for word in LAUNCHERS[launcher]
+    ]
+    return [free_port() if word.isdigit() and len(word) == 5 else word for word in words]
+
+
+def listens(pid):
+    """Whether a process has a handler for SIGTERM."""
+    with open(f"/proc/{pid}/status") as file:
+        caught = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt"))
+    return bool(caught & 1 << signal.SIGTERM - 1)
 
 
 def free_port():

@@ -2,6 +2,9 @@
 
 Each fault has `at` (import, data, forward, evaluate, token, save), `rank`, `do` (a signal's name, nan, sleep, lock),
 and perhaps `steps` (steps of data, counted from 0) and `times`.
+
+Where HEARD names a folder, every rank leaves a file there: when it heard its first signal, in which phase, when it
+ended, and how long each phase took at most.
 """
 
 import ctypes
@@ -16,6 +19,7 @@ from pathlib import Path
 FAULTS = json.loads(os.environ["FAULTS"])
 RANK = int(os.environ.get("RANK", "0"))
 now = {"data": -1}
+heard = {"at": None, "phase": "", "ended": None, "longest": {}}
 
 
 def meet(at):
@@ -41,6 +45,34 @@ def meet(at):
             for _ in range(fault.get("twice", 1)):
                 os.kill(os.getpid(), getattr(signal, fault["do"]))
     return nan
+
+
+def listen_in():
+    """Take down what happens, and when; in the file that HEARD asks for."""
+    from launch.stop_signals import StopSignals  # noqa: PLC0415
+    from mega_scale.training.watchdog import Watchdog  # noqa: PLC0415
+
+    now.update(phase="start-up", since=time.monotonic())
+
+    def beat(original, self, phase, step=None):
+        seconds = time.monotonic() - now["since"]
+        heard["longest"][now["phase"]] = max(seconds, heard["longest"].get(now["phase"], 0.0))
+        now.update(phase=phase, since=time.monotonic())
+        return original(self, phase, step)
+
+    def ignore(original, self):
+        heard["ended"] = time.monotonic()
+        (Path(os.environ["HEARD"]) / f"{RANK}.json").write_text(json.dumps(heard))
+        return original(self)
+
+    wrap(Watchdog, "beat", beat)
+    wrap(StopSignals, "ignore", ignore)
+
+
+def note(original, self, *args):
+    if heard["at"] is None:
+        heard.update(at=time.monotonic(), phase=now.get("phase", "imports"))
+    return original(self, *args)
 
 
 class OnImport:
@@ -100,7 +132,14 @@ class ArmAfterImport:
         if name == "mega_scale.training.watchdog":
             sys.meta_path.remove(self)
             arm()
+            if "HEARD" in os.environ:
+                listen_in()
 
 
+if "HEARD" in os.environ:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from launch.stop_signals import StopSignals
+
+    wrap(StopSignals, "_note", note)
 sys.meta_path[:0] = [OnImport(), ArmAfterImport()]
 runpy.run_path(str(Path(__file__).parents[2] / "launch/pretrain.py"), run_name="__main__")

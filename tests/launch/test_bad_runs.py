@@ -18,6 +18,7 @@ def engine(request, text_file):
         *text(text_file),
         "train.steps=10",
         "checkpoint.every=2",
+        "checkpoint.keep=0",
         f"parallel.engine={name}",
         "train.eval_batches=1",
     ]

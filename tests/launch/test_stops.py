@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from faults import ENGINES, STOPPED, assert_same_steps, faulty, saved, status, text
+from faults import ENGINES, STOPPED, assert_same_steps, faulty, listens, saved, status, text
 from launching import LAUNCHERS, ROOT, TINY, _popen, metrics, pretrain
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
@@ -198,11 +198,7 @@ def test_a_signal_in_the_first_moment_is_remembered(tmp_path, text_file):
         "parallel.engine=fsdp",
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    listening = f"/proc/{process.pid}/status"
-    caught = 0
-    while not caught & 1 << signal.SIGTERM - 1:
-        with open(listening) as file:
-            caught = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt"))
+    while not listens(process.pid):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)

@@ -1,6 +1,7 @@
 """Runs launch/pretrain.py with faults under real launchers, and reads what is left."""
 
 import json
+import re
 import signal
 import socket
 
@@ -31,6 +32,11 @@ def listens(pid):
     with open(f"/proc/{pid}/status") as file:
         caught = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt"))
     return bool(caught & 1 << signal.SIGTERM - 1)
+
+
+def until_step(step, process):
+    """Read a run's output until it reports a step; says whether it did."""
+    return any(re.match(rf"step +{step}/", line) for line in process.stdout)
 
 
 def free_port():

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
-from faults import ENGINES, listens, saved, status
+from faults import ENGINES, command_of, listens, saved, status, until_step
 from launching import ROOT, TINY, _kill_all, _popen
 
 STEPS = 100_000
@@ -58,7 +58,7 @@ def one(number, folder, text_file, rng):
         if number % 4 < 2:
             time.sleep(rng.random() * 8)
         else:
-            any("step 1/" in line for line in process.stdout)
+            until_step(1, process)
             time.sleep(rng.random() * 6)
         target, name = rng.randrange(2), rng.choice(["SIGTERM", "SIGUSR1"])
         for _ in range(rng.choice([1, 1, 2, 3])):

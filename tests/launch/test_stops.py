@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from faults import ENGINES, STOPPED, assert_same_steps, faulty, listens, saved, status, text
+from faults import ENGINES, STOPPED, assert_same_steps, faulty, listens, saved, status, text, until_step
 from launching import LAUNCHERS, ROOT, TINY, _popen, metrics, pretrain
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
@@ -124,7 +124,7 @@ def test_sigterm_to_the_launcher_with_data_workers_ends_in_a_checkpoint(tmp_path
     changes = [*text(text_file), "train.steps=100000", f"parallel.engine={engine}", "data.workers=2"]
     process = _popen(LAUNCHERS[launcher], [*TINY, f"run_dir={tmp_path}", *changes])
     try:
-        assert any("step 5/" in line for line in process.stdout)
+        assert until_step(5, process)
         # The deepspeed command itself passes nothing on: the process that it starts for this machine does.
         [ranks_parent] = {rank.parent().pid for rank in ranks_of(process) if rank.parent().cmdline()[-1:] != []}
         os.kill(ranks_parent, signal.SIGTERM)
@@ -145,7 +145,7 @@ def test_a_signal_to_every_process_of_a_job_ends_in_a_checkpoint(tmp_path, text_
     changes = [*text(text_file), "train.steps=100000", "parallel.engine=fsdp", f"data.workers={workers}"]
     process = _popen(LAUNCHERS["torchrun"], [*TINY, f"run_dir={tmp_path}", *changes])
     try:
-        assert any("step 5/" in line for line in process.stdout)
+        assert until_step(5, process)
         for rank in ranks_of(process):
             for one in [rank, *rank.children(recursive=True)]:
                 one.send_signal(signal.SIGUSR1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
+from faults import until_step
 from launching import ROOT, TINY, metrics
 
 SRUN = """#!/bin/bash
@@ -75,7 +76,7 @@ def test_a_job_whose_time_is_nearly_over_stops_queues_itself_again_and_goes_on(s
     settings = [*TINY, "data.source=json", f"data.path={text_file}", "data.validation_fraction=0.2", "data.workers=1"]
     command = ["bash", "launch/slurm.sbatch", str(run_dir), *settings, f"train.steps={steps}", "parallel.engine=fsdp"]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert any("step 5/" in line for line in job.stdout)
+    assert until_step(5, job)
     job.send_signal(signal.SIGUSR1)  # to the batch shell alone
     rest, _ = job.communicate(timeout=120)
     assert job.returncode == 0 and "queued again" in rest, rest

@@ -110,7 +110,8 @@ def train(run: Run, config: TrainConfig, checkpoint: CheckpointConfig, now: Prog
             done = _step(run, now)
             throughput.add(done.tokens, done.waited)
             reporter.advance()
-            _count(run, now, done, reporter)
+            if _count(run, now, done, reporter):
+                continue  # there is nothing to report of a step that it went back to
             if now.step % config.log_every == 0 or now.step == config.steps:
                 for line in slow.report(*throughput.per_step()) if slow is not None else []:
                     reporter.say(f"step {now.step} | {line}")
@@ -204,19 +205,19 @@ def _step(run: Run, now: Progress) -> _Step:
     return _Step(total, norm, lr, seen, waited, torch.stack(shares), len(batches[0]["input_ids"]), problem)
 
 
-def _count(run: Run, now: Progress, done: _Step, reporter: Reporter) -> None:
-    """Count a step; too many bad ones in a row lead back to the last checkpoint, or end the run."""
+def _count(run: Run, now: Progress, done: _Step, reporter: Reporter) -> bool:
+    """Count a step; too many bad ones in a row end the run, or lead back to the last checkpoint. Says whether they did."""
     position = now.position
     now.step, now.tokens, now.evaluation = now.step + 1, now.tokens + done.tokens, None
     if done.problem is None:
         now.bad.good(done.loss)
-        return
+        return False
     now.bad.bad()
     shares = run.world.gather(done.shares)
     rows, where = rows_of(position, shares, run.world.shape, done.rows)
     reporter.bad_step(now.step, done.problem, rows, where, done.loss, done.norm, now.bad.total)
     if not now.bad.too_many:
-        return
+        return False
     what = f"{now.bad.row} bad steps in a row up to step {now.step}: {done.problem}"
     last = (
         f"the last good checkpoint is {now.folder}" if now.folder is not None else "there is no checkpoint before them"
@@ -231,6 +232,7 @@ def _count(run: Run, now: Progress, done: _Step, reporter: Reporter) -> None:
         f"step {bad} | {what}; went back to step {now.step}, and leave out rows {skipped[0] * row} to "
         f"{skipped[1] * row - 1} ({now.bad.rollbacks} of {now.bad.config.rollbacks} rollbacks)"
     )
+    return True
 
 
 def _evaluate(run: Run, now: Progress, reporter: Reporter) -> None:

@@ -19,6 +19,13 @@ def faulty(launcher, run_dir, faults, *changes, timeout=240):
     return start([*environment, *command], [*TINY, f"run_dir={run_dir}", *changes], timeout)
 
 
+def undisturbed(launcher, run_dir, *changes):
+    """Train the tiny run without faults; returns its output, and fails unless it ends well."""
+    code, output = faulty(launcher, run_dir, [], *changes)
+    assert code == 0, output[-6000:]
+    return output
+
+
 def command_of(launcher):
     """The launcher's command for the faulty program, at a free port."""
     words = [

@@ -9,8 +9,20 @@ import time
 
 import psutil
 import pytest
-from faults import ENGINES, STOPPED, assert_same_steps, faulty, listens, saved, status, text, until_step
-from launching import LAUNCHERS, ROOT, TINY, _popen, metrics, pretrain
+from faults import (
+    ENGINES,
+    STOPPED,
+    assert_same_steps,
+    command_of,
+    faulty,
+    listens,
+    saved,
+    status,
+    text,
+    undisturbed,
+    until_step,
+)
+from launching import ROOT, TINY, _popen, metrics
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
@@ -25,7 +37,7 @@ def engine(request, tmp_path_factory, text_file):
     launcher, name = request.param
     changes = [*text(text_file), *COMMON, f"parallel.engine={name}"]
     whole = tmp_path_factory.mktemp("whole")
-    pretrain(launcher, whole, *changes)
+    undisturbed(launcher, whole, *changes)
     assert status(whole) == {"state": "finished", "step": STEPS, "reason": ""}
     return launcher, changes, whole
 
@@ -58,7 +70,7 @@ def test_a_signal_on_one_rank_stops_all_and_the_run_goes_on_as_if_nothing_had_be
     if phase in ("evaluation", "generation"):
         assert (4 in metrics(tmp_path, "validation")) == (phase == "generation")
         assert "sample:" not in output
-    pretrain(launcher, tmp_path, *changes, "--resume", "auto")
+    undisturbed(launcher, tmp_path, *changes, "--resume", "auto")
     assert status(tmp_path) == {"state": "finished", "step": STEPS, "reason": ""}
     assert_same_steps(tmp_path, whole, range(1, STEPS + 1))
     assert metrics(tmp_path, "validation")[STEPS] == metrics(whole, "validation")[STEPS]
@@ -92,7 +104,7 @@ def test_a_run_stopped_in_its_last_evaluation_evaluates_when_it_goes_on(tmp_path
     launcher, changes, whole = engine
     code, output = faulty(launcher, tmp_path, [at("evaluate", steps=[STEPS - 1])], *changes)
     assert code == STOPPED[launcher] and saved(tmp_path) == [4, STEPS], output
-    pretrain(launcher, tmp_path, *changes, "--resume=auto")
+    undisturbed(launcher, tmp_path, *changes, "--resume=auto")
     assert metrics(tmp_path, "validation")[STEPS] == metrics(whole, "validation")[STEPS]
     assert status(tmp_path)["state"] == "finished"
 
@@ -103,6 +115,7 @@ def ranks_of(process, count=2, deadline=60):
     while time.monotonic() < until:
         family = psutil.Process(process.pid).children(recursive=True)
         found = [child for child in family if _is_rank(child)]
+        found = [child for child in found if child.ppid() not in {other.pid for other in found}]  # no loader workers
         if len(found) >= count:
             return found
         time.sleep(0.05)
@@ -122,11 +135,11 @@ def test_sigterm_to_the_launcher_with_data_workers_ends_in_a_checkpoint(tmp_path
     """deepspeed sends it to loader workers too, torchrun to ranks only."""
     engine = "deepspeed" if launcher == "deepspeed" else "fsdp"
     changes = [*text(text_file), "train.steps=100000", f"parallel.engine={engine}", "data.workers=2"]
-    process = _popen(LAUNCHERS[launcher], [*TINY, f"run_dir={tmp_path}", *changes])
+    process = _popen(["env", "FAULTS=[]", *command_of(launcher)], [*TINY, f"run_dir={tmp_path}", *changes])
     try:
         assert until_step(5, process)
         # The deepspeed command itself passes nothing on: the process that it starts for this machine does.
-        [ranks_parent] = {rank.parent().pid for rank in ranks_of(process) if rank.parent().cmdline()[-1:] != []}
+        [ranks_parent] = {rank.ppid() for rank in ranks_of(process)}
         os.kill(ranks_parent, signal.SIGTERM)
         began = time.monotonic()
         rest = process.stdout.read()
@@ -143,7 +156,7 @@ def test_sigterm_to_the_launcher_with_data_workers_ends_in_a_checkpoint(tmp_path
 def test_a_signal_to_every_process_of_a_job_ends_in_a_checkpoint(tmp_path, text_file, workers):
     """As Slurm sends it."""
     changes = [*text(text_file), "train.steps=100000", "parallel.engine=fsdp", f"data.workers={workers}"]
-    process = _popen(LAUNCHERS["torchrun"], [*TINY, f"run_dir={tmp_path}", *changes])
+    process = _popen(["env", "FAULTS=[]", *command_of("torchrun")], [*TINY, f"run_dir={tmp_path}", *changes])
     try:
         assert until_step(5, process)
         for rank in ranks_of(process):

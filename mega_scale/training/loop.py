@@ -206,7 +206,7 @@ def _step(run: Run, now: Progress) -> _Step:
 
 
 def _count(run: Run, now: Progress, done: _Step, reporter: Reporter) -> bool:
-    """Count a step; too many bad ones in a row end the run, or lead back to the last checkpoint. Says whether they did."""
+    """Count a step; too many bad ones in a row end the run, or lead back to the last checkpoint: then it says so."""
     position = now.position
     now.step, now.tokens, now.evaluation = now.step + 1, now.tokens + done.tokens, None
     if done.problem is None:

@@ -27,6 +27,8 @@ def check(config: "RunConfig", world_size: int, local_size: int | None = None) -
     """
     config.data.validate()
     _check_numbers(config)
+    config.train.validate(config.parallel.timeout_s)
+    config.bad_steps.validate(config.checkpoint.every)
     _check_schedule(config)
     dp = config.parallel.mesh(world_size).dp
     _check_model(config)
@@ -174,7 +176,7 @@ def _check_folders(config: "RunConfig") -> None:
         raise ValueError(
             f"init_from={config.init_from!r} has no config.json: give the folder of an export or a Hugging Face model"
         )
-    if config.resume is not None:
+    if config.resume is not None and config.resume != "auto":
         try:
             key = read_key(config.checkpoint.key_file)
             find_checkpoint(run_dir if config.resume == "latest" else Path(config.resume), key)

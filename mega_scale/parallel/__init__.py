@@ -6,6 +6,7 @@ from mega_scale.parallel.engine import BuildOptimizer, Engine
 from mega_scale.parallel.layout import describe, difference
 from mega_scale.parallel.materialize import Values, fill, seeded_values
 from mega_scale.parallel.model_checks import check_vocabulary
+from mega_scale.parallel.monitor import Standing
 from mega_scale.parallel.parallelize import parallelize
 from mega_scale.parallel.self_test import SelfTest, self_test
 from mega_scale.parallel.state import EngineState
@@ -27,6 +28,7 @@ __all__ = [
     "SelfTest",
     "Sends",
     "Span",
+    "Standing",
     "StateReader",
     "Values",
     "World",

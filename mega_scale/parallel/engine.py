@@ -43,14 +43,18 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: bool = False) -> float:
         """Clip the gradients, take one AdamW step, and forget the gradients.
+
+        Where the norm is not finite, on all ranks alike, none of them takes the step: the gradients are forgotten, and
+        weights, moments and counts of steps stay as they are, to the bit.
 
         Args:
             lr: learning rate of this step, absolute.
+            skip: do not take the step, whatever the norm; the same on all ranks.
 
         Returns:
-            L2 norm of the whole gradient before clipping.
+            L2 norm of the whole gradient before clipping; inf or NaN where it is not finite.
         """
         ...
 

@@ -101,10 +101,13 @@ class FsdpEngine:
             loss.backward()
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: bool = False) -> float:
         """Clip, step, forget gradients, see `Engine.step`."""
         self._drop_gathered()
         norm = self._gradient_norm()
+        if skip or not norm.isfinite():
+            self._optimizer.zero_grad(set_to_none=True)
+            return float(norm)
         if self._max_grad_norm > 0:
             gradients = _local_gradients(list(self.module.parameters()))
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

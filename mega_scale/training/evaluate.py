@@ -46,7 +46,7 @@ def evaluate(
         batches: this rank's, `input_ids` and `shift_labels` (B, L) int64 each; -100 is not counted.
         tokens_per_byte: tokens of the text divided by its UTF-8 bytes.
         world: all ranks.
-        every_batch: called after each batch, to show progress.
+        every_batch: called after each batch, to show progress; what it raises, on all ranks alike, ends the evaluation.
 
     Returns:
         The same figures on all ranks.
@@ -58,12 +58,14 @@ def evaluate(
     module.eval()
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     counted = torch.zeros((), dtype=torch.int64, device=world.device)
-    for batch in batches:
-        labels = batch["shift_labels"].to(world.device)
-        total += share(batch["input_ids"].to(world.device), labels, 1).double()
-        counted += (labels != -100).sum()
-        every_batch()
-    module.train(was_training)
+    try:
+        for batch in batches:
+            labels = batch["shift_labels"].to(world.device)
+            total += share(batch["input_ids"].to(world.device), labels, 1).double()
+            counted += (labels != -100).sum()
+            every_batch()
+    finally:
+        module.train(was_training)
     nats, tokens = float(world.sum(total, alike=("tp",))), int(world.sum(counted, alike=("sp", "tp")))
     if tokens == 0:
         raise ValueError("the text has no token to predict: give a longer one, or a shorter data.sequence_length")

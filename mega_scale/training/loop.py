@@ -21,7 +21,8 @@ class Batches(Protocol):
     """Where batches come from: a pure function of the step."""
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
-        """This rank's micro-batches of one step, `input_ids` and `shift_labels` (B, L) int64."""
+        """This rank's micro-batches of one step, `input_ids` and `shift_labels` (B, L) int64, where rows hold documents
+        to keep apart `document_starts` (B, L) bool."""
         ...
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class Run:
         evaluate: loss on the validation text; none without one.
         sample: generates text, by step.
         describe: writes configuration and tokenizer into a folder.
-        flops_per_token: of forward and backward.
+        flops_per_token: of forward and backward, by the number of updates before.
         peak_flops: of one device, FLOP/s; none where it is not known.
         facts: plain JSON to find again in every checkpoint.
     """
@@ -59,7 +60,7 @@ class Run:
     evaluate: Callable[[], Evaluation] | None
     sample: Callable[[int], str]
     describe: Callable[[Path], None]
-    flops_per_token: int
+    flops_per_token: Callable[[int], int]
     peak_flops: float | None
     facts: dict[str, Any]
 
@@ -81,13 +82,13 @@ def train(run: Run, config: TrainConfig, checkpoints: CheckpointConfig, start: i
         FloatingPointError: loss or gradient are not finite; nothing is saved from that step on.
     """
     reporter = Reporter(run.run_dir, run.world.rank, start, config.steps, config.tensorboard)
-    throughput = Throughput(run.flops_per_token, run.peak_flops, run.world.size)
+    throughput = Throughput(run.peak_flops, run.world.size)
     state = _state(run, start, tokens, None)
     for step in range(start + 1, config.steps + 1):
         lr = run.learning_rate(step - 1)
         loss, norm, seen, waited = _step(run, step, lr)
         tokens += seen
-        throughput.add(seen, waited)
+        throughput.add(seen, waited, run.flops_per_token(step - 1))
         reporter.advance()
         if step % config.log_every == 0 or step == config.steps:
             speed = throughput.report(config.steps - step)
@@ -119,10 +120,11 @@ def _step(run: Run, step: int, lr: float) -> tuple[float, float, int, float]:
     seen = int(world.sum(torch.tensor(labelled, device=world.device), alike=("sp", "tp")))
     loss = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
-        inputs, labels = (batch[name].to(world.device, non_blocking=True) for name in ("input_ids", "shift_labels"))
+        given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
+        inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
         # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
         place = Place(step - 1, (i * world.shape.dp + world.shape.dp_rank(world.rank)) * len(inputs))
-        share = run.engine.forward(inputs, labels, seen, place)
+        share = run.engine.forward(inputs, labels, seen, place, starts)
         run.engine.backward(share, last=i == len(batches) - 1)
         loss += share.detach()
     norm = run.engine.step(lr)

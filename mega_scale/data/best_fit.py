@@ -16,7 +16,7 @@ from mega_scale.data.token_store import TokenStore
 
 _ROWS_OF_WINDOW = 64
 _LEAST_DOCUMENTS = 64
-_KEPT_PIECES = 1 << 19  # of 24 bytes each
+_KEPT_PIECES = 1 << 18  # of 24 bytes each
 
 
 class Piece(NamedTuple):

@@ -112,6 +112,7 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin_memory=torch.cuda.is_available() and config.parallel.device != "cpu",
+        lengths=config.data.lengths,
     )
     if resumed is not None:
         loader.check(read_state(resumed)["data"])
@@ -259,6 +260,7 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
             every_token=go_on("generating text"),
         )
 
+    lengths, length = config.data.lengths, config.data.sequence_length
     run = Run(
         run_dir=run_dir,
         engine=engine,
@@ -268,7 +270,7 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
         evaluate=evaluation if prepared.validation is not None else None,
         sample=sample,
         describe=describe_run,
-        flops_per_token=training_flops_per_token(model, config.data.sequence_length),
+        flops_per_token=lambda step: training_flops_per_token(model, lengths.at(step) if lengths else length),
         peak_flops=peak_flops(world.device, train_config.dtype),
         key=key,
         facts={"layout": describe(config.parallel, world.size)},
@@ -354,6 +356,7 @@ def announce(prepared: Prepared, world: World, start: int, own_parameters: int) 
         "dtype": config.train.dtype,
         "training_tokens": prepared.loader.dataset.tokens,
         "tokens_per_step": config.train.global_batch_size * config.data.sequence_length,
+        **({"length_schedule": config.data.length_schedule} if config.data.lengths else {}),
         "from_step": start,
     }
     print(f"mega_scale | {json.dumps(facts)}", flush=True)

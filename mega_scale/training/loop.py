@@ -26,7 +26,8 @@ class Batches(Protocol):
     """Where batches come from: a pure function of the step."""
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
-        """This rank's micro-batches of one step, `input_ids` and `shift_labels` (B, L) int64."""
+        """This rank's micro-batches of one step, `input_ids` and `shift_labels` (B, L) int64, where rows hold documents
+        to keep apart `document_starts` (B, L) bool."""
         ...
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class Run:
         evaluate: loss on the validation text; none without one. Raises StopRun when the run is to stop.
         sample: generates text, by step. Raises StopRun when the run is to stop.
         describe: writes configuration and tokenizer into a folder.
-        flops_per_token: of forward and backward.
+        flops_per_token: of forward and backward, by the position in the data (steps).
         peak_flops: of one device, FLOP/s; none where it is not known.
         key: secret with which checkpoints are signed, if there is one.
         facts: plain JSON to find again in every checkpoint.
@@ -67,7 +68,7 @@ class Run:
     evaluate: Callable[[], Evaluation] | None
     sample: Callable[[int], str]
     describe: Callable[[Path], None]
-    flops_per_token: int
+    flops_per_token: Callable[[int], int]
     peak_flops: float | None
     key: bytes | None
     facts: dict[str, Any]
@@ -104,14 +105,15 @@ def train(run: Run, config: TrainConfig, checkpoint: CheckpointConfig, now: Prog
     """
     world = run.world
     reporter = Reporter(run.run_dir, world.rank, now.step, config.steps, config.tensorboard)
-    throughput = Throughput(run.flops_per_token, run.peak_flops, world.size)
+    throughput = Throughput(run.peak_flops, world.size)
     slow = SlowRanks(world, config.slow_rank_factor) if config.slow_rank_factor and world.size > 1 else None
     saver = Saver(run.run_dir, run.engine, world, run.describe, checkpoint, run.key)
     stopped = None
     try:
         while now.step < config.steps:
+            flops = run.flops_per_token(now.position)
             done = _step(run, now)
-            throughput.add(done.tokens, done.waited)
+            throughput.add(done.tokens, done.waited, flops)
             reporter.advance()
             if _count(run, now, done, saver, reporter):
                 continue  # there is nothing to report of a step that it went back to
@@ -196,10 +198,11 @@ def _step(run: Run, now: Progress) -> _Step:
     run.stopping.decide(wanting)
     loss, shares = torch.zeros((), device=world.device), []
     for i, batch in enumerate(batches):
-        inputs, labels = (batch[name].to(world.device, non_blocking=True) for name in ("input_ids", "shift_labels"))
+        given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
+        inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
         # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
         place = Place(step - 1, (i * world.shape.dp + world.shape.dp_rank(world.rank)) * len(inputs))
-        share = run.engine.forward(inputs, labels, seen, place)
+        share = run.engine.forward(inputs, labels, seen, place, starts)
         run.engine.backward(share, last=i == len(batches) - 1)
         shares.append(share.detach())
         loss += shares[-1]

@@ -47,13 +47,14 @@ def memory_bytes(device: torch.device) -> int:
 class Throughput:
     """Time and tokens since the last report; evaluations, samples and checkpoints can be left out of the time."""
 
-    def __init__(self, flops_per_token: int, peak: float | None, ranks: int) -> None:
-        self._flops_per_token, self._peak, self._ranks = flops_per_token, peak, ranks
-        self._since, self._tokens, self._steps, self._waited = time.perf_counter(), 0, 0, 0.0
+    def __init__(self, peak: float | None, ranks: int) -> None:
+        self._peak, self._ranks = peak, ranks
+        self._since, self._tokens, self._flops, self._steps, self._waited = time.perf_counter(), 0, 0, 0, 0.0
 
-    def add(self, tokens: int, waited: float = 0.0) -> None:
-        """Count a step of so many tokens, over all ranks, and the seconds for which it waited for them."""
+    def add(self, tokens: int, waited: float, flops_per_token: int) -> None:
+        """Count a step of so many tokens, over all ranks, the seconds for which it waited for them, and their cost."""
         self._tokens += tokens
+        self._flops += tokens * flops_per_token
         self._steps += 1
         self._waited += waited
 
@@ -82,8 +83,8 @@ class Throughput:
         found = {"tokens_per_second": rate, "eta_seconds": steps_left * seconds / max(self._steps, 1)}
         found["loader_wait"] = self._waited / seconds
         if self._peak is not None:
-            found["mfu"] = rate * self._flops_per_token / (self._peak * self._ranks)
-        self._since, self._tokens, self._steps, self._waited = now, 0, 0, 0.0
+            found["mfu"] = self._flops / seconds / (self._peak * self._ranks)
+        self._since, self._tokens, self._flops, self._steps, self._waited = now, 0, 0, 0, 0.0
         return found
 
 
@@ -100,6 +101,8 @@ def _data_parts(values: dict[str, float]) -> list[str]:
     parts = []
     if "loader_wait" in values:
         parts.append(f"wait {values['loader_wait']:.1%}")
+    if "sequence_length" in values:
+        parts.append(f"length {values['sequence_length']:,}")
     if "padding" in values:
         parts.append(f"padding {values['padding']:.1%}")
     bad = sum(value for name, value in values.items() if name.startswith("bad_rows/"))

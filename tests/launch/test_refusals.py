@@ -25,6 +25,16 @@ CASES = {
     "too little text": (["data.source=text", "data.path={short}", "data.validation_fraction=0"], ["tokens", "row"]),
     "batch not divisible": (["train.global_batch_size=9"], ["train.global_batch_size=9", "8 or 10"]),
     "chunk does not divide": (["data.sequence_length=70"], ["model.chunk_size=16", "data.sequence_length=70", "64"]),
+    "length of no chunks": (
+        ["data.length_schedule=[[0, 8], [5, 64]]"],
+        ["data.length_schedule=[[0, 8], [5, 64]]", "model.chunk_size=16", "use 16"],
+    ),
+    "length that does not divide": (["data.length_schedule=[[0, 48]]"], ["48", "data.sequence_length=64", "16, 32"]),
+    "best fit end to end": (["data.packing_order=best_fit"], ["data.packing_order='best_fit'", "packing=reset"]),
+    "reset of a truncated average": (
+        ["data.packing=reset", "model.truncation=8"],
+        ["data.packing='reset'", "model.truncation=8", "model.truncation=null"],
+    ),
     "bidirectional": (["model.bidirectional=true"], ["model.bidirectional", "future"]),
     "odd rotary width": (["model.shared_representation_size=15"], ["shared_representation_size=15", "even"]),
     "negative rate": (["optimizer.lr=-1"], ["optimizer.lr=-1", "above 0"]),

@@ -96,15 +96,15 @@ def test_tensorboard_holds_the_same_figures(tmp_path):
 
 
 def test_throughput_leaves_out_pauses():
-    throughput = Throughput(flops_per_token=100, peak=1000.0, ranks=2)
+    throughput = Throughput(peak=1000.0, ranks=2)
     throughput.skip(-9.0)  # as if nine seconds had passed
-    throughput.add(50)
-    throughput.add(50)
+    throughput.add(50, 0.0, 80)
+    throughput.add(50, 0.0, 120)  # longer sequences
     report = throughput.report(steps_left=4)
     assert report["tokens_per_second"] == pytest.approx(100 / 9, rel=0.05)
     assert report["eta_seconds"] == pytest.approx(18, rel=0.05)
     assert report["mfu"] == pytest.approx(100 / 9 * 100 / 2000, rel=0.05)
-    throughput.add(7, waited=0.25)
+    throughput.add(7, 0.25, 100)
     throughput.skip(-1.0)
     report = throughput.report(0)
     assert report["tokens_per_second"] == pytest.approx(7, rel=0.05)

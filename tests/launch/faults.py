@@ -63,7 +63,7 @@ def status(run_dir):
 
 def saved(run_dir):
     """Steps of the checkpoints of a run; nothing unfinished may lie beside them."""
-    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    names = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
     assert all(name.removeprefix("step-").isdigit() for name in names), names
     return [int(name.removeprefix("step-")) for name in names]
 

@@ -96,6 +96,7 @@ def arm():
     from mega_scale.data import Loader  # noqa: PLC0415
     from mega_scale.parallel.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
     from mega_scale.parallel.fsdp import FsdpEngine  # noqa: PLC0415
+    from mega_scale.training.checkpoint import Saver  # noqa: PLC0415
     from mega_scale.training.sample import EveryToken  # noqa: PLC0415
 
     def batches(original, self, step):
@@ -121,7 +122,7 @@ def arm():
     wrap(Loader, "batches", batches)
     for engine in (FsdpEngine, DeepSpeedEngine):
         wrap(engine, "forward", forward)
-        wrap(engine, "save", at("save"))
+    wrap(Saver, "save", at("save"))
     wrap(EveryToken, "__call__", at("token"))
 
 

@@ -87,7 +87,11 @@ def test_a_run_that_goes_back_leaves_out_rows_and_resumes_as_if_uninterrupted(tm
         assert code == STOPPED[launcher] and status(tmp_path / "parts")["step"] == stopped, output
     code, output = faulty(launcher, tmp_path / "parts", poison, *changes, "--resume=auto")
     assert code == 0, output
-    assert_same_steps(tmp_path / "parts", tmp_path / "whole", range(1, 11))
+    # It went back to the checkpoint of step 5, which the whole run did twice, then with two bad steps behind it.
+    assert_same_steps(tmp_path / "parts", tmp_path / "whole", [*range(1, 5), *range(6, 11)])
+    first, second = metrics(tmp_path / "parts")[5], metrics(tmp_path / "whole")[5]
+    assert (first["bad_steps"], second["bad_steps"]) == (0, 2)
+    assert all(first[key] == second[key] for key in ("loss", "grad_norm", "lr", "tokens"))
     assert trainer(tmp_path / "parts", 10) == found
 
 

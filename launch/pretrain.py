@@ -222,6 +222,8 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
         seed=train_config.seed,
     )
     engine.module.train()
+    # Whatever was drawn until here, for workers or by libraries, is none of the run's.
+    torch.manual_seed(train_config.seed)
     progress = Progress.begin(config.bad_steps)
     if checkpoint is not None:
         watchdog.beat("loading")

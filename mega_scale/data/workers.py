@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -76,6 +77,8 @@ class Feed:
             collate_fn=_as_it_is,
             pin_memory=self._pin,
             prefetch_factor=self._prefetch,
+            # It draws a seed for its workers, which draw nothing: not from the random state that checkpoints hold.
+            generator=torch.Generator(),
             # Forked, they share the mapped files and the tokenizer, and start at once.
             multiprocessing_context="fork",
             worker_init_fn=_leave_signals_to_the_run,

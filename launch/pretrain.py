@@ -176,7 +176,11 @@ def watched(prepared: Prepared, world: World) -> int:
     limit = None if config.train.max_time is None else TimeLimit(seconds_of(config.train.max_time))
     stopping = Stopping(world, SIGNALS.asked, limit)
     timeout_s = config.train.hang_timeout(config.parallel.timeout_s)
-    with Watchdog(world, timeout_s, lambda reason: status.write("failed", watchdog.step, reason)) as watchdog:
+
+    def lost(verdict: str) -> None:
+        status.write("failed", watchdog.step, verdict, last=True)
+
+    with Watchdog(world, timeout_s, lost) as watchdog:
         begin = 0 if prepared.resumed is None else read_state(prepared.resumed)["step"]
         status.write("running", begin)
         try:

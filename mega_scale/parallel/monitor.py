@@ -281,8 +281,12 @@ class PeerMonitor:
         mute = [rank for rank in range(self._size) if rank not in found]
         stacks = "the stacks of every rank are in its output; start the run again with --resume"
         if mute:
-            # It waits for a call that keeps Python's lock; that others are behind follows from it.
-            return f"{self._where(mute)} hang{'s' if len(mute) == 1 else ''}, and cannot say where: {stacks}"
+            # That others are behind follows from it.
+            idle_s = max(standing.idle_s for standing in found.values())
+            return (
+                f"{self._where(mute)} gave no sign of life when asked, after {idle_s:.0f} s without progress: died, cannot "
+                f"be reached, or hang{'s' if len(mute) == 1 else ''} in a call that keeps Python's lock; {stacks}"
+            )
         at = found[behind[0]]
         waiting = "" if len(behind) == self._size else "; the others wait"
         return (

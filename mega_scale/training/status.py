@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -19,20 +20,25 @@ class RunStatus:
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._path = run_dir / "status.json"
         self._active = rank == 0
+        self._lock = threading.Lock()
 
-    def write(self, state: State, step: int, reason: str = "") -> None:
-        """Replace the file as a whole: a reader finds the old one or the new one.
+    def write(self, state: State, step: int, reason: str = "", last: bool = False) -> None:
+        """Replace the file as a whole: a reader finds the old one or the new one; from any thread.
 
         Args:
             state: running; stopped: saved, start it again to go on; finished; failed.
             step: optimizer steps done, as far as is known.
             reason: why, one line.
+            last: whether later calls do nothing. The verdict on a lost rank stands, and not the errors that follow
+                from it here.
 
         Raises:
             OSError: it cannot be written.
         """
-        if not self._active:
-            return
-        beside = self._path.with_name(f"status-{os.getpid()}.unfinished")
-        beside.write_text(json.dumps({"state": state, "step": step, "reason": " ".join(reason.split())}) + "\n")
-        os.replace(beside, self._path)
+        with self._lock:
+            if not self._active:
+                return
+            beside = self._path.with_name(f"status-{os.getpid()}.unfinished")
+            beside.write_text(json.dumps({"state": state, "step": step, "reason": " ".join(reason.split())}) + "\n")
+            os.replace(beside, self._path)
+            self._active = not last

@@ -67,8 +67,9 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._world.monitor is not None:
-            self._world.monitor.watch(self._stand, None)  # how the run ended is known by now
+        # How the run ended is known by now, unless it is an error: the monitor may find that another rank is its cause.
+        if self._world.monitor is not None and error is None:
+            self._world.monitor.watch(self._stand, None)
         self._stopped.set()
         if self._timeout_s:
             self._thread.join()

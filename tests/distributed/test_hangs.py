@@ -63,7 +63,7 @@ def test_a_rank_that_cannot_answer_is_named_and_prints_its_stacks_all_the_same(c
     ends = run(context, tmp_path, one_holds_the_lock, timeout_s=TIMEOUT_S)
     for rank in (0, 1):
         assert ends[rank].code == PEER_LOST
-        assert f"rank 2 ({HOST}) hangs, and cannot say where" in ends[rank].line
+        assert f"rank 2 ({HOST}) gave no sign of life when asked" in ends[rank].line
         assert "makes no progress: step 1, computing" in ends[rank].errors
     assert "Timeout (0:00:01" in ends[2].errors and "in one_holds_the_lock" in ends[2].errors
 

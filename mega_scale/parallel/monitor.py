@@ -284,8 +284,8 @@ class PeerMonitor:
             # That others are behind follows from it.
             idle_s = max(standing.idle_s for standing in found.values())
             return (
-                f"{self._where(mute)} gave no sign of life when asked, after {idle_s:.0f} s without progress: died, cannot "
-                f"be reached, or hang{'s' if len(mute) == 1 else ''} in a call that keeps Python's lock; {stacks}"
+                f"{self._where(mute)} gave no sign of life when asked, after {idle_s:.0f} s without progress: died, "
+                f"cannot be reached, or hang{'s' if len(mute) == 1 else ''} while keeping Python's lock; {stacks}"
             )
         at = found[behind[0]]
         waiting = "" if len(behind) == self._size else "; the others wait"

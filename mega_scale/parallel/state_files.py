@@ -45,7 +45,8 @@ def own_part(state: EngineState, rank: int, tp_rank: int) -> tuple[dict[str, Ten
         tp_rank: its place along tp.
 
     Returns:
-        1-D tensors by their name in the file, views of the engine's memory; and the range of each parameter.
+        1-D tensors by their name in the file, views of the engine's memory, which only a step changes; buffers are
+        copies, since a forward pass may change them; and the range of each parameter.
     """
     tensors: dict[str, Tensor] = {}
     spans: dict[str, Span] = {}
@@ -57,7 +58,7 @@ def own_part(state: EngineState, rank: int, tp_rank: int) -> tuple[dict[str, Ten
             spans[name] = (tp_rank if cut else 0, held.start + first, held.start + last)
             tensors |= {f"{kind}/{name}": tensor[first:last] for kind, tensor in held.tensors.items()}
     if rank == 0:
-        tensors |= {f"{_BUFFER}/{name}": buffer for name, buffer in state.buffers.items()}
+        tensors |= {f"{_BUFFER}/{name}": buffer.clone() for name, buffer in state.buffers.items()}
     return tensors, spans
 
 

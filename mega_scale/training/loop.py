@@ -112,7 +112,7 @@ def train(run: Run, config: TrainConfig, checkpoint: CheckpointConfig, now: Prog
     try:
         while now.step < config.steps:
             flops = run.flops_per_token(now.position)
-            done = _step(run, now)
+            done = _step(run, now, saver)
             throughput.add(done.tokens, done.waited, flops)
             reporter.advance()
             if _count(run, now, done, saver, reporter):
@@ -182,7 +182,7 @@ class _Step(NamedTuple):
     problem: str | None
 
 
-def _step(run: Run, now: Progress) -> _Step:
+def _step(run: Run, now: Progress, saver: Saver) -> _Step:
     """Do the next optimizer step, unless it is bad. Raises StopRun, before it computes, when the run is to stop."""
     world, step = run.world, now.step + 1
     lr = run.learning_rate(step - 1)
@@ -208,6 +208,7 @@ def _step(run: Run, now: Progress) -> _Step:
         loss += shares[-1]
     total = float(world.sum(loss, alike=("tp",)))
     problem = now.bad.problem(total)
+    saver.wait_copied()
     norm = run.engine.step(lr, skip=problem is not None)
     if problem is None and not math.isfinite(norm):
         problem = f"the gradient norm is {norm}"

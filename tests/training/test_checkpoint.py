@@ -309,3 +309,41 @@ def test_a_pointer_that_is_stale_or_missing_is_told(tmp_path):
     assert found == folder and "names 'step-00000001', step-00000003 is the newest" in lines[0]
     pointer.unlink()
     assert "is missing" in find_checkpoint(tmp_path)[1][0]
+
+
+def test_what_the_next_step_changes_is_not_in_an_asynchronous_checkpoint(tmp_path, monkeypatch):
+    """The copy is made beside the next forward and backward pass; the optimizer waits for it."""
+    engine, copy, copied = TinyEngine(2), saver.Staging.copy, []
+
+    def slow(staging, tensors):
+        time.sleep(0.3)
+        copied.append(True)
+        return copy(staging, tensors)
+
+    monkeypatch.setattr(saver.Staging, "copy", slow)
+    made = make_saver(tmp_path, engine)
+    began = time.perf_counter()
+    assert made.save(1, {"step": 1}) == [] and not copied
+    assert time.perf_counter() - began < 0.2
+    made.wait_copied()
+    assert copied
+    for tensor in engine.tensors.values():
+        tensor.fill_(99)
+    engine.steps.fill_(99)
+    (ended,) = made.finish()
+    assert ended.stall_s >= 0.3
+    loaded = TinyEngine(0)
+    load_checkpoint(ended.folder, loaded, OneRank())
+    assert loaded.tensors["weight"].tolist() == [2.0] * 6 and loaded.steps == 2
+
+
+def test_a_copy_that_fails_is_a_checkpoint_that_could_not_be_written(tmp_path, monkeypatch):
+    def fail(staging, tensors):
+        raise MemoryError("no room for the copy")
+
+    monkeypatch.setattr(saver.Staging, "copy", fail)
+    made = make_saver(tmp_path)
+    made.save(1, {"step": 1})
+    made.wait_copied()
+    (ended,) = made.finish()
+    assert ended.folder is None and "no room for the copy" in ended.problem and not checkpoints(tmp_path)

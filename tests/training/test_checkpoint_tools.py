@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from launch import checkpoint as command
 from launch.pretrain import main as pretrain
 from mega_scale.parallel import StateReader
-from mega_scale.training.checkpoint import checkpoints, verify
+from mega_scale.training.checkpoint import checkpoints, saver, verify
 
 TINY = [
     "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=24", "model.nffn_hidden_size=20",
@@ -135,3 +136,20 @@ def test_refusals(tmp_path, run_dir, capsys):
     assert run("list", tmp_path) == 2 and run("verify", tmp_path) == 2 and run("prune", run_dir) == 2
     assert run("convert", run_dir, tmp_path / "out", "--parts", 0) == 2
     assert "parts=0" in capsys.readouterr().err
+
+
+def test_the_run_waits_for_a_copy_that_takes_longer_than_a_step(trained, tmp_path, monkeypatch):
+    copy = saver.Staging.copy
+
+    def slow(staging, tensors):
+        time.sleep(0.3)
+        return copy(staging, tensors)
+
+    monkeypatch.setattr(saver.Staging, "copy", slow)
+    pretrain([*TINY, f"data.path={trained / 'text.jsonl'}", f"run_dir={tmp_path}"])
+    saved = checkpoints(tmp_path)
+    assert len(saved) == 4
+    for slowly, swiftly in zip(saved, checkpoints(trained / "plain"), strict=True):
+        expected = state(swiftly)
+        for name, tensor in state(slowly).items():
+            assert torch.equal(tensor, expected[name]), (slowly.name, name)

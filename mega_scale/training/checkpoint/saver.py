@@ -1,7 +1,8 @@
 """Writing checkpoints: beside, flushed, read back, renamed; in the background if wanted.
 
-A rank copies what it has to write into host memory and goes on training, while a thread writes the copy. Between two
-steps the ranks ask each other whether all threads are done; then rank 0 writes index and manifest, renames the folder,
+A rank goes on training while a thread copies what it has to write into host memory, and then writes the copy. The copy
+has to be complete before the optimizer changes the state: forward and backward passes only read it. Between two steps
+the ranks ask each other whether all threads are done; then rank 0 writes index and manifest, renames the folder,
 moves `latest`, and deletes what is not to be kept. Until then the folder has another name, and is no checkpoint.
 """
 
@@ -55,7 +56,7 @@ class _Task:
 
     def __init__(self, name: str, work: Callable[[], Any], background: bool) -> None:
         self.result: Any = None
-        self.problem = ""
+        self.error: Exception | None = None
         self.ended = 0.0
         self._work = work
         # A daemon: a run that fails does not wait for a checkpoint that can no longer be completed.
@@ -69,16 +70,27 @@ class _Task:
         try:
             self.result = self._work()
         except Exception as error:  # whatever it is, the run goes on and says it
-            self.problem = _text(error)
+            self.error = error
         self.ended = time.perf_counter()
 
     @property
     def done(self) -> bool:
         return self._thread is None or not self._thread.is_alive()
 
+    @property
+    def problem(self) -> str:
+        return "" if self.error is None else _text(self.error)
+
     def join(self) -> None:
         if self._thread is not None:
             self._thread.join()
+
+    def wait(self) -> Any:
+        """What the work returned; raises what it raised."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self.result
 
 
 class _Save:
@@ -87,6 +99,7 @@ class _Save:
     def __init__(self, step: int, folder: Path, index: dict[str, Any], spans: dict[str, Span]) -> None:
         self.step, self.folder, self.index, self.spans = step, folder, index, spans
         self.began, self.stall_s = time.perf_counter(), 0.0
+        self.copying: _Task | None = None
         self.writing: _Task | None = None
         self.completing: _Task | None = None
         self.problem = ""
@@ -98,7 +111,7 @@ class _Save:
 
 
 class Saver:
-    """Writes the checkpoints of a run; every method is collective.
+    """Writes the checkpoints of a run; methods are collective, except for `wait_copied`.
 
     Args:
         run_dir: folder of the run, shared by all ranks.
@@ -120,7 +133,7 @@ class Saver:
     ) -> None:
         self._run_dir, self._engine, self._world, self._describe = run_dir, engine, world, describe
         self._config, self._key = config, key
-        self._staging = Staging(pin_memory=world.device.type == "cuda") if config.asynchronous else None
+        self._staging = Staging(world.device) if config.asynchronous else None
         self._save: _Save | None = None
         self._serial = 0
         if world.rank == 0:
@@ -146,12 +159,11 @@ class Saver:
         problem = self._prepare(unfinished, tensors)
         if problem:
             return [*ended, Saved(step, None, problem, time.perf_counter() - began, 0.0, 0)]
-        if self._staging is not None:
-            tensors = self._staging.copy(tensors)
-        rank, random = self._world.rank, _random_state()
+        rank, random, copying = self._world.rank, _random_state(), self._copy(tensors)
 
         def write() -> dict[str, Record]:
-            names = {f"{STATE}/{part_file(rank)}": tensors, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
+            state = tensors if copying is None else copying.wait()
+            names = {f"{STATE}/{part_file(rank)}": state, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
             found = {name: _write_and_prove(unfinished / name, content, self._key) for name, content in names.items()}
             if rank == 0:
                 dump(unfinished / TRAINER, trainer)
@@ -162,10 +174,18 @@ class Saver:
 
         # The index says how many steps the optimizer has done: now, since training goes on before it is written.
         self._save = _Save(step, folder, index_of(state, []), spans)
-        self._save.began = began
+        self._save.began, self._save.copying = began, copying
         self._save.writing = self._task("write", write)
         self._save.stall_s = time.perf_counter() - began
         return [*ended, *([] if self._staging is not None else self.finish())]
+
+    def wait_copied(self) -> None:
+        """Wait until the state has been copied; call it before anything changes the state. Not collective."""
+        if self._save is not None and self._save.copying is not None:
+            began = time.perf_counter()
+            self._save.copying.join()
+            self._save.copying = None
+            self._save.stall_s += time.perf_counter() - began
 
     def poll(self) -> list[Saved]:
         """Go on with a checkpoint that all ranks have written by now; call it after every step."""
@@ -202,6 +222,14 @@ class Saver:
         self._save = None
         stall_s = save.stall_s + time.perf_counter() - began
         return [Saved(save.step, None if problem else save.folder, problem, stall_s, write_s, size or 0)]
+
+    def _copy(self, tensors: dict[str, Tensor]) -> _Task | None:
+        """Begin to copy, where that is needed."""
+        staging = self._staging
+        if staging is None:
+            return None
+        staging.mark()
+        return self._task("copy", lambda: staging.copy(tensors))
 
     def _task(self, name: str, work: Callable[[], Any]) -> _Task:
         return _Task(f"{name} checkpoint", work, background=self._staging is not None)

@@ -115,7 +115,7 @@ def train(run: Run, config: TrainConfig, checkpoint: CheckpointConfig, now: Prog
             done = _step(run, now, saver)
             throughput.add(done.tokens, done.waited, flops)
             reporter.advance()
-            if _count(run, now, done, saver, reporter):
+            if _count(run, now, done, config.micro_batch_size, saver, reporter):
                 continue  # there is nothing to report of a step that it went back to
             if now.step % config.log_every == 0 or now.step == config.steps:
                 for line in slow.report(*throughput.per_step()) if slow is not None else []:
@@ -168,7 +168,6 @@ class _Step(NamedTuple):
         tokens: of the global batch.
         waited: for data, by this rank (seconds).
         shares: (micro-batches,) losses of this rank's.
-        rows: in a micro-batch.
         problem: why it was not taken; None for a good step.
     """
 
@@ -178,7 +177,6 @@ class _Step(NamedTuple):
     tokens: int
     waited: float
     shares: Tensor
-    rows: int
     problem: str | None
 
 
@@ -213,11 +211,11 @@ def _step(run: Run, now: Progress, saver: Saver) -> _Step:
     if problem is None and not math.isfinite(norm):
         problem = f"the gradient norm is {norm}"
     run.stopping.step(time.perf_counter() - began)
-    return _Step(total, norm, lr, seen, waited, torch.stack(shares), len(batches[0]["input_ids"]), problem)
+    return _Step(total, norm, lr, seen, waited, torch.stack(shares), problem)
 
 
-def _count(run: Run, now: Progress, done: _Step, saver: Saver, reporter: Reporter) -> bool:
-    """Count a step; too many bad ones in a row end the run, or lead back to the last checkpoint: then it says so."""
+def _count(run: Run, now: Progress, done: _Step, rows_each: int, saver: Saver, reporter: Reporter) -> bool:
+    """Count a step, of so many rows a micro-batch; too many bad ones in a row end the run, or lead back to the last checkpoint: then it says so."""
     position = now.position
     now.step, now.tokens, now.evaluation = now.step + 1, now.tokens + done.tokens, None
     if done.problem is None:
@@ -225,7 +223,7 @@ def _count(run: Run, now: Progress, done: _Step, saver: Saver, reporter: Reporte
         return False
     now.bad.bad()
     shares = run.world.all_gather(done.shares)
-    rows, where = rows_of(position, shares, run.world.shape, done.rows)
+    rows, where = rows_of(position, shares, run.world.shape, rows_each)
     reporter.bad_step(now.step, done.problem, rows, where, done.loss, done.norm, now.bad.total)
     if not now.bad.too_many:
         return False

@@ -5,6 +5,8 @@
     python launch/benchmark.py memory --lengths 65536 262144 --sp 1 2 4
     python launch/benchmark.py loader --megabytes 10 5000
     python launch/benchmark.py prepare --megabytes 200
+    python launch/benchmark.py checkpoint --megabytes 200
+    python launch/benchmark.py reset --document 100 500 2000
 
 Timed contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
 median, least and greatest time. What is not correct is not reported.
@@ -30,8 +32,10 @@ from torch import Tensor
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
+from launch.benchmark_checkpoint import add_checkpoint_arguments, run_checkpoint
 from launch.benchmark_data import add_loader_arguments, add_prepare_arguments, run_loader, run_prepare
 from launch.benchmark_decode import add_decode_arguments, run_decode
+from launch.benchmark_documents import add_reset_arguments, run_reset
 from launch.benchmark_memory import add_memory_arguments, run_memory
 from launch.machine import hardware
 
@@ -360,6 +364,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add_prepare_arguments(prepare, positive)
     _add_timing(prepare, run_prepare, repeats=1, warmup=0)
+    words = "how long saves stop training, and what verification costs"
+    checkpoint = commands.add_parser("checkpoint", help=words, formatter_class=formatter)
+    add_checkpoint_arguments(checkpoint, positive)
+    _add_timing(checkpoint, run_checkpoint, repeats=7, warmup=1)
+    words = "training with documents of a row kept apart, against end to end"
+    reset = commands.add_parser("reset", help=words, formatter_class=formatter)
+    add_reset_arguments(reset, positive)
+    _add_timing(reset, run_reset, repeats=15, warmup=2)
     return top
 
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import datasets
 import numpy as np
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from launch.machine import hardware
 from mega_scale.data import DataConfig, Loader, PackedDataset, load_tokenizer
 from mega_scale.data.bad_rows import Tally
+from mega_scale.data.config import Packing, PackingOrder
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import Manifest, open_part, read_manifest, write_manifest
 from mega_scale.data.token_files import ShardRecord
@@ -50,6 +51,8 @@ def add_loader_arguments(command: argparse.ArgumentParser, positive: Callable[[s
     command.add_argument("--length", type=positive, default=2048, help="tokens a sequence")
     command.add_argument("--batch", type=positive, default=8, help="sequences a step")
     command.add_argument("--steps", type=positive, default=2000, help="steps that are timed")
+    command.add_argument("--packing", choices=get_args(Packing), default="concat", help="as data.packing")
+    command.add_argument("--packing-order", choices=get_args(PackingOrder), default="in_order", help="as the data key")
     command.add_argument("--workers", type=int, default=0, help="processes that read ahead")
     command.add_argument("--model-rate", type=float, default=20_000, help="tokens/s that the model to feed consumes")
 
@@ -64,7 +67,8 @@ def run_loader(args: argparse.Namespace) -> None:
             found.append(_in_child(measure_loader, place, megabytes, args))
     lines = [
         f"Prepared data (uint16, documents of {_DOCUMENT} tokens) to batches of {args.batch} x {args.length}, "
-        f"shuffled, {args.workers} workers, {args.steps} steps; each size in a process of its own.",
+        f"shuffled, packing {args.packing} {args.packing_order}, {args.workers} workers, {args.steps} steps; each "
+        "size in a process of its own.",
         f"Machine: {hardware()}.",
         "",
         f"| MB of tokens | million tokens/s | times {args.model_rate:,.0f} tokens/s | memory added, MiB |",
@@ -100,7 +104,7 @@ def measure_loader(folder: Path, megabytes: int, args: argparse.Namespace) -> Re
     before = psutil.Process().memory_info().rss
     store = open_part(folder, read_manifest(folder), "train")
     loader = Loader(
-        PackedDataset(store, args.length),
+        PackedDataset(store, args.length, args.packing, order=args.packing_order),
         global_batch_size=args.batch,
         micro_batch_size=args.batch,
         rank=0,

@@ -15,6 +15,7 @@ from torch import nn
 from mega_scale.config import refuse
 from mega_scale.data import DataConfig, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
+from mega_scale.training.checkpoint import read_key
 from mega_scale.training.evaluate import evaluate, loss_of
 from mega_scale.training.restore import load_model
 
@@ -27,8 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", choices=("text", "json", "parquet", "arrow"), default="text", help="kind of file")
     parser.add_argument("--text-column", default="text", help="column that holds the text, in json, parquet and arrow")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens read at once (default: 1024)")
+    parser.add_argument(
+        "--packing",
+        choices=("concat", "reset", "none"),
+        default="concat",
+        help="how documents share sequences, as in data.packing (default: concat)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in one forward of one rank (default: 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON line")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by launchers
     args = parser.parse_args(arguments)
@@ -39,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path=args.text,
             text_column=args.text_column,
             sequence_length=args.sequence_length,
+            packing=args.packing,
             validation_fraction=0.0,
         )
         if args.batch_size < 1:
             raise ValueError(f"--batch-size {args.batch_size} is not possible: give at least 1")
-        model, tokenizer = load_model(args.model, torch.device("cpu"))
+        model, tokenizer = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file))
         dataset = load_whole(settings, tokenizer)
         batches = validation_batches(dataset, len(dataset), args.batch_size, rank, size)
     except (ValueError, OSError) as error:

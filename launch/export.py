@@ -14,7 +14,7 @@ from typing import Any
 
 from mega_scale.config import RunConfig, load_config, refuse
 from mega_scale.hub import DEFAULT_SHARD_BYTES, TrainingFacts, check_destination, model_card, write_export
-from mega_scale.training.checkpoint import find_checkpoint, read_state
+from mega_scale.training.checkpoint import find_checkpoint, read_key, read_state
 from mega_scale.training.restore import open_model
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -71,7 +71,14 @@ def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text:
 
 
 def export(
-    checkpoint: Path, out: Path, *, max_shard_bytes: int, dtype: str, overwrite: bool, with_code: bool = False
+    checkpoint: Path,
+    out: Path,
+    *,
+    max_shard_bytes: int,
+    dtype: str,
+    overwrite: bool,
+    with_code: bool = False,
+    key: bytes | None = None,
 ) -> Path:
     """Write a checkpoint's model as a Hugging Face folder.
 
@@ -82,6 +89,7 @@ def export(
         dtype: "fp32" or "bf16".
         overwrite: whether an earlier export is replaced.
         with_code: whether the folder is to load without mega_scale.
+        key: the secret with which the checkpoint must be signed, if there is one.
 
     Returns:
         The checkpoint folder that was exported.
@@ -90,8 +98,8 @@ def export(
         ValueError: there is no checkpoint, the destination is taken, or the weights do not fit the configuration.
     """
     check_destination(out, overwrite=overwrite)
-    folder, _ = find_checkpoint(checkpoint)
-    config, tensors, tokenizer = open_model(folder)
+    folder, _ = find_checkpoint(checkpoint, key)
+    config, tensors, tokenizer = open_model(folder, key)
     run_file = folder / "config.yaml"
     facts = training_facts(
         out.resolve().name, read_state(folder), load_config(run_file), run_file.read_text(encoding="utf-8")
@@ -131,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="add the model's Python files, so that the folder loads with torch and transformers alone: "
         "from_pretrained(folder, trust_remote_code=True)",
     )
+    parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     args = parser.parse_args(arguments)
     try:
         folder = export(
@@ -140,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dtype=args.dtype,
             overwrite=args.overwrite,
             with_code=args.remote_code,
+            key=read_key(args.key_file),
         )
     except (ValueError, OSError) as error:
         refuse(error)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mega_scale.config import refuse
+from mega_scale.training.checkpoint import read_key
 from mega_scale.training.restore import load_model
 from mega_scale.training.sample import generate_text
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of probability sampled from (default: 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     parser.add_argument("--stop-at-eos", action="store_true", help="end at the end-of-text token")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: fp32)")
@@ -38,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             if not good:
                 raise ValueError(f"--{name} {value} is not possible: see --help")
-        model, tokenizer = load_model(args.model, torch.device(args.device), DTYPES[args.dtype])
+        model, tokenizer = load_model(
+            args.model, torch.device(args.device), DTYPES[args.dtype], read_key(args.key_file)
+        )
     except (ValueError, OSError) as error:
         refuse(error)
     print(

@@ -3,11 +3,20 @@
 deepspeed --num_accelerators 2 launch/pretrain.py --config configs/debug.yaml train.steps=200
 """
 
-import json
+# ruff: noqa: E402
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
+from launch.stop_signals import StopSignals
+
+SIGNALS = StopSignals()
+if __name__ == "__main__":
+    SIGNALS.listen()  # before imports that take seconds
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,14 +41,26 @@ from mega_scale.parallel import (
     seeded_values,
     self_test,
 )
-from mega_scale.training.checkpoint import choose_checkpoint, find_checkpoint, load_checkpoint, read_key, read_state
+from mega_scale.training.bad_steps import DIVERGED, BadStepsError
+from mega_scale.training.checkpoint import (
+    checkpoints,
+    choose_checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    read_key,
+    read_state,
+)
 from mega_scale.training.evaluate import Evaluation, evaluate
-from mega_scale.training.loop import Run, train
+from mega_scale.training.loop import Run, Trained, train
 from mega_scale.training.metrics import peak_flops
 from mega_scale.training.optimizer import build_optimizer
+from mega_scale.training.preemption import STOPPED, Stopping, StopRun, TimeLimit, seconds_of
+from mega_scale.training.progress import Progress
 from mega_scale.training.restore import describe_model, values_from
 from mega_scale.training.sample import generate_text
 from mega_scale.training.schedule import learning_rate
+from mega_scale.training.status import RunStatus
+from mega_scale.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -70,9 +91,9 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     """
     config.validate(place.size, place.local_size)
     mesh = config.parallel.mesh(place.size)
-    resumed = None
-    if config.resume is not None:
-        resumed = Path(config.run_dir if config.resume == "latest" else config.resume)
+    resumed, path = None, path_to_resume(config)
+    if path is not None:
+        resumed, _ = find_checkpoint(path, read_key(config.checkpoint.key_file))
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = model_config(config.model, tokenizer)
     check_vocabulary(model.vocab_size, mesh.tp)
@@ -91,11 +112,19 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin_memory=torch.cuda.is_available() and config.parallel.device != "cpu",
+        lengths=config.data.lengths,
     )
     if resumed is not None:
-        folder, _ = find_checkpoint(resumed, read_key(config.checkpoint.key_file))
-        loader.check(read_state(folder)["data"])
+        loader.check(read_state(resumed)["data"])
     return Prepared(config, model, values, tokenizer, validation, loader, resumed)
+
+
+def path_to_resume(config: RunConfig) -> Path | None:
+    """Run or checkpoint folder that a run goes on from; None where it starts afresh."""
+    run_dir = Path(config.run_dir)
+    if config.resume is None or (config.resume == "auto" and not checkpoints(run_dir)):
+        return None
+    return run_dir if config.resume in ("latest", "auto") else Path(config.resume)
 
 
 def starting_weights(folder: Path, model: MegaConfig) -> Values:
@@ -120,30 +149,66 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if arguments is None else arguments, quiet=place.rank != 0)
     try:
         prepared = prepare(config, place)
+        # Only now are the values known to be good; until here, a signal is remembered in any case.
+        if __name__ == "__main__":
+            SIGNALS.listen(config.train.stop_signals)
     except ValueError as error:
         refuse(error, quiet=place.rank != 0)
     with World.start(config.parallel) as world:
-        pretrain(prepared, world)
+        code = watched(prepared, world)
+    SIGNALS.ignore()
+    if code:
+        raise SystemExit(code)
 
 
-def pretrain(prepared: Prepared, world: World) -> None:
-    """Train on all ranks; collective."""
+def watched(prepared: Prepared, world: World) -> int:
+    """Train on all ranks, watch the progress, and keep `status.json`; collective.
+
+    Args:
+        prepared: what this rank trains with.
+        world: all ranks.
+
+    Returns:
+        The exit code.
+    """
+    config = prepared.config
+    status = RunStatus(Path(config.run_dir), world.rank)
+    limit = None if config.train.max_time is None else TimeLimit(seconds_of(config.train.max_time))
+    stopping = Stopping(world, SIGNALS.asked, limit)
+    timeout_s = config.train.hang_timeout(config.parallel.timeout_s)
+
+    def lost(verdict: str) -> None:
+        status.write("failed", watchdog.step, verdict, last=True)
+
+    with Watchdog(world, timeout_s, lost) as watchdog:
+        begin = 0 if prepared.resumed is None else read_state(prepared.resumed)["step"]
+        status.write("running", begin)
+        try:
+            trained = pretrain(prepared, world, stopping, watchdog)
+        except BadStepsError as error:
+            status.write("failed", watchdog.step, str(error))
+            if world.rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return DIVERGED
+        except StopRun:
+            # Before it began to train: nothing was done that is not in its checkpoint.
+            status.write("stopped", begin, stopping.reason())
+            return STOPPED
+        except BaseException as error:
+            status.write("failed", watchdog.step, f"{type(error).__name__}: {error}")
+            raise
+        status.write("finished" if trained.stopped is None else "stopped", trained.step, trained.stopped or "")
+    return 0 if trained.stopped is None else STOPPED
+
+
+def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Watchdog) -> Trained:
+    """Train on all ranks; collective. Raises StopRun as `meet` does."""
     config, train_config, model = prepared.config, prepared.config.train, prepared.model
     run_dir = Path(config.run_dir)
     mesh = config.parallel.mesh(world.size)
     if world.rank == 0:
         save_config(replace(config, resume=None), run_dir / "config.yaml")
-    same_text = world.broadcast(prepared.loader.dataset.fingerprint) == prepared.loader.dataset.fingerprint
-    if not world.all_agree(same_text):
-        raise ValueError("the ranks read different text: give every machine the same files, tokenizer and Python")
-    if config.parallel.self_test:
-        found = self_test(model, config.parallel, world)
-        if world.rank == 0:
-            print(
-                f"mega_scale | self-test: loss and {found.parameters} gradients of a tiny model in this layout equal "
-                f"those of one process, largest relative difference {found.error:.1e}",
-                flush=True,
-            )
+    meet(prepared, world, stopping, watchdog)
     key = read_key(config.checkpoint.key_file)
     checkpoint = None if prepared.resumed is None else resume(prepared, world, key)
     with torch.device("meta"):
@@ -161,12 +226,22 @@ def pretrain(prepared: Prepared, world: World) -> None:
         seed=train_config.seed,
     )
     engine.module.train()
-    start, tokens = 0, 0
+    # Whatever was drawn until here, for workers or by libraries, is none of the run's.
+    torch.manual_seed(train_config.seed)
+    progress = Progress.begin(config.bad_steps)
     if checkpoint is not None:
+        watchdog.beat("loading")
         state = load_checkpoint(checkpoint, engine, world)
-        start, tokens = state["step"], state["tokens"]
+        progress = Progress.resume(checkpoint, state, config.bad_steps)
     if world.rank == 0:
-        announce(prepared, world, start, engine_parameters(engine))
+        announce(prepared, world, progress.step, engine_parameters(engine))
+
+    def go_on(phase: str) -> Callable[[], None]:
+        def look() -> None:
+            watchdog.beat(phase)
+            stopping.check()
+
+        return look
 
     def describe_run(folder: Path) -> None:
         save_config(replace(config, resume=None), folder / "config.yaml")
@@ -178,7 +253,8 @@ def pretrain(prepared: Prepared, world: World) -> None:
         rows = train_config.eval_batches * train_config.global_batch_size or len(dataset)
         rank = mesh.dp_rank(world.rank)
         batches = validation_batches(dataset, rows, train_config.micro_batch_size, rank, mesh.dp)
-        return evaluate(engine.module, engine.forward, batches, dataset.tokens / dataset.bytes, world)
+        every_batch = go_on("evaluating")
+        return evaluate(engine.module, engine.forward, batches, dataset.tokens / dataset.bytes, world, every_batch)
 
     def sample(step: int) -> str:
         return generate_text(
@@ -187,8 +263,10 @@ def pretrain(prepared: Prepared, world: World) -> None:
             train_config.sample_prompt,
             max_new_tokens=train_config.sample_tokens,
             seed=train_config.seed + step,
+            every_token=go_on("generating text"),
         )
 
+    lengths, length = config.data.lengths, config.data.sequence_length
     run = Run(
         run_dir=run_dir,
         engine=engine,
@@ -198,13 +276,15 @@ def pretrain(prepared: Prepared, world: World) -> None:
         evaluate=evaluation if prepared.validation is not None else None,
         sample=sample,
         describe=describe_run,
-        flops_per_token=training_flops_per_token(model, config.data.sequence_length),
+        flops_per_token=lambda step: training_flops_per_token(model, lengths.at(step) if lengths else length),
         peak_flops=peak_flops(world.device, train_config.dtype),
         key=key,
         facts={"layout": describe(config.parallel, world.size)},
+        stopping=stopping,
+        watchdog=watchdog,
     )
     try:
-        train(run, train_config, config.checkpoint, start, tokens)
+        return train(run, train_config, config.checkpoint, progress)
     finally:
         prepared.loader.close()
         engine.close()
@@ -212,18 +292,56 @@ def pretrain(prepared: Prepared, world: World) -> None:
 
 def resume(prepared: Prepared, world: World, key: bytes | None) -> Path:
     """The proven checkpoint to go on from, whose data this run has; collective."""
-    assert prepared.resumed is not None
+    path = path_to_resume(prepared.config)
+    assert path is not None
 
     def say(line: str) -> None:
         print(f"mega_scale | {line}", flush=True)
 
-    found = choose_checkpoint(prepared.resumed, world, key, say)
+    found = choose_checkpoint(path, world, key, say)
     state = read_state(found)
     prepared.loader.check(state["data"])
     if world.rank == 0:
         changed = difference(state["layout"], describe(prepared.config.parallel, world.size))
         say(f"resumed from {found}" + (f", in another layout: {changed}" if changed else ""))
     return found
+
+
+def meet(prepared: Prepared, world: World, stopping: Stopping, watchdog: Watchdog) -> None:
+    """See that all ranks mean the same run; collective.
+
+    Raises:
+        ValueError: they do not.
+        StopRun: a run that is resumed is to stop before it begins.
+    """
+    config = prepared.config
+    same_text = world.broadcast(prepared.loader.dataset.fingerprint) == prepared.loader.dataset.fingerprint
+    if not world.all_agree(same_text):
+        raise ValueError("the ranks read different text: give every machine the same files, tokenizer and Python")
+    same_start = str(prepared.resumed)
+    if not world.all_agree(world.broadcast(same_start) == same_start):
+        raise ValueError(f"the ranks find different checkpoints in {config.run_dir}: give all machines the same folder")
+    hurry = asked_already(stopping)
+    if hurry and prepared.resumed is not None:
+        raise StopRun
+    if config.parallel.self_test and not hurry:
+        watchdog.beat("testing the layout")
+        found = self_test(prepared.model, config.parallel, world)
+        if world.rank == 0:
+            print(
+                f"mega_scale | self-test: loss and {found.parameters} gradients of a tiny model in this layout equal "
+                f"those of one process, largest relative difference {found.error:.1e}",
+                flush=True,
+            )
+
+
+def asked_already(stopping: Stopping) -> bool:
+    """Whether the run was asked to stop while it started; collective."""
+    try:
+        stopping.check()
+    except StopRun:
+        return True
+    return False
 
 
 def engine_parameters(engine: Engine) -> int:
@@ -244,6 +362,7 @@ def announce(prepared: Prepared, world: World, start: int, own_parameters: int) 
         "dtype": config.train.dtype,
         "training_tokens": prepared.loader.dataset.tokens,
         "tokens_per_step": config.train.global_batch_size * config.data.sequence_length,
+        **({"length_schedule": config.data.length_schedule} if config.data.lengths else {}),
         "from_step": start,
     }
     print(f"mega_scale | {json.dumps(facts)}", flush=True)

@@ -14,6 +14,7 @@ import yaml
 from mega_scale.config import DEFAULT_CONFIG, RunConfig, load_config, model_config, parse, save_config, to_yaml
 from mega_scale.config.keys import describe, known_keys
 from mega_scale.model import MegaConfig
+from mega_scale.training.checkpoint.manifest import Manifest, hash_file, write_manifest
 
 KNOWN = known_keys(RunConfig)
 
@@ -300,6 +301,7 @@ def test_a_checkpoint_is_accepted_by_name_and_as_the_latest(tmp_path):
     folder = tmp_path / "checkpoints" / "step-00000030"
     folder.mkdir(parents=True)
     (folder / "trainer.json").write_text("{}")
+    write_manifest(folder, Manifest(30, 1, {"trainer.json": hash_file(folder / "trainer.json", None)}), None)
     for resume in ("latest", folder, tmp_path):
         config = parse([f"run_dir={tmp_path}", f"resume={resume}"])
         config.validate(world_size=2)

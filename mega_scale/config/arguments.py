@@ -22,6 +22,9 @@ _DESCRIPTION = """Every key below can stand in a YAML file (as sections) and on 
 --train.steps=200 or --train.steps 200. Command line beats files, a later file beats an earlier one, files beat the
 defaults shown here. A key that is unknown is refused."""
 
+# Options that stand for a key.
+_SHORT = {"max_time": "train.max_time"}
+
 
 @dataclass
 class _Arguments:
@@ -44,7 +47,8 @@ class _Formatter(DefaultHelpFormatter):
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        usage="%(prog)s [--config FILE] [KEY=VALUE ...] [--resume [CHECKPOINT]] [--print-config] [--help]",
+        usage="%(prog)s [--config FILE] [KEY=VALUE ...] [--resume [CHECKPOINT]] [--max-time TIME] [--print-config] "
+        "[--help]",
         description=_DESCRIPTION,
         formatter_class=_Formatter,
         exit_on_error=False,
@@ -56,6 +60,8 @@ def _parser() -> ArgumentParser:
     print_help = "Print the resolved run as YAML, which runs again as it is, and exit"
     parser.add_argument("--config", metavar="FILE", default=SUPPRESS, help=file_help)
     parser.add_argument("--print-config", action="store_true", default=SUPPRESS, help=print_help)
+    time_help = "The same as train.max_time=TIME (seconds, or H:MM:SS)"
+    parser.add_argument("--max-time", metavar="TIME", default=SUPPRESS, help=time_help)
     parser.add_argument("--local-rank", metavar="N", default=SUPPRESS, help="Accepted from launchers, and ignored")
     parser.add_class_arguments(RunConfig, None)
     return parser
@@ -87,6 +93,7 @@ def _split(argv: Sequence[str]) -> _Arguments:
             value = rest.pop(0)
         if key == "resume" and value is None:
             value = "latest"
+        key = _SHORT.get(key, key)
         if key == "config":
             if value is None:
                 raise ValueError("--config has no value: write --config FILE")

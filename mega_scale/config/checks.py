@@ -27,6 +27,8 @@ def check(config: "RunConfig", world_size: int, local_size: int | None = None) -
     """
     config.data.validate()
     _check_numbers(config)
+    config.train.validate(config.parallel.timeout_s)
+    config.bad_steps.validate(config.checkpoint.every)
     _check_schedule(config)
     dp = config.parallel.mesh(world_size).dp
     _check_model(config)
@@ -100,6 +102,8 @@ def _check_model(config: "RunConfig") -> None:
     remedy = "pretraining on text has no encoder to attend to, set it to false"
     _require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
     model_config(model)
+    _check_documents(config)
+    _check_lengths(config)
     # Over several sp ranks, a length that is not whole chunks is padded.
     if model.use_chunking and length % model.chunk_size and config.parallel.sp == 1:
         raise ValueError(
@@ -118,6 +122,29 @@ def _check_model(config: "RunConfig") -> None:
             f"model.truncation={model.truncation} leaves the moving average without a state to generate from, but "
             f"train.sample_every={config.train.sample_every}: set sample_every=0, or truncation=null"
         )
+
+
+def _check_documents(config: "RunConfig") -> None:
+    model, data = config.model, config.data
+    if data.packing == "reset" and model.truncation is not None:
+        raise ValueError(
+            f"data.packing='reset' with model.truncation={model.truncation}: a truncated moving average cannot begin "
+            "anew inside a sequence; set model.truncation=null, or data.packing=none or concat"
+        )
+
+
+def _check_lengths(config: "RunConfig") -> None:
+    """Lengths of a schedule have whole chunks on every rank, so that nothing is padded."""
+    model, sp = config.model, config.parallel.sp
+    if config.data.lengths is None or not model.use_chunking:
+        return
+    whole = sp * model.chunk_size
+    for length in config.data.lengths.lengths:
+        if length % whole:
+            raise ValueError(
+                f"data.length_schedule={config.data.length_schedule!r}: a length of {length} is not a multiple of "
+                f"parallel.sp={sp} x model.chunk_size={model.chunk_size} = {whole}: use {multiples(whole, length)}"
+            )
 
 
 def _check_spread(config: "RunConfig") -> None:
@@ -174,7 +201,7 @@ def _check_folders(config: "RunConfig") -> None:
         raise ValueError(
             f"init_from={config.init_from!r} has no config.json: give the folder of an export or a Hugging Face model"
         )
-    if config.resume is not None:
+    if config.resume is not None and config.resume != "auto":
         try:
             key = read_key(config.checkpoint.key_file)
             find_checkpoint(run_dir if config.resume == "latest" else Path(config.resume), key)

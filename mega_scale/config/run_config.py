@@ -6,6 +6,7 @@ from mega_scale.config.checks import check
 from mega_scale.config.model_section import ModelSection
 from mega_scale.data.config import DataConfig
 from mega_scale.parallel.config import ParallelConfig
+from mega_scale.training.bad_steps import BadStepsConfig
 from mega_scale.training.checkpoint import CheckpointConfig
 from mega_scale.training.optimizer import OptimizerConfig
 from mega_scale.training.schedule import ScheduleConfig
@@ -20,7 +21,7 @@ class RunConfig:
     """Folder for checkpoints, TensorBoard events and the resolved configuration (path)."""
 
     resume: str | None = None
-    """Checkpoint to continue from: "latest" for the newest in run_dir, or a checkpoint folder (path)."""
+    """Checkpoint to continue from: "latest" in run_dir, "auto" the same if any, or a checkpoint folder (path)."""
 
     init_from: str | None = None
     """Folder of an export or a Hugging Face model from which the initial weights are taken (path)."""
@@ -45,6 +46,9 @@ class RunConfig:
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints"""
+
+    bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
+    """Steps whose loss or gradient is not finite, or whose loss jumps"""
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse values and combinations with which no run can start, before any process group does.

@@ -2,6 +2,7 @@
 
 from mega_scale.data.config import DataConfig
 from mega_scale.data.corpus import Corpus, Documents, load_corpus
+from mega_scale.data.length_schedule import LengthSchedule
 from mega_scale.data.loader import Loader, validation_batches
 from mega_scale.data.mixture import Mixture
 from mega_scale.data.packing import PackedDataset
@@ -13,6 +14,7 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "Documents",
+    "LengthSchedule",
     "Loader",
     "Mixture",
     "PackedDataset",

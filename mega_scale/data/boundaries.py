@@ -7,7 +7,7 @@ is that of `input_ids[:, p]`, place p + 1 that of `shift_labels[:, p]`.
 import torch
 from torch import Tensor
 
-from mega_scale.data.loader import IGNORED
+IGNORED = -100  # a label that no loss counts
 
 
 def segment_ids(starts: Tensor) -> Tensor:

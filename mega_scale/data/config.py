@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mega_scale.data.length_schedule import LengthSchedule
 from mega_scale.data.mixture_config import mixture_entries
 
 Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared"]
 FILE_SOURCES = ("text", "json", "parquet", "arrow")
-Packing = Literal["none", "concat"]
+Packing = Literal["none", "concat", "reset"]
+PackingOrder = Literal["in_order", "best_fit"]
 
 # A hub name is "name" or "owner/name"; anything else that is given as a name must be a folder.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -78,9 +80,23 @@ class DataConfig:
     sequence_length: int = 512
     """Length of a training sequence (tokens)."""
 
+    length_schedule: list[list[int]] | None = None
+    """Shorter sequences by step, as pairs [first step, tokens] such as [[0, 512], [1000, 1024]]; each length divides
+    `sequence_length`, whose sequences are cut to it, so a batch keeps its number of tokens; null: always
+    `sequence_length`. Validation uses that."""
+
     packing: Packing = "concat"
-    """How documents become sequences: concat (end to end, cut anywhere), or none (each alone, in sequences that are
-    not full)."""
+    """How documents become sequences: concat (end to end, cut anywhere), reset (the same, but documents are kept apart:
+    the moving average begins anew, attention and loss stay inside a document), or none (each alone, in sequences that
+    are not full)."""
+
+    packing_order: PackingOrder = "in_order"
+    """Which documents share a sequence: in_order (as they come, cut where a sequence ends), or, with packing reset,
+    best_fit (whole ones that fill it best; only a document longer than a sequence is cut)."""
+
+    document_alignment: int = 1
+    """Documents start at multiples of this (tokens), with packing_order best_fit. The chunk size makes every document
+    compute exactly what it computes alone, and attention cheaper, but leaves places empty; 1 leaves the fewest."""
 
     streaming: bool = False
     """Read the training text while training instead of tokenising it first; every process reads all of it."""
@@ -127,6 +143,11 @@ class DataConfig:
             raise _refusal("cache_dir", self.cache_dir, "it is a file; name a folder")
 
     @property
+    def lengths(self) -> LengthSchedule | None:
+        """The length schedule; None where all sequences have `sequence_length`."""
+        return None if self.length_schedule is None else LengthSchedule(self.length_schedule, self.sequence_length)
+
+    @property
     def validates(self) -> bool:
         """Whether any text is held out for validation."""
         if self.mixture is not None:
@@ -138,6 +159,13 @@ class DataConfig:
             raise _refusal("source", self.source, f"choose one of {', '.join(get_args(Source))}")
         if self.packing not in get_args(Packing):
             raise _refusal("packing", self.packing, f"choose one of {', '.join(get_args(Packing))}")
+        if self.packing_order not in get_args(PackingOrder):
+            raise _refusal("packing_order", self.packing_order, f"choose one of {', '.join(get_args(PackingOrder))}")
+        if self.packing_order == "best_fit" and self.packing != "reset":
+            remedy = f"it is for documents that are kept apart, not for data.packing={self.packing!r}"
+            raise _refusal("packing_order", "best_fit", f"{remedy}; set data.packing=reset, or packing_order=in_order")
+        if self.document_alignment != 1 and self.packing_order != "best_fit":
+            raise _refusal("document_alignment", self.document_alignment, "only data.packing_order=best_fit has it")
 
     def _validate_paths(self) -> None:
         if self.source == "prepared":
@@ -193,6 +221,10 @@ class DataConfig:
             raise _refusal("workers", self.workers, "give a number of processes, or 0")
         if self.sequence_length < 2:
             raise _refusal("sequence_length", self.sequence_length, "give at least 2 tokens")
+        if self.document_alignment < 1 or self.sequence_length % self.document_alignment:
+            remedy = f"give a divisor of data.sequence_length={self.sequence_length}"
+            raise _refusal("document_alignment", self.document_alignment, remedy)
+        self.lengths  # noqa: B018  refuses what is no schedule
         if self.seed < 0:
             raise _refusal("seed", self.seed, "give a whole number, 0 or more")
 
@@ -201,6 +233,9 @@ class DataConfig:
             return
         if self.source in ("python-stdlib", "prepared"):
             raise _refusal("streaming", True, f"source {self.source} is no stream; set data.streaming=false")
+        if self.packing == "reset":
+            remedy = "a stream does not keep where documents start; set data.streaming=false, or prepare the data"
+            raise _refusal("packing", "reset", remedy)
         separate = self.validation_path or self.validation_split
         if self.validation_fraction and not separate and self.validation_documents is None and not self.max_documents:
             raise _refusal(

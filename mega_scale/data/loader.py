@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mega_scale.data.boundaries import IGNORED, resets, separate_labels
+from mega_scale.data.length_schedule import LengthSchedule
 from mega_scale.data.mixture import Mixture
 from mega_scale.data.packing import MISSING, PackedDataset
 from mega_scale.data.streaming import StreamedDataset
 from mega_scale.data.workers import Feed
-
-IGNORED = -100  # a label that no loss counts
 
 
 class Loader:
@@ -33,6 +33,7 @@ class Loader:
         workers: Processes that read ahead; 0 reads when a step asks for it.
         prefetch: Steps that each of them reads ahead.
         pin_memory: Put batches in page-locked memory, from which they are copied to a GPU in the background.
+        lengths: Of the rows of each step, of the same rows cut; none: all of the dataset's.
 
     Raises:
         ValueError: The sizes do not fit each other, or there are fewer rows than one global batch.
@@ -51,6 +52,7 @@ class Loader:
         workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
+        lengths: LengthSchedule | None = None,
     ) -> None:
         _require_rank(micro_batch_size, rank, world_size)
         at_once = micro_batch_size * world_size
@@ -64,7 +66,8 @@ class Loader:
         _require_batch(self.dataset, global_batch_size)
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world = rank, world_size
-        self._seed, self._shuffle, self._pin = seed, shuffle, pin_memory
+        self._seed, self._shuffle, self._pin, self._lengths = seed, shuffle, pin_memory, lengths
+        self._packing = next(iter(self.dataset.datasets.values())).packing
         self._bad_rows = self.dataset.tally().by_cause()
         self._feed = Feed(self._read, workers, prefetch, pin_memory) if workers else None
 
@@ -75,8 +78,9 @@ class Loader:
             step: Steps done before, 0 for the first.
 
         Returns:
-            One micro-batch after the other: `input_ids` and `shift_labels`, the next tokens, (B, L) int64 each; behind
-            a row's last token the input is 0 and the label -100.
+            One micro-batch after the other: `input_ids` and `shift_labels`, the next tokens, (B, L) int64 each; where
+            there is no token the input is 0 and the label -100. With packing "reset" also `document_starts`, (B, L)
+            bool, and the label of a document's last token is -100. Where a schedule says length l, (B L / l, l).
 
         Raises:
             ValueError: The text cannot be read, or has too many bad rows.
@@ -97,9 +101,10 @@ class Loader:
             step: Steps done before.
 
         Returns:
-            For each of `batches(step)`, (B, L + 1) bool: True where the token at that place is a document's first.
-            Places 0..L-1 are those of `input_ids`; place p + 1 is that of `shift_labels[:, p]`. A row that goes on with
-            a document of the row before is False at place 0, and places behind a row's last token are False.
+            For each of `batches(step)`, before a schedule cuts its rows, (B, L + 1) bool: True where the token at that
+            place is a document's first. Places 0..L-1 are those of `input_ids`; place p + 1 is that of
+            `shift_labels[:, p]`. A row that goes on with a document of the row before is False at place 0, and places
+            without a token are False.
 
         Raises:
             ValueError: The text is a stream.
@@ -115,7 +120,8 @@ class Loader:
 
         Returns:
             `tokens/NAME` and `epochs/NAME` for every source, see `Mixture.progress`; `padding`, the share of places
-            without a token so far; `bad_rows/CAUSE`. What is not known of a stream is left out.
+            from which nothing is predicted so far; `bad_rows/CAUSE`; `sequence_length` of the step before, where it
+            follows a schedule. What is not known of a stream is left out.
         """
         found: dict[str, float] = {}
         progress = self.dataset.progress(step * self._global)
@@ -125,6 +131,8 @@ class Loader:
         tokens = [figures["tokens"] for figures in progress.values()]
         if places and None not in tokens:
             found["padding"] = 1 - sum(tokens) / places
+        if self._lengths is not None:
+            found["sequence_length"] = self._lengths.at(max(step - 1, 0))
         return found | {f"bad_rows/{cause}": count for cause, count in self._bad_rows.items()}
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -151,15 +159,19 @@ class Loader:
         keys = {
             "sequence_length": "data.sequence_length",
             "packing": "data.packing",
+            "packing_order": "data.packing_order",
+            "document_alignment": "data.document_alignment",
             "global_batch_size": "train.global_batch_size",
             "shuffle": "data.shuffle",
             "seed": "data.seed",
         }
         here = self._identity()
+        # What older checkpoints do not name.
+        there = {"packing_order": "in_order", "document_alignment": 1} | state
         for name, key in keys.items():
-            if state.get(name) != here[name]:
+            if there.get(name) != here[name]:
                 raise ValueError(
-                    f"{key}={here[name]!r}, but the checkpoint was trained with {state.get(name)!r}: set it so to "
+                    f"{key}={here[name]!r}, but the checkpoint was trained with {there.get(name)!r}: set it so to "
                     "continue, or start a new run from the weights with init_from"
                 )
         if state.get("fingerprint") != here["fingerprint"]:
@@ -175,9 +187,13 @@ class Loader:
             self._feed.close()
 
     def _identity(self) -> dict[str, Any]:
+        dataset = next(iter(self.dataset.datasets.values()))
+        order, alignment = (dataset.order, dataset.alignment) if isinstance(dataset, PackedDataset) else ("in_order", 1)
         return {
             "sequence_length": self.dataset.sequence_length,
-            "packing": next(iter(self.dataset.datasets.values())).packing,
+            "packing": self._packing,
+            "packing_order": order,
+            "document_alignment": alignment,
             "global_batch_size": self._global,
             "shuffle": self._shuffle,
             "seed": self._seed if self._shuffle else None,
@@ -186,7 +202,12 @@ class Loader:
 
     def _read(self, step: int) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
         """This rank's batches of a step, and the bad rows found so far."""
-        found = [_batch(self.dataset.rows(numbers, self._seed, self._shuffle)) for numbers in self._numbers(step)]
+        found = []
+        for numbers in self._numbers(step):
+            order = (numbers, self._seed, self._shuffle)
+            starts = self.dataset.document_starts(*order) if self._packing == "reset" else None
+            batch = _batch(self.dataset.rows(*order), starts)
+            found.append(batch if self._lengths is None else self._lengths.cut(batch, step))
         return found, self.dataset.tally().by_cause()
 
     def _numbers(self, step: int) -> list[range]:
@@ -211,7 +232,7 @@ def validation_batches(
         world_size: Number of ranks.
 
     Returns:
-        `input_ids` and `shift_labels`, (B, L) int64 each.
+        `input_ids` and `shift_labels`, (B, L) int64 each, and with packing "reset" `document_starts`, (B, L) bool.
 
     Raises:
         ValueError: There is nothing to predict.
@@ -230,15 +251,25 @@ def validation_batches(
 
 def _validation_batch(dataset: PackedDataset, indices: np.ndarray, total: int) -> dict[str, Tensor]:
     rows = np.full((len(indices), dataset.sequence_length + 1), MISSING)
-    rows[indices < total] = dataset.rows(indices[indices < total])
-    return _batch(rows)
+    there = indices < total
+    rows[there] = dataset.rows(indices[there])
+    if dataset.packing != "reset":
+        return _batch(rows, None)
+    starts = np.zeros(rows.shape, bool)
+    starts[there] = dataset.document_starts(indices[there])
+    return _batch(rows, starts)
 
 
-def _batch(rows: np.ndarray) -> dict[str, Tensor]:
+def _batch(rows: np.ndarray, starts: np.ndarray | None) -> dict[str, Tensor]:
     tokens = torch.from_numpy(rows)
     labels = tokens[:, 1:].clone()
-    # Both are new memory: of a single row, the two halves would else overlap.
-    return {"input_ids": tokens[:, :-1].clamp(min=0), "shift_labels": labels.masked_fill_(labels == MISSING, IGNORED)}
+    # All are new memory: of a single row, the two halves would else overlap.
+    batch = {"input_ids": tokens[:, :-1].clamp(min=0), "shift_labels": labels.masked_fill_(labels == MISSING, IGNORED)}
+    if starts is not None:
+        marks = torch.from_numpy(starts)
+        batch["shift_labels"] = separate_labels(batch["shift_labels"], marks)
+        batch["document_starts"] = resets(marks).clone()
+    return batch
 
 
 def _require_rank(micro_batch_size: int, rank: int, world_size: int) -> None:

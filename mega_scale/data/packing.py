@@ -1,8 +1,8 @@
 """From documents to rows of a fixed length.
 
-Shapes: L sequence length, n rows. A row has L + 1 places: 0..L-1 are read, 1..L are predicted. The next row starts with
-the last token of the one before, so that in an epoch every token but the first is predicted exactly once; a row that is
-not full has `MISSING` behind its tokens.
+Shapes: L sequence length, n rows. A row has L + 1 places: 0..L-1 are read, 1..L are predicted. In order, the next row
+starts with the last token of the one before, so that in an epoch every token but the first is predicted exactly once
+(where documents are kept apart, every token but the first of its document). Places without a token hold `MISSING`.
 """
 
 from typing import Protocol
@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from mega_scale.data.bad_rows import Tally
-from mega_scale.data.config import Packing
+from mega_scale.data.best_fit import BestFit, Piece
+from mega_scale.data.config import Packing, PackingOrder
 from mega_scale.data.token_store import TokenStore
 
 MISSING = -1  # no token
@@ -23,8 +24,8 @@ class Layout(Protocol):
     def __len__(self) -> int:
         """Number of rows of an epoch."""
 
-    def span(self, row: int) -> tuple[int, int]:
-        """Place of a row's first token in the store, and the place after its last."""
+    def pieces(self, row: int) -> list[Piece]:
+        """What lies in a row, from left to right; in each piece but the first, a document begins or goes on afresh."""
 
 
 class Concatenated:
@@ -41,10 +42,10 @@ class Concatenated:
     def __len__(self) -> int:
         return int(row_count(self._tokens, self._length))
 
-    def span(self, row: int) -> tuple[int, int]:
+    def pieces(self, row: int) -> list[Piece]:
         """See Layout."""
         start = row * self._length
-        return start, min(start + self._length + 1, self._tokens)
+        return [Piece(0, start, min(start + self._length + 1, self._tokens))]
 
 
 class Separate:
@@ -64,7 +65,7 @@ class Separate:
     def __len__(self) -> int:
         return int(self._before[-1])
 
-    def span(self, row: int) -> tuple[int, int]:
+    def pieces(self, row: int) -> list[Piece]:
         """See Layout."""
         block = int(np.searchsorted(self._before, row, side="right")) - 1
         first = block * _DOCUMENTS_AT_ONCE
@@ -72,7 +73,7 @@ class Separate:
         i = int(np.searchsorted(rows, within, side="right")) - 1
         start, end = self._bounds(first)[i : i + 2].tolist()
         start += (within - int(rows[i])) * self._length
-        return start, min(start + self._length + 1, end)
+        return [Piece(0, start, min(start + self._length + 1, end))]
 
     def _bounds(self, first: int) -> np.ndarray:
         """Starts of up to 1024 documents, and the last one's end."""
@@ -91,12 +92,17 @@ class PackedDataset:
     Args:
         store: All documents' tokens, each with the token that ends it.
         sequence_length: L, tokens.
-        packing: "concat" or "none", see `Concatenated` and `Separate`.
+        packing: "concat", "reset" or "none", see `Concatenated` and `Separate`; with "reset" a model is to keep the
+            documents of a row apart.
         tally: Rows of text that the store was made from, and the bad ones.
+        order: "in_order", or for "reset" also "best_fit", see `mega_scale.data.best_fit`.
+        alignment: Documents start at multiples of this, tokens; best fit only.
 
     Attributes:
         sequence_length: L, tokens.
         packing: How rows are made.
+        order: As given.
+        alignment: As given.
         tokens: Tokens of all documents and of what ends them.
         bytes: UTF-8 bytes of the documents' text.
         labels: Tokens that an epoch predicts.
@@ -104,13 +110,24 @@ class PackedDataset:
     """
 
     def __init__(
-        self, store: TokenStore, sequence_length: int, packing: Packing = "concat", tally: Tally | None = None
+        self,
+        store: TokenStore,
+        sequence_length: int,
+        packing: Packing = "concat",
+        tally: Tally | None = None,
+        *,
+        order: PackingOrder = "in_order",
+        alignment: int = 1,
     ) -> None:
         self._store = store
-        self._layout: Layout = (Concatenated if packing == "concat" else Separate)(store, sequence_length)
-        self.sequence_length, self.packing = sequence_length, packing
+        self._layout: Layout
+        if order == "best_fit":
+            self._layout = BestFit(store, sequence_length, alignment)
+        else:
+            self._layout = (Separate if packing == "none" else Concatenated)(store, sequence_length)
+        self.sequence_length, self.packing, self.order, self.alignment = sequence_length, packing, order, alignment
         self.tokens, self.bytes, self.fingerprint = store.tokens, store.bytes, store.fingerprint
-        self.labels = store.tokens - (store.documents if packing == "none" else min(1, store.documents))
+        self.labels = store.tokens - (min(1, store.documents) if packing == "concat" else store.documents)
         self.tally = tally or Tally()
 
     def __len__(self) -> int:
@@ -123,12 +140,13 @@ class PackedDataset:
             indices: (n,) numbers of rows, 0 to below len(self).
 
         Returns:
-            (n, L + 1) int64 tokens, and MISSING behind the last one.
+            (n, L + 1) int64 tokens, and MISSING where there is none: behind the last one, or a document that the next
+            one's alignment keeps a distance from.
         """
         found = np.full((len(indices), self.sequence_length + 1), MISSING)
         for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
-            start, stop = self._layout.span(index)
-            self._store.read(start, stop, row[: stop - start])
+            for place, start, stop in self._layout.pieces(index):
+                self._store.read(start, stop, row[place : place + stop - start])
         return found
 
     def document_starts(self, indices: np.ndarray) -> np.ndarray:
@@ -138,14 +156,16 @@ class PackedDataset:
             indices: (n,) numbers of rows, 0 to below len(self).
 
         Returns:
-            (n, L + 1) bool: a document's first token stands there; a row that goes on with a document has False at
-            its first place, and what is behind a row's last token is False.
+            (n, L + 1) bool: a document's first token stands there, or that of what is left of one that was cut, packed
+            behind others. A row that goes on with a document has False at its first place, and places without a token
+            are False.
         """
         found = np.zeros((len(indices), self.sequence_length + 1), dtype=bool)
         for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
-            start, stop = self._layout.span(index)
-            # Documents end where the next one starts.
-            row[self._starts_between(start, stop) - start] = True
+            for place, start, stop in self._layout.pieces(index):
+                # Documents end where the next one starts.
+                row[place + self._starts_between(start, stop) - start] = True
+                row[place] |= place > 0
         return found
 
     def _starts_between(self, start: int, stop: int) -> np.ndarray:

@@ -115,22 +115,32 @@ def _open_prepared(
 
 def _training_dataset(config: DataConfig, store: TokenStore, tally: Tally) -> PackedDataset:
     length = config.sequence_length
-    if store.tokens <= (length if config.packing == "concat" else 1):
+    if store.tokens <= _least_tokens(config):
         raise ValueError(
             f"the text to train on ({_source(config)}) has {store.tokens} tokens, less than one row of "
             f"data.sequence_length={length} + 1: give more text{_held_out_hint(config)}, or shorter sequences"
         )
-    return PackedDataset(store, length, config.packing, tally)
+    return _packed(config, store, tally)
 
 
 def _validation_dataset(config: DataConfig, store: TokenStore) -> PackedDataset:
     length = config.sequence_length
-    if store.tokens <= (length if config.packing == "concat" else 1):
+    if store.tokens <= _least_tokens(config):
         raise ValueError(
             f"the text to validate on has {store.tokens} tokens, less than one row of data.sequence_length="
             f"{length} + 1: {_validation_remedy(config)}"
         )
-    return PackedDataset(store, length, config.packing)
+    return _packed(config, store)
+
+
+def _least_tokens(config: DataConfig) -> int:
+    """More than so many make a row: a full one, or one of whole documents."""
+    return 1 if config.packing == "none" or config.packing_order == "best_fit" else config.sequence_length
+
+
+def _packed(config: DataConfig, store: TokenStore, tally: Tally | None = None) -> PackedDataset:
+    order, alignment = config.packing_order, config.document_alignment
+    return PackedDataset(store, config.sequence_length, config.packing, tally, order=order, alignment=alignment)
 
 
 def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
@@ -150,7 +160,7 @@ def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Packed
     store = tokenise(load_documents(config), tokenizer, cache_folder(config.cache_dir))
     if not store.tokens:
         raise ValueError(f"{_source(config)} holds no text: give some")
-    return PackedDataset(store, config.sequence_length, config.packing)
+    return _packed(config, store)
 
 
 def _source(config: DataConfig) -> str:

@@ -1,9 +1,13 @@
 """Processes that read steps ahead of the training loop."""
 
+import os
+import signal
+import threading
 from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -73,8 +77,11 @@ class Feed:
             collate_fn=_as_it_is,
             pin_memory=self._pin,
             prefetch_factor=self._prefetch,
+            # It draws a seed for its workers, which draw nothing: not from the random state that checkpoints hold.
+            generator=torch.Generator(),
             # Forked, they share the mapped files and the tokenizer, and start at once.
             multiprocessing_context="fork",
+            worker_init_fn=_leave_signals_to_the_run,
         )
         return iter(loader)
 
@@ -94,3 +101,24 @@ class _Steps(Dataset[Any]):
 
 def _as_it_is(found: Any) -> Any:
     return found
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Survive the signals that the run itself answers: launchers and Slurm send them to every process of a job.
+
+    A worker that they killed would take the run with it, in the middle of what it does to end well. The run still ends
+    its workers by SIGTERM; that one is told from others by its sender.
+    """
+    for number in signal.valid_signals() - {signal.SIGINT, signal.SIGCHLD, signal.SIGTERM}:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
+    if callable(signal.getsignal(signal.SIGTERM)):
+        # Blocked before the first thread starts, it is blocked in all of them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent_only, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by_parent_only(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

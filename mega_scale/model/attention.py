@@ -10,12 +10,13 @@ from transformers.activations import ACT2FN
 
 from mega_scale.model.cache import LayerState, remember
 from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.model.documents import DocumentBorders
 from mega_scale.model.dropout import MegaAttentionDropout, MegaDropout
 from mega_scale.model.ema import MegaMultiDimensionDampedEma
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import positional_bias
 from mega_scale.model.slots import Slots, align
-from mega_scale.ops.attention import chunk_attention
+from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -52,6 +53,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         state: LayerState | None = None,
         return_state: bool = False,
         return_weights: bool = False,
+        borders: DocumentBorders | None = None,
     ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """Update the residual stream.
 
@@ -62,6 +64,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
             state: of the tokens before x; decoders only.
             return_state: whether to return the state after x.
             return_weights: whether to return attention weights.
+            borders: of the documents in x, in rows without padding before them; none where each row has one.
 
         Returns:
             (B, L, D); weights, (B, K, C, C) or (B, 1, L, position + L) while one chunk holds everything, or none; state
@@ -70,7 +73,9 @@ class MegaMovingAverageGatedAttention(nn.Module):
         length = x.shape[1]
         new_mask = None if mask is None else mask[:, -length:]
         normed = self.norm(x, new_mask) if self.config.normalize_before_mega else x
-        averaged, ema_state = self.ema_gate(normed, new_mask, None if state is None else state.ema)
+        averaged, ema_state = self.ema_gate(
+            normed, new_mask, None if state is None else state.ema, None if borders is None else borders.starts
+        )
         averaged = self.ema_dropout(averaged)
         v = self.activation(self.v_proj(normed))
         update, z, gate, candidate = self.project(averaged)
@@ -83,7 +88,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
         seen = 0 if state is None else state.position
         mask = align(mask, seen + length)
         if pads is None:
-            attended, weights = self._attend(q, k, v, mask, state, return_weights)
+            documents = None if borders is None else borders.chunks
+            attended, weights = self._attend(q, k, v, mask, state, return_weights, documents)
             kept = None
         else:
             slots = Slots.lay(pads, seen, length, self.chunk)
@@ -109,7 +115,14 @@ class MegaMovingAverageGatedAttention(nn.Module):
         return self.config.chunk_size if self.config.use_chunking else None
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: LayerState | None, return_weights: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        state: LayerState | None,
+        return_weights: bool,
+        documents: ChunkDocuments | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of new tokens to their chunk: of q (B, L, Z) to remembered keys and k; returns (B, L, E)."""
         length = q.shape[1]
@@ -121,14 +134,14 @@ class MegaMovingAverageGatedAttention(nn.Module):
         total = seen + length
         key_mask = None if mask is None else mask[:, -total:]
         if self.chunk is None or total <= self.chunk:
-            return self._core(q, k, v, key_mask, seen, return_weights)
+            return self._core(q, k, v, key_mask, seen, return_weights, documents)
         # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
         pad = -total % self.chunk
         if pad and (key_mask is not None or not self.config.is_decoder):
             valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
             key_mask = F.pad(valid, (0, pad), value=False)
         q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
-        out, weights = self._core(q, k, v, key_mask, 0, return_weights)
+        out, weights = self._core(q, k, v, key_mask, 0, return_weights, documents)
         return out[:, seen:total], weights
 
     def _attend_in_slots(
@@ -156,7 +169,14 @@ class MegaMovingAverageGatedAttention(nn.Module):
         return out, weights, kept
 
     def _core(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, offset: int | Tensor, return_weights: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        offset: int | Tensor,
+        return_weights: bool,
+        documents: ChunkDocuments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks; returns (B, I, E)."""
         size = self.chunk if self.chunk is not None and k.shape[1] > self.chunk else None
@@ -174,6 +194,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
             key_mask=key_mask,
             dropout=self.attention_dropout.rule(),
             return_weights=return_weights,
+            documents=documents,
             impl="eager" if eager else "auto",
         )  # fmt: skip
         return out.flatten(1, 2), weights

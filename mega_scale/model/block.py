@@ -12,6 +12,7 @@ from mega_scale.model.attention import MegaMovingAverageGatedAttention
 from mega_scale.model.cache import EncoderState, LayerState
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.cross_attention import MegaGatedCrossAttention
+from mega_scale.model.documents import DocumentBorders
 from mega_scale.model.feed_forward import MegaNormalizedFeedForwardNetwork
 
 
@@ -53,6 +54,7 @@ class MegaBlock(GradientCheckpointingLayer):
         encoder: EncoderState | None = None,
         return_state: bool = False,
         return_weights: bool = False,
+        borders: DocumentBorders | None = None,
     ) -> BlockOutput:
         """Update the residual stream.
 
@@ -66,9 +68,10 @@ class MegaBlock(GradientCheckpointingLayer):
             encoder: keys and values of the encoder's output, from an earlier call.
             return_state: whether to return states.
             return_weights: whether to return attention weights.
+            borders: of the documents that share a row; without cross-attention only.
         """
         seen = 0 if state is None else state.position
-        x, weights, state = self.mega_layer(x, mask, pads, state, return_state, return_weights)
+        x, weights, state = self.mega_layer(x, mask, pads, state, return_state, return_weights, borders)
         new_mask = None if mask is None else mask[:, -x.shape[1] :]
         cross_weights = None
         if self.cross_attn is not None:

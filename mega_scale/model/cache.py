@@ -108,6 +108,9 @@ class MegaCache(Cache):
         self.states = [MegaCacheLayer() for _ in range(num_hidden_layers)]
         self.pads: Tensor | None = None
         """Padding before each row's first token, (B,) int64; none where no row has any."""
+        self.documents: Tensor | None = None
+        """Number of the document of each remembered key, (B, position in the open chunk, or position) int64; none where
+        all of a row are of one."""
         super().__init__(layers=[*self.states])
 
     @property
@@ -124,22 +127,26 @@ class MegaCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.pads = None
+        self.pads = self.documents = None
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take rows `beam_idx` (B,), as beam search does after each step."""
         super().reorder_cache(beam_idx)
-        self.pads = None if self.pads is None else self.pads.index_select(0, beam_idx.to(self.pads.device))
+        self._each_row(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
-        self.pads = None if self.pads is None else self.pads.repeat_interleave(repeats, 0)
+        self._each_row(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
         super().batch_select_indices(indices)
-        self.pads = None if self.pads is None else self.pads[indices]
+        self._each_row(lambda tensor: tensor[indices])
+
+    def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.pads = None if self.pads is None else function(self.pads)
+        self.documents = None if self.documents is None else function(self.documents)
 
 
 def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:

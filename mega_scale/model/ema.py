@@ -30,7 +30,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
         self.residual_weight = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, state: Tensor | None = None
+        self, x: Tensor, mask: Tensor | None = None, state: Tensor | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Average x over the sequence.
 
@@ -38,6 +38,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
             x: (B, L, D), any floating dtype.
             mask: (B, L) bool, false for positions that the average leaves out (their omega term stays).
             state: h before the first token, (B, D, N) fp32; none means zero.
+            resets: (B, L) bool, true where a document begins, into which nothing is carried; none: nowhere.
 
         Returns:
             (B, L, D) in the dtype of x, and h after the last token; none when truncated.
@@ -46,9 +47,11 @@ class MegaMultiDimensionDampedEma(nn.Module):
             self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix
         )
         inputs = x if mask is None else x * mask[..., None]
-        y, state = self.average(inputs, coefficients, state)
+        y, state = self.average(inputs, coefficients, state, resets)
         return F.silu(y + self.residual_weight * x).to(x.dtype), state
 
-    def average(self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def average(
+        self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The average itself, without omega and silu: x (B, L, D) and h before it to y, and h after it."""
-        return damped_ema(x, coefficients, state, bidirectional=self.bidirectional, truncation=self.truncation)
+        return damped_ema(x, coefficients, state, resets, bidirectional=self.bidirectional, truncation=self.truncation)

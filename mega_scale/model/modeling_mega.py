@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from mega_scale.model.block import MegaBlock
 from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.model.documents import document_borders
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
 from mega_scale.model.losses import cross_entropy
@@ -119,6 +120,7 @@ class MegaModel(MegaPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        document_starts: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the blocks over a batch.
@@ -136,10 +138,15 @@ class MegaModel(MegaPreTrainedModel):
             output_attentions: whether to return attention weights: (B, K, C, C) a block, or (B, 1, L, past + L) without
                 chunks; of cross-attention (B, L, S).
             output_hidden_states: whether to return the embeddings and every block's output.
+            document_starts: (B, L) bool, true at the first token of every document where rows hold several: the moving
+                average begins anew there, and attention in a chunk stays inside a document. Chunks count from the row's
+                start. With a cache, a document that began before goes on until the next one starts. (Numbers of
+                documents could not say whether a row that is continued, or cut over ranks, goes on with one.)
             kwargs: ignored extras of `generate()` and trainers.
 
         Raises:
-            ValueError: inputs that exclude or lack each other; a cache in an encoder or with truncation.
+            ValueError: inputs that exclude or lack each other; a cache in an encoder or with truncation; documents in
+                rows that are padded on the left, with truncation or with cross-attention.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -149,6 +156,7 @@ class MegaModel(MegaPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
         mask, pads = self._mask_and_pads(attention_mask, cache, x.shape[0], x.device)
+        borders = document_borders(document_starts, config, cache, pads, x)
         encoder_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         if config.add_cross_attention and encoder_hidden_states is None and not (cache and cache.states[0].encoder):
             raise ValueError("add_cross_attention=True needs encoder_hidden_states (batch, length, hidden_size)")
@@ -167,6 +175,7 @@ class MegaModel(MegaPreTrainedModel):
                 None if layer is None else layer.encoder,
                 layer is not None,
                 output_attentions,
+                borders,
             )
             if layer is not None:
                 layer.state, layer.encoder = state, encoder
@@ -282,6 +291,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        document_starts: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
         """Logits, and the cross-entropy of the next token when labels are given; other arguments as in `MegaModel`.
@@ -290,6 +300,8 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             labels: (B, L) int64, the tokens themselves; -100 is ignored. The loss compares position t with label t + 1.
             logits_to_keep: compute only the last n logits (0: all), or those at the given positions.
             num_items_in_batch: what the sum of token losses is divided by; default: the number of valid tokens here.
+            document_starts: see `MegaModel`. Labels are not changed: set to -100 those that would predict the first
+                token of a document from the one before.
             kwargs: `shift_labels` (B, L) int64, in place of `labels`: the next token of every position, for rows cut
                 from a longer text; -100 is ignored. Others are ignored. (The Trainer expects every named argument with
                 "label" in it in each batch.)
@@ -309,6 +321,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             use_cache=False if following is not None and use_cache is None else use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            document_starts=document_starts,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

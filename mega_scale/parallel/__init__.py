@@ -6,10 +6,11 @@ from mega_scale.parallel.engine import BuildOptimizer, Engine
 from mega_scale.parallel.layout import describe, difference
 from mega_scale.parallel.materialize import Values, fill, seeded_values
 from mega_scale.parallel.model_checks import check_vocabulary
+from mega_scale.parallel.monitor import Standing
 from mega_scale.parallel.parallelize import parallelize
 from mega_scale.parallel.self_test import SelfTest, self_test
 from mega_scale.parallel.state import EngineState
-from mega_scale.parallel.state_files import INDEX, StateReader, index_of, own_part, part_file
+from mega_scale.parallel.state_files import INDEX, Span, StateReader, index_of, own_part, part_file
 from mega_scale.parallel.tensor_file import as_bytes, write_tensors
 from mega_scale.parallel.weights import LazyWeights, open_weights
 from mega_scale.parallel.window import Place
@@ -26,6 +27,8 @@ __all__ = [
     "Placement",
     "SelfTest",
     "Sends",
+    "Span",
+    "Standing",
     "StateReader",
     "Values",
     "World",

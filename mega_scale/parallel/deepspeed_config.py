@@ -96,6 +96,11 @@ def check_mesh(native: dict[str, Any], mesh: MeshShape) -> None:
             f"{zero['stage']} does not shard its weights: use parallel.zero_stage=3, or parallel.engine=fsdp"
         )
     for key in _OFFLOADS:
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            raise ValueError(
+                f"parallel.ds_config.zero_optimization.{key}.device='nvme' keeps state out of memory, from which "
+                "checkpoints are written: use 'cpu'"
+            )
         if mesh.dp_replicate > 1 and _offloads(zero.get(key)):
             raise ValueError(
                 f"{copies} sums gradients between copies on the device, which "

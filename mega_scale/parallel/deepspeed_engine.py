@@ -1,6 +1,9 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 around the same model and the same AdamW."""
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,11 +87,25 @@ class DeepSpeedEngine:
             model=model, optimizer=build_optimizer(model), config=native, mpu=unit, dist_init_required=False
         )
 
-    def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int, place: Place = START) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        num_items: int,
+        place: Place = START,
+        document_starts: Tensor | None = None,
+    ) -> Tensor:
         """This rank's share of the loss, see `Engine.forward`."""
         inputs, labels = self._window.take(place, input_ids, shift_labels)
+        starts = None if document_starts is None else self._window.split(document_starts, False)
         with self._window:
-            output = self._engine(input_ids=inputs, shift_labels=labels, num_items_in_batch=num_items, use_cache=False)
+            output = self._engine(
+                input_ids=inputs,
+                shift_labels=labels,
+                num_items_in_batch=num_items,
+                document_starts=starts,
+                use_cache=False,
+            )
         return output.loss
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -97,17 +114,55 @@ class DeepSpeedEngine:
         with self._window:
             self._engine.backward(loss * self._partitions, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: bool = False) -> float:
         """Clip, step, forget gradients, see `Engine.step`."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self._copies.size > 1:
             self._sum_copies()
-        norm = None
         if self._stage == 0:
-            norm = self._clip()
+            return self._step_whole(skip)
+        if skip:
+            with self._refused() as norms:
+                self._engine.step()
+            return float(norms[0])
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return float(self._engine.get_global_grad_norm())
+
+    def _step_whole(self, skip: bool) -> float:
+        """Step without ZeRO, which has no norm of its own, and would step with any gradient."""
+        norm = self._clip()
+        if skip or not norm.isfinite():
+            self._engine.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._engine.step()
+        return float(norm)
+
+    @contextmanager
+    def _refused(self) -> Iterator[list[Tensor]]:
+        """Have ZeRO discard its next step: told that the norm is infinite, it forgets the gradients in its own way.
+
+        Yields:
+            Will have the true norm, which ZeRO then does not keep.
+        """
+        from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415  see import_deepspeed
+
+        optimizer = self._engine.optimizer
+        norms: list[Tensor] = []
+        # What each class asks for the norm, or for those of its groups, just before it decides.
+        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
+        compute = getattr(optimizer, name)
+
+        def refuse() -> Any:
+            found = compute()
+            norms.append(combine_grad_norm_groups(found) if self._stage == 3 else found)
+            return [torch.full_like(norms[0], math.inf)] if self._stage == 3 else torch.full_like(norms[0], math.inf)
+
+        setattr(optimizer, name, refuse)
+        try:
+            yield norms
+        finally:
+            delattr(optimizer, name)
 
     def _sum_copies(self) -> None:
         """Sum what each copy has of the gradient: its partitions lie in one buffer."""
@@ -179,6 +234,10 @@ class DeepSpeedEngine:
         elif self._stage == 3:
             # Gathered weights are dropped, and those that stay gathered are gathered anew.
             optimizer.checkpoint_event_prologue()
+            for name, held in self.state().held.items():
+                # Depending on its settings, DeepSpeed steps a copy of what it gathers.
+                partition = self._parameters[name].ds_tensor.data.view(-1)
+                partition[: len(held.tensors[WEIGHT])] = held.tensors[WEIGHT]
             optimizer.checkpoint_event_epilogue()
 
     def held(self, name: str) -> Tensor:

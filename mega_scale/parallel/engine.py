@@ -19,7 +19,14 @@ class Engine(Protocol):
     module: nn.Module
     """The model; call it on all ranks alike for evaluation and generation, under `no_grad`."""
 
-    def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int, place: Place = START) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        num_items: int,
+        place: Place = START,
+        document_starts: Tensor | None = None,
+    ) -> Tensor:
         """Loss of one micro-batch of this rank: the sum over its tokens divided by `num_items`.
 
         Args:
@@ -27,6 +34,8 @@ class Engine(Protocol):
             shift_labels: (B, L) int64, the next tokens, -100 where there is none.
             num_items: labelled tokens of the global batch, over all ranks and micro-batches.
             place: of the micro-batch in the run, on which dropout depends.
+            document_starts: (B, L) bool, true at the first token of every document that shares a row with others;
+                given to all ranks or to none.
 
         Returns:
             Scalar fp32, nats. The loss of the global batch is the sum over micro-batches and over ranks, of which those
@@ -43,14 +52,18 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: bool = False) -> float:
         """Clip the gradients, take one AdamW step, and forget the gradients.
+
+        Where the norm is not finite, on all ranks alike, none of them takes the step: the gradients are forgotten, and
+        weights, moments and counts of steps stay as they are, to the bit.
 
         Args:
             lr: learning rate of this step, absolute.
+            skip: do not take the step, whatever the norm; the same on all ranks.
 
         Returns:
-            L2 norm of the whole gradient before clipping.
+            L2 norm of the whole gradient before clipping; inf or NaN where it is not finite.
         """
         ...
 

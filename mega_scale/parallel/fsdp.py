@@ -85,11 +85,25 @@ class FsdpEngine:
         ]
         self._optimizer = build_optimizer(model)
 
-    def forward(self, input_ids: Tensor, shift_labels: Tensor, num_items: int, place: Place = START) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        num_items: int,
+        place: Place = START,
+        document_starts: Tensor | None = None,
+    ) -> Tensor:
         """This rank's share of the loss, see `Engine.forward`."""
         inputs, labels = self._window.take(place, input_ids, shift_labels)
+        starts = None if document_starts is None else self._window.split(document_starts, False)
         with self._window:
-            output = self.module(input_ids=inputs, shift_labels=labels, num_items_in_batch=num_items, use_cache=False)
+            output = self.module(
+                input_ids=inputs,
+                shift_labels=labels,
+                num_items_in_batch=num_items,
+                document_starts=starts,
+                use_cache=False,
+            )
         return output.loss
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -101,10 +115,13 @@ class FsdpEngine:
             loss.backward()
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: bool = False) -> float:
         """Clip, step, forget gradients, see `Engine.step`."""
         self._drop_gathered()
         norm = self._gradient_norm()
+        if skip or not norm.isfinite():
+            self._optimizer.zero_grad(set_to_none=True)
+            return float(norm)
         if self._max_grad_norm > 0:
             gradients = _local_gradients(list(self.module.parameters()))
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

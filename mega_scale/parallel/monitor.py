@@ -7,15 +7,21 @@ ranks there are. Only the rank before a silent one looks at all of them, once, t
 The first cause wins: the news key changes once, atomically, from WELL or ALARM to a verdict, which all ranks print.
 ALARM is what a rank says whose collective failed: it is a victim, and does not know of whom. It makes all ranks less
 patient, so that the culprit is known within seconds.
+
+HANG is what a rank says that has made no progress for too long. All ranks wait for one, so all stand still; on this
+word each says where it stands, and the verdict names those that are behind.
 """
 
 import contextlib
+import json
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -24,13 +30,30 @@ from mega_scale.parallel.rendezvous import Rendezvous, connect
 PEER_LOST = 75
 """Exit code of a rank that ends because of another one (EX_TEMPFAIL: nothing is wrong with the run, start it again)."""
 
-WELL, ALARM, LEFT = "well", "alarm", "left"
+WELL, ALARM, HANG, LEFT = "well", "alarm", "hang", "left"
 
 _LONGEST_BEAT_S = 1.0
 # In beats. A rank is given up at 30 of the timeout's 40, so that all ranks have ended when the timeout is over.
 _TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _VICTIM_WAITS, _NEWS_SPREAD, _LOOKS = 40, 30, 5, 12, 2, 3
+_ANSWERS_TAKE = 5
 _REASON_LENGTH, _NAMED = 300, 16
 _REMEDY = "see its output and the network, then start the run again with --resume"
+
+
+class Standing(NamedTuple):
+    """Where a rank stands, to be compared with others: all ranks do the same things in the same order.
+
+    Args:
+        beats: things done since the start.
+        step: optimizer step under way.
+        phase: what it does.
+        idle_s: time since the last beat (seconds).
+    """
+
+    beats: int
+    step: int
+    phase: str
+    idle_s: float
 
 
 class PeerMonitor:
@@ -65,6 +88,12 @@ class PeerMonitor:
         self._next_beat = ""
         self._sample: tuple[float, list[str]] | None = None
 
+        # What is known of hangs: how to answer, whether to declare one, when this rank answered, and whether it judges.
+        self._standing: Callable[[], Standing] | None = None
+        self._before_end: Callable[[str], None] | None = None
+        self._hang = self._judge = False
+        self._answered: float | None = None
+
         self._ending = threading.Lock()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch_store)]
 
@@ -95,6 +124,22 @@ class PeerMonitor:
     def store(self) -> dist.Store:
         """Where a process group can keep its keys."""
         return self._rendezvous.store
+
+    def watch(self, standing: Callable[[], Standing], before_end: Callable[[str], None] | None) -> None:
+        """Let this rank be asked where it stands.
+
+        Args:
+            standing: called once, in another thread, when some rank declares a hang: prints this rank's stacks, and
+                says where it stands.
+            before_end: called with the verdict in another thread, before this process ends because of another rank; it
+                is not waited for longer than news take to spread. None where there is no more to do.
+        """
+        self._standing, self._before_end = standing, before_end
+
+    def declare_hang(self) -> None:
+        """Have all ranks say where they stand, and end: this one makes no progress; may be called twice."""
+        self._hang = True
+        self._wake.set()
 
     def leave(self) -> None:
         """Say that this rank has done its work, so that nobody misses it; may be called twice.
@@ -196,6 +241,8 @@ class PeerMonitor:
             store.compare_set("news", WELL, ALARM)
         if report is not None:
             self._publish(report)
+        if self._hang and not self._judge and self._answered is None:
+            store.compare_set("news", WELL, HANG)
         if leaving and not self._told.is_set() and store.add("left", 1) == self._size:
             store.set("all left", "")
         watched = [f"beat/{self._next}"] if self._met and self._next != self._rank else []
@@ -205,10 +252,47 @@ class PeerMonitor:
             self._told.set()
         if news == ALARM:
             self._alarm = True
+        elif news == HANG:
+            self._answer()
         elif news != WELL and not self._failed:
             self._end(news)
         if beats:
             self._look(beats[0])
+
+    def _answer(self) -> None:
+        """Say where this rank stands; the first to do so waits for the others, and names those that are behind."""
+        store = self._rendezvous.watch
+        if self._answered is None:
+            standing = self._standing() if self._standing is not None else Standing(0, 0, "start-up", 0.0)
+            store.set(f"standing/{self._rank}", json.dumps(standing))
+            self._judge = store.add("answers", 1) == 1
+            self._answered = time.monotonic()
+        elif self._judge and time.monotonic() - self._answered > _ANSWERS_TAKE * self._beat_s:
+            self._publish(self._judgement(), HANG)
+
+    def _judgement(self) -> str:
+        store = self._rendezvous.watch
+        found: dict[int, Standing] = {}
+        for rank in range(self._size):
+            if store.check([f"standing/{rank}"]):
+                found[rank] = Standing(*json.loads(store.get(f"standing/{rank}")))
+        least = min(standing.beats for standing in found.values())
+        behind = [rank for rank, standing in found.items() if standing.beats == least]
+        mute = [rank for rank in range(self._size) if rank not in found]
+        stacks = "the stacks of every rank are in its output; start the run again with --resume"
+        if mute:
+            # That others are behind follows from it.
+            idle_s = max(standing.idle_s for standing in found.values())
+            return (
+                f"{self._where(mute)} gave no sign of life when asked, after {idle_s:.0f} s without progress: died, "
+                f"cannot be reached, or hang{'s' if len(mute) == 1 else ''} while keeping Python's lock; {stacks}"
+            )
+        at = found[behind[0]]
+        waiting = "" if len(behind) == self._size else "; the others wait"
+        return (
+            f"{self._where(behind)} hang{'s' if len(behind) == 1 else ''}: no progress for {at.idle_s:.0f} s in step "
+            f"{at.step}, {at.phase}{waiting}; {stacks}"
+        )
 
     def _look(self, beat: str) -> None:
         """Compare the next rank's beat with the last one; by this host's clock, since hosts' clocks differ."""
@@ -240,8 +324,8 @@ class PeerMonitor:
             found.setdefault(host, []).append(rank)
         return ", ".join(f"{_ranks(there)} ({host})" for host, there in found.items())
 
-    def _publish(self, verdict: str) -> None:
-        for before in (WELL, ALARM):
+    def _publish(self, verdict: str, *before_it: str) -> None:
+        for before in before_it or (WELL, ALARM, HANG):
             self._rendezvous.watch.compare_set("news", before, verdict)
 
     def _watch_store(self) -> None:
@@ -261,6 +345,9 @@ class PeerMonitor:
         """End this process, whatever its main thread waits for."""
         if self._ending.acquire(blocking=False):
             _say(self._name, verdict)
+            if self._before_end is not None:
+                # What it does may hang where the main thread does, in a file system perhaps.
+                threading.Thread(target=self._before_end, args=(verdict,), daemon=True).start()
         # As in linger: a launcher ends a host's other ranks with the first.
         time.sleep(_NEWS_SPREAD * self._beat_s)
         sys.stdout.flush()

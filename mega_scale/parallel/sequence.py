@@ -175,13 +175,15 @@ class SequenceParallelEma(MegaMultiDimensionDampedEma):
     window: Window
     exchange: StateExchange
 
-    def average(self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def average(
+        self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """See `MegaMultiDimensionDampedEma.average`."""
         if not self.window.cut:
-            return super().average(x, coefficients, state)
+            return super().average(x, coefficients, state, resets)
         if state is not None:
             raise ValueError("a part of a row that is cut over ranks cannot begin with a cached state: give whole rows")
-        return damped_ema(x, coefficients, bidirectional=self.bidirectional, carry=self.exchange)
+        return damped_ema(x, coefficients, None, resets, bidirectional=self.bidirectional, carry=self.exchange)
 
 
 def share_rows(model: nn.Module, window: Window, exchange: StateExchange) -> None:

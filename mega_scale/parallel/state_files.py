@@ -10,6 +10,7 @@ overlap with its own, or whole parameters where `tp` differs, one at a time.
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mega_scale.parallel.collectives import Axis
+from mega_scale.parallel.collectives import ALONE, Axis
 from mega_scale.parallel.pieces import Piece
-from mega_scale.parallel.state import WEIGHT, EngineState, Names
+from mega_scale.parallel.state import MOMENTS, WEIGHT, EngineState, Names
 
 INDEX = "index.json"
 FORMAT = 1
@@ -44,7 +45,8 @@ def own_part(state: EngineState, rank: int, tp_rank: int) -> tuple[dict[str, Ten
         tp_rank: its place along tp.
 
     Returns:
-        1-D tensors by their name in the file, views of the engine's memory; and the range of each parameter.
+        1-D tensors by their name in the file, views of the engine's memory, which only a step changes; buffers are
+        copies, since a forward pass may change them; and the range of each parameter.
     """
     tensors: dict[str, Tensor] = {}
     spans: dict[str, Span] = {}
@@ -56,7 +58,7 @@ def own_part(state: EngineState, rank: int, tp_rank: int) -> tuple[dict[str, Ten
             spans[name] = (tp_rank if cut else 0, held.start + first, held.start + last)
             tensors |= {f"{kind}/{name}": tensor[first:last] for kind, tensor in held.tensors.items()}
     if rank == 0:
-        tensors |= {f"{_BUFFER}/{name}": buffer for name, buffer in state.buffers.items()}
+        tensors |= {f"{_BUFFER}/{name}": buffer.clone() for name, buffer in state.buffers.items()}
     return tensors, spans
 
 
@@ -72,14 +74,26 @@ def index_of(state: EngineState, spans: list[dict[str, Span]]) -> dict[str, Any]
         shape, dim = list(held.shape), state.names.table[name].dim
         if dim is not None:
             shape[dim] *= state.names.tp
-        shapes[name] = shape
+        shapes[name] = torch.Size(shape)
+    trained = [name for name, held in state.held.items() if len(held.tensors) > 1]
+    return _index(state.names, int(state.steps[0]) if state.steps else 0, shapes, trained, state.buffers, spans)
+
+
+def _index(
+    names: Names,
+    optimizer_steps: int,
+    shapes: Mapping[str, torch.Size],
+    trained: Iterable[str],
+    buffers: Iterable[str],
+    spans: list[dict[str, Span]],
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "optimizer_steps": int(state.steps[0]) if state.steps else 0,
-        **state.names._asdict(),
-        "shapes": shapes,
-        "trained": [name for name, held in state.held.items() if len(held.tensors) > 1],
-        "buffers": list(state.buffers),
+        "optimizer_steps": optimizer_steps,
+        **names._asdict(),
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "trained": sorted(trained),
+        "buffers": list(buffers),
         "parts": spans,
     }
 
@@ -88,6 +102,20 @@ class _Source(NamedTuple):
     part: int
     start: int
     stop: int
+
+
+class Part(NamedTuple):
+    """What one of several files has to hold.
+
+    Args:
+        like: tensors by their name in the file, on the meta device.
+        spans: the range of each parameter.
+        read: gives a tensor of that name.
+    """
+
+    like: dict[str, Tensor]
+    spans: dict[str, Span]
+    read: Callable[[str], Tensor]
 
 
 class StateReader:
@@ -136,33 +164,32 @@ class StateReader:
         """
         self._require(state, tp)
         for name, held in state.held.items():
-            cut = state.names.table[name].dim is not None
+            dim = state.names.table[name].dim
             for kind, tensor in held.tensors.items():
-                where = (tp.size, tp.rank) if cut else (1, 0)
-                tensor.copy_(self.read(name, kind, held.start, held.start + len(tensor), *where))
+                tensor.copy_(self.read(name, kind, held.start, held.start + len(tensor), dim, tp))
         for step in state.steps:
             step.fill_(self.optimizer_steps)
         for name, buffer in state.buffers.items():
             buffer.copy_(self.buffer(name))
 
-    def read(self, name: str, kind: str, start: int, stop: int, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
+    def read(self, name: str, kind: str, start: int, stop: int, dim: int | None = None, tp: Axis = ALONE) -> Tensor:
         """Some numbers of a parameter or moment.
 
         Args:
             name: of the parameter.
             kind: weight, exp_avg or exp_avg_sq.
-            start: first number, in the flattened part that rank `tp_rank` of `tp_size` has.
+            start: first number, in the flattened part that this rank of `tp` has.
             stop: the one after the last.
-            tp_size: ranks over which the parameter is cut, where it can be.
-            tp_rank: one of them.
+            dim: dimension along which `tp` cuts the parameter; none where it does not.
+            tp: the ranks that share every layer.
 
         Returns:
             (stop - start,) on the CPU.
         """
-        dim = self.names.table[name].dim
-        if dim is None or tp_size == self.names.tp:
-            return self._range(name, kind, tp_rank if dim is not None else 0, start, stop)
-        return self.whole(name, kind).chunk(tp_size, dim)[tp_rank].reshape(-1)[start:stop]
+        if dim == self.names.table[name].dim and (dim is None or tp.size == self.names.tp):
+            return self._range(name, kind, 0 if dim is None else tp.rank, start, stop)
+        whole = self.whole(name, kind)
+        return (whole if dim is None else whole.chunk(tp.size, dim)[tp.rank]).reshape(-1)[start:stop]
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole parameter or moment, on the CPU."""
@@ -173,6 +200,35 @@ class StateReader:
         numbers = math.prod(shape)
         found = [self._range(name, kind, tp_rank, 0, numbers).view(shape) for tp_rank in range(parts)]
         return found[0] if dim is None else torch.cat(found, dim)
+
+    def part_of(self, part: int, parts: int) -> Part:
+        """What one of `parts` files has to hold, if each has its share of every parameter, whole along tp."""
+        like: dict[str, Tensor] = {}
+        spans: dict[str, Span] = {}
+        for name, shape in self.shapes.items():
+            first, last = (shape.numel() * number // parts for number in (part, part + 1))
+            if last > first:
+                spans[name] = (0, first, last)
+                kinds = (WEIGHT, *MOMENTS) if name in self.trained else (WEIGHT,)
+                like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in kinds}
+        if part == 0:
+            like |= {f"{_BUFFER}/{name}": self.buffer(name).to("meta") for name in self.buffers}
+
+        def read(stored: str) -> Tensor:
+            kind, name = stored.split("/", 1)
+            if kind == _BUFFER:
+                return self.buffer(name)
+            _, first, last = spans[name]
+            return self.whole(name, kind).view(-1)[first:last]
+
+        return Part(like, spans, read)
+
+    def index(self, spans: list[dict[str, Span]]) -> dict[str, Any]:
+        """What `index.json` holds if the same state lies in other files, whole along tp."""
+        table = {name: piece._replace(dim=None) for name, piece in self.names.table.items()}
+        return _index(
+            Names(table, self.names.ties, 1), self.optimizer_steps, self.shapes, self.trained, self.buffers, spans
+        )
 
     def buffer(self, name: str) -> Tensor:
         """A buffer, on the CPU."""

@@ -22,7 +22,12 @@ _NAMES = {
 _CHUNK_BYTES = 16 * 2**20
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], update: Callable[[bytes | memoryview], None]) -> int:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    update: Callable[[bytes | memoryview], None],
+    read: Callable[[str], Tensor] | None = None,
+) -> int:
     """Write tensors as a safetensors file, and have the disk keep them.
 
     Tensors are copied from their device one at a time. The interpreter's lock is free while the system writes.
@@ -31,6 +36,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], update: Callable[[b
         path: file to create.
         tensors: by name, of any device and shape, contiguous.
         update: is given every byte of the file, in order.
+        read: gives each tensor when it is its turn, where `tensors` has only their shapes, on the meta device.
 
     Returns:
         Size of the file, bytes.
@@ -41,8 +47,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], update: Callable[[b
     header = _header(tensors)
     with open(path, "wb", buffering=0) as file:
         total = _write(file.fileno(), memoryview(header), update)
-        for tensor in tensors.values():
-            if tensor.numel():
+        for name, like in tensors.items():
+            if like.numel():
+                tensor = like if read is None else read(name)
                 total += _write(file.fileno(), as_bytes(tensor.cpu()).numpy().data, update)
         os.fsync(file.fileno())
     return total

@@ -195,6 +195,20 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def all_gather(self, value: Tensor) -> Tensor:
+        """Every rank's value, on all ranks.
+
+        Args:
+            value: any shape and dtype, the same on all ranks.
+
+        Returns:
+            The values in the order of ranks along a new first axis, on the CPU, in the same dtype.
+        """
+        own = value.detach().to(self.device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own)
+        return torch.stack(found).cpu()
+
     def all_agree(self, flag: bool) -> bool:
         """Whether a flag is true on every rank.
 

@@ -1,6 +1,7 @@
 """What a run reports: a console line, TensorBoard scalars, and a JSON line, all of the same numbers."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from mega_scale.training.checkpoint.files import replace_text
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
 PEAK_FLOPS = {
@@ -22,6 +25,8 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "MI300X": 1307e12,
 }
+
+_NAMED = 8  # ranks in a line
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -42,19 +47,25 @@ def memory_bytes(device: torch.device) -> int:
 class Throughput:
     """Time and tokens since the last report; evaluations, samples and checkpoints can be left out of the time."""
 
-    def __init__(self, flops_per_token: int, peak: float | None, ranks: int) -> None:
-        self._flops_per_token, self._peak, self._ranks = flops_per_token, peak, ranks
-        self._since, self._tokens, self._steps, self._waited = time.perf_counter(), 0, 0, 0.0
+    def __init__(self, peak: float | None, ranks: int) -> None:
+        self._peak, self._ranks = peak, ranks
+        self._since, self._tokens, self._flops, self._steps, self._waited = time.perf_counter(), 0, 0, 0, 0.0
 
-    def add(self, tokens: int, waited: float = 0.0) -> None:
-        """Count a step of so many tokens, over all ranks, and the seconds for which it waited for them."""
+    def add(self, tokens: int, waited: float, flops_per_token: int) -> None:
+        """Count a step of so many tokens, over all ranks, the seconds for which it waited for them, and their cost."""
         self._tokens += tokens
+        self._flops += tokens * flops_per_token
         self._steps += 1
         self._waited += waited
 
     def skip(self, seconds: float) -> None:
         """Leave out time that was not training."""
         self._since += seconds
+
+    def per_step(self) -> tuple[float, float]:
+        """Seconds for which this rank waited for data, and seconds in all, in a step of the interval, in the mean."""
+        steps = max(self._steps, 1)
+        return self._waited / steps, (time.perf_counter() - self._since) / steps
 
     def report(self, steps_left: int) -> dict[str, float]:
         """Figures of the interval that ends now; the next one begins.
@@ -72,8 +83,8 @@ class Throughput:
         found = {"tokens_per_second": rate, "eta_seconds": steps_left * seconds / max(self._steps, 1)}
         found["loader_wait"] = self._waited / seconds
         if self._peak is not None:
-            found["mfu"] = rate * self._flops_per_token / (self._peak * self._ranks)
-        self._since, self._tokens, self._steps, self._waited = now, 0, 0, 0.0
+            found["mfu"] = self._flops / seconds / (self._peak * self._ranks)
+        self._since, self._tokens, self._flops, self._steps, self._waited = now, 0, 0, 0, 0.0
         return found
 
 
@@ -90,11 +101,15 @@ def _data_parts(values: dict[str, float]) -> list[str]:
     parts = []
     if "loader_wait" in values:
         parts.append(f"wait {values['loader_wait']:.1%}")
+    if "sequence_length" in values:
+        parts.append(f"length {values['sequence_length']:,}")
     if "padding" in values:
         parts.append(f"padding {values['padding']:.1%}")
     bad = sum(value for name, value in values.items() if name.startswith("bad_rows/"))
     if bad:
         parts.append(f"bad rows {bad:,.0f}")
+    if values.get("bad_steps"):
+        parts.append(f"bad steps {values['bad_steps']:,.0f}")
     names = [key.removeprefix("tokens/") for key in values if key.startswith("tokens/")]
     if len(names) == 1 and f"epochs/{names[0]}" in values:
         return [*parts, f"epoch {values[f'epochs/{names[0]}']:.2f}"]
@@ -124,7 +139,7 @@ class Reporter:
         kept = []
         if start and self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        replace_text(self._path, "".join(line + "\n" for line in kept))
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False
         )
@@ -136,6 +151,12 @@ class Reporter:
         """Count one step on the progress bar."""
         if self._active:
             self._bar.update()
+
+    def rewind(self, step: int) -> None:
+        """Show on the progress bar that the run went back; what was written stays, and later lines supersede it."""
+        if self._active:
+            self._bar.n = step
+            self._bar.refresh()
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -163,6 +184,30 @@ class Reporter:
         self.say(" | ".join([*parts, *_data_parts(values)]))
         self._record(step, "train", values)
 
+    def bad_step(
+        self, step: int, problem: str, rows: list[int], where: list[str], loss: float, norm: float, total: int
+    ) -> None:
+        """Report a step that was not taken.
+
+        Args:
+            step: optimizer step.
+            problem: why, in words.
+            rows: of the run's data that it took, [first, end).
+            where: ranks and rows whose loss was not finite, in words.
+            loss: of the global batch (nats per token).
+            norm: of its gradient.
+            total: bad steps so far.
+        """
+        if not self._active:
+            return
+        named = f": {', '.join(where[:_NAMED])}" if where else ""
+        more = f" and {len(where) - _NAMED} more" if len(where) > _NAMED else ""
+        self.say(f"step {step} | bad step {total}, not taken: {problem} | rows {rows[0]} to {rows[1] - 1}{named}{more}")
+        values = {"loss": loss, "grad_norm": norm, "total": total}
+        self._write(step, "bad_step", {**values, "problem": problem, "rows": rows, "where": where})
+        if self._writer is not None:
+            self._writer.add_scalar("train/bad_steps", total, step)
+
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Report an evaluation: loss, perplexity, bits_per_byte, tokens."""
         self.say(
@@ -180,9 +225,14 @@ class Reporter:
         if self._writer is not None:
             self._writer.add_text("sample", "    " + text.replace("\n", "\n    "), step)
 
-    def _record(self, step: int, part: str, values: dict[str, float]) -> None:
+    def _write(self, step: int, part: str, values: dict[str, Any]) -> None:
+        # JSON has no word for what is not finite.
+        known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "part": part, **values}) + "\n")
+            file.write(json.dumps({"step": step, "part": part, **known}) + "\n")
+
+    def _record(self, step: int, part: str, values: dict[str, float]) -> None:
+        self._write(step, part, values)
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{part}/{name}", value, step)

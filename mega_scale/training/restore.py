@@ -62,7 +62,7 @@ def values_from(tensors: Mapping[str, Tensor]) -> Values:
 
 
 def load_model(
-    path: Path, device: torch.device, dtype: torch.dtype = torch.float32
+    path: Path, device: torch.device, dtype: torch.dtype = torch.float32, key: bytes | None = None
 ) -> tuple[MegaForCausalLM, PreTrainedTokenizerBase]:
     """Load a model for inference on one device, one tensor at a time.
 
@@ -70,6 +70,7 @@ def load_model(
         path: see `open_model`.
         device: where it goes.
         dtype: of the weights; those of the moving average stay fp32.
+        key: the secret with which a checkpoint must be signed, if there is one.
 
     Returns:
         The model in eval mode, and its tokenizer.
@@ -77,7 +78,7 @@ def load_model(
     Raises:
         ValueError: see `open_model`.
     """
-    config, tensors, tokenizer = open_model(path)
+    config, tensors, tokenizer = open_model(path, key)
     with torch.device("meta"):
         model = MegaForCausalLM(config)
     full = values_from(tensors)

@@ -1,8 +1,27 @@
 """Text that a model continues, while it trains or afterwards."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+
+class EveryToken(StoppingCriteria):
+    """Calls something after each generated token, and goes on; what it raises ends the generation.
+
+    Args:
+        call: shows progress, or raises; on all ranks alike where the model is sharded.
+    """
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Which rows (B,) end here, bool: none."""
+        self._call()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @torch.no_grad()
@@ -16,6 +35,7 @@ def generate_text(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stop_at_eos: bool = False,
+    every_token: Callable[[], None] = lambda: None,
 ) -> str:
     """Continue a text; collective when the model is sharded, and the same on all ranks.
 
@@ -30,6 +50,7 @@ def generate_text(
         temperature: what logits are divided by; 0 takes the likeliest token.
         top_p: share of probability to sample from.
         stop_at_eos: whether an end-of-text token ends the text early.
+        every_token: called after each generated token; what it raises, on all ranks alike, ends the generation.
 
     Returns:
         Prompt and continuation.
@@ -40,15 +61,18 @@ def generate_text(
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     was_training = module.training
     module.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output = module.generate(  # type: ignore[operator]
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id if stop_at_eos else None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **(options if temperature > 0 else {"do_sample": False}),
-        )
-    module.train(was_training)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output = module.generate(  # type: ignore[operator]
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id if stop_at_eos else None,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                stopping_criteria=StoppingCriteriaList([EveryToken(every_token)]),
+                **(options if temperature > 0 else {"do_sample": False}),
+            )
+    finally:
+        module.train(was_training)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

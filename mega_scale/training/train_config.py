@@ -1,7 +1,14 @@
 """Settings of the training loop: how long, how much a step, how often it reports."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
+
+from mega_scale.training.preemption import check_signals, seconds_of
+
+# Below three quarters of parallel.timeout_s, ranks can still tell each other where they stand before collectives fail.
+_LARGEST_SHARE = 0.75
+_DEFAULT_SHARE = 0.5
 
 
 @dataclass
@@ -43,3 +50,46 @@ class TrainConfig:
 
     tensorboard: bool = True
     """Whether to write TensorBoard events to the tensorboard folder in run_dir (no unit)."""
+
+    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])
+    """Signals, on any one rank, after which the run finishes its step, saves and ends with exit code 85 (names)."""
+
+    max_time: int | str | None = None
+    """Save and end with exit code 85 before this much has passed since the start: 13800, or "3:50:00" (seconds)."""
+
+    hang_timeout_s: float = -1.0
+    """Without progress for so long, ranks print their stacks and end; 0 never, -1 parallel.timeout_s / 2 (seconds)."""
+
+    slow_rank_factor: float = 2.0
+    """Name ranks that wait for data or compute longer than this many times the median rank; 0 for not (no unit)."""
+
+    def hang_timeout(self, timeout_s: float) -> float:
+        """Seconds without progress after which the run ends, 0 for never.
+
+        Args:
+            timeout_s: longest wait of ranks for each other (seconds).
+        """
+        return _DEFAULT_SHARE * timeout_s if self.hang_timeout_s == -1 else self.hang_timeout_s
+
+    def validate(self, timeout_s: float) -> None:
+        """Refuse values of the keys that end or watch a run.
+
+        Args:
+            timeout_s: longest wait of ranks for each other (seconds).
+
+        Raises:
+            ValueError: names key, value and remedy.
+        """
+        check_signals(self.stop_signals)
+        if self.max_time is not None:
+            seconds_of(self.max_time)
+        if self.hang_timeout_s != -1 and not 0 <= self.hang_timeout_s <= _LARGEST_SHARE * timeout_s:
+            raise ValueError(
+                f"train.hang_timeout_s={self.hang_timeout_s:g} with parallel.timeout_s={timeout_s:g} is not possible: "
+                f"give at most {_LARGEST_SHARE * timeout_s:g}, so that ranks can say where they stand before the others"
+                " give up waiting, -1 for half of it, 0 for never, or raise parallel.timeout_s"
+            )
+        if not (self.slow_rank_factor == 0 or 1 < self.slow_rank_factor < math.inf):
+            raise ValueError(
+                f"train.slow_rank_factor={self.slow_rank_factor} is not possible: give more than 1, or 0 for no reports"
+            )

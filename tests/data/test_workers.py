@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -78,3 +80,25 @@ def test_worker_that_dies_is_an_error_and_no_hang(how):
     with pytest.raises(RuntimeError, match=words):
         feed.take(5)
     assert time.monotonic() - began < 20 and not children()
+
+
+def test_workers_leave_the_runs_signals_to_the_run():
+    """A launcher, or Slurm, sends them to every process; the run itself still ends its workers at once."""
+    script = """
+import os, signal, time
+from mega_scale.data.workers import Feed
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: None)
+feed = Feed(lambda step: (time.sleep(0.2 if step < 8 else 600), os.getpid())[1], 2, 2, False)
+workers = {feed.take(step) for step in range(2)}
+for number in ("TERM", "USR1", "TERM"):
+    os.system("".join(f"kill -{number} {worker};" for worker in workers))  # from another process
+assert {feed.take(step) for step in range(2, 8)} == workers
+began = time.monotonic()
+feed.close()  # they are busy for ten minutes
+assert time.monotonic() - began < 15
+for worker in workers:
+    assert not os.path.exists(f"/proc/{worker}"), worker
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr

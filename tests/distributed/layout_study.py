@@ -6,6 +6,7 @@ import engine_study
 import tiny_run
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mega_scale.parallel import Engine, ParallelConfig, Place, World, parallelize, seeded_values
 from mega_scale.parallel.mesh import MeshShape
@@ -116,7 +117,7 @@ def train(engine: Engine, world: World, steps: range) -> tuple[list[float], list
 def whole_weights(engine: Engine, world: World) -> dict[str, Tensor]:
     """The state dict's tensors, whole and on every rank, by their Hugging Face names; collective."""
     table, local = pieces(engine.module), engine_study.parts(engine.module)
-    is_whole = world.shape.tp == 1 or not hasattr(next(engine.module.parameters()), "ds_id")
+    is_whole = world.shape.tp == 1 or isinstance(next(engine.module.parameters()), DTensor)
     if not is_whole:
         for name, piece in table.items():
             parts = [torch.empty_like(local[name]) for _ in range(world.shape.tp)]

@@ -94,3 +94,9 @@ def test_native_keys_are_merged_over_ours():
 def test_a_section_cannot_be_replaced_by_a_value():
     with pytest.raises(ValueError, match=r"zero_optimization=3.*expects a section"):
         native_config({"zero_optimization": 3}, zero_stage=3, **RUN)
+
+
+def test_refuses_state_on_nvme() -> None:
+    zero = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
+    with pytest.raises(ValueError, match=r"offload_optimizer\.device='nvme' .* use 'cpu'"):
+        ParallelConfig(ds_config=zero).validate(**RUN)

@@ -68,11 +68,11 @@ def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_pat
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
-    # Another layout may not continue from these files, but start from their export.
-    code, output = start(
-        LAUNCHERS["python"], [*TINY, *common, "parallel.tp=1", f"run_dir={halves}", "--resume"], timeout=60
-    )
-    assert code == 2 and "written with the number of processes 2" in output, output
+    # Another layout and engine may continue from these files, too.
+    elastic = [*common, "parallel.tp=1", "parallel.engine=fsdp", f"train.steps={STEPS + 1}", "--resume"]
+    code, output = start(LAUNCHERS["python"], [*TINY, *elastic, f"run_dir={whole}"])
+    changes = "parallel.engine deepspeed -> fsdp, processes 2 -> 1, parallel.tp 2 -> 1"
+    assert code == 0 and changes in output and f'from_step": {STEPS}' in output, output
     export = tmp_path / "export"
     code, output = start(["python", "launch/export.py"], [str(halves), str(export)])
     assert code == 0, output

@@ -135,13 +135,14 @@ def test_a_background_save_is_complete_when_it_is_polled_and_sees_nothing_of_lat
     made = make_saver(tmp_path, engine)
     assert made.poll() == [] and made.save(1, {"step": 1}) == []
     engine.tensors["weight"].fill_(-1)  # training goes on
+    engine.steps.fill_(4)
     while not (ended := made.poll()):
         time.sleep(0.01)
     assert [saved.folder for saved in ended] == [tmp_path / "checkpoints" / "step-00000001"]
     assert ended[0].bytes == verify(ended[0].folder).bytes > 0
     other = TinyEngine(0)
     load_checkpoint(ended[0].folder, other, OneRank())
-    assert other.tensors["weight"].tolist() == [3.0] * 6
+    assert other.tensors["weight"].tolist() == [3.0] * 6 and other.steps == 3
     assert made.finish() == []
 
 
@@ -205,6 +206,20 @@ def test_only_the_newest_and_every_nth_are_kept(tmp_path):
     for step in range(1, 9):
         save(tmp_path, step, keep=2, keep_every=3)
     assert names(tmp_path) == [f"step-0000000{step}" for step in (3, 6, 7, 8)]
+
+
+def test_a_run_killed_while_it_deleted_a_checkpoint_leaves_no_damaged_one(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    # What a kill in the middle of a deletion leaves: some of the files.
+    monkeypatch.setattr(saver.shutil, "rmtree", lambda folder, **_: (folder / "trainer.json").unlink(missing_ok=True))
+    save(tmp_path, 3, keep=2)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    for folder in checkpoints(tmp_path):
+        verify(folder)
+    make_saver(tmp_path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3  # and the pointer
 
 
 def test_a_step_saved_again_replaces_the_earlier_one(tmp_path):
@@ -344,3 +359,41 @@ def test_a_folder_that_is_only_linked_is_refused(tmp_path):
     (folder / "state").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="state is a link"):
         verify(folder)
+
+
+def test_what_the_next_step_changes_is_not_in_an_asynchronous_checkpoint(tmp_path, monkeypatch):
+    """The copy is made beside the next forward and backward pass; the optimizer waits for it."""
+    engine, copy, copied = TinyEngine(2), saver.Staging.copy, []
+
+    def slow(staging, tensors):
+        time.sleep(0.3)
+        copied.append(True)
+        return copy(staging, tensors)
+
+    monkeypatch.setattr(saver.Staging, "copy", slow)
+    made = make_saver(tmp_path, engine)
+    began = time.perf_counter()
+    assert made.save(1, {"step": 1}) == [] and not copied
+    assert time.perf_counter() - began < 0.2
+    made.wait_copied()
+    assert copied
+    for tensor in engine.tensors.values():
+        tensor.fill_(99)
+    engine.steps.fill_(99)
+    (ended,) = made.finish()
+    assert ended.stall_s >= 0.3
+    loaded = TinyEngine(0)
+    load_checkpoint(ended.folder, loaded, OneRank())
+    assert loaded.tensors["weight"].tolist() == [2.0] * 6 and loaded.steps == 2
+
+
+def test_a_copy_that_fails_is_a_checkpoint_that_could_not_be_written(tmp_path, monkeypatch):
+    def fail(staging, tensors):
+        raise MemoryError("no room for the copy")
+
+    monkeypatch.setattr(saver.Staging, "copy", fail)
+    made = make_saver(tmp_path)
+    made.save(1, {"step": 1})
+    made.wait_copied()
+    (ended,) = made.finish()
+    assert ended.folder is None and "no room for the copy" in ended.problem and not checkpoints(tmp_path)

@@ -1,6 +1,7 @@
 """What a run reports, and the figures that it reports."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ def test_other_ranks_say_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
+def test_a_run_killed_while_it_begins_to_resume_loses_no_line(tmp_path, monkeypatch):
+    reporter = Reporter(tmp_path, rank=0, start=0, steps=4, tensorboard=False)
+    for step in (1, 2, 3):
+        reporter.step(step, VALUES)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, kill)
+        with pytest.raises(KeyboardInterrupt):
+            Reporter(tmp_path, rank=0, start=2, steps=4, tensorboard=False)
+        monkeypatch.undo()
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+    Reporter(tmp_path, rank=0, start=2, steps=4, tensorboard=False).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(before.splitlines(keepends=True)[:2])
+
+
 def test_resuming_supersedes_what_was_written_after_the_checkpoint(tmp_path):
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         reporter = Reporter(tmp_path, rank=0, start=start, steps=4, tensorboard=False)
@@ -76,15 +96,15 @@ def test_tensorboard_holds_the_same_figures(tmp_path):
 
 
 def test_throughput_leaves_out_pauses():
-    throughput = Throughput(flops_per_token=100, peak=1000.0, ranks=2)
+    throughput = Throughput(peak=1000.0, ranks=2)
     throughput.skip(-9.0)  # as if nine seconds had passed
-    throughput.add(50)
-    throughput.add(50)
+    throughput.add(50, 0.0, 80)
+    throughput.add(50, 0.0, 120)  # longer sequences
     report = throughput.report(steps_left=4)
     assert report["tokens_per_second"] == pytest.approx(100 / 9, rel=0.05)
     assert report["eta_seconds"] == pytest.approx(18, rel=0.05)
     assert report["mfu"] == pytest.approx(100 / 9 * 100 / 2000, rel=0.05)
-    throughput.add(7, waited=0.25)
+    throughput.add(7, 0.25, 100)
     throughput.skip(-1.0)
     report = throughput.report(0)
     assert report["tokens_per_second"] == pytest.approx(7, rel=0.05)

@@ -1,11 +1,13 @@
 """Single-head attention inside chunks: one entry, a reference and a fused form."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mega_scale.ops.attention.bias import key_minus_query, rotary_bias, simple_bias, toeplitz
+from mega_scale.ops.attention.documents import ChunkDocuments, attend_apart
 from mega_scale.ops.attention.fused import fused_attention
 from mega_scale.ops.attention.reference import ACTIVATIONS, reference_attention
 
@@ -24,12 +26,14 @@ def chunk_attention(
     key_mask: Tensor | None = None,
     dropout: float | Callable[[Tensor], Tensor] = 0.0,
     return_weights: bool = False,
+    documents: ChunkDocuments | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of every chunk to itself (arXiv 2209.10655, equations 16 to 19, and section 3.4).
 
     softmax: `softmax(q k^T Z^-1/2 + bias)`; laplace and relu2: `f(q k^T / n + bias)`, n the query's position in the
-    chunk plus one when causal, else the chunk's number of valid keys, at least one.
+    chunk plus one when causal, else the chunk's number of valid keys, at least one. With `documents`, n counts keys of
+    the query's document only.
 
     Args:
         q: (B, K, I, Z), any floating dtype.
@@ -43,6 +47,8 @@ def chunk_attention(
         key_mask: (B, K, J) bool, true for valid keys. A softmax chunk without any valid key attends as if unmasked.
         dropout: probability of dropping a weight, or a function of weights (B, K, I, J) that drops some; eager only.
         return_weights: whether to return the weights; eager only.
+        documents: of keys, numbers (B, K, J): a query sees those of its own document only, query i being key
+            `offset + i` (one number for all rows); none where chunks hold one document each.
         impl: auto, eager (the reference) or sdpa (softmax).
 
     Returns:
@@ -62,19 +68,41 @@ def chunk_attention(
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:3]):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}: expected bool {tuple(k.shape[:3])}")
+    if documents is not None:
+        if documents.numbers.shape != k.shape[:3] or isinstance(offset, Tensor):
+            raise ValueError(
+                f"documents have numbers of shape {tuple(documents.numbers.shape)} and an offset of type "
+                f"{type(offset).__name__}: expected {tuple(k.shape[:3])} and one offset for all rows"
+            )
+        if not documents.several.numel():
+            documents = None
     if impl == "auto":
         impl = "sdpa" if activation == "softmax" and not return_weights and not callable(dropout) else "eager"
-    if impl == "sdpa":
-        if activation != "softmax" or return_weights or callable(dropout):
-            raise ValueError(
-                f"impl='sdpa' has neither weights to return or to drop by a function, nor activation={activation!r}: "
-                "use impl='eager'"
-            )
-        return fused_attention(q, k, v, bias, causal=causal, offset=offset, key_mask=key_mask, dropout=dropout), None
-    out, weights = reference_attention(
-        q, k, v, bias, activation=activation, causal=causal, offset=offset, key_mask=key_mask, dropout=dropout
-    )
+    if impl == "sdpa" and (activation != "softmax" or return_weights or callable(dropout)):
+        raise ValueError(
+            f"impl='sdpa' has neither weights to return or to drop by a function, nor activation={activation!r}: "
+            "use impl='eager'"
+        )
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, documents: ChunkDocuments | None
+    ) -> tuple[Tensor, Tensor | None]:
+        reference = partial(reference_attention, activation=activation, dropout=dropout)
+        form = reference if callable(dropout) or impl == "eager" else partial(fused_attention, dropout=dropout)
+        return form(q, k, v, bias, causal=causal, offset=offset, key_mask=key_mask, documents=documents)
+
+    if documents is not None and documents.single.numel() and not return_weights and not callable(dropout):
+        return attend_apart(q, k, v, key_mask, documents, attend), None
+    out, weights = attend(q, k, v, key_mask, documents)
     return out, weights if return_weights else None
 
 
-__all__ = ["IMPLEMENTATIONS", "chunk_attention", "key_minus_query", "rotary_bias", "simple_bias", "toeplitz"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "ChunkDocuments",
+    "chunk_attention",
+    "key_minus_query",
+    "rotary_bias",
+    "simple_bias",
+    "toeplitz",
+]

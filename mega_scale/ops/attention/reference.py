@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.attention.bias import toeplitz
+from mega_scale.ops.attention.documents import ChunkDocuments
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 
@@ -26,7 +27,13 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def visible_keys(
-    queries: int, keys: int, causal: bool, offset: int | Tensor, key_mask: Tensor | None, device: torch.device
+    queries: int,
+    keys: int,
+    causal: bool,
+    offset: int | Tensor,
+    key_mask: Tensor | None,
+    device: torch.device,
+    documents: ChunkDocuments | None = None,
 ) -> Tensor | None:
     """Which keys each query sees: broadcastable to (B, K, I, J) bool; none when it sees all."""
     visible = None
@@ -35,6 +42,10 @@ def visible_keys(
         visible = torch.arange(keys, device=device) <= last
     if key_mask is not None:
         visible = key_mask.unsqueeze(-2) if visible is None else visible & key_mask.unsqueeze(-2)
+    if documents is not None:
+        assert isinstance(offset, int)
+        same = documents.same(queries, offset)
+        visible = same if visible is None else visible & same
     return visible
 
 
@@ -64,6 +75,7 @@ def reference_attention(
     offset: int | Tensor,
     key_mask: Tensor | None,
     dropout: float | Callable[[Tensor], Tensor],
+    documents: ChunkDocuments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, K, I, E) and weights (B, K, I, J); arguments as in `chunk_attention`. Scores and weights are fp32."""
     queries, keys = q.shape[2], k.shape[2]
@@ -72,14 +84,19 @@ def reference_attention(
         scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
         matrix = bias_matrix(bias.to(dtype), queries)
         if activation == "softmax":
-            visible = visible_keys(queries, keys, causal, offset, open_empty_chunks(key_mask), q.device)
+            visible = visible_keys(queries, keys, causal, offset, open_empty_chunks(key_mask), q.device, documents)
             scores = scores * q.shape[-1] ** -0.5 + matrix
             if visible is not None:
                 scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
             weights = scores.softmax(-1)
         else:
-            visible = visible_keys(queries, keys, causal, offset, key_mask, q.device)
-            if causal:
+            visible = visible_keys(queries, keys, causal, offset, key_mask, q.device, documents)
+            if documents is not None:
+                # n is of the query's document alone; a causal one is a position, which does not depend on masks.
+                counted = visible_keys(queries, keys, causal, offset, None if causal else key_mask, q.device, documents)
+                assert counted is not None
+                count = counted.sum(-1, keepdim=True).clamp(min=1).to(dtype)
+            elif causal:
                 count = torch.arange(1, queries + 1, device=q.device, dtype=dtype)[:, None] + _per_row(offset)
                 # Padding before a row's first token has no position; it is masked, but must stay finite.
                 count = count.clamp(min=1) if isinstance(offset, Tensor) else count

@@ -1,16 +1,19 @@
 """Checkpoints of a run: verified, atomic, written in the background, read in any layout."""
 
 from mega_scale.training.checkpoint.config import CheckpointConfig
+from mega_scale.training.checkpoint.convert import convert
 from mega_scale.training.checkpoint.folder import (
     STATE,
     checkpoints,
     find_checkpoint,
-    newest_first,
+    is_checkpoint,
+    look,
     read_state,
     verify,
 )
-from mega_scale.training.checkpoint.manifest import CheckpointError, read_key
+from mega_scale.training.checkpoint.manifest import CheckpointError, claimed_serial, read_key
 from mega_scale.training.checkpoint.restore import choose_checkpoint, load_checkpoint, verify_together
+from mega_scale.training.checkpoint.retention import prune
 from mega_scale.training.checkpoint.saver import Saved, Saver
 
 __all__ = [
@@ -21,9 +24,13 @@ __all__ = [
     "Saver",
     "checkpoints",
     "choose_checkpoint",
+    "claimed_serial",
+    "convert",
     "find_checkpoint",
+    "is_checkpoint",
     "load_checkpoint",
-    "newest_first",
+    "look",
+    "prune",
     "read_key",
     "read_state",
     "verify",

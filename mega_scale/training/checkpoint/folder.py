@@ -39,6 +39,11 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """Step that a checkpoint folder's name says."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, in the order in which they were written, whatever state they are in."""
     found = [path for path in run_dir.glob("checkpoints/step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -177,13 +182,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _age(folder: Path) -> tuple[int, int]:
-    step = int(folder.name.removeprefix("step-"))
+    step = step_of(folder)
     # One whose manifest cannot be read stands where its step would have put it, so that it is named when it was newest.
     return (claimed_serial(folder) or _serial_before(folder, step) + 1, step)
 
 
 def _serial_before(folder: Path, step: int) -> int:
-    older = [path for path in folder.parent.glob("step-*") if _NAME.fullmatch(path.name) and int(path.name[5:]) < step]
+    older = [path for path in folder.parent.glob("step-*") if _NAME.fullmatch(path.name) and step_of(path) < step]
     return max((claimed_serial(path) for path in older), default=0)
 
 

@@ -1,7 +1,8 @@
 """Writing checkpoints: beside, flushed, read back, renamed; in the background if wanted.
 
-A rank copies what it has to write into host memory and goes on training, while a thread writes the copy. Between two
-steps the ranks ask each other whether all threads are done; then rank 0 writes index and manifest, renames the folder,
+A rank goes on training while a thread copies what it has to write into host memory, and then writes the copy. The copy
+has to be complete before the optimizer changes the state: forward and backward passes only read it. Between two steps
+the ranks ask each other whether all threads are done; then rank 0 writes index and manifest, renames the folder,
 moves `latest`, and deletes what is not to be kept. Until then the folder has another name, and is no checkpoint.
 """
 
@@ -16,16 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.parallel import INDEX, Engine, EngineState, World, index_of, own_part, part_file, write_tensors
+from mega_scale.parallel import INDEX, Engine, Span, World, index_of, own_part, part_file, write_tensors
 from mega_scale.training.checkpoint.config import CheckpointConfig
 from mega_scale.training.checkpoint.files import dump, flush, replace_text
-from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, next_serial
+from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, folder_of, next_serial
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
+from mega_scale.training.checkpoint.retention import DELETED, delete, surplus
 from mega_scale.training.checkpoint.staging import Staging
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
+_NAMED = 4  # ranks whose problem is told
 
 
 class Saved(NamedTuple):
@@ -48,40 +51,67 @@ class Saved(NamedTuple):
     bytes: int
 
 
-class _Job:
-    """One rank's part of a checkpoint, being written."""
+class _Task:
+    """Work on a thread of its own, or on this one."""
 
-    def __init__(self, step: int, folder: Path, work: Callable[[], dict[str, Record]]) -> None:
-        self.step, self.folder = step, folder
-        self.records: dict[str, Record] = {}
-        self.problem = ""
-        self.began, self.ended, self.stall_s = time.perf_counter(), 0.0, 0.0
+    def __init__(self, name: str, work: Callable[[], Any], background: bool) -> None:
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.ended = 0.0
         self._work = work
-        self._thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        try:
-            self.records = self._work()
-        except Exception as error:
-            self.problem = _text(error)
-        self.ended = time.perf_counter()
-
-    def start(self) -> None:
         # A daemon: a run that fails does not wait for a checkpoint that can no longer be completed.
-        self._thread = threading.Thread(target=self.run, name=f"checkpoint of step {self.step}", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True) if background else None
+        if self._thread is None:
+            self._run()
+        else:
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work()
+        except Exception as error:  # whatever it is, the run goes on and says it
+            self.error = error
+        self.ended = time.perf_counter()
 
     @property
     def done(self) -> bool:
         return self._thread is None or not self._thread.is_alive()
 
+    @property
+    def problem(self) -> str:
+        return "" if self.error is None else _text(self.error)
+
     def join(self) -> None:
         if self._thread is not None:
             self._thread.join()
 
+    def wait(self) -> Any:
+        """What the work returned; raises what it raised."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class _Save:
+    """A checkpoint under way: written by all ranks, then completed by rank 0."""
+
+    def __init__(self, step: int, folder: Path, index: dict[str, Any], spans: dict[str, Span]) -> None:
+        self.step, self.folder, self.index, self.spans = step, folder, index, spans
+        self.began, self.stall_s = time.perf_counter(), 0.0
+        self.copying: _Task | None = None
+        self.writing: _Task | None = None
+        self.completing: _Task | None = None
+        self.problem = ""
+
+    @property
+    def done(self) -> bool:
+        task = self.completing or self.writing
+        return task is None or task.done
+
 
 class Saver:
-    """Writes the checkpoints of a run; every method is collective.
+    """Writes the checkpoints of a run; methods are collective, except for `wait_copied`.
 
     Args:
         run_dir: folder of the run, shared by all ranks.
@@ -103,10 +133,8 @@ class Saver:
     ) -> None:
         self._run_dir, self._engine, self._world, self._describe = run_dir, engine, world, describe
         self._config, self._key = config, key
-        self._staging = Staging(pin_memory=world.device.type == "cuda") if config.asynchronous else None
-        self._job: _Job | None = None
-        self._spans: dict[str, tuple[int, int, int]] = {}
-        self._state: EngineState | None = None
+        self._staging = Staging(world.device) if config.asynchronous else None
+        self._save: _Save | None = None
         self._serial = 1
         if world.rank == 0:
             self._tidy()
@@ -125,18 +153,17 @@ class Saver:
         ended = self.finish()
         began = time.perf_counter()
         folder = folder_of(self._run_dir, step)
-        unfinished = folder.with_name(folder.name + _UNFINISHED)
+        unfinished = _unfinished(folder)
         state = self._engine.state()
         tensors, spans = own_part(state, self._world.rank, self._world.at.tp)
         problem = self._prepare(unfinished, tensors)
         if problem:
             return [*ended, Saved(step, None, problem, time.perf_counter() - began, 0.0, 0)]
-        if self._staging is not None:
-            tensors = self._staging.copy(tensors)
-        rank, random = self._world.rank, _random_state()
+        rank, random, copying = self._world.rank, _random_state(), self._copy(tensors)
 
-        def work() -> dict[str, Record]:
-            names = {f"{STATE}/{part_file(rank)}": tensors, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
+        def write() -> dict[str, Record]:
+            state = tensors if copying is None else copying.wait()
+            names = {f"{STATE}/{part_file(rank)}": state, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
             found = {name: _write_and_prove(unfinished / name, content, self._key) for name, content in names.items()}
             if rank == 0:
                 dump(unfinished / TRAINER, trainer)
@@ -145,44 +172,67 @@ class Saver:
                 found |= {path.relative_to(unfinished).as_posix(): _hash_and_flush(path, self._key) for path in small}
             return found
 
-        self._job, self._state, self._spans = _Job(step, folder, work), state, spans
-        if self._staging is None:
-            self._job.run()
-            return [*ended, *self.finish()]
-        self._job.start()
-        self._job.stall_s = time.perf_counter() - began
-        return ended
+        # The index says how many steps the optimizer has done: now, since training goes on before it is written.
+        self._save = _Save(step, folder, index_of(state, []), spans)
+        self._save.began, self._save.copying = began, copying
+        self._save.writing = self._task("write", write)
+        self._save.stall_s = time.perf_counter() - began
+        return [*ended, *([] if self._staging is not None else self.finish())]
+
+    def wait_copied(self) -> None:
+        """Wait until the state has been copied; call it before anything changes the state. Not collective."""
+        if self._save is not None and self._save.copying is not None:
+            began = time.perf_counter()
+            self._save.copying.join()
+            self._save.copying = None
+            self._save.stall_s += time.perf_counter() - began
 
     def poll(self) -> list[Saved]:
-        """Complete a checkpoint that all ranks have written by now; call it after every step."""
-        if self._job is None or not self._world.all_agree(self._job.done):
+        """Go on with a checkpoint that all ranks have written by now; call it after every step."""
+        if self._save is None or not self._world.all_agree(self._save.done):
             return []
-        return self.finish()
+        return self._go_on()
 
     def finish(self) -> list[Saved]:
         """Wait for the checkpoint that is being written, if there is one, and complete it."""
-        if self._job is None:
-            return []
-        job, self._job = self._job, None
+        ended: list[Saved] = []
+        while self._save is not None and not ended:
+            began = time.perf_counter()
+            for task in (self._save.writing, self._save.completing):
+                if task is not None:
+                    task.join()
+            self._save.stall_s += time.perf_counter() - began
+            ended = self._go_on()
+        return ended
+
+    def _go_on(self) -> list[Saved]:
+        """From written to being completed, or from there to the end; all ranks' tasks are done."""
+        save = self._save
+        assert save is not None and save.writing is not None
         began = time.perf_counter()
-        job.join()
-        assert self._state is not None
-        reports = self._world.gather([job.records, self._spans, job.problem, job.ended - job.began])
-        outcome: list[Any] = ["", 0, 0.0]
-        if reports is not None:
-            problems = [f"rank {rank}: {report[2]}" for rank, report in enumerate(reports) if report[2]]
-            outcome = ["; ".join(problems[:4]), 0, max(report[3] for report in reports)]
-            if not problems:
-                try:
-                    index = index_of(self._state, [report[1] for report in reports])
-                    outcome[1] = self._commit(job, index, [report[0] for report in reports])
-                except OSError as error:
-                    outcome[0] = f"rank 0: {_text(error)}"
-            if outcome[0]:
-                shutil.rmtree(job.folder.with_name(job.folder.name + _UNFINISHED), ignore_errors=True)
+        if save.completing is None:
+            reports = self._world.gather([save.writing.result, save.spans, save.writing.problem])
+            save.completing = self._task("complete", lambda: self._complete(save, reports))
+            save.stall_s += time.perf_counter() - began
+            return []
+        outcome = [save.completing.problem, save.completing.result, save.completing.ended - save.began]
         problem, size, write_s = self._world.broadcast(outcome)
-        job.stall_s += time.perf_counter() - began
-        return [Saved(job.step, None if problem else job.folder, problem, job.stall_s, write_s, size)]
+        if problem and self._world.rank == 0:
+            shutil.rmtree(_unfinished(save.folder), ignore_errors=True)
+        self._save = None
+        stall_s = save.stall_s + time.perf_counter() - began
+        return [Saved(save.step, None if problem else save.folder, problem, stall_s, write_s, size or 0)]
+
+    def _copy(self, tensors: dict[str, Tensor]) -> _Task | None:
+        """Begin to copy, where that is needed."""
+        staging = self._staging
+        if staging is None:
+            return None
+        staging.mark()
+        return self._task("copy", lambda: staging.copy(tensors))
+
+    def _task(self, name: str, work: Callable[[], Any]) -> _Task:
+        return _Task(f"{name} checkpoint", work, background=self._staging is not None)
 
     def _prepare(self, unfinished: Path, tensors: dict[str, Tensor]) -> str:
         """Make the folder, and see whether there is room; returns what is wrong, the same on all ranks."""
@@ -203,36 +253,42 @@ class Saver:
         # Also tells the others that the folder is there.
         return str(self._world.broadcast(problem))
 
-    def _commit(self, job: _Job, index: dict[str, Any], records: list[dict[str, list[Any]]]) -> int:
-        """Rank 0: write what says that all is there, and give the folder its name; returns the size of all files."""
-        unfinished = job.folder.with_name(job.folder.name + _UNFINISHED)
-        dump(unfinished / STATE / INDEX, index)
-        files = {name: Record(*record) for of_rank in records for name, record in of_rank.items()}
+    def _complete(self, save: _Save, reports: list[Any] | None) -> int:
+        """Write what says that all is there, and give the folder its name; returns the size of all files.
+
+        Raises:
+            OSError: a rank could not write its part, or rank 0 cannot write this.
+        """
+        if reports is None:
+            return 0
+        problems = [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(reports) if problem]
+        if problems:
+            raise OSError("; ".join(problems[:_NAMED]))
+        unfinished = _unfinished(save.folder)
+        dump(unfinished / STATE / INDEX, save.index | {"parts": [spans for _, spans, _ in reports]})
+        files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
         files[f"{STATE}/{INDEX}"] = _hash_and_flush(unfinished / STATE / INDEX, self._key)
-        manifest = Manifest(job.step, self._serial, files)
+        manifest = Manifest(save.step, self._serial, files)
         write_manifest(unfinished, manifest, self._key)
         for folder in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
             flush(folder)
-        replaced = job.folder.with_name(job.folder.name + _REPLACED)
-        if job.folder.exists():  # a run that was continued from before this step writes it anew
+        replaced = save.folder.with_name(save.folder.name + _REPLACED)
+        if save.folder.exists():  # a run that was continued from before this step writes it anew
             shutil.rmtree(replaced, ignore_errors=True)
-            job.folder.rename(replaced)
-        unfinished.rename(job.folder)
-        flush(job.folder.parent)
+            save.folder.rename(replaced)
+        unfinished.rename(save.folder)
+        flush(save.folder.parent)
         self._serial += 1
-        replace_text(job.folder.parent / LATEST, job.folder.name + "\n")
+        replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
         shutil.rmtree(replaced, ignore_errors=True)
-        self._delete_old(job.folder)
+        self._delete_old(save.folder)
         return manifest.bytes
 
     def _delete_old(self, newest: Path) -> None:
         """Delete the oldest; the one just written stays in any case, and it was read back."""
-        if self._config.keep > 0:
-            others = [folder for folder in checkpoints(self._run_dir) if folder != newest]
-            for folder in others[: max(len(others) + 1 - self._config.keep, 0)]:
-                step = int(folder.name.removeprefix("step-"))
-                if not (self._config.keep_every and step % self._config.keep_every == 0):
-                    shutil.rmtree(folder, ignore_errors=True)
+        for folder in surplus(self._run_dir, newest, self._config.keep, self._config.keep_every):
+            with contextlib.suppress(OSError):
+                delete(folder)
 
     def _tidy(self) -> None:
         """Remove what a killed run left half written, and restore what it was about to replace."""
@@ -242,8 +298,13 @@ class Saver:
                 if not original.exists():
                     path.rename(original)
             shutil.rmtree(path, ignore_errors=True)
-        for path in self._run_dir.glob(f"checkpoints/step-*{_UNFINISHED}"):
-            shutil.rmtree(path, ignore_errors=True)
+        for suffix in (_UNFINISHED, DELETED):
+            for path in self._run_dir.glob(f"checkpoints/step-*{suffix}"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + _UNFINISHED)
 
 
 def _write_and_prove(path: Path, tensors: dict[str, Tensor], key: bytes | None) -> Record:

@@ -14,15 +14,20 @@ class Staging:
     """One buffer, made at the first copy and used again: new memory costs more than the copy.
 
     Args:
-        pin_memory: lock it, so that a GPU copies into it at full speed.
+        device: of the state. From a GPU, copies go into locked memory, beside what else it computes.
     """
 
-    def __init__(self, pin_memory: bool) -> None:
-        self._pin = pin_memory
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
+    def mark(self) -> None:
+        """Let the next copy be of what the device has been told to compute so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors; the copies are valid until the next call.
+        """Copy tensors, in any thread, and wait for it; the copies are valid until the next call.
 
         Args:
             tensors: by name, of any device and shape.
@@ -36,12 +41,13 @@ class Staging:
             places[name] = slice(end, end + length)
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
         if len(self._buffer) < end:
-            self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self._pin)
+            self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self._stream is not None)
         copies = {}
-        for name, tensor in tensors.items():
-            room = self._buffer[places[name]]
-            room.copy_(as_bytes(tensor), non_blocking=True)
-            copies[name] = room.view(tensor.dtype).view(tensor.shape)
-        if self._pin:
-            torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            for name, tensor in tensors.items():
+                room = self._buffer[places[name]]
+                room.copy_(as_bytes(tensor), non_blocking=True)
+                copies[name] = room.view(tensor.dtype).view(tensor.shape)
+        if self._stream is not None:
+            self._stream.synchronize()
         return copies

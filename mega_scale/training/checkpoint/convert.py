@@ -1,0 +1,59 @@
+"""Rewriting a checkpoint in another number of files, or with another signature; memory for one parameter."""
+
+import shutil
+from pathlib import Path
+
+from mega_scale.parallel import INDEX, StateReader, part_file, write_tensors
+from mega_scale.training.checkpoint.files import dump, flush
+from mega_scale.training.checkpoint.folder import STATE, folder_of, verify
+from mega_scale.training.checkpoint.manifest import MANIFEST, Manifest, Record, hash_file, new_hash, write_manifest
+
+
+def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, new_key: bytes | None = None) -> Path:
+    """Write a checkpoint anew into another run folder; it is resumed from as the original is.
+
+    Args:
+        folder: of the checkpoint, which is verified first.
+        run_dir: the other run folder.
+        parts: files for the state, as so many ranks would have written them.
+        key: the secret with which the checkpoint is signed, if it is.
+        new_key: the secret to sign the new one with, if it is to be.
+
+    Returns:
+        Folder of the new checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged, the number of parts is not at least 1, or the destination exists.
+    """
+    if parts < 1:
+        raise ValueError(f"parts={parts} is not possible: give at least 1")
+    manifest = verify(folder, key)
+    final = folder_of(run_dir, manifest.step)
+    if final.exists():
+        raise ValueError(f"{final} exists: choose another folder")
+    fresh = final.with_name(final.name + ".unfinished")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(
+        folder, fresh, ignore=lambda path, names: {n for n in names if n == MANIFEST or Path(path) == folder / STATE}
+    )
+    (fresh / STATE).mkdir(exist_ok=True)
+    reader = StateReader(folder / STATE)
+    files: dict[str, Record] = {}
+    spans = []
+    for part in range(parts):
+        own, hashed = reader.part_of(part, parts), new_hash(new_key)
+        size = write_tensors(fresh / STATE / part_file(part), own.like, hashed.update, own.read)
+        files[f"{STATE}/{part_file(part)}"] = Record(size, hashed.hexdigest())
+        spans.append(own.spans)
+    dump(fresh / STATE / INDEX, reader.index(spans))
+    for path in fresh.rglob("*"):
+        name = path.relative_to(fresh).as_posix()
+        if path.is_file() and name not in files:
+            flush(path)
+            files[name] = hash_file(path, new_key)
+    write_manifest(fresh, Manifest(manifest.step, manifest.serial, files), new_key)
+    for path in (*(path for path in fresh.rglob("*") if path.is_dir()), fresh):
+        flush(path)
+    fresh.rename(final)
+    flush(final.parent)
+    return final

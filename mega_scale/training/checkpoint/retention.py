@@ -1,0 +1,79 @@
+"""Which checkpoints are deleted, and that the last valid one never is."""
+
+import shutil
+from pathlib import Path
+
+from mega_scale.training.checkpoint.folder import checkpoints, step_of, verify
+from mega_scale.training.checkpoint.manifest import CheckpointError
+
+DELETED = ".deleted"
+"""What follows the name of a checkpoint that is being deleted."""
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint, its name first: what is killed half way leaves no damaged checkpoint behind.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        OSError: it cannot be deleted; if it could be renamed, it no longer counts as a checkpoint.
+    """
+    nameless = folder.with_name(folder.name + DELETED)
+    shutil.rmtree(nameless, ignore_errors=True)
+    folder.rename(nameless)
+    shutil.rmtree(nameless)
+
+
+def surplus(run_dir: Path, newest: Path, keep: int, keep_every: int) -> list[Path]:
+    """The checkpoints that are not to be kept, oldest first.
+
+    Args:
+        run_dir: folder of the run.
+        newest: the checkpoint just written, which stays: a damaged one may seem to be newer.
+        keep: newest checkpoints to keep; 0 keeps all.
+        keep_every: checkpoints of steps that this divides are kept; 0 means none of them.
+    """
+    others = [folder for folder in checkpoints(run_dir) if folder != newest]
+    old = others[: max(len(others) + 1 - keep, 0)] if keep > 0 else []
+    return [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
+
+
+def prune(
+    run_dir: Path, keep: int, keep_every: int = 0, *, damaged: bool = False, key: bytes | None = None, dry: bool = False
+) -> list[Path]:
+    """Delete checkpoints of a run that no longer trains.
+
+    Every checkpoint is verified first: damaged ones do not count among those that are kept, and nothing is deleted
+    unless one that stays is valid.
+
+    Args:
+        run_dir: folder of the run.
+        keep: newest valid checkpoints to keep; 0 keeps all.
+        keep_every: valid checkpoints of steps that this divides are kept; 0 means none of them.
+        damaged: delete damaged ones too.
+        key: the secret with which checkpoints must be signed, if there is one.
+        dry: only say what would be deleted.
+
+    Returns:
+        What was deleted.
+
+    Raises:
+        ValueError: no checkpoint of the run is valid.
+    """
+    valid, broken = [], []
+    for folder in checkpoints(run_dir):
+        try:
+            verify(folder, key)
+        except CheckpointError:
+            broken.append(folder)
+        else:
+            valid.append(folder)
+    if not valid:
+        raise ValueError(f"{run_dir} has no valid checkpoint ({len(broken)} damaged ones): nothing is deleted")
+    old = valid[:-keep] if keep > 0 else []
+    chosen = [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
+    chosen += broken if damaged else []
+    for folder in [] if dry else chosen:
+        delete(folder)
+    return chosen

@@ -1,0 +1,75 @@
+"""Runs launch/pretrain.py with faults under real launchers, and reads what is left."""
+
+import json
+import re
+import signal
+import socket
+
+from launching import LAUNCHERS, TINY, metrics, start
+
+ENGINES = [("torchrun", "fsdp"), ("deepspeed", "deepspeed")]
+# What a launcher makes of ranks that end with 85.
+STOPPED = {"torchrun": 1, "deepspeed": 85, "python": 85, "accelerate": 1}
+
+
+def faulty(launcher, run_dir, faults, *changes, timeout=240):
+    """Train the tiny run with faults; returns (exit code of the launcher, output)."""
+    command = command_of(launcher)
+    environment = ["env", f"FAULTS={json.dumps(faults)}"]
+    return start([*environment, *command], [*TINY, f"run_dir={run_dir}", *changes], timeout)
+
+
+def undisturbed(launcher, run_dir, *changes):
+    """Train the tiny run without faults; returns its output, and fails unless it ends well."""
+    code, output = faulty(launcher, run_dir, [], *changes)
+    assert code == 0, output[-6000:]
+    return output
+
+
+def command_of(launcher):
+    """The launcher's command for the faulty program, at a free port."""
+    words = [
+        "tests/launch/faulty_pretrain.py" if word == "launch/pretrain.py" else word for word in LAUNCHERS[launcher]
+    ]
+    return [free_port() if word.isdigit() and len(word) == 5 else word for word in words]
+
+
+def listens(pid):
+    """Whether a process has a handler for SIGTERM."""
+    with open(f"/proc/{pid}/status") as file:
+        caught = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt"))
+    return bool(caught & 1 << signal.SIGTERM - 1)
+
+
+def until_step(step, process):
+    """Read a run's output until it reports a step; says whether it did."""
+    return any(re.match(rf"step +{step}/", line) for line in process.stdout)
+
+
+def free_port():
+    """As text. A run that was stopped may have left its port waiting."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def text(text_file):
+    return ["data.source=json", f"data.path={text_file}", "data.validation_fraction=0.2"]
+
+
+def status(run_dir):
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def saved(run_dir):
+    """Steps of the checkpoints of a run; nothing unfinished may lie beside them."""
+    names = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
+    assert all(name.removeprefix("step-").isdigit() for name in names), names
+    return [int(name.removeprefix("step-")) for name in names]
+
+
+def assert_same_steps(run_dir, expected, steps):
+    got, want = metrics(run_dir), metrics(expected)
+    for step in steps:
+        for key in ("loss", "grad_norm", "lr", "tokens", "bad_steps"):
+            assert got[step][key] == want[step][key], (step, key)

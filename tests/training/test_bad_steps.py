@@ -1,0 +1,138 @@
+"""What counts as a bad step, what is remembered of it, and which data a run takes after it went back."""
+
+import json
+import math
+import random
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mega_scale.parallel.mesh import MeshShape
+from mega_scale.training.bad_steps import BadSteps, BadStepsConfig, rows_of
+from mega_scale.training.progress import Progress
+
+SPIKES = BadStepsConfig(spike_deviations=3.0, spike_window=4)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_bad(loss):
+    assert str(loss) in BadSteps(BadStepsConfig()).problem(loss)
+    assert BadSteps(BadStepsConfig()).problem(1e30) is None
+
+
+def test_a_spike_is_measured_against_the_last_good_losses_only():
+    bad = BadSteps(SPIKES)
+    for loss in (9.0, 2.0, 2.2, 1.8):
+        assert bad.problem(1e9) is None  # too few to know
+        bad.good(loss)
+    bad.good(2.0)  # 9.0 is forgotten
+    limit = 2.0 + 3 * statistics.pstdev([2.0, 2.2, 1.8, 2.0])
+    assert bad.problem(limit - 1e-9) is None and bad.problem(limit + 1e-9) is not None
+    bad.bad()
+    assert bad.problem(limit + 1e-9) is not None and list(bad.losses) == [2.0, 2.2, 1.8, 2.0]
+
+
+def test_its_state_is_json_and_the_same_to_the_bit():
+    bad, random_ = BadSteps(SPIKES), random.Random(0)
+    for _ in range(7):
+        bad.good(random_.random())
+    bad.bad()
+    bad.skipped, bad.rollbacks = [[3, 5]], 1
+    again = BadSteps.load(SPIKES, json.loads(json.dumps(bad.state_dict())))
+    assert again == bad and again.problem(0.9) == bad.problem(0.9)
+    assert BadSteps.load(SPIKES, None) == BadSteps(SPIKES)
+
+
+def test_bad_steps_in_a_row_are_those_since_the_last_good_one():
+    bad = BadSteps(BadStepsConfig(in_a_row=2))
+    bad.bad()
+    bad.good(1.0)
+    bad.bad()
+    assert not bad.too_many
+    bad.bad()
+    assert bad.too_many and bad.total == 3
+
+
+def state_at(step, bad):
+    return {"step": step, "tokens": 10 * step, "bad_steps": bad.state_dict()}
+
+
+def test_going_back_leaves_out_the_data_of_the_bad_steps(tmp_path):
+    config = BadStepsConfig(in_a_row=3, rollbacks=2)
+    now = Progress.begin(config)
+    at_5 = state_at(5, now.bad)
+    now.step = 7
+    for _ in range(3):  # steps 8, 9, 10
+        now.bad.bad()
+        now.step += 1
+    assert now.go_back(tmp_path, at_5) == [7, 10]
+    assert (now.step, now.tokens, now.saved, now.folder) == (5, 50, 5, tmp_path)
+    assert (now.bad.total, now.bad.row, now.bad.rollbacks) == (3, 0, 1)
+    assert [now.bad.data_step(step) for step in range(1, 10)] == [0, 1, 2, 3, 4, 5, 6, 10, 11]
+    # Again, right behind them
+    at_5 = state_at(5, now.bad)
+    now.step = 7
+    for _ in range(3):
+        now.bad.bad()
+        now.step += 1
+    assert now.go_back(tmp_path, at_5) == [10, 13]
+    assert [now.bad.data_step(step) for step in range(6, 10)] == [5, 6, 13, 14]
+
+
+def test_a_checkpoint_between_bad_steps_keeps_what_lies_before_it(tmp_path):
+    """A run that was asked to stop there saved it."""
+    now = Progress.begin(BadStepsConfig(in_a_row=3, rollbacks=1))
+    now.step = 7
+    now.bad.bad()
+    now.step = 8
+    at_8 = state_at(8, now.bad)
+    for _ in range(2):
+        now.bad.bad()
+        now.step += 1
+    assert now.go_back(tmp_path, at_8) == [8, 10]
+    assert [now.bad.data_step(step) for step in (8, 9, 10)] == [7, 10, 11]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 3))
+def test_every_step_of_data_is_taken_once_or_left_out(gaps, length):
+    """Whatever is left out, the rest keeps its order, and nothing is taken twice."""
+    config = BadStepsConfig(in_a_row=length, rollbacks=99)
+    now, step = Progress.begin(config), 0
+    left_out = set()
+    for gap in gaps:
+        start = state_at(step, now.bad)
+        now.step = step + gap
+        for _ in range(length):
+            now.bad.bad()
+            now.step += 1
+        left_out |= set(range(*now.go_back(None, start)))
+        step += gap
+    taken = [now.bad.data_step(number) for number in range(1, step + 10)]
+    assert taken == [number for number in range(taken[-1] + 1) if number not in left_out]
+
+
+def test_rows_of_a_bad_step_are_named_by_rank_and_micro_batch():
+    shares = torch.zeros(2, 3)
+    shares[1, 2] = math.nan
+    rows, where = rows_of(4, shares, MeshShape(1, 2, 1, 1), rows=2)
+    assert rows == [48, 60] and where == ["rank 1, rows 58 to 59"]
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"in_a_row": 0}, "bad_steps.in_a_row=0"),
+        ({"rollbacks": -1}, "bad_steps.rollbacks=-1"),
+        ({"rollbacks": 1}, "checkpoint.every=0"),
+        ({"spike_deviations": -1.0}, "bad_steps.spike_deviations=-1.0"),
+        ({"spike_deviations": math.nan}, "bad_steps.spike_deviations=nan"),
+        ({"spike_window": 1}, "bad_steps.spike_window=1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        BadStepsConfig(**changes).validate(0)

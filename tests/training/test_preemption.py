@@ -1,0 +1,164 @@
+"""Durations, the clock, who may ask a run to stop, and how ranks agree; no ranks are started."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from launch.stop_signals import StopSignals
+from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.training.bad_steps import DIVERGED
+from mega_scale.training.preemption import STOPPED, Stopping, StopRun, TimeLimit, check_signals, seconds_of
+from mega_scale.training.status import RunStatus
+from mega_scale.training.train_config import TrainConfig
+
+
+def test_exit_codes_are_those_that_the_readme_lists():
+    assert (STOPPED, PEER_LOST, DIVERGED) == (85, 75, 65)
+
+
+@pytest.mark.parametrize(
+    "text,seconds",
+    [(90, 90), ("90", 90), ("1:30", 90), ("3:50:00", 13800), ("100:00", 6000), ("1-00:00:10", 86410), ("0:00:01", 1)],
+)
+def test_durations(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "soon", "3:60:00", "1:2:3:4", "-5", -5, 0, "0:00", "1.5", "1-2", "1-2:3", "٣", "1:-2", ":", "1:"]
+)
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match=r"train\.max_time=.* is no duration"):
+        seconds_of(text)
+
+
+def test_only_signals_that_may_ask_are_taken():
+    check_signals(["SIGTERM", "SIGUSR1", "SIGINT"])
+    check_signals([])
+    for name in ("SIGKILL", "SIGSEGV", "SIGCHLD", "TERM", "15"):
+        with pytest.raises(ValueError, match=name):
+            check_signals([name])
+
+
+def test_the_clock_leaves_time_for_a_step_and_a_save():
+    now = time.time()
+    limit = TimeLimit(100, since=now - 60)
+    limit.step(5)
+    assert not limit.reached()  # 60 + 1.2 (5 + 10) + 2
+    limit.save(30)
+    assert limit.reached()  # 60 + 1.2 (5 + 30) + 2
+    limit = TimeLimit(100, since=now - 60)
+    limit.save(1)
+    limit.step(25)
+    assert not limit.reached()
+    limit.step(32)
+    limit.step(1)  # the longest counts
+    assert limit.reached()
+    assert not TimeLimit(3600).reached() and TimeLimit(1).reached()
+
+
+class OneRank:
+    """Rank 1 of two, where the other one says what it is told to."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def sum(self, value):
+        return value + self.other.any()
+
+    def all_gather(self, value):
+        return torch.stack([self.other, value])
+
+
+def test_ranks_stop_when_any_of_them_wants_to_and_say_who():
+    quiet, asked, late = torch.tensor([0, 0]), torch.tensor([signal.SIGUSR1, 0]), torch.tensor([0, 1])
+    Stopping(OneRank(quiet), lambda: None).check()
+    for other, own, reason in (
+        (asked, None, "SIGUSR1 on rank 0"),
+        (quiet, "SIGTERM", "SIGTERM on rank 1"),
+        (asked, "SIGUSR1", "SIGUSR1 on all ranks"),
+        (late, None, "train.max_time is nearly over"),
+    ):
+        stopping = Stopping(OneRank(other), lambda own=own: own)
+        assert stopping.wanted() == (own is not None)
+        with pytest.raises(StopRun):
+            stopping.check()
+        assert stopping.reason() == reason
+        with pytest.raises(StopRun):  # and it stays so, without another question
+            stopping.decide(0)
+
+
+def test_a_signal_is_noted_once_and_the_first_counts():
+    script = """
+import os, signal
+from launch.stop_signals import StopSignals
+signals = StopSignals()
+signals.listen()
+for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+    os.kill(os.getpid(), number)
+assert signals.asked() == "SIGUSR1"
+if os.fork() == 0:  # a child ends by what ends a process
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGTERM
+signals.ignore()
+os.kill(os.getpid(), signal.SIGTERM)
+signals.listen(["SIGTERM"])  # USR1 came, and is not among them
+print("not reached")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGUSR1 and done.stdout == "", done.stderr
+
+
+def test_listening_imports_nothing_heavy():
+    script = "import sys; import launch.stop_signals; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "mega_scale", "numpy"} & set(done.stdout.split())
+
+
+def test_handlers_are_there_before_the_heavy_imports():
+    """What launch/pretrain.py imports before it listens."""
+    with open("launch/pretrain.py") as file:
+        before = file.read().split("SIGNALS.listen()")[0]
+    imports = [line for line in before.splitlines() if line.startswith(("import ", "from "))]
+    assert imports == ["import sys", "from pathlib import Path", "from launch.stop_signals import StopSignals"]
+    assert StopSignals().asked() is None
+
+
+def test_the_status_is_replaced_as_a_whole_and_by_the_first_rank_only(tmp_path):
+    RunStatus(tmp_path, 1).write("failed", 3, "no")
+    assert not list(tmp_path.iterdir())
+    status = RunStatus(tmp_path, 0)
+    status.write("running", 0)
+    inode = (tmp_path / "status.json").stat().st_ino
+    status.write("stopped", 7, "SIGTERM\non rank 1")
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "state": "stopped", "step": 7, "reason": "SIGTERM on rank 1",
+    }  # fmt: skip
+    assert (tmp_path / "status.json").stat().st_ino != inode and os.listdir(tmp_path) == ["status.json"]
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"stop_signals": ["SIGKILL"]}, "SIGKILL"),
+        ({"max_time": "1:75"}, "train.max_time='1:75'"),
+        ({"hang_timeout_s": 76}, r"train.hang_timeout_s=76 with parallel.timeout_s=100 .* at most 75"),
+        ({"hang_timeout_s": -2}, r"train.hang_timeout_s=-2"),
+        ({"hang_timeout_s": float("nan")}, r"train.hang_timeout_s=nan"),
+        ({"slow_rank_factor": 0.5}, "train.slow_rank_factor=0.5"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**changes).validate(100)
+
+
+def test_the_hang_timeout_follows_the_timeout_of_the_ranks():
+    assert TrainConfig().hang_timeout(100) == 50 and TrainConfig(hang_timeout_s=0).hang_timeout(100) == 0

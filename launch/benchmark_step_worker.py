@@ -27,7 +27,8 @@ def sizes_of_mega(sizes: dict[str, Any]) -> dict[str, Any]:
         "shared_representation_size": sizes["shared"], "intermediate_size": sizes["expanded"],
         "nffn_hidden_size": sizes["expanded"], "ema_projection_size": sizes["averages"], "use_chunking": True,
         "chunk_size": sizes["chunk"], "is_decoder": True, "bidirectional": False, "dropout_prob": 0.0,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_positions": max(sizes["lengths"]),
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "nffn_activation_dropout_prob": 0.0,
+        "max_positions": max(sizes["lengths"]),
         "add_token_type_embeddings": False,
     }  # fmt: skip
 

@@ -87,7 +87,7 @@ ANYWHERE: dict[str, Callable[[Path], bytes]] = {
         {"__class__": "os.system", "py/object": "os.system", "__reduce__": ["os.system", [_touch(m)]], "step": 3}
     ).encode(),
     "JSON, custom code": lambda m: json.dumps(
-        {"auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM")}}
+        {"auto_map": dict.fromkeys(("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"), "evil.Evil")}
         | {"model_type": "evil", "tokenizer_class": "Evil"}
     ).encode(),
     "JSON, nested deeply": lambda m: b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
@@ -110,8 +110,10 @@ ANYWHERE: dict[str, Callable[[Path], bytes]] = {
     "Python": lambda m: f"{_code(m)}\n".encode(),
     "shell": lambda m: f"#!/bin/sh\n{_touch(m)}\n".encode(),
     "template": lambda m: (
-        "{{ cycler.__init__.__globals__.os.system('%s') }}" % _touch(m)  # noqa: UP031  braces belong to it
-    ).encode(),
+        (
+            "{{ cycler.__init__.__globals__.os.system('%s') }}" % _touch(m)  # noqa: UP031  braces belong to it
+        ).encode()
+    ),
     "nothing": lambda m: b"",
     "zeros": lambda m: bytes(10_000),
 }
@@ -126,7 +128,7 @@ def _json(edit: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
     return change
 
 
-_CODE = {"auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModelForCausalLM")}}
+_CODE = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")}
 _TOKENIZER_CODE = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
 
 # Right in form but for one thing: which file, and what becomes of its content.

@@ -80,13 +80,17 @@ def describe(folder):
     (folder / "model" / "config.json").write_text("{}")
 
 
+def trainer(step):
+    return {"step": step, "tokens": 100 * step, "data": {}, "layout": {}}
+
+
 def make_saver(run_dir, engine=None, key=None, **settings):
     return Saver(run_dir, engine or TinyEngine(1), OneRank(), describe, CheckpointConfig(**settings), key)
 
 
 def save(run_dir, step, value=1.0, key=None, **settings):
     made = make_saver(run_dir, TinyEngine(value), key, asynchronous=False, **settings)
-    (ended,) = made.save(step, {"step": step})
+    (ended,) = made.save(step, trainer(step))
     assert ended.problem == ""
     return ended.folder
 
@@ -104,7 +108,7 @@ def test_what_was_saved_comes_back_with_its_random_state(tmp_path, key):
     engine = TinyEngine(0)
     torch.manual_seed(0)
     assert choose_checkpoint(tmp_path, OneRank(), key) == folder
-    assert load_checkpoint(folder, engine, OneRank()) == {"step": 7}
+    assert load_checkpoint(folder, engine, OneRank()) == trainer(7)
     assert engine.tensors["weight"].tolist() == [4.5] * 6 and engine.tensors["exp_avg_sq"].tolist() == [6.5] * 6
     assert engine.steps == 4 and engine.told == 7
     assert torch.equal(torch.rand(4), following)
@@ -133,7 +137,8 @@ def test_the_newest_is_the_last_one_written_even_by_a_run_that_went_back(tmp_pat
 def test_a_background_save_is_complete_when_it_is_polled_and_sees_nothing_of_later_steps(tmp_path):
     engine = TinyEngine(3)
     made = make_saver(tmp_path, engine)
-    assert made.poll() == [] and made.save(1, {"step": 1}) == []
+    assert made.poll() == [] and made.save(1, trainer(1)) == []
+    made.wait_copied()
     engine.tensors["weight"].fill_(-1)  # training goes on
     engine.steps.fill_(4)
     while not (ended := made.poll()):
@@ -155,8 +160,8 @@ def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(saver, "write_tensors", slowly)
     made = make_saver(tmp_path)
-    assert made.save(1, {"step": 1}) == [] and made.poll() == []
-    assert [saved.step for saved in made.save(2, {"step": 2})] == [1]
+    assert made.save(1, trainer(1)) == [] and made.poll() == []
+    assert [saved.step for saved in made.save(2, trainer(2))] == [1]
     assert [saved.step for saved in made.finish()] == [2]
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
@@ -171,11 +176,11 @@ def test_a_write_that_fails_is_reported_and_leaves_older_checkpoints_alone(tmp_p
     made = make_saver(tmp_path, asynchronous=asynchronous, keep=1)
     with monkeypatch.context() as patched:
         patched.setattr(saver, "write_tensors", fail)
-        (ended,) = made.save(10, {"step": 10}) + made.finish()
+        (ended,) = made.save(10, trainer(10)) + made.finish()
     assert ended.folder is None and "rank 0: OSError: No space left on device" in ended.problem
     assert names(tmp_path) == ["step-00000005"] and choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
     assert not list((tmp_path / "checkpoints").glob("*.unfinished"))
-    (ended,) = made.save(15, {"step": 15}) + made.finish()
+    (ended,) = made.save(15, trainer(15)) + made.finish()
     assert ended.folder is not None and names(tmp_path) == ["step-00000015"]
 
 
@@ -188,7 +193,7 @@ def test_what_does_not_read_back_is_no_checkpoint(tmp_path, monkeypatch):
         return size
 
     monkeypatch.setattr(saver, "write_tensors", lose)
-    (ended,) = make_saver(tmp_path, asynchronous=False).save(10, {"step": 10})
+    (ended,) = make_saver(tmp_path, asynchronous=False).save(10, trainer(10))
     assert "does not read back as it was written" in ended.problem and names(tmp_path) == []
 
 
@@ -197,7 +202,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkey
         free = 1000
 
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: Full)
-    (ended,) = make_saver(tmp_path).save(10, {"step": 10})
+    (ended,) = make_saver(tmp_path).save(10, trainer(10))
     assert "1,000 are free" in ended.problem and "make room" in ended.problem
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -373,7 +378,7 @@ def test_what_the_next_step_changes_is_not_in_an_asynchronous_checkpoint(tmp_pat
     monkeypatch.setattr(saver.Staging, "copy", slow)
     made = make_saver(tmp_path, engine)
     began = time.perf_counter()
-    assert made.save(1, {"step": 1}) == [] and not copied
+    assert made.save(1, trainer(1)) == [] and not copied
     assert time.perf_counter() - began < 0.2
     made.wait_copied()
     assert copied
@@ -393,7 +398,7 @@ def test_a_copy_that_fails_is_a_checkpoint_that_could_not_be_written(tmp_path, m
 
     monkeypatch.setattr(saver.Staging, "copy", fail)
     made = make_saver(tmp_path)
-    made.save(1, {"step": 1})
+    made.save(1, trainer(1))
     made.wait_copied()
     (ended,) = made.finish()
     assert ended.folder is None and "no room for the copy" in ended.problem and not checkpoints(tmp_path)

@@ -30,6 +30,7 @@ from mega_scale.training.checkpoint.manifest import (
 )
 
 STATE, RANDOM, TRAINER, LATEST = "state", "random", "trainer.json", "latest"
+_COUNTS, _OBJECTS = ("step", "tokens"), ("data", "layout")  # that every `trainer.json` has
 _NAME = re.compile(r"step-[0-9]{8,}")
 _POINTER_BYTES = 2**16
 
@@ -173,12 +174,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read `trainer.json` of a checkpoint.
 
     Raises:
-        ValueError: it is missing or no JSON.
+        ValueError: it is missing, no JSON object, or holds something else than a trainer writes.
     """
     try:
-        return json.loads((folder / TRAINER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / TRAINER} cannot be read ({error}): choose another checkpoint") from None
+        found = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+        for name in _COUNTS:
+            if type(found[name]) is not int or found[name] < 0:
+                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
+        for name in _OBJECTS:
+            if not isinstance(found[name], dict):
+                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{folder / TRAINER} cannot be read ({error!r}): choose another checkpoint") from None
+    return found
 
 
 def _age(folder: Path) -> tuple[int, int]:

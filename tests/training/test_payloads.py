@@ -5,10 +5,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import corruption_study
 import damage
 import payloads
 import pytest
+import verified_run
 
 from mega_scale.config import load_config
 from mega_scale.parallel import ParallelConfig, World
@@ -52,22 +52,22 @@ def world():
 
 @pytest.fixture(scope="module")
 def ours(world, tmp_path_factory):
-    return corruption_study.Ours(tmp_path_factory.mktemp("plain"), world)
+    return verified_run.Ours(tmp_path_factory.mktemp("plain"), world)
 
 
 @pytest.fixture(scope="module")
 def signed(world, tmp_path_factory):
-    return corruption_study.Ours(tmp_path_factory.mktemp("signed"), world, KEY)
+    return verified_run.Ours(tmp_path_factory.mktemp("signed"), world, KEY)
 
 
 def newest(run: Path) -> Path:
-    return run / "checkpoints" / f"step-{corruption_study.NEWER:08d}"
+    return run / "checkpoints" / f"step-{verified_run.NEWER:08d}"
 
 
 def seal(folder: Path, key: bytes | None = None) -> None:
     """Write a manifest that fits whatever lies in the folder, as an attacker can who has no secret."""
     records = {name: hash_file(folder / name, key) for name in damage.files(folder) if name != MANIFEST}
-    write_manifest(folder, Manifest(corruption_study.NEWER, 2, records), key)
+    write_manifest(folder, Manifest(verified_run.NEWER, 2, records), key)
 
 
 def use(ours, folder: Path, file: str) -> list[str]:

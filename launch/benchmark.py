@@ -1,6 +1,7 @@
 """Measures what we build against its peers, in one run, after checking that all of them compute the same.
 
     python launch/benchmark.py ema --peer-python /path/to/python-with-transformers-4.37.2
+    python launch/benchmark.py step --lengths 2048 8192 --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py decode --tokens 16384 --chunk 128
     python launch/benchmark.py memory --lengths 65536 262144 --sp 1 2 4
     python launch/benchmark.py loader --megabytes 10 5000
@@ -14,10 +15,8 @@ median, least and greatest time. What is not correct is not reported.
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +36,9 @@ from launch.benchmark_data import add_loader_arguments, add_prepare_arguments, r
 from launch.benchmark_decode import add_decode_arguments, run_decode
 from launch.benchmark_documents import add_reset_arguments, run_reset
 from launch.benchmark_memory import add_memory_arguments, run_memory
+from launch.benchmark_step import add_step_arguments, run_step
 from launch.machine import hardware
+from launch.worker_process import WorkerProcess
 
 TOLERANCE = 1e-4
 PARAMETERS = ("damping", "decay", "expansion", "projection")
@@ -119,26 +120,17 @@ class Peer:
     def __init__(self, what: str, python: str, problem: dict[str, Tensor], threads: int, folder: Path) -> None:
         self.folder = folder
         save_file(problem, folder / "problem.safetensors")
-        self.errors = (folder / "errors.txt").open("w+", encoding="utf-8")
         command = [python, str(WORKER), what, str(folder / "problem.safetensors"), str(threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         try:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.errors,
-                text=True,
-                env=environment,
-            )
+            self.process = WorkerProcess(command, threads, (folder / "errors.txt").open("w+", encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"--peer-python {python} cannot be started: {error.strerror}") from error
-        self.versions: dict[str, str] = self._answer()
+        self.versions: dict[str, str] = self.process.ready
         self.name = f"transformers {self.versions['transformers']}"
 
     def results(self) -> dict[str, Tensor]:
         """Outputs and gradients, through a file."""
-        return load_file(self._ask(f"check {self.folder / 'results.safetensors'}")["file"])
+        return load_file(self.process.ask(f"check {self.folder / 'results.safetensors'}")["file"])
 
     def time(self) -> float:
         """Run once.
@@ -146,36 +138,11 @@ class Peer:
         Returns:
             Duration in milliseconds, measured by the other process.
         """
-        return float(self._ask("time")["ms"])
+        return float(self.process.ask("time")["ms"])
 
     def close(self) -> None:
         """End the other process."""
-        try:
-            self.process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.errors.close()
-
-    def _ask(self, request: str) -> dict[str, str]:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(request + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # It has ended; reading its answer says why.
-        return self._answer()
-
-    def _answer(self) -> dict[str, str]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self.process.wait()
-        self.errors.seek(0)
-        last_words = (self.errors.read().strip() or "no message").splitlines()[-1]
-        self.errors.close()
-        raise ValueError(f"the peer ended with exit status {self.process.returncode}: {last_words}")
+        self.process.close()
 
 
 def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int) -> dict[str, Tensor]:
@@ -346,6 +313,9 @@ def parser() -> argparse.ArgumentParser:
     ema.add_argument("--seed", type=int, default=0, help="of inputs and parameters")
     ema.add_argument("--peer-python", default=None, help="interpreter with transformers 4.37.2, to compare with")
     _add_timing(ema, run_ema)
+    step = commands.add_parser("step", help="a training step against peers, by length", formatter_class=formatter)
+    add_step_arguments(step, positive)
+    _add_timing(step, run_step, repeats=3, warmup=1)
     words = "time per token and cache bytes as a text grows"
     decode = commands.add_parser("decode", help=words, formatter_class=formatter)
     add_decode_arguments(decode, positive)

@@ -29,7 +29,7 @@ def cross_entropy(
     labels = labels.reshape(-1).to(logits.device, torch.long)
     flat = logits.reshape(-1, logits.shape[-1]).float()
     total = functional.cross_entropy(flat, labels, ignore_index=ignore_index, reduction="sum")
-    return _mean(total, (labels != ignore_index).sum().clamp(min=1), num_items)
+    return mean(total, (labels != ignore_index).sum().clamp(min=1), num_items)
 
 
 def sequence_loss(
@@ -64,7 +64,7 @@ def sequence_loss(
         total = functional.mse_loss(values, targets, reduction="sum")
     else:
         total = functional.binary_cross_entropy_with_logits(values, targets, reduction="sum")
-    return _mean(total, labels.numel(), num_items)
+    return mean(total, labels.numel(), num_items)
 
 
 def _problem_type(classes: int, labels: Tensor) -> str:
@@ -73,7 +73,8 @@ def _problem_type(classes: int, labels: Tensor) -> str:
     return "single_label_classification" if labels.dtype in INTEGERS else "multi_label_classification"
 
 
-def _mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None) -> Tensor:
+def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None) -> Tensor:
+    """A sum of losses, divided by `num_items`, or by the number of targets where that is not given."""
     if num_items is None:
         return total / count
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

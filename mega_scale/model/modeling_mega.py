@@ -23,7 +23,8 @@ from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.documents import document_borders
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
-from mega_scale.model.losses import cross_entropy
+from mega_scale.model.language_head import LanguageModelHead
+from mega_scale.model.losses import cross_entropy, mean
 from mega_scale.model.norm import MegaSequenceNorm, warn_if_norm_differs
 from mega_scale.model.slots import leading_pads
 
@@ -255,7 +256,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -264,16 +265,12 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the layer that gives logits."""
-        self.lm_head = new_embeddings
+        self.lm_head = LanguageModelHead.of(new_embeddings)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         # generate() then leaves the cache to forward(), which makes a MegaCache.
         return False
-
-    def token_loss(self, logits: Tensor, following: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Cross-entropy of logits (B, L, V) and next tokens (B, L), a scalar; see `losses.cross_entropy`."""
-        return cross_entropy(logits, following, num_items)
 
     @can_return_tuple
     def forward(
@@ -303,8 +300,8 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             document_starts: see `MegaModel`. Labels are not changed: set to -100 those that would predict the first
                 token of a document from the one before.
             kwargs: `shift_labels` (B, L) int64, in place of `labels`: the next token of every position, for rows cut
-                from a longer text; -100 is ignored. Others are ignored. (The Trainer expects every named argument with
-                "label" in it in each batch.)
+                from a longer text; -100 is ignored. `skip_logits=True`: compute the loss a few tokens at a time, and no
+                logits. Others are ignored. (The Trainer expects every named argument with "label" in it in each batch.)
         """
         shift_labels: Tensor | None = kwargs.get("shift_labels")
         if labels is not None and shift_labels is not None:
@@ -328,9 +325,14 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state[:, kept]
         if self.dense is not None:
             hidden = torch.tanh(self.dense(hidden))
-        logits = self.lm_head(hidden)
+        loss = logits = None
+        if following is not None and kwargs.get("skip_logits"):
+            loss = mean(self.lm_head(hidden, following), (following != -100).sum().clamp(min=1), num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden)
+            loss = None if following is None else cross_entropy(logits, following, num_items_in_batch)
         return CausalLMOutputWithCrossAttentions(
-            loss=None if following is None else self.token_loss(logits, following, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -105,6 +105,7 @@ class DeepSpeedEngine:
                 num_items_in_batch=num_items,
                 document_starts=starts,
                 use_cache=False,
+                skip_logits=True,
             )
         return output.loss
 

@@ -125,7 +125,9 @@ def _alone(config: MegaConfig, inputs: Tensor, labels: Tensor, device: torch.dev
     model.train()
     parts.window.take(Place(), inputs, labels)
     with parts.window:
-        output = model(input_ids=inputs, shift_labels=labels, num_items_in_batch=_ITEMS, use_cache=False)
+        output = model(
+            input_ids=inputs, shift_labels=labels, num_items_in_batch=_ITEMS, use_cache=False, skip_logits=True
+        )
     output.loss.backward()
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

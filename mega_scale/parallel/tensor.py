@@ -9,7 +9,7 @@ Legend: D channels of the stream, E width of values, F of the feed-forward netwo
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mega_scale.model import MegaForCausalLM, MegaPreTrainedModel
 from mega_scale.model.attention import MegaMovingAverageGatedAttention
@@ -17,7 +17,7 @@ from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.feed_forward import MegaNormalizedFeedForwardNetwork
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias
-from mega_scale.parallel.collectives import Axis, Gather
+from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.model_checks import check_tensor_parallel, check_vocabulary
 from mega_scale.parallel.shards import TensorParallel
 from mega_scale.parallel.tensor_layers import (
@@ -35,25 +35,17 @@ from mega_scale.parallel.tensor_layers import (
     cut_norm,
     on_meta,
 )
-from mega_scale.parallel.vocabulary import CutTokenTypes, CutVocabularyEmbedding, cut_cross_entropy
+from mega_scale.parallel.vocabulary import CutLanguageModelHead, CutTokenTypes, CutVocabularyEmbedding
 
 _SHARED_SEGMENT = "shared"  # queries and keys, which every rank computes
 
 
-class CutCausalLM(TensorParallel, MegaForCausalLM):
-    """A language model whose logits are cut over the vocabulary, and collected where no loss is asked for."""
-
-    def token_loss(self, logits: Tensor, following: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """See `MegaForCausalLM.token_loss`; logits (B, L, V / T)."""
-        total = cut_cross_entropy(logits, following, self.axis)
-        return total / ((following != -100).sum().clamp(min=1) if num_items is None else num_items)
+class CutCausalLM(MegaForCausalLM):
+    """A language model that has logits or a loss, not both."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See `MegaForCausalLM.forward`; `return_dict=False` is not understood."""
-        output = super().forward(*args, **kwargs)
-        if output.loss is None:
-            output.logits = Gather(output.logits, self.axis).wait()
-        return output
+        """See `MegaForCausalLM.forward`, with `skip_logits=True`."""
+        return super().forward(*args, **{**kwargs, "skip_logits": True})
 
 
 def separate_segments(model: MegaPreTrainedModel) -> None:
@@ -104,10 +96,10 @@ def cut_channels(model: MegaPreTrainedModel, axis: Axis) -> None:
         tied = model.config.tie_word_embeddings
         if model.dense is not None:
             model.dense = _gather_linear(model.dense, axis)
-        model.lm_head = _gather_linear(model.lm_head, axis)
+        model.lm_head = _cut_head(model.lm_head, axis)
         if tied:
             model.lm_head.weight = model.mega.embedding_layer.word_embeddings._parameters["weight"]
-        _become(model, CutCausalLM, axis)
+        model.__class__ = CutCausalLM
 
 
 def _cut_attention(layer: MegaMovingAverageGatedAttention, axis: Axis) -> None:
@@ -148,6 +140,10 @@ def _cut_embeddings(embeddings: MegaEmbeddings, axis: Axis) -> None:
 
 def _gather_linear(linear: nn.Linear, axis: Axis) -> GatherLinear:
     return on_meta(GatherLinear, linear.in_features, linear.out_features, axis, linear.bias is not None)
+
+
+def _cut_head(head: nn.Linear, axis: Axis) -> CutLanguageModelHead:
+    return on_meta(CutLanguageModelHead, head.in_features, head.out_features, axis, head.bias is not None)
 
 
 def _scatter_linear(linear: nn.Linear, axis: Axis) -> ScatterLinear:

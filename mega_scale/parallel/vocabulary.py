@@ -3,16 +3,16 @@
 Legend: B batch, L length, D channels, T ranks, V vocabulary.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from mega_scale.parallel.collectives import Axis, reduce_scatter
+from mega_scale.ops.cross_entropy import VocabularyPart, linear_cross_entropy
+from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter
 from mega_scale.parallel.shards import TensorParallel
+from mega_scale.parallel.tensor_layers import GatherLinear
 
 
 class CutVocabularyEmbedding(TensorParallel, nn.Embedding):
@@ -48,45 +48,24 @@ class CutTokenTypes(TensorParallel, nn.Embedding):
     shards: ClassVar[dict[str, int]] = {"weight": 1}
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Summed over targets; forward and backward see this rank's columns of the logits only."""
+class CutLanguageModelHead(GatherLinear):
+    """See `LanguageModelHead`; of an input whose channels are cut, with this rank's words."""
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, axis: Axis) -> Tensor:
-        first = axis.rank * logits.shape[1]
-        largest = logits.amax(1)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=axis.group)
-        shifted = logits - largest[:, None]
-        local = targets - first
-        mine = (local >= 0) & (local < logits.shape[1])
-        place = local.where(mine, 0)[:, None]
-        hit = shifted.gather(1, place)[:, 0] * mine
-        sums = torch.stack([hit, shifted.exp_().sum(1)])
-        dist.all_reduce(sums, group=axis.group)
-        counted = targets != ignore_index
-        ctx.save_for_backward(shifted.div_(sums[1][:, None]), place, mine, counted)
-        return ((sums[1].log() - sums[0]) * counted).sum()
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x (B, L, D / T) to logits of all words, or with targets (B, L) to the loss, the same on all ranks.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, place, mine, counted = ctx.saved_tensors
-        out = probabilities.clone()
-        out.scatter_add_(1, place, -mine[:, None].to(out.dtype))
-        return out * (counted * gradient)[:, None], None, None, None
+        Logits are not for training: their gradient would count every rank's copy.
+        """
+        if targets is None:
+            return Gather(super().forward(x), self.axis).wait()
+        part = vocabulary_part(self.out_features, self.axis)
+        return linear_cross_entropy(self.collected(x), self.weight, self.bias, targets, part=part)
 
 
-def cut_cross_entropy(logits: Tensor, labels: Tensor, axis: Axis, ignore_index: int = -100) -> Tensor:
-    """Cross-entropy summed over labels, in fp32; the same number on all ranks.
+def vocabulary_part(words: int, axis: Axis) -> VocabularyPart:
+    """This rank's words, of which all ranks of the axis have as many."""
 
-    Args:
-        logits: (..., V / T), this rank's columns.
-        labels: (...) int64; `ignore_index` does not count.
-        axis: the ranks.
-        ignore_index: label of a place without a target.
+    def reduce(tensor: Tensor, kind: Literal["max", "sum"]) -> None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if kind == "max" else dist.ReduceOp.SUM, group=axis.group)
 
-    Returns:
-        A scalar, nats.
-    """
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    return _CrossEntropy.apply(flat, labels.reshape(-1), ignore_index, axis)
+    return VocabularyPart(axis.rank * words, reduce)

@@ -94,6 +94,7 @@ def loss_of(module: nn.Module) -> ShareOfLoss:
             num_items_in_batch=num_items,
             document_starts=document_starts,
             use_cache=False,
+            skip_logits=True,
         ).loss
 
     return share

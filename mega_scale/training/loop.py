@@ -227,7 +227,10 @@ def _step(run: Run, now: Progress, saver: Saver) -> _Step:
 
 
 def _count(run: Run, now: Progress, done: _Step, rows_each: int, saver: Saver, reporter: Reporter) -> bool:
-    """Count a step, of so many rows a micro-batch; too many bad ones in a row end the run, or lead back to the last checkpoint: then it says so."""
+    """Count a step, of so many rows a micro-batch.
+
+    Too many bad ones in a row end the run, or lead back to the last checkpoint; then this is true.
+    """
     position = now.position
     now.step, now.tokens, now.evaluation = now.step + 1, now.tokens + done.tokens, None
     if done.problem is None:

@@ -113,7 +113,8 @@ def _generating(key: str, world: World) -> dict[str, Any]:
         engine.module.eval()
         with torch.no_grad():
             evaluations.append(float(engine.forward(inputs, labels, count)))
-            direct = engine.module(input_ids=inputs, shift_labels=labels, num_items_in_batch=count, use_cache=False)
+            given = {"input_ids": inputs, "shift_labels": labels, "num_items_in_batch": count}
+            direct = engine.module(**given, use_cache=False, skip_logits=True)
             evaluations.append(float(direct.loss))
             texts.append(engine.module.generate(inputs[:1, :5], max_new_tokens=14, do_sample=False, eos_token_id=None))
         engine.module.train()

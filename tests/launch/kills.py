@@ -16,7 +16,7 @@ from mega_scale.parallel.monitor import PEER_LOST
 from mega_scale.training.checkpoint import CheckpointError, checkpoints, verify
 
 STEPS, KEEP, KILLS_IN_A_CHAIN = 12, 2, 5
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 """parallel.timeout_s: within it the monitor has to end a rank whose peer is dead."""
 LIMIT_S = 180
 SHARE_AT_SAVES = 0.6

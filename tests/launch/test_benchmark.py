@@ -109,3 +109,40 @@ def test_the_peer_computes_the_same_and_is_timed(tmp_path):
     assert list(report["median_ms"]) == ["blocked", "fft", "transformers 4.37.2"]
     assert report["largest_error"]["transformers 4.37.2"] < 1e-5
     assert report["versions"]["peer's transformers"] == "4.37.2"
+
+
+STEP = [
+    "--lengths",
+    "32",
+    "64",
+    "--hidden",
+    "32",
+    "--layers",
+    "1",
+    "--shared",
+    "8",
+    "--expanded",
+    "24",
+    "--averages",
+    "2",
+]
+STEP += ["--chunk", "16", "--vocabulary", "64", "--llama-expanded", "24", "--repeats", "1", "--warmup", "1"]
+
+
+def test_a_training_step_is_timed_beside_a_peer(tmp_path):
+    done = run("step", *STEP, "--bf16", "--peer-longest", "32", "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    expected = [(32, "ours"), (32, "ours bf16"), (32, "llama"), (64, "ours"), (64, "ours bf16")]
+    assert [(row["length"], row["kind"]) for row in rows] == expected
+    assert all(row["tokens_per_s"] > 0 and (row["kind"] == "llama" or row["of_ceiling"] > 0) for row in rows)
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(
+    "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"
+)
+def test_the_reference_trains_the_same_model():
+    peer = os.environ["MEGA_SCALE_PEER_PYTHON"]
+    done = run("step", *STEP, "--no-llama", "--peer-python", peer)
+    assert done.returncode == 0 and "transformers 4.37.2 Mega" in done.stdout, done.stderr

@@ -63,7 +63,7 @@ def damped_ema(
         bidirectional: whether the average also runs from right to left.
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked only.
-        impl: auto, recurrent (the reference), fft or blocked.
+        impl: recurrent (the reference), fft, blocked; auto: recurrent for one token, fft when truncated, else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),
@@ -115,13 +115,14 @@ def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Te
         if state is not None or resets is not None:
             raise ValueError(f"truncation={truncation} keeps no state: it takes neither state nor resets")
         return fft_ema(x, coefficients, None, truncation)
-    if impl in ("auto", "blocked"):
+    one_token = impl == "auto" and x.shape[1] == 1  # a decoding step, for which blocks would be idle ceremony
+    if impl in ("auto", "blocked") and not one_token:
         form = BlockedEma(x, coefficients, state, resets)
         form.inside()
         return form.outputs()
     if state is None:
         state = x.new_zeros(x.shape[0], *coefficients.log_decay.shape)
-    if impl == "recurrent":
+    if impl == "recurrent" or one_token:
         return recurrent_ema(x, coefficients, state, resets)
     if resets is not None:
         raise ValueError("impl='fft' has one kernel for the whole sequence and takes no resets: use impl='blocked'")

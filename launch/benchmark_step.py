@@ -1,0 +1,169 @@
+"""The `step` sub-command of benchmark.py: tokens per second of a whole training step, by length, against peers.
+
+Every contender has a process of its own; they take turns, with a matrix product of the model's own sizes between them,
+so that each figure stands beside the machine's ceiling of that moment. transformers' Mega gets our initial weights, and
+has to give our loss and gradient norm before anything is timed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.machine import hardware
+from launch.worker_process import WorkerProcess
+from mega_scale import MegaConfig
+from mega_scale.model.flops import training_flops_per_token
+
+_WORKER = Path(__file__).with_name("benchmark_step_worker.py")
+_TOLERANCE = 1e-3
+_CEILING_TOKENS, _CEILING_RUNS = 2048, 8
+_HEAD = ["tokens", "", "tokens/s", "least", "greatest", "of ceiling", "peak MB", "times ours"]
+
+
+def add_step_arguments(command: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """Options of the sub-command."""
+    command.add_argument("--lengths", type=positive, nargs="+", default=[2048, 8192], help="tokens of the sequence")
+    for name, size, words in (
+        ("hidden", 512, "hidden size"),
+        ("layers", 4, "blocks"),
+        ("shared", 128, "width of queries and keys"),
+        ("expanded", 1024, "width of values and of the feed-forward network"),
+        ("averages", 16, "moving averages a channel"),
+        ("chunk", 512, "tokens of a chunk"),
+        ("vocabulary", 2048, "words"),
+        ("llama-expanded", 1408, "width of Llama's feed-forward network"),
+        ("peer-longest", 8192, "longest sequence that peers are given"),
+    ):
+        command.add_argument(f"--{name}", type=positive, default=size, help=words)
+    command.add_argument("--bf16", action="store_true", help="also time ours with bf16 matrix products (autocast)")
+    command.add_argument("--no-llama", action="store_true", help="leave out transformers' Llama")
+    command.add_argument("--peer-python", default=None, help="interpreter with transformers 4.37.2, to compare with")
+
+
+def run_step(args: argparse.Namespace) -> None:
+    """Time training steps, and print a table.
+
+    Raises:
+        ValueError: transformers' Mega computes something else, or a contender fails.
+    """
+    sizes = {name: value for name, value in vars(args).items() if isinstance(value, int | list)}
+    kinds = {"ours": sys.executable}
+    if args.bf16:
+        kinds["ours bf16"] = sys.executable
+    if args.peer_python:
+        kinds["mega"] = args.peer_python
+    if not args.no_llama:
+        kinds["llama"] = sys.executable
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        for length in args.lengths:
+            present = {kind: python for kind, python in kinds.items() if _takes(kind, length, args.peer_longest)}
+            rows += _length(length, present, sizes, args, Path(name))
+    config = MegaConfig(
+        vocab_size=args.vocabulary, hidden_size=args.hidden, num_hidden_layers=args.layers,
+        shared_representation_size=args.shared, intermediate_size=args.expanded, nffn_hidden_size=args.expanded,
+        ema_projection_size=args.averages, chunk_size=args.chunk, use_chunking=True, is_decoder=True,
+        bidirectional=False,
+    )  # fmt: skip
+    flops = training_flops_per_token(config, max(args.lengths))
+    for row in rows:
+        if row["kind"] in ("ours", "ours bf16", "mega"):
+            row["of_ceiling"] = row["tokens_per_s"] * flops / row["ceiling"]
+    print(
+        f"Training step (forward, loss, backward, AdamW) of one sequence, fp32 unless said, {args.threads} CPU "
+        f"thread(s), {args.repeats} repeats after {args.warmup} for warm-up, in turns; {flops / 1e6:.1f} MFLOP a token "
+        "by the FLOP model. Ceiling: matrix products of the model's sizes in fp32, in the same turns.\n"
+        f"Machine: {hardware()}. torch {torch.__version__}.\n"
+    )
+    print(_table(rows))
+    if args.json:
+        content = {"benchmark": "step", "sizes": sizes, "hardware": hardware(), "flops_per_token": flops, "rows": rows}
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _takes(kind: str, length: int, peer_longest: int) -> bool:
+    return kind.startswith("ours") or length <= peer_longest
+
+
+def _length(
+    length: int, kinds: dict[str, str], sizes: dict[str, Any], args: argparse.Namespace, folder: Path
+) -> list[dict[str, Any]]:
+    """Figures of all contenders at one length."""
+    file = folder / "sizes.json"
+    file.write_text(json.dumps({**sizes, "lengths": [length], "weights": str(folder / "weights.pt")}))
+    workers: dict[str, WorkerProcess] = {}
+    try:
+        for kind, python in kinds.items():
+            errors = (folder / f"{kind}.txt").open("w+", encoding="utf-8")
+            try:
+                workers[kind] = WorkerProcess(
+                    [python, str(_WORKER), kind, str(file), str(args.threads)], args.threads, errors
+                )
+            except OSError as error:
+                raise ValueError(f"--peer-python {python} cannot be started: {error.strerror}") from error
+        first = {kind: worker.ask(f"check {length}") for kind, worker in workers.items()}
+        if "mega" in first:
+            _require_equal(first["ours"], first["mega"])
+        times: dict[str, list[float]] = {kind: [] for kind in workers}
+        ceilings = []
+        for turn in range(args.warmup + args.repeats):
+            for kind, worker in workers.items():
+                ceiling = _ceiling(args.hidden, args.expanded)
+                ms = worker.ask(f"time {length}")["ms"]
+                if turn >= args.warmup:
+                    times[kind].append(ms)
+                    ceilings.append(ceiling)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    ours = statistics.median(times["ours"])
+    return [
+        {
+            "length": length, "kind": kind, "tokens_per_s": 1e3 * length / statistics.median(found),
+            "least": 1e3 * length / max(found), "greatest": 1e3 * length / min(found),
+            "ceiling": statistics.median(ceilings), "megabytes": first[kind]["megabytes"],
+            "ours_times": statistics.median(found) / ours, "parameters": workers[kind].ready["parameters"],
+            "transformers": workers[kind].ready["transformers"], "of_ceiling": None,
+        }
+        for kind, found in times.items()
+    ]  # fmt: skip
+
+
+def _require_equal(ours: dict[str, float], reference: dict[str, float]) -> None:
+    for name in ("loss", "norm"):
+        # not <=, so that NaN fails
+        if not abs(ours[name] - reference[name]) <= _TOLERANCE * abs(reference[name]):
+            raise ValueError(
+                f"nothing is timed: our {name} is {ours[name]:.6f}, transformers' is {reference[name]:.6f}"
+            )
+
+
+def _ceiling(hidden: int, expanded: int) -> float:
+    """Operations per second of fp32 matrix products as the model has them, the best of some."""
+    x, weight, best = torch.ones(_CEILING_TOKENS, hidden), torch.ones(hidden, 2 * expanded), float("inf")
+    for _ in range(_CEILING_RUNS):
+        began = time.perf_counter()
+        torch.mm(x, weight)
+        best = min(best, time.perf_counter() - began)
+    return 2 * _CEILING_TOKENS * hidden * 2 * expanded / best
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [_HEAD, ["---"] * len(_HEAD)]
+    for row in rows:
+        name = {"mega": f"transformers {row['transformers']} Mega", "llama": "transformers Llama, sdpa"}
+        share = "" if row["of_ceiling"] is None else f"{row['of_ceiling']:.2f}"
+        lines.append([
+            f"{row['length']:,}", f"{name.get(row['kind'], row['kind'])} ({row['parameters'] / 1e6:.1f}M)",
+            f"{row['tokens_per_s']:,.0f}", f"{row['least']:,.0f}", f"{row['greatest']:,.0f}", share,
+            f"{row['megabytes']:,.0f}", f"{row['ours_times']:.2f}",
+        ])  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

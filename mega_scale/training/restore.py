@@ -44,9 +44,6 @@ def open_model(
         verify(folder, key)
         described = folder / "model"
         try:
-            kind = MegaConfig.get_config_dict(described, local_files_only=True)[0].get("model_type")
-            if kind != MegaConfig.model_type:
-                raise ValueError(f"model_type={kind!r} is not {MegaConfig.model_type!r}")
             config = MegaConfig.from_pretrained(described, local_files_only=True)
         except Exception as error:  # of any kind, for a file that describes no model
             raise ValueError(f"{described} describes no model ({_reason(error)}): choose another checkpoint") from None

@@ -50,7 +50,7 @@ def meet(at):
 def listen_in():
     """Take down what happens, and when; in the file that HEARD asks for."""
     from launch.stop_signals import StopSignals  # noqa: PLC0415
-    from mega_scale.training.watchdog import Watchdog  # noqa: PLC0415
+    from mega_scale.training.status import RunStatus  # noqa: PLC0415
 
     now.update(phase="start-up", since=time.monotonic())
 
@@ -65,7 +65,14 @@ def listen_in():
         (Path(os.environ["HEARD"]) / f"{RANK}.json").write_text(json.dumps(heard))
         return original(self)
 
-    wrap(Watchdog, "beat", beat)
+    def imported(original, self, *args):
+        # Not before: the watchdog's own import is what brought us here, and gives a class of its own.
+        from mega_scale.training.watchdog import Watchdog  # noqa: PLC0415
+
+        wrap(Watchdog, "beat", beat)
+        return original(self, *args)
+
+    wrap(RunStatus, "__init__", imported)
     wrap(StopSignals, "ignore", ignore)
 
 

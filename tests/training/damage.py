@@ -76,6 +76,15 @@ OF_ONE_FILE: dict[str, Callable[[Path, random.Random], None]] = {
 }
 
 
+def swap(kind: str, folder: Path, name: str, older: Path, draw: random.Random) -> list[str] | None:
+    """Whole files in the wrong place; returns what has to be named, none where nothing was changed."""
+    if kind == "two files swapped":
+        return two_swapped(folder, name, draw)
+    if kind == "file of the older checkpoint":
+        return of_older(folder, name, older)
+    return extra(folder, name, draw)
+
+
 def two_swapped(folder: Path, name: str, draw: random.Random) -> list[str] | None:
     """Two files have each other's content; none where there are no two that differ."""
     content = (folder / name).read_bytes()
@@ -148,3 +157,66 @@ def edit_manifest(path: Path, draw: random.Random) -> str:
 
 STALE = b"step-00000003\n"
 POINTERS = (b"", b"step-00000009\n", b"\x00" * 14, b"\xff\xfe\x00", b"../../etc\n", b"x" * 10_000)
+
+
+def damage_pointer(pointer: Path, draw: random.Random) -> None:
+    """What `latest` says becomes something else."""
+    before = pointer.read_bytes()
+    while pointer.exists() and pointer.read_bytes() == before:
+        kind = draw.choice([*OF_ONE_FILE, "another word", "another word"])
+        if kind == "another word":
+            pointer.write_bytes(draw.choice(POINTERS))
+        else:
+            OF_ONE_FILE[kind](pointer, draw)
+
+
+def _renamed(newer: Path, older: Path) -> tuple[list[str], bool]:
+    newer.rename(newer.with_name("step-00000009"))
+    return ["manifest.json"], True
+
+
+def _unnamed(newer: Path, older: Path) -> tuple[list[str], bool]:
+    newer.rename(newer.with_name("step-6"))
+    return ["latest"], True
+
+
+def _gone(newer: Path, older: Path) -> tuple[list[str], bool]:
+    shutil.rmtree(newer)
+    return ["latest"], True
+
+
+def _older_again(newer: Path, older: Path) -> tuple[list[str], bool]:
+    shutil.rmtree(newer)
+    shutil.copytree(older, newer)
+    return ["manifest.json"], True
+
+
+def _exchanged(newer: Path, older: Path) -> tuple[list[str], bool]:
+    aside = newer.with_name("aside")
+    newer.rename(aside)
+    older.rename(newer)
+    aside.rename(older)
+    return ["manifest.json"], False
+
+
+def _tensors_gone(newer: Path, older: Path) -> tuple[list[str], bool]:
+    shutil.rmtree(newer / "state")
+    return ["state/"], True
+
+
+def _a_file(newer: Path, older: Path) -> tuple[list[str], bool]:
+    shutil.rmtree(newer)
+    newer.write_text("a file")
+    return ["latest"], True
+
+
+# Each damages the newer checkpoint's folder; returns what has to be named, and whether the older one is still whole.
+FOLDERS: dict[str, Callable[[Path, Path], tuple[list[str], bool]]] = {
+    "renamed to another step": _renamed,
+    "renamed to no checkpoint's name": _unnamed,
+    "deleted": _gone,
+    "replaced by the older one": _older_again,
+    "exchanged with the older one": _exchanged,
+    "its state folder deleted": _tensors_gone,
+    "replaced by a file": _a_file,
+}

@@ -27,7 +27,7 @@ def test_every_file_and_every_kind_had_its_turn(found):
     assert kinds >= {f"manifest: {edit}" for edit in damage.MANIFEST_EDITS}
     types = {"manifest.json", "trainer.json", "state/index.json", "state/part-00000.safetensors", "latest"}
     types |= {"random/rank-00000.safetensors", "config.yaml", "model/config.json", "model/tokenizer.json"}
-    assert {trial.file for trial in found} >= types | set(corruption_study._FOLDERS)
+    assert {trial.file for trial in found} >= types | set(damage.FOLDERS)
 
 
 @pytest.mark.slow

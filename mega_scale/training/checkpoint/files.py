@@ -52,6 +52,28 @@ def read_regular(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file; where there is no room for all of it, none of it stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = (line + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        size, written = file.tell(), 0
+        try:
+            while written < len(data):
+                written += file.write(data[written:])
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def reason(error: OSError) -> str:
+    """What is wrong, without number and name of the class."""
+    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Give a file another content at once: whoever reads it finds all of the old or all of the new.
 

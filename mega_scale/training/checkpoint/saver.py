@@ -37,7 +37,7 @@ class Saved(NamedTuple):
     Args:
         step: of the checkpoint.
         folder: where it lies; none if it could not be written.
-        problem: why not.
+        problem: why not, or what went wrong beside it.
         stall_s: for how long training stood still (seconds).
         write_s: from the beginning until all was written and read back (seconds).
         bytes: size of all files.
@@ -216,12 +216,12 @@ class Saver:
             save.stall_s += time.perf_counter() - began
             return []
         outcome = [save.completing.problem, save.completing.result, save.completing.ended - save.began]
-        problem, size, write_s = self._world.broadcast(outcome)
+        problem, size, write_s, remark = self._world.broadcast([*outcome, save.problem])
         if problem and self._world.rank == 0:
             shutil.rmtree(_unfinished(save.folder), ignore_errors=True)
         self._save = None
         stall_s = save.stall_s + time.perf_counter() - began
-        return [Saved(save.step, None if problem else save.folder, problem, stall_s, write_s, size or 0)]
+        return [Saved(save.step, None if problem else save.folder, problem or remark, stall_s, write_s, size or 0)]
 
     def _copy(self, tensors: dict[str, Tensor]) -> _Task | None:
         """Begin to copy, where that is needed."""
@@ -279,7 +279,10 @@ class Saver:
         unfinished.rename(save.folder)
         flush(save.folder.parent)
         self._serial += 1
-        replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
+        try:
+            replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
+        except OSError as error:  # nobody resumes by its word
+            save.problem = f"{LATEST} still names another: {_text(error)}"
         shutil.rmtree(replaced, ignore_errors=True)
         self._delete_old(save.folder)
         return manifest.bytes

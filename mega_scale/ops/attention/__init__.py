@@ -50,8 +50,8 @@ def chunk_attention(
         return_weights: whether to return the weights; eager only.
         documents: of keys, numbers (B, K, J): a query sees those of its own document only, query i being key
             `offset + i` (one number for all rows); none where chunks hold one document each.
-        impl: auto, eager (the reference), sdpa (softmax), or causal (softmax without masks or dropout, as many queries as
-            keys, half the work of a masked product); auto prefers it on CPUs.
+        impl: auto, eager (the reference), sdpa (softmax), or causal (softmax without masks or dropout, as many queries
+            as keys, half the work of a masked product), which auto prefers on CPUs.
 
     Returns:
         (B, K, I, E) in the dtype of v, and the weights before dropout (B, K, I, J) or none.
@@ -83,8 +83,8 @@ def chunk_attention(
     plain = plain and fused and key_mask is None and documents is None and dropout == 0
     if impl == "causal" and not plain:
         raise ValueError(
-            "impl='causal' is softmax over the keys up to each query alone, without offset, masks, documents, dropout or "
-            "weights to return: use impl='sdpa' or 'eager'"
+            "impl='causal' is softmax over the keys up to each query alone, without offset, masks, documents, dropout "
+            "or weights to return: use impl='sdpa' or 'eager'"
         )
     if impl == "auto":
         impl = ("causal" if plain and q.device.type == "cpu" else "sdpa") if fused else "eager"

@@ -22,8 +22,8 @@ _BLOCK = 128
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int = _BLOCK) -> Tensor:
     """`softmax(q k^T Z^-1/2 + bias) v` over the keys up to each query.
 
-    Scores and the gradients of queries and keys are computed in fp32; products with values, which are the widest, in the
-    dtype of v.
+    Scores and the gradients of queries and keys are computed in fp32; products with values, which are the widest, in
+    the dtype of v.
 
     Args:
         q: (B, K, C, Z), any floating dtype.
@@ -62,7 +62,8 @@ class _CausalAttention(torch.autograd.Function):
             start[:, -own:] += future[:own, :own]
             scores = torch.baddbmm(start.expand(len(q), -1, -1), q[:, rows], k[:, :end].mT, alpha=scale)
             weights = scores.softmax(-1).to(v.dtype)
-            torch.bmm(weights, v[:, :end], out=out[:, rows])
+            # Not written into `out` by the product itself, whose result selective checkpointing could then not keep.
+            out[:, rows] = weights @ v[:, :end]
             kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         return out

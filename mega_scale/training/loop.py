@@ -21,7 +21,6 @@ from mega_scale.training.slow_ranks import SlowRanks
 from mega_scale.training.train_config import TrainConfig
 from mega_scale.training.watchdog import Watchdog
 
-
 NOT_SAVED = 74
 """Exit code of a run whose last checkpoint could not be written."""
 

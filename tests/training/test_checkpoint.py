@@ -1,5 +1,6 @@
 """Checkpoint folders: complete and proven or not there, found by run, pruned after a new one is proven."""
 
+import errno
 import json
 import os
 import time
@@ -177,7 +178,7 @@ def test_a_write_that_fails_is_reported_and_leaves_older_checkpoints_alone(tmp_p
     with monkeypatch.context() as patched:
         patched.setattr(saver, "write_tensors", fail)
         (ended,) = made.save(10, trainer(10)) + made.finish()
-    assert ended.folder is None and "rank 0: OSError: No space left on device" in ended.problem
+    assert ended.folder is None and "rank 0: No space left on device" in ended.problem
     assert names(tmp_path) == ["step-00000005"] and choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
     assert not list((tmp_path / "checkpoints").glob("*.unfinished"))
     (ended,) = made.save(15, trainer(15)) + made.finish()
@@ -314,6 +315,16 @@ def test_a_pointer_that_is_stale_or_missing_is_told(tmp_path):
     assert found == folder and "names 'step-00000001', step-00000003 is the newest" in lines[0]
     pointer.unlink()
     assert "is missing" in find_checkpoint(tmp_path)[1][0]
+
+
+def test_a_pointer_that_cannot_be_written_is_reported_and_the_checkpoint_counts(tmp_path, monkeypatch):
+    def fail(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(saver, "replace_text", fail)
+    (ended,) = make_saver(tmp_path, asynchronous=False).save(10, trainer(10))
+    assert ended.folder is not None and ended.problem == "latest still names another: No space left on device"
+    assert find_checkpoint(tmp_path)[0] == ended.folder and verify(ended.folder).step == 10
 
 
 def test_a_new_checkpoint_is_never_deleted_for_a_damaged_one_that_seems_newer(tmp_path):

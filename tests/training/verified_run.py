@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "launch"))
 import launching
 import state_folder
 import tiny_run
+from faults import free_port
 
 from mega_scale.config import RunConfig, load_config, model_config, save_config
 from mega_scale.data import load_tokenizer
@@ -82,11 +83,13 @@ def describe(folder: Path) -> None:
     describe_model(folder / "model", tiny_run.tiny_config(**SIZES), load_tokenizer("byte"))
 
 
-def train_two_ranks(run: Path) -> Path:
-    """A run of the real trainer under torchrun, with two checkpoints; its step reaches the second."""
-    settings = [f"train.steps={NEWER}", f"checkpoint.every={OLDER}", "parallel.engine=fsdp"]
-    launching.pretrain("torchrun", run, *settings)
-    return run
+def train_two_ranks(run: Path, *changes: str) -> str:
+    """The real trainer under torchrun, with two checkpoints, the second at its end; returns its output."""
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "launch/pretrain.py"]
+    settings = [f"run_dir={run}", f"train.steps={NEWER}", f"checkpoint.every={OLDER}", "parallel.engine=fsdp"]
+    code, output = launching.start(torchrun, [*launching.TINY, *settings, *changes])
+    assert code == 0, output[-6000:]
+    return output
 
 
 def engine_of(run: Path, world: World) -> Engine:
@@ -124,7 +127,8 @@ class Ours:
         self.saved: dict[int, dict[str, Tensor]] = {}
         self.random: dict[int, Tensor] = {}
         if trained:
-            self._load(train_two_ranks(self.run))
+            train_two_ranks(self.run)
+            self._load(self.run)
         else:
             self._train()
         self.known = {name: tensor + 1 for name, tensor in self.saved[NEWER].items()}

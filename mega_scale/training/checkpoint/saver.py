@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mega_scale.parallel import INDEX, Engine, Span, World, index_of, own_part, part_file, write_tensors
 from mega_scale.training.checkpoint.config import CheckpointConfig
-from mega_scale.training.checkpoint.files import dump, flush, replace_text
+from mega_scale.training.checkpoint.files import dump, flush, reason, replace_text
 from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, folder_of, next_serial
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
 from mega_scale.training.checkpoint.retention import DELETED, delete, surplus
@@ -317,7 +317,11 @@ def _write_and_prove(path: Path, tensors: dict[str, Tensor], key: bytes | None) 
         OSError: it cannot be written, or does not come back as it was.
     """
     found = new_hash(key)
-    record = Record(write_tensors(path, tensors, found.update), found.hexdigest())
+    try:
+        record = Record(write_tensors(path, tensors, found.update), found.hexdigest())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        raise
     if hash_file(path, key) != record:
         raise OSError(f"{path} does not read back as it was written: look at the disk")
     return record
@@ -336,5 +340,5 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _text(error: BaseException) -> str:
-    named = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else str(error)
-    return " ".join(f"{type(error).__name__}: {named}".split())[:300]
+    named = reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return " ".join(named.split())[:300]

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 from mega_scale.config.model_section import model_config
 from mega_scale.parallel.mesh import divisors, multiples, nearest
-from mega_scale.parallel.model_checks import check_sequence_parallel, check_tensor_parallel, check_vocabulary
+from mega_scale.parallel.model_checks import (
+    check_segments,
+    check_sequence_parallel,
+    check_tensor_parallel,
+    check_vocabulary,
+)
 from mega_scale.training.checkpoint import find_checkpoint, read_key
 
 if TYPE_CHECKING:
@@ -149,6 +154,8 @@ def _check_lengths(config: "RunConfig") -> None:
 
 def _check_spread(config: "RunConfig") -> None:
     check_tensor_parallel(config.model, config.parallel.tp)
+    how = config.parallel.recomputation
+    check_segments(config.model, how.segment, how.every, config.parallel.sp)
     check_sequence_parallel(config.model, config.data.sequence_length, config.parallel.sp)
     if config.model.vocab_size is not None:
         check_vocabulary(config.model.vocab_size, config.parallel.tp)

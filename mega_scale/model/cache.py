@@ -167,7 +167,7 @@ def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int 
     place = (before + begin) % chunk
     kept = []
     for old, new in ((state and state.keys, keys), (state and state.values, values)):
-        if old is None:
+        if old is None or not old.shape[1]:
             buffer = new.new_zeros(new.shape[0], chunk, new.shape[2])
         else:
             buffer = old.clone() if torch.is_grad_enabled() else old

@@ -28,6 +28,14 @@ class DocumentBorders:
     starts: Tensor
     chunks: ChunkDocuments
 
+    def between(self, begin: int, end: int) -> "DocumentBorders":
+        """Of the tokens from `begin` to before `end`, where chunks begin; of rows without remembered keys."""
+        chunk = self.chunks.numbers.shape[2]
+        numbers = self.chunks.numbers[:, begin // chunk : -(-end // chunk)]
+        # One chunk of a few tokens is no wider than they are.
+        numbers = numbers[..., : end - begin] if end - begin < chunk else numbers
+        return DocumentBorders(self.starts[:, begin:end], ChunkDocuments.of(numbers))
+
 
 def document_borders(
     starts: Tensor | None, config: MegaConfig, cache: MegaCache | None, pads: Tensor | None, x: Tensor

@@ -1,15 +1,52 @@
-"""Activation checkpointing: which blocks drop their activations and recompute them in the backward pass."""
+"""Activation checkpointing: what blocks drop in the forward pass and compute again in the backward pass.
 
+Legend: B batch, L length, D channels, C chunk.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any, Literal, NamedTuple
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from mega_scale.model.block import BlockOutput, MegaBlock
+from mega_scale.model.cache import LayerState
+from mega_scale.model.documents import DocumentBorders
 from mega_scale.parallel.sequence import Kept
 from mega_scale.parallel.structure import blocks
+from mega_scale.parallel.window import Window
+
+Keeps = Literal["nothing", "products"]
+KEEPS: tuple[Keeps, ...] = ("nothing", "products")
+_PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
-def checkpoint_activations(model: nn.Module, every: int, kept: Kept) -> None:
+class Recomputation(NamedTuple):
+    """Which blocks are recomputed, and how.
+
+    Args:
+        every: 0 for no block, 1 for every block, n for the n-th, the 2n-th, ... block.
+        keeps: nothing, or products: results of matrix products stay, so that only what is cheap is computed again.
+        segment: tokens that are computed and recomputed at a time, whole chunks; 0 for whole rows.
+    """
+
+    every: int = 0
+    keeps: Keeps = "nothing"
+    segment: int = 0
+
+
+def checkpoint_activations(model: nn.Module, how: Recomputation, kept: Kept, window: Window) -> None:
     """Turn checkpointing on for every n-th block; names of parameters stay as they are.
 
     Blocks are transformers' GradientCheckpointingLayer, which checkpoints its `forward` when training, with the
@@ -17,11 +54,82 @@ def checkpoint_activations(model: nn.Module, every: int, kept: Kept) -> None:
 
     Args:
         model: a `MegaForCausalLM`, changed in place.
-        every: 0 for no block, 1 for every block, n for the n-th, the 2n-th, ... block.
+        how: which blocks, and what they keep.
         kept: what blocks receive from other ranks of `sp`, so that recomputing them needs no communication.
+        window: where the model computes, on which dropout depends.
     """
+    recompute = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, how.keeps, kept)
+    )
     for number, block in enumerate(blocks(model), start=1):
-        block.gradient_checkpointing = every > 0 and number % every == 0
-        vars(block)["_gradient_checkpointing_func"] = partial(
-            checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts
-        )
+        chosen = how.every > 0 and number % how.every == 0
+        block.gradient_checkpointing = chosen and how.segment == 0
+        vars(block)["_gradient_checkpointing_func"] = recompute
+        if chosen and how.segment:
+            block.__class__ = SegmentedBlock
+            block.segment, block.window, block.recompute = how.segment, window, recompute  # type: ignore[assignment]
+
+
+_Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def _contexts(keeps: Keeps, kept: Kept) -> _Contexts:
+    """Contexts of a block's forward and of its recomputation."""
+    received = kept.contexts()
+    if keeps == "nothing":
+        return received
+    products: _Contexts = create_selective_checkpoint_contexts(_PRODUCTS)
+    return _both(received[0], products[0]), _both(received[1], products[1])
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+class SegmentedBlock(MegaBlock):
+    """A block that is computed, and in the backward pass recomputed, a segment of its rows at a time.
+
+    Attention stays in chunks, so that only the state of the moving average crosses from segment to segment: what is
+    kept of a row are its inputs, outputs, and one state a segment, and what is alive at once is one segment's.
+    """
+
+    segment: int
+    window: Window
+    recompute: Callable[..., Any]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BlockOutput:
+        """See `MegaBlock.forward`; anything but training on plain rows is computed whole."""
+        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        borders: DocumentBorders | None = given.pop("borders", None)
+        if (
+            not self.training
+            or not torch.is_grad_enabled()
+            or any(value not in (None, False) for value in given.values())
+        ):
+            return super().forward(x, *args, **kwargs)
+        outputs, state = [], None
+        for begin in range(0, x.shape[1], self.segment):
+            end = min(begin + self.segment, x.shape[1])
+            own = None if borders is None else borders.between(begin, end)
+            out, state = self.recompute(self._segment, x[:, begin:end], state, begin, end < x.shape[1], own)
+            outputs.append(out)
+        return BlockOutput(torch.cat(outputs, 1), None, None, None, None)
+
+    def _segment(
+        self, x: Tensor, average: Tensor | None, begin: int, more: bool, borders: DocumentBorders | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One segment (B, S, D) from the average's state before it to the one after it, if there is `more`."""
+        state = None
+        if average is not None:
+            none = x.new_zeros(len(x), 0, 0)  # no chunk is open between segments
+            state = LayerState(average, none, none, begin)
+        with self.window.later(begin):
+            out = super().forward(x, state=state, return_state=more, borders=borders)
+        return out.x, None if out.state is None else out.state.ema
+
+
+_ARGUMENTS = (
+    "mask", "pads", "encoder_output", "encoder_mask", "state", "encoder", "return_state", "return_weights", "borders",
+)  # fmt: skip

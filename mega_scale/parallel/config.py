@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from mega_scale.parallel.activation_checkpoint import KEEPS, Recomputation
 from mega_scale.parallel.deepspeed_config import check_mesh, native_config
 from mega_scale.parallel.mesh import MeshShape
 
@@ -41,6 +42,12 @@ class ParallelConfig:
     activation_checkpoint: int = 0
     """Recompute the activations of every n-th block in the backward pass; 1 is every block, 0 none (blocks)."""
 
+    activation_checkpoint_keeps: Literal["nothing", "products"] = "nothing"
+    """What recomputed blocks keep: nothing, or results of matrix products, so that only what is cheap is recomputed."""
+
+    activation_checkpoint_segment: int = 0
+    """Compute recomputed blocks so many tokens at a time, in both passes: whole chunks; 0 for whole rows (tokens)."""
+
     ds_config: dict[str, Any] = field(default_factory=dict)
     """Native DeepSpeed keys, merged over ours; keys that other settings own are refused (DeepSpeed's units)."""
 
@@ -49,6 +56,13 @@ class ParallelConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; auto takes CUDA where there is one (no unit)."""
+
+    @property
+    def recomputation(self) -> Recomputation:
+        """The settings of activation checkpointing."""
+        return Recomputation(
+            self.activation_checkpoint, self.activation_checkpoint_keeps, self.activation_checkpoint_segment
+        )
 
     def mesh(self, world_size: int) -> MeshShape:
         """Lay the ranks of a run out on the axes.
@@ -102,6 +116,17 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.activation_checkpoint={self.activation_checkpoint} is negative: "
                 "choose 0 for no block, 1 for every block, n for every n-th"
+            )
+        if self.activation_checkpoint_keeps not in KEEPS:
+            raise ValueError(
+                f"parallel.activation_checkpoint_keeps={self.activation_checkpoint_keeps!r} is unknown: choose one of "
+                f"{', '.join(KEEPS)}"
+            )
+        if self.activation_checkpoint_keeps == "products" and self.engine == "deepspeed" and self.zero_stage == 3:
+            raise ValueError(
+                "parallel.activation_checkpoint_keeps='products' with parallel.engine=deepspeed and zero_stage=3: its "
+                "linear layers change the results of products after they were kept: use parallel.engine=fsdp, a "
+                "zero_stage below 3, or parallel.activation_checkpoint_keeps=nothing"
             )
         if self.timeout_s < 1:
             raise ValueError(f"parallel.timeout_s={self.timeout_s} leaves no time: choose at least 1 second")

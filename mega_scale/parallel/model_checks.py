@@ -71,12 +71,7 @@ def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
     """
     if sp == 1:
         return
-    truncation = _Rule(
-        model.truncation is not None,
-        f"model.truncation={model.truncation}",
-        "a truncated moving average has no state to pass from rank to rank",
-        "model.truncation=null",
-    )
+    truncation = _truncation(model, "rank to rank")
     unchunked = _Rule(
         not model.use_chunking,
         "model.use_chunking=False",
@@ -94,11 +89,60 @@ def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
     )
 
 
-def _refuse_broken(axis: str, rules: list[_Rule]) -> None:
+def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
+    """Refuse a model whose blocks cannot be computed a segment at a time.
+
+    Args:
+        model: a MegaConfig, or the `model` section of a run, which has its keys.
+        segment: tokens; 0 for whole rows.
+        every: which blocks are recomputed, 0 for none.
+        sp: ranks that share a row.
+
+    Raises:
+        ValueError: names the keys, their values and what would work.
+    """
+    name = f"parallel.activation_checkpoint_segment={segment}"
+    if segment < 0:
+        raise ValueError(f"{name} is negative: choose 0 for whole rows, or a multiple of model.chunk_size")
+    if segment == 0:
+        return
+    if every == 0:
+        raise ValueError(
+            f"{name} with parallel.activation_checkpoint=0: only blocks that are recomputed are computed in segments; "
+            "use parallel.activation_checkpoint=1, or parallel.activation_checkpoint_segment=0"
+        )
+    rules = [
+        _norm(model),
+        _cross_attention(model),
+        _truncation(model, "segment to segment"),
+        _Rule(not model.use_chunking, "model.use_chunking=False", "attention would reach over all segments",
+              "model.use_chunking=true"),
+        _Rule(model.bidirectional, "model.bidirectional=True", "states would cross segments in both directions",
+              "model.bidirectional=false"),
+        _Rule(sp > 1, f"parallel.sp={sp}", "ranks pass one state for their whole part of a row", "parallel.sp=1"),
+    ]  # fmt: skip
+    _refuse_broken(name, rules, off=0)
+    if segment % model.chunk_size:
+        raise ValueError(
+            f"{name} is not a multiple of model.chunk_size={model.chunk_size}: "
+            f"use {multiples(model.chunk_size, segment)}"
+        )
+
+
+def _refuse_broken(axis: str, rules: list[_Rule], off: int = 1) -> None:
     for rule in rules:
         if rule.broken:
             name = axis.partition("=")[0]
-            raise ValueError(f"{axis} with {rule.setting}: {rule.why}; use {rule.remedy}, or {name}=1")
+            raise ValueError(f"{axis} with {rule.setting}: {rule.why}; use {rule.remedy}, or {name}={off}")
+
+
+def _truncation(model: Any, way: str) -> _Rule:
+    return _Rule(
+        model.truncation is not None,
+        f"model.truncation={model.truncation}",
+        f"a truncated moving average has no state to pass from {way}",
+        "model.truncation=null",
+    )
 
 
 def _norm(model: Any) -> _Rule:

@@ -48,7 +48,7 @@ def parallelize(
         model,
         sp=world.axis("sp"),
         tp=world.axis("tp"),
-        activation_checkpoint=config.activation_checkpoint,
+        recomputation=config.recomputation,
         seed=seed,
     )
     if config.engine == "fsdp":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.parallel.activation_checkpoint import Recomputation
 from mega_scale.parallel.collectives import ALONE
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.materialize import fill, seeded_values
@@ -114,7 +115,7 @@ def _meta(config: MegaConfig) -> MegaForCausalLM:
 def _alone(config: MegaConfig, inputs: Tensor, labels: Tensor, device: torch.device) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by name of the state dict, of the whole batch in this process."""
     model = _meta(config)
-    parts = spread(model, sp=ALONE, tp=ALONE, activation_checkpoint=0, seed=_SEED)
+    parts = spread(model, sp=ALONE, tp=ALONE, recomputation=Recomputation(), seed=_SEED)
     fill(
         model,
         seeded_values(config, _SEED),

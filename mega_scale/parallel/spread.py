@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from mega_scale.model import MegaPreTrainedModel
-from mega_scale.parallel.activation_checkpoint import checkpoint_activations
+from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations
 from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.dropout import drop_by_place
-from mega_scale.parallel.model_checks import check_sequence_parallel
+from mega_scale.parallel.model_checks import check_segments, check_sequence_parallel
 from mega_scale.parallel.sequence import Kept, StateExchange, share_rows
 from mega_scale.parallel.tensor import cut_channels, separate_segments
 from mega_scale.parallel.window import Window
@@ -29,14 +29,14 @@ class Spread(NamedTuple):
     tp: Axis
 
 
-def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, activation_checkpoint: int, seed: int) -> Spread:
+def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, recomputation: Recomputation, seed: int) -> Spread:
     """Cut channels over `tp` and rows over `sp`, make dropout independent of both, and checkpoint activations.
 
     Args:
         model: on the meta device, changed in place.
         sp: the ranks that share a row.
         tp: the ranks that share every layer.
-        activation_checkpoint: 0 for no block, n for every n-th.
+        recomputation: which blocks are recomputed, and how.
         seed: of dropout.
 
     Returns:
@@ -48,6 +48,7 @@ def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, activation_checkpo
     with torch.device("meta"):
         template = type(model)(model.config)
     config = model.config
+    check_segments(config, recomputation.segment, recomputation.every, sp.size)
     check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     window, kept = Window(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1), Kept()
     separate_segments(model)
@@ -55,5 +56,5 @@ def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, activation_checkpo
     if tp.size > 1:
         cut_channels(model, tp)
     drop_by_place(model, seed, window, tp)
-    checkpoint_activations(model, activation_checkpoint, kept)
+    checkpoint_activations(model, recomputation, kept, window)
     return Spread(template, window, tp)

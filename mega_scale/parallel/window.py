@@ -3,6 +3,8 @@
 Legend: B rows, L length of a whole row, P ranks that share a row, C chunk.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
 
@@ -45,6 +47,7 @@ class Window:
 
     def __init__(self, part: int = 0, parts: int = 1, chunk: int = 1) -> None:
         self.part, self.parts = part, parts
+        self.first_token: int
         self._multiple = parts * chunk if parts > 1 else 1
         self._taken = (START, 0)
         self._leave()
@@ -66,6 +69,16 @@ class Window:
         inputs = self.split(input_ids, 0)
         self._taken = (place, inputs.shape[1])
         return inputs, self.split(shift_labels, _IGNORED)
+
+    @contextmanager
+    def later(self, tokens: int) -> Iterator[None]:
+        """Within it, the model computes tokens that lie so many further on in their rows."""
+        before = self.first_token
+        self.first_token = before + tokens
+        try:
+            yield
+        finally:
+            self.first_token = before
 
     def __enter__(self) -> None:
         self.place, length = self._taken

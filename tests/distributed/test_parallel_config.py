@@ -23,6 +23,8 @@ RUN: dict[str, Any] = {
         ({"zero_stage": 4}, r"parallel\.zero_stage=4", "choose 0, 1, 2 or 3"),
         ({"engine": "fsdp", "zero_stage": 0}, r"parallel\.zero_stage=0", "deepspeed"),
         ({"activation_checkpoint": -1}, r"parallel\.activation_checkpoint=-1", "choose 0"),
+        ({"activation_checkpoint_keeps": "all"}, r"parallel\.activation_checkpoint_keeps='all'", "nothing, products"),
+        ({"activation_checkpoint_keeps": "products"}, r"activation_checkpoint_keeps='products'", "engine=fsdp"),
         ({"timeout_s": 0}, r"parallel\.timeout_s=0", "at least 1"),
         ({"device": "tpu"}, r"parallel\.device='tpu'", "auto, cpu, cuda"),
         ({"engine": "fsdp", "ds_config": {"wall_clock_breakdown": True}}, r"parallel\.ds_config=", "remove it"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mega_scale.model import MegaForCausalLM, MegaForMaskedLM
 from mega_scale.parallel import ParallelConfig, Place, World, seeded_values
+from mega_scale.parallel.activation_checkpoint import Recomputation
 from mega_scale.parallel.collectives import ALONE, Axis
 from mega_scale.parallel.materialize import fill
 from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
@@ -51,7 +52,7 @@ def train_once(activation: str, sp: Axis, every: int) -> dict[str, Tensor]:
     config = encoder(activation)
     with torch.device("meta"):
         model = MegaForMaskedLM(config)
-    parts = spread(model, sp=sp, tp=ALONE, activation_checkpoint=every, seed=1)
+    parts = spread(model, sp=sp, tp=ALONE, recomputation=Recomputation(every), seed=1)
     place = {"template": parts.template}
     fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)
     model.train()
@@ -108,4 +109,4 @@ def test_what_cannot_be_spread_is_refused(axes, changes, message):
         model = MegaForCausalLM(tiny_run.tiny_config(intermediate_size=20, nffn_hidden_size=24, **changes))
     axis = {"sp": ALONE, "tp": ALONE} | {axes: Axis(None, 0, 2)}
     with pytest.raises(ValueError, match=message):
-        spread(model, **axis, activation_checkpoint=0, seed=0)
+        spread(model, **axis, recomputation=Recomputation(), seed=0)

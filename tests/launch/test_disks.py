@@ -63,9 +63,7 @@ def test_a_run_goes_on_while_its_disks_are_full_and_then_read_only(disks, text_f
     assert saved(disks) == [2, 10, 12] and status(disks)["state"] == "finished"
     for folder in checkpoints.glob("step-*"):
         verify(folder)
-    # A short line may still fit into a page that the file has.
-    assert output.count("metrics.jsonl is not written: No space left on device") <= 1
-    assert output.count("TensorBoard events are written no more: No space left on device") <= 1
+    # What happens to lines and events is in tests/training/test_failing_disk.py: here the last page of a file has room.
     assert {1, 2, 3, 9, 10, 11, 12} <= metrics(disks).keys(), "no line is half a line"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mega_scale.ops.attention import chunk_attention, key_minus_query, rotary_bias, simple_bias, toeplitz
+from mega_scale.ops.attention.causal import causal_attention
 
 
 def make_case(batch=2, chunks=3, queries=7, keys=7, z=6, e=5, seed=0):
@@ -125,3 +126,26 @@ def test_refusals_name_what_is_wrong():
             chunk_attention(q, k, v, bias, **arguments)
     with pytest.raises(ValueError, match="bias has shape"):
         chunk_attention(q, k, v, bias[1:])
+
+
+@pytest.mark.parametrize("chunk,block", [(1, 4), (7, 3), (8, 4), (9, 4), (5, 8)])
+def test_causal_blocks_are_the_reference(chunk, block):
+    case = [t.detach().double().requires_grad_() for t in make_case(queries=chunk, keys=chunk)]
+    probe = torch.randn(2, 3, chunk, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    want, _ = chunk_attention(*case, causal=True, impl="eager")
+    got = causal_attention(*case, block=block)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    pairs = zip(*(torch.autograd.grad(out, case, probe) for out in (got, want)), strict=True)
+    for name, (found, expected) in zip(("dq", "dk", "dv", "dbias"), pairs, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12, msg=name)
+
+
+def test_causal_blocks_refuse_what_they_lack():
+    q, k, v, bias = make_case()
+    torch.testing.assert_close(
+        chunk_attention(q, k, v, bias, causal=True, impl="causal"), chunk_attention(q, k, v, bias, causal=True)
+    )
+    mask = torch.ones(2, 3, 7, dtype=torch.bool)
+    for options in ({}, {"causal": True, "key_mask": mask}, {"causal": True, "activation": "laplace"}):
+        with pytest.raises(ValueError, match="impl='causal' is softmax"):
+            chunk_attention(q, k, v, bias, impl="causal", **options)

@@ -1,0 +1,106 @@
+"""What is recomputed changes neither losses nor gradients: kept products, segments of rows, documents across them."""
+
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mega_scale.model import MegaForCausalLM
+from mega_scale.parallel import Place, seeded_values
+from mega_scale.parallel.activation_checkpoint import Recomputation
+from mega_scale.parallel.collectives import ALONE
+from mega_scale.parallel.materialize import fill
+from mega_scale.parallel.model_checks import check_segments
+from mega_scale.parallel.spread import spread
+
+LENGTH = 61  # chunks of 8, the last with 5 tokens
+DROPOUT = dict.fromkeys(("dropout_prob", "hidden_dropout_prob", "nffn_activation_dropout_prob"), 0.2)
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {**DROPOUT, "attention_probs_dropout_prob": 0.1},
+    "laplace": {"attention_activation": "laplace", "normalize_before_mega": False},
+}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+def step(changes: dict[str, Any], how: Recomputation, documents: bool = False) -> tuple[dict[str, Tensor], int]:
+    """Loss, gradients and number of matrix products of one step."""
+    config = tiny_run.tiny_config(**changes)
+    with torch.device("meta"):
+        model = MegaForCausalLM(config)
+    parts = spread(model, sp=ALONE, tp=ALONE, recomputation=how, seed=1)
+    place = {"template": parts.template}
+    fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)
+    model.train()
+    ids = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(4))
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[0, [0, 3, 16, 17, 58]] = True
+    inputs, labels = parts.window.take(Place(3, 8), ids, ids.roll(-1, 1))
+    with Products() as products, parts.window:
+        loss = model(
+            input_ids=inputs, shift_labels=labels, document_starts=starts if documents else None, skip_logits=True
+        ).loss
+        loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}, products.count
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_are_those_of_a_step_without_recomputation(model, documents):
+    expected, least = step(MODELS[model], Recomputation(), documents)
+    hows = [Recomputation(1), Recomputation(1, "products"), Recomputation(1, "nothing", 16)]
+    hows += [Recomputation(2, "products", 24), Recomputation(1, "nothing", 64), Recomputation(1, "nothing", 8)]
+    for how in hows:
+        found, products = step(MODELS[model], how, documents)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=f"{how}: {name}")
+        if how.segment == 0:
+            assert products == least if how.keeps == "products" else products > least
+
+
+class Widest(TorchDispatchMode):
+    """Width of the widest tensor as long as a row."""
+
+    width = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dim() == 3 and out.shape[:2] == (2, LENGTH):
+            self.width = max(self.width, out.shape[2])
+        return out
+
+
+def test_only_the_stream_is_as_long_as_a_row():
+    width = tiny_run.tiny_config().hidden_size
+    for segment in (8, 0):
+        with Widest() as widest:
+            step({}, Recomputation(1, "nothing", segment))
+        assert (widest.width == width) if segment else (widest.width > width)
+
+
+@pytest.mark.parametrize(
+    "changes,segment,every,sp,words",
+    [
+        ({}, -1, 1, 1, "negative"),
+        ({}, 16, 0, 1, "activation_checkpoint=0"),
+        ({}, 12, 1, 1, r"multiple of model.chunk_size=8: use 8 or 16"),
+        ({}, 16, 1, 2, "parallel.sp=2"),
+        ({"use_chunking": False}, 16, 1, 1, "model.use_chunking=False"),
+        ({"truncation": 8}, 16, 1, 1, "model.truncation=8"),
+    ],
+)
+def test_what_has_no_segments_is_refused(changes, segment, every, sp, words):
+    with pytest.raises(ValueError, match=words):
+        check_segments(tiny_run.tiny_config(**changes), segment, every, sp)

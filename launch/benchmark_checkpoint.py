@@ -206,7 +206,7 @@ def _require_exact(engine: Engine, other: Engine, folder: Path, world: World) ->
         for moment in ("exp_avg", "exp_avg_sq"):
             held.tensors[moment].uniform_()
     saver = Saver(folder, engine, world, lambda path: None, CheckpointConfig(asynchronous=False))
-    (saved,) = saver.save(1, {"step": 1})
+    (saved,) = saver.save(1, {"step": 1, "tokens": 0, "data": {}, "layout": {}})
     if saved.folder is None:
         raise ValueError(f"a checkpoint could not be written: {saved.problem}")
     verify(saved.folder)

@@ -40,6 +40,7 @@ def run_folder(tmp_path, make_model, tokenizer):
         state = {
             "step": step,
             "tokens": 32 * step,
+            "data": {},
             "layout": {"engine": "fsdp", "zero_stage": 3, "world_size": 2},
             "validation": {"loss": 2.5, "perplexity": 12.18, "bits_per_byte": 3.6067, "tokens": 64},
         }

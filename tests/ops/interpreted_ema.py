@@ -91,7 +91,7 @@ CASES = [
     (2, 130, 6, 3, 9, True, "one"),
     (1, 40, 4, 3, 7, True, "all"),
     (17, 33, 3, 3, 2, True, "random"),
-    (1, 200, 11, 17, 2, True, "random"),
+    (1, 160, 6, 17, 2, True, "random"),
 ]
 
 

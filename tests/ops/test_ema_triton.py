@@ -39,18 +39,22 @@ def test_interpreted_kernels_match_the_recurrence():
 
 @needs_triton
 def test_compiled_kernels_use_matrix_units_and_do_not_spill(tmp_path):
-    script = (
-        "import json; from mega_scale.ops.ema.triton_report import compile_kernels; "
-        "print(json.dumps([row._asdict() for row in compile_kernels([90], ['bf16', 'fp32'], [16])]))"
-    )
+    command = ("launch/benchmark.py", "kernels", "--architectures", "90", "--json", tmp_path / "rows.json")
     # A cache of its own: what is cached was compiled by whoever was here before.
-    done = start("-c", script, TRITON_CACHE_DIR=str(tmp_path))
+    done = start(*command, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    assert "| outputs_kernel | sm_90 | bf16 | 16 |" in done.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 10
     for row in rows:
         assert row["architecture"] == "sm_90" and row["spill_bytes"] == 0, row
         assert row["products"] >= 4 and 0 < row["shared_bytes"] <= 96 * 1024, row
+
+
+@needs_triton
+def test_interpreted_kernels_are_not_reported_as_compiled():
+    done = start("launch/benchmark.py", "kernels", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "unset TRITON_INTERPRET" in done.stderr
 
 
 def coefficients():

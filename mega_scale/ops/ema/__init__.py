@@ -65,8 +65,8 @@ def damped_ema(
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked only.
         impl: auto, recurrent (the reference), fft, blocked or triton. auto is fft for a truncated kernel; triton on an
-            NVIDIA GPU of compute capability 8 or newer where triton is installed, without `carry`, for 64 tokens or
-            more, outside torch.compile; else blocked.
+            NVIDIA GPU of compute capability 8 or newer where triton is installed, for 64 tokens or more and N up to
+            32, outside torch.compile; else, and with `carry`, blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),
@@ -146,6 +146,7 @@ def _suits_triton(x: Tensor, coefficients: EmaCoefficients) -> bool:
         and x.shape[1] >= 64
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and coefficients.log_decay.dtype == torch.float32
+        and coefficients.log_decay.shape[1] <= 32
         and not torch.compiler.is_compiling()
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(x.device) >= (8, 0)

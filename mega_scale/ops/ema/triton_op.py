@@ -20,7 +20,7 @@ from mega_scale.ops.ema.triton_kernels import interpreted, outputs_kernel, state
 
 BLOCK = 16  # c
 LANES = 16  # rows of a product: the least that a matrix unit takes
-CHANNELS = 8
+CHANNELS = 8  # of a program, for N up to 16
 WARPS = 8
 # Programs to have, about two for each of the 132 multiprocessors of an H100. A guess until it is measured.
 _PROGRAMS = 264
@@ -134,10 +134,10 @@ class _Run:
         batch, length, channels = x.shape
         averages = decay.shape[1]
         count = batch * lanes.splits
-        self.grid = (-(-count // LANES), -(-channels // CHANNELS))
+        self._constants = constants(averages)
+        self.grid = (-(-count // LANES), -(-channels // self._constants["CHANNELS"]))
         self._device = x
         self._sizes = (count, length, channels, lanes.blocks, lanes.splits)
-        self._constants = constants(averages)
 
     def __call__(self, kernel: Any, *arguments: Tensor, **constants: Any) -> None:
         with torch.cuda.device_of(self._device):
@@ -147,7 +147,9 @@ class _Run:
 def constants(averages: int) -> dict[str, int]:
     """What kernels are compiled for, besides their own: a block's sizes, and N as it is and padded."""
     padded = max(16, 1 << (averages - 1).bit_length())
-    return {"N": averages, "NP": padded, "BLOCK": BLOCK, "LANES": LANES, "CHANNELS": CHANNELS}
+    # Wider states take the registers and the shared memory of other channels.
+    channels = max(1, CHANNELS * 16 // padded)
+    return {"N": averages, "NP": padded, "BLOCK": BLOCK, "LANES": LANES, "CHANNELS": channels}
 
 
 def _precision(x: Tensor) -> str:

@@ -34,6 +34,11 @@ class Compiled(NamedTuple):
     products: int  # instructions for matrix units
 
 
+def compiler_version() -> str:
+    """Of triton, which brings its ptxas."""
+    return str(triton.__version__)
+
+
 def compile_kernels(architectures: Sequence[int], dtypes: Sequence[str], averages: Sequence[int]) -> list[Compiled]:
     """Compile every kernel in every variant, with Triton's own ptxas; no GPU is needed.
 

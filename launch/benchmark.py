@@ -8,6 +8,7 @@
     python launch/benchmark.py prepare --megabytes 200
     python launch/benchmark.py checkpoint --megabytes 200
     python launch/benchmark.py reset --document 100 500 2000
+    python launch/benchmark.py kernels --architectures 80 90
 
 Timed contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
 median, least and greatest time. What is not correct is not reported.
@@ -35,6 +36,7 @@ from launch.benchmark_checkpoint import add_checkpoint_arguments, run_checkpoint
 from launch.benchmark_data import add_loader_arguments, add_prepare_arguments, run_loader, run_prepare
 from launch.benchmark_decode import add_decode_arguments, run_decode
 from launch.benchmark_documents import add_reset_arguments, run_reset
+from launch.benchmark_kernels import add_kernels_arguments, run_kernels
 from launch.benchmark_memory import add_memory_arguments, run_memory
 from launch.benchmark_step import add_step_arguments, run_step
 from launch.machine import hardware
@@ -342,6 +344,10 @@ def parser() -> argparse.ArgumentParser:
     reset = commands.add_parser("reset", help=words, formatter_class=formatter)
     add_reset_arguments(reset, positive)
     _add_timing(reset, run_reset, repeats=15, warmup=2)
+    words = "Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills"
+    kernels = commands.add_parser("kernels", help=words, formatter_class=formatter)
+    add_kernels_arguments(kernels, positive)
+    _add_common(kernels, run_kernels)
     return top
 
 

@@ -1,5 +1,6 @@
 """The damped exponential moving average: one entry, several implementations."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.fft import fft_ema
 from mega_scale.ops.ema.recurrent import recurrent_ema
 
-IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked")
+IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton")
 
 
 class Carry(Protocol):
@@ -63,7 +64,13 @@ def damped_ema(
         bidirectional: whether the average also runs from right to left.
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked only.
+<<<<<<< HEAD
         impl: recurrent (the reference), fft, blocked; auto: recurrent for one token, fft when truncated, else blocked.
+=======
+        impl: auto, recurrent (the reference), fft, blocked or triton. auto is fft for a truncated kernel; triton on an
+            NVIDIA GPU of compute capability 8 or newer where triton is installed, for 64 tokens or more and N up to
+            32, outside torch.compile; else, and with `carry`, blocked.
+>>>>>>> fast-b
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),
@@ -79,7 +86,10 @@ def damped_ema(
             f"carry brings the state of the blocked form: it excludes state, truncation={truncation} and impl={impl!r}"
         )
     with torch.autocast(x.device.type, enabled=False):
-        inputs = x.to(coefficients.log_decay.dtype)
+        if impl == "auto" and truncation is None and carry is None and _suits_triton(x, coefficients):
+            impl = "triton"
+        # The kernels widen tokens as they read them.
+        inputs = x if impl == "triton" else x.to(coefficients.log_decay.dtype)
         directions = [_Direction(inputs, coefficients, state, resets)]
         if bidirectional:
             ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
@@ -115,6 +125,11 @@ def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Te
         if state is not None or resets is not None:
             raise ValueError(f"truncation={truncation} keeps no state: it takes neither state nor resets")
         return fft_ema(x, coefficients, None, truncation)
+    if impl == "triton":
+        # Not before it is needed: triton may not be installed.
+        from mega_scale.ops.ema.triton_op import triton_ema  # noqa: PLC0415
+
+        return triton_ema(x, coefficients, state, resets)
     one_token = impl == "auto" and x.shape[1] == 1  # a decoding step, for which blocks would be idle ceremony
     if impl in ("auto", "blocked") and not one_token:
         form = BlockedEma(x, coefficients, state, resets)
@@ -127,6 +142,21 @@ def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Te
     if resets is not None:
         raise ValueError("impl='fft' has one kernel for the whole sequence and takes no resets: use impl='blocked'")
     return fft_ema(x, coefficients, state)
+
+
+def _suits_triton(x: Tensor, coefficients: EmaCoefficients) -> bool:
+    """Whether `auto` takes the Triton kernels; asks for the cheapest first, as models on CPUs ask at every call."""
+    return (
+        x.is_cuda
+        and x.shape[1] >= 64
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and coefficients.log_decay.dtype == torch.float32
+        and coefficients.log_decay.shape[1] <= 32
+        and not torch.compiler.is_compiling()
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def _carried(directions: list[_Direction], carry: Carry, resets: Tensor | None) -> list[tuple[Tensor, Tensor]]:

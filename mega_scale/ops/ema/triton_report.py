@@ -1,0 +1,121 @@
+"""What the compiler makes of the Triton kernels, for GPUs that need not be here: registers, shared memory, spills."""
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+from mega_scale.ops.ema.triton_gradients import adjoints_kernel, gradients_kernel
+from mega_scale.ops.ema.triton_kernels import interpreted, outputs_kernel, states_kernel
+from mega_scale.ops.ema.triton_op import WARPS, constants
+
+_TOKENS = ("x", "y", "dx", "dy")
+_INT32 = ("starts", "keep", "last")
+_SIZES = ("lanes", "L", "D", "K", "SPLITS")
+_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+
+class Compiled(NamedTuple):
+    """One kernel as compiled."""
+
+    kernel: str
+    architecture: str  # as sm_90
+    dtype: str  # of tokens
+    averages: int  # N
+    registers: int  # per thread
+    shared_bytes: int  # per program
+    spill_bytes: int  # per thread, stored and loaded
+    warps: int  # per program
+    products: int  # instructions for matrix units
+
+
+def compiler_version() -> str:
+    """Of triton, which brings its ptxas."""
+    return str(triton.__version__)
+
+
+def compile_kernels(architectures: Sequence[int], dtypes: Sequence[str], averages: Sequence[int]) -> list[Compiled]:
+    """Compile every kernel in every variant, with Triton's own ptxas; no GPU is needed.
+
+    Args:
+        architectures: compute capabilities, as 80 and 90.
+        dtypes: of tokens: bf16, fp16, fp32.
+        averages: N.
+
+    Returns:
+        A row a variant.
+
+    Raises:
+        ValueError: kernels are interpreted in this process (TRITON_INTERPRET), or a dtype has none.
+    """
+    if interpreted():
+        raise ValueError("kernels are interpreted here, not compiled: unset TRITON_INTERPRET")
+    unknown = [dtype for dtype in dtypes if dtype not in _TYPES]
+    if unknown:
+        raise ValueError(f"no kernel takes {unknown[0]}: choose among {', '.join(_TYPES)}")
+    variants = [
+        (states_kernel, "states_kernel, ends", {"STORE": False}),
+        (states_kernel, "states_kernel, every block", {"STORE": True}),
+        (outputs_kernel, "outputs_kernel", {}),
+        (adjoints_kernel, "adjoints_kernel", {}),
+        (gradients_kernel, "gradients_kernel", {}),
+    ]
+    return [
+        _compile(kernel, name, own, architecture, dtype, n)
+        for architecture in architectures
+        for dtype in dtypes
+        for n in averages
+        for kernel, name, own in variants
+    ]
+
+
+def _compile(kernel: Any, name: str, own: dict[str, Any], architecture: int, dtype: str, averages: int) -> Compiled:
+    values = constants(averages) | {"PRECISION": "tf32" if dtype == "bf16" else "tf32x3"} | own
+    names = list(inspect.signature(kernel.fn).parameters)
+    signature, aligned = {}, {}
+    for place, argument in enumerate(names):
+        if argument in values:
+            signature[argument] = "constexpr"
+        elif argument in _SIZES:
+            signature[argument] = "i32"
+        else:
+            signature[argument] = (
+                _TYPES[dtype] if argument in _TOKENS else "*i32" if argument in _INT32 else "*fp32"
+            )  # fmt: skip
+            # As at a launch: storage that torch allocates is aligned, and D is a multiple of 16 in all configs.
+        if signature[argument].startswith("*") or argument == "D":
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(
+        kernel, signature, {argument: values[argument] for argument in names if argument in values}, aligned
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
+    binary = triton.compile(source, target=target, options={"num_warps": WARPS})
+    registers, spills = _resources(binary.asm["ptx"])
+    products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", binary.asm["ptx"]))
+    return Compiled(
+        name, f"sm_{architecture}", dtype, averages, registers, binary.metadata.shared, spills, WARPS, products
+    )  # fmt: skip
+
+
+def _resources(ptx: str) -> tuple[int, int]:
+    """Registers and spilled bytes per thread, as ptxas counts them for the target that the text names."""
+    found = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert found is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        done = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={found[1]}", str(source), "-o", f"{folder}/kernel"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    used = re.search(r"Used (\d+) registers", done.stderr)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    assert used is not None
+    return int(used[1]), sum(map(int, spilled))

@@ -224,6 +224,7 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
         build_optimizer=lambda sharded: build_optimizer(sharded, config.optimizer),
         world=world,
         seed=train_config.seed,
+        compile_gates=train_config.compile,
     )
     engine.module.train()
     # Whatever was drawn until here, for workers or by libraries, is none of the run's.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from launch.machine import hardware
+from launch.machine import hardware, return_freed_memory
 from mega_scale.config import load_config, model_config
 from mega_scale.data import load_tokenizer
 from mega_scale.model import MegaForCausalLM
@@ -44,6 +44,7 @@ def run_long(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the model cannot be trained like this, or the step needed more memory than is allowed.
     """
+    return_freed_memory()
     run = load_config(args.config)
     config = model_config(run.model, load_tokenizer(run.data.tokenizer))
     parallel = ParallelConfig(
@@ -65,6 +66,7 @@ def run_long(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             loss = engine.forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args.length)
             engine.backward(loss, last=True)
+            loss = loss.detach()
             norm = engine.step(run.optimizer.lr)
             seconds = time.perf_counter() - began
         finally:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
 from mega_scale.data import Loader, PackedDataset, load_datasets, load_tokenizer, validation_batches
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
@@ -154,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             SIGNALS.listen(config.train.stop_signals)
     except ValueError as error:
         refuse(error, quiet=place.rank != 0)
+    if config.parallel.activation_checkpoint_segment:
+        return_freed_memory()
     with World.start(config.parallel) as world:
         code = watched(prepared, world)
     SIGNALS.ignore()

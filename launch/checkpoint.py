@@ -19,6 +19,7 @@ from mega_scale.config import refuse
 from mega_scale.training.checkpoint import (
     CheckpointError,
     checkpoints,
+    claimed_serial,
     convert,
     find_checkpoint,
     is_checkpoint,
@@ -26,7 +27,6 @@ from mega_scale.training.checkpoint import (
     prune,
     read_key,
     read_state,
-    serial_of,
     verify,
 )
 
@@ -44,7 +44,7 @@ def rows(run_dir: Path, key: bytes | None) -> list[dict[str, Any]]:
     """
     found = []
     for folder in checkpoints(run_dir):
-        row: dict[str, Any] = {"folder": str(folder), "serial": serial_of(folder), "problem": None}
+        row: dict[str, Any] = {"folder": str(folder), "serial": claimed_serial(folder), "problem": None}
         try:
             manifest = look(folder, key)
             state = read_state(folder)

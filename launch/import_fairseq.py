@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.dictionary is not None:
             tokenizer = tokenizer_from_dictionary(args.dictionary)
         elif args.tokenizer is not None:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
         layout = convert(
             args.checkpoint,
             args.out,

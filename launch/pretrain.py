@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from launch.machine import return_freed_memory
+from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
 from mega_scale.data import Loader, PackedDataset, load_datasets, load_tokenizer, validation_batches
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
@@ -50,7 +52,7 @@ from mega_scale.training.checkpoint import (
     read_state,
 )
 from mega_scale.training.evaluate import Evaluation, evaluate
-from mega_scale.training.loop import Run, Trained, train
+from mega_scale.training.loop import NOT_SAVED, NotSavedError, Run, Trained, train
 from mega_scale.training.metrics import peak_flops
 from mega_scale.training.optimizer import build_optimizer
 from mega_scale.training.preemption import STOPPED, Stopping, StopRun, TimeLimit, seconds_of
@@ -191,6 +193,11 @@ def watched(prepared: Prepared, world: World) -> int:
             if world.rank == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return DIVERGED
+        except NotSavedError as error:
+            status.write("failed", watchdog.step, str(error))
+            if world.rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return NOT_SAVED
         except StopRun:
             # Before it began to train: nothing was done that is not in its checkpoint.
             status.write("stopped", begin, stopping.reason())

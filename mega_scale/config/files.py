@@ -46,6 +46,8 @@ class StrictLoader(yaml.SafeLoader):
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ValueError(f"line {key_node.start_mark.line + 1}: a key is no word: write one")
         if key_node.value in seen:
             raise ValueError(f"line {key_node.start_mark.line + 1}: {key_node.value} is given twice: keep one")
         seen.add(key_node.value)
@@ -80,6 +82,8 @@ def read_layer(path: str | Path) -> dict[str, Any]:
         layer = yaml.load(text, Loader=StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"--config {path}: is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from None
     if layer is None:

@@ -10,7 +10,8 @@ from mega_scale.parallel.monitor import Standing
 from mega_scale.parallel.parallelize import parallelize
 from mega_scale.parallel.self_test import SelfTest, self_test
 from mega_scale.parallel.state import EngineState
-from mega_scale.parallel.state_files import INDEX, Span, StateReader, index_of, own_part, part_file
+from mega_scale.parallel.state_files import INDEX, StateReader, index_of, own_part
+from mega_scale.parallel.stored_parts import Span, part_file
 from mega_scale.parallel.tensor_file import as_bytes, write_tensors
 from mega_scale.parallel.weights import LazyWeights, open_weights
 from mega_scale.parallel.window import Place

@@ -124,8 +124,8 @@ class ParallelConfig:
             )
         if self.activation_checkpoint_keeps == "products" and self.engine == "deepspeed" and self.zero_stage == 3:
             raise ValueError(
-                "parallel.activation_checkpoint_keeps='products' with parallel.engine=deepspeed and zero_stage=3, "
-                "whose linear layers change the results of products after they were kept: use parallel.engine=fsdp, a "
+                "parallel.activation_checkpoint_keeps='products' with parallel.engine=deepspeed and zero_stage=3: its "
+                "linear layers change the results of products after they were kept: use parallel.engine=fsdp, a "
                 "zero_stage below 3, or parallel.activation_checkpoint_keeps=nothing"
             )
         if self.timeout_s < 1:

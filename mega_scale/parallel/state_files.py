@@ -9,31 +9,21 @@ overlap with its own, or whole parameters where `tp` differs, one at a time.
 
 import json
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mega_scale.parallel.collectives import ALONE, Axis
 from mega_scale.parallel.pieces import Piece
 from mega_scale.parallel.state import MOMENTS, WEIGHT, EngineState, Names
+from mega_scale.parallel.stored_parts import BUFFER, Span, StoredParts
 
 INDEX = "index.json"
 FORMAT = 1
-_BUFFER = "buffer"
-_OPEN_FILES = 64
-
-Span = tuple[int, int, int]
-"""Rank of tp (0 where the parameter is not cut), first number, and the one after the last."""
-
-
-def part_file(rank: int) -> str:
-    """Name of the file that a rank wrote."""
-    return f"part-{rank:05d}.safetensors"
+_MOST_STEPS = 2**53  # what every kind of number that counts steps can hold
 
 
 def own_part(state: EngineState, rank: int, tp_rank: int) -> tuple[dict[str, Tensor], dict[str, Span]]:
@@ -58,7 +48,7 @@ def own_part(state: EngineState, rank: int, tp_rank: int) -> tuple[dict[str, Ten
             spans[name] = (tp_rank if cut else 0, held.start + first, held.start + last)
             tensors |= {f"{kind}/{name}": tensor[first:last] for kind, tensor in held.tensors.items()}
     if rank == 0:
-        tensors |= {f"{_BUFFER}/{name}": buffer.clone() for name, buffer in state.buffers.items()}
+        tensors |= {f"{BUFFER}/{name}": buffer.clone() for name, buffer in state.buffers.items()}
     return tensors, spans
 
 
@@ -98,12 +88,6 @@ def _index(
     }
 
 
-class _Source(NamedTuple):
-    part: int
-    start: int
-    stop: int
-
-
 class Part(NamedTuple):
     """What one of several files has to hold.
 
@@ -139,18 +123,13 @@ class StateReader:
                 for name, (source, rows, dim) in found["table"].items()
             }
             self.names = Names(table, found["ties"], found["tp"])
-            self.optimizer_steps = int(found["optimizer_steps"])
+            self.optimizer_steps = found["optimizer_steps"]
             self.shapes = {name: torch.Size(shape) for name, shape in found["shapes"].items()}
             self.trained, self.buffers = set(found["trained"]), list(found["buffers"])
-            self._sources: dict[tuple[str, int], list[_Source]] = {}
-            for part, spans in enumerate(found["parts"]):
-                for name, (tp_rank, start, stop) in spans.items():
-                    self._sources.setdefault((name, tp_rank), []).append(_Source(part, start, stop))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._stored = StoredParts(folder, found["parts"])
+            self._require_sense()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
             raise ValueError(f"{folder / INDEX} cannot be read ({error!r}): choose another checkpoint") from None
-        for sources in self._sources.values():
-            sources.sort(key=lambda source: source.start)
-        self._files: OrderedDict[int, Any] = OrderedDict()
 
     def load(self, state: EngineState, tp: Axis) -> None:
         """Write what the files hold into an engine's memory.
@@ -163,14 +142,24 @@ class StateReader:
             ValueError: the files hold another model; nothing was changed.
         """
         self._require(state, tp)
-        for name, held in state.held.items():
-            dim = state.names.table[name].dim
-            for kind, tensor in held.tensors.items():
-                tensor.copy_(self.read(name, kind, held.start, held.start + len(tensor), dim, tp))
+        wanted = [
+            (tensor, (name, kind, held.start, held.start + len(tensor), state.names.table[name].dim, tp))
+            for name, held in state.held.items()
+            for kind, tensor in held.tensors.items()
+        ]
+        buffers = {name: self.buffer(name) for name in state.buffers}
+        for name, buffer in state.buffers.items():
+            if buffers[name].shape != buffer.shape:
+                found, here = tuple(buffers[name].shape), tuple(buffer.shape)
+                raise ValueError(f"{self._folder} holds another model: buffer {name} is {found} there and {here} here")
+        for _, numbers in wanted:
+            self._look_for(*numbers)
+        for tensor, numbers in wanted:
+            tensor.copy_(self.read(*numbers))
         for step in state.steps:
             step.fill_(self.optimizer_steps)
         for name, buffer in state.buffers.items():
-            buffer.copy_(self.buffer(name))
+            buffer.copy_(buffers[name])
 
     def read(self, name: str, kind: str, start: int, stop: int, dim: int | None = None, tp: Axis = ALONE) -> Tensor:
         """Some numbers of a parameter or moment.
@@ -186,19 +175,15 @@ class StateReader:
         Returns:
             (stop - start,) on the CPU.
         """
-        if dim == self.names.table[name].dim and (dim is None or tp.size == self.names.tp):
+        if self._is_cut_so(name, dim, tp):
             return self._range(name, kind, 0 if dim is None else tp.rank, start, stop)
         whole = self.whole(name, kind)
         return (whole if dim is None else whole.chunk(tp.size, dim)[tp.rank]).reshape(-1)[start:stop]
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole parameter or moment, on the CPU."""
-        dim, shape = self.names.table[name].dim, list(self.shapes[name])
-        parts = 1 if dim is None else self.names.tp
-        if dim is not None:
-            shape[dim] //= parts
-        numbers = math.prod(shape)
-        found = [self._range(name, kind, tp_rank, 0, numbers).view(shape) for tp_rank in range(parts)]
+        dim, (parts, shape) = self.names.table[name].dim, self._cut(name)
+        found = [self._range(name, kind, tp_rank, 0, math.prod(shape)).view(shape) for tp_rank in range(parts)]
         return found[0] if dim is None else torch.cat(found, dim)
 
     def part_of(self, part: int, parts: int) -> Part:
@@ -212,11 +197,11 @@ class StateReader:
                 kinds = (WEIGHT, *MOMENTS) if name in self.trained else (WEIGHT,)
                 like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in kinds}
         if part == 0:
-            like |= {f"{_BUFFER}/{name}": self.buffer(name).to("meta") for name in self.buffers}
+            like |= {f"{BUFFER}/{name}": self.buffer(name).to("meta") for name in self.buffers}
 
         def read(stored: str) -> Tensor:
             kind, name = stored.split("/", 1)
-            if kind == _BUFFER:
+            if kind == BUFFER:
                 return self.buffer(name)
             _, first, last = spans[name]
             return self.whole(name, kind).view(-1)[first:last]
@@ -231,36 +216,51 @@ class StateReader:
         )
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer, on the CPU."""
-        return self._file(0).get_tensor(f"{_BUFFER}/{name}")
+        """A buffer, on the CPU.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        return self._stored.buffer(name)
+
+    def _look_for(self, name: str, kind: str, start: int, stop: int, dim: int | None, tp: Axis) -> None:
+        """Do what `read` does, without reading."""
+        if self._is_cut_so(name, dim, tp):
+            self._stored.find(name, kind, 0 if dim is None else tp.rank, start, stop)
+        else:
+            parts, shape = self._cut(name)
+            for tp_rank in range(parts):
+                self._stored.find(name, kind, tp_rank, 0, math.prod(shape))
+
+    def _is_cut_so(self, name: str, dim: int | None, tp: Axis) -> bool:
+        return dim == self.names.table[name].dim and (dim is None or tp.size == self.names.tp)
+
+    def _cut(self, name: str) -> tuple[int, list[int]]:
+        """In how many parts along tp a parameter is stored, and the shape of one."""
+        dim, shape = self.names.table[name].dim, list(self.shapes[name])
+        if dim is None:
+            return 1, shape
+        shape[dim] //= self.names.tp
+        return self.names.tp, shape
 
     def _range(self, name: str, kind: str, tp_rank: int, start: int, stop: int) -> Tensor:
-        pieces: list[Tensor] = []
-        at = start
-        for source in self._sources.get((name, tp_rank), []):
-            first, last = max(source.start, at), min(source.stop, stop)
-            if first == at and last > first:
-                stored = self._file(source.part).get_slice(f"{kind}/{name}")
-                pieces.append(stored[first - source.start : last - source.start])
-                at = last
-        if at < stop:
-            raise ValueError(f"{self._folder} lacks numbers {at} to {stop} of {kind} {name}: choose another checkpoint")
+        pieces = [stored[numbers] for stored, numbers in self._stored.find(name, kind, tp_rank, start, stop)]
         if len(pieces) == 1:
             return pieces[0]
         return torch.cat(pieces) if pieces else torch.empty(0)
 
-    def _file(self, part: int) -> Any:
-        if part in self._files:
-            self._files.move_to_end(part)
-        else:
-            path = self._folder / part_file(part)
-            try:
-                self._files[part] = safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path} cannot be read ({error}): choose another checkpoint") from None
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-        return self._files[part]
+    def _require_sense(self) -> None:
+        """See that counts are counts, so that nothing is looped over that no model has."""
+        steps, tp = self.optimizer_steps, self.names.tp
+        if type(steps) is not int or not 0 <= steps < _MOST_STEPS:
+            raise ValueError(f"it says that the optimizer has done {steps!r} steps")
+        if type(tp) is not int or tp < 1:
+            raise ValueError(f"it says that layers are cut in {tp!r}")
+        if missing := self.names.table.keys() - self.shapes.keys():
+            raise ValueError(f"it has no shape of {min(missing)}")
+        for name, piece in self.names.table.items():
+            if piece.dim is not None and self.shapes[name][piece.dim] % tp:
+                raise ValueError(f"{name} cannot be cut in {tp}")
 
     def _require(self, state: EngineState, tp: Axis) -> None:
         wanted = {}
@@ -269,7 +269,7 @@ class StateReader:
             if dim is not None:
                 shape[dim] *= tp.size
             wanted[name] = torch.Size(shape)
-        found = {name: self.shapes[name] for name in self.names.table}
+        found = {name: self.shapes.get(name) for name in self.names.table}
         if wanted != found:
             names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             first = names[0]

@@ -21,6 +21,13 @@ from mega_scale.training.slow_ranks import SlowRanks
 from mega_scale.training.train_config import TrainConfig
 from mega_scale.training.watchdog import Watchdog
 
+NOT_SAVED = 74
+"""Exit code of a run whose last checkpoint could not be written."""
+
+
+class NotSavedError(OSError):
+    """The last checkpoint could not be written."""
+
 
 class Batches(Protocol):
     """Where batches come from: a pure function of the step."""
@@ -101,6 +108,7 @@ def train(run: Run, config: TrainConfig, checkpoint: CheckpointConfig, now: Prog
         How it ended; there is a checkpoint of that.
 
     Raises:
+        NotSavedError: the last checkpoint could not be written.
         BadStepsError: too many bad steps in a row; nothing is saved from the first of them on.
     """
     world = run.world
@@ -154,7 +162,10 @@ def train(run: Run, config: TrainConfig, checkpoint: CheckpointConfig, now: Prog
     _report(run, now, saver.finish(), reporter)
     reporter.close()
     if now.saved != now.step:
-        raise RuntimeError(f"the checkpoint of step {now.step} could not be written; the last one is {now.folder}")
+        raise NotSavedError(
+            f"the checkpoint of step {now.step} could not be written; "
+            + (f"the last one is {now.folder}" if now.folder is not None else "there is none")
+        )
     return Trained(now.step, stopped)
 
 
@@ -274,7 +285,7 @@ def _report(run: Run, now: Progress, ended: list[Saved], reporter: Reporter) -> 
         run.stopping.save(saved.write_s)
         reporter.say(
             f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
-            f"training stood still {saved.stall_s:.2f} s)"
+            f"training stood still {saved.stall_s:.2f} s){f'; {saved.problem}' if saved.problem else ''}"
         )
 
 

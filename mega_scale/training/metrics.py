@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mega_scale.training.checkpoint.files import replace_text
+from mega_scale.training.checkpoint.files import append_line, reason, replace_text
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
 PEAK_FLOPS = {
@@ -120,7 +121,7 @@ def _data_parts(values: dict[str, float]) -> list[str]:
 
 
 class Reporter:
-    """Writes on rank 0; on other ranks every call does nothing.
+    """Writes on rank 0; on other ranks every call does nothing. A disk that fails is reported, and ends no run.
 
     Args:
         run_dir: `metrics.jsonl` and `tensorboard/` lie here; what they hold from `start` on is superseded.
@@ -133,6 +134,7 @@ class Reporter:
     def __init__(self, run_dir: Path, rank: int, start: int, steps: int, tensorboard: bool) -> None:
         self._active = rank == 0
         self._writer: Any = None
+        self._fails = False
         if not self._active:
             return
         self._path = run_dir / "metrics.jsonl"
@@ -205,8 +207,7 @@ class Reporter:
         self.say(f"step {step} | bad step {total}, not taken: {problem} | rows {rows[0]} to {rows[1] - 1}{named}{more}")
         values = {"loss": loss, "grad_norm": norm, "total": total}
         self._write(step, "bad_step", {**values, "problem": problem, "rows": rows, "where": where})
-        if self._writer is not None:
-            self._writer.add_scalar("train/bad_steps", total, step)
+        self._tensorboard(lambda writer: writer.add_scalar("train/bad_steps", total, step))
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Report an evaluation: loss, perplexity, bits_per_byte, tokens."""
@@ -222,25 +223,40 @@ class Reporter:
         if not self._active:
             return
         self.say(f"step {step} | sample: {text!r}")
-        if self._writer is not None:
-            self._writer.add_text("sample", "    " + text.replace("\n", "\n    "), step)
+        self._tensorboard(lambda writer: writer.add_text("sample", "    " + text.replace("\n", "\n    "), step))
 
     def _write(self, step: int, part: str, values: dict[str, Any]) -> None:
         # JSON has no word for what is not finite.
         known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "part": part, **known}) + "\n")
+        try:
+            append_line(self._path, json.dumps({"step": step, "part": part, **known}))
+            self._fails = False
+        except OSError as error:
+            if not self._fails:
+                self.say(f"step {step} | {self._path.name} is not written: {reason(error)}")
+            self._fails = True
 
     def _record(self, step: int, part: str, values: dict[str, float]) -> None:
         self._write(step, part, values)
-        if self._writer is not None:
+
+        def add(writer: Any) -> None:
             for name, value in values.items():
-                self._writer.add_scalar(f"{part}/{name}", value, step)
-            self._writer.flush()
+                writer.add_scalar(f"{part}/{name}", value, step)
+            writer.flush()
+
+        self._tensorboard(add)
+
+    def _tensorboard(self, write: Callable[[Any], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except OSError as error:  # after which its thread has ended
+            self._writer = None
+            self.say(f"TensorBoard events are written no more: {reason(error)}")
 
     def close(self) -> None:
         """Flush and close everything."""
         if self._active:
             self._bar.close()
-            if self._writer is not None:
-                self._writer.close()
+            self._tensorboard(lambda writer: writer.close())

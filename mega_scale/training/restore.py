@@ -43,13 +43,20 @@ def open_model(
         folder, _ = find_checkpoint(path, key)
         verify(folder, key)
         described = folder / "model"
-        config, tensors = MegaConfig.from_pretrained(described), open_weights(folder / STATE)
+        try:
+            config = MegaConfig.from_pretrained(described, local_files_only=True)
+        except Exception as error:  # of any kind, for a file that describes no model
+            raise ValueError(f"{described} describes no model ({_reason(error)}): choose another checkpoint") from None
+        tensors = open_weights(folder / STATE)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{described} has no tokenizer ({reason}): save one there") from None
+        tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # every format has errors of its own
+        raise ValueError(f"{described} has no tokenizer ({_reason(error)}): save one there") from None
     return config, tensors, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def values_from(tensors: Mapping[str, Tensor]) -> Values:

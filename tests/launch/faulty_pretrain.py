@@ -1,17 +1,19 @@
 """launch/pretrain.py with faults: what FAULTS lists as JSON happens to it at certain places, on certain ranks.
 
-Each fault has `at` (import, data, forward, evaluate, token, save), `rank`, `do` (a signal's name, nan, sleep, lock),
-and perhaps `steps` (steps of data, counted from 0) and `times`.
+Each fault has `at` (import, data, forward, evaluate, token, save, write), `rank`, `do` (a signal's or an error's name,
+nan, sleep, lock, run), and perhaps `steps` (steps of data, counted from 0; of a write, the checkpoint's) and `times`.
 
 Where HEARD names a folder, every rank leaves a file there: when it heard its first signal, in which phase, when it
 ended, and how long each phase took at most.
 """
 
 import ctypes
+import errno
 import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,14 +24,14 @@ now = {"data": -1}
 heard = {"at": None, "phase": "", "ended": None, "longest": {}}
 
 
-def meet(at):
+def meet(at, step=None):
     """Do what is to be done here; says whether a number is to become NaN."""
     nan = False
     for fault in FAULTS:
         if (
             fault["at"] != at
             or fault["rank"] not in (RANK, "all")
-            or now["data"] not in fault.get("steps", [now["data"]])
+            or (now["data"] if step is None else step) not in fault.get("steps", [now["data"], step])
         ):
             continue
         if fault.setdefault("times", 10**9) == 0:
@@ -41,6 +43,11 @@ def meet(at):
             time.sleep(fault.get("seconds", 600))
         elif fault["do"] == "lock":
             ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock
+        elif fault["do"] == "run":
+            subprocess.run(["sh", "-c", fault["command"]], check=True)
+        elif hasattr(errno, fault["do"]):
+            number = getattr(errno, fault["do"])
+            raise OSError(number, os.strerror(number), "a file of the state")
         else:
             for _ in range(fault.get("twice", 1)):
                 os.kill(os.getpid(), getattr(signal, fault["do"]))
@@ -50,7 +57,7 @@ def meet(at):
 def listen_in():
     """Take down what happens, and when; in the file that HEARD asks for."""
     from launch.stop_signals import StopSignals  # noqa: PLC0415
-    from mega_scale.training.watchdog import Watchdog  # noqa: PLC0415
+    from mega_scale.training.status import RunStatus  # noqa: PLC0415
 
     now.update(phase="start-up", since=time.monotonic())
 
@@ -65,7 +72,14 @@ def listen_in():
         (Path(os.environ["HEARD"]) / f"{RANK}.json").write_text(json.dumps(heard))
         return original(self)
 
-    wrap(Watchdog, "beat", beat)
+    def imported(original, self, *args):
+        # Not before: the watchdog's own import is what brought us here, and gives a class of its own.
+        from mega_scale.training.watchdog import Watchdog  # noqa: PLC0415
+
+        wrap(Watchdog, "beat", beat)
+        return original(self, *args)
+
+    wrap(RunStatus, "__init__", imported)
     wrap(StopSignals, "ignore", ignore)
 
 
@@ -96,7 +110,7 @@ def arm():
     from mega_scale.data import Loader  # noqa: PLC0415
     from mega_scale.parallel.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
     from mega_scale.parallel.fsdp import FsdpEngine  # noqa: PLC0415
-    from mega_scale.training.checkpoint import Saver  # noqa: PLC0415
+    from mega_scale.training.checkpoint import Saver, saver  # noqa: PLC0415
     from mega_scale.training.sample import EveryToken  # noqa: PLC0415
 
     def batches(original, self, step):
@@ -112,6 +126,10 @@ def arm():
         loss = original(self, *args, **kwargs)
         return loss * float("nan") if nan else loss
 
+    def write(original, path, *args):
+        meet("write", int(path.parents[1].name.removeprefix("step-").removesuffix(".unfinished")))
+        return original(path, *args)
+
     def at(place):
         def before(original, *args, **kwargs):
             meet(place)
@@ -123,6 +141,7 @@ def arm():
     for engine in (FsdpEngine, DeepSpeedEngine):
         wrap(engine, "forward", forward)
     wrap(Saver, "save", at("save"))
+    wrap(saver, "write_tensors", write)
     wrap(EveryToken, "__call__", at("token"))
 
 

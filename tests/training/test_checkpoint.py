@@ -1,5 +1,6 @@
 """Checkpoint folders: complete and proven or not there, found by run, pruned after a new one is proven."""
 
+import errno
 import json
 import os
 import time
@@ -80,13 +81,17 @@ def describe(folder):
     (folder / "model" / "config.json").write_text("{}")
 
 
+def trainer(step):
+    return {"step": step, "tokens": 100 * step, "data": {}, "layout": {}}
+
+
 def make_saver(run_dir, engine=None, key=None, **settings):
     return Saver(run_dir, engine or TinyEngine(1), OneRank(), describe, CheckpointConfig(**settings), key)
 
 
 def save(run_dir, step, value=1.0, key=None, **settings):
     made = make_saver(run_dir, TinyEngine(value), key, asynchronous=False, **settings)
-    (ended,) = made.save(step, {"step": step})
+    (ended,) = made.save(step, trainer(step))
     assert ended.problem == ""
     return ended.folder
 
@@ -104,7 +109,7 @@ def test_what_was_saved_comes_back_with_its_random_state(tmp_path, key):
     engine = TinyEngine(0)
     torch.manual_seed(0)
     assert choose_checkpoint(tmp_path, OneRank(), key) == folder
-    assert load_checkpoint(folder, engine, OneRank()) == {"step": 7}
+    assert load_checkpoint(folder, engine, OneRank()) == trainer(7)
     assert engine.tensors["weight"].tolist() == [4.5] * 6 and engine.tensors["exp_avg_sq"].tolist() == [6.5] * 6
     assert engine.steps == 4 and engine.told == 7
     assert torch.equal(torch.rand(4), following)
@@ -133,7 +138,8 @@ def test_the_newest_is_the_last_one_written_even_by_a_run_that_went_back(tmp_pat
 def test_a_background_save_is_complete_when_it_is_polled_and_sees_nothing_of_later_steps(tmp_path):
     engine = TinyEngine(3)
     made = make_saver(tmp_path, engine)
-    assert made.poll() == [] and made.save(1, {"step": 1}) == []
+    assert made.poll() == [] and made.save(1, trainer(1)) == []
+    made.wait_copied()
     engine.tensors["weight"].fill_(-1)  # training goes on
     engine.steps.fill_(4)
     while not (ended := made.poll()):
@@ -155,8 +161,8 @@ def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(saver, "write_tensors", slowly)
     made = make_saver(tmp_path)
-    assert made.save(1, {"step": 1}) == [] and made.poll() == []
-    assert [saved.step for saved in made.save(2, {"step": 2})] == [1]
+    assert made.save(1, trainer(1)) == [] and made.poll() == []
+    assert [saved.step for saved in made.save(2, trainer(2))] == [1]
     assert [saved.step for saved in made.finish()] == [2]
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
@@ -171,11 +177,11 @@ def test_a_write_that_fails_is_reported_and_leaves_older_checkpoints_alone(tmp_p
     made = make_saver(tmp_path, asynchronous=asynchronous, keep=1)
     with monkeypatch.context() as patched:
         patched.setattr(saver, "write_tensors", fail)
-        (ended,) = made.save(10, {"step": 10}) + made.finish()
-    assert ended.folder is None and "rank 0: OSError: No space left on device" in ended.problem
+        (ended,) = made.save(10, trainer(10)) + made.finish()
+    assert ended.folder is None and "rank 0: No space left on device" in ended.problem
     assert names(tmp_path) == ["step-00000005"] and choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
     assert not list((tmp_path / "checkpoints").glob("*.unfinished"))
-    (ended,) = made.save(15, {"step": 15}) + made.finish()
+    (ended,) = made.save(15, trainer(15)) + made.finish()
     assert ended.folder is not None and names(tmp_path) == ["step-00000015"]
 
 
@@ -188,7 +194,7 @@ def test_what_does_not_read_back_is_no_checkpoint(tmp_path, monkeypatch):
         return size
 
     monkeypatch.setattr(saver, "write_tensors", lose)
-    (ended,) = make_saver(tmp_path, asynchronous=False).save(10, {"step": 10})
+    (ended,) = make_saver(tmp_path, asynchronous=False).save(10, trainer(10))
     assert "does not read back as it was written" in ended.problem and names(tmp_path) == []
 
 
@@ -197,7 +203,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkey
         free = 1000
 
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: Full)
-    (ended,) = make_saver(tmp_path).save(10, {"step": 10})
+    (ended,) = make_saver(tmp_path).save(10, trainer(10))
     assert "1,000 are free" in ended.problem and "make room" in ended.problem
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -311,6 +317,66 @@ def test_a_pointer_that_is_stale_or_missing_is_told(tmp_path):
     assert "is missing" in find_checkpoint(tmp_path)[1][0]
 
 
+def test_a_pointer_that_cannot_be_written_is_reported_and_the_checkpoint_counts(tmp_path, monkeypatch):
+    def fail(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(saver, "replace_text", fail)
+    (ended,) = make_saver(tmp_path, asynchronous=False).save(10, trainer(10))
+    assert ended.folder is not None and ended.problem == "latest still names another: No space left on device"
+    assert find_checkpoint(tmp_path)[0] == ended.folder and verify(ended.folder).step == 10
+
+
+def test_a_new_checkpoint_is_never_deleted_for_a_damaged_one_that_seems_newer(tmp_path):
+    save(tmp_path, 3)
+    damaged = save(tmp_path, 6)
+    (damaged / "manifest.json").write_text("{")
+    folder = save(tmp_path, 5, keep=1)  # continued from step 3
+    assert names(tmp_path) == ["step-00000005"] and verify(folder).step == 5
+
+
+def test_a_run_that_went_on_beside_a_damaged_checkpoint_resumes_from_its_own(tmp_path):
+    save(tmp_path, 3)
+    damaged = save(tmp_path, 6)
+    (damaged / "manifest.json").write_text("{")
+    assert newest_first(tmp_path)[0] == damaged
+    save(tmp_path, 5)
+    assert choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "trainer.json", "state/part-00000.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
+    folder = save(tmp_path, 3)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=name):
+        choose_checkpoint(tmp_path, OneRank())
+    with pytest.raises(CheckpointError, match=name):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/etc", "."])
+def test_links_beside_or_in_place_of_files_are_refused(tmp_path, target):
+    folder = save(tmp_path, 3)
+    (folder / "state" / "more").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"state/more"):
+        verify(folder)
+    (folder / "state" / "more").unlink()
+    verify(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        verify(folder)
+
+
+def test_a_folder_that_is_only_linked_is_refused(tmp_path):
+    folder = save(tmp_path, 3)
+    (folder / "state").rename(tmp_path / "elsewhere")
+    (folder / "state").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="state is a link"):
+        verify(folder)
+
+
 def test_what_the_next_step_changes_is_not_in_an_asynchronous_checkpoint(tmp_path, monkeypatch):
     """The copy is made beside the next forward and backward pass; the optimizer waits for it."""
     engine, copy, copied = TinyEngine(2), saver.Staging.copy, []
@@ -323,7 +389,7 @@ def test_what_the_next_step_changes_is_not_in_an_asynchronous_checkpoint(tmp_pat
     monkeypatch.setattr(saver.Staging, "copy", slow)
     made = make_saver(tmp_path, engine)
     began = time.perf_counter()
-    assert made.save(1, {"step": 1}) == [] and not copied
+    assert made.save(1, trainer(1)) == [] and not copied
     assert time.perf_counter() - began < 0.2
     made.wait_copied()
     assert copied
@@ -343,7 +409,7 @@ def test_a_copy_that_fails_is_a_checkpoint_that_could_not_be_written(tmp_path, m
 
     monkeypatch.setattr(saver.Staging, "copy", fail)
     made = make_saver(tmp_path)
-    made.save(1, {"step": 1})
+    made.save(1, trainer(1))
     made.wait_copied()
     (ended,) = made.finish()
     assert ended.folder is None and "no room for the copy" in ended.problem and not checkpoints(tmp_path)

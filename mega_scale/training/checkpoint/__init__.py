@@ -9,10 +9,9 @@ from mega_scale.training.checkpoint.folder import (
     is_checkpoint,
     look,
     read_state,
-    serial_of,
     verify,
 )
-from mega_scale.training.checkpoint.manifest import CheckpointError, read_key
+from mega_scale.training.checkpoint.manifest import CheckpointError, claimed_serial, read_key
 from mega_scale.training.checkpoint.restore import choose_checkpoint, load_checkpoint, verify_together
 from mega_scale.training.checkpoint.retention import prune
 from mega_scale.training.checkpoint.saver import Saved, Saver
@@ -25,6 +24,7 @@ __all__ = [
     "Saver",
     "checkpoints",
     "choose_checkpoint",
+    "claimed_serial",
     "convert",
     "find_checkpoint",
     "is_checkpoint",
@@ -33,7 +33,6 @@ __all__ = [
     "prune",
     "read_key",
     "read_state",
-    "serial_of",
     "verify",
     "verify_together",
 ]

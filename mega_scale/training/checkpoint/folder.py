@@ -18,17 +18,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mega_scale.training.checkpoint.files import read_regular
 from mega_scale.training.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     Manifest,
+    claimed_serial,
     content_problem,
     list_problem,
     read_manifest,
 )
 
 STATE, RANDOM, TRAINER, LATEST = "state", "random", "trainer.json", "latest"
-_NAME = re.compile(r"step-\d{8,}")
+_COUNTS, _OBJECTS = ("step", "tokens"), ("data", "layout")  # that every `trainer.json` has
+_NAME = re.compile(r"step-[0-9]{8,}")
+_POINTER_BYTES = 2**16
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -47,12 +51,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=_age)
 
 
-def serial_of(folder: Path) -> int:
-    """Number of a checkpoint among those of its run; 0 where its manifest does not say. Not verified."""
-    try:
-        return max(int(json.loads((folder / MANIFEST).read_bytes())["serial"]), 0)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return 0
+def next_serial(run_dir: Path) -> int:
+    """Number for the next checkpoint of a run, greater than that of all it has, damaged ones included."""
+    return max((_age(folder)[0] for folder in checkpoints(run_dir)), default=0) + 1
 
 
 def verify(folder: Path, key: bytes | None = None) -> Manifest:
@@ -95,6 +96,8 @@ def look(folder: Path, key: bytes | None = None) -> Manifest:
             problem = content_problem(folder, manifest, [n for n in manifest.files if not _is_large(n)], key)
     except CheckpointError as error:
         problem = str(error)
+    except OSError as error:  # of a disk that fails, or a folder that may not be looked into
+        problem = f"{error.filename or folder} cannot be read ({error.strerror or error})"
     if problem is not None:
         raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
     return manifest
@@ -156,35 +159,45 @@ def pointer_problem(run_dir: Path, newest: Path) -> str | None:
     """What is wrong with `latest`, whose word nobody takes; none where it names the newest valid checkpoint."""
     pointer = run_dir / "checkpoints" / LATEST
     try:
-        named = pointer.read_bytes().decode(errors="replace").strip()
-    except OSError:
-        return f"{pointer} is missing, {newest.name} is the newest valid checkpoint"
-    if named == newest.name:
+        named = read_regular(pointer, _POINTER_BYTES).decode(errors="replace")
+    except OSError as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+        return f"{pointer} {what}, {newest.name} is the newest valid checkpoint"
+    if named == newest.name + "\n":
         return None
-    return f"{pointer} names {named[:40]!r}, {newest.name} is the newest valid checkpoint"
+    if named.strip() == newest.name:
+        return f"{pointer} was changed after it was written, but names the newest valid checkpoint"
+    return f"{pointer} names {named.strip()[:40]!r}, {newest.name} is the newest valid checkpoint"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Read `trainer.json` of a checkpoint.
 
     Raises:
-        ValueError: it is missing or no JSON.
+        ValueError: it is missing, no JSON object, or holds something else than a trainer writes.
     """
     try:
-        return json.loads((folder / TRAINER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / TRAINER} cannot be read ({error}): choose another checkpoint") from None
+        found = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+        for name in _COUNTS:
+            if type(found[name]) is not int or found[name] < 0:
+                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
+        for name in _OBJECTS:
+            if not isinstance(found[name], dict):
+                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{folder / TRAINER} cannot be read ({error!r}): choose another checkpoint") from None
+    return found
 
 
 def _age(folder: Path) -> tuple[int, int]:
     step = step_of(folder)
     # One whose manifest cannot be read stands where its step would have put it, so that it is named when it was newest.
-    return (serial_of(folder) or _serial_before(folder, step) + 1, step)
+    return (claimed_serial(folder) or _serial_before(folder, step) + 1, step)
 
 
 def _serial_before(folder: Path, step: int) -> int:
     older = [path for path in folder.parent.glob("step-*") if _NAME.fullmatch(path.name) and step_of(path) < step]
-    return max((serial_of(path) for path in older), default=0)
+    return max((claimed_serial(path) for path in older), default=0)
 
 
 def _is_large(name: str) -> bool:

@@ -10,16 +10,19 @@ import hmac
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import xxhash
+
+from mega_scale.training.checkpoint.files import read_regular
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _PLAIN, _SIGNED = "xxh3_128", "hmac-sha256"
 _READ_BYTES = 2**18  # stays in the processor's cache between reading and hashing
 _SHORTEST_KEY = 16
+_MOST_BYTES = 2**28  # of a manifest; some 100 a file
 
 
 class CheckpointError(ValueError):
@@ -113,16 +116,8 @@ def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    content: dict[str, Any] = {
-        "format": _FORMAT,
-        "step": manifest.step,
-        "serial": manifest.serial,
-        "hash": _PLAIN if key is None else _SIGNED,
-        "files": dict(sorted(manifest.files.items())),
-    }
-    content["digest"] = _digest(content, key)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+    with open(folder / MANIFEST, "wb") as file:
+        file.write(_text(manifest, key))
         file.flush()
         os.fsync(file.fileno())
 
@@ -141,18 +136,23 @@ def read_manifest(folder: Path, key: bytes | None) -> Manifest:
         CheckpointError: there is none, it was changed, belongs to another folder, or is not signed with the secret.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        text = read_regular(folder / MANIFEST, _MOST_BYTES)
+        content = json.loads(text)
         if content["format"] != _FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {content['format']!r}, this version reads {_FORMAT}")
-        algorithm, digest = content["hash"], content.pop("digest")
+        algorithm = content["hash"]
         if algorithm != (_PLAIN if key is None else _SIGNED):
             needed = "it is signed: set checkpoint.key_file" if key is None else "it is not signed with a secret"
             raise CheckpointError(f"{MANIFEST} has hashes of kind {algorithm!r}: {needed}")
-        if not hmac.compare_digest(_digest(content, key), digest):
-            changed = "it was changed after it was written" + ("" if key is None else ", or signed with another secret")
-            raise CheckpointError(f"{MANIFEST} does not have its own hash: {changed}")
         files = {path: Record(size, found) for path, (size, found) in content["files"].items()}
         manifest = Manifest(content["step"], content["serial"], files)
+        # To the byte: what JSON reads alike, as a key given twice, was not written by us either.
+        if not hmac.compare_digest(_text(manifest, key), text):
+            changed = "it was changed after it was written" + ("" if key is None else ", or signed with another secret")
+            raise CheckpointError(f"{MANIFEST} does not have its own hash: {changed}")
+        for number in (manifest.step, manifest.serial, *(record.size for record in files.values())):
+            if type(number) is not int or number < 0:
+                raise CheckpointError(f"{MANIFEST} has {str(number)[:40]} where a count belongs")
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -164,10 +164,31 @@ def read_manifest(folder: Path, key: bytes | None) -> Manifest:
     return manifest
 
 
+def claimed_serial(folder: Path) -> int:
+    """Number of a checkpoint among those of its run, to sort by; 0 where the manifest is damaged.
+
+    Not verified where it is signed: this needs no secret.
+    """
+    try:
+        return read_manifest(folder, None).serial
+    except CheckpointError:
+        pass
+    try:
+        content = json.loads(read_regular(folder / MANIFEST, _MOST_BYTES))
+        return max(int(content["serial"]), 0) if content["hash"] == _SIGNED else 0
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
+
+
 def list_problem(folder: Path, manifest: Manifest) -> str | None:
     """Say what is wrong with names and sizes of a checkpoint's files, without reading them; none where all is well."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
-    found.pop(MANIFEST, None)
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    belonging = {parent.as_posix() for name in manifest.files for parent in PurePosixPath(name).parents} | {MANIFEST}
+    for name in belonging & found.keys():
+        # A link to a folder is none of the checkpoint's own, and its files are not looked through.
+        if found[name].is_symlink() or found[name].is_dir() == (name == MANIFEST):
+            return f"{name} is a link, or no longer what it was"
+        del found[name]
     if missing := manifest.files.keys() - found.keys():
         return f"{min(missing)} is missing"
     if extra := found.keys() - manifest.files.keys():
@@ -196,7 +217,14 @@ def content_problem(folder: Path, manifest: Manifest, names: Iterable[str], key:
     return None
 
 
-def _digest(content: dict[str, Any], key: bytes | None) -> str:
+def _text(manifest: Manifest, key: bytes | None) -> bytes:
+    content: dict[str, Any] = {
+        "format": _FORMAT,
+        "step": manifest.step,
+        "serial": manifest.serial,
+        "hash": _PLAIN if key is None else _SIGNED,
+        "files": dict(sorted(manifest.files.items())),
+    }
     found = new_hash(key)
     found.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-    return found.hexdigest()
+    return (json.dumps({**content, "digest": found.hexdigest()}, indent=1) + "\n").encode()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mega_scale.parallel import Engine, StateReader, World
@@ -94,22 +95,35 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
         The state in `trainer.json`.
 
     Raises:
-        ValueError: it holds another model; nothing was changed.
+        ValueError: it holds another model, or what no trainer wrote; nothing was changed.
     """
     state = read_state(folder)
+    # Nothing in training draws from it that ranks do not draw alike, so other ranks than before go on without.
+    random = folder / RANDOM / f"rank-{world.rank:05d}.safetensors"
+    random_state = _read_random_state(random) if random.exists() else None
     with torch.no_grad():
         StateReader(folder / STATE).load(engine.state(), world.axis("tp"))
     engine.loaded(state["step"])
-    # Nothing in training draws from it that ranks do not draw alike, so other ranks than before go on without.
-    random = folder / RANDOM / f"rank-{world.rank:05d}.safetensors"
-    if random.exists():
-        _set_random_state(load_file(random))
+    if random_state is not None:
+        _set_random_state(random_state)
     world.barrier()
     return state
 
 
 def _candidates(path: Path) -> Iterator[Path]:
     return iter([path] if is_checkpoint(path) else newest_first(path))
+
+
+def _read_random_state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        found = load_file(path)
+        torch.Generator().set_state(found["cpu"])
+        if torch.cuda.is_available() and "cuda" in found:
+            torch.Generator("cuda").set_state(found["cuda"])
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(repr(error).split())[:200]
+        raise ValueError(f"{path} holds no random state ({reason}): choose another checkpoint") from None
+    return found
 
 
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:

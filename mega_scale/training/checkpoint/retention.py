@@ -25,15 +25,17 @@ def delete(folder: Path) -> None:
     shutil.rmtree(nameless)
 
 
-def surplus(run_dir: Path, keep: int, keep_every: int) -> list[Path]:
+def surplus(run_dir: Path, newest: Path, keep: int, keep_every: int) -> list[Path]:
     """The checkpoints that are not to be kept, oldest first.
 
     Args:
         run_dir: folder of the run.
+        newest: the checkpoint just written, which stays: a damaged one may seem to be newer.
         keep: newest checkpoints to keep; 0 keeps all.
         keep_every: checkpoints of steps that this divides are kept; 0 means none of them.
     """
-    old = checkpoints(run_dir)[:-keep] if keep > 0 else []
+    others = [folder for folder in checkpoints(run_dir) if folder != newest]
+    old = others[: max(len(others) + 1 - keep, 0)] if keep > 0 else []
     return [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mega_scale.parallel import INDEX, Engine, Span, World, index_of, own_part, part_file, write_tensors
 from mega_scale.training.checkpoint.config import CheckpointConfig
-from mega_scale.training.checkpoint.files import dump, flush, replace_text
-from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, checkpoints, folder_of, serial_of
+from mega_scale.training.checkpoint.files import dump, flush, reason, replace_text
+from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, folder_of, next_serial
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
 from mega_scale.training.checkpoint.retention import DELETED, delete, surplus
 from mega_scale.training.checkpoint.staging import Staging
@@ -37,7 +37,7 @@ class Saved(NamedTuple):
     Args:
         step: of the checkpoint.
         folder: where it lies; none if it could not be written.
-        problem: why not.
+        problem: why not, or what went wrong beside it.
         stall_s: for how long training stood still (seconds).
         write_s: from the beginning until all was written and read back (seconds).
         bytes: size of all files.
@@ -135,10 +135,10 @@ class Saver:
         self._config, self._key = config, key
         self._staging = Staging(world.device) if config.asynchronous else None
         self._save: _Save | None = None
-        self._serial = 0
+        self._serial = 1
         if world.rank == 0:
             self._tidy()
-            self._serial = max((serial_of(folder) for folder in checkpoints(run_dir)), default=0)
+            self._serial = next_serial(run_dir)
 
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:
         """Begin a checkpoint, or write it where saves are not asynchronous; waits for the one before.
@@ -216,12 +216,12 @@ class Saver:
             save.stall_s += time.perf_counter() - began
             return []
         outcome = [save.completing.problem, save.completing.result, save.completing.ended - save.began]
-        problem, size, write_s = self._world.broadcast(outcome)
+        problem, size, write_s, remark = self._world.broadcast([*outcome, save.problem])
         if problem and self._world.rank == 0:
             shutil.rmtree(_unfinished(save.folder), ignore_errors=True)
         self._save = None
         stall_s = save.stall_s + time.perf_counter() - began
-        return [Saved(save.step, None if problem else save.folder, problem, stall_s, write_s, size or 0)]
+        return [Saved(save.step, None if problem else save.folder, problem or remark, stall_s, write_s, size or 0)]
 
     def _copy(self, tensors: dict[str, Tensor]) -> _Task | None:
         """Begin to copy, where that is needed."""
@@ -268,7 +268,7 @@ class Saver:
         dump(unfinished / STATE / INDEX, save.index | {"parts": [spans for _, spans, _ in reports]})
         files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
         files[f"{STATE}/{INDEX}"] = _hash_and_flush(unfinished / STATE / INDEX, self._key)
-        manifest = Manifest(save.step, self._serial + 1, files)
+        manifest = Manifest(save.step, self._serial, files)
         write_manifest(unfinished, manifest, self._key)
         for folder in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
             flush(folder)
@@ -279,14 +279,17 @@ class Saver:
         unfinished.rename(save.folder)
         flush(save.folder.parent)
         self._serial += 1
-        replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
+        try:
+            replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
+        except OSError as error:  # nobody resumes by its word
+            save.problem = f"{LATEST} still names another: {_text(error)}"
         shutil.rmtree(replaced, ignore_errors=True)
-        self._delete_old()
+        self._delete_old(save.folder)
         return manifest.bytes
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, newest: Path) -> None:
         """Delete the oldest; the one just written stays in any case, and it was read back."""
-        for folder in surplus(self._run_dir, self._config.keep, self._config.keep_every):
+        for folder in surplus(self._run_dir, newest, self._config.keep, self._config.keep_every):
             with contextlib.suppress(OSError):
                 delete(folder)
 
@@ -314,7 +317,11 @@ def _write_and_prove(path: Path, tensors: dict[str, Tensor], key: bytes | None) 
         OSError: it cannot be written, or does not come back as it was.
     """
     found = new_hash(key)
-    record = Record(write_tensors(path, tensors, found.update), found.hexdigest())
+    try:
+        record = Record(write_tensors(path, tensors, found.update), found.hexdigest())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        raise
     if hash_file(path, key) != record:
         raise OSError(f"{path} does not read back as it was written: look at the disk")
     return record
@@ -333,5 +340,5 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _text(error: BaseException) -> str:
-    named = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else str(error)
-    return " ".join(f"{type(error).__name__}: {named}".split())[:300]
+    named = reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return " ".join(named.split())[:300]

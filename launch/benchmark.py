@@ -4,6 +4,7 @@
     python launch/benchmark.py step --lengths 2048 8192 --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py decode --tokens 16384 --chunk 128
     python launch/benchmark.py memory --lengths 65536 262144 --sp 1 2 4
+    python launch/benchmark.py long --length 131072 --segment 8192
     python launch/benchmark.py loader --megabytes 10 5000
     python launch/benchmark.py prepare --megabytes 200
     python launch/benchmark.py checkpoint --megabytes 200
@@ -37,6 +38,7 @@ from launch.benchmark_data import add_loader_arguments, add_prepare_arguments, r
 from launch.benchmark_decode import add_decode_arguments, run_decode
 from launch.benchmark_documents import add_reset_arguments, run_reset
 from launch.benchmark_kernels import add_kernels_arguments, run_kernels
+from launch.benchmark_long import add_long_arguments, run_long
 from launch.benchmark_memory import add_memory_arguments, run_memory
 from launch.benchmark_step import add_step_arguments, run_step
 from launch.machine import hardware
@@ -326,6 +328,10 @@ def parser() -> argparse.ArgumentParser:
     memory = commands.add_parser("memory", help=words, formatter_class=formatter)
     add_memory_arguments(memory, positive)
     _add_common(memory, run_memory)
+    words = "memory of a training step of a recipe's model on one long sequence"
+    long = commands.add_parser("long", help=words, formatter_class=formatter)
+    add_long_arguments(long, positive)
+    _add_common(long, run_long)
     loader = commands.add_parser("loader", help="prepared data to batches: tokens/s, memory", formatter_class=formatter)
     add_loader_arguments(loader, positive)
     loader.add_argument("--threads", type=positive, default=1, help="CPU threads")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from launch.machine import return_freed_memory
 from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
 from mega_scale.data import Loader, PackedDataset, load_datasets, load_tokenizer, validation_batches
 from mega_scale.hub import open_folder
@@ -154,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             SIGNALS.listen(config.train.stop_signals)
     except ValueError as error:
         refuse(error, quiet=place.rank != 0)
+    if config.parallel.activation_checkpoint_segment:
+        return_freed_memory()
     with World.start(config.parallel) as world:
         code = watched(prepared, world)
     SIGNALS.ignore()
@@ -229,6 +232,7 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
         build_optimizer=lambda sharded: build_optimizer(sharded, config.optimizer),
         world=world,
         seed=train_config.seed,
+        compile_gates=train_config.compile,
     )
     engine.module.train()
     # Whatever was drawn until here, for workers or by libraries, is none of the run's.

@@ -2,8 +2,11 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from mega_scale.config.model_section import model_config
 from mega_scale.parallel.mesh import divisors, multiples, nearest
@@ -17,6 +20,9 @@ from mega_scale.training.checkpoint import find_checkpoint, read_key
 
 if TYPE_CHECKING:
     from mega_scale.config.run_config import RunConfig
+
+
+_COMPILERS = ("c++", "g++", "clang++")
 
 
 def check(config: "RunConfig", world_size: int, local_size: int | None = None) -> None:
@@ -79,6 +85,12 @@ def _check_numbers(config: "RunConfig") -> None:
         _require(0 <= value < math.inf, key, value, "it must be 0 or above")
     for key, value in {"optimizer.beta1": optimizer.beta1, "optimizer.beta2": optimizer.beta2}.items():
         _require(0 <= value < 1, key, value, "it must be 0 or above and below 1")
+    on_cpu = config.parallel.device == "cpu" or not torch.cuda.is_available()
+    if train.compile and on_cpu and not any(map(shutil.which, _COMPILERS)):
+        raise ValueError(
+            f"train.compile=True needs a C++ compiler on a CPU, and the PATH has none of {', '.join(_COMPILERS)}: "
+            "install one, or set train.compile=false"
+        )
     _require(train.dtype in ("fp32", "bf16"), "train.dtype", train.dtype, "choose fp32 or bf16")
 
 

@@ -17,6 +17,7 @@ from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import positional_bias
 from mega_scale.model.slots import Slots, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
+from mega_scale.ops.gates import PLAIN
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -26,6 +27,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         super().__init__()
         self.config = config
         self.activation = ACT2FN[config.activation]
+        self.gates = PLAIN
         self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
@@ -79,12 +81,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
         averaged = self.ema_dropout(averaged)
         v = self.activation(self.v_proj(normed))
         update, z, gate, candidate = self.project(averaged)
-        z = F.silu(z)
-        # Each row is applied on its own: the stacked (B, L, 2, Z) product would double the memory of queries and keys.
         # They keep what precision they have: relu2 squares their scores.
-        weight, bias = self.qk_weight, self.qk_bias
-        q = z * weight[0] + bias[0]
-        k = z * weight[1] + bias[1]
+        q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
         seen = 0 if state is None else state.position
         mask = align(mask, seen + length)
         if pads is None:
@@ -95,8 +93,11 @@ class MegaMovingAverageGatedAttention(nn.Module):
             slots = Slots.lay(pads, seen, length, self.chunk)
             attended, weights, kept = self._attend_in_slots(q, k, v, mask, state, slots, return_weights)
 
-        hidden = self.activation(candidate + self.h_proj(attended * F.silu(gate)))
-        out = torch.addcmul(x, torch.sigmoid(update), self.dropout(hidden) - x)
+        candidate = candidate + self.h_proj(self.gates.gate(attended, gate))
+        if self.config.activation == "silu" and not self.dropout.drops:
+            out = self.gates.update(x, update, candidate)
+        else:
+            out = torch.addcmul(x, torch.sigmoid(update), self.dropout(self.activation(candidate)) - x)
         if not self.config.normalize_before_mega:
             out = self.norm(out, new_mask)
         if not return_state or ema_state is None:

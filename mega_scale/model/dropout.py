@@ -14,9 +14,14 @@ class MegaDropout(nn.Module):
         self.p = float(p)
         self.featurewise = featurewise
 
+    @property
+    def drops(self) -> bool:
+        """Whether it does anything now."""
+        return self.training and self.p > 0.0
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D)."""
-        if not self.training or self.p == 0.0:
+        if not self.drops:
             return x
         if self.featurewise:
             return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)

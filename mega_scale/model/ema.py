@@ -4,11 +4,11 @@ Legend: B batch, L length, D channels, N moving averages per channel.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.ops.gates import PLAIN
 
 
 class MegaMultiDimensionDampedEma(nn.Module):
@@ -21,6 +21,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
         super().__init__()
         rows = config.hidden_size * (2 if config.bidirectional else 1)
         averages = config.ema_projection_size
+        self.gates = PLAIN
         self.bidirectional = config.bidirectional
         self.truncation = config.truncation
         self.damping_factor = nn.Parameter(torch.empty(rows, averages, 1))
@@ -48,7 +49,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
         )
         inputs = x if mask is None else x * mask[..., None]
         y, state = self.average(inputs, coefficients, state, resets)
-        return F.silu(y + self.residual_weight * x).to(x.dtype), state
+        return self.gates.average(y, self.residual_weight, x), state
 
     def average(
         self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None

@@ -109,12 +109,14 @@ class SegmentedBlock(MegaBlock):
             or any(value not in (None, False) for value in given.values())
         ):
             return super().forward(x, *args, **kwargs)
-        outputs, state = [], None
-        for begin in range(0, x.shape[1], self.segment):
-            end = min(begin + self.segment, x.shape[1])
+        outputs, state, begin = [], None, 0
+        # Split in one go: the gradient of each slice taken alone would be as long as the row.
+        for part in x.split(self.segment, 1):
+            end = begin + part.shape[1]
             own = None if borders is None else borders.between(begin, end)
-            out, state = self.recompute(self._segment, x[:, begin:end], state, begin, end < x.shape[1], own)
+            out, state = self.recompute(self._segment, part, state, begin, end < x.shape[1], own)
             outputs.append(out)
+            begin = end
         return BlockOutput(torch.cat(outputs, 1), None, None, None, None)
 
     def _segment(

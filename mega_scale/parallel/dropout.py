@@ -49,7 +49,7 @@ class PositionalDropout(MegaDropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D)."""
-        if not self.training or self.p == 0.0:
+        if not self.drops:
             return x
         return self.site.drop(x, self.p, self.featurewise, cut=True)
 

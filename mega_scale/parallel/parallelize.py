@@ -23,6 +23,7 @@ def parallelize(
     build_optimizer: BuildOptimizer,
     world: World,
     seed: int = 0,
+    compile_gates: bool = False,
 ) -> Engine:
     """Spread a model over the ranks: cut channels and rows, then shard, materialise, and build the optimizer.
 
@@ -37,6 +38,7 @@ def parallelize(
         build_optimizer: makes AdamW over the sharded model.
         world: ranks and device.
         seed: of dropout.
+        compile_gates: whether the arithmetic between matrix products is compiled.
 
     Returns:
         The engine that trains the model.
@@ -50,6 +52,7 @@ def parallelize(
         tp=world.axis("tp"),
         recomputation=config.recomputation,
         seed=seed,
+        compile_gates=compile_gates,
     )
     if config.engine == "fsdp":
         return FsdpEngine(

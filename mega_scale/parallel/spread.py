@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mega_scale.model import MegaPreTrainedModel
+from mega_scale.ops.gates import compiled
 from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations
 from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.dropout import drop_by_place
@@ -29,7 +30,15 @@ class Spread(NamedTuple):
     tp: Axis
 
 
-def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, recomputation: Recomputation, seed: int) -> Spread:
+def spread(
+    model: MegaPreTrainedModel,
+    *,
+    sp: Axis,
+    tp: Axis,
+    recomputation: Recomputation,
+    seed: int,
+    compile_gates: bool = False,
+) -> Spread:
     """Cut channels over `tp` and rows over `sp`, make dropout independent of both, and checkpoint activations.
 
     Args:
@@ -38,6 +47,7 @@ def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, recomputation: Rec
         tp: the ranks that share every layer.
         recomputation: which blocks are recomputed, and how.
         seed: of dropout.
+        compile_gates: whether the arithmetic between matrix products is compiled.
 
     Returns:
         What was done.
@@ -57,4 +67,8 @@ def spread(model: MegaPreTrainedModel, *, sp: Axis, tp: Axis, recomputation: Rec
         cut_channels(model, tp)
     drop_by_place(model, seed, window, tp)
     checkpoint_activations(model, recomputation, kept, window)
+    if compile_gates:
+        for module in model.modules():
+            if hasattr(module, "gates"):
+                vars(module)["gates"] = compiled()
     return Spread(template, window, tp)

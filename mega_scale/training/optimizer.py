@@ -75,4 +75,5 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("the model has no trainable parameter: leave requires_grad on for at least one")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    # Fused, it reads and writes every number once a step.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

@@ -30,6 +30,9 @@ class TrainConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of forward and backward; master weights and EMA parameters are fp32 in either (no unit)."""
 
+    compile: bool = False
+    """Whether torch.compile fuses the arithmetic between matrix products, a minute once (no unit)."""
+
     log_every: int = 10
     """Steps between two console lines and TensorBoard points (steps)."""
 

@@ -48,13 +48,20 @@ def alone(tmp_path_factory, text_file):
 
 
 @pytest.mark.parametrize(
-    "launcher,engine,stage",
-    [("deepspeed", "deepspeed", 3), ("torchrun", "fsdp", 3), ("accelerate", "fsdp", 2), ("python", "deepspeed", 1)],
+    "launcher,engine,stage,more",
+    [
+        ("deepspeed", "deepspeed", 3, ["parallel.activation_checkpoint_segment=32"]),
+        ("torchrun", "fsdp", 3, ["train.compile=true"]),
+        ("accelerate", "fsdp", 2, ["parallel.activation_checkpoint_keeps=products"]),
+        ("python", "deepspeed", 1, []),
+    ],
 )
-def test_every_launcher_and_engine_gives_the_losses_of_one_process(tmp_path, text_file, alone, launcher, engine, stage):
+def test_every_launcher_and_engine_gives_the_losses_of_one_process(
+    tmp_path, text_file, alone, launcher, engine, stage, more
+):
     pretrain(
         launcher, tmp_path, *text(text_file), *NO_DROPOUT, "train.steps=20", f"parallel.engine={engine}",
-        f"parallel.zero_stage={stage}", "parallel.activation_checkpoint=1",
+        f"parallel.zero_stage={stage}", "parallel.activation_checkpoint=1", *more,
     )  # fmt: skip
     got, want = metrics(tmp_path), metrics(alone)
     assert len(got) == 20

@@ -64,13 +64,9 @@ def damped_ema(
         bidirectional: whether the average also runs from right to left.
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked only.
-<<<<<<< HEAD
-        impl: recurrent (the reference), fft, blocked; auto: recurrent for one token, fft when truncated, else blocked.
-=======
-        impl: auto, recurrent (the reference), fft, blocked or triton. auto is fft for a truncated kernel; triton on an
-            NVIDIA GPU of compute capability 8 or newer where triton is installed, for 64 tokens or more and N up to
-            32, outside torch.compile; else, and with `carry`, blocked.
->>>>>>> fast-b
+        impl: auto, recurrent (the reference), fft, blocked or triton. auto is recurrent for one token; fft for a
+            truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for 64
+            tokens or more and N up to 32, outside torch.compile; else, and with `carry`, blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),

@@ -6,6 +6,7 @@ do the same in the same order and wait for each other, so one that hangs stops a
 
 import faulthandler
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from mega_scale.parallel.monitor import PEER_LOST
 _LOOKS = 10  # in a timeout
 _LONGEST_PAUSE_S = 5.0
 _EARLY = 0.9
+_WHOLE_WRITE = 4096  # bytes that a pipe takes without another writer's between them (PIPE_BUF of Linux)
 
 
 class Watchdog:
@@ -101,9 +103,7 @@ class Watchdog:
         text = (
             f"mega_scale | {head}: step {found.step}, {found.phase}, for {found.idle_s:.0f} s; stacks of all threads:\n"
         )
-        # Past Python's buffers, whose locks the main thread may hold.
-        os.write(2, text.encode())
-        faulthandler.dump_traceback(file=2, all_threads=True)
+        _print_stacks(text, f"rank {self._world.rank} | ")
         return found
 
     def _late(self, standing: Standing) -> bool:
@@ -117,3 +117,21 @@ class Watchdog:
         writer.start()
         writer.join(_LONGEST_PAUSE_S)
         os._exit(PEER_LOST)
+
+
+def _print_stacks(head: str, prefix: str) -> None:
+    """Print the stacks of all threads on stderr, each line whole: several ranks do so at once, into one pipe.
+
+    Past Python's buffers, whose locks the main thread may hold.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.seek(0)
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:  # a full disk: better torn than none
+        os.write(2, head.encode())
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        return
+    for line in (head.rstrip(), *(prefix + line for line in lines)):
+        os.write(2, line.encode()[: _WHOLE_WRITE - 1] + b"\n")

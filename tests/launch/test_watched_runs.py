@@ -1,5 +1,7 @@
 """A rank that hangs, or that is slow, in a run by the real launchers."""
 
+import re
+
 import pytest
 from faults import ENGINES, faulty, status, text
 from launching import start
@@ -20,8 +22,10 @@ def test_a_rank_that_hangs_is_named_and_both_ranks_print_their_stacks(tmp_path, 
     assert "in step 4, waiting for data; the others wait" in lines[0]
     for rank in (0, 1):
         assert f"rank {rank} makes no progress: step 4" in output
-    assert 'faulty_pretrain.py", line' in output and " in batches" in output  # where rank 1 sleeps
-    assert " in all_reduce" in output  # where rank 0 waits
+    assert re.search(
+        r'^rank 1 \|   File ".*faulty_pretrain\.py", line \d+ in batches$', output, re.MULTILINE
+    )  # it sleeps
+    assert re.search(r"^rank 0 \|   File .* in all_reduce$", output, re.MULTILINE)  # it waits
     found = status(tmp_path)
     assert (found["state"], found["step"]) == ("failed", 4) and "rank 1 (" in found["reason"]
 
@@ -43,7 +47,7 @@ def test_a_process_alone_that_hangs_ends(tmp_path, text_file, do, code):
     assert found == code, output
     assert " in forward" in output and "evaluate.py" in output
     if do == "sleep":
-        assert "error: the run hangs: no progress for 8 s in step 2, evaluating" in output
+        assert re.search(r"error: the run hangs: no progress for (8|9|1\d) s in step 2, evaluating", output), output
         assert status(tmp_path)["state"] == "failed"
 
 

@@ -85,10 +85,13 @@ class MegaMovingAverageGatedAttention(nn.Module):
         q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
         seen = 0 if state is None else state.position
         mask = align(mask, seen + length)
+        kept = None
         if pads is None:
             documents = None if borders is None else borders.chunks
-            attended, weights = self._attend(q, k, v, mask, state, return_weights, documents)
-            kept = None
+            if return_state and self._fits_open_chunk(state, length):
+                assert state is not None and self.chunk is not None
+                kept = remember(state, k, v, self.chunk)
+            attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
         else:
             slots = Slots.lay(pads, seen, length, self.chunk)
             attended, weights, kept = self._attend_in_slots(q, k, v, mask, state, slots, return_weights)
@@ -115,6 +118,13 @@ class MegaMovingAverageGatedAttention(nn.Module):
         """C, tokens; none without chunks."""
         return self.config.chunk_size if self.config.use_chunking else None
 
+    def _fits_open_chunk(self, state: LayerState | None, length: int) -> bool:
+        """Whether new tokens can be written where they will be remembered before they are attended to, which spares a
+        decoding step the copy of a chunk; a tensor with a gradient must not change, and a full chunk is forgotten."""
+        if state is None or self.chunk is None or torch.is_grad_enabled():
+            return False
+        return 0 < state.position % self.chunk < self.chunk - length
+
     def _attend(
         self,
         q: Tensor,
@@ -124,11 +134,17 @@ class MegaMovingAverageGatedAttention(nn.Module):
         state: LayerState | None,
         return_weights: bool,
         documents: ChunkDocuments | None,
+        kept: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of new tokens to their chunk: of q (B, L, Z) to remembered keys and k; returns (B, L, E)."""
+        """Attention of new tokens to their chunk: of q (B, L, Z) to remembered keys and k; returns (B, L, E).
+
+        With `kept`, the open chunk's keys and values (B, C, .) hold the new ones already.
+        """
         length = q.shape[1]
         seen = 0 if state is None else state.position % self.chunk if self.chunk else state.position
-        if state is not None and seen:
+        if kept is not None:
+            k, v = (tensor[:, : seen + length] for tensor in kept)
+        elif state is not None and seen:
             k = torch.cat([state.keys[:, :seen], k], 1)
             # Dropout of values happens below, on remembered ones too: a cache is not used while training.
             v = torch.cat([state.values[:, :seen], v], 1)

@@ -25,6 +25,8 @@ def fused_attention(
     """Output (B, K, I, E), and no weights; arguments as in `chunk_attention`. A query that sees no key gets zeros."""
     q, k = q.to(v.dtype), k.to(v.dtype)
     mask = bias_matrix(bias.to(q.dtype), q.shape[2])
+    if isinstance(offset, int) and offset + 1 >= k.shape[2]:
+        causal = False  # already the first query sees every key, as in a decoding step
     visible = visible_keys(q.shape[2], k.shape[2], causal, offset, open_empty_chunks(key_mask), q.device, documents)
     if visible is not None:
         mask = mask.masked_fill(~visible, float("-inf"))

@@ -281,13 +281,13 @@ def test_values_set_in_python_are_checked_too(tmp_path):
         config.validate(world_size=1)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unwritable for root")
 def test_compilation_needs_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"train\.compile=True needs a C\+\+ compiler"):
         parse([f"run_dir={tmp_path}", "parallel.device=cpu", "train.compile=true"]).validate(1)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unwritable for root")
 def test_unwritable_run_dir_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     config = dataclasses.replace(parse([]), run_dir=str(tmp_path))

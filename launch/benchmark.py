@@ -3,6 +3,8 @@
     python launch/benchmark.py ema --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py step --lengths 2048 8192 --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py decode --tokens 16384 --chunk 128
+    python launch/benchmark.py decode --contexts 1024 2048 131072 --hidden 512 --layers 4 --shared 128 --values 1024 \
+        --chunk 512 --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py memory --lengths 65536 262144 --sp 1 2 4
     python launch/benchmark.py long --length 131072 --segment 8192
     python launch/benchmark.py loader --megabytes 10 5000

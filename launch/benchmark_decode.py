@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from launch.decode_against import run_against
 from launch.machine import hardware
 from mega_scale import MegaCache, MegaConfig, MegaForCausalLM
 
@@ -80,6 +81,11 @@ def add_decode_arguments(command: argparse.ArgumentParser, positive: Callable[[s
     activations = ["softmax", "laplace", "relu2"]
     command.add_argument("--activation", default="softmax", choices=activations, help="of attention")
     command.add_argument("--seed", type=int, default=0, help="of the model's weights")
+    text = "instead of one text: tokens of context at which our step is compared, with each other and with a Llama"
+    command.add_argument("--contexts", type=positive, nargs="+", default=None, help=text)
+    command.add_argument("--peer-context", type=positive, default=2048, help="tokens of context of the other models")
+    text = "interpreter with transformers 4.37.2, whose Mega is then compared too; with --contexts"
+    command.add_argument("--peer-python", default=None, help=text)
 
 
 def build_model(args: argparse.Namespace) -> MegaForCausalLM:
@@ -305,6 +311,9 @@ def run_decode(args: argparse.Namespace) -> None:
     Args:
         args: the command line.
     """
+    if args.contexts:
+        run_against(args)
+        return
     report = measure(args)
     sizes = {name: value for name, value in vars(args).items() if isinstance(value, (int, str)) and name != "json"}
     versions = {"torch": torch.__version__, "python": platform.python_version()}

@@ -86,3 +86,36 @@ def test_decoded_text_is_greedy_and_each_window_starts_where_it_should(benchmark
         assert reached.position == start + 20 and place.cache.get_seq_length() == start
         if start + 20 < 50:
             assert torch.equal(reached.token[:, 0], decoded.tokens[:, start + 20])
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_compares_contexts_and_a_llama(tmp_path):
+    command = [sys.executable, str(ROOT / "launch/benchmark.py"), "decode", *TINY[4:], "--contexts", "64", "32"]
+    command += ["--peer-context", "32", "--hidden", "64", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    names = [row["name"] for row in report["contenders"]]
+    assert names[:2] == ["mega_scale at 32", "mega_scale at 64"] and names[2].startswith("Llama, sdpa (transformers 5")
+    assert all(row["error"] < 1e-4 and len(row["ms"]) == 2 for row in report["contenders"])
+    assert list(report["times_as_fast_as"]) == names[2:] and report["slowest_over_fastest_context"] >= 1
+    assert "times as fast as Llama" in done.stdout and done.stdout.count("mega_scale at") == 2
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [(["--contexts", "4", "32"], "must exceed 4"), (["--contexts", "64"], "--peer-context 32 is not among")],
+)
+def test_contexts_that_cannot_be_compared(benchmark, ours, changes, message):
+    args = benchmark.parser().parse_args(["decode", *TINY, "--peer-context", "32", *changes])
+    with pytest.raises(ValueError, match=message):
+        ours.run_decode(args)
+
+
+def test_a_contender_that_decodes_wrongly_is_not_timed(benchmark, ours, monkeypatch):
+    against = sys.modules["launch.decode_against"]
+    monkeypatch.setattr(against.OurStep, "error", lambda self: float("nan"))
+    args = benchmark.parser().parse_args(["decode", *TINY, "--peer-context", "32", "--contexts", "32"])
+    with pytest.raises(ValueError, match="mega_scale at 32 is not timed"):
+        ours.run_decode(args)

@@ -22,6 +22,9 @@ from launch.worker_process import WorkerProcess
 from mega_scale import MegaConfig
 from mega_scale.model.flops import training_flops_per_token
 
+# A process that is timed does not give memory back to the system, which would clear its pages anew in every step, at a
+# cost that differs from step to step. Peaks of memory are those of processes that do.
+_KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 _WORKER = Path(__file__).with_name("benchmark_step_worker.py")
 _TOLERANCE = 1e-3
 _CEILING_TOKENS, _CEILING_RUNS = 2048, 8
@@ -99,19 +102,28 @@ def _length(
     """Figures of all contenders at one length."""
     file = folder / "sizes.json"
     file.write_text(json.dumps({**sizes, "lengths": [length], "weights": str(folder / "weights.pt")}))
+
+    def start(kind: str, **environment: str) -> WorkerProcess:
+        command = [kinds[kind], str(_WORKER), kind, str(file), str(args.threads)]
+        errors = (folder / f"{kind}.txt").open("w+", encoding="utf-8")
+        try:
+            return WorkerProcess(command, args.threads, errors, environment)
+        except OSError as error:
+            raise ValueError(f"--peer-python {kinds[kind]} cannot be started: {error.strerror}") from error
+
+    first: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        worker = start(kind)
+        try:
+            first[kind] = worker.ask(f"check {length}")
+        finally:
+            worker.close()
+    if "mega" in first:
+        _require_equal(first["ours"], first["mega"])
     workers: dict[str, WorkerProcess] = {}
     try:
-        for kind, python in kinds.items():
-            errors = (folder / f"{kind}.txt").open("w+", encoding="utf-8")
-            try:
-                workers[kind] = WorkerProcess(
-                    [python, str(_WORKER), kind, str(file), str(args.threads)], args.threads, errors
-                )
-            except OSError as error:
-                raise ValueError(f"--peer-python {python} cannot be started: {error.strerror}") from error
-        first = {kind: worker.ask(f"check {length}") for kind, worker in workers.items()}
-        if "mega" in first:
-            _require_equal(first["ours"], first["mega"])
+        for kind in kinds:
+            workers[kind] = start(kind, **_KEEPS_MEMORY)
         times: dict[str, list[float]] = {kind: [] for kind in workers}
         ceilings = []
         for turn in range(args.warmup + args.repeats):

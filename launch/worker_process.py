@@ -3,7 +3,8 @@
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TextIO
 
 
@@ -14,6 +15,7 @@ class WorkerProcess:
         command: program and arguments.
         threads: CPU threads that it may use.
         errors: file for what it says on standard error.
+        more: environment variables for it.
 
     Attributes:
         ready: its first answer.
@@ -23,7 +25,9 @@ class WorkerProcess:
         ValueError: it ended without an answer; with the end of what it said.
     """
 
-    def __init__(self, command: Sequence[str], threads: int, errors: TextIO) -> None:
+    def __init__(
+        self, command: Sequence[str], threads: int, errors: TextIO, more: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._errors = errors
         self._process = subprocess.Popen(
             command,
@@ -31,7 +35,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **more},
         )
         self.ready: dict[str, Any] = self._answer()
 

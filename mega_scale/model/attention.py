@@ -3,6 +3,8 @@
 Legend: B batch, L length, D channels, Z width of queries and keys, E width of values, C chunk, K chunks.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import positional_bias
 from mega_scale.model.slots import Slots, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
-from mega_scale.ops.gates import PLAIN
+from mega_scale.ops.gates import LEAN
+from mega_scale.ops.remake import remade
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -27,7 +30,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         super().__init__()
         self.config = config
         self.activation = ACT2FN[config.activation]
-        self.gates = PLAIN
+        self.gates = LEAN
         self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
@@ -56,6 +59,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         return_state: bool = False,
         return_weights: bool = False,
         borders: DocumentBorders | None = None,
+        recomputed: bool = False,
     ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """Update the residual stream.
 
@@ -67,6 +71,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
             return_state: whether to return the state after x.
             return_weights: whether to return attention weights.
             borders: of the documents in x, in rows without padding before them; none where each row has one.
+            recomputed: whether activation checkpointing will compute all of this again.
 
         Returns:
             (B, L, D); weights, (B, K, C, C) or (B, 1, L, position + L) while one chunk holds everything, or none; state
@@ -79,7 +84,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
             normed, new_mask, None if state is None else state.ema, None if borders is None else borders.starts
         )
         averaged = self.ema_dropout(averaged)
-        v = self.activation(self.v_proj(normed))
+        pre = self.v_proj(normed)
+        v = self.activation(pre)
         update, z, gate, candidate = self.project(averaged)
         # They keep what precision they have: relu2 squares their scores.
         q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
@@ -91,12 +97,15 @@ class MegaMovingAverageGatedAttention(nn.Module):
             if return_state and self._fits_open_chunk(state, length):
                 assert state is not None and self.chunk is not None
                 kept = remember(state, k, v, self.chunk)
-            attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
+            with nullcontext() if recomputed else remade(v, lambda: self.activation(pre)):
+                attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
         else:
             slots = Slots.lay(pads, seen, length, self.chunk)
             attended, weights, kept = self._attend_in_slots(q, k, v, mask, state, slots, return_weights)
 
-        candidate = candidate + self.h_proj(self.gates.gate(attended, gate))
+        gated = self.gates.gate(attended, gate)
+        with nullcontext() if recomputed else remade(gated, lambda: self.gates.gate(attended, gate)):
+            candidate = candidate + self.h_proj(gated)
         if self.config.activation == "silu" and not self.dropout.drops:
             out = self.gates.update(x, update, candidate)
         else:

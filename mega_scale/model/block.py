@@ -43,6 +43,11 @@ class MegaBlock(GradientCheckpointingLayer):
         self.cross_attn = MegaGatedCrossAttention(config) if config.add_cross_attention else None
         self.nffn = MegaNormalizedFeedForwardNetwork(config) if config.use_normalized_ffn else None
 
+    @property
+    def recomputed(self) -> bool:
+        """Whether activation checkpointing computes this block again in the backward pass."""
+        return self.training and bool(self.gradient_checkpointing)
+
     def forward(
         self,
         x: Tensor,
@@ -71,7 +76,9 @@ class MegaBlock(GradientCheckpointingLayer):
             borders: of the documents that share a row; without cross-attention only.
         """
         seen = 0 if state is None else state.position
-        x, weights, state = self.mega_layer(x, mask, pads, state, return_state, return_weights, borders)
+        x, weights, state = self.mega_layer(
+            x, mask, pads, state, return_state, return_weights, borders, self.recomputed
+        )
         new_mask = None if mask is None else mask[:, -x.shape[1] :]
         cross_weights = None
         if self.cross_attn is not None:
@@ -83,5 +90,5 @@ class MegaBlock(GradientCheckpointingLayer):
                 x, encoder.keys, encoder.values, encoder_mask, offset, return_weights, new_mask
             )
         if self.nffn is not None:
-            x = self.nffn(x, new_mask)
+            x = self.nffn(x, new_mask, self.recomputed)
         return BlockOutput(x, weights, cross_weights, state, encoder if return_state else None)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.ops.gates import PLAIN
+from mega_scale.ops.gates import LEAN
 
 
 class MegaMultiDimensionDampedEma(nn.Module):
@@ -21,7 +21,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
         super().__init__()
         rows = config.hidden_size * (2 if config.bidirectional else 1)
         averages = config.ema_projection_size
-        self.gates = PLAIN
+        self.gates = LEAN
         self.bidirectional = config.bidirectional
         self.truncation = config.truncation
         self.damping_factor = nn.Parameter(torch.empty(rows, averages, 1))

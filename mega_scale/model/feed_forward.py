@@ -3,12 +3,15 @@
 Legend: B batch, L length, D channels.
 """
 
+from contextlib import nullcontext
+
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.dropout import MegaDropout
 from mega_scale.model.norm import MegaSequenceNorm
+from mega_scale.ops.remake import remade
 
 
 class MegaNormalizedFeedForwardNetwork(nn.Module):
@@ -24,9 +27,21 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D); mask (B, L) bool marks valid positions, for batch norms."""
-        hidden = self.norm(x, mask) if self.prenorm else x
-        hidden = self.hidden_dropout(self.activation(self.fc1(hidden)))
-        out = x + self.dropout(self.fc2(hidden))
+    def forward(self, x: Tensor, mask: Tensor | None = None, recomputed: bool = False) -> Tensor:
+        """Update the residual stream.
+
+        Args:
+            x: (B, L, D).
+            mask: (B, L) bool, true for valid positions, for batch norms.
+            recomputed: whether activation checkpointing will compute all of this again.
+        """
+        normed = self.norm(x, mask) if self.prenorm else x
+        # Statistics of a batch are counted once.
+        keeps = recomputed or not self.prenorm or self.norm.over_batch
+        with nullcontext() if keeps else remade(normed, lambda: self.norm(x, mask)):
+            pre = self.fc1(normed)
+        active = self.activation(pre)
+        hidden = self.hidden_dropout(active)
+        with nullcontext() if recomputed else remade(active, lambda: self.activation(pre)):
+            out = x + self.dropout(self.fc2(hidden))
         return out if self.prenorm else self.norm(out, mask)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mega_scale.ops.rms import divide_by_rms
+
 _EPSILON = 1e-5
 # The key of config.json by which an export is known, also after transformers 4.37.2 has saved it again.
 SAVED_BY = "saved_by"
@@ -27,7 +29,7 @@ class MegaScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D) in any floating dtype; statistics in fp32."""
-        return _divide_by_rms(x, self.scalar, self.eps)
+        return divide_by_rms(x, self.scalar, self.eps)
 
 
 class MegaRMSNorm(nn.Module):
@@ -42,13 +44,7 @@ class MegaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D) in any floating dtype; statistics in fp32."""
-        return _divide_by_rms(x, self.weight, self.eps)
-
-
-def _divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (out if gain is None else out * gain).to(x.dtype)
+        return divide_by_rms(x, self.weight, self.eps)
 
 
 class MegaSequenceNorm(nn.Module):

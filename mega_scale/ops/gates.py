@@ -1,8 +1,9 @@
 """The elementwise arithmetic of a block between its matrix products, as functions of tensors.
 
-Written plainly, each reads and writes memory once an operation; compiled, once in all, and its backward pass computes
-again what is cheap rather than keep it. They hold no parameters and no matrix products, so that they can be compiled
-whatever shards or gathers the layers around them.
+Written plainly, each reads and writes memory once an operation, and keeps what each operation needs for its backward
+pass. Lean, their backward passes are written by hand and compute again what is cheap; compiled, memory is read and
+written once in all, too. They hold no parameters and no matrix products, so that they can be compiled whatever shards
+or gathers the layers around them.
 
 Legend: B batch, L length, D channels, Z width of queries and keys, E width of values.
 """
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def queries_and_keys(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,53 @@ class Gates(NamedTuple):
     average: Callable[..., Tensor] = average
 
 
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attended: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(attended, gate)
+        return F.silu(gate).mul_(attended) if attended.dtype == gate.dtype else attended * F.silu(gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        attended, gate = ctx.saved_tensors
+        d_attended = (gradient * F.silu(gate)).to(attended.dtype)
+        return d_attended, _silu_backward((gradient * attended).to(gate.dtype), gate)
+
+
+class _Update(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, update, candidate)
+        return torch.addcmul(x, torch.sigmoid(update), F.silu(candidate) - x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, update, candidate = ctx.saved_tensors
+        share = torch.sigmoid(update)
+        through = gradient * share
+        d_candidate = _silu_backward(through.to(candidate.dtype), candidate)
+        d_update = torch.ops.aten.sigmoid_backward((gradient * (F.silu(candidate) - x)).to(share.dtype), share)
+        return (gradient - through).to(x.dtype), d_update, d_candidate
+
+
+_silu_backward = torch.ops.aten.silu_backward
 PLAIN = Gates()
+
+
+def _lean(plain: Callable[..., Tensor], function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    def run(*tensors: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            out: Tensor = function.apply(*tensors)
+            return out
+        return plain(*tensors)
+
+    return run
+
+
+LEAN = Gates(gate=_lean(gate, _Gate), update=_lean(update, _Update))
+"""What models use unless told otherwise; once differentiable."""
 
 
 @cache

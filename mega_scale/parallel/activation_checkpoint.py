@@ -99,6 +99,11 @@ class SegmentedBlock(MegaBlock):
     window: Window
     recompute: Callable[..., Any]
 
+    @property
+    def recomputed(self) -> bool:
+        """See `MegaBlock.recomputed`."""
+        return self.training
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BlockOutput:
         """See `MegaBlock.forward`; anything but training on plain rows is computed whole."""
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs

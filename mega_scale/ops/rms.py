@@ -1,0 +1,65 @@
+"""Division by the root mean square, with a backward pass that keeps the input and a number a token.
+
+Legend: D channels, last.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """`gain x / sqrt(mean(x^2) + eps)` over the last dimension.
+
+    Args:
+        x: (..., D), any floating dtype; statistics are at least fp32.
+        gain: (1,) or (D,); none for one.
+        eps: added to the mean square.
+
+    Returns:
+        In the shape and dtype of x. Differentiable once, but where a compiler traces it.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out: Tensor = _DivideByRms.apply(x, gain, eps)
+        return out
+    return plain_divide_by_rms(x, gain, eps)
+
+
+def plain_divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """The same written out, for autograd: the reference."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (out if gain is None else out * gain).to(x.dtype)
+
+
+class _DivideByRms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, gain, inverse)
+        out = wide * inverse
+        return (out if gain is None else out.mul_(gain)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, gain, inverse = ctx.saved_tensors
+        x, dtype = x.to(inverse.dtype), x.dtype
+        gradient = gradient.to(inverse.dtype)
+        d_gain = None
+        if gain is not None and ctx.needs_input_grad[1]:
+            products = gradient * x
+            if gain.numel() == 1:
+                d_gain = (products.sum(-1, keepdim=True) * inverse).sum().reshape(gain.shape)
+            else:
+                d_gain = products.mul_(inverse).sum(tuple(range(x.dim() - 1)))
+            d_gain = d_gain.to(gain.dtype)
+        if gain is not None:
+            gradient = gradient * gain
+        # d/dx of x r(x), with dr/dx = -r^3 x / D.
+        along = (gradient * x).sum(-1, keepdim=True) * (inverse.pow(3) / -x.shape[-1])
+        d_x = (gradient * inverse).addcmul_(x, along)
+        return d_x.to(dtype), d_gain, None

@@ -21,6 +21,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,6 +50,7 @@ from launch.worker_process import WorkerProcess
 TOLERANCE = 1e-4
 PARAMETERS = ("damping", "decay", "expansion", "projection")
 WORKER = Path(__file__).with_name("benchmark_peer.py")
+MEMORY = Path(__file__).with_name("ema_memory.py")
 
 
 class Contender(Protocol):
@@ -232,6 +234,24 @@ def interleave(contenders: Sequence[Contender], repeats: int, warmup: int) -> di
     return durations
 
 
+def peak_inputs(implementation: str, file: Path, threads: int) -> float:
+    """Memory that one of our implementations needs beyond its input and the output's gradient, in sizes of its input.
+
+    Args:
+        implementation: see `damped_ema`.
+        file: the problem, safetensors.
+        threads: CPU threads.
+
+    Raises:
+        ValueError: the process that measures it fails; with the end of what it said.
+    """
+    command = [sys.executable, str(MEMORY), implementation, str(file), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"memory of {implementation} cannot be measured: {done.stderr.strip().splitlines()[-1:]}")
+    return float(done.stdout)
+
+
 def table(durations: dict[str, list[float]], errors: dict[str, float]) -> str:
     """Markdown table of durations, with the ratio of medians to every contender but the first.
 
@@ -274,6 +294,9 @@ def run_ema(args: argparse.Namespace) -> None:
         finally:
             if peer is not None:
                 peer.close()
+        file = Path(folder) / "ours.safetensors"
+        save_file(problem, file)
+        peaks = {impl: peak_inputs(impl, file, args.threads) for impl in ("blocked", "fft")}
     lines = [
         f"Damped EMA, forward + backward, fp32, {', '.join(f'{name} {size}' for name, size in sizes.items())}, "
         f"{args.threads} CPU thread(s), {args.repeats} repeats after {args.warmup} for warm-up, in turns.",
@@ -282,7 +305,8 @@ def run_ema(args: argparse.Namespace) -> None:
         "Largest error: of outputs and gradients against the recurrence in fp64, relative to a tensor's largest value.",
         f"Machine: {hardware()}. Versions: {', '.join(' '.join(version) for version in versions.items())}.",
     ]
-    print("\n".join(lines), table(durations, errors), sep="\n\n")
+    memory = ", ".join(f"{impl} {peak:.2f}" for impl, peak in peaks.items())
+    print("\n".join(lines), table(durations, errors), f"Peak of extra memory, in inputs: {memory}.", sep="\n\n")
     if args.json:
         report = {
             "benchmark": "ema",
@@ -294,6 +318,7 @@ def run_ema(args: argparse.Namespace) -> None:
             "milliseconds": durations,
             "median_ms": {name: statistics.median(times) for name, times in durations.items()},
             "largest_error": errors,
+            "peak_inputs": peaks,
         }
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -18,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from launch.machine import hardware
 from mega_scale import MegaConfig, MegaForCausalLM
@@ -49,7 +51,7 @@ class Needs(NamedTuple):
     Args:
         loss: of the whole sequence, nats per token.
         gradient_norm: L2 norm of the whole gradient.
-        saved: bytes that autograd kept from forward to backward; each storage once, parameters not counted.
+        saved: bytes that the forward pass left for the backward pass; each storage once, parameters not counted.
         growth: bytes by which the process's resident memory at its peak, somewhere in the step, exceeded that before.
     """
 
@@ -97,40 +99,39 @@ class Row(NamedTuple):
         return max(needs.growth for needs in self.ranks)
 
 
-class SavedBytes:
-    """Counts what autograd keeps for the backward pass, in a `with` statement around the forward pass.
+class KeptBytes(TorchDispatchMode):
+    """Counts what a forward pass leaves in memory for its backward pass, in a `with` statement around the forward pass.
 
-    A kept view counts with its whole storage, which it holds in memory. What a parameter holds at that moment, sharded
-    or gathered, does not count.
+    Every tensor that an operation makes is followed until the count, whoever holds it: hooks on what autograd saves
+    would not see what hooks within them save. A view counts with its whole storage. What a parameter holds at that
+    moment, sharded or gathered, does not count.
 
     Args:
         model: whose parameters are left out.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self._model = model
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._made: list[weakref.ref[torch.UntypedStorage]] = []
 
-    def __enter__(self) -> "SavedBytes":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and follow what it makes, without holding it."""
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._made.append(weakref.ref(leaf.untyped_storage()))
+        return result
 
     def total(self) -> int:
-        """Bytes; forgets the storages, so that the backward pass can free them."""
-        total = sum(storage.nbytes() for storage in self._storages.values())
-        self._storages.clear()
-        return total
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in {parameter.untyped_storage()._cdata for parameter in self._model.parameters()}:
-            # Held, so that no later storage can have its address.
-            self._storages[storage._cdata] = storage
-        return tensor
+        """Bytes that are held now, each storage once."""
+        gc.collect()
+        held = {storage._cdata: storage.nbytes() for storage in (made() for made in self._made) if storage is not None}
+        for parameter in self._model.parameters():
+            held.pop(parameter.untyped_storage()._cdata, None)
+        return sum(held.values())
 
 
 def add_memory_arguments(command: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -259,9 +260,9 @@ def take_step(args: argparse.Namespace) -> Needs:
 def _step(engine: Engine, world: World, text: Tensor, lr: float) -> tuple[float, float, int]:
     """Loss, gradient norm, and bytes kept in between, of the next tokens of a text (1, L + 1)."""
     inputs, labels = text[:, :-1], text[:, 1:]
-    with SavedBytes(engine.module) as saved:
+    with KeptBytes(engine.module) as bytes_kept:
         loss = engine.forward(inputs, labels, labels.numel())
-    kept = saved.total()
+    kept = bytes_kept.total()
     engine.backward(loss, last=True)
     return float(world.sum(loss)), engine.step(lr), kept
 
@@ -407,7 +408,8 @@ def run_memory(args: argparse.Namespace) -> None:
     lines = [
         "One optimizer step of one sequence of L tokens on P ranks, CPU, fp32: "
         f"{', '.join(f'{name} {value}' for name, value in sizes.items() if name not in ('lengths', 'sp'))}.",
-        "Saved activations: what autograd keeps from forward to backward, every storage once, parameters not counted.",
+        "Saved activations: what the forward pass leaves for the backward pass, every storage once, parameters not "
+        "counted.",
         "Peak memory growth: the process's resident memory at its highest in the step, less that before the step, when "
         "weights, optimizer state, libraries and tokens are there already.",
         "Freed blocks go back to the system at once. Both are those of the rank that needs most; 1 MiB is 2^20 bytes.",

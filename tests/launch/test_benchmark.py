@@ -50,6 +50,7 @@ def test_compares_our_implementations_without_a_peer(tmp_path):
     assert f"torch {torch.__version__}" in done.stdout
     assert "not the residual, nor silu" in done.stdout
     report = json.loads((tmp_path / "out.json").read_text())
+    assert set(report["peak_inputs"]) == {"blocked", "fft"} and "Peak of extra memory, in inputs" in done.stdout
     assert {name: len(times) for name, times in report["milliseconds"].items()} == {"blocked": 3, "fft": 3}
     assert max(report["largest_error"].values()) < 1e-4
     assert report["sizes"] == {"batch": 1, "length": 65, "hidden": 4, "states": 3}

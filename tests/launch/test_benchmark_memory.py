@@ -111,10 +111,22 @@ def test_table_shows_the_neediest_rank_against_one_process(ours):
 def test_each_kept_storage_counts_once_and_parameters_do_not(ours):
     model = nn.Linear(10, 10, bias=False)
     x = torch.randn(7, 10, requires_grad=True)
-    with ours.SavedBytes(model) as saved:
-        y = model(x)  # keeps x and the weight
+    with ours.KeptBytes(model) as kept:
+        y = model(x)  # keeps x, which was there before, and the weight
         z = y.view(70)[:5] * y.view(70)[5:10]  # keeps two views of y
         loss = z.sum()
-    assert saved.total() == (7 * 10 + 7 * 10) * 4
+    del y, z
+    assert kept.total() == 7 * 10 * 4 + 4  # y, and the loss itself
     loss.backward()
+    del loss
     assert x.grad is not None
+    assert kept.total() == 0  # x.grad was not made within the statement
+
+
+def test_what_is_kept_within_other_hooks_counts(ours):
+    x = torch.randn(8, requires_grad=True)
+    with ours.KeptBytes(nn.Module()) as kept, torch.autograd.graph.saved_tensors_hooks(torch.neg, torch.neg):
+        loss = (x * 2).sigmoid().sum()
+    assert kept.total() == 8 * 4 + 4  # the negative of the result, and the loss
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * torch.sigmoid(2 * x) * (1 - torch.sigmoid(2 * x)))

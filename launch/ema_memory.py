@@ -1,0 +1,39 @@
+"""Peak memory of one forward and backward pass of our moving average, in a process of its own.
+
+Started by benchmark.py as `PYTHON launch/ema_memory.py IMPLEMENTATION PROBLEM.safetensors THREADS`; prints how far the
+process grew, in sizes of its input.
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.benchmark import OurEma
+from launch.machine import return_freed_memory
+
+
+def main() -> None:
+    """Measure, print."""
+    implementation, file, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    return_freed_memory()
+    problem = load_file(file)
+    short = {name: tensor[:, :64].contiguous() if tensor.dim() == 3 and name in ("x", "dy") else tensor
+             for name, tensor in problem.items()}  # fmt: skip
+    OurEma(implementation, short).run()  # loads what is loaded at a first call
+    ema = OurEma(implementation, problem)
+    before = _peak()
+    ema.run()
+    print((_peak() - before) / problem["x"].nbytes)
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

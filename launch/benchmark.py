@@ -12,6 +12,8 @@
     python launch/benchmark.py checkpoint --megabytes 200
     python launch/benchmark.py reset --document 100 500 2000
     python launch/benchmark.py kernels --architectures 80 90
+    python launch/benchmark.py bandwidth --hidden 4096 --length 32768
+    python launch/benchmark.py mfu --lengths 4096 32768 131072 --recompute 2 2 1
 
 Timed contenders take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the table gives
 median, least and greatest time. What is not correct is not reported.
@@ -27,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,6 +38,7 @@ from torch import Tensor
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
+from launch.benchmark_bandwidth import add_bandwidth_arguments, run_bandwidth
 from launch.benchmark_checkpoint import add_checkpoint_arguments, run_checkpoint
 from launch.benchmark_data import add_loader_arguments, add_prepare_arguments, run_loader, run_prepare
 from launch.benchmark_decode import add_decode_arguments, run_decode
@@ -43,6 +46,7 @@ from launch.benchmark_documents import add_reset_arguments, run_reset
 from launch.benchmark_kernels import add_kernels_arguments, run_kernels
 from launch.benchmark_long import add_long_arguments, run_long
 from launch.benchmark_memory import add_memory_arguments, run_memory
+from launch.benchmark_mfu import add_mfu_arguments, run_mfu
 from launch.benchmark_step import add_step_arguments, run_step
 from launch.machine import hardware
 from launch.worker_process import WorkerProcess
@@ -377,11 +381,23 @@ def parser() -> argparse.ArgumentParser:
     reset = commands.add_parser("reset", help=words, formatter_class=formatter)
     add_reset_arguments(reset, positive)
     _add_timing(reset, run_reset, repeats=15, warmup=2)
+    _add_gpu_commands(commands, formatter)
+    return top
+
+
+def _add_gpu_commands(commands: Any, formatter: Any) -> None:
     words = "Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills"
     kernels = commands.add_parser("kernels", help=words, formatter_class=formatter)
     add_kernels_arguments(kernels, positive)
     _add_common(kernels, run_kernels)
-    return top
+    words = "the moving average on a GPU as a share of a copy's bandwidth"
+    bandwidth = commands.add_parser("bandwidth", help=words, formatter_class=formatter)
+    add_bandwidth_arguments(bandwidth, positive)
+    _add_timing(bandwidth, run_bandwidth, repeats=30, warmup=5)
+    words = "training steps of a large model on a GPU, against a Llama of its size"
+    mfu = commands.add_parser("mfu", help=words, formatter_class=formatter)
+    add_mfu_arguments(mfu, positive)
+    _add_timing(mfu, run_mfu, repeats=5, warmup=3)
 
 
 def _add_common(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:

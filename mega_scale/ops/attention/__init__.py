@@ -1,5 +1,6 @@
 """Single-head attention inside chunks: one entry, a reference and a fused form."""
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +13,9 @@ from mega_scale.ops.attention.documents import ChunkDocuments, attend_apart
 from mega_scale.ops.attention.fused import fused_attention
 from mega_scale.ops.attention.reference import ACTIVATIONS, reference_attention
 
-IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal")
+IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
+# Queries that meet the same keys in the causal form on a GPU, where products have to be large.
+_GPU_BLOCK = 512
 
 
 def chunk_attention(
@@ -50,8 +53,10 @@ def chunk_attention(
         return_weights: whether to return the weights; eager only.
         documents: of keys, numbers (B, K, J): a query sees those of its own document only, query i being key
             `offset + i` (one number for all rows); none where chunks hold one document each.
-        impl: auto, eager (the reference), sdpa (softmax), or causal (softmax without masks or dropout, as many queries
-            as keys, half the work of a masked product), which auto prefers on CPUs.
+        impl: auto, eager (the reference), sdpa (softmax), causal (softmax without masks, documents or dropout, as many
+            queries as keys, half the work of a masked product), or triton (the same with documents, for half precision
+            on a GPU). auto takes the last that serves; triton outside torch.compile and on a compute capability of 8 or
+            newer only.
 
     Returns:
         (B, K, I, E) in the dtype of v, and the weights before dropout (B, K, I, J) or none.
@@ -79,15 +84,17 @@ def chunk_attention(
         if not documents.several.numel():
             documents = None
     fused = activation == "softmax" and not return_weights and not callable(dropout)
-    plain = causal and q.shape[2] == k.shape[2] and isinstance(offset, int) and offset == 0
-    plain = plain and fused and key_mask is None and documents is None and dropout == 0
-    if impl == "causal" and not plain:
+    whole = causal and q.shape[2] == k.shape[2] and isinstance(offset, int) and offset == 0
+    whole = whole and fused and key_mask is None and dropout == 0
+    plain = whole and documents is None
+    if (impl == "causal" and not plain) or (impl == "triton" and not whole):
         raise ValueError(
-            "impl='causal' is softmax over the keys up to each query alone, without offset, masks, documents, dropout "
-            "or weights to return: use impl='sdpa' or 'eager'"
+            f"impl={impl!r} is softmax over the keys up to each query alone, without offset, masks, "
+            f"{'documents, ' if impl == 'causal' else ''}dropout or weights to return: use impl='sdpa' or 'eager'"
         )
     if impl == "auto":
-        impl = ("causal" if plain and q.device.type == "cpu" else "sdpa") if fused else "eager"
+        kernels = whole and _suits_triton(v)
+        impl = "triton" if kernels else "causal" if plain else "sdpa" if fused else "eager"
     if impl == "sdpa" and (activation != "softmax" or return_weights or callable(dropout)):
         raise ValueError(
             f"impl='sdpa' has neither weights to return or to drop by a function, nor activation={activation!r}: "
@@ -95,7 +102,12 @@ def chunk_attention(
         )
 
     if impl == "causal":
-        return causal_attention(q, k, v, bias), None
+        return causal_attention(q, k, v, bias, *((_GPU_BLOCK,) if q.is_cuda else ())), None
+    if impl == "triton":
+        # Not before it is needed: triton may not be installed.
+        from mega_scale.ops.attention.triton_op import triton_attention  # noqa: PLC0415
+
+        return triton_attention(q, k, v, bias, None if documents is None else documents.numbers), None
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, documents: ChunkDocuments | None
@@ -108,6 +120,18 @@ def chunk_attention(
         return attend_apart(q, k, v, key_mask, documents, attend), None
     out, weights = attend(q, k, v, key_mask, documents)
     return out, weights if return_weights else None
+
+
+def _suits_triton(v: Tensor) -> bool:
+    """Whether `auto` takes the Triton kernels; asks for the cheapest first."""
+    return (
+        v.is_cuda
+        and v.dtype in (torch.bfloat16, torch.float16)
+        and not torch.compiler.is_compiling()
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(v.device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 __all__ = [

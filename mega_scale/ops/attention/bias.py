@@ -3,7 +3,10 @@
 Legend: I queries, J keys, Z width of queries and keys, M centre of the table.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,7 +23,23 @@ def toeplitz(vector: Tensor, queries: int) -> Tensor:
     """The matrix whose entry (i, j) is `vector[I - 1 + j - i]`: (..., I + J - 1) to (..., I, J)."""
     if queries == 1:  # a decoding step; a size that grows with it would make a compiled graph its own
         return vector.unsqueeze(-2)
-    return vector.unfold(-1, vector.shape[-1] - queries + 1, 1).flip(-2)
+    matrix: Tensor = _Toeplitz.apply(vector, queries)
+    return matrix
+
+
+class _Toeplitz(torch.autograd.Function):
+    """PyTorch's own backward of `unfold` takes a GPU as long as a matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, queries: int) -> Tensor:
+        return vector.unfold(-1, vector.shape[-1] - queries + 1, 1).flip(-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Sums of diagonals: with I zeros behind each row, read in rows one shorter, a diagonal is a column."""
+        queries, keys = gradient.shape[-2:]
+        rows = F.pad(gradient.flip(-2), (0, queries)).flatten(-2)
+        return rows[..., : queries * (queries + keys - 1)].unflatten(-1, (queries, -1)).sum(-2), None
 
 
 def rotary_bias(alpha: Tensor, beta: Tensor, distances: Tensor) -> Tensor:

@@ -74,15 +74,20 @@ def run_mfu(args: argparse.Namespace) -> None:
 
 
 def _rows(kind: str, sizes: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sizes.json"
         file.write_text(json.dumps(sizes), encoding="utf-8")
         # What a profile says goes straight to standard error.
         command = [sys.executable, str(_WORKER), kind, str(file)]
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    if done.returncode:
-        raise ValueError(f"{kind} ended with exit status {done.returncode} after {len(rows)} lengths")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                # Told at once: whoever has a GPU for some minutes may not see the table.
+                print(line, end="", file=sys.stderr, flush=True)
+                rows.append(json.loads(line))
+    if worker.returncode:
+        raise ValueError(f"{kind} ended with exit status {worker.returncode} after {len(rows)} lengths")
     return rows
 
 

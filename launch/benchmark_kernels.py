@@ -18,6 +18,7 @@ def add_kernels_arguments(command: argparse.ArgumentParser, positive: Callable[[
         "--dtypes", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16", "fp32"], help="of tokens"
     )
     command.add_argument("--states", type=positive, nargs="+", default=[16], help="moving averages per channel")
+    command.add_argument("--keys", type=positive, nargs="+", default=[4096], help="of a chunk of attention")
 
 
 def run_kernels(args: argparse.Namespace) -> None:
@@ -31,19 +32,20 @@ def run_kernels(args: argparse.Namespace) -> None:
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
-    from mega_scale.ops.ema.triton_report import compile_kernels, compiler_version  # noqa: PLC0415 (needs triton)
+    from mega_scale.ops.triton_report import compile_kernels, compiler_version  # noqa: PLC0415 (needs triton)
 
-    rows = compile_kernels(args.architectures, args.dtypes, args.states)
+    rows = compile_kernels(args.architectures, args.dtypes, args.states, args.keys)
     lines = [
-        "Kernels of the damped EMA, compiled here by triton and its ptxas, and not run. Registers and spills (stored "
-        "and loaded) are a thread's, shared memory is a program's; products are instructions for matrix units.",
+        "Kernels of the damped EMA and of attention, compiled here by triton and its ptxas, and not run. Registers "
+        "and spills (stored and loaded) are a thread's, shared memory is a program's; products are instructions for "
+        "matrix units.",
         f"Versions: triton {compiler_version()}, torch {torch.__version__}.",
         "",
-        "| kernel | GPU | tokens | N | warps | registers | shared memory, KiB | spills, bytes | products |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| kernel | GPU | tokens | size | warps | registers | shared memory, KiB | spills, bytes | products |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        figures = [row.averages, row.warps, row.registers, f"{row.shared_bytes / 1024:.1f}", row.spill_bytes]
+        figures = [row.size, row.warps, row.registers, f"{row.shared_bytes / 1024:.1f}", row.spill_bytes]
         cells = [row.kernel, row.architecture, row.dtype, *figures, row.products]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     print("\n".join(lines))

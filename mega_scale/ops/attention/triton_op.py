@@ -75,7 +75,8 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
 
 
-def _sizes(keys: int) -> dict[str, int]:
+def softmax_constants(keys: int) -> dict[str, int]:
+    """What kernels are compiled with for a block that meets so many keys."""
     width = triton.next_power_of_2(keys)
     return {"WIDTH": width, "num_warps": min(max(width // 512, 1), 16)}
 
@@ -91,7 +92,7 @@ class _TritonAttention(torch.autograd.Function):
             with torch.cuda.device_of(q):
                 weights_kernel[(scores.shape[1], groups)](
                     scores, bias, since, weights, rows.start, keys, chunk, width**-0.5, DOCUMENTS=since is not None,
-                    **_sizes(keys),
+                    **softmax_constants(keys),
                 )  # fmt: skip
             # Not written into `out` by the product itself, whose result selective checkpointing could then not keep.
             out[:, rows] = torch.bmm(weights[:, rows, :keys], v[:, :keys])
@@ -111,7 +112,7 @@ class _TritonAttention(torch.autograd.Function):
             d_weights = _wide_product(d_out[:, rows], v[:, :keys].mT)
             with torch.cuda.device_of(q):
                 scores_gradient_kernel[(d_weights.shape[1], splits)](
-                    d_weights, weights, d_scores, d_bias, rows.start, keys, chunk, groups, **_sizes(keys)
+                    d_weights, weights, d_scores, d_bias, rows.start, keys, chunk, groups, **softmax_constants(keys)
                 )
             torch.bmm(d_scores[:, rows, :keys], k[:, :keys], out=d_q[:, rows])
         # A block of keys is seen from its first token on: one product sums over all of its queries.

@@ -4,19 +4,24 @@ import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 
+from mega_scale.ops.attention.triton_op import softmax_constants
+from mega_scale.ops.attention.triton_softmax import scores_gradient_kernel, weights_kernel
 from mega_scale.ops.ema.triton_gradients import adjoints_kernel, gradients_kernel
 from mega_scale.ops.ema.triton_kernels import interpreted, outputs_kernel, states_kernel
-from mega_scale.ops.ema.triton_op import WARPS, constants
+from mega_scale.ops.ema.triton_op import WARPS
+from mega_scale.ops.ema.triton_op import constants as ema_constants
 
-_TOKENS = ("x", "y", "dx", "dy")
-_INT32 = ("starts", "keep", "last")
-_SIZES = ("lanes", "L", "D", "K", "SPLITS")
+_TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
+_INT32 = ("starts", "keep", "last", "since")
+_SIZES = ("lanes", "L", "D", "K", "SPLITS", "first", "keys", "chunk", "groups")
+# Sizes that are multiples of 16 in all configs, which the compiler is told, as at a launch.
+_ROUND_SIZES = ("D", "first", "keys", "chunk")
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
@@ -26,7 +31,7 @@ class Compiled(NamedTuple):
     kernel: str
     architecture: str  # as sm_90
     dtype: str  # of tokens
-    averages: int  # N
+    size: str  # N of the moving average, keys of a chunk
     registers: int  # per thread
     shared_bytes: int  # per program
     spill_bytes: int  # per thread, stored and loaded
@@ -39,13 +44,16 @@ def compiler_version() -> str:
     return str(triton.__version__)
 
 
-def compile_kernels(architectures: Sequence[int], dtypes: Sequence[str], averages: Sequence[int]) -> list[Compiled]:
+def compile_kernels(
+    architectures: Sequence[int], dtypes: Sequence[str], averages: Sequence[int], keys: Sequence[int]
+) -> list[Compiled]:
     """Compile every kernel in every variant, with Triton's own ptxas; no GPU is needed.
 
     Args:
         architectures: compute capabilities, as 80 and 90.
         dtypes: of tokens: bf16, fp16, fp32.
-        averages: N.
+        averages: N, for kernels of the moving average.
+        keys: of a chunk, for kernels of attention.
 
     Returns:
         A row a variant.
@@ -58,24 +66,32 @@ def compile_kernels(architectures: Sequence[int], dtypes: Sequence[str], average
     unknown = [dtype for dtype in dtypes if dtype not in _TYPES]
     if unknown:
         raise ValueError(f"no kernel takes {unknown[0]}: choose among {', '.join(_TYPES)}")
-    variants = [
-        (states_kernel, "states_kernel, ends", {"STORE": False}),
-        (states_kernel, "states_kernel, every block", {"STORE": True}),
-        (outputs_kernel, "outputs_kernel", {}),
-        (adjoints_kernel, "adjoints_kernel", {}),
-        (gradients_kernel, "gradients_kernel", {}),
-    ]
     return [
-        _compile(kernel, name, own, architecture, dtype, n)
+        _compile(kernel, name, size, constants, architecture, dtype)
         for architecture in architectures
         for dtype in dtypes
-        for n in averages
-        for kernel, name, own in variants
+        for kernel, name, size, constants in _variants(dtype, averages, keys)
     ]
 
 
-def _compile(kernel: Any, name: str, own: dict[str, Any], architecture: int, dtype: str, averages: int) -> Compiled:
-    values = constants(averages) | {"PRECISION": "tf32" if dtype == "bf16" else "tf32x3"} | own
+def _variants(
+    dtype: str, averages: Sequence[int], keys: Sequence[int]
+) -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
+    """Kernel, its name, the size it is compiled for, and what it is compiled with."""
+    for n in averages:
+        own = ema_constants(n) | {"PRECISION": "tf32" if dtype == "bf16" else "tf32x3", "num_warps": WARPS}
+        yield states_kernel, "states_kernel, ends", f"N={n}", {**own, "STORE": False}
+        yield states_kernel, "states_kernel, every block", f"N={n}", {**own, "STORE": True}
+        yield outputs_kernel, "outputs_kernel", f"N={n}", own
+        yield adjoints_kernel, "adjoints_kernel", f"N={n}", own
+        yield gradients_kernel, "gradients_kernel", f"N={n}", own
+    for count in keys:
+        softmax: dict[str, Any] = dict(softmax_constants(count))
+        yield weights_kernel, "weights_kernel", f"{count} keys", {**softmax, "DOCUMENTS": True}
+        yield scores_gradient_kernel, "scores_gradient_kernel", f"{count} keys", softmax
+
+
+def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Compiled:
     names = list(inspect.signature(kernel.fn).parameters)
     signature, aligned = {}, {}
     for place, argument in enumerate(names):
@@ -83,22 +99,25 @@ def _compile(kernel: Any, name: str, own: dict[str, Any], architecture: int, dty
             signature[argument] = "constexpr"
         elif argument in _SIZES:
             signature[argument] = "i32"
+        elif argument == "scale":
+            signature[argument] = "fp32"
         else:
             signature[argument] = (
                 _TYPES[dtype] if argument in _TOKENS else "*i32" if argument in _INT32 else "*fp32"
             )  # fmt: skip
             # As at a launch: storage that torch allocates is aligned, and D is a multiple of 16 in all configs.
-        if signature[argument].startswith("*") or argument == "D":
+        if signature[argument].startswith("*") or argument in _ROUND_SIZES:
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(
         kernel, signature, {argument: values[argument] for argument in names if argument in values}, aligned
     )
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-    binary = triton.compile(source, target=target, options={"num_warps": WARPS})
+    binary = triton.compile(source, target=target, options={"num_warps": values["num_warps"]})
     registers, spills = _resources(binary.asm["ptx"])
     products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", binary.asm["ptx"]))
     return Compiled(
-        name, f"sm_{architecture}", dtype, averages, registers, binary.metadata.shared, spills, WARPS, products
+        name, f"sm_{architecture}", dtype, size, registers, binary.metadata.shared, spills, values["num_warps"],
+        products,
     )  # fmt: skip
 
 

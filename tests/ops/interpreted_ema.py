@@ -158,6 +158,54 @@ def test_damped_ema_takes_it_in_both_directions(bidirectional):
     assert_same(run(leaves, named, resets), run(leaves, truth, resets), {"else": 1e-5})
 
 
+def in_parts(parts, bidirectional):
+    """Average parts of a sequence by kernels, with states that travel between them within this process."""
+
+    def average(x, coefficients, state, resets):
+        cuts = list(zip(x.chunk(parts, 1), [None] * parts if resets is None else resets.chunk(parts, 1), strict=True))
+        sent = []
+
+        def run(carry, part):
+            x, resets = part
+            options = {"bidirectional": bidirectional, "carry": carry, "impl": "triton"}
+            return damped_ema(x, coefficients, None, resets, **options)
+
+        def collect(end, log_fade, passes, both):
+            assert both is bidirectional
+            sent.append((end, log_fade.exp() * (1 if passes is None else passes[:, None, None])))
+            return lambda: torch.zeros_like(end)
+
+        for part in cuts:
+            run(collect, part)
+        half = x.shape[2]
+        before = [torch.zeros_like(sent[0][0]) for _ in cuts]
+        for i in range(1, parts):
+            ahead, back = i, parts - 1 - i
+            for to, start, rows in ((ahead, ahead - 1, slice(half)), (back, back + 1, slice(half, None))):
+                end, fade = (t[..., rows, :] for t in sent[start])
+                came = end + fade * before[start][:, rows]
+                before[to] = torch.cat([came, before[to][:, half:]] if start < to else [before[to][:, :half], came], 1)
+        found = [run(lambda *_, state=state: lambda: state, part) for state, part in zip(before, cuts, strict=True)]
+        ends = [found[-1][1][:, :half]] + ([found[0][1][:, half:]] if bidirectional else [])
+        return torch.cat([y for y, _ in found], 1), torch.cat(ends, 1)
+
+    return average
+
+
+@pytest.mark.parametrize("place", [None, "random", "borders", "one"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_parts_of_a_sequence_equal_the_whole(bidirectional, place):
+    leaves = make_leaves(2, 66, 4, 3, with_state=False, rows=2 if bidirectional else 1)
+    resets = None if place is None else make_resets(2, 66, place)
+    if place == "borders":
+        resets[:, [22, 43]] = True  # the first token of a part, and the last of one
+
+    def truth(x, coefficients, state, resets):
+        return recurrent(x, coefficients, state, resets, bidirectional=bidirectional)
+
+    assert_same(run(leaves, in_parts(3, bidirectional), resets), run(leaves, truth, resets), {"else": 1e-5})
+
+
 def test_documents_do_not_reach_each_other():
     """Infinities in one document leave the others untouched: states are forgotten, not multiplied by zero."""
     leaves = make_leaves(1, 100, 3, 3, with_state=False)

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -63,10 +63,11 @@ def damped_ema(
         resets: (B, L) bool, true where a document begins: neither side of that border reaches the other.
         bidirectional: whether the average also runs from right to left.
         truncation: taps of the kernel, tokens; none means unlimited.
-        carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked only.
+        carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked or
+            triton, which then walks over x twice: for the state that it sends, and with the one that arrives.
         impl: auto, recurrent (the reference), fft, blocked or triton. auto is recurrent for one token; fft for a
             truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for 64
-            tokens or more and N up to 32, outside torch.compile; else, and with `carry`, blocked.
+            tokens or more and N up to 32, outside torch.compile; else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),
@@ -77,12 +78,13 @@ def damped_ema(
         ValueError: a shape does not fit, or the implementation lacks what is asked for.
     """
     _check(x, coefficients, state, resets, bidirectional, impl)
-    if carry is not None and (state is not None or truncation is not None or impl not in ("auto", "blocked")):
+    if carry is not None and (state is not None or truncation is not None or impl not in ("auto", "blocked", "triton")):
         raise ValueError(
-            f"carry brings the state of the blocked form: it excludes state, truncation={truncation} and impl={impl!r}"
+            f"carry brings the state, of the blocked and the Triton form: it excludes state, truncation={truncation} "
+            f"and impl={impl!r}"
         )
     with torch.autocast(x.device.type, enabled=False):
-        if impl == "auto" and truncation is None and carry is None and _suits_triton(x, coefficients):
+        if impl == "auto" and truncation is None and _suits_triton(x, coefficients):
             impl = "triton"
         # The kernels widen tokens as they read them.
         inputs = x if impl == "triton" else x.to(coefficients.log_decay.dtype)
@@ -96,7 +98,7 @@ def damped_ema(
             ]
         found: Sequence[tuple[Tensor, Tensor | None]]
         if carry is not None:
-            found = _carried(directions, carry, resets)
+            found = _carried(directions, carry, resets, impl == "triton")
         else:
             found = [_whole(direction, truncation, impl) for direction in directions]
         y, end = found[0]
@@ -111,6 +113,26 @@ class _Direction(NamedTuple):
     coefficients: EmaCoefficients
     state: Tensor | None
     resets: Tensor | None
+
+
+class _TwiceWalked:
+    """The Triton form where the state comes late: its kernels need it from the first token on."""
+
+    def __init__(self, *direction: Any) -> None:
+        from mega_scale.ops.ema.triton_op import triton_ema  # noqa: PLC0415
+
+        self._direction = _Direction(*direction)
+        x, coefficients, _, resets = self._direction
+        self._walk = triton_ema
+        self.end = triton_ema(x, coefficients, None, resets)[1]
+
+    def inside(self) -> None:
+        """Nothing to do until the state is there."""
+
+    def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """y and the end state."""
+        x, coefficients, _, resets = self._direction
+        return self._walk(x, coefficients, state, resets)
 
 
 def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Tensor, Tensor | None]:
@@ -155,9 +177,11 @@ def _suits_triton(x: Tensor, coefficients: EmaCoefficients) -> bool:
     )
 
 
-def _carried(directions: list[_Direction], carry: Carry, resets: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Both directions' states travel at once, while the products inside blocks are computed."""
-    forms = [BlockedEma(*direction) for direction in directions]
+def _carried(
+    directions: list[_Direction], carry: Carry, resets: Tensor | None, kernels: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Both directions' states travel at once, in the blocked form while the products inside blocks are computed."""
+    forms = [(_TwiceWalked if kernels else BlockedEma)(*direction) for direction in directions]
     sent = [form.end for form in forms]
     passes = None
     if resets is not None:

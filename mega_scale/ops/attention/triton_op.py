@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mega_scale.ops.attention.triton_softmax import scores_gradient_kernel, triton, weights_kernel
+from mega_scale.ops.attention.triton_softmax import scores_gradient_kernel, weights_kernel
+from mega_scale.ops.ema.triton_kernels import interpreted
 
 _LEAST_BLOCK = 128
 _BLOCKS = 8
@@ -42,7 +43,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, numbers: Ten
     Raises:
         ValueError: v is not on a GPU and kernels are not interpreted, or there is no kernel for its dtype.
     """
-    if not v.is_cuda and not triton.knobs.runtime.interpret:
+    if not v.is_cuda and not interpreted():
         raise ValueError(
             f"impl='triton' needs a GPU and v is on {v.device}: use impl='causal', or 'sdpa' for documents"
         )
@@ -77,7 +78,7 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 def softmax_constants(keys: int) -> dict[str, int]:
     """What kernels are compiled with for a block that meets so many keys."""
-    width = triton.next_power_of_2(keys)
+    width = 1 << (keys - 1).bit_length()
     return {"WIDTH": width, "num_warps": min(max(width // 512, 1), 16)}
 
 

@@ -8,7 +8,6 @@ LENGTH" gives loss and gradient norm of the first step, "time LENGTH" millisecon
 import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.machine import PeakMemory
 
 
 def sizes_of_mega(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +37,6 @@ def sizes_of_mega(sizes: dict[str, Any]) -> dict[str, Any]:
 
 def our_model(sizes: dict[str, Any]) -> nn.Module:
     """This project's model."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from mega_scale import MegaConfig, MegaForCausalLM  # noqa: PLC0415  the peer's Python has none
 
     return MegaForCausalLM(MegaConfig(**sizes_of_mega(sizes)))
@@ -99,12 +100,12 @@ class Trainer:
 
     def check(self, length: int) -> dict[str, float]:
         """Loss, gradient norm, and by how much the peak of memory grew."""
-        before = _peak()
+        peak = PeakMemory()
         loss = self.gradients(length)
         norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": float(loss), "norm": float(norm), "megabytes": (_peak() - before) / 1e6}
+        return {"loss": float(loss), "norm": float(norm), "megabytes": peak.growth() / 1e6}
 
     def time(self, length: int) -> dict[str, float]:
         """Milliseconds of a step."""
@@ -113,10 +114,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"ms": 1e3 * (time.perf_counter() - began)}
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ def main() -> None:
     implementation, file, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     return_freed_memory()
-    problem = load_file(file)
+    # Copied, as the pages of a mapped file would count when they are first read.
+    problem = {name: tensor.clone() for name, tensor in load_file(file).items()}
     short = {name: tensor[:, :64].contiguous() if tensor.dim() == 3 and name in ("x", "dy") else tensor
              for name, tensor in problem.items()}  # fmt: skip
     OurEma(implementation, short).run()  # loads what is loaded at a first call

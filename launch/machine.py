@@ -45,7 +45,9 @@ class PeakMemory:
 
     def __init__(self) -> None:
         if not (_STATUS.exists() and _RESET_PEAK.exists()):
-            raise ValueError(f"peak memory is read from {_STATUS} and reset in {_RESET_PEAK}, which exist on Linux only")
+            raise ValueError(
+                f"peak memory is read from {_STATUS} and reset in {_RESET_PEAK}, which exist on Linux only"
+            )
         _RESET_PEAK.write_text("5", encoding="ascii")  # the peak is now what is resident
         self._before = _resident("VmRSS")
 

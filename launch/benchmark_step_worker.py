@@ -36,10 +36,17 @@ def sizes_of_mega(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def our_model(sizes: dict[str, Any]) -> nn.Module:
-    """This project's model."""
-    from mega_scale import MegaConfig, MegaForCausalLM  # noqa: PLC0415  the peer's Python has none
+    """This project's model, computed and recomputed `segment` tokens at a time if that is not 0."""
+    # The peer's Python has none of these.
+    from mega_scale import MegaConfig, MegaForCausalLM  # noqa: PLC0415
+    from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations  # noqa: PLC0415
+    from mega_scale.parallel.sequence import Kept  # noqa: PLC0415
+    from mega_scale.parallel.window import Window  # noqa: PLC0415
 
-    return MegaForCausalLM(MegaConfig(**sizes_of_mega(sizes)))
+    model = MegaForCausalLM(MegaConfig(**sizes_of_mega(sizes)))
+    if sizes["segment"]:
+        checkpoint_activations(model, Recomputation(every=1, segment=sizes["segment"]), Kept(), Window())
+    return model
 
 
 def reference_model(sizes: dict[str, Any]) -> nn.Module:
@@ -60,11 +67,25 @@ def llama_model(sizes: dict[str, Any]) -> nn.Module:
     return library.LlamaForCausalLM(config)
 
 
+def mamba2_model(sizes: dict[str, Any]) -> nn.Module:
+    """transformers' Mamba2, as plain PyTorch computes it: its kernels are for GPUs."""
+    library: Any = transformers
+    inner = 2 * sizes["hidden"]
+    head = min(64, inner)
+    config = library.Mamba2Config(
+        vocab_size=sizes["vocabulary"], hidden_size=sizes["hidden"], num_hidden_layers=sizes["mamba_layers"],
+        state_size=sizes["mamba_states"], chunk_size=sizes["mamba_chunk"], expand=2, head_dim=head,
+        num_heads=inner // head, n_groups=1, tie_word_embeddings=True, pad_token_id=None, use_cache=False,
+    )  # fmt: skip
+    return library.Mamba2ForCausalLM(config)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "ours": our_model,
     "ours bf16": our_model,
     "mega": reference_model,
     "llama": llama_model,
+    "mamba2": mamba2_model,
 }
 
 
@@ -83,7 +104,7 @@ class Trainer:
         weights = Path(sizes["weights"])
         if kind == "ours":
             torch.save(self.model.state_dict(), weights)
-        elif kind != "llama":
+        elif kind in ("ours bf16", "mega"):
             self.model.load_state_dict(torch.load(weights, weights_only=True))
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.machine import hardware
+from launch.machine import PeakMemory, hardware
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import Engine, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.monitor import PEER_LOST
@@ -41,8 +41,6 @@ _LET_OTHERS_END_S = 10
 # The C library would keep what was freed, more of it for tensors below 32 MiB than for longer ones. With a fixed
 # threshold all larger blocks go back to the system at once, so that resident memory is what is in use.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-_STATUS = Path("/proc/self/status")
-_RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 class Needs(NamedTuple):
@@ -188,8 +186,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: names the option, its value and what would work.
     """
-    if not (_STATUS.exists() and _RESET_PEAK.exists()):
-        raise ValueError(f"peak memory is read from {_STATUS} and reset in {_RESET_PEAK}, which exist on Linux only")
+    PeakMemory()  # which not every system counts
     if args.activation_checkpoint < 0:
         raise ValueError(
             f"--activation-checkpoint {args.activation_checkpoint} is negative: choose 0 for no block, n for every n-th"
@@ -249,10 +246,9 @@ def take_step(args: argparse.Namespace) -> Needs:
             _step(engine, world, text[:, : args.sp * args.chunk + 1], lr=0.0)
             gc.collect()
             world.barrier()
-            before = _resident("VmRSS")
-            _RESET_PEAK.write_text("5", encoding="ascii")  # the peak is now what is resident
+            peak = PeakMemory()
             loss, norm, saved = _step(engine, world, text, lr=1e-3)
-            return Needs(loss, norm, saved, _resident("VmHWM") - before)
+            return Needs(loss, norm, saved, peak.growth())
         finally:
             engine.close()
 
@@ -265,12 +261,6 @@ def _step(engine: Engine, world: World, text: Tensor, lr: float) -> tuple[float,
     kept = bytes_kept.total()
     engine.backward(loss, last=True)
     return float(world.sum(loss)), engine.step(lr), kept
-
-
-def _resident(field: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at its peak."""
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure(args: argparse.Namespace, length: int, sp: int) -> Row:

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from launch.machine import hardware
+from launch.plots import check_plot, exponent, plot_costs
 from launch.worker_process import WorkerProcess
 from mega_scale import MegaConfig
 from mega_scale.model.flops import training_flops_per_token
+from mega_scale.parallel.model_checks import check_segments
 
 # A process that is timed does not give memory back to the system, which would clear its pages anew in every step, at a
 # cost that differs from step to step. Peaks of memory are those of processes that do.
@@ -28,6 +30,7 @@ _KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 _WORKER = Path(__file__).with_name("benchmark_step_worker.py")
 _TOLERANCE = 1e-3
 _CEILING_TOKENS, _CEILING_RUNS = 2048, 8
+PEERS = {"llama": "transformers Llama, sdpa", "mamba2": "transformers Mamba2, plain PyTorch"}
 _HEAD = ["tokens", "", "tokens/s", "least", "greatest", "of ceiling", "peak MB", "times ours"]
 
 
@@ -43,39 +46,49 @@ def add_step_arguments(command: argparse.ArgumentParser, positive: Callable[[str
         ("chunk", 512, "tokens of a chunk"),
         ("vocabulary", 2048, "words"),
         ("llama-expanded", 1408, "width of Llama's feed-forward network"),
+        ("mamba-layers", 8, "layers of Mamba2"),
+        ("mamba-states", 128, "states a head of Mamba2"),
+        ("mamba-chunk", 128, "tokens of a chunk of Mamba2"),
         ("peer-longest", 8192, "longest sequence that peers are given"),
     ):
         command.add_argument(f"--{name}", type=positive, default=size, help=words)
     command.add_argument("--bf16", action="store_true", help="also time ours with bf16 matrix products (autocast)")
-    command.add_argument("--no-llama", action="store_true", help="leave out transformers' Llama")
+    words = "transformers' models of about our size to compare with; none leaves them out"
+    command.add_argument("--peers", nargs="*", choices=list(PEERS), default=["llama"], help=words)
     command.add_argument("--peer-python", default=None, help="interpreter with transformers 4.37.2, to compare with")
+    words = "parallel.activation_checkpoint_segment of ours, tokens; 0 keeps all activations"
+    command.add_argument("--segment", type=int, default=0, help=words)
+    words = "PNG or SVG file for a picture of the time per token against the length (extra `plot`)"
+    command.add_argument("--plot", default=None, metavar="FILE", help=words)
 
 
 def run_step(args: argparse.Namespace) -> None:
     """Time training steps, and print a table.
 
     Raises:
-        ValueError: transformers' Mega computes something else, or a contender fails.
+        ValueError: transformers' Mega computes something else, a contender fails, or what is asked for cannot be done.
     """
-    sizes = {name: value for name, value in vars(args).items() if isinstance(value, int | list)}
-    kinds = {"ours": sys.executable}
-    if args.bf16:
-        kinds["ours bf16"] = sys.executable
-    if args.peer_python:
-        kinds["mega"] = args.peer_python
-    if not args.no_llama:
-        kinds["llama"] = sys.executable
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        for length in args.lengths:
-            present = {kind: python for kind, python in kinds.items() if _takes(kind, length, args.peer_longest)}
-            rows += _length(length, present, sizes, args, Path(name))
+    if args.plot:
+        check_plot(args.plot)
     config = MegaConfig(
         vocab_size=args.vocabulary, hidden_size=args.hidden, num_hidden_layers=args.layers,
         shared_representation_size=args.shared, intermediate_size=args.expanded, nffn_hidden_size=args.expanded,
         ema_projection_size=args.averages, chunk_size=args.chunk, use_chunking=True, is_decoder=True,
         bidirectional=False,
     )  # fmt: skip
+    check_segments(config, args.segment, 1, 1)
+    sizes = {name: value for name, value in vars(args).items() if isinstance(value, int | list)}
+    kinds = {"ours": sys.executable}
+    if args.bf16:
+        kinds["ours bf16"] = sys.executable
+    if args.peer_python:
+        kinds["mega"] = args.peer_python
+    kinds |= dict.fromkeys(args.peers, sys.executable)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        for length in args.lengths:
+            present = {kind: python for kind, python in kinds.items() if _takes(kind, length, args.peer_longest)}
+            rows += _length(length, present, sizes, args, Path(name))
     flops = training_flops_per_token(config, max(args.lengths))
     for row in rows:
         if row["kind"] in ("ours", "ours bf16", "mega"):
@@ -83,12 +96,21 @@ def run_step(args: argparse.Namespace) -> None:
     print(
         f"Training step (forward, loss, backward, AdamW) of one sequence, fp32 unless said, {args.threads} CPU "
         f"thread(s), {args.repeats} repeats after {args.warmup} for warm-up, in turns; {flops / 1e6:.1f} MFLOP a token "
-        "by the FLOP model. Ceiling: matrix products of the model's sizes in fp32, in the same turns.\n"
+        "by the FLOP model. Ceiling: matrix products of the model's sizes in fp32, in the same turns."
+        f"{f' Ours is recomputed {args.segment:,} tokens at a time.' if args.segment else ''}\n"
         f"Machine: {hardware()}. torch {torch.__version__}.\n"
     )
     print(_table(rows))
+    exponents = _exponents(rows)
+    if exponents:
+        found = ", ".join(f"{name} {power:.2f}" for name, power in exponents.items())
+        print(f"\nTime grows as length to the power of (least squares): {found}.")
+    if args.plot:
+        title = f"Training step of one sequence, {args.threads} CPU thread(s)\n{hardware()}"
+        plot_costs(args.plot, _costs(rows), title)
     if args.json:
         content = {"benchmark": "step", "sizes": sizes, "hardware": hardware(), "flops_per_token": flops, "rows": rows}
+        content["exponents"] = exponents
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -168,13 +190,35 @@ def _ceiling(hidden: int, expanded: int) -> float:
     return 2 * _CEILING_TOKENS * hidden * 2 * expanded / best
 
 
+def _name(row: dict[str, Any]) -> str:
+    """What a contender is called in tables and pictures."""
+    if row["kind"] == "mega":
+        return f"transformers {row['transformers']} Mega"
+    return PEERS.get(row["kind"], row["kind"])
+
+
+def _costs(rows: list[dict[str, Any]]) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """Median, least and greatest microseconds a token, by contender and length."""
+    costs: dict[str, dict[int, tuple[float, float, float]]] = {}
+    for row in rows:
+        of_tokens = tuple(1e6 / row[name] for name in ("tokens_per_s", "greatest", "least"))
+        costs.setdefault(_name(row), {})[row["length"]] = of_tokens
+    return costs
+
+
+def _exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The power of the length that a step's time grows as, for contenders that were given several."""
+    costs = _costs(rows)
+    times = {name: {length: length * cost[0] for length, cost in found.items()} for name, found in costs.items()}
+    return {name: exponent(found) for name, found in times.items() if len(found) > 1}
+
+
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [_HEAD, ["---"] * len(_HEAD)]
     for row in rows:
-        name = {"mega": f"transformers {row['transformers']} Mega", "llama": "transformers Llama, sdpa"}
         share = "" if row["of_ceiling"] is None else f"{row['of_ceiling']:.2f}"
         lines.append([
-            f"{row['length']:,}", f"{name.get(row['kind'], row['kind'])} ({row['parameters'] / 1e6:.1f}M)",
+            f"{row['length']:,}", f"{_name(row)} ({row['parameters'] / 1e6:.1f}M)",
             f"{row['tokens_per_s']:,.0f}", f"{row['least']:,.0f}", f"{row['greatest']:,.0f}", share,
             f"{row['megabytes']:,.0f}", f"{row['ours_times']:.2f}",
         ])  # fmt: skip

@@ -8,7 +8,6 @@ LENGTH" gives loss and gradient norm of the first step, "time LENGTH" millisecon
 import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.machine import PeakMemory
 
 
 def sizes_of_mega(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -34,11 +36,17 @@ def sizes_of_mega(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def our_model(sizes: dict[str, Any]) -> nn.Module:
-    """This project's model."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from mega_scale import MegaConfig, MegaForCausalLM  # noqa: PLC0415  the peer's Python has none
+    """This project's model, computed and recomputed `segment` tokens at a time if that is not 0."""
+    # The peer's Python has none of these.
+    from mega_scale import MegaConfig, MegaForCausalLM  # noqa: PLC0415
+    from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations  # noqa: PLC0415
+    from mega_scale.parallel.sequence import Kept  # noqa: PLC0415
+    from mega_scale.parallel.window import Window  # noqa: PLC0415
 
-    return MegaForCausalLM(MegaConfig(**sizes_of_mega(sizes)))
+    model = MegaForCausalLM(MegaConfig(**sizes_of_mega(sizes)))
+    if sizes["segment"]:
+        checkpoint_activations(model, Recomputation(every=1, segment=sizes["segment"]), Kept(), Window())
+    return model
 
 
 def reference_model(sizes: dict[str, Any]) -> nn.Module:
@@ -59,11 +67,25 @@ def llama_model(sizes: dict[str, Any]) -> nn.Module:
     return library.LlamaForCausalLM(config)
 
 
+def mamba2_model(sizes: dict[str, Any]) -> nn.Module:
+    """transformers' Mamba2, as plain PyTorch computes it: its kernels are for GPUs."""
+    library: Any = transformers
+    inner = 2 * sizes["hidden"]
+    head = min(64, inner)
+    config = library.Mamba2Config(
+        vocab_size=sizes["vocabulary"], hidden_size=sizes["hidden"], num_hidden_layers=sizes["mamba_layers"],
+        state_size=sizes["mamba_states"], chunk_size=sizes["mamba_chunk"], expand=2, head_dim=head,
+        num_heads=inner // head, n_groups=1, tie_word_embeddings=True, pad_token_id=None, use_cache=False,
+    )  # fmt: skip
+    return library.Mamba2ForCausalLM(config)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "ours": our_model,
     "ours bf16": our_model,
     "mega": reference_model,
     "llama": llama_model,
+    "mamba2": mamba2_model,
 }
 
 
@@ -82,7 +104,7 @@ class Trainer:
         weights = Path(sizes["weights"])
         if kind == "ours":
             torch.save(self.model.state_dict(), weights)
-        elif kind != "llama":
+        elif kind in ("ours bf16", "mega"):
             self.model.load_state_dict(torch.load(weights, weights_only=True))
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
@@ -99,12 +121,12 @@ class Trainer:
 
     def check(self, length: int) -> dict[str, float]:
         """Loss, gradient norm, and by how much the peak of memory grew."""
-        before = _peak()
+        peak = PeakMemory()
         loss = self.gradients(length)
         norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": float(loss), "norm": float(norm), "megabytes": (_peak() - before) / 1e6}
+        return {"loss": float(loss), "norm": float(norm), "megabytes": peak.growth() / 1e6}
 
     def time(self, length: int) -> dict[str, float]:
         """Milliseconds of a step."""
@@ -113,10 +135,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"ms": 1e3 * (time.perf_counter() - began)}
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ Started by benchmark.py as `PYTHON launch/ema_memory.py IMPLEMENTATION PROBLEM.s
 process grew, in sizes of its input.
 """
 
-import resource
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.benchmark import OurEma
-from launch.machine import return_freed_memory
+from launch.machine import PeakMemory, return_freed_memory
 
 
 def main() -> None:
@@ -21,18 +20,15 @@ def main() -> None:
     implementation, file, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     return_freed_memory()
-    problem = load_file(file)
+    # Copied, as the pages of a mapped file would count when they are first read.
+    problem = {name: tensor.clone() for name, tensor in load_file(file).items()}
     short = {name: tensor[:, :64].contiguous() if tensor.dim() == 3 and name in ("x", "dy") else tensor
              for name, tensor in problem.items()}  # fmt: skip
     OurEma(implementation, short).run()  # loads what is loaded at a first call
     ema = OurEma(implementation, problem)
-    before = _peak()
+    peak = PeakMemory()
     ema.run()
-    print((_peak() - before) / problem["x"].nbytes)
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(peak.growth() / problem["x"].nbytes)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 _MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGE = 2**20  # bytes
+_STATUS = Path("/proc/self/status")
+_RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 def hardware() -> str:
@@ -30,3 +32,31 @@ def return_freed_memory() -> None:
     """
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
+class PeakMemory:
+    """Watches how far this process grows from here on: its resident memory at its highest, less that of now.
+
+    `ru_maxrss` would not do: a process inherits it from the one that started it, and it cannot be set back.
+
+    Raises:
+        ValueError: the system keeps no such figure; only Linux does.
+    """
+
+    def __init__(self) -> None:
+        if not (_STATUS.exists() and _RESET_PEAK.exists()):
+            raise ValueError(
+                f"peak memory is read from {_STATUS} and reset in {_RESET_PEAK}, which exist on Linux only"
+            )
+        _RESET_PEAK.write_text("5", encoding="ascii")  # the peak is now what is resident
+        self._before = _resident("VmRSS")
+
+    def growth(self) -> int:
+        """Bytes so far."""
+        return max(_resident("VmHWM") - self._before, 0)
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at its peak."""
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

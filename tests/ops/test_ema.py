@@ -100,6 +100,41 @@ def test_blocked_is_exact_in_double_precision():
     assert_same(run(leaves, "blocked", resets), run(leaves, "recurrent", resets), tolerance=1e-12)
 
 
+@pytest.mark.parametrize("length", [256, 250])
+def test_blocked_in_many_slices(length, monkeypatch):
+    monkeypatch.setattr("mega_scale.ops.ema.block_layout._SLICE", 3 * 32 * 6)
+    leaves = make_case(length, batch=3)
+    for resets in (None, make_resets(3, length)):
+        assert_same(run(leaves, "blocked", resets), run(leaves, "recurrent", resets))
+
+
+def test_blocked_keeps_its_input_and_one_state_a_block():
+    leaves, kept = make_case(256 * 32, with_state=False), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    coefficients = coefficients_of(leaves)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        damped_ema(leaves["x"], coefficients, impl="blocked")
+    assert sorted(kept.values())[-2:] == [2 * 256 * 6 * 4, 2 * 256 * 32 * 6]
+
+
+def test_blocked_can_be_differentiated_again_and_by_its_end_alone():
+    """Its steps write into gradients: only into those that nobody else reads."""
+    leaves = make_case(100)
+    x, given = leaves["x"], torch.randn(2, 100, 6)
+    y, end = damped_ema(x, coefficients_of(leaves), leaves["state"], impl="blocked")
+    dy = given.clone()
+    first = torch.autograd.grad(y, [x, leaves["state"]], dy, retain_graph=True)
+    second = torch.autograd.grad(y, [x, leaves["state"]], dy, retain_graph=True)
+    assert torch.equal(dy, given) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    _, want = damped_ema(x, coefficients_of(leaves), leaves["state"], impl="recurrent")
+    found, wanted = (torch.autograd.grad(t.square().sum(), x)[0] for t in (end, want))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("impl", ["recurrent", "fft", "blocked"])
 def test_state_carries_a_sequence_cut_anywhere(impl):
     leaves = {name: leaf.detach() for name, leaf in make_case(150).items()}

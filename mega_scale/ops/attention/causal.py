@@ -73,9 +73,9 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         q, k, v, *kept = ctx.saved_tensors
         scale, chunk = q.shape[-1] ** -0.5, q.shape[1]
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         d_matrix = q.new_zeros(chunk, chunk)
-        # From the end, so that the last block, which meets every key, writes what the others add to.
+        # From the end: the last block, which meets every key, writes what the others add to.
         for (rows, end), weights in reversed(list(zip(_blocks(chunk, ctx.block), kept, strict=True))):
             d_out = gradient[:, rows]
             d_weights = (d_out @ v[:, :end].mT).to(q.dtype)
@@ -84,6 +84,10 @@ class _CausalAttention(torch.autograd.Function):
             d_matrix[rows, :end] = d_scores.sum(0)
             torch.mul(d_scores, scale, out=d_scores)
             torch.bmm(d_scores, k[:, :end], out=d_q[:, rows])
-            d_k[:, :end].baddbmm_(d_scores.mT, q[:, rows])
-            d_v[:, :end].baddbmm_(weights.mT, d_out)
+            if end == chunk:
+                torch.bmm(d_scores.mT, q[:, rows], out=d_k)
+                torch.bmm(weights.mT, d_out, out=d_v)
+            else:
+                d_k[:, :end].baddbmm_(d_scores.mT, q[:, rows])
+                d_v[:, :end].baddbmm_(weights.mT, d_out)
         return d_q, d_k, d_v, d_matrix, None

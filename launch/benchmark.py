@@ -2,6 +2,7 @@
 
     python launch/benchmark.py ema --peer-python /path/to/python-with-transformers-4.37.2
     python launch/benchmark.py step --lengths 2048 8192 --peer-python /path/to/python-with-transformers-4.37.2
+    python launch/benchmark.py step --lengths 2048 8192 32768 --segment 2048 --peers llama mamba2 --plot step.png
     python launch/benchmark.py decode --tokens 16384 --chunk 128
     python launch/benchmark.py decode --contexts 1024 2048 131072 --hidden 512 --layers 4 --shared 128 --values 1024 \
         --chunk 512 --peer-python /path/to/python-with-transformers-4.37.2

@@ -50,7 +50,7 @@ def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], ti
     """
     from matplotlib.figure import Figure  # noqa: PLC0415  needed here only
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     for name, found in costs.items():
         lengths = sorted(found)
@@ -66,5 +66,5 @@ def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], ti
     axes.set_ylabel("microseconds a token")
     axes.set_title(title, fontsize="medium")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=150)

@@ -128,15 +128,71 @@ STEP = [
     "2",
 ]
 STEP += ["--chunk", "16", "--vocabulary", "64", "--llama-expanded", "24", "--repeats", "1", "--warmup", "1"]
+STEP += ["--mamba-layers", "1", "--mamba-states", "4", "--mamba-chunk", "16"]
 
 
 def test_a_training_step_is_timed_beside_a_peer(tmp_path):
-    done = run("step", *STEP, "--bf16", "--peer-longest", "32", "--json", str(tmp_path / "out.json"))
+    plot, report = tmp_path / "out.svg", tmp_path / "out.json"
+    options = ["--bf16", "--peers", "llama", "mamba2", "--peer-longest", "32", "--plot", str(plot)]
+    done = run("step", *STEP, *options, "--json", str(report))
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    expected = [(32, "ours"), (32, "ours bf16"), (32, "llama"), (64, "ours"), (64, "ours bf16")]
+    content = json.loads(report.read_text())
+    rows, ours = content["rows"], ("ours", "ours bf16")
+    expected = [*((32, kind) for kind in (*ours, "llama", "mamba2")), *((64, kind) for kind in ours)]
     assert [(row["length"], row["kind"]) for row in rows] == expected
-    assert all(row["tokens_per_s"] > 0 and (row["kind"] == "llama" or row["of_ceiling"] > 0) for row in rows)
+    assert all(row["tokens_per_s"] > 0 and (row["kind"] not in ours or row["of_ceiling"] > 0) for row in rows)
+    # Peers were given one length, from which nothing follows.
+    assert tuple(content["exponents"]) == ours and "Time grows as length to the power of" in done.stdout
+    picture = plot.read_text()
+    assert "<svg" in picture and all(f"<!-- {name} -->" in picture for name in (*ours, "transformers Llama, sdpa"))
+
+
+def test_a_training_step_in_segments_is_the_same_step(tmp_path, benchmark):
+    from launch.benchmark_step_worker import Trainer  # noqa: PLC0415  needs the path that benchmark.py sets
+
+    sizes = {"vocabulary": 64, "hidden": 32, "layers": 2, "shared": 8, "expanded": 24, "averages": 2, "chunk": 16}
+    sizes |= {"lengths": [64], "weights": str(tmp_path / "weights.pt")}
+    whole, parts = (Trainer("ours", {**sizes, "segment": segment}).check(64) for segment in (0, 32))
+    assert all(parts[name] == pytest.approx(whole[name], rel=1e-5) for name in ("loss", "norm"))
+
+
+def test_growth_with_length_is_the_slope_of_logarithms(benchmark):
+    exponent = sys.modules["launch.plots"].exponent
+    assert exponent({1024: 3.0, 2048: 12.0, 8192: 192.0}) == pytest.approx(2)
+    # Off that by factors of 1/2, 2 and 1/2 at equal distances: no tilt, as least squares have it.
+    assert exponent({1: 0.5, 2: 8.0, 4: 8.0}) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "gpt"], "invalid choice: 'gpt'"),
+        (["--segment", "24"], "is not a multiple of model.chunk_size=16"),
+        (["--plot", "out.txt"], "--plot out.txt: choose a name that ends in .png or .svg"),
+        (["--plot", "/no/such/folder/out.png"], "--plot /no/such/folder/out.png: there is no such folder"),
+    ],
+)
+def test_steps_that_cannot_be_timed_are_refused(arguments, message):
+    done = run("step", *STEP, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_timed(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert benchmark.main(["step", *STEP, "--plot", "out.png"]) == 2
+    assert "needs matplotlib, which is not installed: install mega_scale[plot]" in capsys.readouterr().err
+
+
+def test_peak_memory_is_counted_from_when_it_is_asked_for(benchmark):
+    count = sys.modules["launch.machine"].PeakMemory
+    gone = torch.ones(2**24)  # 64 MiB
+    del gone
+    peak = count()
+    assert peak.growth() < 2**20
+    held = torch.ones(2**24)
+    del held
+    assert 2**26 <= peak.growth() + 2**20 < 2**27
 
 
 @pytest.mark.peer
@@ -145,5 +201,5 @@ def test_a_training_step_is_timed_beside_a_peer(tmp_path):
 )
 def test_the_reference_trains_the_same_model():
     peer = os.environ["MEGA_SCALE_PEER_PYTHON"]
-    done = run("step", *STEP, "--no-llama", "--peer-python", peer)
+    done = run("step", *STEP, "--peers", "--peer-python", peer)
     assert done.returncode == 0 and "transformers 4.37.2 Mega" in done.stdout, done.stderr

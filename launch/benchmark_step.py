@@ -2,7 +2,7 @@
 
 Every contender has a process of its own; they take turns, with a matrix product of the model's own sizes between them,
 so that each figure stands beside the machine's ceiling of that moment. transformers' Mega gets our initial weights, and
-has to give our loss and gradient norm before anything is timed.
+has to give our loss and gradient norm before anything is timed; so has ours when compiled.
 """
 
 import argparse
@@ -53,6 +53,7 @@ def add_step_arguments(command: argparse.ArgumentParser, positive: Callable[[str
     ):
         command.add_argument(f"--{name}", type=positive, default=size, help=words)
     command.add_argument("--bf16", action="store_true", help="also time ours with bf16 matrix products (autocast)")
+    command.add_argument("--compile", action="store_true", help="also time ours with train.compile")
     words = "transformers' models of about our size to compare with; none leaves them out"
     command.add_argument("--peers", nargs="*", choices=list(PEERS), default=["llama"], help=words)
     command.add_argument("--peer-python", default=None, help="interpreter with transformers 4.37.2, to compare with")
@@ -81,6 +82,8 @@ def run_step(args: argparse.Namespace) -> None:
     kinds = {"ours": sys.executable}
     if args.bf16:
         kinds["ours bf16"] = sys.executable
+    if args.compile:
+        kinds["ours compiled"] = sys.executable
     if args.peer_python:
         kinds["mega"] = args.peer_python
     kinds |= dict.fromkeys(args.peers, sys.executable)
@@ -91,7 +94,7 @@ def run_step(args: argparse.Namespace) -> None:
             rows += _length(length, present, sizes, args, Path(name))
     flops = training_flops_per_token(config, max(args.lengths))
     for row in rows:
-        if row["kind"] in ("ours", "ours bf16", "mega"):
+        if row["kind"] == "mega" or row["kind"].startswith("ours"):
             row["of_ceiling"] = row["tokens_per_s"] * flops / row["ceiling"]
     print(
         f"Training step (forward, loss, backward, AdamW) of one sequence, fp32 unless said, {args.threads} CPU "
@@ -140,8 +143,9 @@ def _length(
             first[kind] = worker.ask(f"check {length}")
         finally:
             worker.close()
-    if "mega" in first:
-        _require_equal(first["ours"], first["mega"])
+    for other, name in (("mega", "transformers'"), ("ours compiled", "compiled it")):
+        if other in first:
+            _require_equal(first["ours"], first[other], name)
     workers: dict[str, WorkerProcess] = {}
     try:
         for kind in kinds:
@@ -171,13 +175,11 @@ def _length(
     ]  # fmt: skip
 
 
-def _require_equal(ours: dict[str, float], reference: dict[str, float]) -> None:
+def _require_equal(ours: dict[str, float], reference: dict[str, float], whose: str) -> None:
     for name in ("loss", "norm"):
         # not <=, so that NaN fails
         if not abs(ours[name] - reference[name]) <= _TOLERANCE * abs(reference[name]):
-            raise ValueError(
-                f"nothing is timed: our {name} is {ours[name]:.6f}, transformers' is {reference[name]:.6f}"
-            )
+            raise ValueError(f"nothing is timed: our {name} is {ours[name]:.6f}, {whose} is {reference[name]:.6f}")
 
 
 def _ceiling(hidden: int, expanded: int) -> float:

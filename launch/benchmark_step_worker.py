@@ -49,6 +49,17 @@ def our_model(sizes: dict[str, Any]) -> nn.Module:
     return model
 
 
+def our_compiled_model(sizes: dict[str, Any]) -> nn.Module:
+    """The same as `train.compile` has it."""
+    model = our_model(sizes)
+    from mega_scale.ops.gates import compiled  # noqa: PLC0415
+
+    for module in model.modules():
+        if hasattr(module, "gates"):
+            vars(module)["gates"] = compiled()
+    return model
+
+
 def reference_model(sizes: dict[str, Any]) -> nn.Module:
     """transformers' own, of 4.37.2."""
     library: Any = transformers
@@ -83,6 +94,7 @@ def mamba2_model(sizes: dict[str, Any]) -> nn.Module:
 KINDS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "ours": our_model,
     "ours bf16": our_model,
+    "ours compiled": our_compiled_model,
     "mega": reference_model,
     "llama": llama_model,
     "mamba2": mamba2_model,
@@ -104,7 +116,7 @@ class Trainer:
         weights = Path(sizes["weights"])
         if kind == "ours":
             torch.save(self.model.state_dict(), weights)
-        elif kind in ("ours bf16", "mega"):
+        elif kind in ("ours bf16", "ours compiled", "mega"):
             self.model.load_state_dict(torch.load(weights, weights_only=True))
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)

@@ -133,11 +133,11 @@ STEP += ["--mamba-layers", "1", "--mamba-states", "4", "--mamba-chunk", "16"]
 
 def test_a_training_step_is_timed_beside_a_peer(tmp_path):
     plot, report = tmp_path / "out.svg", tmp_path / "out.json"
-    options = ["--bf16", "--peers", "llama", "mamba2", "--peer-longest", "32", "--plot", str(plot)]
+    options = ["--bf16", "--compile", "--peers", "llama", "mamba2", "--peer-longest", "32", "--plot", str(plot)]
     done = run("step", *STEP, *options, "--json", str(report))
     assert done.returncode == 0, done.stderr
     content = json.loads(report.read_text())
-    rows, ours = content["rows"], ("ours", "ours bf16")
+    rows, ours = content["rows"], ("ours", "ours bf16", "ours compiled")
     expected = [*((32, kind) for kind in (*ours, "llama", "mamba2")), *((64, kind) for kind in ours)]
     assert [(row["length"], row["kind"]) for row in rows] == expected
     assert all(row["tokens_per_s"] > 0 and (row["kind"] not in ours or row["of_ceiling"] > 0) for row in rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Numbers of a slice: it should stay in a core's cache, hardly count beside whole tensors, and still be worth a matrix
 # product a channel.
-_SLICE = 2**19
+_SLICE = 2**18
 
 
 class Slice(NamedTuple):

@@ -7,10 +7,10 @@ Legend: B batch, L length, D channels, N moving averages per channel, c tokens p
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.ema.block_layout import BlockLayout
+from mega_scale.ops.ema.block_matrices import BlockMatrices
 from mega_scale.ops.ema.block_steps import EmaInside, EmaOutputs, EmaStates
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 
@@ -46,23 +46,15 @@ class BlockedEma:
         self._resets = resets
         c = self._c = min(block_size, length)
         layout = self._layout = BlockLayout.of(x, resets, c)
-        log_decay, gain, _ = coefficients
-        steps = torch.arange(c + 1, device=x.device, dtype=x.dtype)
-        self._powers = torch.exp(log_decay[:, None] * steps[:, None])  # (D, c + 1, N)
-        into_state = gain[:, None] * self._powers[:, :c].flip(1)  # (D, c, N): token -> state at the end of its block
+        log_decay = coefficients.log_decay
+        self._toeplitz, into, self._out, decay = BlockMatrices.of(coefficients, c)
         fading = torch.exp(log_decay * layout.last_filled[:, None, None].to(x.dtype))
         first = x.new_zeros(batch, channels, log_decay.shape[1]) if state is None else state
-        self._x_blocks, self._before, self.end = EmaStates.apply(
-            x, into_state, self._powers[:, c], fading, first, layout
-        )
+        self._x_blocks, self._before, self.end = EmaStates.apply(x, into, decay, fading, first, layout)
 
     def inside(self) -> None:
         """What the tokens of a block give each other."""
-        _, gain, projection = self._coefficients
-        c = self._c
-        kernel = torch.einsum("dn,dcn->dc", projection * gain, self._powers[:, :c])
-        toeplitz = F.pad(kernel, (c - 1, 0)).unfold(-1, c, 1).flip(1)  # (D, c, c): row j holds kernel[i - j]
-        self._y_blocks = EmaInside.apply(self._x_blocks, self._x.detach(), toeplitz, self._layout)
+        self._y_blocks = EmaInside.apply(self._x_blocks, self._x.detach(), self._toeplitz, self._layout)
         del self._x_blocks  # as large as x
 
     def outputs(self, incoming: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,7 +66,7 @@ class BlockedEma:
         Returns:
             y (B, L, D), and h after the last token (B, D, N).
         """
-        log_decay, _, projection = self._coefficients
+        log_decay = self._coefficients.log_decay
         layout, end, added = self._layout, self.end, None
         if incoming is not None:
             blocks = torch.arange(layout.blocks, device=end.device, dtype=end.dtype)
@@ -85,5 +77,4 @@ class BlockedEma:
                 added = added * layout.keep.cumprod(1)[..., None, None]
                 through = through * (~self._resets.any(1))[:, None, None]
             end = end + through
-        out_of_state = projection[:, None] * self._powers[:, 1:]  # (D, c, N): state before -> output
-        return EmaOutputs.apply(self._y_blocks, self._before, added, out_of_state.mT.contiguous(), layout), end
+        return EmaOutputs.apply(self._y_blocks, self._before, added, self._out, layout), end

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mega_scale.ops.ema.block_matrices import BlockMatrices
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.triton_gradients import adjoints_kernel, gradients_kernel
 from mega_scale.ops.ema.triton_kernels import interpreted, outputs_kernel, states_kernel
@@ -215,7 +216,7 @@ def triton_ema(
     Raises:
         ValueError: x is not on a GPU and kernels are not interpreted, or a dtype has no kernel.
     """
-    log_decay, gain, projection = coefficients
+    log_decay = coefficients.log_decay
     if not x.is_cuda and not interpreted():
         raise ValueError(f"impl='triton' needs a GPU and x is on {x.device}: use impl='blocked'")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or log_decay.dtype != torch.float32:
@@ -229,17 +230,12 @@ def triton_ema(
         state = log_decay.new_zeros(batch, *log_decay.shape)
     lanes = find_lanes(x, resets, splits)
 
-    # Small next to x, and differentiable: what the kernels need of the coefficients, and what follows their states.
-    steps = torch.arange(BLOCK + 1, device=x.device, dtype=log_decay.dtype)
-    powers = torch.exp(log_decay[:, None] * steps[:, None])  # (D, c + 1, N)
-    into = gain[:, None] * powers[:, :BLOCK].flip(1)
-    out = (projection[:, None] * powers[:, 1:]).transpose(1, 2).contiguous()
-    kernel = torch.einsum("dn,dcn->dc", projection * gain, powers[:, :BLOCK])
-    toeplitz = F.pad(kernel, (BLOCK - 1, 0)).unfold(-1, BLOCK, 1).flip(1).contiguous()  # row j holds kernel[i - j]
-    y, last_before = _Walk.apply(x, toeplitz, into, out, powers[:, BLOCK].contiguous(), state.contiguous(), lanes)
+    matrices = BlockMatrices.of(coefficients, BLOCK)
+    y, last_before = _Walk.apply(x, *matrices, state.contiguous(), lanes)
 
     # The last block may be part full: its end state follows from its own tokens and the state before it.
     tail = F.pad(x[:, -BLOCK:].to(log_decay.dtype), (0, 0, max(BLOCK - length, 0), 0))
-    tail = tail * (steps[:BLOCK] >= BLOCK - lanes.last_filled[:, None])[..., None]
+    steps = torch.arange(BLOCK, device=x.device, dtype=log_decay.dtype)
+    tail = tail * (steps >= BLOCK - lanes.last_filled[:, None])[..., None]
     fading = torch.exp(log_decay * lanes.last_filled[:, None, None].to(log_decay.dtype))
-    return y, fading * last_before + torch.einsum("dcn,bcd->bdn", into, tail)
+    return y, fading * last_before + torch.einsum("dcn,bcd->bdn", matrices.into, tail)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -67,4 +68,6 @@ class WorkerProcess:
         self._errors.seek(0)
         last_words = (self._errors.read().strip() or "no message").splitlines()[-1]
         self._errors.close()
+        if self._process.returncode == -signal.SIGKILL:
+            last_words = "killed, as a system does that is short of memory"
         raise ValueError(f"the peer ended with exit status {self._process.returncode}: {last_words}")

@@ -98,6 +98,14 @@ def test_bad_arguments_end_with_one_clear_line(arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def test_a_worker_that_is_killed_is_said_to_be(benchmark, tmp_path):
+    code = "import os, sys; print('a warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
+    with pytest.raises(ValueError, match="exit status -9: killed, as a system does that is short of memory"):
+        sys.modules["launch.worker_process"].WorkerProcess(
+            [sys.executable, "-c", code], 1, (tmp_path / "errors.txt").open("w+", encoding="utf-8")
+        )
+
+
 @pytest.mark.peer
 @pytest.mark.skipif(
     "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"

@@ -11,6 +11,8 @@ from torch import Tensor
 # Numbers of a slice: it should stay in a core's cache, hardly count beside whole tensors, and still be worth a matrix
 # product a channel.
 _SLICE = 2**18
+# A GPU needs large products.
+_GPU_SLICE = 2**26
 
 
 class Slice(NamedTuple):
@@ -46,7 +48,7 @@ class BlockLayout(NamedTuple):
             last_block = torch.full((batch,), blocks - 1, device=x.device)
             last_filled = torch.full_like(last_block, length - (blocks - 1) * c)
             places = None if length % c == 0 else (sequence * blocks * c + position).flatten()
-            edges = _edges(batch * blocks, c, channels)
+            edges = _edges(batch * blocks, c * channels, x.is_cuda)
             # Sequence after sequence, its tokens fill its first places.
             tokens = [edge // blocks * length + min(edge % blocks * c, length) for edge in edges]
             return cls(length, c, blocks, last_block, last_filled, _slices(edges, tokens), places)
@@ -57,7 +59,7 @@ class BlockLayout(NamedTuple):
         blocks = int(block[:, -1].max()) + 1
         keep = x.new_ones(batch, blocks).scatter_reduce(1, block, (~resets).to(x.dtype), "amin")
         places = ((sequence * blocks + block) * c + place).flatten()
-        edges = _edges(batch * blocks, c, channels)
+        edges = _edges(batch * blocks, c * channels, x.is_cuda)
         tokens = torch.searchsorted(places, torch.tensor(edges, device=x.device) * c).tolist()
         return cls(length, c, blocks, block[:, -1], place[:, -1] + 1, _slices(edges, tokens), places, keep)
 
@@ -91,9 +93,9 @@ class BlockLayout(NamedTuple):
         into.view(-1, len(values))[part.tokens].copy_(rows)
 
 
-def _edges(blocks: int, c: int, channels: int) -> list[int]:
+def _edges(blocks: int, numbers: int, on_gpu: bool) -> list[int]:
     """Where slices of about as many blocks begin, and where the last one ends."""
-    size = max(_SLICE // (c * channels), 1)
+    size = max((_GPU_SLICE if on_gpu else _SLICE) // numbers, 1)
     count = -(-blocks // size)
     return [blocks * i // count for i in range(count + 1)]
 

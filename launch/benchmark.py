@@ -55,6 +55,7 @@ from launch.worker_process import WorkerProcess
 TOLERANCE = 1e-4
 PARAMETERS = ("damping", "decay", "expansion", "projection")
 WORKER = Path(__file__).with_name("benchmark_peer.py")
+_EMA_FORMS = ("native", "blocked", "fft")
 MEMORY = Path(__file__).with_name("ema_memory.py")
 
 
@@ -285,7 +286,7 @@ def run_ema(args: argparse.Namespace) -> None:
     sizes = {name: getattr(args, name) for name in ("batch", "length", "hidden", "states")}
     problem = ema_problem(**sizes, seed=args.seed)
     reference = OurEma("recurrent", {name: tensor.double() for name, tensor in problem.items()}).results()
-    contenders: list[Contender] = [OurEma(impl, problem) for impl in ("blocked", "fft")]
+    contenders: list[Contender] = [OurEma(impl, problem) for impl in _EMA_FORMS]
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     with tempfile.TemporaryDirectory() as folder:
         peer = None
@@ -301,7 +302,7 @@ def run_ema(args: argparse.Namespace) -> None:
                 peer.close()
         file = Path(folder) / "ours.safetensors"
         save_file(problem, file)
-        peaks = {impl: peak_inputs(impl, file, args.threads) for impl in ("blocked", "fft")}
+        peaks = {impl: peak_inputs(impl, file, args.threads) for impl in _EMA_FORMS}
     lines = [
         f"Damped EMA, forward + backward, fp32, {', '.join(f'{name} {size}' for name, size in sizes.items())}, "
         f"{args.threads} CPU thread(s), {args.repeats} repeats after {args.warmup} for warm-up, in turns.",

@@ -166,7 +166,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
         if pad and (key_mask is not None or not self.config.is_decoder):
             valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
             key_mask = F.pad(valid, (0, pad), value=False)
-        q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
+        if seen or pad:  # padding by nothing would copy
+            q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
         out, weights = self._core(q, k, v, key_mask, 0, return_weights, documents)
         return out[:, seen:total], weights
 

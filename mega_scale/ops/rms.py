@@ -33,8 +33,18 @@ def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
 def plain_divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     """The same written out, for autograd: the reference."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (out if gain is None else out * gain).to(x.dtype)
+    return _scaled(wide, _inverse_rms(wide, eps), gain).to(x.dtype)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+
+
+def _scaled(x: Tensor, inverse: Tensor, gain: Tensor | None) -> Tensor:
+    """A scalar gain is applied to a number a token, before x is read."""
+    if gain is None or gain.numel() == 1:
+        return x * (inverse if gain is None else inverse * gain)
+    return x * inverse * gain
 
 
 def _fused(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -46,13 +56,14 @@ def _fused(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
 
 
 class _DivideByRms(torch.autograd.Function):
+    """Reads and writes x as few times as separate operations can."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        inverse = _inverse_rms(wide, eps)
         ctx.save_for_backward(x, gain, inverse)
-        out = wide * inverse
-        return (out if gain is None else out.mul_(gain)).to(x.dtype)
+        return _scaled(wide, inverse, gain).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -60,17 +71,14 @@ class _DivideByRms(torch.autograd.Function):
         x, gain, inverse = ctx.saved_tensors
         x, dtype = x.to(inverse.dtype), x.dtype
         gradient = gradient.to(inverse.dtype)
-        d_gain = None
-        if gain is not None and ctx.needs_input_grad[1]:
-            products = gradient * x
-            if gain.numel() == 1:
-                d_gain = (products.sum(-1, keepdim=True) * inverse).sum().reshape(gain.shape)
-            else:
-                d_gain = products.mul_(inverse).sum(tuple(range(x.dim() - 1)))
-            d_gain = d_gain.to(gain.dtype)
-        if gain is not None:
+        d_gain, scale = None, inverse
+        if gain is not None and gain.numel() > 1:
+            if ctx.needs_input_grad[1]:
+                d_gain = (gradient * x).mul_(inverse).sum(tuple(range(x.dim() - 1))).to(gain.dtype)
             gradient = gradient * gain
+        dots = torch.einsum("...d,...d->...", gradient, x)[..., None]
+        if gain is not None and gain.numel() == 1:
+            d_gain, scale = (dots * inverse).sum().reshape(gain.shape).to(gain.dtype), inverse * gain
         # d/dx of x r(x), with dr/dx = -r^3 x / D.
-        along = (gradient * x).sum(-1, keepdim=True) * (inverse.pow(3) / -x.shape[-1])
-        d_x = (gradient * inverse).addcmul_(x, along)
+        d_x = (gradient * scale).addcmul_(x, dots * scale * inverse.square() / -x.shape[-1])
         return d_x.to(dtype), d_gain, None

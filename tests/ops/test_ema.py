@@ -71,7 +71,7 @@ def make_resets(batch, length, seed=3):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("impl", ["blocked", "fft"])
+@pytest.mark.parametrize("impl", ["blocked", "native", "fft"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_matches_the_recurrence(length, impl, bidirectional):
     leaves = make_case(length, bidirectional)
@@ -79,19 +79,21 @@ def test_matches_the_recurrence(length, impl, bidirectional):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("impl", ["blocked", "native"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_blocked_resets_match_the_recurrence(length, bidirectional):
+def test_resets_match_the_recurrence(length, impl, bidirectional):
     leaves = make_case(length, bidirectional, batch=3)
     resets = make_resets(3, length)
-    assert_same(run(leaves, "blocked", resets, bidirectional), run(leaves, "recurrent", resets, bidirectional))
+    assert_same(run(leaves, impl, resets, bidirectional), run(leaves, "recurrent", resets, bidirectional))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_blocked_matches_the_recurrence_over_4096_tokens(bidirectional):
+@pytest.mark.parametrize("impl", ["blocked", "native"])
+def test_matches_the_recurrence_over_4096_tokens(impl, bidirectional):
     leaves = make_case(4096, bidirectional)
     for resets in (None, make_resets(2, 4096)):
-        assert_same(run(leaves, "blocked", resets, bidirectional), run(leaves, "recurrent", resets, bidirectional))
+        assert_same(run(leaves, impl, resets, bidirectional), run(leaves, "recurrent", resets, bidirectional))
 
 
 def test_blocked_is_exact_in_double_precision():
@@ -135,7 +137,7 @@ def test_blocked_can_be_differentiated_again_and_by_its_end_alone():
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["recurrent", "fft", "blocked"])
+@pytest.mark.parametrize("impl", ["recurrent", "fft", "blocked", "native"])
 def test_state_carries_a_sequence_cut_anywhere(impl):
     leaves = {name: leaf.detach() for name, leaf in make_case(150).items()}
     coefficients = coefficients_of(leaves)

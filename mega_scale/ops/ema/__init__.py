@@ -10,9 +10,11 @@ from torch import Tensor
 from mega_scale.ops.ema.blocked import BlockedEma
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.fft import fft_ema
+from mega_scale.ops.ema.native_library import library, shipped
+from mega_scale.ops.ema.native_op import native_ema
 from mega_scale.ops.ema.recurrent import recurrent_ema
 
-IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton")
+IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
 
 
 class Carry(Protocol):
@@ -65,9 +67,10 @@ def damped_ema(
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked or
             triton, which then walks over x twice: for the state that it sends, and with the one that arrives.
-        impl: auto, recurrent (the reference), fft, blocked or triton. auto is recurrent for one token; fft for a
-            truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for 64
-            tokens or more and N up to 32, outside torch.compile; else blocked.
+        impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
+            a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
+            64 tokens or more and N up to 32, outside torch.compile; native on a CPU in fp32, outside torch.compile and
+            without `carry`, where a C++ compiler is found (else it warns); else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),
@@ -84,8 +87,11 @@ def damped_ema(
             f"and impl={impl!r}"
         )
     with torch.autocast(x.device.type, enabled=False):
-        if impl == "auto" and truncation is None and _suits_triton(x, coefficients):
-            impl = "triton"
+        if impl == "auto" and truncation is None:
+            if _suits_triton(x, coefficients):
+                impl = "triton"
+            elif carry is None and _suits_native(x, coefficients):
+                impl = "native"
         # The kernels widen tokens as they read them.
         inputs = x if impl == "triton" else x.to(coefficients.log_decay.dtype)
         directions = [_Direction(inputs, coefficients, state, resets)]
@@ -148,6 +154,8 @@ def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Te
         from mega_scale.ops.ema.triton_op import triton_ema  # noqa: PLC0415
 
         return triton_ema(x, coefficients, state, resets)
+    if impl == "native":
+        return native_ema(x, coefficients, state, resets)
     one_token = impl == "auto" and x.shape[1] == 1  # a decoding step, for which blocks would be idle ceremony
     if impl in ("auto", "blocked") and not one_token:
         form = BlockedEma(x, coefficients, state, resets)
@@ -174,6 +182,19 @@ def _suits_triton(x: Tensor, coefficients: EmaCoefficients) -> bool:
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
         and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _suits_native(x: Tensor, coefficients: EmaCoefficients) -> bool:
+    """Whether `auto` takes the compiled C++, which is compiled now if it never was."""
+    return (
+        x.device.type == "cpu"
+        and x.shape[1] > 1
+        and coefficients.log_decay.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)  # what stands for a tensor has no memory
+        and shipped()
+        and library() is not None
     )
 
 

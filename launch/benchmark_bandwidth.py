@@ -20,6 +20,7 @@ from mega_scale.ops.ema import EmaCoefficients, damped_ema
 _TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHECKED_CHANNELS = 16
+_IMPLS = ["triton", "triton_walk", "blocked"]
 
 
 def add_bandwidth_arguments(command: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -29,7 +30,7 @@ def add_bandwidth_arguments(command: argparse.ArgumentParser, positive: Callable
     command.add_argument("--hidden", type=positive, default=4096, help="channels")
     command.add_argument("--states", type=positive, default=16, help="moving averages per channel")
     command.add_argument("--dtypes", nargs="+", choices=list(_DTYPES), default=list(_DTYPES), help="of tokens")
-    command.add_argument("--impls", nargs="+", choices=["triton", "blocked"], default=["triton", "blocked"])
+    command.add_argument("--impls", nargs="+", choices=_IMPLS, default=_IMPLS)
 
 
 def run_bandwidth(args: argparse.Namespace) -> None:

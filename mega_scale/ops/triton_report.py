@@ -16,10 +16,13 @@ from mega_scale.ops.ema.triton_gradients import adjoints_kernel, gradients_kerne
 from mega_scale.ops.ema.triton_kernels import interpreted, outputs_kernel, states_kernel
 from mega_scale.ops.ema.triton_op import WARPS
 from mega_scale.ops.ema.triton_op import constants as ema_constants
+from mega_scale.ops.ema.walk_gradients import gradients_kernel as walk_gradients_kernel
+from mega_scale.ops.ema.walk_kernels import outputs_kernel as walk_outputs_kernel
+from mega_scale.ops.ema.walk_op import GRADIENTS, MOST_AVERAGES, OUTPUTS
 
 _TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
 _INT32 = ("starts", "keep", "last", "since")
-_SIZES = ("lanes", "L", "D", "K", "SPLITS", "first", "keys", "chunk", "groups")
+_SIZES = ("lanes", "L", "D", "K", "SPLITS", "TILES", "first", "keys", "chunk", "groups")
 # Sizes that are multiples of 16 in all configs, which the compiler is told, as at a launch.
 _ROUND_SIZES = ("D", "first", "keys", "chunk")
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
@@ -85,6 +88,12 @@ def _variants(
         yield outputs_kernel, "outputs_kernel", f"N={n}", own
         yield adjoints_kernel, "adjoints_kernel", f"N={n}", own
         yield gradients_kernel, "gradients_kernel", f"N={n}", own
+        for every in (False, True) if n <= MOST_AVERAGES else ():
+            words = ", documents and states" if every else ""
+            own = {**OUTPUTS.constants(n, every, every), "INITIAL": every, "num_warps": OUTPUTS.warps}
+            yield walk_outputs_kernel, f"walk, outputs_kernel{words}", f"N={n}", own
+            own = {**GRADIENTS.constants(n, every, every), "LAST": every, "num_warps": GRADIENTS.warps}
+            yield walk_gradients_kernel, f"walk, gradients_kernel{words}", f"N={n}", own
     for count in keys:
         softmax: dict[str, Any] = dict(softmax_constants(count))
         yield weights_kernel, "weights_kernel", f"{count} keys", {**softmax, "DOCUMENTS": True}

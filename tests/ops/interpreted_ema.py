@@ -48,8 +48,8 @@ def make_resets(batch, length, place):
     return resets
 
 
-def run(leaves, average, resets):
-    """y, the end state, and the gradients of a fixed random function of both, all in fp32."""
+def run(leaves, average, resets, names=None):
+    """y, the end state, and the gradients, by leaves of these names, of a fixed random function of both, in fp32."""
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
     y, end = average(leaves["x"], coefficients, leaves.get("state"), resets)
@@ -57,9 +57,10 @@ def run(leaves, average, resets):
     # Exact in bf16, so that every contender gets the same gradient of y.
     dy = torch.randn(y.shape, generator=generator).bfloat16().float()
     loss = (y * dy).sum() + (end * torch.randn(end.shape, generator=generator)).sum()
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    names = leaves if names is None else names
+    gradients = torch.autograd.grad(loss, [leaves[name] for name in names])
     named = {"y": y.detach(), "end": end.detach()}
-    return named | {"d" + name: gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return named | {"d" + name: gradient for name, gradient in zip(names, gradients, strict=True)}
 
 
 def recurrent(x, coefficients, state, resets, **options):

@@ -14,7 +14,7 @@ from mega_scale.ops.ema.native_library import library, shipped
 from mega_scale.ops.ema.native_op import native_ema
 from mega_scale.ops.ema.recurrent import recurrent_ema
 
-IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
+IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "triton_walk", "native")
 
 
 class Carry(Protocol):
@@ -67,7 +67,8 @@ def damped_ema(
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked or
             triton, which then walks over x twice: for the state that it sends, and with the one that arrives.
-        impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
+        impl: auto, recurrent (the reference), fft, blocked, triton (blocks of tokens on matrix units), triton_walk
+            (from token to token, N up to 16; it reads tokens once) or native. auto is recurrent for one token; fft for
             a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
             64 tokens or more and N up to 32, outside torch.compile; native on a CPU in fp32, outside torch.compile and
             without `carry`, where a C++ compiler is found (else it warns); else blocked.
@@ -93,7 +94,7 @@ def damped_ema(
             elif carry is None and _suits_native(x, coefficients):
                 impl = "native"
         # The kernels widen tokens as they read them.
-        inputs = x if impl == "triton" else x.to(coefficients.log_decay.dtype)
+        inputs = x if impl in ("triton", "triton_walk") else x.to(coefficients.log_decay.dtype)
         directions = [_Direction(inputs, coefficients, state, resets)]
         if bidirectional:
             ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
@@ -154,6 +155,10 @@ def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Te
         from mega_scale.ops.ema.triton_op import triton_ema  # noqa: PLC0415
 
         return triton_ema(x, coefficients, state, resets)
+    if impl == "triton_walk":
+        from mega_scale.ops.ema.walk_op import walk_ema  # noqa: PLC0415
+
+        return walk_ema(x, coefficients, state, resets)
     if impl == "native":
         return native_ema(x, coefficients, state, resets)
     one_token = impl == "auto" and x.shape[1] == 1  # a decoding step, for which blocks would be idle ceremony

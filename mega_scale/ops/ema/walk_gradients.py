@@ -88,7 +88,7 @@ def _joined(
     average, channel = tl.arange(0, NP)[:, None], tl.arange(0, CHANNELS)[None, :]
     joint = shared + average * size + channel
     there = (average < N) & (channel < CHANNELS)
-    # All before the first store, behind which they would wait for each other.
+    # All before the first store: several threads may hold the same average, and read what one of them overwrites.
     joint += (SEGMENTS - 1) * CHANNELS
     ends = take(joint, -CHANNELS, there, SEGMENTS)
     end_slopes = take(joint + N * size, -CHANNELS, there, SEGMENTS)
@@ -96,6 +96,7 @@ def _joined(
     if DOCUMENTS:
         place = shared + (4 * N if LAST else 2 * N) * size + (SEGMENTS - 1) * CHANNELS + 0 * average + channel
         passes = take(place, -CHANNELS, True, SEGMENTS)
+    tl.debug_barrier()
     from_last = carry
     if LAST:
         from_last = tl.load(d_last, mask=state_there, other=0.0)

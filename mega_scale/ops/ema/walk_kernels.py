@@ -119,11 +119,12 @@ def _joined(
     average, channel = tl.arange(0, NP)[:, None], tl.arange(0, CHANNELS)[None, :]
     joint = shared + average * size + channel
     there = (average < N) & (channel < CHANNELS)
-    # All before the first store, behind which they would wait for each other.
+    # All before the first store: several threads may hold the same average, and read what one of them overwrites.
     ends = take(joint, CHANNELS, there, SEGMENTS)
     passes = ()
     if DOCUMENTS:
         passes = take(shared + N * size + 0 * average + channel, CHANNELS, True, SEGMENTS)
+    tl.debug_barrier()
     for s in tl.static_range(SEGMENTS):
         tl.store(joint + s * CHANNELS, carry, mask=there)
         tl.store(last_before, carry * tl.exp(exponent), mask=state_there & (s == last))

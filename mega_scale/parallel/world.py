@@ -56,6 +56,20 @@ def placement() -> Placement:
     return Placement(rank, size, local_rank, True, int(local_size))
 
 
+def share_cores(local_size: int) -> None:
+    """Compute with no more threads than cores are left for each rank of this machine.
+
+    A process takes as many threads as there are cores, and deepspeed's launcher lets it: the ranks' threads then wait
+    for each other, and a step on CPUs takes several times as long. OMP_NUM_THREADS says otherwise where it is set;
+    torchrun and accelerate set it to 1.
+
+    Args:
+        local_size: number of ranks on this machine.
+    """
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // local_size)))
+
+
 @dataclass(frozen=True)
 class World:
     """All ranks of a run; every method is collective, so all ranks call it in the same order.
@@ -86,7 +100,7 @@ class World:
 
     @classmethod
     def start(cls, config: ParallelConfig) -> "World":
-        """Join the process group: NCCL on CUDA, gloo on CPUs.
+        """Join the process group, NCCL on CUDA and gloo on CPUs, and share this machine's cores with its other ranks.
 
         Args:
             config: device, timeout and mesh.
@@ -99,7 +113,8 @@ class World:
                 CUDA devices than local ranks.
             SystemExit: the ranks cannot meet within the timeout; standard error has one line that says who is missing.
         """
-        rank, size, local_rank = placement()[:3]
+        rank, size, local_rank, _, local_size = placement()
+        share_cores(local_size)
         device = _device(config.device, local_rank)
         shape = config.mesh(size)
         if device.type == "cuda":

@@ -145,13 +145,13 @@ def test_bf16_keeps_states_in_fp32(case, tf32):
     assert len({mark.upper().rpartition(".")[2] for mark in tf32}) == 2  # tf32 and tf32x3
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_damped_ema_takes_it_in_both_directions(bidirectional):
+@pytest.mark.parametrize("impl, bidirectional", [("triton", False), ("triton", True), ("triton_walk", True)])
+def test_damped_ema_takes_it_in_both_directions(impl, bidirectional):
     leaves = make_leaves(2, 70, 5, 3, rows=2 if bidirectional else 1)
     resets = make_resets(2, 70, "random")
 
     def named(x, coefficients, state, resets):
-        return damped_ema(x, coefficients, state, resets, bidirectional=bidirectional, impl="triton")
+        return damped_ema(x, coefficients, state, resets, bidirectional=bidirectional, impl=impl)
 
     def truth(x, coefficients, state, resets):
         return recurrent(x, coefficients, state, resets, bidirectional=bidirectional)
@@ -230,10 +230,11 @@ def test_strided_inputs_and_gradients_are_read_right():
         assert not strided.is_contiguous()
         x = strided.detach().requires_grad_()
         found = []
-        for impl in ("recurrent", "triton"):
+        for impl in ("recurrent", "triton", "triton_walk"):
             y, _ = damped_ema(x, coefficients, impl=impl)
             found.append(torch.autograd.grad(y.sum(), x)[0])  # the gradient of a sum has strides of zero
-        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+        for own in found[1:]:
+            torch.testing.assert_close(own, found[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("place", [None, "random", "all"])

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from mega_scale.ops.ema.block_matrices import BlockMatrices
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.triton_gradients import adjoints_kernel, gradients_kernel
-from mega_scale.ops.ema.triton_kernels import interpreted, outputs_kernel, states_kernel
+from mega_scale.ops.ema.triton_inputs import check_inputs
+from mega_scale.ops.ema.triton_kernels import outputs_kernel, states_kernel
 
 BLOCK = 16  # c
 LANES = 16  # rows of a product: the least that a matrix unit takes
@@ -217,13 +218,7 @@ def triton_ema(
         ValueError: x is not on a GPU and kernels are not interpreted, or a dtype has no kernel.
     """
     log_decay = coefficients.log_decay
-    if not x.is_cuda and not interpreted():
-        raise ValueError(f"impl='triton' needs a GPU and x is on {x.device}: use impl='blocked'")
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or log_decay.dtype != torch.float32:
-        raise ValueError(
-            f"impl='triton' takes bf16, fp16 or fp32 inputs and fp32 coefficients, not {x.dtype} and "
-            f"{log_decay.dtype}: use impl='blocked'"
-        )
+    check_inputs("triton", x, log_decay)
     batch, length = x.shape[:2]
     x = x.contiguous()
     if state is None:

@@ -15,7 +15,7 @@ try:
 except ImportError as missing:
     raise ImportError("the EMA's Triton kernels need triton: pip install 'mega_scale[triton]'") from missing
 
-from mega_scale.ops.ema.walk_kernels import averages_of, give, kept, products, read, take, zeros
+from mega_scale.ops.ema.walk_kernels import averages_of, give, kept, places, products, read, take, zeros
 
 
 @triton.jit
@@ -137,8 +137,7 @@ def gradients_kernel(  # noqa: PLR0915 (a walk from its end to its beginning)
     size: tl.constexpr = SEGMENTS * CHANNELS
     kinds: tl.constexpr = 4 if LAST else 2
     sequence = tl.program_id(0).to(tl.int64)
-    own_channel = tl.arange(0, CHANNELS)[None, :]
-    channel = tl.program_id(1) * CHANNELS + own_channel
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     own = tl.arange(0, SEGMENTS)[:, None]
     q = averages_of(decay, channel, D, N, SEGMENTS)
     weights = averages_of(gain, channel, D, N, SEGMENTS)
@@ -146,13 +145,9 @@ def gradients_kernel(  # noqa: PLR0915 (a walk from its end to its beginning)
     if not LAST:
         weights = products(weights, out, N)
 
-    # The threads that join hold an average and a channel each.
-    average = tl.arange(0, NP)[:, None]
-    shared = scratch + (sequence * tl.num_programs(1) + tl.program_id(1)) * ((kinds * N + 1) * size)
-    place = shared + own * CHANNELS + own_channel
-    state_at = sequence * N * D + average * D + channel
-    state_there = (average < N) & (channel < D)
-    exponent = tl.load(log_decay + average * D + channel, mask=state_there, other=0.0)
+    shared, place, state_at, state_there, exponent = places(
+        scratch, log_decay, D, kinds * N + 1, N, NP, SEGMENTS, CHANNELS
+    )  # fmt: skip
     carry, carry_slope = tl.zeros((NP, CHANNELS), tl.float32), tl.zeros((NP, CHANNELS), tl.float32)
     rest, rest_slope = tl.zeros((NP, CHANNELS), tl.float32), tl.zeros((NP, CHANNELS), tl.float32)
 

@@ -32,10 +32,10 @@ except ImportError as missing:
 @triton.jit
 def averages_of(pointer, channel, D, N: tl.constexpr, SEGMENTS: tl.constexpr):
     """N numbers a channel, alike in all segments."""
-    places = channel + 0 * tl.arange(0, SEGMENTS)[:, None]
+    at = channel + 0 * tl.arange(0, SEGMENTS)[:, None]
     found = ()
     for n in tl.static_range(N):
-        found = found + (tl.load(pointer + n * D + places, mask=places < D, other=0.0),)
+        found = found + (tl.load(pointer + n * D + at, mask=at < D, other=0.0),)
     return found
 
 
@@ -74,6 +74,23 @@ def read(place, stride, token, L, there, other: tl.constexpr, UNROLL: tl.constex
         real = there & (token + STEP * u < L)
         found = found + (tl.load(place + STEP * u * stride, mask=real, other=other),)
     return found
+
+
+@triton.jit
+def places(
+    scratch, log_decay, D, numbers, N: tl.constexpr, NP: tl.constexpr, SEGMENTS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """Where a program's threads meet, and the place of each there, `numbers` for a segment and channel; and, for the
+    threads that join, which hold an average and a channel each: the offsets of states, which there are, log decays."""
+    sequence = tl.program_id(0).to(tl.int64)
+    own_channel = tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(1) * CHANNELS + own_channel
+    average = tl.arange(0, NP)[:, None]
+    shared = scratch + (sequence * tl.num_programs(1) + tl.program_id(1)) * (numbers * SEGMENTS * CHANNELS)
+    place = shared + tl.arange(0, SEGMENTS)[:, None] * CHANNELS + own_channel
+    there = (average < N) & (channel < D)
+    exponent = tl.load(log_decay + average * D + channel, mask=there, other=0.0)
+    return shared, place, sequence * N * D + average * D + channel, there, exponent
 
 
 @triton.jit
@@ -147,8 +164,7 @@ def outputs_kernel(
     """
     size: tl.constexpr = SEGMENTS * CHANNELS
     sequence = tl.program_id(0).to(tl.int64)
-    own_channel = tl.arange(0, CHANNELS)[None, :]
-    channel = tl.program_id(1) * CHANNELS + own_channel
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     own = tl.arange(0, SEGMENTS)[:, None]
     q = averages_of(decay, channel, D, N, SEGMENTS)
     into = averages_of(gain, channel, D, N, SEGMENTS)
@@ -156,13 +172,9 @@ def outputs_kernel(
     if not INITIAL:
         out = products(out, into, N)
 
-    # The threads that join hold an average and a channel each.
-    average = tl.arange(0, NP)[:, None]
-    shared = scratch + (sequence * tl.num_programs(1) + tl.program_id(1)) * ((N + 1) * size)
-    place = shared + own * CHANNELS + own_channel
-    state_at = sequence * N * D + average * D + channel
-    state_there = (average < N) & (channel < D)
-    exponent = tl.load(log_decay + average * D + channel, mask=state_there, other=0.0)
+    shared, place, state_at, state_there, exponent = places(
+        scratch, log_decay, D, N + 1, N, NP, SEGMENTS, CHANNELS
+    )  # fmt: skip
     carry = tl.zeros((NP, CHANNELS), tl.float32)
     if INITIAL:
         carry = tl.load(initial + state_at, mask=state_there, other=0.0)

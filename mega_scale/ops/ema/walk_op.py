@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.ema.triton_kernels import interpreted
+from mega_scale.ops.ema.triton_inputs import check_inputs
 from mega_scale.ops.ema.walk_gradients import gradients_kernel
 from mega_scale.ops.ema.walk_kernels import outputs_kernel
 
@@ -101,7 +101,8 @@ class _WalkFunction(torch.autograd.Function):
             adjoint = projection * output + (entered[2] if ends else 0)
             if retain is not None:
                 lost = retain[:, :1, None] == 0
-                output, slope, adjoint = (t.masked_fill(lost, 0) for t in (output, slope, adjoint))
+                # Neither side reaches the other, be it infinite.
+                state, output, slope, adjoint = (t.masked_fill(lost, 0) for t in (state, output, slope, adjoint))
             d_state = decay * adjoint
             d_projection = d_projection + (state * decay * output).sum(0)
             d_decay = d_decay + (state * (adjoint + decay * slope)).sum(0)
@@ -151,13 +152,7 @@ def walk_ema(
         ValueError: x is not on a GPU and kernels are not interpreted, a dtype has no kernel, or N is too large.
     """
     log_decay = coefficients.log_decay
-    if not x.is_cuda and not interpreted():
-        raise ValueError(f"impl='triton_walk' needs a GPU and x is on {x.device}: use impl='blocked'")
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or log_decay.dtype != torch.float32:
-        raise ValueError(
-            f"impl='triton_walk' takes bf16, fp16 or fp32 inputs and fp32 coefficients, not {x.dtype} and "
-            f"{log_decay.dtype}: use impl='blocked'"
-        )
+    check_inputs("triton_walk", x, log_decay)
     if log_decay.shape[1] > MOST_AVERAGES:
         raise ValueError(
             f"impl='triton_walk' holds up to {MOST_AVERAGES} moving averages per channel, not {log_decay.shape[1]}: "

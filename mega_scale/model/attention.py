@@ -8,13 +8,14 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from mega_scale.model.activation import MegaActivation
 from mega_scale.model.cache import LayerState, remember
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.documents import DocumentBorders
 from mega_scale.model.dropout import MegaAttentionDropout, MegaDropout
 from mega_scale.model.ema import MegaMultiDimensionDampedEma
+from mega_scale.model.linear import MegaLinear
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import positional_bias
 from mega_scale.model.slots import Slots, align
@@ -29,7 +30,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation = ACT2FN[config.activation]
+        self.activation = MegaActivation(config.activation)
         self.gates = LEAN
         self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
@@ -37,15 +38,15 @@ class MegaMovingAverageGatedAttention(nn.Module):
         self.attention_dropout = MegaAttentionDropout(config.attention_probs_dropout_prob)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
         self.ema_gate = MegaMultiDimensionDampedEma(config)
-        self.v_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.v_proj = MegaLinear(config.hidden_size, config.intermediate_size)
         self.segments = {
             "update": config.hidden_size,
             "shared": config.shared_representation_size,
             "gate": config.intermediate_size,
             "candidate": config.hidden_size,
         }
-        self.mx_proj = nn.Linear(config.hidden_size, sum(self.segments.values()))
-        self.h_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.mx_proj = MegaLinear(config.hidden_size, sum(self.segments.values()))
+        self.h_proj = MegaLinear(config.intermediate_size, config.hidden_size)
         self.qk_weight = nn.Parameter(torch.empty(2, config.shared_representation_size))
         self.qk_bias = nn.Parameter(torch.empty(2, config.shared_representation_size))
         self.rel_pos_bias = positional_bias(config)

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.dropout import MegaDropout
+from mega_scale.model.linear import MegaLinear
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import positional_bias
 from mega_scale.ops.attention import chunk_attention
@@ -25,10 +26,10 @@ class MegaGatedCrossAttention(nn.Module):
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
-        self.k_proj = nn.Linear(config.hidden_size, config.shared_representation_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size + config.shared_representation_size)
-        self.h_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = MegaLinear(config.hidden_size, config.shared_representation_size)
+        self.v_proj = MegaLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = MegaLinear(config.hidden_size, 2 * config.hidden_size + config.shared_representation_size)
+        self.h_proj = MegaLinear(config.hidden_size, config.hidden_size)
         self.rel_pos_bias = positional_bias(config)
 
     def project(self, encoder: Tensor) -> tuple[Tensor, Tensor]:

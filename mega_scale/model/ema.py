@@ -49,7 +49,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
         )
         inputs = x if mask is None else x * mask[..., None]
         y, state = self.average(inputs, coefficients, state, resets)
-        return self.gates.average(y, self.residual_weight, x), state
+        return self.gates.average(y, x, self.residual_weight), state
 
     def average(
         self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None

@@ -6,10 +6,11 @@ Legend: B batch, L length, D channels.
 from contextlib import nullcontext
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from mega_scale.model.activation import MegaActivation
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.dropout import MegaDropout
+from mega_scale.model.linear import MegaLinear
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.ops.remake import remade
 
@@ -20,10 +21,10 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.prenorm = config.normalize_before_ffn
-        self.activation = ACT2FN[config.activation]
+        self.activation = MegaActivation(config.activation)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
-        self.fc1 = nn.Linear(config.hidden_size, config.nffn_hidden_size)
-        self.fc2 = nn.Linear(config.nffn_hidden_size, config.hidden_size)
+        self.fc1 = MegaLinear(config.hidden_size, config.nffn_hidden_size)
+        self.fc2 = MegaLinear(config.nffn_hidden_size, config.hidden_size)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
 

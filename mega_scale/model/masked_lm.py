@@ -12,6 +12,7 @@ from transformers.utils import can_return_tuple, logging
 
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.heads import MegaHeadModel
+from mega_scale.model.linear import MegaLinear
 from mega_scale.model.losses import cross_entropy
 from mega_scale.model.modeling_mega import MegaModel
 
@@ -32,7 +33,7 @@ class MegaForMaskedLM(MegaHeadModel):
         if config.is_decoder:
             logger.warning("MegaForMaskedLM with is_decoder=True predicts a token from its left side only")
         self.mega = MegaModel(config, add_pooling_layer=False)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
+        self.dense = MegaLinear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
         self.mlm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 

@@ -24,6 +24,7 @@ from mega_scale.model.documents import document_borders
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
 from mega_scale.model.language_head import LanguageModelHead
+from mega_scale.model.linear import MegaLinear
 from mega_scale.model.losses import cross_entropy, mean
 from mega_scale.model.norm import MegaSequenceNorm, warn_if_norm_differs
 from mega_scale.model.slots import leading_pads
@@ -255,7 +256,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
         self.mega = MegaModel(config, add_pooling_layer=False)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
+        self.dense = MegaLinear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 

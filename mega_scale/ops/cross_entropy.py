@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mega_scale.ops.linear import times_transposed
+
 # Logits that exist at a time, numbers: on a CPU they should stay in its caches, a GPU needs large products.
 _CPU_LOGITS, _GPU_LOGITS = 2**21, 2**26
 
@@ -97,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             some = slice(begin, begin + slice_tokens)
             x, target = hidden[some], targets[some]
             counts = target != ignore_index
-            scores = (x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())).to(total.dtype)
+            scores = times_transposed(x, weight, bias).to(total.dtype)
             largest = scores.amax(1)
             if part is not None:
                 part.reduce(largest, "max")

@@ -1,9 +1,9 @@
 """The elementwise arithmetic of a block between its matrix products, as functions of tensors.
 
 Written plainly, each reads and writes memory once an operation, and keeps what each operation needs for its backward
-pass. Lean, their backward passes are written by hand and compute again what is cheap; compiled, memory is read and
-written once in all, too. They hold no parameters and no matrix products, so that they can be compiled whatever shards
-or gathers the layers around them.
+pass. Lean, their backward passes are written by hand and compute again what is cheap; on a CPU in fp32 they are C++,
+which reads and writes memory once in all, as on any device do those that PyTorch compiles. They hold no parameters and
+no matrix products, so that they can be compiled whatever shards or gathers the layers around them.
 
 Legend: B batch, L length, D channels, Z width of queries and keys, E width of values.
 """
@@ -16,6 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mega_scale.ops.native.gates import native_map, suits_native
+
+
+def silu(x: Tensor) -> Tensor:
+    """`x sigmoid(x)`, (..., W)."""
+    return F.silu(x)
 
 
 def queries_and_keys(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,14 +42,15 @@ def update(x: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
     return torch.addcmul(x, torch.sigmoid(update), F.silu(candidate) - x)
 
 
-def average(y: Tensor, omega: Tensor, x: Tensor) -> Tensor:
+def average(y: Tensor, x: Tensor, omega: Tensor) -> Tensor:
     """`silu(y + omega x)` in the dtype of x: y and x (B, L, D), omega (D,)."""
     return F.silu(y + omega * x).to(x.dtype)
 
 
 class Gates(NamedTuple):
-    """The functions of this file, as they are or compiled."""
+    """The functions of this file, as they are, lean or compiled: those of rows first, then coefficients of columns."""
 
+    silu: Callable[[Tensor], Tensor] = silu
     queries_and_keys: Callable[..., tuple[Tensor, Tensor]] = queries_and_keys
     gate: Callable[..., Tensor] = gate
     update: Callable[..., Tensor] = update
@@ -84,17 +92,28 @@ _silu_backward = torch.ops.aten.silu_backward
 PLAIN = Gates()
 
 
-def _lean(plain: Callable[..., Tensor], function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    def run(*tensors: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out: Tensor = function.apply(*tensors)
-            return out
+def _lean(
+    plain: Callable[..., Any], rows: int, outputs: int = 1, function: type[torch.autograd.Function] | None = None
+) -> Callable[..., Any]:
+    def run(*tensors: Tensor) -> Any:
+        if suits_native(*tensors):
+            width = tensors[0].shape[-1]
+            columns = torch.cat([tensor.view(-1, width) for tensor in tensors[rows:]]) if tensors[rows:] else None
+            return native_map(plain.__name__, tensors[:rows], columns, outputs)
+        if function is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return function.apply(*tensors)
         return plain(*tensors)
 
     return run
 
 
-LEAN = Gates(gate=_lean(gate, _Gate), update=_lean(update, _Update))
+LEAN = Gates(
+    silu=_lean(silu, 1),
+    queries_and_keys=_lean(queries_and_keys, 1, outputs=2),
+    gate=_lean(gate, 2, function=_Gate),
+    update=_lean(update, 3, function=_Update),
+    average=_lean(average, 2),
+)
 """What models use unless told otherwise; once differentiable."""
 
 
@@ -102,7 +121,7 @@ LEAN = Gates(gate=_lean(gate, _Gate), update=_lean(update, _Update))
 def compiled() -> Gates:
     """Compiled without graph breaks, at their first call with new sizes; needs a C++ compiler on a CPU, Triton on a
     GPU."""
-    return Gates(*(_compile(function) for function in PLAIN))
+    return Gates(silu, *(_compile(function) for function in PLAIN[1:]))
 
 
 def _compile(function: Callable[..., Any]) -> Any:

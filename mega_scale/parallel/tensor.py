@@ -15,6 +15,7 @@ from mega_scale.model import MegaForCausalLM, MegaPreTrainedModel
 from mega_scale.model.attention import MegaMovingAverageGatedAttention
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.feed_forward import MegaNormalizedFeedForwardNetwork
+from mega_scale.model.linear import MegaLinear
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias
 from mega_scale.parallel.collectives import Axis
@@ -57,7 +58,7 @@ def separate_segments(model: MegaPreTrainedModel) -> None:
     for module in list(model.modules()):
         if isinstance(module, MegaMovingAverageGatedAttention):
             channels = module.mx_proj.in_features
-            layers = {key: on_meta(nn.Linear, channels, width) for key, width in module.segments.items()}
+            layers = {key: on_meta(MegaLinear, channels, width) for key, width in module.segments.items()}
             module.add_module("mx_proj", SegmentedLinear(layers, _rows(module.segments)))
             module.__class__ = SegmentedAttention
 

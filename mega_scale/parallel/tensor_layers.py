@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mega_scale.model.attention import MegaMovingAverageGatedAttention
+from mega_scale.model.linear import MegaLinear
 from mega_scale.model.norm import MegaRMSNorm, MegaScaleNorm
 from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias, MegaSimpleRelativePositionalBias
+from mega_scale.ops.linear import linear
 from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter, start_gather
 from mega_scale.parallel.sequence import SequenceParallelEma
 from mega_scale.parallel.shards import TensorParallel
@@ -25,7 +26,7 @@ def on_meta(module: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
 
 
-class CutLinear(TensorParallel, nn.Linear):
+class CutLinear(TensorParallel, MegaLinear):
     """A linear layer of which a rank has some outputs, and all inputs: (B, L, D) to (B, L, W / T)."""
 
     shards: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
@@ -65,7 +66,7 @@ class GatherLinear(_Gathering, CutLinear):
         return super().forward(self.collected(x))
 
 
-class ScatterLinear(TensorParallel, nn.Linear):
+class ScatterLinear(TensorParallel, MegaLinear):
     """A linear layer whose inputs are cut: ranks sum their parts, each keeping its channels: W / T to D / T."""
 
     shards: ClassVar[dict[str, int]] = {"weight": 1, "bias": 0}
@@ -77,7 +78,7 @@ class ScatterLinear(TensorParallel, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, W / T) to (B, L, D / T)."""
-        out = reduce_scatter(F.linear(x, self.weight), self.axis)
+        out = reduce_scatter(linear(x, self.weight), self.axis)
         return out + self.bias.to(out.dtype)
 
 
@@ -100,7 +101,7 @@ class SegmentedLinear(nn.Module):
         return tuple(layer(x) for layer in self.children())
 
 
-class WholeLinear(TensorParallel, nn.Linear):
+class WholeLinear(TensorParallel, MegaLinear):
     """A linear layer that every rank computes alike."""
 
 

@@ -25,13 +25,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.mkldnn._linear_pointwise.default)
+
+
 class Products(TorchDispatchMode):
     """Counts matrix products."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.count += function in PRODUCTS
         return function(*args, **(kwargs or {}))
 
 

@@ -1,11 +1,9 @@
-"""The compiled EMA of CPUs: awkward sizes against the recurrence in fp64, what it keeps, and how it comes to be."""
-
-from concurrent.futures import ThreadPoolExecutor
+"""The compiled EMA of CPUs: awkward sizes against the recurrence in fp64, and what it keeps."""
 
 import pytest
 import torch
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema, native_library, native_op
+from mega_scale.ops.ema import EmaCoefficients, damped_ema, native_op
 
 
 def make_case(batch, length, channels, averages, seed=0):
@@ -127,44 +125,3 @@ def test_what_it_does_not_take_is_refused():
         damped_ema(x, coefficients, truncation=3, impl="native")
     with pytest.raises(ValueError, match=r"fp32 on a CPU.*blocked"):
         damped_ema(x.double(), EmaCoefficients(*(c.double() for c in coefficients)), impl="native")
-
-
-def test_many_processes_may_compile_at_once(tmp_path):
-    with ThreadPoolExecutor(4) as pool:
-        libraries = list(pool.map(lambda _: native_library.load(native_library._SOURCE, tmp_path), range(4)))
-    assert {library.mega_ema_padding() for library in libraries} == {8}
-    (file,) = tmp_path.iterdir()
-    before = file.stat().st_mtime_ns
-    native_library.load(native_library._SOURCE, tmp_path)
-    assert file.stat().st_mtime_ns == before
-
-
-@pytest.fixture
-def afresh():
-    native_library.library.cache_clear()
-    yield
-    native_library.library.cache_clear()
-
-
-def test_without_a_compiler_it_warns_once_and_takes_blocks(tmp_path, monkeypatch, afresh):
-    def compile_nothing(source):
-        return load(source, tmp_path)
-
-    load = native_library.load
-    monkeypatch.setattr(native_library, "load", compile_nothing)
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    tensors, resets = make_case(2, 50, 20, 16)
-    with pytest.warns(RuntimeWarning, match=r"slower: there is no C\+\+ compiler '/no/such/compiler'.*CXX") as warned:
-        first, second = (run(tensors, resets, "auto")[0] for _ in range(2))
-    assert len(warned) == 1 and torch.equal(first, second)
-    assert torch.equal(first, run(tensors, resets, "blocked")[0])
-    with pytest.raises(ValueError, match="could not be compiled"):
-        run(tensors, resets, "native")
-
-
-def test_what_a_compiler_says_is_told(tmp_path):
-    source = tmp_path / "broken.cpp"
-    source.write_text("int main( {\n")
-    with pytest.raises(ValueError, match=r"ended with 1: .*broken.cpp"):
-        native_library.load(source, tmp_path / "kept")
-    assert not list((tmp_path / "kept").iterdir())

@@ -10,9 +10,9 @@ from torch import Tensor
 from mega_scale.ops.ema.blocked import BlockedEma
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.fft import fft_ema
-from mega_scale.ops.ema.native_library import library, shipped
 from mega_scale.ops.ema.native_op import native_ema
 from mega_scale.ops.ema.recurrent import recurrent_ema
+from mega_scale.ops.native.library import library, shipped
 
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "triton_walk", "native")
 

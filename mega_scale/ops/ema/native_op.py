@@ -1,6 +1,6 @@
 """The damped EMA by compiled C++, for a CPU: its recurrence with states in registers, and the autograd function.
 
-Legend: B batch, L length, D channels, N moving averages per channel; G groups of W channels, as native.cpp has them.
+Legend: B batch, L length, D channels, N moving averages per channel; G groups of W channels, as in native/ema.cpp.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.ema.native_library import library
+from mega_scale.ops.native.library import library
 
 # Numbers of x that are worth a thread.
 _OF_A_THREAD = 2**16

@@ -6,26 +6,16 @@
 // so rounding counts blocks and not tokens.
 //
 // Legend: B batch, L length, D channels, N averages per channel, padded to a multiple of PADDING; G groups, M blocks.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
+#include "lanes.h"
+
+using namespace lanes;
 
 namespace {
 
 // Long enough that keeping a state a block costs little, short enough that a block's rows share few pages of memory.
 constexpr int TOKENS = 32;
-constexpr int W = WIDTH;
 // Averages at a time: forward they hide each other's latency, backward they leave registers for three gradients each.
 constexpr int FORWARD = 8, BACKWARD = 4, PADDING = 8;
-
-typedef float Lane __attribute__((vector_size(W * sizeof(float))));
-typedef float Unaligned __attribute__((vector_size(W * sizeof(float)), aligned(sizeof(float)), may_alias));
-
-inline Lane load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
-inline void store(float *to, Lane lane) { *reinterpret_cast<Unaligned *>(to) = lane; }
 
 // Of one group: (N, W) each; fade is what a block leaves of a state.
 struct Coefficients {
@@ -58,14 +48,8 @@ Place place(const Sizes &sizes, int64_t sequence, int64_t block, int64_t group) 
 // The columns of a group out of rows of D channels, to (TOKENS, W), and back.
 inline void take(const float *rows, int64_t channels, Place at, float *columns) {
     rows += at.row * channels + at.column;
-    for (int t = 0; t < at.tokens; t++, rows += channels, columns += W) {
-        if (at.width == W) {
-            store(columns, load(rows));
-        } else {
-            store(columns, Lane{});
-            std::memcpy(columns, rows, at.width * sizeof(float));
-        }
-    }
+    for (int t = 0; t < at.tokens; t++, rows += channels, columns += W)
+        store(columns, at.width == W ? load(rows) : load(rows, at.width));
 }
 
 inline void put(const float *columns, int64_t channels, Place at, float *rows) {
@@ -74,7 +58,7 @@ inline void put(const float *columns, int64_t channels, Place at, float *rows) {
         if (at.width == W)
             store(rows, load(columns));
         else
-            std::memcpy(rows, columns, at.width * sizeof(float));
+            store(rows, load(columns), at.width);
     }
 }
 
@@ -161,22 +145,6 @@ inline void backward(const float *x, const float *dy, Coefficients c, const floa
         store(d.gain + n * W, load(d.gain + n * W) + of_gain[n]);
         store(d.projection + n * W, load(d.projection + n * W) + of_projection[n]);
     }
-}
-
-// Threads share the groups: none writes what another reads, so results don't depend on their number.
-template <typename Function>
-void share(int64_t groups, int64_t threads, Function of_groups) {
-    threads = std::max<int64_t>(1, std::min(threads, groups));
-    std::vector<std::thread> others;
-    int64_t begun = 1;
-    try {
-        for (; begun < threads; begun++)
-            others.emplace_back(of_groups, groups * begun / threads, groups * (begun + 1) / threads);
-    } catch (const std::system_error &) {  // the system gives no more threads
-        of_groups(groups * begun / threads, groups);
-    }
-    of_groups(int64_t{0}, groups / threads);
-    for (auto &other : others) other.join();
 }
 
 }  // namespace

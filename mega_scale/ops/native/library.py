@@ -1,4 +1,4 @@
-"""The C++ of the EMA on a CPU, compiled at its first use and kept for later ones, as PyTorch keeps its extensions."""
+"""The C++ of this folder, compiled at its first use and kept for later ones, as PyTorch keeps its extensions."""
 
 import ctypes
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_FOLDER = Path(__file__).parent
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast"]
 # Floats of a vector register, and what lets a compiler use it, by what PyTorch finds the processor to have.
 _WIDTHS: dict[str, tuple[int, list[str]]] = {
@@ -24,30 +24,32 @@ _OTHER: tuple[int, list[str]] = (4, [])
 _COMPILE_SECONDS = 300
 
 
+@cache
 def shipped() -> bool:
-    """Whether the source lies beside this file: in a checkpoint's folder of Python files it does not."""
-    return _SOURCE.exists()
+    """Whether the sources lie beside this file: in a checkpoint's folder of Python files they do not."""
+    return bool(_sources(_FOLDER))
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The library; none, with one warning, where it cannot be compiled."""
     try:
-        return load(_SOURCE)
+        return load(_FOLDER)
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"the moving average on this CPU takes its blocked form, which is several times slower: {error}",
+            "the moving average on this CPU takes its blocked form, which is several times slower, and gates are not "
+            f"fused: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
 
 
-def load(source: Path, folder: Path | None = None) -> Any:
-    """Compile a source file unless that was done before, and open the library.
+def load(sources: Path, folder: Path | None = None) -> Any:
+    """Compile a folder's C++ unless that was done before, and open the library.
 
     Args:
-        source: of C++.
+        sources: a folder; its *.cpp are compiled, which may include its *.h.
         folder: where libraries are kept; PyTorch's folder for extensions if not given.
 
     Raises:
@@ -58,18 +60,24 @@ def load(source: Path, folder: Path | None = None) -> Any:
     from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root  # noqa: PLC0415
 
     width, of_processor = _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), _OTHER)
-    command = [get_cxx_compiler(), *_FLAGS, *of_processor, f"-DWIDTH={width}", str(source)]
-    text = source.read_bytes() + " ".join([platform.machine(), *command[:-1]]).encode()
+    command = [get_cxx_compiler(), *_FLAGS, *of_processor, f"-DWIDTH={width}"]
+    files = _sources(sources)
+    text = b"".join(file.read_bytes() for file in [*sorted(sources.glob("*.h")), *files])
+    text += " ".join([platform.machine(), *command]).encode()
     folder = Path(get_default_build_root()) / "mega_scale" if folder is None else folder
-    file = folder / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    file = folder / f"{sources.name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Several processes may do so at once: each makes its own, and the last one stays.
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             made = Path(temporary) / file.name
-            _compile([*command, "-o", str(made)])
+            _compile([*command, *map(str, files), "-o", str(made)])
             os.replace(made, file)
     return ctypes.CDLL(str(file))
+
+
+def _sources(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.cpp"))
 
 
 def _compile(command: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""What is compiled C++ on a CPU: sources, and the library made of them."""

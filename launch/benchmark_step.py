@@ -1,8 +1,9 @@
 """The `step` sub-command of benchmark.py: tokens per second of a whole training step, by length, against peers.
 
 Every contender has a process of its own; they take turns, with a matrix product of the model's own sizes between them,
-so that each figure stands beside the machine's ceiling of that moment. transformers' Mega gets our initial weights, and
-has to give our loss and gradient norm before anything is timed; so has ours when compiled.
+by each library that PyTorch has for it, so that each figure stands beside the machine's ceilings of that moment.
+transformers' Mega gets our initial weights, and has to give our loss and gradient norm before anything is timed; so has
+ours when compiled.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launch.machine import hardware
 from launch.plots import check_plot, exponent, plot_costs
@@ -38,7 +40,11 @@ _WORKER = Path(__file__).with_name("benchmark_step_worker.py")
 _TOLERANCE = 1e-3
 _CEILING_TOKENS, _CEILING_RUNS = 2048, 8
 PEERS = {"llama": "transformers Llama, sdpa", "mamba2": "transformers Mamba2, plain PyTorch"}
-_HEAD = ["tokens", "", "tokens/s", "least", "greatest", "of ceiling", "peak MB", "times ours"]
+_MALLOC = {
+    "kept": "Processes keep freed memory and have huge pages.",
+    "default": "Memory as the system gives it.",
+}
+_HEAD = ["tokens", "", "tokens/s", "least", "greatest", "of torch.mm", "of oneDNN", "peak MB", "times ours"]
 
 
 def add_step_arguments(command: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -64,6 +70,10 @@ def add_step_arguments(command: argparse.ArgumentParser, positive: Callable[[str
     words = "transformers' models of about our size to compare with; none leaves them out"
     command.add_argument("--peers", nargs="*", choices=list(PEERS), default=["llama"], help=words)
     command.add_argument("--peer-python", default=None, help="interpreter with transformers 4.37.2, to compare with")
+    command.add_argument(
+        "--malloc", choices=["kept", "default"], default="kept",
+        help="kept: contenders keep freed memory and get huge pages; default: they have what the system gives",
+    )  # fmt: skip
     words = "parallel.activation_checkpoint_segment of ours, tokens; 0 keeps all activations"
     command.add_argument("--segment", type=int, default=0, help=words)
     words = "PNG or SVG file for a picture of the time per token against the length (extra `plot`)"
@@ -102,11 +112,13 @@ def run_step(args: argparse.Namespace) -> None:
     flops = training_flops_per_token(config, max(args.lengths))
     for row in rows:
         if row["kind"] == "mega" or row["kind"].startswith("ours"):
-            row["of_ceiling"] = row["tokens_per_s"] * flops / row["ceiling"]
+            row["shares"] = {name: row["tokens_per_s"] * flops / found for name, found in row["ceilings"].items()}
     print(
         f"Training step (forward, loss, backward, AdamW) of one sequence, fp32 unless said, {args.threads} CPU "
         f"thread(s), {args.repeats} repeats after {args.warmup} for warm-up, in turns; {flops / 1e6:.1f} MFLOP a token "
-        "by the FLOP model. Ceiling: matrix products of the model's sizes in fp32, in the same turns."
+        "by the FLOP model. Of torch.mm, of oneDNN: share of what matrix products of the model's sizes in fp32 reach "
+        "by them in the same turns. "
+        f"{_MALLOC[args.malloc]}"
         f"{f' Ours is recomputed {args.segment:,} tokens at a time.' if args.segment else ''}\n"
         f"Machine: {hardware()}. torch {torch.__version__}.\n"
     )
@@ -156,16 +168,16 @@ def _length(
     workers: dict[str, WorkerProcess] = {}
     try:
         for kind in kinds:
-            workers[kind] = start(kind, **_KEEPS_MEMORY)
+            workers[kind] = start(kind, **(_KEEPS_MEMORY if args.malloc == "kept" else {}))
         times: dict[str, list[float]] = {kind: [] for kind in workers}
-        ceilings = []
+        ceilings: list[dict[str, float]] = []
         for turn in range(args.warmup + args.repeats):
             for kind, worker in workers.items():
-                ceiling = _ceiling(args.hidden, args.expanded)
+                found = _ceilings(args.hidden, args.expanded)
                 ms = worker.ask(f"time {length}")["ms"]
                 if turn >= args.warmup:
                     times[kind].append(ms)
-                    ceilings.append(ceiling)
+                    ceilings.append(found)
     finally:
         for worker in workers.values():
             worker.close()
@@ -174,9 +186,10 @@ def _length(
         {
             "length": length, "kind": kind, "tokens_per_s": 1e3 * length / statistics.median(found),
             "least": 1e3 * length / max(found), "greatest": 1e3 * length / min(found),
-            "ceiling": statistics.median(ceilings), "megabytes": first[kind]["megabytes"],
+            "ceilings": {name: statistics.median(each[name] for each in ceilings) for name in ceilings[0]},
+            "shares": {}, "megabytes": first[kind]["megabytes"],
             "ours_times": statistics.median(found) / ours, "parameters": workers[kind].ready["parameters"],
-            "transformers": workers[kind].ready["transformers"], "of_ceiling": None,
+            "transformers": workers[kind].ready["transformers"],
         }
         for kind, found in times.items()
     ]  # fmt: skip
@@ -189,14 +202,19 @@ def _require_equal(ours: dict[str, float], reference: dict[str, float], whose: s
             raise ValueError(f"nothing is timed: our {name} is {ours[name]:.6f}, {whose} is {reference[name]:.6f}")
 
 
-def _ceiling(hidden: int, expanded: int) -> float:
-    """Operations per second of fp32 matrix products as the model has them, the best of some."""
-    x, weight, best = torch.ones(_CEILING_TOKENS, hidden), torch.ones(hidden, 2 * expanded), float("inf")
+def _ceilings(hidden: int, expanded: int) -> dict[str, float]:
+    """Operations per second of fp32 matrix products as the model has them, the best of some, by library."""
+    x, weight = torch.ones(_CEILING_TOKENS, hidden), torch.ones(hidden, 2 * expanded)
+    products: dict[str, Callable[[], Tensor]] = {"torch.mm": lambda: torch.mm(x, weight)}
+    if torch.backends.mkldnn.is_available():
+        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight.t(), None, "none", [], "")
+    best = dict.fromkeys(products, float("inf"))
     for _ in range(_CEILING_RUNS):
-        began = time.perf_counter()
-        torch.mm(x, weight)
-        best = min(best, time.perf_counter() - began)
-    return 2 * _CEILING_TOKENS * hidden * 2 * expanded / best
+        for name, product in products.items():
+            began = time.perf_counter()
+            product()
+            best[name] = min(best[name], time.perf_counter() - began)
+    return {name: 2 * _CEILING_TOKENS * hidden * 2 * expanded / seconds for name, seconds in best.items()}
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -225,10 +243,10 @@ def _exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [_HEAD, ["---"] * len(_HEAD)]
     for row in rows:
-        share = "" if row["of_ceiling"] is None else f"{row['of_ceiling']:.2f}"
+        shares = [f"{row['shares'][name]:.2f}" if name in row["shares"] else "" for name in ("torch.mm", "oneDNN")]
         lines.append([
             f"{row['length']:,}", f"{_name(row)} ({row['parameters'] / 1e6:.1f}M)",
-            f"{row['tokens_per_s']:,.0f}", f"{row['least']:,.0f}", f"{row['greatest']:,.0f}", share,
+            f"{row['tokens_per_s']:,.0f}", f"{row['least']:,.0f}", f"{row['greatest']:,.0f}", *shares,
             f"{row['megabytes']:,.0f}", f"{row['ours_times']:.2f}",
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -96,10 +96,11 @@ def _lean(
     plain: Callable[..., Any], rows: int, outputs: int = 1, function: type[torch.autograd.Function] | None = None
 ) -> Callable[..., Any]:
     def run(*tensors: Tensor) -> Any:
-        if suits_native(*tensors):
-            width = tensors[0].shape[-1]
-            columns = torch.cat([tensor.view(-1, width) for tensor in tensors[rows:]]) if tensors[rows:] else None
-            return native_map(plain.__name__, tensors[:rows], columns, outputs)
+        given, coefficients = tensors[:rows], tensors[rows:]
+        if suits_native(given, coefficients):
+            width = given[0].shape[-1]
+            columns = torch.cat([tensor.view(-1, width) for tensor in coefficients]) if coefficients else None
+            return native_map(plain.__name__, given, columns, outputs)
         if function is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return function.apply(*tensors)
         return plain(*tensors)

@@ -127,6 +127,8 @@ def test_other_tensors_take_other_forms(monkeypatch):
     with torch.device("meta"):
         LEAN.gate(torch.empty(2, 200, 128), torch.empty(2, 200, 128))
     LEAN.gate(x, x.double())
+    with torch.no_grad():
+        assert torch.equal(LEAN.gate(x, x[:1]), PLAIN.gate(x, x[:1]))  # one row is spread over the batch
     torch.compile(lambda x: LEAN.gate(x, x), backend="eager", fullgraph=True)(x)
     assert calls.names == []
     LEAN.silu(x)

@@ -16,12 +16,15 @@ from mega_scale.ops.native.library import library, shipped
 _LEAST, _OF_A_THREAD = 2**14, 2**18
 
 
-def suits_native(*tensors: Tensor) -> bool:
-    """Whether `native_map` takes tensors, and is worth it; asks for the cheapest first."""
+def suits_native(rows: tuple[Tensor, ...], columns: tuple[Tensor, ...] = ()) -> bool:
+    """Whether `native_map` takes rows (..., W) and columns (..., W), and is worth it; asks for the cheapest first."""
+    tensors = rows + columns
     return (
-        tensors[0].numel() >= _LEAST
+        rows[0].numel() >= _LEAST
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and not torch.compiler.is_compiling()
+        and all(row.shape == rows[0].shape for row in rows)
+        and all(column.shape[-1] == rows[0].shape[-1] for column in columns)
         # What stands for a tensor has no memory.
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         and shipped()

@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 # Fewer are a decoding step's, which reads the weight once whatever multiplies it.
 _TOKENS = 32
 _PROCESSOR = Path("/proc/cpuinfo")
+# A PyTorch that was built without oneDNN does not even know its operators.
+ONEDNN_PRODUCTS = [torch.ops.mkldnn._linear_pointwise.default] if torch.backends.mkldnn.is_available() else []
+"""What activation checkpointing and counters know a product of oneDNN by."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,7 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight^T + bias`, (T, D) and (W, D) to (T, W), for use inside autograd functions."""
     if len(x) < _TOKENS or not _suits_onednn(x, weight):
-        return F.linear(x, weight, bias)
+        # Not F.linear, in whose place DeepSpeed puts an autograd function of its own.
+        return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 

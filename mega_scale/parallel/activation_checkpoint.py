@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from mega_scale.model.block import BlockOutput, MegaBlock
 from mega_scale.model.cache import LayerState
 from mega_scale.model.documents import DocumentBorders
+from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.sequence import Kept
 from mega_scale.parallel.structure import blocks
 from mega_scale.parallel.window import Window
@@ -26,7 +27,7 @@ _PRODUCTS = [
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten.baddbmm.default,
-    torch.ops.mkldnn._linear_pointwise.default,
+    *ONEDNN_PRODUCTS,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mega_scale.model import MegaForCausalLM
+from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel import Place, seeded_values
 from mega_scale.parallel.activation_checkpoint import Recomputation
 from mega_scale.parallel.collectives import ALONE
@@ -25,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.mkldnn._linear_pointwise.default)
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *ONEDNN_PRODUCTS)
 
 
 class Products(TorchDispatchMode):

@@ -9,14 +9,13 @@ from launching import LAUNCHERS, TINY, metrics, start
 
 ENGINES = [("torchrun", "fsdp"), ("deepspeed", "deepspeed")]
 # What a launcher makes of ranks that end with 85.
-STOPPED = {"torchrun": 1, "deepspeed": 85, "python": 85, "accelerate": 1}
+STOPPED = {"torchrun": 1, "deepspeed": 85, "python": 85, "accelerate": 1, "forked": 85, "two forked": 85}
 
 
 def faulty(launcher, run_dir, faults, *changes, timeout=240):
     """Train the tiny run with faults; returns (exit code of the launcher, output)."""
     command = command_of(launcher)
-    environment = ["env", f"FAULTS={json.dumps(faults)}"]
-    return start([*environment, *command], [*TINY, f"run_dir={run_dir}", *changes], timeout)
+    return start(command, [*TINY, f"run_dir={run_dir}", *changes], timeout, {"FAULTS": json.dumps(faults)})
 
 
 def undisturbed(launcher, run_dir, *changes):

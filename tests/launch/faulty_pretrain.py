@@ -161,5 +161,8 @@ if "HEARD" in os.environ:
     from launch.stop_signals import StopSignals
 
     wrap(StopSignals, "_note", note)
-sys.meta_path[:0] = [OnImport(), ArmAfterImport()]
+if "mega_scale" in sys.modules:  # forked from a process that has imported everything, which has no faults of imports
+    arm()
+else:
+    sys.meta_path[:0] = [OnImport(), ArmAfterImport()]
 runpy.run_path(str(Path(__file__).parents[2] / "launch/pretrain.py"), run_name="__main__")

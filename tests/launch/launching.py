@@ -12,6 +12,9 @@ import threading
 import psutil
 import pytest
 
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for commands that are no tests
+import warm
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.intermediate_size=48", "model.nffn_hidden_size=40",
@@ -23,8 +26,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def _popen(launcher, arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def _popen(launcher, arguments, environment=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -32,9 +35,18 @@ def _popen(launcher, arguments):
     )  # fmt: skip
 
 
-def start(launcher, arguments, timeout=300):
-    """Run a command in its own process group, which is killed as a whole; returns (exit code, output)."""
-    process = _popen(launcher, arguments)
+def start(launcher, arguments, timeout=300, environment=None):
+    """Run a command in its own process group, which is killed as a whole; returns (exit code, output).
+
+    A launcher `["forked" or "two forked", script]` is none: one process, or two ranks, are forked from one that has
+    imported everything.
+    """
+    if launcher[0] in RANKS:
+        code, output = warm.run_script(launcher[1], arguments, RANKS[launcher[0]], timeout, environment)
+        if code is None:
+            pytest.fail(f"{launcher} did not end within {timeout} s:\n{output[-4000:]}")
+        return code, output
+    process = _popen(launcher, arguments, environment)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -44,6 +56,7 @@ def start(launcher, arguments, timeout=300):
     return process.returncode, output
 
 
+RANKS = {"forked": 0, "two forked": 2}
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "29611", "launch/pretrain.py"],
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "29612", "launch/pretrain.py"],
@@ -53,6 +66,7 @@ LAUNCHERS = {
         "--dynamo_backend", "no", "--main_process_port", "29613", "launch/pretrain.py",
     ],
     "python": ["python", "launch/pretrain.py"],
+    **{name: [name, "launch/pretrain.py"] for name in RANKS},
 }  # fmt: skip
 
 

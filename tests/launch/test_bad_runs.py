@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 @pytest.fixture(params=ENGINES, ids=["fsdp", "deepspeed"])
 def engine(request, text_file):
+    """A launcher, and settings of the run."""
     launcher, name = request.param
     changes = [
         *text(text_file),
@@ -38,7 +39,7 @@ def test_bad_steps_are_left_out_counted_and_named(tmp_path, engine):
     if launcher != "deepspeed":  # rows are those that were read, not what a schedule cuts them to
         changes = [*changes, "data.length_schedule=[[0, 32], [5, 64]]"]
     # The second micro-batch of rank 1 only.
-    code, output = faulty(launcher, tmp_path, [nan(3, times=1), nan(6, 7)], *changes)
+    code, output = faulty("two forked", tmp_path, [nan(3, times=1), nan(6, 7)], *changes)
     assert code == 0, output
     assert "step 4 | bad step 1, not taken: the loss is nan | rows 24 to 31: rank 1, rows 26 to 27" in output
     assert "| bad steps 3 |" in output
@@ -65,7 +66,7 @@ def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_pat
 
 
 def test_a_run_that_goes_back_leaves_out_rows_and_resumes_as_if_uninterrupted(tmp_path, engine):
-    launcher, changes = engine
+    _, changes = engine
     changes += [
         "bad_steps.in_a_row=2",
         "bad_steps.rollbacks=1",
@@ -73,7 +74,7 @@ def test_a_run_that_goes_back_leaves_out_rows_and_resumes_as_if_uninterrupted(tm
         "bad_steps.spike_window=3",
     ]
     poison = [nan(5, 6)]
-    code, output = faulty(launcher, tmp_path / "whole", poison, *changes)
+    code, output = faulty("two forked", tmp_path / "whole", poison, *changes)
     assert code == 0, output
     assert "went back to step 4, and leave out rows 40 to 55 (1 of 1 rollbacks)" in output
     found = trainer(tmp_path / "whole", 10)
@@ -84,10 +85,10 @@ def test_a_run_that_goes_back_leaves_out_rows_and_resumes_as_if_uninterrupted(tm
     stop = {"at": "data", "rank": 1, "do": "SIGTERM", "times": 1}
     for step, stopped in ((5, 5), (9, 7)):
         code, output = faulty(
-            launcher, tmp_path / "parts", [*poison, {**stop, "steps": [step]}], *changes, "--resume=auto"
+            "two forked", tmp_path / "parts", [*poison, {**stop, "steps": [step]}], *changes, "--resume=auto"
         )
-        assert code == STOPPED[launcher] and status(tmp_path / "parts")["step"] == stopped, output
-    code, output = faulty(launcher, tmp_path / "parts", poison, *changes, "--resume=auto")
+        assert code == STOPPED["two forked"] and status(tmp_path / "parts")["step"] == stopped, output
+    code, output = faulty("two forked", tmp_path / "parts", poison, *changes, "--resume=auto")
     assert code == 0, output
     # It went back to the checkpoint of step 5, which the whole run did twice, then with two bad steps behind it.
     assert_same_steps(tmp_path / "parts", tmp_path / "whole", [*range(1, 5), *range(6, 11)])
@@ -98,8 +99,8 @@ def test_a_run_that_goes_back_leaves_out_rows_and_resumes_as_if_uninterrupted(tm
 
 
 def test_rollbacks_have_an_end(tmp_path, engine):
-    launcher, changes = engine
+    _, changes = engine
     changes += ["bad_steps.in_a_row=2", "bad_steps.rollbacks=1"]
-    code, output = faulty(launcher, tmp_path, [nan(*range(5, 20))], *changes)
+    code, output = faulty("two forked", tmp_path, [nan(*range(5, 20))], *changes)
     assert code != 0 and output.count("went back to step 4") == 1
     assert "2 bad steps in a row up to step 7" in status(tmp_path)["reason"]

@@ -56,7 +56,7 @@ def test_sequence_parallel_zero3_equals_tensor_parallel_fsdp(tmp_path, text_file
 def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_path, text_file):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     common = [*settings(text_file), "parallel.engine=deepspeed", "parallel.tp=2"]
-    pretrain("deepspeed", whole, *common)
+    pretrain("two forked", whole, *common)
     pretrain_until("deepspeed", halves, "step 6 | saved", *common)
     output = pretrain("deepspeed", halves, *common, "--resume")
     assert 'from_step": 6' in output
@@ -70,21 +70,21 @@ def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_pat
 
     # Another layout and engine may continue from these files, too.
     elastic = [*common, "parallel.tp=1", "parallel.engine=fsdp", f"train.steps={STEPS + 1}", "--resume"]
-    code, output = start(LAUNCHERS["python"], [*TINY, *elastic, f"run_dir={whole}"])
+    code, output = start(LAUNCHERS["forked"], [*TINY, *elastic, f"run_dir={whole}"])
     changes = "parallel.engine deepspeed -> fsdp, processes 2 -> 1, parallel.tp 2 -> 1"
     assert code == 0 and changes in output and f'from_step": {STEPS}' in output, output
     export = tmp_path / "export"
-    code, output = start(["python", "launch/export.py"], [str(halves), str(export)])
+    code, output = start(["forked", "launch/export.py"], [str(halves), str(export)])
     assert code == 0, output
     model = AutoModelForCausalLM.from_pretrained(export)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[0][name]), name
-    code, output = start(["python", "launch/generate.py"], [str(export), "--prompt", "def ", "--max-new-tokens", "20"])
+    code, output = start(["forked", "launch/generate.py"], [str(export), "--prompt", "def ", "--max-new-tokens", "20"])
     assert code == 0 and "def " in output, output
-    code, output = start(["python", "launch/evaluate.py"], [str(export), str(ROOT / "README.md"), "--json"])
+    code, output = start(["forked", "launch/evaluate.py"], [str(export), str(ROOT / "README.md"), "--json"])
     assert code == 0 and 2 < json.loads(output.splitlines()[-1])["bits_per_byte"] < 9, output
     still = ["train.steps=1", "optimizer.lr=1e-9", "schedule.warmup_steps=0", "train.sample_every=0"]
     again = [*common, f"init_from={export}", *still]
-    pretrain("torchrun", tmp_path / "again", *again, "parallel.engine=fsdp", "parallel.tp=1", "parallel.sp=2")
+    pretrain("two forked", tmp_path / "again", *again, "parallel.engine=fsdp", "parallel.tp=1", "parallel.sp=2")
     last = metrics(whole, "validation")[STEPS]["loss"]
     assert metrics(tmp_path / "again", "validation")[1]["loss"] == pytest.approx(last, rel=1e-5)

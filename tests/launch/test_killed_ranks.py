@@ -57,7 +57,7 @@ def kill_in_a_save(launcher, arguments, run_dir, victim):
 )
 def test_a_rank_killed_in_a_save_takes_all_with_it_and_the_run_goes_on_to_the_bit(tmp_path, launcher, cell):
     text, whole, killed = write_text(tmp_path / "text.jsonl"), tmp_path / "whole", tmp_path / "killed"
-    code, output = start(LAUNCHERS[launcher], cell.arguments(text, whole))
+    code, output = start(LAUNCHERS["two forked"], cell.arguments(text, whole))
     assert code == 0, output[-4000:]
     arguments = cell.arguments(text, killed)
     kill_in_a_save(launcher, arguments, killed, victim=random.Random(launcher).randrange(2))

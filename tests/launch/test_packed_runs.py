@@ -36,11 +36,11 @@ RUNS = {
 def test_documents_kept_apart_at_two_lengths_train_validate_and_resume_as_in_one_process(launcher, documents, tmp_path):
     keys = ["data.source=json", f"data.path={documents}", *PACKED, "model.dropout_prob=0", "model.vocab_size=260"]
     one = ["parallel.engine=fsdp", "train.micro_batch_size=2"]
-    output = pretrain("python", tmp_path / "one", *keys, *one)
+    output = pretrain("forked", tmp_path / "one", *keys, *one)
     assert "length 32" in output and "length 64" in output and "padding" in output
     pretrain(launcher, tmp_path / "two", *keys, *RUNS[launcher])
     resumed = f"--resume={tmp_path / 'two/checkpoints/step-00000003'}"
-    pretrain(launcher, tmp_path / "again", *keys, *RUNS[launcher], resumed)
+    pretrain("two forked", tmp_path / "again", *keys, *RUNS[launcher], resumed)
     expected = metrics(tmp_path / "one")
     for step, row in metrics(tmp_path / "two").items():
         assert row["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
@@ -85,8 +85,8 @@ def test_a_run_on_a_broken_file_finishes_and_counts_or_stops_and_names_it(
 ):
     keys = [f"data.source={source}", f"data.path={corrupt / files}", "data.validation_fraction=0", "train.steps=3"]
     keys += ["parallel.engine=fsdp", "data.packing=reset"]
-    output = pretrain("python", tmp_path, *keys, "data.max_bad_share=0.01")
+    output = pretrain("forked", tmp_path, *keys, "data.max_bad_share=0.01")
     assert metrics(tmp_path)[3][f"bad_rows/{cause}"] == count
     assert f"bad rows {count}" in output and f": {count} {cause}" in output
-    code, output = start(LAUNCHERS["python"], [*TINY, f"run_dir={tmp_path}", *keys, "data.max_bad_share=0.0001"])
+    code, output = start(LAUNCHERS["forked"], [*TINY, f"run_dir={tmp_path}", *keys, "data.max_bad_share=0.0001"])
     assert code != 0 and f"{corrupt}/{named}" in output and "data.max_bad_share=0.0001" in output

@@ -43,7 +43,7 @@ def same_tensors(one, other, where=""):
 def alone(tmp_path_factory, text_file):
     """Twenty steps in one process."""
     run_dir = tmp_path_factory.mktemp("alone")
-    pretrain("python", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=20", "parallel.engine=fsdp")
+    pretrain("forked", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=20", "parallel.engine=fsdp")
     return run_dir
 
 
@@ -80,7 +80,7 @@ def test_a_run_killed_half_way_resumes_bit_for_bit(tmp_path, text_file, launcher
     common = [*text(text_file), f"parallel.engine={engine}", "train.steps=60", "checkpoint.every=30"]
     common += ["train.sample_every=25"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    pretrain(launcher, whole, *common)
+    pretrain("two forked", whole, *common)
     pretrain_until(launcher, halves, "step 30 | saved", *common)
     assert [folder.name for folder in (halves / "checkpoints").glob("*0")] == ["step-00000030"]
     output = pretrain(launcher, halves, *common, "--resume")
@@ -131,7 +131,7 @@ def test_the_saved_configuration_runs_again_as_it_is(trained, tmp_path):
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert settings["train"]["steps"] == 30 and settings["run_dir"] == str(run_dir)
     code, output = start(
-        ["python", "launch/pretrain.py"],
+        ["forked", "launch/pretrain.py"],
         ["--config", str(run_dir / "config.yaml"), f"run_dir={tmp_path}", "train.steps=4", "train.eval_every=0"],
     )
     assert code == 0, output
@@ -142,7 +142,7 @@ def test_the_saved_configuration_runs_again_as_it_is(trained, tmp_path):
 def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_path):
     run_dir, _ = trained
     export = tmp_path / "export"
-    code, output = start(["python", "launch/export.py"], [str(run_dir), str(export)])
+    code, output = start(["forked", "launch/export.py"], [str(run_dir), str(export)])
     assert code == 0, output
     model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
     weights = open_weights(run_dir / "checkpoints/step-00000030/state")
@@ -153,7 +153,7 @@ def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_p
     texts = []
     for source in (run_dir, export):
         code, output = start(
-            ["python", "launch/generate.py"], [str(source), "--prompt", "def ", "--max-new-tokens", "40"]
+            ["forked", "launch/generate.py"], [str(source), "--prompt", "def ", "--max-new-tokens", "40"]
         )
         assert code == 0 and "def " in output, output
         texts.append(output)
@@ -161,7 +161,7 @@ def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_p
 
     figures = []
     for source in (run_dir, export):
-        code, output = start(["python", "launch/evaluate.py"], [str(source), str(ROOT / "README.md"), "--json"])
+        code, output = start(["forked", "launch/evaluate.py"], [str(source), str(ROOT / "README.md"), "--json"])
         assert code == 0, output
         figures.append(json.loads(output.splitlines()[-1]))
     assert figures[0] == figures[1] and 2 < figures[0]["bits_per_byte"] < 8
@@ -169,7 +169,7 @@ def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_p
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
     again = ["--config", str(run_dir / "config.yaml"), f"init_from={export}", f"run_dir={tmp_path / 'again'}"]
     again += ["train.steps=1", "optimizer.lr=1e-9", "schedule.warmup_steps=0"]
-    code, output = start(["python", "launch/pretrain.py"], again)
+    code, output = start(["forked", "launch/pretrain.py"], again)
     assert code == 0, output
     last = metrics(run_dir, "validation")[settings["train"]["steps"]]["loss"]
     assert metrics(tmp_path / "again", "validation")[1]["loss"] == pytest.approx(last, rel=1e-4)

@@ -85,10 +85,10 @@ def refused(launcher, arguments, places, words):
     return output
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_refused_in_one_line(name, places):
-    output = refused("python", *CASES[name][:1], places, CASES[name][1])
-    assert "Traceback" not in output
+@pytest.mark.parametrize("launcher,name", [*(("forked", name) for name in CASES), ("python", "unknown key")])
+def test_refused_in_one_line(launcher, name, places):
+    arguments, words = CASES[name]
+    assert "Traceback" not in refused(launcher, arguments, places, words)
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "accelerate"])
@@ -108,7 +108,7 @@ def test_refused_on_all_ranks_under_a_launcher(launcher, places):
 ])  # fmt: skip
 def test_other_commands_refuse_too(tool, arguments, words, places):
     code, output = start(
-        ["python", f"launch/{tool}.py"], [argument.format(**places) for argument in arguments], timeout=60
+        ["forked", f"launch/{tool}.py"], [argument.format(**places) for argument in arguments], timeout=60
     )
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in output, output
@@ -118,7 +118,7 @@ def test_other_commands_refuse_too(tool, arguments, words, places):
 def test_resuming_with_other_data_is_refused(tmp_path, places):
     common = [*TINY, "data.source=json", f"data.path={places['text']}", f"run_dir={tmp_path}", "train.steps=4"]
     common += ["data.validation_fraction=0.2", "parallel.engine=fsdp"]
-    code, output = start(LAUNCHERS["python"], [*common, "train.steps=3"])
+    code, output = start(LAUNCHERS["forked"], [*common, "train.steps=3"])
     assert code == 0, output
     state = json.loads((tmp_path / "checkpoints/step-00000003/trainer.json").read_text())
     assert state["layout"]["engine"] == "fsdp" and state["data"]["fingerprint"]
@@ -126,7 +126,7 @@ def test_resuming_with_other_data_is_refused(tmp_path, places):
         ("data.sequence_length=32", ["data.sequence_length=32", "64"]),
         ("data.max_documents=39", ["fingerprint"]),
     ):
-        code, output = start(LAUNCHERS["python"], [*common, change, "--resume"])
+        code, output = start(LAUNCHERS["forked"], [*common, change, "--resume"])
         lines = [line for line in output.splitlines() if line.startswith("error: ")]
         assert code == 2 and len(lines) == 1, output
         assert all(word in lines[0] for word in words), lines

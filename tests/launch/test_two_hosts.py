@@ -168,7 +168,7 @@ class Job:
 def alone(tmp_path_factory, text_file):
     """Ten steps in one process."""
     run_dir = tmp_path_factory.mktemp("alone")
-    pretrain("python", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=10", "parallel.engine=fsdp")
+    pretrain("forked", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=10", "parallel.engine=fsdp")
     return metrics(run_dir)
 
 

@@ -43,7 +43,7 @@ def test_a_rank_that_keeps_the_interpreters_lock_is_named_and_prints_its_stacks(
 def test_a_process_alone_that_hangs_ends(tmp_path, text_file, do, code):
     fault = {"at": "evaluate", "rank": 0, "do": do}
     changes = [*text(text_file), *WATCHED, "parallel.engine=fsdp", "train.eval_every=2", "train.hang_timeout_s=8"]
-    found, output = faulty("python", tmp_path, [fault], *changes)
+    found, output = faulty("forked", tmp_path, [fault], *changes)
     assert found == code, output
     assert " in forward" in output and "evaluate.py" in output
     if do == "sleep":
@@ -62,14 +62,14 @@ def test_work_between_steps_is_progress(tmp_path, text_file):
         "parallel.engine=fsdp",
         "train.sample_every=1",
     ]
-    code, output = faulty("python", tmp_path, faults, *changes, "train.eval_batches=8", "train.micro_batch_size=8")
+    code, output = faulty("forked", tmp_path, faults, *changes, "train.eval_batches=8", "train.micro_batch_size=8")
     assert code == 0, output
 
 
 def test_a_slow_rank_is_named(tmp_path, text_file):
     fault = {"at": "data", "rank": 1, "do": "sleep", "seconds": 0.3}
     changes = [*text(text_file), "train.steps=4", "parallel.engine=fsdp", "parallel.self_test=false"]
-    code, output = faulty("torchrun", tmp_path, [fault], *changes)
+    code, output = faulty("two forked", tmp_path, [fault], *changes)
     assert code == 0, output
     assert "step 2 | rank 1 is slow: it waits for data for 30" in output
     assert "rank 0 is slow: it waits" not in output
@@ -89,6 +89,6 @@ def test_a_slow_rank_is_named(tmp_path, text_file):
 def test_settings_that_cannot_be_meant_are_refused_in_one_line(tmp_path, text_file, change, words):
     from launching import TINY  # noqa: PLC0415
 
-    code, output = start(["python", "launch/pretrain.py"], [*TINY, *text(text_file), f"run_dir={tmp_path}", change])
+    code, output = start(["forked", "launch/pretrain.py"], [*TINY, *text(text_file), f"run_dir={tmp_path}", change])
     [line] = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2 and words in line, output

@@ -13,7 +13,6 @@ sys.path.append(str(Path(__file__).parents[1] / "launch"))
 import launching
 import state_folder
 import tiny_run
-from faults import free_port
 
 from mega_scale.config import RunConfig, load_config, model_config, save_config
 from mega_scale.data import load_tokenizer
@@ -84,10 +83,9 @@ def describe(folder: Path) -> None:
 
 
 def train_two_ranks(run: Path, *changes: str) -> str:
-    """The real trainer under torchrun, with two checkpoints, the second at its end; returns its output."""
-    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "launch/pretrain.py"]
+    """The real trainer on two ranks, with two checkpoints, the second at its end; returns its output."""
     settings = [f"run_dir={run}", f"train.steps={NEWER}", f"checkpoint.every={OLDER}", "parallel.engine=fsdp"]
-    code, output = launching.start(torchrun, [*launching.TINY, *settings, *changes])
+    code, output = launching.start(launching.LAUNCHERS["two forked"], [*launching.TINY, *settings, *changes])
     assert code == 0, output[-6000:]
     return output
 

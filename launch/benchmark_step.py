@@ -42,7 +42,7 @@ _CEILING_TOKENS, _CEILING_RUNS = 2048, 8
 PEERS = {"llama": "transformers Llama, sdpa", "mamba2": "transformers Mamba2, plain PyTorch"}
 _MALLOC = {
     "kept": "Processes keep freed memory and have huge pages.",
-    "default": "Memory as the system gives it.",
+    "default": "Peers have memory as the system gives it, ours as launch/pretrain.py asks for it.",
 }
 _HEAD = ["tokens", "", "tokens/s", "least", "greatest", "of torch.mm", "of oneDNN", "peak MB", "times ours"]
 
@@ -72,7 +72,8 @@ def add_step_arguments(command: argparse.ArgumentParser, positive: Callable[[str
     command.add_argument("--peer-python", default=None, help="interpreter with transformers 4.37.2, to compare with")
     command.add_argument(
         "--malloc", choices=["kept", "default"], default="kept",
-        help="kept: contenders keep freed memory and get huge pages; default: they have what the system gives",
+        help="kept: contenders keep freed memory and get huge pages; default: peers have what the system gives, ours "
+        "what launch/pretrain.py asks the system for",
     )  # fmt: skip
     words = "parallel.activation_checkpoint_segment of ours, tokens; 0 keeps all activations"
     command.add_argument("--segment", type=int, default=0, help=words)

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.machine import PeakMemory
+from launch.machine import PeakMemory, keep_freed_memory
 
 
 def sizes_of_mega(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +111,8 @@ class Trainer:
 
     def __init__(self, kind: str, sizes: dict[str, Any]) -> None:
         torch.manual_seed(0)
+        if kind.startswith("ours") and not sizes["segment"]:
+            keep_freed_memory()  # as launch/pretrain.py does; what this process was started with goes before
         self.kind, self.vocabulary = kind, sizes["vocabulary"]
         self.model = KINDS[kind](sizes).train()
         weights = Path(sizes["weights"])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from launch.machine import return_freed_memory
+from launch.machine import keep_freed_memory, return_freed_memory
 from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
 from mega_scale.data import Loader, PackedDataset, load_datasets, load_tokenizer, validation_batches
 from mega_scale.hub import open_folder
@@ -155,9 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             SIGNALS.listen(config.train.stop_signals)
     except ValueError as error:
         refuse(error, quiet=place.rank != 0)
-    if config.parallel.activation_checkpoint_segment:
-        return_freed_memory()
     with World.start(config.parallel) as world:
+        if config.parallel.activation_checkpoint_segment:
+            return_freed_memory()
+        elif world.device.type == "cpu":
+            keep_freed_memory()
         code = watched(prepared, world)
     SIGNALS.ignore()
     if code:

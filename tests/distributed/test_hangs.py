@@ -1,7 +1,6 @@
 """A rank that makes no progress: all ranks say where they stand, one line names it, and all end."""
 
 import ctypes
-import multiprocessing
 import time
 
 import pytest
@@ -14,13 +13,6 @@ pytestmark = pytest.mark.distributed
 
 TIMEOUT_S = 20.0  # a beat of the monitor is 0.5 s
 HANG_S = 2.0
-
-
-@pytest.fixture(scope="module")
-def context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mega_scale.training.watchdog", "tests.distributed.test_hangs"])
-    return context
 
 
 def watched(world):
@@ -37,8 +29,8 @@ def one_sleeps(world):
             world.barrier()
 
 
-def test_the_rank_that_is_behind_is_named_and_all_print_their_stacks(context, tmp_path):
-    ends = run(context, tmp_path, one_sleeps, timeout_s=TIMEOUT_S)
+def test_the_rank_that_is_behind_is_named_and_all_print_their_stacks(tmp_path):
+    ends = run(tmp_path, one_sleeps, timeout_s=TIMEOUT_S)
     for rank, end in ends.items():
         assert end.code == PEER_LOST
         assert f"rank 1 ({HOST}) hangs: no progress for 2 s in step 2, waiting for data; the others wait" in end.line
@@ -59,8 +51,8 @@ def one_holds_the_lock(world):
         world.barrier()
 
 
-def test_a_rank_that_cannot_answer_is_named_and_prints_its_stacks_all_the_same(context, tmp_path):
-    ends = run(context, tmp_path, one_holds_the_lock, timeout_s=TIMEOUT_S)
+def test_a_rank_that_cannot_answer_is_named_and_prints_its_stacks_all_the_same(tmp_path):
+    ends = run(tmp_path, one_holds_the_lock, timeout_s=TIMEOUT_S)
     for rank in (0, 1):
         assert ends[rank].code == PEER_LOST
         assert f"rank 2 ({HOST}) gave no sign of life when asked" in ends[rank].line
@@ -74,8 +66,8 @@ def all_sleep(world):
         time.sleep(60)
 
 
-def test_ranks_that_all_hang_at_one_place_are_all_named(context, tmp_path):
-    for end in run(context, tmp_path, all_sleep, timeout_s=TIMEOUT_S).values():
+def test_ranks_that_all_hang_at_one_place_are_all_named(tmp_path):
+    for end in run(tmp_path, all_sleep, timeout_s=TIMEOUT_S).values():
         assert f"ranks 0, 1, 2 ({HOST}) hang: no progress for 2 s in step 7, saving; the stacks" in end.line
 
 
@@ -88,6 +80,6 @@ def all_beat(world):
     time.sleep(3)  # nobody looks any more
 
 
-def test_ranks_that_beat_are_left_alone(context, tmp_path):
-    for end in run(context, tmp_path, all_beat, timeout_s=TIMEOUT_S).values():
+def test_ranks_that_beat_are_left_alone(tmp_path):
+    for end in run(tmp_path, all_beat, timeout_s=TIMEOUT_S).values():
         assert (end.code, end.errors) == (0, "")

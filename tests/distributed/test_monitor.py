@@ -1,6 +1,5 @@
 """A rank that dies, fails or never comes: the others end with a line that names it. One that works or leaves is not."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -9,6 +8,7 @@ import time
 from typing import NamedTuple
 
 import pytest
+import warm
 
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.monitor import PEER_LOST
@@ -33,26 +33,12 @@ class Ended(NamedTuple):
         return line
 
 
-@pytest.fixture(scope="module")
-def context():
-    """Ranks are forks of a process that has imported everything: they start at once, and torch has no threads there."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mega_scale.parallel", "tests.distributed.test_monitor"])
-    return context
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run(context, folder, work, size=3, *, started=None, timeout_s=TIMEOUT_S, deadline=40.0):
+def run(folder, work, size=3, *, started=None, timeout_s=TIMEOUT_S, deadline=40.0):
     """Run `work(world)` on the ranks that are started, as under a launcher; returns how each ended."""
-    port, began = free_port(), time.monotonic()
+    port, began = warm.free_port(), time.monotonic()
     ranks = list(range(size)) if started is None else started
     processes = {
-        rank: context.Process(target=_rank, args=(work, rank, size, port, folder, timeout_s), daemon=True)
+        rank: warm.CONTEXT.Process(target=_rank, args=(work, rank, size, port, folder, timeout_s), daemon=True)
         for rank in ranks
     }
     for process in processes.values():
@@ -74,9 +60,8 @@ def run(context, folder, work, size=3, *, started=None, timeout_s=TIMEOUT_S, dea
 
 def _rank(work, rank, size, port, folder, timeout_s):
     os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    warm.set_variables(warm.variables(rank, size, port))
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in values.items()})
     with World.start(ParallelConfig(timeout_s=timeout_s)) as world:
         work(world)
 
@@ -96,8 +81,8 @@ def work_elsewhere(world):
     time.sleep(60)
 
 
-def test_a_rank_killed_while_the_others_wait_for_it_is_named_within_seconds(context, tmp_path):
-    ends = run(context, tmp_path, wait_in_a_collective, timeout_s=40)
+def test_a_rank_killed_while_the_others_wait_for_it_is_named_within_seconds(tmp_path):
+    ends = run(tmp_path, wait_in_a_collective, timeout_s=40)
     assert ends[1].code == -signal.SIGKILL
     for rank in (0, 2):
         assert ends[rank].code == PEER_LOST
@@ -106,8 +91,8 @@ def test_a_rank_killed_while_the_others_wait_for_it_is_named_within_seconds(cont
         assert ends[rank].seconds < 25  # of 40
 
 
-def test_a_rank_killed_while_nobody_waits_for_it_is_named_within_the_timeout(context, tmp_path):
-    ends = run(context, tmp_path, work_elsewhere)
+def test_a_rank_killed_while_nobody_waits_for_it_is_named_within_the_timeout(tmp_path):
+    ends = run(tmp_path, work_elsewhere)
     for rank in (0, 2):
         assert ends[rank].code == PEER_LOST
         assert f"rank 1 ({HOST}) gave no sign of life" in ends[rank].line
@@ -129,8 +114,8 @@ def the_first_dies_elsewhere(world):
 
 
 @pytest.mark.parametrize("work", [the_first_dies_in_a_collective, the_first_dies_elsewhere])
-def test_the_death_of_the_rank_that_keeps_the_store_is_noticed(context, tmp_path, work):
-    ends = run(context, tmp_path, work)
+def test_the_death_of_the_rank_that_keeps_the_store_is_noticed(tmp_path, work):
+    ends = run(tmp_path, work)
     for rank in (1, 2):
         assert ends[rank].code == PEER_LOST
         assert f"rank 0 ({HOST}), which keeps the key-value store at 127.0.0.1:" in ends[rank].line
@@ -145,8 +130,8 @@ def two_die(world):
     world.barrier()
 
 
-def test_all_that_died_are_named(context, tmp_path):
-    ends = run(context, tmp_path, two_die, 4)
+def test_all_that_died_are_named(tmp_path):
+    ends = run(tmp_path, two_die, 4)
     for rank in (0, 3):
         assert ends[rank].code == PEER_LOST
         assert f"ranks 1, 2 ({HOST}) gave no sign of life" in ends[rank].line
@@ -169,8 +154,8 @@ def the_first_fails(world):
 
 
 @pytest.mark.parametrize("work,culprit", [(the_first_fails, 0), (the_last_fails, 2)])
-def test_a_rank_that_raises_says_why_to_the_others(context, tmp_path, work, culprit):
-    ends = run(context, tmp_path, work, timeout_s=40)
+def test_a_rank_that_raises_says_why_to_the_others(tmp_path, work, culprit):
+    ends = run(tmp_path, work, timeout_s=40)
     assert ends[culprit].code == 1 and "OSError: the disk\nis full" in ends[culprit].errors
     for rank in {0, 1, 2} - {culprit}:
         assert ends[rank].code == PEER_LOST
@@ -184,8 +169,8 @@ def all_fail(world):
     raise FloatingPointError(f"rank {world.rank} has loss nan")
 
 
-def test_ranks_that_all_fail_end_with_their_own_error_or_that_of_another(context, tmp_path):
-    for end in run(context, tmp_path, all_fail).values():
+def test_ranks_that_all_fail_end_with_their_own_error_or_that_of_another(tmp_path):
+    for end in run(tmp_path, all_fail).values():
         assert end.code in (1, PEER_LOST) and "has loss nan" in end.errors
 
 
@@ -202,9 +187,9 @@ def the_middle_leaves_last(world):
 
 
 @pytest.mark.parametrize("work", [leave_one_by_one, leave_in_reverse, the_middle_leaves_last])
-def test_ranks_may_leave_in_any_order(context, tmp_path, work):
+def test_ranks_may_leave_in_any_order(tmp_path, work):
     """Ranks leave 15 beats apart."""
-    for end in run(context, tmp_path, work, timeout_s=4).values():
+    for end in run(tmp_path, work, timeout_s=4).values():
         assert (end.code, end.errors) == (0, "")
 
 
@@ -216,9 +201,9 @@ def one_is_busy(world):
     world.barrier()
 
 
-def test_a_rank_that_is_busy_is_waited_for(context, tmp_path):
+def test_a_rank_that_is_busy_is_waited_for(tmp_path):
     """For as long as collectives wait, which is the timeout; 5 s are 25 beats."""
-    for end in run(context, tmp_path, one_is_busy).values():
+    for end in run(tmp_path, one_is_busy).values():
         assert (end.code, end.errors) == (0, "")
 
 
@@ -229,8 +214,8 @@ def one_is_stuck(world):
     world.barrier()
 
 
-def test_a_rank_that_lives_but_is_stuck_ends_when_the_collectives_of_the_others_give_up(context, tmp_path):
-    ends = run(context, tmp_path, one_is_stuck, timeout_s=4)
+def test_a_rank_that_lives_but_is_stuck_ends_when_the_collectives_of_the_others_give_up(tmp_path):
+    ends = run(tmp_path, one_is_stuck, timeout_s=4)
     assert ends[1].code == PEER_LOST and ends[1].seconds < 8
     assert re.search(r"rank [02] \(.*\) failed: RuntimeError: .*Timed out", ends[1].line)
     assert {ends[0].code, ends[2].code} <= {1, PEER_LOST}
@@ -248,8 +233,8 @@ def one_is_suspended(world):
     world.barrier()
 
 
-def test_a_rank_that_was_suspended_for_less_than_the_timeout_goes_on(context, tmp_path):
-    for end in run(context, tmp_path, one_is_suspended).values():
+def test_a_rank_that_was_suspended_for_less_than_the_timeout_goes_on(tmp_path):
+    for end in run(tmp_path, one_is_suspended).values():
         assert (end.code, end.errors) == (0, "")
 
 
@@ -257,16 +242,16 @@ def never(world):
     raise AssertionError
 
 
-def test_ranks_that_never_come_are_named(context, tmp_path):
-    ends = run(context, tmp_path, never, 4, started=[0, 2], timeout_s=4)
+def test_ranks_that_never_come_are_named(tmp_path):
+    ends = run(tmp_path, never, 4, started=[0, 2], timeout_s=4)
     for rank in (0, 2):
         assert ends[rank].code == PEER_LOST
         assert re.search(r"of 4 ranks, ranks 1, 3 did not come to 127\.0\.0\.1:\d+", ends[rank].line)
         assert ends[rank].seconds < 8
 
 
-def test_a_store_that_cannot_be_reached_is_named(context, tmp_path):
-    [end] = run(context, tmp_path, never, 2, started=[1], timeout_s=3).values()
+def test_a_store_that_cannot_be_reached_is_named(tmp_path):
+    [end] = run(tmp_path, never, 2, started=[1], timeout_s=3).values()
     assert end.code == PEER_LOST and end.seconds < 6
     assert re.search(r"127\.0\.0\.1:\d+ \(MASTER_ADDR, MASTER_PORT\) cannot be reached: .*Connection refused", end.line)
     assert end.errors.count("\n") == 1

@@ -3,8 +3,8 @@
 import json
 import re
 import signal
-import socket
 
+import warm
 from launching import LAUNCHERS, TINY, metrics, start
 
 ENGINES = [("torchrun", "fsdp"), ("deepspeed", "deepspeed")]
@@ -30,7 +30,7 @@ def command_of(launcher):
     words = [
         "tests/launch/faulty_pretrain.py" if word == "launch/pretrain.py" else word for word in LAUNCHERS[launcher]
     ]
-    return [free_port() if word.isdigit() and len(word) == 5 else word for word in words]
+    return [str(warm.free_port()) if word.isdigit() and len(word) == 5 else word for word in words]
 
 
 def listens(pid):
@@ -43,13 +43,6 @@ def listens(pid):
 def until_step(step, process):
     """Read a run's output until it reports a step; says whether it did."""
     return any(re.match(rf"step +{step}/", line) for line in process.stdout)
-
-
-def free_port():
-    """As text. A run that was stopped may have left its port waiting."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def text(text_file):

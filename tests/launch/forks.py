@@ -1,6 +1,7 @@
 """Ranks forked from one process that has imported everything: they start in a second, where a launcher takes fifteen.
 
-They run the real main() of launch/pretrain.py, with the variables that a launcher sets. The process that forks them
+They run the real main() of launch/pretrain.py, with the variables that a launcher sets. What tests/warm.py forks is
+like them, but here the process that forks is the ranks' own parent, which sees within milliseconds that one ended. It
 must itself have no threads and no process group, so studies that use this are commands of their own, not tests that
 pytest runs in its process. It is also the one to which orphans of its ranks come, so that nothing they start is lost
 sight of.
@@ -10,12 +11,14 @@ import ctypes
 import importlib
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # for commands that are no tests
+import warm
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -123,7 +126,7 @@ def start(
         name: of the files of output.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = warm.free_port()
     output = [folder / f"{name}-{rank}.txt" for rank in range(size)]
     for path in output:
         path.write_text("")
@@ -170,9 +173,7 @@ def _run(
         handle = os.open(output, os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        values = (rank, size, rank, "127.0.0.1", port)
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
+        warm.set_variables(warm.variables(rank, size, port))
         if before is not None:
             before(rank)
         importlib.import_module("launch.pretrain").main(arguments)
@@ -185,9 +186,3 @@ def _run(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

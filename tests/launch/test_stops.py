@@ -66,7 +66,7 @@ PHASES = {  # the fault, and the step at which the run has to have stopped
 def test_a_signal_on_one_rank_stops_all_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, engine, phase):
     launcher, changes, whole = engine
     fault, step = PHASES[phase]
-    if phase not in ("start-up", "step"):
+    if phase not in ("start-up", "step"):  # what the launcher makes of it, these two show
         launcher = "two forked"
     code, output = faulty(launcher, tmp_path, [fault], *changes)
     assert code == STOPPED[launcher], output

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import export
+from mega_scale import export
 from mega_scale.config import refuse
 from mega_scale.training.checkpoint import (
     CheckpointError,
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["export"]:
-        export.main(given[1:])
+        export.main(given[1:], prog="checkpoint.py export")
         return
     args = _parser().parse_args(given)
     try:

@@ -1,33 +1,23 @@
 """launch/export.py around write_export: which checkpoint it takes, what it tells the card, and what it refuses."""
 
 import argparse
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from mega_scale import export
 from mega_scale.hub import open_folder
 from mega_scale.training import restore
 from mega_scale.training.checkpoint.manifest import Manifest, hash_file, write_manifest
 from mega_scale.training.restore import describe_model
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "export.py"
 RUN = """
 data:
   source: text
   path: [one.txt, two.txt]
   sequence_length: 32
 """
-
-
-@pytest.fixture(scope="module")
-def launched():
-    spec = importlib.util.spec_from_file_location("launched_export", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -68,9 +58,9 @@ def weights(make_model, monkeypatch):
     return model
 
 
-def test_exports_the_newest_checkpoint_of_a_run(tmp_path, launched, run_folder, weights, capsys):
+def test_exports_the_newest_checkpoint_of_a_run(tmp_path, run_folder, weights, capsys):
     out = tmp_path / "out"
-    launched.main([str(run_folder), str(out), "--max-shard-size", "10KB"])
+    export.main([str(run_folder), str(out), "--max-shard-size", "10KB"])
     newest = run_folder / "checkpoints" / "step-00000100"
     assert weights.opened == [newest / "state"]
     assert capsys.readouterr().out == f"exported {newest} to {out}\n"
@@ -92,24 +82,24 @@ def test_exports_the_newest_checkpoint_of_a_run(tmp_path, launched, run_folder, 
         assert expected in card
 
 
-def test_exports_a_named_checkpoint_in_bf16_over_an_earlier_export(tmp_path, launched, run_folder, weights):
+def test_exports_a_named_checkpoint_in_bf16_over_an_earlier_export(tmp_path, run_folder, weights):
     checkpoint = run_folder / "checkpoints" / "step-00000020"
     for options in ([], ["--dtype", "bf16", "--overwrite"]):
-        launched.main([str(checkpoint), str(tmp_path / "out"), *options])
+        export.main([str(checkpoint), str(tmp_path / "out"), *options])
     assert weights.opened == [checkpoint / "state"] * 2
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_exports_the_models_code_when_asked(tmp_path, launched, run_folder, weights):
+def test_exports_the_models_code_when_asked(tmp_path, run_folder, weights):
     for options in ([], ["--remote-code", "--overwrite"]):
         out = tmp_path / "out"
-        launched.main([str(run_folder), str(out), *options])
+        export.main([str(run_folder), str(out), *options])
         assert ("auto_map" in json.loads((out / "config.json").read_text())) == bool(options)
         assert (out / "modeling_mega.py").is_file() == bool(options)
         assert ("trust_remote_code=True" in (out / "README.md").read_text()) == bool(options)
 
 
-def test_refusals_are_one_line(tmp_path, launched, run_folder, capsys):
+def test_refusals_are_one_line(tmp_path, run_folder, capsys):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").touch()
@@ -119,16 +109,16 @@ def test_refusals_are_one_line(tmp_path, launched, run_folder, capsys):
     }
     for arguments, message in refusals.items():
         with pytest.raises(SystemExit) as caught:
-            launched.main([str(argument) for argument in arguments])
+            export.main([str(argument) for argument in arguments])
         assert caught.value.code == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert message in lines[0]
 
 
-def test_sizes_are_read_with_their_units(launched):
+def test_sizes_are_read_with_their_units():
     sizes = {"5GB": 5 * 10**9, "512MiB": 512 * 2**20, "1.5 kb": 1500, "7": 7}
-    assert {text: launched.byte_size(text) for text in sizes} == sizes
+    assert {text: export.byte_size(text) for text in sizes} == sizes
     for text in ("5TB", "0", "-1GB", "GB", "0.1"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a size of at least 1 byte"):
-            launched.byte_size(text)
+            export.byte_size(text)

@@ -1,0 +1,153 @@
+"""The export command: writes a checkpoint, of either engine and any number of ranks, as one Hugging Face folder."""
+
+import argparse
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mega_scale.config import RunConfig, load_config, refuse
+from mega_scale.hub import DEFAULT_SHARD_BYTES, TrainingFacts, check_destination, model_card, write_export
+from mega_scale.training.checkpoint import find_checkpoint, read_key, read_state
+from mega_scale.training.restore import open_model
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PACKAGES = ("mega_scale", "torch", "transformers", "safetensors")
+
+
+def byte_size(text: str) -> int:
+    """Read a size as "5GB", "512MiB" or a plain number of bytes.
+
+    Args:
+        text: the size.
+
+    Returns:
+        Bytes, at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of at least 1 byte: write 5GB, 512MiB, or bytes")
+    return size
+
+
+def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text: str) -> TrainingFacts:
+    """Gather what the model card tells about a run.
+
+    Args:
+        name: title of the model.
+        trainer: a checkpoint's trainer.json.
+        run: the run's configuration.
+        run_text: the same, as YAML.
+
+    Returns:
+        The facts.
+    """
+    data = run.data
+    source = f"{data.hub_name} ({data.hub_split})" if data.source == "hub" else data.source
+    files = f" ({', '.join(data.path)})" if data.path else ""
+    layout = trainer["layout"]
+    validation = trainer.get("validation", {})
+    return TrainingFacts(
+        name=name,
+        step=trainer["step"],
+        tokens=trainer["tokens"],
+        validation_loss=validation.get("loss"),
+        bits_per_byte=validation.get("bits_per_byte"),
+        data=f"{source}{files}, tokenizer {data.tokenizer}, sequences of {data.sequence_length} tokens",
+        layout=f"{layout['engine']}, ZeRO stage {layout['zero_stage']}, {layout['world_size']} rank(s)",
+        run_config=run_text,
+        versions={"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+    )
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    max_shard_bytes: int,
+    dtype: str,
+    overwrite: bool,
+    with_code: bool = False,
+    key: bytes | None = None,
+) -> Path:
+    """Write a checkpoint's model as a Hugging Face folder.
+
+    Args:
+        checkpoint: a run folder (its newest checkpoint is taken) or a checkpoint folder.
+        out: the folder to create.
+        max_shard_bytes: largest weight file, bytes.
+        dtype: "fp32" or "bf16".
+        overwrite: whether an earlier export is replaced.
+        with_code: whether the folder is to load without mega_scale.
+        key: the secret with which the checkpoint must be signed, if there is one.
+
+    Returns:
+        The checkpoint folder that was exported.
+
+    Raises:
+        ValueError: there is no checkpoint, the destination is taken, or the weights do not fit the configuration.
+    """
+    check_destination(out, overwrite=overwrite)
+    folder, _ = find_checkpoint(checkpoint, key)
+    config, tensors, tokenizer = open_model(folder, key)
+    run_file = folder / "config.yaml"
+    facts = training_facts(
+        out.resolve().name, read_state(folder), load_config(run_file), run_file.read_text(encoding="utf-8")
+    )
+    card = model_card(facts, config, dtype=dtype, with_code=with_code)
+    write_export(
+        out,
+        tensors,
+        config,
+        tokenizer,
+        card,
+        max_shard_bytes=max_shard_bytes,
+        dtype=dtype,
+        overwrite=overwrite,
+        with_code=with_code,
+    )
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Run the command; what is refused is said in one line, with exit code 2.
+
+    Args:
+        arguments: the command line, without the program's name; none means this process's.
+        prog: what the help calls the program; none means the script's name.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").partition(": ")[2].capitalize())
+    parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
+    parser.add_argument("out", type=Path, help="folder to create")
+    parser.add_argument(
+        "--max-shard-size", type=byte_size, default=DEFAULT_SHARD_BYTES, help="largest weight file (default: 5GB)"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters (default: fp32)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="add the model's Python files, so that the folder loads with torch and transformers alone: "
+        "from_pretrained(folder, trust_remote_code=True)",
+    )
+    parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
+    args = parser.parse_args(arguments)
+    try:
+        folder = export(
+            args.checkpoint,
+            args.out,
+            max_shard_bytes=args.max_shard_size,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            with_code=args.remote_code,
+            key=read_key(args.key_file),
+        )
+    except (ValueError, OSError) as error:
+        refuse(error)
+    print(f"exported {folder} to {args.out}")

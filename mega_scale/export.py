@@ -1,4 +1,4 @@
-"""The export command: writes a checkpoint, of either engine and any number of ranks, as one Hugging Face folder."""
+"""Turns a training checkpoint, of either engine and any number of ranks, into one Hugging Face folder."""
 
 import argparse
 import platform
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         arguments: the command line, without the program's name; none means this process's.
         prog: what the help calls the program; none means the script's name.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").partition(": ")[2].capitalize())
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument(

@@ -9,6 +9,7 @@ from pathlib import Path
 import accelerate_study as study
 import pytest
 import torch
+import warm
 from builders import make_model
 
 import mega_scale
@@ -41,7 +42,7 @@ def test_deepspeed_under_accelerate_equals_plain_training(stage, tmp_path):
     model.save_pretrained(tmp_path / "start")
     command = [
         "accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-        "no", "--dynamo_backend", "no", "--main_process_port", str(29640 + stage), study.__file__,
+        "no", "--dynamo_backend", "no", "--main_process_port", str(warm.free_port()), study.__file__,
         str(tmp_path / "start"), str(tmp_path / "end"), str(stage),
     ]  # fmt: skip
     environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

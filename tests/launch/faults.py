@@ -4,7 +4,6 @@ import json
 import re
 import signal
 
-import warm
 from launching import LAUNCHERS, TINY, metrics, start
 
 ENGINES = [("torchrun", "fsdp"), ("deepspeed", "deepspeed")]
@@ -26,11 +25,8 @@ def undisturbed(launcher, run_dir, *changes):
 
 
 def command_of(launcher):
-    """The launcher's command for the faulty program, at a free port."""
-    words = [
-        "tests/launch/faulty_pretrain.py" if word == "launch/pretrain.py" else word for word in LAUNCHERS[launcher]
-    ]
-    return [str(warm.free_port()) if word.isdigit() and len(word) == 5 else word for word in words]
+    """The launcher's command for the faulty program."""
+    return ["tests/launch/faulty_pretrain.py" if word == "launch/pretrain.py" else word for word in LAUNCHERS[launcher]]
 
 
 def listens(pid):

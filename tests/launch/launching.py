@@ -29,6 +29,8 @@ TINY = [
 def _popen(launcher, arguments, environment=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
+    # Tests that run side by side share the machine's ports.
+    launcher = [str(warm.free_port()) if word == "PORT" else word for word in launcher]
     return subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -58,12 +60,12 @@ def start(launcher, arguments, timeout=300, environment=None):
 
 RANKS = {"forked": 0, "two forked": 2}
 LAUNCHERS = {
-    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "29611", "launch/pretrain.py"],
-    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "29612", "launch/pretrain.py"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "PORT", "launch/pretrain.py"],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT", "launch/pretrain.py"],
     # --multi_gpu is how accelerate starts several processes of one machine, GPUs or not.
     "accelerate": [
         "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", "29613", "launch/pretrain.py",
+        "--dynamo_backend", "no", "--main_process_port", "PORT", "launch/pretrain.py",
     ],
     "python": ["python", "launch/pretrain.py"],
     **{name: [name, "launch/pretrain.py"] for name in RANKS},

@@ -161,7 +161,16 @@ class MegaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # Files of 4.37.2 hold the number of heads, which is no choice.
         kwargs.pop("num_attention_heads", None)
+        # Where no class of its name is in transformers, TRL reads the map of remote code without asking for one.
+        kwargs.setdefault("auto_map", {})
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, with the number of heads: 4.37.2's files have it, and PEFT looks for it there."""
+        values = super().to_dict() | {"num_attention_heads": self.num_attention_heads}
+        if not values.get("auto_map"):
+            values.pop("auto_map", None)
+        return values
 
     @property
     def num_attention_heads(self) -> int:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from mega_scale.model.auto_names import register_names
 from mega_scale.model.block import MegaBlock
 from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
@@ -28,6 +29,9 @@ from mega_scale.model.linear import MegaLinear
 from mega_scale.model.losses import cross_entropy, mean
 from mega_scale.model.norm import MegaSequenceNorm, warn_if_norm_differs
 from mega_scale.model.slots import leading_pads
+
+# Here, so that an export's own code does it too: all heads import this module.
+register_names(MegaConfig.model_type)
 
 
 class MegaPreTrainedModel(PreTrainedModel):

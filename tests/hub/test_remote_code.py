@@ -147,6 +147,8 @@ for reference in config.auto_map.values():
 model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
 assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
 assert type(model).__module__.startswith("transformers_modules.")
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # a Trainer that smooths labels looks here
 input_ids = load_file(inputs)["input_ids"]
 mask = torch.ones_like(input_ids)
 with torch.no_grad():

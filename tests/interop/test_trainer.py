@@ -5,6 +5,7 @@ import pytest
 import torch
 from builders import make_ids, make_model
 from transformers import Trainer, TrainingArguments
+from transformers.models.auto import modeling_auto
 
 import mega_scale
 
@@ -142,3 +143,53 @@ def test_trains_the_other_heads(tmp_path, kind):
     trainer = Trainer(model, arguments(tmp_path, max_steps=40), train_dataset=rows)
     trainer.train()
     assert sum(losses(trainer)[-4:]) < 0.8 * sum(losses(trainer)[:4])
+
+
+def smoothed(logits, labels, epsilon):
+    """Loss of the next token with labels smoothed over the vocabulary, by its definition."""
+    logs = logits[:, :-1].log_softmax(-1)
+    target = torch.full_like(logs, epsilon / logs.shape[-1])
+    target.scatter_add_(2, labels[:, 1:, None].clamp(min=0), torch.full_like(logs[..., :1], 1 - epsilon))
+    return -((target * logs).sum(-1) * (labels[:, 1:] != -100)).sum() / (labels[:, 1:] != -100).sum()
+
+
+def test_label_smoothing_predicts_the_next_token(tmp_path):
+    rows = uneven()
+    model = make_model(spread=0.05, **dict.fromkeys(PROBABILITIES, 0.0))
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    with torch.no_grad():
+        expected, before = smoothed(model(batch["input_ids"]).logits, batch["labels"], 0.2), model(**batch).loss
+    settings = arguments(tmp_path, max_steps=30, per_device_train_batch_size=8, label_smoothing_factor=0.2)
+    trainer = Trainer(model, settings, train_dataset=rows)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(expected.item(), abs=1e-4)
+    assert model.eval()(**batch).loss < 0.8 * before
+
+
+def test_a_loss_of_ones_own_gets_the_tokens_of_the_whole_batch(tmp_path):
+    seen = []
+
+    def loss(outputs, labels, num_items_in_batch):
+        seen.append(int(num_items_in_batch))
+        logs = outputs.logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
+        return -(logs * (labels[:, 1:] != -100)).sum() / num_items_in_batch
+
+    found = []
+    for own in (loss, None):
+        model = make_model(spread=0.05, **dict.fromkeys(PROBABILITIES, 0.0))
+        settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 3}
+        settings |= {"train_sampling_strategy": "sequential", "average_tokens_across_devices": True}
+        trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=uneven(), compute_loss_func=own)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert set(seen) == {sum(int((row["labels"][1:] != -100).sum()) for row in uneven())}
+
+
+def test_every_class_is_named_where_transformers_looks():
+    """A class that an Auto class gives is in the table of names beside it."""
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and mega_scale.MegaConfig in mapping:
+            assert mapping._model_mapping["mega"] == mapping[mega_scale.MegaConfig].__name__, name
+    assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mega"] == "MegaForCausalLM"

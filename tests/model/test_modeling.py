@@ -1,6 +1,7 @@
 """Behaviour of the models beyond the reference values: registration, initial values, refusals, caches, precision."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -260,3 +261,17 @@ def test_tuples_and_kept_logits():
     out = model(ids, use_cache=False)
     assert torch.equal(model(ids, use_cache=False, return_dict=False)[0], out.logits)
     torch.testing.assert_close(model(ids, use_cache=False, logits_to_keep=3).logits, out.logits[:, -3:])
+
+
+def test_config_tells_other_libraries_what_they_ask_for(tmp_path):
+    """PEFT reads the number of heads from the values, and TRL a map of remote code that may be empty."""
+    config = make_config()
+    assert config.to_dict()["num_attention_heads"] == 1 and config.auto_map == {}
+    assert "auto_map" not in config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = mega_scale.MegaConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict() and loaded.auto_map == {}
+    assert mega_scale.MegaConfig(**config.to_dict()).to_dict() == config.to_dict()
+    mapped = mega_scale.MegaConfig(auto_map={"AutoConfig": "configuration_mega.MegaConfig"})
+    assert mapped.to_dict()["auto_map"] == mapped.auto_map and mega_scale.MegaConfig().auto_map == {}

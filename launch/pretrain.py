@@ -15,8 +15,11 @@ if __name__ == "__main__":
     SIGNALS.listen()  # before imports that take seconds
 
 import json
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,9 +45,9 @@ from mega_scale.parallel import (
     seeded_values,
     self_test,
 )
+from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 from mega_scale.training.bad_steps import DIVERGED, BadStepsError
 from mega_scale.training.checkpoint import (
-    checkpoints,
     choose_checkpoint,
     find_checkpoint,
     load_checkpoint,
@@ -58,6 +61,8 @@ from mega_scale.training.optimizer import build_optimizer
 from mega_scale.training.preemption import STOPPED, Stopping, StopRun, TimeLimit, seconds_of
 from mega_scale.training.progress import Progress
 from mega_scale.training.restore import describe_model, values_from
+from mega_scale.training.run_folder import RunFolder, to_go_on_from
+from mega_scale.training.run_lock import STALE_S
 from mega_scale.training.sample import generate_text
 from mega_scale.training.schedule import learning_rate
 from mega_scale.training.status import RunStatus
@@ -92,7 +97,7 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     """
     config.validate(place.size, place.local_size)
     mesh = config.parallel.mesh(place.size)
-    resumed, path = None, path_to_resume(config)
+    resumed, path = None, to_go_on_from(Path(config.run_dir), config.resume)
     if path is not None:
         resumed, _ = find_checkpoint(path, read_key(config.checkpoint.key_file))
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -118,14 +123,6 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     if resumed is not None:
         loader.check(read_state(resumed)["data"])
     return Prepared(config, model, values, tokenizer, validation, loader, resumed)
-
-
-def path_to_resume(config: RunConfig) -> Path | None:
-    """Run or checkpoint folder that a run goes on from; None where it starts afresh."""
-    run_dir = Path(config.run_dir)
-    if config.resume is None or (config.resume == "auto" and not checkpoints(run_dir)):
-        return None
-    return run_dir if config.resume in ("latest", "auto") else Path(config.resume)
 
 
 def starting_weights(folder: Path, model: MegaConfig) -> Values:
@@ -160,18 +157,65 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return_freed_memory()
         elif world.device.type == "cpu":
             keep_freed_memory()
-        code = watched(prepared, world)
+        folder = RunFolder(Path(config.run_dir), config.resume, config.overwrite, end_without_folder)
+        try:
+            problem = hold(folder, prepared, world)
+            code = watched(prepared, world, folder) if problem is None else 0
+        finally:
+            folder.release()
     SIGNALS.ignore()
+    if problem is not None:
+        refuse(problem, quiet=place.rank != 0)
     if code:
         raise SystemExit(code)
 
 
-def watched(prepared: Prepared, world: World) -> int:
+def hold(folder: RunFolder, prepared: Prepared, world: World) -> str | None:
+    """Take the run folder for this job; collective.
+
+    Returns:
+        Why this job cannot have it, the same on all ranks; None where it has it.
+    """
+    config, waited = prepared.config, False
+    while True:
+        held, problem = False, None
+        if world.rank == 0:
+            try:
+                held = folder.attempt(afresh=prepared.resumed is None)
+            except ValueError as error:
+                problem = str(error)
+            except OSError as error:
+                reason = error.strerror or error
+                problem = (
+                    f"run_dir={config.run_dir!r} cannot be written ({reason}): choose a folder that can be written"
+                )
+            if not (held or problem or waited):
+                print(
+                    f"mega_scale | {config.run_dir} is held by another job ({folder.owner}): waiting for up to "
+                    f"{STALE_S:.0f} s to see whether it lives",
+                    flush=True,
+                )
+        # The others take part in every look, so that none of them waits for longer than it may.
+        held, problem = world.broadcast([held, problem])
+        if held or problem:
+            return problem
+        waited = True
+        time.sleep(1.0)
+
+
+def end_without_folder(reason: str) -> None:
+    """End this process, and so the run: the folder belongs to another job."""
+    write_stderr(f"error: {' '.join(reason.split())}: this one ends, and saves nothing more\n")
+    os._exit(PEER_LOST)
+
+
+def watched(prepared: Prepared, world: World, folder: RunFolder) -> int:
     """Train on all ranks, watch the progress, and keep `status.json`; collective.
 
     Args:
         prepared: what this rank trains with.
         world: all ranks.
+        folder: the run's, held by this job.
 
     Returns:
         The exit code.
@@ -184,12 +228,13 @@ def watched(prepared: Prepared, world: World) -> int:
 
     def lost(verdict: str) -> None:
         status.write("failed", watchdog.step, verdict, last=True)
+        folder.release()
 
     with Watchdog(world, timeout_s, lost) as watchdog:
         begin = 0 if prepared.resumed is None else read_state(prepared.resumed)["step"]
         status.write("running", begin)
         try:
-            trained = pretrain(prepared, world, stopping, watchdog)
+            trained = pretrain(prepared, world, stopping, watchdog, folder)
         except BadStepsError as error:
             status.write("failed", watchdog.step, str(error))
             if world.rank == 0:
@@ -211,13 +256,11 @@ def watched(prepared: Prepared, world: World) -> int:
     return 0 if trained.stopped is None else STOPPED
 
 
-def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Watchdog) -> Trained:
+def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Watchdog, folder: RunFolder) -> Trained:
     """Train on all ranks; collective. Raises StopRun as `meet` does."""
     config, train_config, model = prepared.config, prepared.config.train, prepared.model
     run_dir = Path(config.run_dir)
     mesh = config.parallel.mesh(world.size)
-    if world.rank == 0:
-        save_config(replace(config, resume=None), run_dir / "config.yaml")
     meet(prepared, world, stopping, watchdog)
     key = read_key(config.checkpoint.key_file)
     checkpoint = None if prepared.resumed is None else resume(prepared, world, key)
@@ -244,7 +287,13 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
         watchdog.beat("loading")
         state = load_checkpoint(checkpoint, engine, world)
         progress = Progress.resume(checkpoint, state, config.bad_steps)
+    describe_config = partial(save_config, replace(config, resume=None, overwrite=False))
     if world.rank == 0:
+        folder.begin(checkpoint, key)
+        try:
+            describe_config(run_dir / "config.yaml")
+        except OSError as error:
+            print(f"mega_scale | {run_dir / 'config.yaml'} is not written: {error.strerror}", flush=True)
         announce(prepared, world, progress.step, engine_parameters(engine))
 
     def go_on(phase: str) -> Callable[[], None]:
@@ -255,7 +304,7 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
         return look
 
     def describe_run(folder: Path) -> None:
-        save_config(replace(config, resume=None), folder / "config.yaml")
+        describe_config(folder / "config.yaml")
         describe_model(folder / "model", model, prepared.tokenizer)
 
     def evaluation() -> Evaluation:
@@ -303,7 +352,7 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
 
 def resume(prepared: Prepared, world: World, key: bytes | None) -> Path:
     """The proven checkpoint to go on from, whose data this run has; collective."""
-    path = path_to_resume(prepared.config)
+    path = to_go_on_from(Path(prepared.config.run_dir), prepared.config.resume)
     assert path is not None
 
     def say(line: str) -> None:

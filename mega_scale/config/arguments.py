@@ -22,6 +22,8 @@ _DESCRIPTION = """Every key below can stand in a YAML file (as sections) and on 
 --train.steps=200 or --train.steps 200. Command line beats files, a later file beats an earlier one, files beat the
 defaults shown here. A key that is unknown is refused."""
 
+# What a key means that is given without a value.
+_ALONE = {"resume": "latest", "overwrite": "true"}
 # Options that stand for a key.
 _SHORT = {"max_time": "train.max_time"}
 
@@ -47,8 +49,8 @@ class _Formatter(DefaultHelpFormatter):
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        usage="%(prog)s [--config FILE] [KEY=VALUE ...] [--resume [CHECKPOINT]] [--max-time TIME] [--print-config] "
-        "[--help]",
+        usage="%(prog)s [--config FILE] [KEY=VALUE ...] [--resume [CHECKPOINT]] [--overwrite] [--max-time TIME] "
+        "[--print-config] [--help]",
         description=_DESCRIPTION,
         formatter_class=_Formatter,
         exit_on_error=False,
@@ -89,10 +91,11 @@ def _split(argv: Sequence[str]) -> _Arguments:
         if (name.startswith("-") and not dashed) or not (dashed or equals):
             raise ValueError(f"{token!r} is not understood: write KEY=VALUE, as in train.steps=200")
         value: str | None = text if equals else None
-        if value is None and rest and not rest[0].startswith("--") and not (key == "resume" and _starts_a_key(rest[0])):
+        alone = _ALONE.get(key)
+        if value is None and rest and not rest[0].startswith("--") and not (alone and _starts_a_key(rest[0])):
             value = rest.pop(0)
-        if key == "resume" and value is None:
-            value = "latest"
+        if value is None:
+            value = alone
         key = _SHORT.get(key, key)
         if key == "config":
             if value is None:

@@ -17,6 +17,7 @@ from mega_scale.parallel.model_checks import (
     check_vocabulary,
 )
 from mega_scale.training.checkpoint import find_checkpoint, read_key
+from mega_scale.training.run_folder import check_run_folder
 
 if TYPE_CHECKING:
     from mega_scale.config.run_config import RunConfig
@@ -220,6 +221,7 @@ def _check_folders(config: "RunConfig") -> None:
         raise ValueError(
             f"init_from={config.init_from!r} has no config.json: give the folder of an export or a Hugging Face model"
         )
+    check_run_folder(run_dir, config.resume, config.overwrite)
     if config.resume is not None and config.resume != "auto":
         try:
             key = read_key(config.checkpoint.key_file)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mega_scale.training.checkpoint.files import replace_text
+
 if TYPE_CHECKING:
     from mega_scale.config.run_config import RunConfig
 
@@ -34,9 +36,12 @@ def save_config(config: "RunConfig", path: str | Path) -> None:
 
     Args:
         config: the run.
-        path: file to write; its folder exists.
+        path: file to write, or to replace as a whole; its folder exists.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
+    replace_text(Path(path), to_yaml(config))
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -23,6 +23,9 @@ class RunConfig:
     resume: str | None = None
     """Checkpoint to continue from: "latest" in run_dir, "auto" the same if any, or a checkpoint folder (path)."""
 
+    overwrite: bool = False
+    """Whether a run that lies in run_dir is replaced, its checkpoints deleted, once the new one begins (no unit)."""
+
     init_from: str | None = None
     """Folder of an export or a Hugging Face model from which the initial weights are taken (path)."""
 

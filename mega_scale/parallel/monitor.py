@@ -37,6 +37,7 @@ _LONGEST_BEAT_S = 1.0
 _TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _VICTIM_WAITS, _NEWS_SPREAD, _LOOKS = 40, 30, 5, 12, 2, 3
 _ANSWERS_TAKE = 5
 _REASON_LENGTH, _NAMED = 300, 16
+_WHOLE_WRITE = 4096  # bytes that a pipe takes without another writer's between them (PIPE_BUF of Linux)
 _REMEDY = "see its output and the network, then start the run again with --resume"
 
 
@@ -350,9 +351,20 @@ class PeerMonitor:
                 threading.Thread(target=self._before_end, args=(verdict,), daemon=True).start()
         # As in linger: a launcher ends a host's other ranks with the first.
         time.sleep(_NEWS_SPREAD * self._beat_s)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # of a full disk, or a reader that left: this process ends all the same
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(PEER_LOST)
+
+
+def write_stderr(line: str) -> None:
+    """Write a line to standard error past Python's buffer, whose lock the main thread may hold.
+
+    It is cut where it is too long to be whole among others' lines. One that cannot be written is lost: what the process
+    does next is more than the line.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, line.rstrip("\n").encode(errors="replace")[: _WHOLE_WRITE - 1] + b"\n")
 
 
 def _failed_by_others(error: BaseException | None) -> bool:
@@ -378,4 +390,4 @@ def _ranks(ranks: list[int]) -> str:
 def _say(name: str, verdict: str) -> None:
     # One write, past Python's buffer: lines of ranks do not mix, and the main thread may hold the buffer's lock.
     line = f"error: {name} ends with exit code {PEER_LOST}: {' '.join(verdict.split())}\n"
-    os.write(2, line.encode())
+    write_stderr(line)

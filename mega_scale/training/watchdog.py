@@ -13,12 +13,11 @@ from collections.abc import Callable
 from types import TracebackType
 
 from mega_scale.parallel import Standing, World
-from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 
 _LOOKS = 10  # in a timeout
 _LONGEST_PAUSE_S = 5.0
 _EARLY = 0.9
-_WHOLE_WRITE = 4096  # bytes that a pipe takes without another writer's between them (PIPE_BUF of Linux)
 
 
 class Watchdog:
@@ -112,7 +111,7 @@ class Watchdog:
     def _end(self) -> None:
         found = self._stand()
         reason = f"the run hangs: no progress for {found.idle_s:.0f} s in step {found.step}, {found.phase}"
-        os.write(2, f"error: {reason}; start it again with --resume\n".encode())
+        write_stderr(f"error: {reason}; start it again with --resume\n")
         writer = threading.Thread(target=self._at_end, args=(reason,), daemon=True)
         writer.start()
         writer.join(_LONGEST_PAUSE_S)
@@ -130,8 +129,8 @@ def _print_stacks(head: str, prefix: str) -> None:
             file.seek(0)
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:  # a full disk: better torn than none
-        os.write(2, head.encode())
+        write_stderr(head)
         faulthandler.dump_traceback(file=2, all_threads=True)
         return
     for line in (head.rstrip(), *(prefix + line for line in lines)):
-        os.write(2, line.encode()[: _WHOLE_WRITE - 1] + b"\n")
+        write_stderr(f"{line}\n")

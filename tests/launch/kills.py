@@ -169,7 +169,7 @@ def _chain(found: Findings, kills: int, text: Path, run_dir: Path, reference: Re
         newest = _step(committed[-1]) if committed else 0
         output = run_dir.parent / f"{run_dir.name}-output"
         ranks = forks.start(
-            [*arguments, *(["--resume"] if committed else [])], 2, output, name=f"attempt-{attempt}"
+            [*arguments, "--resume=auto"], 2, output, name=f"attempt-{attempt}"
         )  # fmt: skip
         chance = random.Random(f"{seed} {found.cell.name} {found.chains} {attempt}")
         where = f"{found.cell.name} chain {found.chains} attempt {attempt}"

@@ -8,6 +8,7 @@ from mega_scale.training.checkpoint.folder import (
     find_checkpoint,
     is_checkpoint,
     look,
+    make_newest,
     read_state,
     verify,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "is_checkpoint",
     "load_checkpoint",
     "look",
+    "make_newest",
     "prune",
     "read_key",
     "read_state",

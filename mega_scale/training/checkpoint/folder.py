@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mega_scale.training.checkpoint.files import read_regular
+from mega_scale.training.checkpoint.files import read_regular, replace_text
 from mega_scale.training.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -27,6 +27,7 @@ from mega_scale.training.checkpoint.manifest import (
     content_problem,
     list_problem,
     read_manifest,
+    write_manifest,
 )
 
 STATE, RANDOM, TRAINER, LATEST = "state", "random", "trainer.json", "latest"
@@ -54,6 +55,22 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def next_serial(run_dir: Path) -> int:
     """Number for the next checkpoint of a run, greater than that of all it has, damaged ones included."""
     return max((_age(folder)[0] for folder in checkpoints(run_dir)), default=0) + 1
+
+
+def make_newest(folder: Path, key: bytes | None = None) -> None:
+    """Have a checkpoint count as written last, so that its run goes on from it and not from those written after it.
+
+    Args:
+        folder: of the checkpoint, verified.
+        key: the secret with which it is signed, if there is one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    run_dir = folder.parent.parent
+    if checkpoints(run_dir)[-1].name != folder.name:
+        write_manifest(folder, read_manifest(folder, key)._replace(serial=next_serial(run_dir)), key)
+        replace_text(folder.parent / LATEST, folder.name + "\n")
 
 
 def verify(folder: Path, key: bytes | None = None) -> Manifest:

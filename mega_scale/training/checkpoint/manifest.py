@@ -111,15 +111,17 @@ def hash_file(path: Path, key: bytes | None) -> Record:
 
 
 def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
-    """Write `manifest.json`, and have the disk keep it.
+    """Write or replace `manifest.json`, as a whole, and have the disk keep it.
 
     Raises:
         OSError: it cannot be written.
     """
-    with open(folder / MANIFEST, "wb") as file:
+    beside = folder.with_name(f"{folder.name}.{MANIFEST}")  # inside, it would be a file that does not belong there
+    with open(beside, "wb") as file:
         file.write(_text(manifest, key))
         file.flush()
         os.fsync(file.fileno())
+    os.replace(beside, folder / MANIFEST)
 
 
 def read_manifest(folder: Path, key: bytes | None) -> Manifest:

@@ -1,0 +1,137 @@
+"""A run folder as one job has it: held by a lock, and what lies there is gone on with, or replaced, or left alone."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from mega_scale.training.checkpoint import checkpoints, make_newest
+from mega_scale.training.run_lock import RunLock
+
+# What a run writes, beside its status and its lock; whatever else lies in its folder is its user's.
+_WRITTEN = ("checkpoints/step-*", "checkpoints/latest*", "tensorboard/events.out.tfevents.*", "metrics.jsonl*")
+_OVERWRITING = "overwriting"
+_NOTE = (
+    "A run that was started with --overwrite has yet to begin here. Delete this file to keep the run that lies here.\n"
+)
+
+
+def is_overwritten(run_dir: Path) -> bool:
+    """Whether a run was to replace the one that lies there, and did not come to begin."""
+    return (run_dir / _OVERWRITING).exists()
+
+
+def to_go_on_from(run_dir: Path, resume: str | None) -> Path | None:
+    """Run or checkpoint folder that a run goes on from; None where it starts afresh.
+
+    Args:
+        run_dir: folder of the run.
+        resume: what it was told: latest, auto, a folder, or nothing.
+    """
+    if resume is None or (resume == "auto" and (is_overwritten(run_dir) or not checkpoints(run_dir))):
+        return None
+    return run_dir if resume in ("latest", "auto") else Path(resume)
+
+
+def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None:
+    """Refuse to begin a run where it would destroy another one.
+
+    Args:
+        run_dir: folder of the run, which exists.
+        resume: what it was told: latest, auto, a folder, or nothing.
+        overwrite: whether it may replace what lies there.
+
+    Raises:
+        ValueError: the folder holds a run, which the new one neither goes on with nor may replace.
+    """
+    own = resume in ("latest", "auto") or (resume is not None and _lies_in(Path(resume), run_dir))
+    if overwrite and own:
+        raise ValueError(
+            f"overwrite=True with resume={resume!r}: that would delete what it goes on from; give one of the two"
+        )
+    if resume == "latest" and is_overwritten(run_dir):
+        raise ValueError(
+            f"resume='latest': a run with --overwrite was stopped before it began in {run_dir}: start that run with "
+            f"--resume auto, or delete {run_dir / _OVERWRITING} to keep the run before it"
+        )
+    if not overwrite and not own and (is_overwritten(run_dir) or _holds_run(run_dir)):
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} holds a run already: go on with it (--resume), replace it (--overwrite), or "
+            "choose another run_dir"
+        )
+
+
+class RunFolder:
+    """A run folder held by this job; methods are for the first rank.
+
+    Args:
+        run_dir: the folder, which exists.
+        resume: see `check_run_folder`.
+        overwrite: see `check_run_folder`.
+        lost: called with one line, in another thread, when another job has taken the folder.
+    """
+
+    def __init__(self, run_dir: Path, resume: str | None, overwrite: bool, lost: Callable[[str], None]) -> None:
+        self._run_dir, self._resume, self._overwrite = run_dir, resume, overwrite
+        self._lock = RunLock(run_dir, lost)
+
+    @property
+    def owner(self) -> str:
+        """Who holds the folder, in words."""
+        return self._lock.owner
+
+    def attempt(self, afresh: bool) -> bool:
+        """Take the folder; nothing in it changes yet, but that one to overwrite is marked as such.
+
+        Args:
+            afresh: whether the run, when it looked, was to start afresh.
+
+        Returns:
+            Whether this job has it; if not, try again: it is not known yet whether the owner lives.
+
+        Raises:
+            ValueError: another job has it, or has had it since this one looked.
+            OSError: the folder cannot be written.
+        """
+        if not self._lock.attempt():
+            return False
+        check_run_folder(self._run_dir, self._resume, self._overwrite)
+        if afresh != (to_go_on_from(self._run_dir, self._resume) is None):
+            raise ValueError(f"another job has changed {self._run_dir} while this one started: start it again")
+        # From now on, --resume auto never goes on with what is to be overwritten, whenever this job is killed.
+        if self._overwrite and _holds_run(self._run_dir):
+            (self._run_dir / _OVERWRITING).write_text(_NOTE, encoding="utf-8")
+        return True
+
+    def begin(self, checkpoint: Path | None, key: bytes | None) -> None:
+        """Delete the run that is overwritten, if there is one: the new one begins.
+
+        Args:
+            checkpoint: that it goes on from; none where it starts afresh. One of this folder that was named becomes its
+                newest, or --resume auto would go on from a newer one if this job were killed before its first save.
+            key: secret with which checkpoints are signed, if there is one.
+
+        Raises:
+            OSError: it cannot be deleted, or written.
+        """
+        if checkpoint is not None and self._resume not in ("latest", "auto") and _lies_in(checkpoint, self._run_dir):
+            make_newest(checkpoint, key)
+        if self._overwrite or (self._resume == "auto" and is_overwritten(self._run_dir)):
+            for path in [path for pattern in _WRITTEN for path in self._run_dir.glob(pattern)]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        (self._run_dir / _OVERWRITING).unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let others have the folder; may be called twice."""
+        self._lock.release()
+
+
+def _holds_run(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return any(run_dir.glob("checkpoints/step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())

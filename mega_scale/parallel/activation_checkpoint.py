@@ -3,6 +3,7 @@
 Legend: B batch, L length, D channels, C chunk.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -10,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from mega_scale.model.block import BlockOutput, MegaBlock
 from mega_scale.model.cache import LayerState
@@ -80,8 +83,54 @@ def _contexts(keeps: Keeps, kept: Kept) -> _Contexts:
     received = kept.contexts()
     if keeps == "nothing":
         return received
-    products: _Contexts = create_selective_checkpoint_contexts(_PRODUCTS)
-    return _both(received[0], products[0]), _both(received[1], products[1])
+    results: _Results = defaultdict(deque)
+    return _both(received[0], _KeepProducts(results)), _both(received[1], _ReplayProducts(results))
+
+
+_Results = defaultdict[Any, deque[list[tuple[Any, int]]]]
+"""By operator, in the order of its calls: what it returned, leaf by leaf, each with the tensor's version."""
+
+
+class _KeepProducts(TorchDispatchMode):
+    """Keeps results of products, and looks at nothing else.
+
+    PyTorch's selective checkpointing expects every operation again, and casts of autocast, which keeps them over a
+    step's segments, and marks of FSDP are not the same in both passes.
+    """
+
+    def __init__(self, results: _Results) -> None:
+        super().__init__()
+        self._results = results
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Products are outside of what is compiled."""
+        return True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function in _PRODUCTS:
+            # Detached: autograd will give the result itself a history.
+            leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(out)]
+            self._results[function].append([(leaf, _version(leaf)) for leaf in leaves])
+        return out
+
+
+class _ReplayProducts(_KeepProducts):
+    """Gives these results in place of products."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in _PRODUCTS:
+            return function(*args, **(kwargs or {}))
+        found = self._results[function].popleft()
+        if any(_version(leaf) != version for leaf, version in found):
+            raise RuntimeError(f"the result of {function} was changed after it was kept for recomputation")
+        leaves = [leaf for leaf, _ in found]
+        return leaves[0] if len(leaves) == 1 else tuple(leaves)
+
+
+def _version(leaf: Any) -> int:
+    return leaf._version if isinstance(leaf, Tensor) else 0
 
 
 @contextmanager

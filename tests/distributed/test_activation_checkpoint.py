@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import recomputation_study
 import tiny_run
 import torch
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,3 +110,17 @@ def test_only_the_stream_is_as_long_as_a_row():
 def test_what_has_no_segments_is_refused(changes, segment, every, sp, words):
     with pytest.raises(ValueError, match=words):
         check_segments(tiny_run.tiny_config(**changes), segment, every, sp)
+
+
+@pytest.fixture(scope="module")
+def recomputed(tmp_path_factory):
+    return run_ranks(recomputation_study.study, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("engine", "model"), recomputation_study.RUNS)
+def test_bf16_is_the_same_however_blocks_are_recomputed(recomputed, engine, model):
+    for rank in recomputed:
+        found = {way: rank[engine, model, way] for way in recomputation_study.WAYS}
+        assert found["products"] == found["every second"] == found["not"]
+        assert found["products of segments"] == found["segments"]

@@ -36,7 +36,6 @@ from mega_scale.parallel import (
     Placement,
     Values,
     World,
-    check_vocabulary,
     describe,
     difference,
     parallelize,
@@ -102,7 +101,6 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
         resumed, _ = find_checkpoint(path, read_key(config.checkpoint.key_file))
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = model_config(config.model, tokenizer)
-    check_vocabulary(model.vocab_size, mesh.tp)
     values = seeded_values(model, config.train.seed)
     if config.init_from is not None:
         values = starting_weights(Path(config.init_from), model)

@@ -14,7 +14,6 @@ from mega_scale.parallel.model_checks import (
     check_segments,
     check_sequence_parallel,
     check_tensor_parallel,
-    check_vocabulary,
 )
 from mega_scale.training.checkpoint import find_checkpoint, read_key
 from mega_scale.training.run_folder import check_run_folder
@@ -170,8 +169,6 @@ def _check_spread(config: "RunConfig") -> None:
     how = config.parallel.recomputation
     check_segments(config.model, how.segment, how.every, config.parallel.sp)
     check_sequence_parallel(config.model, config.data.sequence_length, config.parallel.sp)
-    if config.model.vocab_size is not None:
-        check_vocabulary(config.model.vocab_size, config.parallel.tp)
 
 
 def _check_batches(config: "RunConfig", dp: int) -> None:

@@ -6,6 +6,7 @@ what the forward pass left, which is as large as the inputs.
 Legend: T tokens, D channels, V words, S tokens of a slice.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -24,10 +25,12 @@ class VocabularyPart(NamedTuple):
 
     Args:
         first: number of the first one.
+        words: how many there are; rows beyond them are none.
         reduce: combines a tensor of all ranks, in place.
     """
 
     first: int
+    words: int
     reduce: Callable[[Tensor, Literal["max", "sum"]], None]
 
 
@@ -100,12 +103,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, target = hidden[some], targets[some]
             counts = target != ignore_index
             scores = times_transposed(x, weight, bias).to(total.dtype)
+            if part is not None:
+                scores[:, part.words :] = -math.inf
             largest = scores.amax(1)
             if part is not None:
                 part.reduce(largest, "max")
             scores -= largest[:, None]
-            place, mine = _place(target, counts, part, len(weight))
-            hit = scores.gather(1, place)[:, 0] * mine
+            place, mine = _place(target, counts, part)
+            hit = scores.gather(1, place)[:, 0].where(mine, 0)
             sums = scores.exp_().sum(1)
             if part is not None:
                 part.reduce(both := torch.stack([hit, sums]), "sum")
@@ -145,12 +150,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _place(targets: Tensor, counts: Tensor, part: VocabularyPart | None, words: int) -> tuple[Tensor, Tensor]:
+def _place(targets: Tensor, counts: Tensor, part: VocabularyPart | None) -> tuple[Tensor, Tensor]:
     """Column of each target, (S, 1), and whether this rank has it, (S,)."""
     if part is None:
         return targets.where(counts, 0)[:, None], counts
     local = targets - part.first
-    mine = counts & (local >= 0) & (local < words)
+    mine = counts & (local >= 0) & (local < part.words)
     return local.where(mine, 0)[:, None], mine
 
 

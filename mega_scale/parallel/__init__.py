@@ -5,7 +5,6 @@ from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine
 from mega_scale.parallel.layout import describe, difference
 from mega_scale.parallel.materialize import Values, fill, seeded_values
-from mega_scale.parallel.model_checks import check_vocabulary
 from mega_scale.parallel.monitor import Standing
 from mega_scale.parallel.parallelize import parallelize
 from mega_scale.parallel.self_test import SelfTest, self_test
@@ -34,7 +33,6 @@ __all__ = [
     "Values",
     "World",
     "as_bytes",
-    "check_vocabulary",
     "describe",
     "difference",
     "fill",

@@ -15,16 +15,16 @@ from mega_scale.parallel.deepspeed_import import import_deepspeed
 from mega_scale.parallel.deepspeed_mesh import MeshUnit
 from mega_scale.parallel.engine import BuildOptimizer
 from mega_scale.parallel.materialize import Values, fill
-from mega_scale.parallel.pieces import pieces
+from mega_scale.parallel.pieces import Piece, pieces
 from mega_scale.parallel.spread import Spread
 from mega_scale.parallel.state import (
     MOMENTS,
     WEIGHT,
     EngineState,
     Held,
-    copies_along,
     ensure_moments,
     flat,
+    held_range,
     names_of,
     persistent_buffers,
 )
@@ -195,12 +195,12 @@ class DeepSpeedEngine:
             )
         ensure_moments(adam, stepped)
         names = names_of(self.module, self._world.shape.tp)
-        held = {name: self._range(self._parameters[name], piece.dim, adam) for name, piece in names.table.items()}
+        held = {name: self._range(self._parameters[name], piece, adam) for name, piece in names.table.items()}
         return EngineState(names, held, [adam.state[one]["step"] for one in stepped], persistent_buffers(self.module))
 
-    def _range(self, parameter: Any, cut: int | None, adam: torch.optim.Optimizer) -> Held:
+    def _range(self, parameter: Any, piece: Piece, adam: torch.optim.Optimizer) -> Held:
         optimizer, tp, fsdp = self._engine.optimizer, self._world.axis("tp"), self._world.axis("fsdp")
-        alike = [self._copies, *([tp] if cut is None else []), *([fsdp] if self._stage == 0 else [])]
+        alike = [self._copies, *([tp] if piece.dim is None else []), *([fsdp] if self._stage == 0 else [])]
         shape, numbers = parameter.shape, slice(None)
         start = 0
         if self._stage == 0:
@@ -224,7 +224,7 @@ class DeepSpeedEngine:
         tensors = {WEIGHT: flat(owner)[numbers]}
         if parameter.requires_grad:
             tensors |= {moment: flat(adam.state[owner][moment])[numbers] for moment in MOMENTS}
-        return Held(torch.Size(shape), start, tensors, *copies_along(alike))
+        return held_range(piece, shape, start, tensors, tp, alike)
 
     def loaded(self, step: int) -> None:
         """Have DeepSpeed's other copies of the weights follow, see `Engine.loaded`."""

@@ -14,7 +14,7 @@ from mega_scale.model import MegaPreTrainedModel
 from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.engine import BuildOptimizer
 from mega_scale.parallel.materialize import Values, fill
-from mega_scale.parallel.pieces import pieces
+from mega_scale.parallel.pieces import Piece, pieces
 from mega_scale.parallel.shards import shard_dimension
 from mega_scale.parallel.spread import Spread
 from mega_scale.parallel.state import (
@@ -22,9 +22,9 @@ from mega_scale.parallel.state import (
     WEIGHT,
     EngineState,
     Held,
-    copies_along,
     ensure_moments,
     flat,
+    held_range,
     names_of,
     persistent_buffers,
 )
@@ -145,22 +145,22 @@ class FsdpEngine:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         ensure_moments(self._optimizer, trained)
         names = names_of(self.module, self._world.shape.tp)
-        held = {name: self._held(name, piece.dim) for name, piece in names.table.items()}
+        held = {name: self._held(name, piece) for name, piece in names.table.items()}
         steps = [self._optimizer.state[parameter]["step"] for parameter in trained]
         return EngineState(names, held, [_own(step) for step in steps], persistent_buffers(self.module))
 
-    def _held(self, name: str, cut: int | None) -> Held:
-        parameter, fsdp = self._parameters[name], self._world.axis("fsdp")
+    def _held(self, name: str, piece: Piece) -> Held:
+        parameter, fsdp, tp = self._parameters[name], self._world.axis("fsdp"), self._world.axis("tp")
         tensors = {WEIGHT: flat(parameter)}
         if parameter.requires_grad:
             tensors |= {moment: flat(self._optimizer.state[parameter][moment]) for moment in MOMENTS}
         shape = list(parameter.shape)
-        if cut is not None:
-            shape[cut] //= self._world.shape.tp
+        if piece.dim is not None:
+            shape[piece.dim] //= tp.size
         # As in _rows: every rank has as many rows as the first, as long as there are some left.
         first = min(fsdp.rank * -(-shape[0] // fsdp.size), shape[0])
-        axes = [self._world.axis("dp_replicate"), *([self._world.axis("tp")] if cut is None else [])]
-        return Held(torch.Size(shape), first * math.prod(shape[1:]), tensors, *copies_along(axes))
+        alike = [self._world.axis("dp_replicate"), *([tp] if piece.dim is None else [])]
+        return held_range(piece, shape, first * math.prod(shape[1:]), tensors, tp, alike)
 
     def loaded(self, step: int) -> None:
         """Nothing else depends on the state, see `Engine.loaded`."""

@@ -17,7 +17,7 @@ def check_tensor_parallel(model: Any, tp: int) -> None:
     """Refuse a model whose channels cannot be shared.
 
     Args:
-        model: a MegaConfig, or the `model` section of a run, which has its keys; its vocabulary is checked apart.
+        model: a MegaConfig, or the `model` section of a run, which has its keys.
         tp: ranks that share the channels of every layer.
 
     Raises:
@@ -37,23 +37,6 @@ def check_tensor_parallel(model: Any, tp: int) -> None:
                 f"parallel.tp={tp} does not divide model.{key}={width}: use model.{key}={multiples(tp, width)}, or "
                 f"parallel.tp={gcd(tp, *widths.values())}"
             )
-
-
-def check_vocabulary(vocab_size: int, tp: int) -> None:
-    """Refuse a vocabulary that cannot be shared.
-
-    Args:
-        vocab_size: ids of the model, from `model.vocab_size` or, where that is null, from the tokenizer.
-        tp: ranks that share them.
-
-    Raises:
-        ValueError: names the keys, their values and what would work.
-    """
-    if vocab_size % tp:
-        raise ValueError(
-            f"parallel.tp={tp} does not divide the vocabulary of {vocab_size} ids (model.vocab_size; null takes the "
-            f"tokenizer's): use model.vocab_size={-(-vocab_size // tp) * tp}, or parallel.tp={gcd(tp, vocab_size)}"
-        )
 
 
 def check_sequence_parallel(model: Any, length: int, sp: int) -> None:

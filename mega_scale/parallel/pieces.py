@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mega_scale.parallel.shards import shard_dimension
+from mega_scale.parallel.shards import TensorParallel, shard_dimension, share
 from mega_scale.parallel.tensor_layers import SegmentedLinear
 
 
@@ -17,20 +17,48 @@ class Piece(NamedTuple):
         source: that tensor's name.
         rows: which of its rows; none means all.
         dim: dimension along which they are cut over the ranks of `tp`; none where every rank has them whole.
+        length: of that dimension, 0, in the whole, where the last ranks' parts are filled up with rows of zeros, which
+            get no gradient and are in no checkpoint; none where ranks divide it.
     """
 
     source: str
     rows: tuple[int, int] | None = None
     dim: int | None = None
+    length: int | None = None
 
     def of(self, full: Tensor, rank: int, size: int) -> Tensor:
-        """This parameter on rank `rank` of `size` that share it, a view of the whole tensor."""
+        """This parameter on rank `rank` of `size` that share it, a view of the whole tensor unless it is filled up."""
         part = full if self.rows is None else full[slice(*self.rows)]
-        return part if self.dim is None else part.chunk(size, self.dim)[rank]
+        if self.dim is None:
+            return part
+        each = share(part.shape[self.dim], size)
+        own = part.narrow(self.dim, *_within(part.shape[self.dim], rank, each))
+        missing = each - own.shape[self.dim]
+        return own if not missing else torch.cat([own, own.new_zeros(missing, *own.shape[1:])])
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The rows of the whole tensor that this parameter holds, from the parts of all ranks."""
-        return parts[0] if self.dim is None else torch.cat(list(parts), self.dim)
+        return parts[0] if self.dim is None else torch.cat(list(parts), self.dim)[: self.length]
+
+    def whole_shape(self, part: Sequence[int], size: int) -> torch.Size:
+        """Shape of all ranks' parts together, without what fills them up."""
+        shape = list(part)
+        if self.dim is not None:
+            shape[self.dim] = self.length or shape[self.dim] * size
+        return torch.Size(shape)
+
+    def part_shape(self, whole: Sequence[int], rank: int, size: int) -> torch.Size:
+        """Shape of a rank's part, without what fills it up."""
+        shape = list(whole)
+        if self.dim is not None:
+            _, shape[self.dim] = _within(shape[self.dim], rank, share(shape[self.dim], size))
+        return torch.Size(shape)
+
+
+def _within(length: int, rank: int, each: int) -> tuple[int, int]:
+    """Begin and length of a rank's part of a length."""
+    begin = min(rank * each, length)
+    return begin, min(each, length - begin)
 
 
 def pieces(model: nn.Module) -> dict[str, Piece]:
@@ -49,7 +77,9 @@ def pieces(model: nn.Module) -> dict[str, Piece]:
                 owner, place = rows.get(name, (name, None))
                 source = f"{owner}.{local_name}" if owner else local_name
                 own_name = f"{name}.{local_name}" if name else local_name
-                found[own_name] = Piece(source, place, shard_dimension(module, local_name))
+                dim = shard_dimension(module, local_name)
+                length = module.length if isinstance(module, TensorParallel) and dim is not None else None
+                found[own_name] = Piece(source, place, dim, length)
     return found
 
 

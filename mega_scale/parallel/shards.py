@@ -20,10 +20,12 @@ class TensorParallel(nn.Module):
 
     Attributes:
         shards: dimension along which a parameter is cut, by its name; a parameter that is not named is whole.
+        length: of that dimension in the whole, where ranks need not divide it; none where they do.
         axis: the ranks that share the layer.
     """
 
     shards: ClassVar[dict[str, int]] = {}
+    length: int | None = None
     axis: Axis
 
     def __getattr__(self, name: str) -> Any:
@@ -34,6 +36,11 @@ class TensorParallel(nn.Module):
             return value  # sharded by FSDP, which reads it in this way too; nobody computes with it
         local: Tensor = value.to_local() if isinstance(value, DTensor) else value
         return local if name in self.shards else sum_gradient(local, self.axis)
+
+
+def share(length: int, ranks: int) -> int:
+    """What each rank has of a length: the same, so that the last ranks' parts end in what is not used."""
+    return -(-length // ranks)
 
 
 def shard_dimension(owner: nn.Module, name: str) -> int | None:

@@ -5,7 +5,7 @@ partitions. Ranges are counted in the flattened part that a rank of `tp` has of 
 read by any other one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +36,8 @@ class Held(NamedTuple):
     """What this rank holds of one parameter.
 
     Args:
-        shape: of the rank's part along `tp`, or of the whole parameter where it is not cut.
-        start: first number of the range, in that part flattened.
+        shape: of the whole parameter.
+        start: first number of the range, in the part that this rank has along `tp`, flattened.
         tensors: `weight`, and `exp_avg` and `exp_avg_sq` where it is trained, by these names: 1-D fp32, all of the
             range's length; views of the engine's memory, so that what is written into them is loaded.
         copies: ranks that hold the same range.
@@ -91,6 +91,24 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
         for local_name, buffer in owner.named_buffers(recurse=False)
         if local_name not in owner._non_persistent_buffers_set
     }
+
+
+def held_range(
+    piece: Piece, part: Sequence[int], start: int, tensors: dict[str, Tensor], tp: Axis, alike: Iterable[Axis]
+) -> Held:
+    """What a rank holds of a parameter, without what fills up its part.
+
+    Args:
+        piece: what the parameter is.
+        part: shape of this rank's part along `tp` as the engine has it.
+        start: first number of the range, in that part flattened.
+        tensors: see `Held`; may reach beyond the part's own numbers.
+        tp: the ranks that share every layer.
+        alike: axes along which ranks hold the same range.
+    """
+    whole = piece.whole_shape(part, tp.size)
+    count = max(piece.part_shape(whole, tp.rank, tp.size).numel() - start, 0)
+    return Held(whole, start, {kind: tensor[:count] for kind, tensor in tensors.items()}, *copies_along(alike))
 
 
 def copies_along(axes: Iterable[Axis]) -> tuple[int, int]:

@@ -8,7 +8,6 @@ overlap with its own, or whole parameters where `tp` differs, one at a time.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,12 +58,7 @@ def index_of(state: EngineState, spans: list[dict[str, Span]]) -> dict[str, Any]
         state: of any rank's engine.
         spans: what each rank wrote, in their order.
     """
-    shapes = {}
-    for name, held in state.held.items():
-        shape, dim = list(held.shape), state.names.table[name].dim
-        if dim is not None:
-            shape[dim] *= state.names.tp
-        shapes[name] = torch.Size(shape)
+    shapes = {name: held.shape for name, held in state.held.items()}
     trained = [name for name, held in state.held.items() if len(held.tensors) > 1]
     return _index(state.names, int(state.steps[0]) if state.steps else 0, shapes, trained, state.buffers, spans)
 
@@ -119,8 +113,8 @@ class StateReader:
             if found["format"] != FORMAT:
                 raise ValueError(f"it has format {found['format']}, this version reads {FORMAT}")
             table = {
-                name: Piece(source, None if rows is None else tuple(rows), dim)
-                for name, (source, rows, dim) in found["table"].items()
+                name: Piece(source, None if rows is None else tuple(rows), *cut)
+                for name, (source, rows, *cut) in found["table"].items()
             }
             self.names = Names(table, found["ties"], found["tp"])
             self.optimizer_steps = found["optimizer_steps"]
@@ -141,7 +135,7 @@ class StateReader:
         Raises:
             ValueError: the files hold another model; nothing was changed.
         """
-        self._require(state, tp)
+        self._require(state)
         wanted = [
             (tensor, (name, kind, held.start, held.start + len(tensor), state.names.table[name].dim, tp))
             for name, held in state.held.items()
@@ -178,13 +172,15 @@ class StateReader:
         if self._is_cut_so(name, dim, tp):
             return self._range(name, kind, 0 if dim is None else tp.rank, start, stop)
         whole = self.whole(name, kind)
-        return (whole if dim is None else whole.chunk(tp.size, dim)[tp.rank]).reshape(-1)[start:stop]
+        return Piece(name, None, dim).of(whole, tp.rank, tp.size).reshape(-1)[start:stop]
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole parameter or moment, on the CPU."""
-        dim, (parts, shape) = self.names.table[name].dim, self._cut(name)
-        found = [self._range(name, kind, tp_rank, 0, math.prod(shape)).view(shape) for tp_rank in range(parts)]
-        return found[0] if dim is None else torch.cat(found, dim)
+        found = [
+            self._range(name, kind, tp_rank, 0, shape.numel()).view(shape)
+            for tp_rank, shape in enumerate(self._parts(name))
+        ]
+        return self.names.table[name].join(found)
 
     def part_of(self, part: int, parts: int) -> Part:
         """What one of `parts` files has to hold, if each has its share of every parameter, whole along tp."""
@@ -210,7 +206,7 @@ class StateReader:
 
     def index(self, spans: list[dict[str, Span]]) -> dict[str, Any]:
         """What `index.json` holds if the same state lies in other files, whole along tp."""
-        table = {name: piece._replace(dim=None) for name, piece in self.names.table.items()}
+        table = {name: piece._replace(dim=None, length=None) for name, piece in self.names.table.items()}
         return _index(
             Names(table, self.names.ties, 1), self.optimizer_steps, self.shapes, self.trained, self.buffers, spans
         )
@@ -228,20 +224,16 @@ class StateReader:
         if self._is_cut_so(name, dim, tp):
             self._stored.find(name, kind, 0 if dim is None else tp.rank, start, stop)
         else:
-            parts, shape = self._cut(name)
-            for tp_rank in range(parts):
-                self._stored.find(name, kind, tp_rank, 0, math.prod(shape))
+            for tp_rank, shape in enumerate(self._parts(name)):
+                self._stored.find(name, kind, tp_rank, 0, shape.numel())
 
     def _is_cut_so(self, name: str, dim: int | None, tp: Axis) -> bool:
         return dim == self.names.table[name].dim and (dim is None or tp.size == self.names.tp)
 
-    def _cut(self, name: str) -> tuple[int, list[int]]:
-        """In how many parts along tp a parameter is stored, and the shape of one."""
-        dim, shape = self.names.table[name].dim, list(self.shapes[name])
-        if dim is None:
-            return 1, shape
-        shape[dim] //= self.names.tp
-        return self.names.tp, shape
+    def _parts(self, name: str) -> list[torch.Size]:
+        """Shapes of the parts along tp in which a parameter is stored."""
+        piece, size = self.names.table[name], self.names.tp
+        return [piece.part_shape(self.shapes[name], rank, size) for rank in range(1 if piece.dim is None else size)]
 
     def _range(self, name: str, kind: str, tp_rank: int, start: int, stop: int) -> Tensor:
         pieces = [stored[numbers] for stored, numbers in self._stored.find(name, kind, tp_rank, start, stop)]
@@ -259,16 +251,14 @@ class StateReader:
         if missing := self.names.table.keys() - self.shapes.keys():
             raise ValueError(f"it has no shape of {min(missing)}")
         for name, piece in self.names.table.items():
-            if piece.dim is not None and self.shapes[name][piece.dim] % tp:
+            if piece.dim is None:
+                continue
+            length = self.shapes[name][piece.dim]
+            if piece.length not in (None, length) or (piece.length is None and length % tp):
                 raise ValueError(f"{name} cannot be cut in {tp}")
 
-    def _require(self, state: EngineState, tp: Axis) -> None:
-        wanted = {}
-        for name, held in state.held.items():
-            shape, dim = list(held.shape), state.names.table[name].dim
-            if dim is not None:
-                shape[dim] *= tp.size
-            wanted[name] = torch.Size(shape)
+    def _require(self, state: EngineState) -> None:
+        wanted = {name: held.shape for name, held in state.held.items()}
         found = {name: self.shapes.get(name) for name in self.names.table}
         if wanted != found:
             names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

@@ -19,7 +19,7 @@ from mega_scale.model.linear import MegaLinear
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias
 from mega_scale.parallel.collectives import Axis
-from mega_scale.parallel.model_checks import check_tensor_parallel, check_vocabulary
+from mega_scale.parallel.model_checks import check_tensor_parallel
 from mega_scale.parallel.shards import TensorParallel
 from mega_scale.parallel.tensor_layers import (
     CutAttention,
@@ -82,7 +82,6 @@ def cut_channels(model: MegaPreTrainedModel, axis: Axis) -> None:
         ValueError: T does not divide a width, or the model has what cannot be cut.
     """
     check_tensor_parallel(model.config, axis.size)
-    check_vocabulary(model.config.vocab_size, axis.size)
     for module in list(model.modules()):
         if isinstance(module, MegaSequenceNorm):
             module.norm = cut_norm(module.norm, axis)

@@ -17,7 +17,7 @@ from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias, M
 from mega_scale.ops.linear import linear
 from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter, start_gather
 from mega_scale.parallel.sequence import SequenceParallelEma
-from mega_scale.parallel.shards import TensorParallel
+from mega_scale.parallel.shards import TensorParallel, share
 
 
 def on_meta(module: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
@@ -32,7 +32,7 @@ class CutLinear(TensorParallel, MegaLinear):
     shards: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
 
     def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool = True) -> None:
-        super().__init__(inputs, outputs // axis.size, bias)
+        super().__init__(inputs, share(outputs, axis.size), bias)
         self.axis = axis
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mega_scale.ops.cross_entropy import VocabularyPart, linear_cross_entropy
 from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter
-from mega_scale.parallel.shards import TensorParallel
+from mega_scale.parallel.shards import TensorParallel, share
 from mega_scale.parallel.tensor_layers import GatherLinear
 
 
@@ -19,7 +19,7 @@ class CutVocabularyEmbedding(TensorParallel, nn.Embedding):
     """Word embeddings of this rank's ids; ranks sum what they found, each keeping its channels.
 
     Args:
-        vocabulary: V, a multiple of T.
+        vocabulary: V.
         channels: D.
         padding: id whose vector gets no gradient; may be none.
         axis: the ranks.
@@ -28,11 +28,11 @@ class CutVocabularyEmbedding(TensorParallel, nn.Embedding):
     shards: ClassVar[dict[str, int]] = {"weight": 0}
 
     def __init__(self, vocabulary: int, channels: int, padding: int | None, axis: Axis) -> None:
-        own = vocabulary // axis.size
+        own = share(vocabulary, axis.size)
         self._first = axis.rank * own
         mine = padding is not None and 0 <= padding - self._first < own
         super().__init__(own, channels, padding_idx=padding - self._first if mine and padding is not None else None)
-        self.axis = axis
+        self.axis, self.length = axis, vocabulary
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) int64 to (B, L, D / T)."""
@@ -51,21 +51,26 @@ class CutTokenTypes(TensorParallel, nn.Embedding):
 class CutLanguageModelHead(GatherLinear):
     """See `LanguageModelHead`; of an input whose channels are cut, with this rank's words."""
 
+    def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool) -> None:
+        super().__init__(inputs, outputs, axis, bias)
+        self.length: int = outputs
+
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x (B, L, D / T) to logits of all words, or with targets (B, L) to the loss, the same on all ranks.
 
         Logits are not for training: their gradient would count every rank's copy.
         """
         if targets is None:
-            return Gather(super().forward(x), self.axis).wait()
-        part = vocabulary_part(self.out_features, self.axis)
+            return Gather(super().forward(x), self.axis).wait()[..., : self.length]
+        part = vocabulary_part(self.out_features, self.axis, self.length)
         return linear_cross_entropy(self.collected(x), self.weight, self.bias, targets, part=part)
 
 
-def vocabulary_part(words: int, axis: Axis) -> VocabularyPart:
-    """This rank's words, of which all ranks of the axis have as many."""
+def vocabulary_part(rows: int, axis: Axis, vocabulary: int | None = None) -> VocabularyPart:
+    """This rank's words, for which all ranks of the axis have as many rows; V fills all of them if not given."""
+    first = axis.rank * rows
 
     def reduce(tensor: Tensor, kind: Literal["max", "sum"]) -> None:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX if kind == "max" else dist.ReduceOp.SUM, group=axis.group)
 
-    return VocabularyPart(axis.rank * words, reduce)
+    return VocabularyPart(first, rows if vocabulary is None else min(max(vocabulary - first, 0), rows), reduce)

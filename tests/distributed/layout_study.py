@@ -71,9 +71,9 @@ def config(**changes: Any) -> Any:
     return tiny_run.tiny_config(**(sizes | {"num_hidden_layers": 2} | changes))
 
 
-def global_batch(step: int) -> tuple[Tensor, Tensor, int]:
+def global_batch(step: int, vocabulary: int = 68) -> tuple[Tensor, Tensor, int]:
     generator = torch.Generator().manual_seed(100 + step)
-    tokens = torch.randint(0, 68, (ROWS, LENGTH + 1), generator=generator)
+    tokens = torch.randint(0, vocabulary, (ROWS, LENGTH + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     for row in range(ROWS):
         labels[row, 50 - 9 * row :] = -100
@@ -99,13 +99,13 @@ def make_engine(world: World, engine: str, variant: tuple[dict[str, Any], int, s
     )
 
 
-def train(engine: Engine, world: World, steps: range) -> tuple[list[float], list[float]]:
+def train(engine: Engine, world: World, steps: range, vocabulary: int = 68) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     dp, dp_rank = world.shape.dp, world.shape.dp_rank(world.rank)
     engine.module.train()
     rows = ROWS // dp
     for step in steps:
-        inputs, labels, count = global_batch(step)
+        inputs, labels, count = global_batch(step, vocabulary)
         mine = slice(dp_rank * rows, (dp_rank + 1) * rows)
         loss = engine.forward(inputs[mine], labels[mine], count, Place(step, dp_rank * rows))
         engine.backward(loss, last=True)

@@ -13,7 +13,7 @@ import yaml
 from launch.pretrain import Prepared, prepare
 from mega_scale.config import RunConfig, parse
 from mega_scale.parallel import Placement
-from mega_scale.parallel.model_checks import check_sequence_parallel, check_tensor_parallel, check_vocabulary
+from mega_scale.parallel.model_checks import check_sequence_parallel, check_tensor_parallel
 
 # Runs on 8 ranks in every layout that the cases propose.
 SOUND = """data.source=text data.path={folder}/text.txt data.validation_fraction=0 run_dir={folder}/run
@@ -61,12 +61,10 @@ CASES = [
     Bad("parallel.tp=4", "2 ranks of this host", ["parallel.tp=2"], 8, 2),
     Bad("parallel.tp=4", "6 ranks of this host", ["parallel.tp=2"], 12, 6),
     Bad("parallel.tp=2 parallel.dp_shard=2", "of this host", ["parallel.tp=1 parallel.dp_shard=-1"], 4, 1),
-    # Widths and vocabulary
+    # Widths
     Bad("parallel.tp=4 model.hidden_size=130", "model.hidden_size=130", ["model.hidden_size=128", "parallel.tp=2"]),
     Bad("parallel.tp=8 model.intermediate_size=10", "=8 or 16", ["model.intermediate_size=8", "parallel.tp=2"]),
     Bad("parallel.tp=2 model.nffn_hidden_size=5", "=4 or 6", ["model.nffn_hidden_size=4", "parallel.tp=1"]),
-    Bad("parallel.tp=2 model.vocab_size=261", "261 ids", ["model.vocab_size=262", "parallel.tp=1"]),
-    Bad("parallel.tp=2 model.vocab_size=null", "259 ids", ["model.vocab_size=260", "parallel.tp=1"]),
     # Models
     Bad("parallel.tp=2 model.bidirectional=true", "model.bidirectional=True", ["model.bidirectional=false"]),
     Bad(
@@ -258,8 +256,7 @@ def test_every_rank_has_some_tokens_or_the_length_is_refused(sp):
         check_sequence_parallel(section(), int(longer[1]), sp)
 
 
-def test_vocabulary_that_divides_is_accepted():
-    check_vocabulary(259, 1)
-    check_vocabulary(260, 4)
-    with pytest.raises(ValueError, match=r"model\.vocab_size=264.*parallel\.tp=4"):
-        check_vocabulary(260, 8)
+@pytest.mark.parametrize("vocabulary", ["null", "261", "264"])
+def test_ranks_need_not_divide_the_vocabulary(sound, vocabulary):
+    prepared = attempt(changed(sound, ["parallel.tp=2", f"model.vocab_size={vocabulary}"]), 8, 8)
+    assert prepared.model.vocab_size == (259 if vocabulary == "null" else int(vocabulary))

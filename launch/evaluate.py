@@ -7,13 +7,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from mega_scale.config import refuse
-from mega_scale.data import DataConfig, load_whole, validation_batches
+from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.training.checkpoint import read_key
 from mega_scale.training.evaluate import evaluate, loss_of
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.batch_size < 1:
             raise ValueError(f"--batch-size {args.batch_size} is not possible: give at least 1")
         model, tokenizer = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file))
-        dataset = load_whole(settings, tokenizer)
+        dataset = load_whole(replace(settings, add_bos=adds_bos(tokenizer)), tokenizer)
         batches = validation_batches(dataset, len(dataset), args.batch_size, rank, size)
     except (ValueError, OSError) as error:
         refuse(error, quiet=rank != 0)

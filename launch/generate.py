@@ -13,7 +13,7 @@ import torch
 from mega_scale.config import refuse
 from mega_scale.training.checkpoint import read_key
 from mega_scale.training.restore import load_model
-from mega_scale.training.sample import generate_text
+from mega_scale.training.sample import check_sample, generate_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, tokenizer = load_model(
             args.model, torch.device(args.device), DTYPES[args.dtype], read_key(args.key_file)
         )
+        check_sample(model.config, tokenizer, args.prompt, args.max_new_tokens)
     except (ValueError, OSError) as error:
         refuse(error)
     print(

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mega_scale.config import parse, refuse
-from mega_scale.data import cluster, load_tokenizer
+from mega_scale.data import cluster, load_tokenizer, unlike_training
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import Manifest, check_content, read_manifest
 
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Every process has a core of its own already.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tokenizer = load_tokenizer(config.tokenizer)
+        if line := unlike_training(tokenizer, config.add_bos):
+            print(line, flush=True)
         preparation = Preparation(args.folder, config, tokenizer, shard_bytes=args.shard_mb * 10**6)
         if args.executor != "processes":
             local = args.processes if args.executor == "datatrove" else None

@@ -27,7 +27,15 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.machine import keep_freed_memory, return_freed_memory
 from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
-from mega_scale.data import Loader, PackedDataset, load_datasets, load_tokenizer, validation_batches
+from mega_scale.data import (
+    Loader,
+    PackedDataset,
+    as_trained,
+    load_datasets,
+    load_tokenizer,
+    unlike_training,
+    validation_batches,
+)
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
@@ -62,7 +70,7 @@ from mega_scale.training.progress import Progress
 from mega_scale.training.restore import describe_model, values_from
 from mega_scale.training.run_folder import RunFolder, to_go_on_from
 from mega_scale.training.run_lock import STALE_S
-from mega_scale.training.sample import generate_text
+from mega_scale.training.sample import check_sample, generate_text
 from mega_scale.training.schedule import learning_rate
 from mega_scale.training.status import RunStatus
 from mega_scale.training.watchdog import Watchdog
@@ -104,6 +112,11 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     values = seeded_values(model, config.train.seed)
     if config.init_from is not None:
         values = starting_weights(Path(config.init_from), model)
+    models_tokenizer = as_trained(tokenizer, config.data.add_bos)
+    if config.train.sample_every:
+        check_sample(model, models_tokenizer, config.train.sample_prompt, config.train.sample_tokens)
+    if place.rank == 0 and (line := unlike_training(tokenizer, config.data.add_bos)):
+        print(f"mega_scale | {line}", flush=True)
     training, validation = load_datasets(config.data, tokenizer)
     loader = Loader(
         training,
@@ -120,7 +133,7 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     )
     if resumed is not None:
         loader.check(read_state(resumed)["data"])
-    return Prepared(config, model, values, tokenizer, validation, loader, resumed)
+    return Prepared(config, model, values, models_tokenizer, validation, loader, resumed)
 
 
 def starting_weights(folder: Path, model: MegaConfig) -> Values:

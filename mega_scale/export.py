@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mega_scale.config import RunConfig, load_config, refuse
-from mega_scale.hub import DEFAULT_SHARD_BYTES, TrainingFacts, check_destination, model_card, write_export
+from mega_scale.data import as_trained
+from mega_scale.hub import (
+    DEFAULT_SHARD_BYTES,
+    TrainingFacts,
+    check_destination,
+    model_card,
+    without_folder,
+    write_export,
+)
 from mega_scale.training.checkpoint import find_checkpoint, read_key, read_state
 from mega_scale.training.restore import open_model
 
@@ -49,8 +57,10 @@ def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text:
         The facts.
     """
     data = run.data
-    source = f"{data.hub_name} ({data.hub_split})" if data.source == "hub" else data.source
-    files = f" ({', '.join(data.path)})" if data.path else ""
+    source = f"{without_folder(data.hub_name or '')} ({data.hub_split})" if data.source == "hub" else data.source
+    if data.mixture is not None:
+        source = f"a mixture of {', '.join(data.mixture)}"
+    files = f" ({', '.join(map(without_folder, data.path))})" if data.path else ""
     layout = trainer["layout"]
     validation = trainer.get("validation", {})
     return TrainingFacts(
@@ -59,7 +69,7 @@ def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text:
         tokens=trainer["tokens"],
         validation_loss=validation.get("loss"),
         bits_per_byte=validation.get("bits_per_byte"),
-        data=f"{source}{files}, tokenizer {data.tokenizer}, sequences of {data.sequence_length} tokens",
+        data=f"{source}{files}, tokenizer {without_folder(data.tokenizer)}, sequences of {data.sequence_length} tokens",
         layout=f"{layout['engine']}, ZeRO stage {layout['zero_stage']}, {layout['world_size']} rank(s)",
         run_config=run_text,
         versions={"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
@@ -97,10 +107,10 @@ def export(
     folder, _ = find_checkpoint(checkpoint, key)
     config, tensors, tokenizer = open_model(folder, key)
     run_file = folder / "config.yaml"
-    facts = training_facts(
-        out.resolve().name, read_state(folder), load_config(run_file), run_file.read_text(encoding="utf-8")
-    )
-    card = model_card(facts, config, dtype=dtype, with_code=with_code)
+    run = load_config(run_file)
+    tokenizer = as_trained(tokenizer, run.data.add_bos)
+    facts = training_facts(out.resolve().name, read_state(folder), run, run_file.read_text(encoding="utf-8"))
+    card = model_card(facts, config, dtype=dtype, with_code=with_code, tokenizer=tokenizer)
     write_export(
         out,
         tensors,

@@ -25,6 +25,9 @@ class Tokenizer(SimpleNamespace):
     def __len__(self) -> int:
         return self.size
 
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(self.size)}
+
 
 TOKENIZER = Tokenizer(size=300, pad_token_id=256, bos_token_id=None, eos_token_id=257)
 

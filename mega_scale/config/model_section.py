@@ -6,6 +6,7 @@ import re
 import types
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
+from mega_scale.data import separator_id, vocabulary_size
 from mega_scale.model.configuration_mega import MegaConfig
 
 if TYPE_CHECKING:
@@ -73,12 +74,14 @@ def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | No
     """
     values = {name: value for name, value in dataclasses.asdict(section).items() if value is not None}
     if tokenizer is not None:
-        if values.get("vocab_size", len(tokenizer)) < len(tokenizer):
+        size = vocabulary_size(tokenizer)
+        if values.get("vocab_size", size) < size:
             raise ValueError(
-                f"model.vocab_size={values['vocab_size']} is less than the {len(tokenizer)} ids of the tokenizer: "
+                f"model.vocab_size={values['vocab_size']} is less than the {size} ids of the tokenizer: "
                 "leave it null, or set it to at least that"
             )
-        values.setdefault("vocab_size", len(tokenizer))
+        values.setdefault("vocab_size", size)
+        values.setdefault("eos_token_id", separator_id(tokenizer))
         for name in FROM_TOKENIZER[1:]:
             values.setdefault(name, getattr(tokenizer, name))
     try:

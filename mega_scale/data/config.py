@@ -77,6 +77,11 @@ class DataConfig:
     tokenizer: str = "byte"
     """The built-in "byte" (one token a UTF-8 byte), or a Hugging Face tokenizer's folder or hub name."""
 
+    add_bos: bool = False
+    """Whether documents begin with what the tokenizer puts before a text (<s>, [CLS]), or with its bos where it puts
+    nothing; false: documents follow one another, each ended by eos, else sep. Checkpoints and exports hold the
+    tokenizer as it was trained with."""
+
     sequence_length: int = 512
     """Length of a training sequence (tokens)."""
 

@@ -81,9 +81,10 @@ def _load_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
             shuffle=config.shuffle,
             seed=config.seed,
             buffer=config.shuffle_buffer,
+            add_bos=config.add_bos,
         )
     else:
-        store = tokenise(corpus.train, tokenizer, cache)
+        store = tokenise(corpus.train, tokenizer, cache, config.add_bos)
         # What the reading found, before the next one begins.
         dataset = _training_dataset(config, store, Tally.from_json(corpus.train.tally.to_json()))
     if corpus.validation is None:
@@ -91,7 +92,7 @@ def _load_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
     held_out_texts = corpus.validation
     if config.streaming:  # hashing and tokenising would each read the stream, so its few documents are kept meanwhile
         held_out_texts = Documents.of(list(corpus.validation))
-    return dataset, tokenise(held_out_texts, tokenizer, cache)
+    return dataset, tokenise(held_out_texts, tokenizer, cache, config.add_bos)
 
 
 def _open_prepared(
@@ -100,7 +101,12 @@ def _open_prepared(
     assert config.path is not None
     folder = Path(config.path[0]).expanduser()
     manifest = read_manifest(folder)
-    require_tokenizer(folder, manifest, tokenizer_digest(tokenizer), config.tokenizer)
+    if manifest.add_bos != config.add_bos:
+        raise ValueError(
+            f"data.add_bos={config.add_bos}: the data in {str(folder)!r} was prepared with data.add_bos="
+            f"{manifest.add_bos}; set it so, or prepare the data again"
+        )
+    require_tokenizer(folder, manifest, tokenizer_digest(tokenizer, config.add_bos), config.tokenizer)
     train = open_part(folder, manifest, "train").first_documents(config.max_documents)
     if not config.validation_fraction:
         return train, None, manifest.tally
@@ -157,7 +163,7 @@ def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Packed
         ValueError: A key cannot work, the text cannot be read, or there is none.
     """
     config.validate()
-    store = tokenise(load_documents(config), tokenizer, cache_folder(config.cache_dir))
+    store = tokenise(load_documents(config), tokenizer, cache_folder(config.cache_dir), config.add_bos)
     if not store.tokens:
         raise ValueError(f"{_source(config)} holds no text: give some")
     return _packed(config, store)

@@ -83,7 +83,7 @@ class Preparation:
             for held_out, source in self._sources.items()
             for pieces in _grouped(source.pieces(shard_bytes), shard_bytes)
         ]
-        self._digest = tokenizer_digest(tokenizer)
+        self._digest = tokenizer_digest(tokenizer, config.add_bos)
         self._claim(shard_bytes)
 
     def missing(self) -> list[int]:
@@ -117,7 +117,7 @@ class Preparation:
         rows = (row for piece in unit.pieces for row in self._sources[unit.held_out].read(piece))
         for texts in batched(usable(rows, tally)):
             for part, chosen in self._split(texts, parts).items():
-                for piece in encode(chosen, self._tokenizer):
+                for piece in encode(chosen, self._tokenizer, self._config.add_bos):
                     writers[part].add(piece)
         shards = {part: asdict(writer.close()) for part, writer in writers.items()}
         write_json(self._record(number), {"shards": shards, "rows": tally.to_json()})
@@ -145,7 +145,7 @@ class Preparation:
             leftover.unlink()
         self._tokenizer.save_pretrained(self._folder / "tokenizer")
         dtype = token_type(self._tokenizer)
-        manifest = Manifest(self._digest, self._config.tokenizer, dtype, parts, tally)
+        manifest = Manifest(self._digest, self._config.tokenizer, dtype, parts, tally, self._config.add_bos)
         write_manifest(self._folder, manifest)
         return manifest
 

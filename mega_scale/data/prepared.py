@@ -29,6 +29,7 @@ class Manifest:
         dtype: Type of the tokens, as numpy writes it.
         parts: Shards by part, in order.
         tally: Rows that were read, and the bad ones.
+        add_bos: `data.add_bos` of the preparation.
     """
 
     tokenizer: str
@@ -36,6 +37,7 @@ class Manifest:
     dtype: str
     parts: dict[str, list[ShardRecord]]
     tally: Tally
+    add_bos: bool = False
 
     def totals(self, part: str) -> dict[str, int]:
         """Tokens, documents and bytes of a part."""
@@ -65,7 +67,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         for part, records in manifest.parts.items()
     }
     head = {"format": FORMAT, "tokenizer": manifest.tokenizer, "tokenizer_name": manifest.tokenizer_name}
-    rest = {"dtype": manifest.dtype, "parts": parts, "rows": manifest.tally.to_json()}
+    rest = {"add_bos": manifest.add_bos, "dtype": manifest.dtype, "parts": parts, "rows": manifest.tally.to_json()}
     write_json(folder / MANIFEST, head | rest)
 
 
@@ -89,7 +91,8 @@ def read_manifest(folder: Path) -> Manifest:
             part: [ShardRecord(**record) for record in content["shards"]] for part, content in found["parts"].items()
         }
         tally = Tally.from_json(found["rows"])
-        return Manifest(found["tokenizer"], found["tokenizer_name"], found["dtype"], parts, tally)
+        names = found["tokenizer"], found["tokenizer_name"]
+        return Manifest(*names, found["dtype"], parts, tally, bool(found.get("add_bos", False)))
     except OSError:
         raise ValueError(
             f"{str(folder)!r} has no {MANIFEST}: name a folder that launch/prepare.py has written to its end"

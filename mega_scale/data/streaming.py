@@ -29,6 +29,7 @@ class StreamedDataset:
         shuffle: Read every epoch in another order; False: in the corpus's own.
         seed: Chooses the orders.
         buffer: Texts held in memory to draw from when shuffling.
+        add_bos: `data.add_bos`.
 
     Attributes:
         sequence_length: L, tokens.
@@ -56,9 +57,11 @@ class StreamedDataset:
         shuffle: bool = False,
         seed: int = 0,
         buffer: int = 1,
+        add_bos: bool = False,
     ) -> None:
         self._documents, self._tokenizer, self.packing = documents, tokenizer, packing
         self.shuffle, self._seed, self._buffer = shuffle, seed, buffer
+        self._add_bos = add_bos
         self.sequence_length = sequence_length
         self.tally = documents.tally
         self._rows: Iterator[np.ndarray] = iter(())
@@ -107,7 +110,7 @@ class StreamedDataset:
 
     def _cut(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         cut = cut_rows if self.packing == "concat" else cut_documents
-        return cut(encode(texts, self._tokenizer), self.sequence_length)
+        return cut(encode(texts, self._tokenizer, self._add_bos), self.sequence_length)
 
     def _row(self, index: int) -> np.ndarray:
         if self._epoch_rows is None and index >= self._cursor and self._epoch == 0:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, fast_definition, is_byte_tokenizer
 from mega_scale.data.hub_reach import look_up
+from mega_scale.data.special_tokens import document_start, require_end, separator_id
 
 _ENCODED_AT_ONCE = 1 << 20  # characters
 
@@ -27,7 +28,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         The tokenizer.
 
     Raises:
-        ValueError: There is none of that name, or it has neither an eos nor a sep token.
+        ValueError: There is none of that name, it has no id, or neither an eos nor a sep token of its own.
     """
     if name == "byte":
         return build_byte_tokenizer()
@@ -42,7 +43,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if reach == "there":
             remedy = "the hub has no tokenizer there that transformers can load; name another one"
         tokenizer = _from_pretrained(name, remedy, local=reach == "unreachable")
-    separator_id(tokenizer)
+    require_end(tokenizer)
     return tokenizer
 
 
@@ -55,25 +56,9 @@ def _from_pretrained(name: str, remedy: str, *, local: bool) -> PreTrainedTokeni
     return tokenizer
 
 
-def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Find the token that ends a document: eos, else sep.
-
-    Args:
-        tokenizer: Any tokenizer.
-
-    Returns:
-        Its id.
-
-    Raises:
-        ValueError: It has neither.
-    """
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token is not None:
-            return int(token)
-    raise ValueError(
-        f"data.tokenizer={tokenizer.name_or_path!r} has neither an eos nor a sep token to end documents with; "
-        "add one and save it again, or name another tokenizer"
-    )
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the ids that a model needs: one more than the largest, where the tokens leave some out."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def token_type(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -85,22 +70,23 @@ def token_type(tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
         "<u2" or "<u4", as numpy writes them.
     """
-    return "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+    return "<u2" if vocabulary_size(tokenizer) <= 1 << 16 else "<u4"
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) -> str:
     """Hash everything that decides which tokens a text becomes.
 
     Args:
         tokenizer: Any tokenizer.
+        add_bos: `data.add_bos`.
 
     Returns:
         32 hexadecimal digits; the same for a tokenizer that was saved and loaded again.
     """
-    total = hashlib.blake2b(digest_size=16)
+    total, start = hashlib.blake2b(digest_size=16), document_start(tokenizer, add_bos)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         separator = separator_id(tokenizer)
-        described = [fast_definition(tokenizer), bool(tokenizer.split_special_tokens), separator]
+        described = [fast_definition(tokenizer), bool(tokenizer.split_special_tokens), separator, *start]
         total.update(json.dumps(described, sort_keys=True).encode())
         return total.hexdigest()
     with tempfile.TemporaryDirectory() as folder:
@@ -108,11 +94,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             content = file.read_bytes()
             total.update(f"{file.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
+    total.update(" ".join(map(str, start)).encode())
     return total.hexdigest()
 
 
 class Encoded(NamedTuple):
-    """Whole documents as tokens, each followed by the token that ends it.
+    """Whole documents as tokens, each with the tokens that begin and the one that ends it.
 
     Args:
         tokens: (T,) of all of them, of the type that `token_type` names.
@@ -125,17 +112,19 @@ class Encoded(NamedTuple):
     text_ends: np.ndarray
 
 
-def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
+def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) -> Iterator[Encoded]:
     """Tokenise documents, and end each with the separator.
 
     Args:
         documents: Texts.
         tokenizer: Adds no special tokens of its own.
+        add_bos: `data.add_bos`.
 
     Returns:
         Documents in order, many at once.
     """
-    end, dtype, by_bytes = separator_id(tokenizer), token_type(tokenizer), is_byte_tokenizer(tokenizer)
+    start, end, dtype = document_start(tokenizer, add_bos), separator_id(tokenizer), token_type(tokenizer)
+    by_bytes = not start and is_byte_tokenizer(tokenizer)
     for texts in batched(documents):
         raw = [text.encode() for text in texts]
         sizes = np.fromiter(map(len, raw), dtype=np.int64, count=len(raw))
@@ -143,8 +132,9 @@ def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iter
             yield Encoded(encode_bytes(raw), np.cumsum(sizes + 1), np.cumsum(sizes))
             continue
         found = _token_lists(texts, tokenizer)
-        lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found)) + 1
-        tokens = np.fromiter(chain.from_iterable((*ids, end) for ids in found), dtype=dtype, count=lengths.sum())
+        lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found)) + len(start) + 1
+        whole = chain.from_iterable((*start, *ids, end) for ids in found)
+        tokens = np.fromiter(whole, dtype=dtype, count=lengths.sum())
         yield Encoded(tokens, np.cumsum(lengths), np.cumsum(sizes))
 
 

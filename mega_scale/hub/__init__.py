@@ -5,7 +5,7 @@ from mega_scale.hub.export import DEFAULT_SHARD_BYTES, check_destination, write_
 from mega_scale.hub.fairseq import fairseq_to_mega, mega_to_fairseq
 from mega_scale.hub.fairseq_checkpoint import FairseqCheckpoint, config_from_args, find_layout, read_fairseq
 from mega_scale.hub.fairseq_dictionary import tokenizer_from_dictionary
-from mega_scale.hub.model_card import TrainingFacts, beyond_transformers_4, model_card
+from mega_scale.hub.model_card import TrainingFacts, beyond_transformers_4, model_card, without_folder
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -22,5 +22,6 @@ __all__ = [
     "open_folder",
     "read_fairseq",
     "tokenizer_from_dictionary",
+    "without_folder",
     "write_export",
 ]

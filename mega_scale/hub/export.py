@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mega_scale.data import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.hub.layout import Layout, layout_of
 from mega_scale.hub.remote_code import auto_classes, auto_map, remote_code
+from mega_scale.hub.tokenizer_files import write_tokenizer
 from mega_scale.model import MegaConfig
 from mega_scale.model.norm import SAVED_BY
 
@@ -61,9 +63,9 @@ def write_export(
         raise ValueError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1 byte")
-    if len(tokenizer) > config.vocab_size:
+    if (size := vocabulary_size(tokenizer)) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but vocab_size={config.vocab_size}: export the model with the "
+            f"the tokenizer needs ids for {size} tokens, but vocab_size={config.vocab_size}: export the model with the "
             "tokenizer it was trained with"
         )
     check_destination(folder, overwrite=overwrite)
@@ -75,7 +77,7 @@ def write_export(
     def write(target: Path) -> None:
         (target / "README.md").write_text(card, encoding="utf-8")
         _write_configs(target, config, tokenizer, DTYPES[dtype], with_code)
-        _write_tokenizer(target, tokenizer)
+        write_tokenizer(target, tokenizer)
         _write_weights(target, tensors, layout, max_shard_bytes, DTYPES[dtype])
         for file in target.glob("*.safetensors"):
             # safetensors makes its files private; they are to be as readable as the rest.
@@ -176,23 +178,17 @@ def _write_configs(
         config.auto_map = auto_map(classes)
         for name, text in remote_code(classes).items():
             (folder / name).write_text(text, encoding="utf-8")
+    if config.eos_token_id is None:
+        config.eos_token_id = separator_id(tokenizer)
     config.save_pretrained(folder)
     generation = GenerationConfig.from_model_config(config)
     # The tokenizer wrote the training text, so its special tokens are the ones that the model has learned.
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, token, None) is not None:
-            setattr(generation, token, getattr(tokenizer, token))
+    generation.eos_token_id = end_ids(tokenizer, config.eos_token_id)
+    # What an empty prompt begins with.
+    generation.bos_token_id = prompt_ids(tokenizer, "")[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if tokenizer.pad_token_id is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
     generation.save_pretrained(folder)
-
-
-def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        # The same class under the name that transformers 4 knows; transformers 5 reads both.
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_then_rename(folder: Path, write: Callable[[Path], None]) -> None:

@@ -1,10 +1,16 @@
 """The model card of an export: what was trained, on what, how far, and how to load it."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
 
 from mega_scale.hub.layout import layout_of
+from mega_scale.hub.tokenizer_files import tokenizer_beyond_transformers_4
 from mega_scale.model import MegaConfig
 
 _HOW_TO_LOAD = """\
@@ -28,6 +34,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ```
 """
+# Absolute, of a home or variable, above a folder, on a Windows drive or host, or a file URL.
+_OF_A_MACHINE = re.compile(r"[/~$\\]|\.\.[/\\]|[A-Za-z]:[/\\]|file:")
+_TEXTS = ("sample_prompt",)  # are no paths, whatever they begin with
 _NOT_IN_HF = {
     "scale_embeddings": (False, "it does not scale embeddings by sqrt(hidden_size)"),
     "final_norm": (False, "it has no norm after the last block"),
@@ -63,32 +72,45 @@ class TrainingFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def model_card(facts: TrainingFacts, config: MegaConfig, *, dtype: str = "fp32", with_code: bool = False) -> str:
-    """Markdown text of an export's README.md.
+def model_card(
+    facts: TrainingFacts,
+    config: MegaConfig,
+    *,
+    dtype: str = "fp32",
+    with_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
+    """Markdown text of an export's README.md; of the machine's paths it tells only the last part.
 
     Args:
         facts: what is known of the training run.
         config: the model's configuration.
         dtype: dtype of the exported parameters, "fp32" or "bf16".
         with_code: whether the folder holds the model's Python files.
+        tokenizer: of the model, to say whether transformers 4.37.2 reads it.
 
     Returns:
         The card, with the metadata block that model hubs read.
     """
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mega\n- mega_scale\n---",
-        f"# {facts.name}",
+        f"# {_inline(facts.name)}",
         f"A Mega causal language model (arXiv 2209.10655), pretrained with mega_scale. {_attention(config)}",
         "\n\n".join(
             part.strip()
-            for part in ("## Load", _HOW_TO_LOAD, _WITH_CODE if with_code else "", _in_transformers_4(config))
+            for part in (
+                "## Load",
+                _HOW_TO_LOAD,
+                _WITH_CODE if with_code else "",
+                _in_transformers_4(config, tokenizer),
+            )
             if part
         ),
         f"## Model\n\n{_table(_model_rows(config, dtype))}",
         f"## Training\n\n{_table(_training_rows(facts))}",
     ]
     if facts.run_config.strip():
-        sections.append(f"The run's configuration:\n\n```yaml\n{facts.run_config.strip()}\n```")
+        sections.append(f"The run's configuration:\n\n{_fenced(_without_paths(facts.run_config).strip())}")
     if facts.versions:
         sections.append(f"## Versions\n\n{_table(list(facts.versions.items()))}")
     return "\n\n".join(section.strip() for section in sections) + "\n"
@@ -113,8 +135,10 @@ def beyond_transformers_4(config: MegaConfig) -> list[str]:
     return lines
 
 
-def _in_transformers_4(config: MegaConfig) -> str:
+def _in_transformers_4(config: MegaConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
     beyond = beyond_transformers_4(config)
+    if tokenizer is not None:
+        beyond += tokenizer_beyond_transformers_4(tokenizer)
     if not beyond:
         return "The folder also loads in transformers 4.37.2, with its own `MegaForCausalLM`."
     lines = "\n".join(f"* {line}" for line in beyond)
@@ -159,4 +183,33 @@ def _perplexity(loss: float) -> str:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_inline(value)} |" for name, value in rows)])
+
+
+def _inline(text: str) -> str:
+    """A text as one line of Markdown that shows it as it is, in a table's cell too."""
+    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _fenced(yaml_text: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", yaml_text)), default=0))
+    return f"{fence}yaml\n{yaml_text}\n{fence}"
+
+
+def without_folder(text: str) -> str:
+    """The last part of a path that names places of one machine (absolute, of a home, above a folder), else the text."""
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if _OF_A_MACHINE.match(text) else text
+
+
+def _without_paths(run_config: str) -> str:
+    values = yaml.safe_load(run_config)
+    cleaned = _cleaned(values)
+    return run_config if cleaned == values else yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True)
+
+
+def _cleaned(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {_cleaned(name): _cleaned(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(inner) for inner in value]
+    return without_folder(value) if isinstance(value, str) and key not in _TEXTS else value

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mega_scale.data import vocabulary_size
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import Values, fill, open_weights
@@ -52,6 +53,11 @@ def open_model(
         tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # every format has errors of its own
         raise ValueError(f"{described} has no tokenizer ({_reason(error)}): save one there") from None
+    if (size := vocabulary_size(tokenizer)) > config.vocab_size:
+        raise ValueError(
+            f"{described} has a tokenizer of {size} ids, but a model of vocab_size={config.vocab_size}: save there the "
+            "tokenizer that the model was trained with"
+        )
     return config, tensors, tokenizer
 
 

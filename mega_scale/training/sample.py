@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from mega_scale.data import end_ids, prompt_ids, separator_id
+from mega_scale.model import MegaConfig
+
 
 class EveryToken(StoppingCriteria):
     """Calls something after each generated token, and goes on; what it raises ends the generation.
@@ -22,6 +25,26 @@ class EveryToken(StoppingCriteria):
         """Which rows (B,) end here, bool: none."""
         self._call()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def check_sample(config: MegaConfig, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> None:
+    """Refuse a text that a model cannot generate.
+
+    Args:
+        config: the model's.
+        tokenizer: of the model.
+        prompt: text to continue.
+        max_new_tokens: tokens to generate.
+
+    Raises:
+        ValueError: the tokenizer cannot read the prompt, or the text would leave the model's positions.
+    """
+    length = len(prompt_ids(tokenizer, prompt)) + max_new_tokens
+    if config.relative_positional_bias == "simple" and not config.use_chunking and length - 1 > config.max_positions:
+        raise ValueError(
+            f"a prompt of {length - max_new_tokens} tokens and {max_new_tokens} more are beyond max_positions="
+            f"{config.max_positions}, the reach of relative_positional_bias='simple' without chunks: generate fewer"
+        )
 
 
 @torch.no_grad()
@@ -44,7 +67,7 @@ def generate_text(
     Args:
         module: a causal model with `generate()`.
         tokenizer: of the model.
-        prompt: text to continue; empty begins a document.
+        prompt: text to continue, from a document's start; empty begins a document.
         max_new_tokens: tokens to generate.
         seed: of the sampling.
         temperature: what logits are divided by; 0 takes the likeliest token.
@@ -55,9 +78,9 @@ def generate_text(
     Returns:
         Prompt and continuation.
     """
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     device = next(module.parameters()).device
-    input_ids = torch.tensor([ids], device=device)
+    end = end_ids(tokenizer, module.config.eos_token_id)  # type: ignore[union-attr,arg-type]
+    input_ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     was_training = module.training
     module.eval()
@@ -68,8 +91,8 @@ def generate_text(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id if stop_at_eos else None,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                eos_token_id=end if stop_at_eos else None,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else separator_id(tokenizer),
                 stopping_criteria=StoppingCriteriaList([EveryToken(every_token)]),
                 **(options if temperature > 0 else {"do_sample": False}),
             )

@@ -8,11 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers_at_hand import TEXTS, bert_like, byte_level, unigram, word_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from mega_scale.data import as_trained, load_tokenizer, vocabulary_size
+from mega_scale.data.train_tokenizer import train_bpe
 from mega_scale.hub import open_folder, write_export
 from mega_scale.hub.export import plan_shards
 from mega_scale.hub.layout import layout_of
+from mega_scale.hub.tokenizer_files import write_tokenizer
 
 EMBEDDING = "mega.embedding_layer.word_embeddings.weight"
 HEAD = "lm_head.weight"
@@ -268,3 +272,67 @@ def test_transformers_4_loads_exports_strictly(tmp_path, make_model, tokenizer, 
         ours = logits_of(auto_load(tmp_path / name, dtype=torch.float32), input_ids)
         assert (result["logits"] - ours).abs().max() < 1e-4, name
         assert result["tokens"].tolist() == tokenizer("né")["input_ids"]
+
+
+TOKENIZERS = {
+    "bytes": lambda: load_tokenizer("byte"),
+    "trained": lambda: train_bpe(TEXTS, 300),
+    "word pieces": bert_like,
+    "unigram": unigram,
+    "byte-level, bos": lambda: byte_level("<s> $A"),
+    "words with holes": lambda: word_level({"the": 0, "way": 17, "<unk>": 3, "</s>": 5000}, eos_token="</s>"),
+}
+PEER_TOKENS = """
+import json, sys
+from transformers import AutoTokenizer
+text, *folders = sys.argv[1:]
+loaded = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+print(json.dumps([[t(text)["input_ids"], t.decode(t(text)["input_ids"]), t.eos_token_id, len(t)] for t in loaded]))
+"""
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(
+    "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"
+)
+def test_transformers_4_reads_every_kind_of_tokenizer(tmp_path, run_peer):
+    expected, text = [], "the way né 12  of it"
+    for name, make in TOKENIZERS.items():
+        tokenizer = as_trained(make(), False)
+        write_tokenizer(tmp_path / name, tokenizer)
+        loaded = AutoTokenizer.from_pretrained(tmp_path / name)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert loaded(text)["input_ids"] == ids and vocabulary_size(loaded) == vocabulary_size(tokenizer)
+        expected.append([ids, tokenizer.decode(ids), tokenizer.eos_token_id, len(tokenizer)])
+    found = json.loads(run_peer(PEER_TOKENS, text, *(tmp_path / name for name in TOKENIZERS)))
+    for name, one, other in zip(TOKENIZERS, found, expected, strict=True):
+        assert one == other, name
+
+
+def test_an_export_ends_where_its_documents_did_and_names_no_place(tmp_path, make_model):
+    """With sep alone, as BERT has it; from a folder whose name must stay here."""
+    bert_like().save_pretrained(tmp_path / "here")
+    tokenizer = as_trained(load_tokenizer(str(tmp_path / "here")), False)
+    model = make_model(eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    model.config._name_or_path = str(tmp_path / "here")
+    folder = write_export(tmp_path / "out", model.state_dict(), model.config, tokenizer, "card")
+    generation = GenerationConfig.from_pretrained(folder)
+    assert (generation.bos_token_id, generation.pad_token_id, generation.eos_token_id) == (3, 0, 3)
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 3
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.eos_token == "[SEP]" and loaded("the way")["input_ids"][0] != loaded.cls_token_id
+    for file in folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
+def test_several_ends_stay_in_an_export(tmp_path, make_model, tokenizer):
+    model = make_model(eos_token_id=[2, 7])
+    folder = write_export(tmp_path / "out", model.state_dict(), model.config, tokenizer, "")
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [2, 7]
+
+
+def test_the_largest_id_must_fit_the_vocabulary(tmp_path, make_model):
+    model = make_model()
+    holes = word_level({"a": 0, "</s>": 5000}, eos_token="</s>")
+    with pytest.raises(ValueError, match="5001 tokens, but vocab_size=259"):
+        write_export(tmp_path / "out", model.state_dict(), model.config, holes, "")

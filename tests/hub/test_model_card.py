@@ -1,10 +1,14 @@
 """The model card: facts, honesty about 4.37.2, and a loading recipe that runs."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
+from tokenizers_at_hand import TEXTS, bert_like, byte_level, merges_with_spaces, unigram, unsplit_metaspace
 
+from mega_scale.data import load_tokenizer
+from mega_scale.data.train_tokenizer import train_bpe
 from mega_scale.hub import TrainingFacts, model_card, write_export
 
 FACTS = TrainingFacts(
@@ -84,6 +88,54 @@ def test_the_loading_recipe_runs(tmp_path, make_model, tokenizer, capsys):
     assert '"path/to/this/folder"' in recipe
     exec(recipe.replace("path/to/this/folder", str(folder)), {})
     assert capsys.readouterr().out.startswith("def ")
+
+
+PATHS = """
+run_dir: /home/alice/runs/secret-host
+resume: ~/runs/x
+checkpoint: {key_file: 'C:\\Users\\alice\\key.txt'}
+data:
+  path: [/data/alice/*.txt, plain.txt, ../alice/up.txt]
+  tokenizer: file:///srv/alice/tokenizer
+  mixture: {code: {path: //host/share/code}}
+parallel: {ds_config: {zero_optimization: {nvme: $HOME/alice/nvme}}}
+train: {sample_prompt: /** a comment}
+"""
+
+
+def test_card_tells_no_place_of_the_machine(make_config):
+    card = model_card(replace(FACTS, run_config=PATHS), make_config())
+    for secret in ("alice", "/home", "/data", "host/", "/srv", "~", "C:", "$HOME", ".."):
+        assert secret not in card, secret
+    told = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert told["run_dir"] == "secret-host" and told["checkpoint"]["key_file"] == "key.txt"
+    assert told["data"]["path"] == ["*.txt", "plain.txt", "up.txt"] and told["data"]["tokenizer"] == "tokenizer"
+    assert told["data"]["mixture"]["code"]["path"] == "code"
+    assert told["train"]["sample_prompt"] == "/** a comment"  # a text
+
+
+@pytest.mark.parametrize("data", ["a|b", "a\n| steps | 7 |\nb", "`a`|<b>[c](d)*", "a\\|b"])
+def test_no_value_breaks_the_cards_tables(make_config, data):
+    run_config = yaml.safe_dump({"note": f"``` {data}"})
+    card = model_card(replace(FACTS, name=data, data=data, run_config=run_config), make_config())
+    rows = [line for line in card.splitlines() if line.startswith("| ")]
+    assert sum("| steps |" in row for row in rows) == 1
+    for row in rows:
+        cells = re.split(r"(?<!\\)(?:\\\\)*\|", row)
+        assert len(cells) == 4, row
+    assert len(re.findall(r"^# ", card, re.MULTILINE)) == 1
+    assert f"````yaml\n{run_config}````\n" in card
+
+
+def test_card_says_which_tokenizers_transformers_4_reads(make_config):
+    def told(tokenizer):
+        return model_card(FACTS, make_config(), tokenizer=tokenizer)
+
+    for tokenizer in (load_tokenizer("byte"), train_bpe(TEXTS, 300), bert_like(), unigram(), byte_level("<s> $A")):
+        assert "The folder also loads in transformers 4.37.2" in told(tokenizer)
+    words = {merges_with_spaces: "spaces in them", unsplit_metaspace: "split=false"}
+    for make, words_in_it in words.items():
+        assert "also loads in" not in told(make()) and words_in_it in told(make())
 
 
 def test_card_says_how_to_load_without_mega_scale(make_config):

@@ -140,7 +140,9 @@ def _in_transformers_4(config: MegaConfig, tokenizer: PreTrainedTokenizerBase | 
     if tokenizer is not None:
         beyond += tokenizer_beyond_transformers_4(tokenizer)
     if not beyond:
-        return "The folder also loads in transformers 4.37.2, with its own `MegaForCausalLM`."
+        spelt = " Its tokenizer reads a special token that a text spells out as that token, here as characters."
+        note = spelt if getattr(tokenizer, "split_special_tokens", False) else ""
+        return f"The folder also loads in transformers 4.37.2, with its own `MegaForCausalLM`.{note}"
     lines = "\n".join(f"* {line}" for line in beyond)
     return f"transformers 4.37.2 has a `MegaForCausalLM` too, but lacks part of this model:\n\n{lines}"
 

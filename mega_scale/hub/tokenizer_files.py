@@ -32,7 +32,8 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         folder: where its files go.
         tokenizer: a fast one is described by tokenizer.json alone, so it loads as the general class.
     """
-    tokenizer.save_pretrained(folder)
+    # 4.37.2 reads a chat template in the settings only, 5 there too.
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return
     path = folder / "tokenizer_config.json"

@@ -282,12 +282,15 @@ TOKENIZERS = {
     "byte-level, bos": lambda: byte_level("<s> $A"),
     "words with holes": lambda: word_level({"the": 0, "way": 17, "<unk>": 3, "</s>": 5000}, eos_token="</s>"),
 }
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PEER_TOKENS = """
 import json, sys
 from transformers import AutoTokenizer
 text, *folders = sys.argv[1:]
 loaded = [AutoTokenizer.from_pretrained(folder) for folder in folders]
-print(json.dumps([[t(text)["input_ids"], t.decode(t(text)["input_ids"]), t.eos_token_id, len(t)] for t in loaded]))
+print(json.dumps([
+    [t(text)["input_ids"], t.decode(t(text)["input_ids"]), t.eos_token_id, len(t), t.chat_template] for t in loaded
+]))
 """
 
 
@@ -299,11 +302,13 @@ def test_transformers_4_reads_every_kind_of_tokenizer(tmp_path, run_peer):
     expected, text = [], "the way né 12  of it"
     for name, make in TOKENIZERS.items():
         tokenizer = as_trained(make(), False)
+        tokenizer.chat_template = CHAT
         write_tokenizer(tmp_path / name, tokenizer)
         loaded = AutoTokenizer.from_pretrained(tmp_path / name)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert loaded(text)["input_ids"] == ids and vocabulary_size(loaded) == vocabulary_size(tokenizer)
-        expected.append([ids, tokenizer.decode(ids), tokenizer.eos_token_id, len(tokenizer)])
+        expected.append([ids, tokenizer.decode(ids), tokenizer.eos_token_id, len(tokenizer), CHAT])
+        assert loaded.chat_template == CHAT
     found = json.loads(run_peer(PEER_TOKENS, text, *(tmp_path / name for name in TOKENIZERS)))
     for name, one, other in zip(TOKENIZERS, found, expected, strict=True):
         assert one == other, name

@@ -133,6 +133,7 @@ def test_card_says_which_tokenizers_transformers_4_reads(make_config):
 
     for tokenizer in (load_tokenizer("byte"), train_bpe(TEXTS, 300), bert_like(), unigram(), byte_level("<s> $A")):
         assert "The folder also loads in transformers 4.37.2" in told(tokenizer)
+    assert "spells out as that token" in told(load_tokenizer("byte")) and "spells out" not in told(bert_like())
     words = {merges_with_spaces: "spaces in them", unsplit_metaspace: "split=false"}
     for make, words_in_it in words.items():
         assert "also loads in" not in told(make()) and words_in_it in told(make())

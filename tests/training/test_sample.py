@@ -57,6 +57,12 @@ def test_a_sample_beyond_the_positions_is_refused_before_the_run():
     check_sample(chunked.config, tokenizer, "a" * 8, 1000)
 
 
+def test_a_truncated_average_generates_without_a_cache():
+    tokenizer = load_tokenizer("byte")
+    model = model_for(tokenizer, "model.truncation=8", "train.sample_every=0")
+    assert generate_text(model, tokenizer, "ab", max_new_tokens=5, seed=0).startswith("ab")
+
+
 def test_a_vocabulary_that_leaves_ids_out_is_refused_in_one_line():
     tokenizer = word_level({"a": 0, "</s>": 5000}, eos_token="</s>")
     assert model_for(tokenizer).config.vocab_size == 5001

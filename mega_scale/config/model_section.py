@@ -7,7 +7,7 @@ import types
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from mega_scale.data import separator_id, vocabulary_size
-from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,8 @@ def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | No
         The configuration, checked for combinations that no model can have.
 
     Raises:
-        ValueError: a value or combination is impossible, or `model.vocab_size` is smaller than the tokenizer's.
+        ValueError: a value or combination is impossible or cannot be trained, `model.vocab_size` is smaller than the
+            tokenizer's, or a special token lies outside the vocabulary.
     """
     values = {name: value for name, value in dataclasses.asdict(section).items() if value is not None}
     if tokenizer is not None:
@@ -82,12 +83,32 @@ def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | No
             )
         values.setdefault("vocab_size", size)
         values.setdefault("eos_token_id", separator_id(tokenizer))
+        if "pad_token_id" not in values and _occurs_in_texts(tokenizer, tokenizer.pad_token_id):
+            values["pad_token_id"] = None  # or its embedding would never be learned
         for name in FROM_TOKENIZER[1:]:
             values.setdefault(name, getattr(tokenizer, name))
     try:
         config = MegaConfig(**values)
         config.check_for_model()
+        config.check_special_ids(*values)
+        if config.is_decoder and config.normalization_type in BATCH_NORMS:
+            raise ValueError(
+                f"normalization_type={config.normalization_type!r} takes its statistics from all positions, so a "
+                "decoder that trains would see the future: choose scalenorm, layernorm or rmsnorm"
+            )
     except Exception as error:
         # The strict dataclass wraps what its validators raise.
         raise ValueError(f"model.{error.__cause__ or error}") from None
     return config
+
+
+def _occurs_in_texts(tokenizer: "PreTrainedTokenizerBase", pad: int | None) -> bool:
+    """Whether the padding token stands for something else too: an unknown word, or a word of the vocabulary.
+
+    One that begins or ends texts is in the configuration, which knows what that means.
+    """
+    roles = (getattr(tokenizer, f"{role}_token_id", None) for role in ("unk", "sep", "cls", "mask"))
+    if pad is None or pad in roles:
+        return pad is not None
+    text = getattr(tokenizer, "pad_token", None)
+    return text is not None and pad in tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -149,6 +149,25 @@ class MegaCache(Cache):
         self.documents = None if self.documents is None else function(self.documents)
 
 
+def check_cache(past: Any, num_hidden_layers: int, batch: int) -> MegaCache:
+    """Take a cache from which a model of so many blocks can go on with `batch` rows.
+
+    Raises:
+        ValueError: another kind of cache, or one of another model or batch.
+    """
+    if not isinstance(past, MegaCache):
+        raise ValueError(
+            f"past_key_values is a {type(past).__name__}: Mega takes mega_scale.MegaCache, the one that it returns; "
+            "leave past_key_values out to begin with an empty one"
+        )
+    if len(past.states) != num_hidden_layers:
+        raise ValueError(f"past_key_values has {len(past.states)} layers, the model {num_hidden_layers}")
+    state = past.states[0].state
+    if state is not None and state.ema.shape[0] != batch:
+        raise ValueError(f"past_key_values holds {state.ema.shape[0]} rows, the input {batch}")
+    return past
+
+
 def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
     """Keys and values to remember after new tokens, of rows without padding before them.
 

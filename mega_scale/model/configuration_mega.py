@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 NORMALIZATION_TYPES = ("scalenorm", "layernorm", "rmsnorm", "batchnorm", "syncbatchnorm")
+BATCH_NORMS = NORMALIZATION_TYPES[3:]
 ATTENTION_ACTIVATIONS = ("softmax", "laplace", "relu2")
 ACTIVATIONS = ("silu", "relu", "linear", "gelu", "gelu_accurate")
 POSITIONAL_BIASES = ("rotary", "simple")
@@ -77,7 +78,7 @@ class MegaConfig(PreTrainedConfig):
         ema_gamma_omega_range (`float`, *optional*, defaults to 1.0):
             Standard deviation of the initial projection and residual weight of the moving average.
         pad_token_id (`int`, *optional*, defaults to 1):
-            Id of the padding token.
+            Id of the padding token, whose embedding stays at zero; a token that also ends or begins texts is learned.
         bos_token_id (`int`, *optional*, defaults to 0):
             Id of the token that begins a text.
         eos_token_id (`int`, *optional*, defaults to 2):
@@ -187,6 +188,27 @@ class MegaConfig(PreTrainedConfig):
         """
         return ["hybrid" if self.add_cross_attention else "linear_attention"] * self.num_hidden_layers
 
+    def special_ids(self) -> dict[str, list[int]]:
+        """Ids of the special tokens, by the key that names them."""
+        named = {name: value for name, value in vars(self).items() if name.endswith("_token_id") and value is not None}
+        return {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in named.items()}
+
+    @property
+    def padding_idx(self) -> int | None:
+        """Row of the word embeddings that is never learned: of a token that only pads. Negative ids name no token."""
+        others = [id for name, ids in self.special_ids().items() if name != "pad_token_id" for id in ids]
+        pad = self.pad_token_id
+        return None if pad is None or pad < 0 or pad in others else pad
+
+    def check_special_ids(self, *names: str) -> None:
+        """Refuse ids, of the keys in `names`, that lie outside the vocabulary."""
+        for name, ids in self.special_ids().items():
+            if name in names and not all(0 <= id < self.vocab_size for id in ids):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} lies outside the vocabulary: choose an id from 0 to "
+                    f"{self.vocab_size - 1} (vocab_size={self.vocab_size}), or none"
+                )
+
     def validate_architecture(self) -> None:
         """Refuse values and combinations that no Mega model can have."""
         choices = {
@@ -199,8 +221,13 @@ class MegaConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "ema_projection_size"]
-        sizes += ["shared_representation_size", "nffn_hidden_size", "max_positions", "type_vocab_size"]
-        for name in sizes:
+        sizes += ["shared_representation_size"]
+        parts = {
+            "nffn_hidden_size": self.use_normalized_ffn,
+            "max_positions": self.relative_positional_bias == "simple",
+            "type_vocab_size": self.add_token_type_embeddings,
+        }
+        for name in [*sizes, *(name for name, used in parts.items() if used)]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in (name for name in type(self).__annotations__ if name.endswith("dropout_prob")):
@@ -223,6 +250,9 @@ class MegaConfig(PreTrainedConfig):
 
         Not a `validate_...` method: strict dataclasses run those whenever a configuration is made.
         """
+        if (self.pad_token_id or 0) >= 0:
+            # No row could be its embedding. 4.37.2 loads a negative one, and models whose other ids lie outside.
+            self.check_special_ids("pad_token_id")
         if self.is_decoder and self.bidirectional:
             raise ValueError(
                 "is_decoder=True with bidirectional=True would let every position see the future: "
@@ -232,11 +262,6 @@ class MegaConfig(PreTrainedConfig):
             raise ValueError("final_norm_affine=True without final_norm=True: set final_norm=True, or neither")
         if self.add_cross_attention and not self.is_decoder:
             raise ValueError("add_cross_attention=True needs a decoder: set is_decoder=True and bidirectional=False")
-        if self.is_decoder and self.normalization_type in ("batchnorm", "syncbatchnorm"):
-            raise ValueError(
-                f"normalization_type={self.normalization_type!r} normalises over positions and would leak the future "
-                "into a decoder: choose scalenorm, layernorm or rmsnorm"
-            )
 
 
 __all__ = ["MegaConfig"]

@@ -24,6 +24,8 @@ class LanguageModelHead(nn.Linear):
             return layer
         head = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         head.weight, head.bias = layer.weight, layer.bias
+        if getattr(layer, "_is_hf_initialized", False):  # or transformers would draw it anew
+            vars(head)["_is_hf_initialized"] = True
         return head
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -6,11 +6,27 @@ any target the loss is zero and still has a graph, where a mean would be NaN.
 Legend: B batch, K classes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse labels that are no integers, or not one for each of the predictions (`shape`, or as many in a row).
+
+    Raises:
+        ValueError: the labels do not fit.
+    """
+    expected = tuple(shape)
+    fits = labels.shape == expected or (labels.dim() != len(expected) and labels.numel() == math.prod(expected))
+    if labels.dtype not in INTEGERS or not fits:
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}: expected integers {expected}, one for each prediction"
+        )
 
 
 def cross_entropy(
@@ -25,7 +41,11 @@ def cross_entropy(
 
     Returns:
         A scalar, in nats per label.
+
+    Raises:
+        ValueError: labels that are no integers, or not one for each of the predictions.
     """
+    check_labels(labels, logits.shape[:-1])
     labels = labels.reshape(-1).to(logits.device, torch.long)
     flat = logits.reshape(-1, logits.shape[-1]).float()
     total = functional.cross_entropy(flat, labels, ignore_index=ignore_index, reduction="sum")

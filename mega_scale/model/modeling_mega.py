@@ -10,28 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from mega_scale.model.auto_names import register_names
 from mega_scale.model.block import MegaBlock
-from mega_scale.model.cache import MegaCache
-from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.model.cache import MegaCache, check_cache
+from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 from mega_scale.model.documents import document_borders
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
 from mega_scale.model.language_head import LanguageModelHead
 from mega_scale.model.linear import MegaLinear
-from mega_scale.model.losses import cross_entropy, mean
-from mega_scale.model.norm import MegaSequenceNorm, warn_if_norm_differs
+from mega_scale.model.losses import check_labels, cross_entropy, mean
+from mega_scale.model.norm import MegaSequenceNorm, refuse_statistics_of_the_future, warn_if_norm_differs
 from mega_scale.model.slots import leading_pads
 
 # Here, so that an export's own code does it too: all heads import this module.
 register_names(MegaConfig.model_type)
+
+logger = logging.get_logger(__name__)
 
 
 class MegaPreTrainedModel(PreTrainedModel):
@@ -57,6 +59,18 @@ class MegaPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         warn_if_norm_differs(vars((loaded[0] if isinstance(loaded, tuple) else loaded).config))
         return loaded
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize the vocabulary as transformers does; refuses to cut off the padding token."""
+        multiple, pad = pad_to_multiple_of or 1, self.config.pad_token_id
+        if new_num_tokens is not None and pad is not None and pad >= -(-new_num_tokens // multiple) * multiple:
+            raise ValueError(
+                f"a vocabulary of {new_num_tokens} has no pad_token_id={pad}: set config.pad_token_id to a token that "
+                "stays, or to None, and resize then"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -157,10 +171,12 @@ class MegaModel(MegaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         config = self.config
+        if config.is_decoder and config.normalization_type in BATCH_NORMS:
+            refuse_statistics_of_the_future(self)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        cache = self._cache(past_key_values, use_cache)
         x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache, x.shape[0])
         mask, pads = self._mask_and_pads(attention_mask, cache, x.shape[0], x.device)
         borders = document_borders(document_starts, config, cache, pads, x)
         encoder_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
@@ -200,14 +216,15 @@ class MegaModel(MegaPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions and config.add_cross_attention else None,
         )
 
-    def _cache(self, past: Cache | None, use_cache: bool | None) -> MegaCache | None:
+    def _cache(self, past: Cache | None, use_cache: bool | None, batch: int) -> MegaCache | None:
         config = self.config
-        if past is not None and not isinstance(past, MegaCache):
+        if isinstance(past, EncoderDecoderCache) and not any(
+            getattr(layer, "is_initialized", False) for layer in past.self_attention_cache.layers
+        ):
             # HF's encoder-decoder wrapper hands in an empty cache of its own kind, and takes back what we return.
-            if not isinstance(past, Cache) or past.get_seq_length() > 0:
-                raise ValueError(f"past_key_values is a {type(past).__name__}: Mega needs a MegaCache, or none")
             past, use_cache = None, True
-        if use_cache or past is not None:
+        own = None if past is None else check_cache(past, config.num_hidden_layers, batch)
+        if use_cache or own is not None:
             if not config.is_decoder:
                 raise ValueError("a cache needs is_decoder=True and bidirectional=False: set them, or use_cache=False")
             if config.truncation is not None:
@@ -215,8 +232,8 @@ class MegaModel(MegaPreTrainedModel):
                     f"truncation={config.truncation} leaves the moving average without a finite state to cache: "
                     "pass use_cache=False, or set truncation=None"
                 )
-        if past is not None:
-            return past
+        if own is not None:
+            return own
         if use_cache is None:
             use_cache = config.use_cache and config.is_decoder and config.truncation is None and not self.training
         return MegaCache(config.num_hidden_layers) if use_cache else None
@@ -259,6 +276,11 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
+        if not config.is_decoder:
+            logger.warning(
+                "MegaForCausalLM with is_decoder=False sees the tokens that it is to predict; for a language model set "
+                "is_decoder=True and bidirectional=False"
+            )
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.dense = MegaLinear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
@@ -304,14 +326,14 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             num_items_in_batch: what the sum of token losses is divided by; default: the number of valid tokens here.
             document_starts: see `MegaModel`. Labels are not changed: set to -100 those that would predict the first
                 token of a document from the one before.
-            kwargs: `shift_labels` (B, L) int64, in place of `labels`: the next token of every position, for rows cut
-                from a longer text; -100 is ignored. `skip_logits=True`: compute the loss a few tokens at a time, and no
-                logits. Others are ignored. (The Trainer expects every named argument with "label" in it in each batch.)
+            kwargs: `shift_labels` (B, L) int64, before `labels` where both are given: the next token of every position,
+                for rows cut from a longer text; -100 is ignored. `skip_logits=True`: compute the loss a few tokens at a
+                time, and no logits. Those that say where documents begin, see `MegaModel`. Others are ignored. (The
+                Trainer expects every named argument with "label" in it in each batch.)
         """
-        shift_labels: Tensor | None = kwargs.get("shift_labels")
-        if labels is not None and shift_labels is not None:
-            raise ValueError("give labels or shift_labels, not both")
-        following = shift_labels if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100)
+        following: Tensor | None = kwargs.get("shift_labels")
+        if following is None and labels is not None:
+            following = F.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.mega(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -330,6 +352,8 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state[:, kept]
         if self.dense is not None:
             hidden = torch.tanh(self.dense(hidden))
+        if following is not None:
+            check_labels(following, hidden.shape[:2])
         loss = logits = None
         if following is not None and kwargs.get("skip_logits"):
             loss = mean(self.lm_head(hidden, following), (following != -100).sum().clamp(min=1), num_items_in_batch)

@@ -78,6 +78,19 @@ class MegaSequenceNorm(nn.Module):
         return out
 
 
+def refuse_statistics_of_the_future(decoder: nn.Module) -> None:
+    """Refuse to run a decoder whose batch norms would take their statistics from all positions, those ahead included.
+
+    Raises:
+        ValueError: a batch norm is in training mode; in eval mode it reads its running statistics, which leak nothing.
+    """
+    if any(isinstance(module, MegaSequenceNorm) and module.norm.training for module in decoder.modules()):
+        raise ValueError(
+            "normalization_type of batch norms, in a decoder that trains, would show every position the future: "
+            "call eval(), or choose scalenorm, layernorm or rmsnorm"
+        )
+
+
 def warn_if_norm_differs(values: Mapping[str, Any]) -> None:
     """Warn of weights that were trained with the RMSNorm of transformers 4.37.2, which does not normalise.
 

@@ -45,6 +45,11 @@ def test_reference_values(run, name):
     assert not run(GOLDEN, name)
 
 
+@pytest.mark.parametrize("name", cases(GOLDEN / "batchnorm_decoders"))
+def test_a_decoder_with_batch_norm_is_evaluated_from_running_statistics(run, name):
+    assert not run(GOLDEN / "batchnorm_decoders", name)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     "name", ["lm_softmax_rotary_dense_tied", "enc_chunk8_softmax_simple_pad", "cross_lm_chunk8_softmax_rotary"]

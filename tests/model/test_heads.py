@@ -220,3 +220,31 @@ def test_cross_attention_reaches_the_heads():
         changed = torch.cat([source[:, :3], source[:, 3:] + 1], 1)
         same = answers(model(**inputs, encoder_hidden_states=changed, encoder_attention_mask=mask))
         torch.testing.assert_close(same, masked)
+
+
+def test_shift_labels_come_before_labels():
+    model, ids = make_model(), make_ids(2, 12)
+    following = torch.cat([ids[:, 1:], make_ids(2, 1, seed=7)], 1)
+    for more in ({}, {"num_items_in_batch": 5}, {"skip_logits": True, "num_items_in_batch": torch.tensor(5)}):
+        alone = model(ids, shift_labels=following, **more)
+        both = model(ids, labels=ids.flip(1), shift_labels=following, **more)
+        assert torch.equal(both.loss, alone.loss) and both.past_key_values is None
+    assert not torch.equal(alone.loss, model(ids, labels=ids, **more).loss)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_labels_of_another_shape_or_kind_are_refused(kind):
+    model, inputs = make(kind), inputs_of(kind)
+    labels = labels_of(kind, inputs)
+    bad = [{k: v.float() / 2 for k, v in labels.items()}, {k: v[:1] for k, v in labels.items()}]
+    bad.append({k: torch.cat([v, v], -1) for k, v in labels.items()})
+    if kind == "MegaForSequenceClassification":
+        bad[0] = {"labels": labels["labels"].float()}  # taken for several labels a sequence
+    if next(iter(labels.values())).dim() == 2:
+        bad.append({k: v.T for k, v in labels.items()})
+    if kind == "MegaForCausalLM":
+        bad += [{"shift_labels": labels["labels"][:, :-1]}, {"shift_labels": labels["labels"].float()}]
+        bad += [labels | {"logits_to_keep": 3}, labels | {"logits_to_keep": 3, "skip_logits": True}]
+    for wrong in bad:
+        with pytest.raises(ValueError, match="labels"):
+            model(**inputs, **wrong)

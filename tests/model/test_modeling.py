@@ -75,7 +75,6 @@ def test_initial_values_follow_the_seed():
     "changes,words",
     [
         ({"bidirectional": True}, ["is_decoder=True", "bidirectional=False"]),
-        ({"normalization_type": "batchnorm"}, ["batchnorm", "layernorm"]),
         ({"normalization_type": "groupnorm"}, ["groupnorm", "scalenorm"]),
         ({"attention_activation": "sigmoid"}, ["sigmoid", "laplace"]),
         ({"chunk_size": -1}, ["chunk_size=-1", "use_chunking"]),
@@ -275,3 +274,42 @@ def test_config_tells_other_libraries_what_they_ask_for(tmp_path):
     assert mega_scale.MegaConfig(**config.to_dict()).to_dict() == config.to_dict()
     mapped = mega_scale.MegaConfig(auto_map={"AutoConfig": "configuration_mega.MegaConfig"})
     assert mapped.to_dict()["auto_map"] == mapped.auto_map and mega_scale.MegaConfig().auto_map == {}
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_causal_head_on_an_encoder_warns_that_it_sees_the_future(bidirectional, caplog, tmp_path):
+    config = make_config(is_decoder=False, bidirectional=bidirectional)
+    builds = [lambda: mega_scale.MegaForCausalLM(config), lambda: AutoModelForCausalLM.from_config(config)]
+    builds.append(lambda: mega_scale.MegaForCausalLM.from_pretrained(tmp_path))
+    builds[0]().save_pretrained(tmp_path)
+    for build in builds:
+        caplog.clear()
+        build()
+        assert [record.levelname for record in caplog.records if "is_decoder=False" in record.message] == ["WARNING"]
+    caplog.clear()
+    make_model()
+    mega_scale.MegaModel(config)
+    assert not [record for record in caplog.records if "is_decoder=False" in record.message]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["MegaForCausalLM", "MegaForMaskedLM"])
+@pytest.mark.parametrize("sizes", [[70], [40], [61, 72, 50]], ids=str)
+def test_a_resized_vocabulary_keeps_its_values(kind, tied, sizes, tmp_path):
+    encoder = {} if kind == "MegaForCausalLM" else {"is_decoder": False, "bidirectional": True}
+    make_model(kind=kind, tie_word_embeddings=tied, **encoder).save_pretrained(tmp_path / "old")
+    model = getattr(mega_scale, kind).from_pretrained(tmp_path / "old")
+    ids, old = make_ids(2, 9, 30), model(make_ids(2, 9, 30)).logits
+    for size in sizes:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.post_init()
+    model.init_weights()
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    fewest = min(61, *sizes)
+    torch.testing.assert_close(model(ids).logits[..., :fewest], old[..., :fewest], rtol=1e-6, atol=1e-6)
+    model.save_pretrained(tmp_path / "new")
+    loaded, report = getattr(mega_scale, kind).from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(report.values()) and torch.equal(loaded(ids).logits, model(ids).logits)
+    same = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert same == tied and loaded.config.vocab_size == sizes[-1] == loaded.get_output_embeddings().out_features

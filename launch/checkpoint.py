@@ -24,11 +24,14 @@ from mega_scale.training.checkpoint import (
     find_checkpoint,
     is_checkpoint,
     look,
+    others,
     prune,
     read_key,
     read_state,
+    strays,
     verify,
 )
+from mega_scale.training.restore import say_to_stderr
 
 
 def rows(run_dir: Path, key: bytes | None) -> list[dict[str, Any]]:
@@ -90,12 +93,18 @@ def run_verify(args: argparse.Namespace, key: bytes | None) -> int:
             print(f"DAMAGED {error}")
         else:
             print(f"valid   {folder}: {len(manifest.files)} files, {manifest.bytes:,} bytes")
+            for name in strays(folder, manifest):
+                print(f"stray   {folder}: {name!r} is none of its files, and nobody reads it")
+    for path in [] if is_checkpoint(args.path) else others(args.path):
+        print(f"stray   {path.parent}: {path.name!r} is no checkpoint, and nobody reads it")
     return int(damaged > 0)
 
 
 def run_convert(args: argparse.Namespace, key: bytes | None) -> int:
     """Rewrite a checkpoint."""
-    folder, _ = find_checkpoint(args.path, key)
+    folder, notes = find_checkpoint(args.path, key, older=args.allow_older, proof=verify)
+    if notes:
+        say_to_stderr(f"{folder} is taken: {'; '.join(notes)}")
     print(f"wrote {convert(folder, args.out, args.parts, key, read_key(args.new_key_file))}")
     return 0
 
@@ -123,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     verifying.set_defaults(act=run_verify)
 
     converting = commands.add_parser("convert", help="write a checkpoint in more or fewer files, or with a secret")
-    converting.add_argument("path", type=Path, help="checkpoint folder, or run folder (its newest valid checkpoint)")
+    converting.add_argument("path", type=Path, help="checkpoint folder, or run folder (its newest checkpoint)")
+    converting.add_argument("--allow-older", action="store_true", help=export.ALLOW_OLDER)
     converting.add_argument("out", type=Path, help="run folder to write it to, which can be resumed from")
     converting.add_argument("--parts", type=int, default=1, help="files for the state (default: 1)")
     converting.add_argument("--new-key-file", help="secret to sign the new checkpoint with")

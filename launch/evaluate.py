@@ -18,7 +18,7 @@ from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.training.checkpoint import read_key
 from mega_scale.training.evaluate import evaluate, loss_of
-from mega_scale.training.restore import load_model
+from mega_scale.training.restore import load_model, say_to_stderr
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,20 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if args.batch_size < 1:
             raise ValueError(f"--batch-size {args.batch_size} is not possible: give at least 1")
-        model, tokenizer = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file))
+        say = say_to_stderr if rank == 0 else lambda line: None
+        model, tokenizer, folder = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file), say=say)
         dataset = load_whole(replace(settings, add_bos=adds_bos(tokenizer)), tokenizer)
         batches = validation_batches(dataset, len(dataset), args.batch_size, rank, size)
     except (ValueError, OSError) as error:
         refuse(error, quiet=rank != 0)
     with World.start(ParallelConfig(device=args.device)) as world:
+        if not world.all_agree(world.broadcast(str(folder)) == str(folder)):
+            refuse(f"the ranks find different checkpoints of {args.model}: name one of them", quiet=rank != 0)
         model = nn.Module.to(model, world.device)
         found = evaluate(model, loss_of(model), batches, dataset.tokens / dataset.bytes, world)
         if world.rank == 0:
             print(
-                json.dumps(found._asdict())
+                json.dumps({"model": str(folder), **found._asdict()})
                 if args.json
                 else f"loss {found.loss:.4f} nats/token | perplexity {found.perplexity:.3f} | "
-                f"{found.bits_per_byte:.4f} bits/byte | {found.tokens:,} tokens, {dataset.bytes:,} bytes"
+                f"{found.bits_per_byte:.4f} bits/byte | {found.tokens:,} tokens, {dataset.bytes:,} bytes | {folder}"
             )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mega_scale.config import refuse
 from mega_scale.training.checkpoint import read_key
-from mega_scale.training.restore import load_model
+from mega_scale.training.restore import load_model, say_to_stderr
 from mega_scale.training.sample import check_sample, generate_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,12 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             if not good:
                 raise ValueError(f"--{name} {value} is not possible: see --help")
-        model, tokenizer = load_model(
+        model, tokenizer, folder = load_model(
             args.model, torch.device(args.device), DTYPES[args.dtype], read_key(args.key_file)
         )
         check_sample(model.config, tokenizer, args.prompt, args.max_new_tokens)
     except (ValueError, OSError) as error:
         refuse(error)
+    say_to_stderr(f"text by {folder}")
     print(
         generate_text(
             model,

@@ -26,13 +26,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from launch.machine import keep_freed_memory, return_freed_memory
-from mega_scale.config import RunConfig, model_config, parse, refuse, save_config
+from mega_scale.config import RunConfig, changes, model_config, parse, refuse, require_same, save_config
 from mega_scale.data import (
     Loader,
     PackedDataset,
     as_trained,
     load_datasets,
     load_tokenizer,
+    text_size,
     unlike_training,
     validation_batches,
 )
@@ -109,9 +110,10 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
         resumed, _ = find_checkpoint(path, read_key(config.checkpoint.key_file))
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = model_config(config.model, tokenizer)
+    require_same(config, resumed, model, tokenizer)
     values = seeded_values(model, config.train.seed)
-    if config.init_from is not None:
-        values = starting_weights(Path(config.init_from), model)
+    if resumed is None and config.init_from is not None:
+        values = values_from(open_folder(config.init_from)[1])
     models_tokenizer = as_trained(tokenizer, config.data.add_bos)
     if config.train.sample_every:
         check_sample(model, models_tokenizer, config.train.sample_prompt, config.train.sample_tokens)
@@ -134,19 +136,6 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
     if resumed is not None:
         loader.check(read_state(resumed)["data"])
     return Prepared(config, model, values, models_tokenizer, validation, loader, resumed)
-
-
-def starting_weights(folder: Path, model: MegaConfig) -> Values:
-    """Weights of an export or a Hugging Face folder, which must hold the model that the run describes."""
-    found, tensors = open_folder(folder)
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in MegaForCausalLM(model).state_dict().items()}
-        given = {name: tensor.shape for name, tensor in MegaForCausalLM(found).state_dict().items()}
-    if wanted != given:
-        keys = [key for key in MegaConfig.__annotations__ if getattr(found, key, None) != getattr(model, key, None)]
-        differences = ", ".join(f"model.{key}={getattr(model, key)!r} (there: {getattr(found, key)!r})" for key in keys)
-        raise ValueError(f"init_from={str(folder)!r} holds another model than the run describes: {differences}")
-    return values_from(tensors)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -324,8 +313,8 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
         rows = train_config.eval_batches * train_config.global_batch_size or len(dataset)
         rank = mesh.dp_rank(world.rank)
         batches = validation_batches(dataset, rows, train_config.micro_batch_size, rank, mesh.dp)
-        every_batch = go_on("evaluating")
-        return evaluate(engine.module, engine.forward, batches, dataset.tokens / dataset.bytes, world, every_batch)
+        ratio = dataset.tokens_per_byte(rows, partial(text_size, prepared.tokenizer))
+        return evaluate(engine.module, engine.forward, batches, ratio, world, go_on("evaluating"))
 
     def sample(step: int) -> str:
         return generate_text(
@@ -372,9 +361,15 @@ def resume(prepared: Prepared, world: World, key: bytes | None) -> Path:
     found = choose_checkpoint(path, world, key, say)
     state = read_state(found)
     prepared.loader.check(state["data"])
+    if found != prepared.resumed:  # whose state is damaged: an older one is taken
+        require_same(prepared.config, found, prepared.model, prepared.tokenizer)
     if world.rank == 0:
         changed = difference(state["layout"], describe(prepared.config.parallel, world.size))
         say(f"resumed from {found}" + (f", in another layout: {changed}" if changed else ""))
+        if line := changes(prepared.config, found, state["step"]):
+            say(line)
+        if state["step"] >= (steps := prepared.config.train.steps):
+            say(f"nothing to do: {state['step']} steps are done and train.steps={steps}; raise train.steps to go on")
     return found
 
 

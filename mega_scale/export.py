@@ -18,9 +18,10 @@ from mega_scale.hub import (
     without_folder,
     write_export,
 )
-from mega_scale.training.checkpoint import find_checkpoint, read_key, read_state
-from mega_scale.training.restore import open_model
+from mega_scale.training.checkpoint import read_key, read_state
+from mega_scale.training.restore import open_checkpoint
 
+ALLOW_OLDER = "where the newest checkpoint of a run folder is damaged or gone, take an older one"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PACKAGES = ("mega_scale", "torch", "transformers", "safetensors")
 
@@ -85,6 +86,7 @@ def export(
     overwrite: bool,
     with_code: bool = False,
     key: bytes | None = None,
+    allow_older: bool = False,
 ) -> Path:
     """Write a checkpoint's model as a Hugging Face folder.
 
@@ -96,6 +98,7 @@ def export(
         overwrite: whether an earlier export is replaced.
         with_code: whether the folder is to load without mega_scale.
         key: the secret with which the checkpoint must be signed, if there is one.
+        allow_older: whether an older one is taken where the newest of a run folder is damaged or gone.
 
     Returns:
         The checkpoint folder that was exported.
@@ -104,8 +107,7 @@ def export(
         ValueError: there is no checkpoint, the destination is taken, or the weights do not fit the configuration.
     """
     check_destination(out, overwrite=overwrite)
-    folder, _ = find_checkpoint(checkpoint, key)
-    config, tensors, tokenizer = open_model(folder, key)
+    config, tensors, tokenizer, folder = open_checkpoint(checkpoint, key, older=allow_older)
     run_file = folder / "config.yaml"
     run = load_config(run_file)
     tokenizer = as_trained(tokenizer, run.data.add_bos)
@@ -146,6 +148,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         help="add the model's Python files, so that the folder loads with torch and transformers alone: "
         "from_pretrained(folder, trust_remote_code=True)",
     )
+    parser.add_argument("--allow-older", action="store_true", help=ALLOW_OLDER)
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     args = parser.parse_args(arguments)
     try:
@@ -157,6 +160,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             overwrite=args.overwrite,
             with_code=args.remote_code,
             key=read_key(args.key_file),
+            allow_older=args.allow_older,
         )
     except (ValueError, OSError) as error:
         refuse(error)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from mega_scale.config.continued import adopt
 from mega_scale.config.files import StrictLoader, read_layer, to_yaml
 from mega_scale.config.keys import describe, flatten, known_keys, members, unknown_key
 from mega_scale.config.run_config import RunConfig
@@ -194,6 +195,13 @@ def _resolve(configs: Sequence[str], overrides: Sequence[tuple[str, str | None]]
     return RunConfig(**{field.name: sections[field.name] for field in fields(RunConfig)})
 
 
+def _given(arguments: _Arguments) -> set[str]:
+    """The keys that a user gave; those of the default job are none."""
+    known = known_keys(RunConfig)
+    files = (flatten(read_layer(path), known) for path in arguments.configs)
+    return {key for key, _ in arguments.overrides}.union(*files)
+
+
 def load_config(path: str | Path) -> RunConfig:
     """Read a run from one YAML file over the dataclass defaults.
 
@@ -224,8 +232,9 @@ def refuse(message: object, *, quiet: bool = False) -> NoReturn:
 def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
     """Read a run from a command line.
 
-    Without `--config` the run is that of `configs/debug.yaml`, the default job. `--help` and `--print-config` print and
-    exit with code 0; whatever is refused is said in one line, and exits with code 2.
+    Without `--config` the run is that of `configs/debug.yaml`, the default job. A run that goes on from a checkpoint or
+    starts from an export has its model and tokenizer, and keys that contradict it are refused. `--help` and
+    `--print-config` print and exit with code 0; whatever is refused is said in one line, and exits with code 2.
 
     Args:
         argv: the words after the program's name.
@@ -241,6 +250,7 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
                 _parser().print_help()
             raise SystemExit(0)
         config = _resolve(arguments.configs or [str(DEFAULT_CONFIG)], arguments.overrides)
+        config = adopt(config, _given(arguments))
     except ValueError as error:
         refuse(error, quiet=quiet)
     if arguments.print_config:

@@ -16,7 +16,7 @@ from mega_scale.parallel.model_checks import (
     check_tensor_parallel,
 )
 from mega_scale.training.checkpoint import find_checkpoint, read_key
-from mega_scale.training.run_folder import check_run_folder
+from mega_scale.training.run_folder import check_run_folder, to_go_on_from
 
 if TYPE_CHECKING:
     from mega_scale.config.run_config import RunConfig
@@ -214,7 +214,8 @@ def _check_folders(config: "RunConfig") -> None:
             f"run_dir={config.run_dir!r} cannot be created ({error.strerror}): choose a folder that can be written"
         ) from None
     _require(os.access(run_dir, os.W_OK | os.X_OK), "run_dir", config.run_dir, "choose a folder that can be written")
-    if config.init_from is not None and not (Path(config.init_from) / "config.json").is_file():
+    starts = to_go_on_from(run_dir, config.resume) is None
+    if starts and config.init_from is not None and not (Path(config.init_from) / "config.json").is_file():
         raise ValueError(
             f"init_from={config.init_from!r} has no config.json: give the folder of an export or a Hugging Face model"
         )

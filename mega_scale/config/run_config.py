@@ -21,13 +21,15 @@ class RunConfig:
     """Folder for checkpoints, TensorBoard events and the resolved configuration (path)."""
 
     resume: str | None = None
-    """Checkpoint to continue from: "latest" in run_dir, "auto" the same if any, or a checkpoint folder (path)."""
+    """Checkpoint to continue from: "latest" in run_dir, "auto" the same if any, or a checkpoint folder (path).
+    Model and tokenizer are the checkpoint's; a `model` key that is given must agree, unless it is one of dropout."""
 
     overwrite: bool = False
     """Whether a run that lies in run_dir is replaced, its checkpoints deleted, once the new one begins (no unit)."""
 
     init_from: str | None = None
-    """Folder of an export or a Hugging Face model from which the initial weights are taken (path)."""
+    """Folder of an export or a Hugging Face model from which the initial weights are taken (path). Model and
+    tokenizer are that folder's, as for resume."""
 
     model: ModelSection = field(default_factory=ModelSection)
     """The model"""

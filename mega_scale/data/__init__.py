@@ -9,7 +9,7 @@ from mega_scale.data.packing import PackedDataset
 from mega_scale.data.parts import load_datasets, load_whole
 from mega_scale.data.special_tokens import adds_bos, as_trained, end_ids, prompt_ids, separator_id, unlike_training
 from mega_scale.data.streaming import StreamedDataset
-from mega_scale.data.tokenizer import load_tokenizer, vocabulary_size
+from mega_scale.data.tokenizer import load_tokenizer, text_size, vocabulary_size
 
 __all__ = [
     "Corpus",
@@ -29,6 +29,7 @@ __all__ = [
     "load_whole",
     "prompt_ids",
     "separator_id",
+    "text_size",
     "unlike_training",
     "validation_batches",
     "vocabulary_size",

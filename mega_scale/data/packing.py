@@ -5,6 +5,7 @@ starts with the last token of the one before, so that in an epoch every token bu
 (where documents are kept apart, every token but the first of its document). Places without a token hold `MISSING`.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -167,6 +168,44 @@ class PackedDataset:
                 row[place + self._starts_between(start, stop) - start] = True
                 row[place] |= place > 0
         return found
+
+    def tokens_per_byte(self, rows: int, text_size: Callable[[np.ndarray], int]) -> float:
+        """Say how many tokens stand for a byte of the text that the first rows hold.
+
+        Args:
+            rows: Number of rows; all where there are fewer.
+            text_size: UTF-8 bytes of some tokens' text; asked of documents that the rows hold in part. Of whole ones,
+                the size of the text that was tokenised is known.
+
+        Returns:
+            Tokens, with what ends documents, divided by UTF-8 bytes.
+        """
+        if rows >= len(self):
+            return self.tokens / self.bytes
+        spans: list[list[int]] = []
+        for start, stop in sorted(piece[1:] for row in range(rows) for piece in self._layout.pieces(row)):
+            if spans and start <= spans[-1][1]:  # the next row begins with the last token of the one before
+                spans[-1][1] = max(stop, spans[-1][1])
+            else:
+                spans.append([start, stop])
+        size = sum(self._bytes_between(start, stop, text_size) for start, stop in spans)
+        return sum(stop - start for start, stop in spans) / max(size, 1)
+
+    def _bytes_between(self, start: int, stop: int, text_size: Callable[[np.ndarray], int]) -> int:
+        """UTF-8 bytes of the text from `start` to below `stop`, of which only the first and last document is cut."""
+        first, last = self._store.document_at(start), self._store.document_at(stop - 1)
+        before = max(first - 1, 0)
+        ends, text_ends = self._store.ends(before, last + 1), self._store.text_ends(before, last + 1)
+        if first == 0:
+            ends, text_ends = np.append(0, ends), np.append(0, text_ends)
+        sizes = np.diff(text_ends)
+        for i in {0, last - first}:
+            begin, end = max(int(ends[i]), start), min(int(ends[i + 1]), stop)
+            if (begin, end) != (ends[i], ends[i + 1]):
+                tokens = np.empty(end - begin - (end == ends[i + 1]), np.int64)  # without what ends the document
+                self._store.read(begin, begin + len(tokens), tokens)
+                sizes[i] = min(text_size(tokens), sizes[i])
+        return int(sizes.sum())
 
     def _starts_between(self, start: int, stop: int) -> np.ndarray:
         """Places of documents' first tokens from `start` to below `stop`."""

@@ -107,6 +107,11 @@ class Shard:
         """(documents,) int64, ascending: the place after each document's last token."""
         return self.mapped["ends"].array[: self.record.documents]
 
+    @property
+    def text_ends(self) -> np.ndarray:
+        """(documents,) int64, ascending: the UTF-8 bytes of all text up to each document's end."""
+        return self.mapped["text_ends"].array[: self.record.documents]
+
     def head(self, documents: int) -> "Shard":
         """Keep only so many of its first documents."""
         return Shard(self._folder, self._written, self._dtype, min(documents, self.record.documents))

@@ -1,6 +1,6 @@
 """A corpus of tokens: the documents of one or more shards as one sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import xxhash
@@ -30,6 +30,7 @@ class TokenStore:
         records = [shard.record for shard in self._shards]
         self._starts = np.cumsum([0, *(record.tokens for record in records)])  # (shards + 1,)
         self._first_documents = np.cumsum([0, *(record.documents for record in records)])
+        self._first_bytes = np.cumsum([0, *(record.bytes for record in records)])
         self.tokens, self.documents = int(self._starts[-1]), int(self._first_documents[-1])
         self.bytes = sum(record.bytes for record in records)
         total = xxhash.xxh3_128()
@@ -71,16 +72,11 @@ class TokenStore:
         Returns:
             (last - first,) int64: the place after each one's last token.
         """
-        pieces = [np.empty(0, np.int64)]
-        i = int(np.searchsorted(self._first_documents, first, side="right")) - 1
-        while first < last:
-            within = first - int(self._first_documents[i])
-            piece = self._shards[i].ends[within : within + last - first]
-            pieces.append(piece + self._starts[i])
-            first += len(piece)
-            i += 1
-        self._count(sum(piece.nbytes for piece in pieces))
-        return np.concatenate(pieces)
+        return self._of_documents(first, last, lambda shard: shard.ends, self._starts)
+
+    def text_ends(self, first: int, last: int) -> np.ndarray:
+        """Say how much text there is up to the end of documents; as `ends`, in UTF-8 bytes."""
+        return self._of_documents(first, last, lambda shard: shard.text_ends, self._first_bytes)
 
     def document_at(self, place: int) -> int:
         """Find the document that has the token at a place (0 to below `tokens`)."""
@@ -107,6 +103,19 @@ class TokenStore:
         """Map all files now, so that they stay readable even if they are removed."""
         for shard in self._shards:
             shard.mapped  # noqa: B018
+
+    def _of_documents(self, first: int, last: int, of: Callable[[Shard], np.ndarray], before: np.ndarray) -> np.ndarray:
+        """Numbers that shards hold of their documents, counted from the start of the corpus."""
+        pieces = [np.empty(0, np.int64)]
+        i = int(np.searchsorted(self._first_documents, first, side="right")) - 1
+        while first < last:
+            within = first - int(self._first_documents[i])
+            piece = of(self._shards[i])[within : within + last - first]
+            pieces.append(piece + before[i])
+            first += len(piece)
+            i += 1
+        self._count(sum(piece.nbytes for piece in pieces))
+        return np.concatenate(pieces)
 
     def _count(self, size: int) -> None:
         self._mapped += max(size, _MAPPED_AT_ONCE)

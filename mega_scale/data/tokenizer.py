@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, fast_definition, is_byte_tokenizer
@@ -96,6 +97,23 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) 
             total.update(f"{file.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
     total.update(" ".join(map(str, start)).encode())
     return total.hexdigest()
+
+
+def text_size(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int:
+    """Count the UTF-8 bytes of some tokens' text: exact where tokens are bytes, even in the middle of a character.
+
+    Special tokens are none of the text.
+
+    Args:
+        tokenizer: Any tokenizer.
+        tokens: (n,) ids.
+    """
+    ids = tokens[~np.isin(tokens, tokenizer.all_special_ids)].tolist()
+    if isinstance(tokenizer, PreTrainedTokenizerFast) and isinstance(
+        tokenizer.backend_tokenizer.decoder, decoders.ByteLevel
+    ):
+        return sum(map(len, tokenizer.convert_ids_to_tokens(ids)))
+    return len(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).encode(errors="replace"))
 
 
 class Encoded(NamedTuple):

@@ -102,7 +102,7 @@ def open_folder(path: str | os.PathLike[str], *, require_head: bool = True) -> t
         ValueError: the folder is not readable as such, or names or shapes differ from the model's; all are listed.
     """
     folder = Path(path)
-    config = _read_config(folder)
+    config = read_config(folder)
     layout = layout_of(config)
     stored = _stored_tensors(folder)
     found = {name: (file, name) for name, (file, _) in stored.items()}
@@ -121,7 +121,12 @@ def open_folder(path: str | os.PathLike[str], *, require_head: bool = True) -> t
     return config, FolderTensors(_with_tied_names(layout, found))
 
 
-def _read_config(folder: Path) -> MegaConfig:
+def read_config(folder: Path) -> MegaConfig:
+    """Read the configuration of an export, or of a Mega folder of transformers 4.37.2.
+
+    Raises:
+        ValueError: the folder has none, or that of another kind of model.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: name an export or a Hugging Face folder of a Mega model")
     path = folder / "config.json"

@@ -52,7 +52,7 @@ def evaluate(
         share: computes this rank's share of the loss with it, such as `Engine.forward`, or `loss_of(module)`.
         batches: this rank's, `input_ids` and `shift_labels` (B, L) int64 each; -100 is not counted; and perhaps
             `document_starts` (B, L) bool.
-        tokens_per_byte: tokens of the text divided by its UTF-8 bytes.
+        tokens_per_byte: tokens of the text that the batches hold, divided by its UTF-8 bytes.
         world: all ranks.
         every_batch: called after each batch, to show progress; what it raises, on all ranks alike, ends the evaluation.
 

@@ -28,6 +28,7 @@ PEAK_FLOPS = {
 }
 
 _NAMED = 8  # ranks in a line
+_LONGEST_LINE = 2**20  # bytes
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -89,12 +90,31 @@ class Throughput:
         return found
 
 
-def _step_of(line: str) -> float:
-    """Step of a line of metrics.jsonl; infinite for half a line, which a killed run may leave behind."""
+def _step_of(line: bytes) -> int | None:
+    """Step of a line of metrics.jsonl; none for half a line, which a killed run may leave behind, and any other."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line.decode("utf-8-sig"))["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def _read_until(path: Path, last: int) -> tuple[list[str], list[bytes]]:
+    """Lines of metrics.jsonl up to a step, and what cannot be read as one, however long it is.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    kept, bad, whole = [], [], True
+    with path.open("rb") as file:
+        while piece := file.readline(_LONGEST_LINE):
+            step, line = _step_of(piece) if whole else None, piece.strip()
+            whole = piece.endswith(b"\n")
+            if step is None or not whole:
+                bad += [piece] if line else []
+            elif step <= last:
+                kept.append(line.decode("utf-8-sig"))
+    return kept, bad
 
 
 def _data_parts(values: dict[str, float]) -> list[str]:
@@ -138,16 +158,29 @@ class Reporter:
         if not self._active:
             return
         self._path = run_dir / "metrics.jsonl"
-        kept = []
-        if start and self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start]
-        replace_text(self._path, "".join(line + "\n" for line in kept))
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False
         )
         self._steps = steps
+        self._supersede(start)
         if tensorboard:
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+            try:
+                self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+            except OSError as error:
+                self.say(f"TensorBoard events are not written: {reason(error)}")
+
+    def _supersede(self, start: int) -> None:
+        """Keep of metrics.jsonl what was written up to a step; what is no line of it goes into a file beside it."""
+        aside = self._path.with_name(f"{self._path.name}.bad")
+        try:
+            kept, bad = _read_until(self._path, start) if start and self._path.is_file() else ([], [])
+            if bad:
+                with aside.open("ab") as file:
+                    file.writelines(bad)
+                self.say(f"{len(bad)} lines of {self._path} cannot be read: they are in {aside.name} now")
+            replace_text(self._path, "".join(line + "\n" for line in kept))
+        except OSError as error:
+            self.say(f"{self._path.name} keeps what it held: {reason(error)}")
 
     def advance(self) -> None:
         """Count one step on the progress bar."""

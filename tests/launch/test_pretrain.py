@@ -155,8 +155,8 @@ def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_p
         code, output = start(
             ["forked", "launch/generate.py"], [str(source), "--prompt", "def ", "--max-new-tokens", "40"]
         )
-        assert code == 0 and "def " in output, output
-        texts.append(output)
+        assert code == 0 and "def " in output and str(source) in output, output
+        texts.append([line for line in output.splitlines() if "text by" not in line])
     assert texts[0] == texts[1]
 
     figures = []
@@ -164,6 +164,7 @@ def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_p
         code, output = start(["forked", "launch/evaluate.py"], [str(source), str(ROOT / "README.md"), "--json"])
         assert code == 0, output
         figures.append(json.loads(output.splitlines()[-1]))
+        assert figures[-1].pop("model").startswith(str(source))
     assert figures[0] == figures[1] and 2 < figures[0]["bits_per_byte"] < 8
 
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())

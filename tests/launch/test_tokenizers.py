@@ -54,4 +54,9 @@ def test_a_run_samples_saves_and_exports(kind, tmp_path):
         code, output = start(["forked", "launch/evaluate.py"], arguments)
         assert code == 0, output
         figures.append(json.loads(output.splitlines()[-1]))
-    assert figures[0] == figures[1]
+    models = [row.pop("model") for row in figures]
+    assert (
+        figures[0] == figures[1]
+        and models[0].startswith(str(tmp_path / "run"))
+        and models[1] == str(tmp_path / "export")
+    )

@@ -64,6 +64,7 @@ def trial(ours: Ours, draw: random.Random) -> Trial | None:
         expected = OLDER if older_is_whole else None
     else:
         names = damage.swap(kind, newer, name, older, draw)
+        expected = NEWER if kind == "extra entry" else OLDER  # what nobody reads is named, and voids nothing
     if names is None:
         return None
     outcome, said = ours.resume(run, names, expected)

@@ -138,3 +138,56 @@ def test_flops_follow_the_matrix_products():
     assert both.bidirectional and forward_flops(both, 1024).averages == 2 * forward_flops(config, 1024).averages
     with pytest.raises(ValueError, match="add_cross_attention=True"):
         forward_flops(MegaConfig(add_cross_attention=True, is_decoder=True, bidirectional=False), 8)
+
+
+def line(step):
+    return json.dumps({"step": step, "part": "train", "loss": 2.5}).encode()
+
+
+BAD_LINES = {
+    "a byte that is not UTF-8": b'{"step": 2, "part": "tr\xffain"}',
+    "a step that is no number": b'{"step": "two", "part": "train"}',
+    "a step that is none": b'{"step": null}',
+    "a step that is a list": b'{"step": [2]}',
+    "a step of NaN": b'{"step": NaN}',
+    "a step of true": b'{"step": true}',
+    "no object": b"3",
+    "null bytes": bytes(100),
+    "a huge line": b'{"step": 2, "text": "' + b"x" * 3_000_000 + b'"}',
+    "deep nesting": b'{"step": ' + b"[" * 100_000,
+    "a number of many digits": b'{"step": ' + b"9" * 10_000 + b"}",
+    "half a line": b'{"step": 2, "part"',
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+@pytest.mark.parametrize("at", ["middle", "end"])
+def test_a_line_that_cannot_be_read_is_kept_aside_and_the_run_goes_on(tmp_path, capsys, name, at):
+    path, bad = tmp_path / "metrics.jsonl", BAD_LINES[name]
+    rest = [line(2), line(3), line(9)]
+    lines = [line(1), bad, *rest] if at == "middle" else [line(1), *rest, bad]
+    path.write_bytes(b"\n".join(lines) + (b"\n" if at == "middle" else b""))
+    reporter = Reporter(tmp_path, rank=0, start=3, steps=4, tensorboard=False)
+    reporter.step(4, VALUES)
+    reporter.close()
+    assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes().strip(b"\n") == bad
+    assert capsys.readouterr().out.count("cannot be read") == 1
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_read(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xef\xbb\xbf" + line(1) + b"\r\n\r\n" + line(2) + b"\r\n")
+    Reporter(tmp_path, rank=0, start=2, steps=4, tensorboard=False).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == line(1) + b"\n" + line(2) + b"\n"
+    assert capsys.readouterr().out == "" and not (tmp_path / "metrics.jsonl.bad").exists()
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to(path)])
+def test_metrics_and_events_that_cannot_be_written_end_no_run(tmp_path, capsys, make):
+    make(tmp_path / "metrics.jsonl")
+    (tmp_path / "tensorboard").write_text("a file")
+    reporter = Reporter(tmp_path, rank=0, start=3, steps=4, tensorboard=True)
+    reporter.step(4, VALUES)
+    reporter.close()
+    output = capsys.readouterr().out
+    assert "TensorBoard events are not written" in output and "step 4/4" in output

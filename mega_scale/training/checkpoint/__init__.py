@@ -9,10 +9,11 @@ from mega_scale.training.checkpoint.folder import (
     is_checkpoint,
     look,
     make_newest,
+    others,
     read_state,
     verify,
 )
-from mega_scale.training.checkpoint.manifest import CheckpointError, claimed_serial, read_key
+from mega_scale.training.checkpoint.manifest import CheckpointError, claimed_serial, own_files, read_key, strays
 from mega_scale.training.checkpoint.restore import choose_checkpoint, load_checkpoint, verify_together
 from mega_scale.training.checkpoint.retention import prune
 from mega_scale.training.checkpoint.saver import Saved, Saver
@@ -32,9 +33,12 @@ __all__ = [
     "load_checkpoint",
     "look",
     "make_newest",
+    "others",
+    "own_files",
     "prune",
     "read_key",
     "read_state",
+    "strays",
     "verify",
     "verify_together",
 ]

@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from mega_scale.parallel import INDEX, StateReader, part_file, write_tensors
-from mega_scale.training.checkpoint.files import dump, flush
-from mega_scale.training.checkpoint.folder import STATE, folder_of, verify
-from mega_scale.training.checkpoint.manifest import MANIFEST, Manifest, Record, hash_file, new_hash, write_manifest
+from mega_scale.training.checkpoint.files import discard, dump, flush, replace_text
+from mega_scale.training.checkpoint.folder import LATEST, STATE, folder_of, newest_first, verify
+from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
 
 
 def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, new_key: bytes | None = None) -> Path:
@@ -32,11 +32,12 @@ def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, n
     if final.exists():
         raise ValueError(f"{final} exists: choose another folder")
     fresh = final.with_name(final.name + ".unfinished")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(
-        folder, fresh, ignore=lambda path, names: {n for n in names if n == MANIFEST or Path(path) == folder / STATE}
-    )
-    (fresh / STATE).mkdir(exist_ok=True)
+    discard(fresh)
+    (fresh / STATE).mkdir(parents=True)
+    small = [name for name in manifest.files if not name.startswith(f"{STATE}/")]  # what else lies there is not ours
+    for name in small:
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, fresh / name)
     reader = StateReader(folder / STATE)
     files: dict[str, Record] = {}
     spans = []
@@ -46,14 +47,14 @@ def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, n
         files[f"{STATE}/{part_file(part)}"] = Record(size, hashed.hexdigest())
         spans.append(own.spans)
     dump(fresh / STATE / INDEX, reader.index(spans))
-    for path in fresh.rglob("*"):
-        name = path.relative_to(fresh).as_posix()
-        if path.is_file() and name not in files:
-            flush(path)
-            files[name] = hash_file(path, new_key)
+    for name in (*small, f"{STATE}/{INDEX}"):
+        flush(fresh / name)
+        files[name] = hash_file(fresh / name, new_key)
     write_manifest(fresh, Manifest(manifest.step, manifest.serial, files), new_key)
     for path in (*(path for path in fresh.rglob("*") if path.is_dir()), fresh):
         flush(path)
     fresh.rename(final)
     flush(final.parent)
+    if newest_first(run_dir)[0] == final:
+        replace_text(final.parent / LATEST, final.name + "\n")
     return final

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,20 @@ def append_line(path: Path, line: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def discard(path: Path) -> None:
+    """Delete what lies at a path, if anything; of a link the link alone, never what it points to.
+
+    Raises:
+        OSError: some of it stays.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    shutil.rmtree(path, ignore_errors=True)  # as much as can be, where one file cannot
+    if path.exists():
+        path.rmdir()
 
 
 def reason(error: OSError) -> str:

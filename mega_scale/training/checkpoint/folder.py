@@ -15,6 +15,7 @@ other programs; what is resumed from is the newest that is proven, whatever `lat
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mega_scale.training.checkpoint.manifest import (
     content_problem,
     list_problem,
     read_manifest,
+    strays,
     write_manifest,
 )
 
@@ -34,6 +36,7 @@ STATE, RANDOM, TRAINER, LATEST = "state", "random", "trainer.json", "latest"
 _COUNTS, _OBJECTS = ("step", "tokens"), ("data", "layout")  # that every `trainer.json` has
 _NAME = re.compile(r"step-[0-9]{8,}")
 _POINTER_BYTES = 2**16
+_NAMED = 3  # strays in a line
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -50,6 +53,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, in the order in which they were written, whatever state they are in."""
     found = [path for path in run_dir.glob("checkpoints/step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_age)
+
+
+def others(run_dir: Path) -> list[Path]:
+    """What lies beside the checkpoint folders of a run and is none of them, nor `latest`; nobody reads it."""
+    known = {LATEST, *(folder.name for folder in checkpoints(run_dir))}
+    return sorted(path for path in run_dir.glob("checkpoints/*") if path.name not in known)
 
 
 def next_serial(run_dir: Path) -> int:
@@ -126,8 +135,9 @@ def large_files(manifest: Manifest) -> list[str]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path means a checkpoint's folder rather than a run's."""
-    return (path / MANIFEST).exists() or (path / TRAINER).exists() or bool(_NAME.fullmatch(path.name))
+    """Whether a path means a checkpoint's folder rather than a run's, whatever else lies there."""
+    looks_so = (path / MANIFEST).exists() or (path / TRAINER).exists()
+    return bool(_NAME.fullmatch(path.name)) or (looks_so and not checkpoints(path))
 
 
 def newest_first(run_dir: Path) -> list[Path]:
@@ -135,35 +145,46 @@ def newest_first(run_dir: Path) -> list[Path]:
     return checkpoints(run_dir)[::-1]
 
 
-def find_checkpoint(path: Path, key: bytes | None = None) -> tuple[Path, list[str]]:
-    """The checkpoint that a path means: itself, or the newest of a run folder that passes `look`.
+def find_checkpoint(
+    path: Path,
+    key: bytes | None = None,
+    *,
+    older: bool = True,
+    proof: Callable[[Path, bytes | None], Manifest] = look,
+) -> tuple[Path, list[str]]:
+    """The checkpoint that a path means: itself, or the newest of a run folder that is proven.
 
     Args:
         path: of a checkpoint or run folder.
         key: the secret with which it must be signed, if there is one.
+        older: whether an older one may be taken where the newest of a run folder is damaged or gone.
+        proof: `look`, or `verify`, which reads the state too.
 
     Returns:
-        Its folder, and what is wrong with those that are newer, a sentence each.
+        Its folder, and what is to be said of it: what is wrong with those that are newer, or with `latest`, and what
+        lies in it that is none of it, a sentence each.
 
     Raises:
-        ValueError: the checkpoint is damaged, there is none, or all are damaged; nothing else is taken instead of a
-            checkpoint that was named.
+        ValueError: the checkpoint is damaged, there is none, all are damaged, or only an older one could be taken and
+            may not be; nothing else is taken instead of a checkpoint that was named.
     """
     if is_checkpoint(path):
         try:
-            look(path, key)
+            return path, stray_notes(path, proof(path, key))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {_others(path, key)}") from None
-        return path, []
     problems = []
     for folder in newest_first(path):
         try:
-            look(folder, key)
+            manifest = proof(folder, key)
         except CheckpointError as error:
             problems.append(str(error))
-        else:
-            pointer = pointer_problem(path, folder)
-            return folder, problems + ([pointer] if pointer else [])
+            continue
+        pointer = pointer_problem(path, folder)
+        newer = problems + ([pointer] if pointer and _names_missing(path) else [])
+        if newer and not older:
+            raise CheckpointError(f"{'; '.join(newer)}: to take {folder} instead, give that folder, or --allow-older")
+        return folder, [*problems, *([pointer] if pointer else []), *stray_notes(folder, manifest)]
     if problems:
         raise CheckpointError(f"none of the {len(problems)} checkpoints in {path} is valid: {'; '.join(problems)}")
     raise ValueError(
@@ -176,7 +197,7 @@ def pointer_problem(run_dir: Path, newest: Path) -> str | None:
     """What is wrong with `latest`, whose word nobody takes; none where it names the newest valid checkpoint."""
     pointer = run_dir / "checkpoints" / LATEST
     try:
-        named = read_regular(pointer, _POINTER_BYTES).decode(errors="replace")
+        named = _named(run_dir)
     except OSError as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
         return f"{pointer} {what}, {newest.name} is the newest valid checkpoint"
@@ -185,6 +206,14 @@ def pointer_problem(run_dir: Path, newest: Path) -> str | None:
     if named.strip() == newest.name:
         return f"{pointer} was changed after it was written, but names the newest valid checkpoint"
     return f"{pointer} names {named.strip()[:40]!r}, {newest.name} is the newest valid checkpoint"
+
+
+def stray_notes(folder: Path, manifest: Manifest) -> list[str]:
+    """A sentence on what lies in a checkpoint's folder and is none of it, if anything does."""
+    found = strays(folder, manifest)
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    names = ", ".join(map(repr, found[:_NAMED]))
+    return [f"{folder} also holds {names}{more}, which nobody reads"] if found else []
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -215,6 +244,19 @@ def _age(folder: Path) -> tuple[int, int]:
 def _serial_before(folder: Path, step: int) -> int:
     older = [path for path in folder.parent.glob("step-*") if _NAME.fullmatch(path.name) and step_of(path) < step]
     return max((claimed_serial(path) for path in older), default=0)
+
+
+def _named(run_dir: Path) -> str:
+    return read_regular(run_dir / "checkpoints" / LATEST, _POINTER_BYTES).decode(errors="replace")
+
+
+def _names_missing(run_dir: Path) -> bool:
+    """Whether `latest` names a checkpoint that is no longer there."""
+    try:
+        name = _named(run_dir).strip()
+    except OSError:
+        return False
+    return bool(_NAME.fullmatch(name)) and not (run_dir / "checkpoints" / name).is_dir()
 
 
 def _is_large(name: str) -> bool:

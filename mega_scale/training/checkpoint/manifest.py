@@ -182,19 +182,21 @@ def claimed_serial(folder: Path) -> int:
         return 0
 
 
+def own_files(folder: Path) -> set[str]:
+    """Names of the files of a checkpoint that has been verified; whatever else lies there is none of it."""
+    return set(json.loads(read_regular(folder / MANIFEST, _MOST_BYTES))["files"])
+
+
 def list_problem(folder: Path, manifest: Manifest) -> str | None:
     """Say what is wrong with names and sizes of a checkpoint's files, without reading them; none where all is well."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    belonging = {parent.as_posix() for name in manifest.files for parent in PurePosixPath(name).parents} | {MANIFEST}
-    for name in belonging & found.keys():
+    for name in _around(manifest) & found.keys():
         # A link to a folder is none of the checkpoint's own, and its files are not looked through.
         if found[name].is_symlink() or found[name].is_dir() == (name == MANIFEST):
             return f"{name} is a link, or no longer what it was"
         del found[name]
     if missing := manifest.files.keys() - found.keys():
         return f"{min(missing)} is missing"
-    if extra := found.keys() - manifest.files.keys():
-        return f"{min(extra)} does not belong to it"
     for name, record in manifest.files.items():
         if found[name].is_symlink() or not found[name].is_file():
             return f"{name} is no regular file"
@@ -202,6 +204,16 @@ def list_problem(folder: Path, manifest: Manifest) -> str | None:
         if size != record.size:
             return f"{name} has {size} bytes, {record.size} were written"
     return None
+
+
+def strays(folder: Path, manifest: Manifest) -> list[str]:
+    """What lies in a checkpoint's folder and is none of it, such as `.nfs...` or `.DS_Store`; nobody reads it.
+
+    Of a stray folder, only the folder itself.
+    """
+    found = {path.relative_to(folder) for path in folder.rglob("*")}
+    found -= {Path(name) for name in manifest.files.keys() | _around(manifest)}
+    return sorted(path.as_posix() for path in found if path.parent not in found)
 
 
 def content_problem(folder: Path, manifest: Manifest, names: Iterable[str], key: bytes | None) -> str | None:
@@ -217,6 +229,11 @@ def content_problem(folder: Path, manifest: Manifest, names: Iterable[str], key:
         ):
             return f"{name} does not hold what was written (its hash differs)"
     return None
+
+
+def _around(manifest: Manifest) -> set[str]:
+    """Names that a checkpoint has beside its files: their folders, and the manifest."""
+    return {parent.as_posix() for name in manifest.files for parent in PurePosixPath(name).parents} | {MANIFEST}
 
 
 def _text(manifest: Manifest, key: bytes | None) -> bytes:

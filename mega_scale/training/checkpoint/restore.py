@@ -19,8 +19,9 @@ from mega_scale.training.checkpoint.folder import (
     newest_first,
     pointer_problem,
     read_state,
+    stray_notes,
 )
-from mega_scale.training.checkpoint.manifest import CheckpointError, content_problem
+from mega_scale.training.checkpoint.manifest import CheckpointError, content_problem, own_files, read_manifest
 
 
 def choose_checkpoint(path: Path, world: World, key: bytes | None = None, say: Callable[[str], None] = print) -> Path:
@@ -50,8 +51,9 @@ def choose_checkpoint(path: Path, world: World, key: bytes | None = None, say: C
         problem = verify_together(Path(name), world, key)
         if problem is None:
             pointer = None if problems or is_checkpoint(path) else pointer_problem(path, Path(name))
-            if pointer is not None and world.rank == 0:
-                say(pointer)
+            if world.rank == 0:
+                for line in (*([pointer] if pointer else []), *stray_notes(Path(name), read_manifest(Path(name), key))):
+                    say(line)
             return Path(name)
         problems.append(problem)
         if world.rank == 0 and not is_checkpoint(path):
@@ -99,8 +101,8 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
     """
     state = read_state(folder)
     # Nothing in training draws from it that ranks do not draw alike, so other ranks than before go on without.
-    random = folder / RANDOM / f"rank-{world.rank:05d}.safetensors"
-    random_state = _read_random_state(random) if random.exists() else None
+    random = f"{RANDOM}/rank-{world.rank:05d}.safetensors"
+    random_state = _read_random_state(folder / random) if random in own_files(folder) else None
     with torch.no_grad():
         StateReader(folder / STATE).load(engine.state(), world.axis("tp"))
     engine.loaded(state["step"])

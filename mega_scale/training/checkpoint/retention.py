@@ -1,8 +1,9 @@
 """Which checkpoints are deleted, and that the last valid one never is."""
 
-import shutil
+import contextlib
 from pathlib import Path
 
+from mega_scale.training.checkpoint.files import discard
 from mega_scale.training.checkpoint.folder import checkpoints, step_of, verify
 from mega_scale.training.checkpoint.manifest import CheckpointError
 
@@ -14,15 +15,22 @@ def delete(folder: Path) -> None:
     """Delete a checkpoint, its name first: what is killed half way leaves no damaged checkpoint behind.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint; of one that is linked here, only the link is deleted.
 
     Raises:
         OSError: it cannot be deleted; if it could be renamed, it no longer counts as a checkpoint.
     """
     nameless = folder.with_name(folder.name + DELETED)
-    shutil.rmtree(nameless, ignore_errors=True)
+    discard(nameless)
     folder.rename(nameless)
-    shutil.rmtree(nameless)
+    discard(nameless)
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what a deletion that was killed, or could not be completed, has left; what stays waits for the next."""
+    for path in run_dir.glob(f"checkpoints/step-*{DELETED}"):
+        with contextlib.suppress(OSError):
+            discard(path)
 
 
 def surplus(run_dir: Path, newest: Path, keep: int, keep_every: int) -> list[Path]:
@@ -74,6 +82,8 @@ def prune(
     old = valid[:-keep] if keep > 0 else []
     chosen = [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
     chosen += broken if damaged else []
-    for folder in [] if dry else chosen:
-        delete(folder)
+    if not dry:
+        for folder in chosen:
+            delete(folder)
+        sweep(run_dir)
     return chosen

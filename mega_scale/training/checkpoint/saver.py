@@ -7,6 +7,7 @@ moves `latest`, and deletes what is not to be kept. Until then the folder has an
 """
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from mega_scale.parallel import INDEX, Engine, Span, World, index_of, own_part, part_file, write_tensors
 from mega_scale.training.checkpoint.config import CheckpointConfig
-from mega_scale.training.checkpoint.files import dump, flush, reason, replace_text
+from mega_scale.training.checkpoint.files import discard, dump, flush, reason, replace_text
 from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, folder_of, next_serial
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
-from mega_scale.training.checkpoint.retention import DELETED, delete, surplus
+from mega_scale.training.checkpoint.retention import delete, surplus, sweep
 from mega_scale.training.checkpoint.staging import Staging
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
@@ -169,6 +170,7 @@ class Saver:
                 dump(unfinished / TRAINER, trainer)
                 self._describe(unfinished)
                 small = [p for p in unfinished.rglob("*") if p.is_file() and p.parent.name not in (STATE, RANDOM)]
+                small = [p for p in small if not p.name.startswith(".")]  # of NFS or a desktop, and soon gone
                 found |= {path.relative_to(unfinished).as_posix(): _hash_and_flush(path, self._key) for path in small}
             return found
 
@@ -218,7 +220,7 @@ class Saver:
         outcome = [save.completing.problem, save.completing.result, save.completing.ended - save.began]
         problem, size, write_s, remark = self._world.broadcast([*outcome, save.problem])
         if problem and self._world.rank == 0:
-            shutil.rmtree(_unfinished(save.folder), ignore_errors=True)
+            _forget(_unfinished(save.folder))
         self._save = None
         stall_s = save.stall_s + time.perf_counter() - began
         return [Saved(save.step, None if problem else save.folder, problem or remark, stall_s, write_s, size or 0)]
@@ -241,13 +243,13 @@ class Saver:
         problem = ""
         if self._world.rank == 0:
             try:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                _forget(unfinished)
                 for folder in (STATE, RANDOM):
-                    (unfinished / folder).mkdir(parents=True)
+                    (unfinished / folder).mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(unfinished).free
                 if free < total:
                     problem = f"it needs {total:,} bytes, {free:,} are free in {unfinished.parent}: make room"
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                    _forget(unfinished)
             except OSError as error:
                 problem = f"rank 0: {_text(error)}"
         # Also tells the others that the folder is there.
@@ -273,8 +275,8 @@ class Saver:
         for folder in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
             flush(folder)
         replaced = save.folder.with_name(save.folder.name + _REPLACED)
-        if save.folder.exists():  # a run that was continued from before this step writes it anew
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(save.folder):  # a run that was continued from before this step writes it anew
+            discard(replaced)
             save.folder.rename(replaced)
         unfinished.rename(save.folder)
         flush(save.folder.parent)
@@ -283,7 +285,7 @@ class Saver:
             replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
         except OSError as error:  # nobody resumes by its word
             save.problem = f"{LATEST} still names another: {_text(error)}"
-        shutil.rmtree(replaced, ignore_errors=True)
+        _forget(replaced)
         self._delete_old(save.folder)
         return manifest.bytes
 
@@ -292,6 +294,7 @@ class Saver:
         for folder in surplus(self._run_dir, newest, self._config.keep, self._config.keep_every):
             with contextlib.suppress(OSError):
                 delete(folder)
+        sweep(self._run_dir)
 
     def _tidy(self) -> None:
         """Remove what a killed run left half written, and restore what it was about to replace."""
@@ -300,14 +303,20 @@ class Saver:
             with contextlib.suppress(OSError):
                 if not original.exists():
                     path.rename(original)
-            shutil.rmtree(path, ignore_errors=True)
-        for suffix in (_UNFINISHED, DELETED):
-            for path in self._run_dir.glob(f"checkpoints/step-*{suffix}"):
-                shutil.rmtree(path, ignore_errors=True)
+            _forget(path)
+        for path in self._run_dir.glob(f"checkpoints/step-*{_UNFINISHED}"):
+            _forget(path)
+        sweep(self._run_dir)
 
 
 def _unfinished(folder: Path) -> Path:
     return folder.with_name(folder.name + _UNFINISHED)
+
+
+def _forget(path: Path) -> None:
+    """Delete what nobody needs, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        discard(path)
 
 
 def _write_and_prove(path: Path, tensors: dict[str, Tensor], key: bytes | None) -> Record:

@@ -16,6 +16,7 @@ from typing import Any
 
 from mega_scale import export
 from mega_scale.config import refuse
+from mega_scale.parallel import check_single
 from mega_scale.training.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -165,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     args = _parser().parse_args(given)
     try:
+        check_single("launch/checkpoint.py")
         code = args.act(args, read_key(args.key_file))
     except (ValueError, OSError) as error:
         refuse(error)

@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON line")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by launchers
     args = parser.parse_args(arguments)
-    rank, size = placement()[:2]
+    rank = 0
     try:
+        rank, size = placement()[:2]
         settings = DataConfig(
             source=args.source,
             path=args.text,

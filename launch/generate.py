@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mega_scale.config import refuse
+from mega_scale.parallel import check_single
 from mega_scale.training.checkpoint import read_key
 from mega_scale.training.restore import load_model, say_to_stderr
 from mega_scale.training.sample import check_sample, generate_text
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: fp32)")
     args = parser.parse_args(arguments)
     try:
+        check_single("launch/generate.py")
         for name, value, good in (
             ("max-new-tokens", args.max_new_tokens, args.max_new_tokens > 0),
             ("temperature", args.temperature, args.temperature >= 0),

@@ -27,6 +27,7 @@ from mega_scale.hub import (
 from mega_scale.hub.export import write_then_rename
 from mega_scale.hub.fairseq import EMA_INPUTS
 from mega_scale.model import MegaConfig, MegaModel
+from mega_scale.parallel import check_single
 
 _LAYOUTS = ("lm", "encoder", "lra")
 
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(arguments)
     try:
+        check_single("launch/import_fairseq.py")
         tokenizer: PreTrainedTokenizerBase | None = None
         if args.dictionary is not None:
             tokenizer = tokenizer_from_dictionary(args.dictionary)

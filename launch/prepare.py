@@ -21,6 +21,7 @@ from mega_scale.config import parse, refuse
 from mega_scale.data import cluster, load_tokenizer, unlike_training
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import Manifest, check_content, read_manifest
+from mega_scale.parallel import check_single
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--verify", action="store_true", help="only compare the folder's files with their checksums")
     args, rest = parser.parse_known_args(arguments)
     try:
+        check_single("launch/prepare.py")
         if args.verify:
             for name in check_content(args.folder):
                 print(f"{name} is good", flush=True)

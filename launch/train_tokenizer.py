@@ -12,6 +12,7 @@ from pathlib import Path
 from mega_scale.config import parse, refuse
 from mega_scale.data import load_corpus
 from mega_scale.data.train_tokenizer import train_bpe
+from mega_scale.parallel import check_single
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000, help="ids, special ones included (default: 32000)")
     args, rest = parser.parse_known_args(arguments)
     try:
+        check_single("launch/train_tokenizer.py")
         if args.folder.is_dir() and any(args.folder.iterdir()):
             raise ValueError(f"{str(args.folder)!r} is not empty: name another folder")
         config = parse(rest).data

@@ -18,6 +18,7 @@ from mega_scale.hub import (
     without_folder,
     write_export,
 )
+from mega_scale.parallel import check_single
 from mega_scale.training.checkpoint import read_key, read_state
 from mega_scale.training.restore import open_checkpoint
 
@@ -152,6 +153,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     args = parser.parse_args(arguments)
     try:
+        check_single("launch/export.py")
         folder = export(
             args.checkpoint,
             args.out,

@@ -113,7 +113,7 @@ class PeerMonitor:
         """
         deadline = time.monotonic() + timeout_s
         try:
-            rendezvous = connect(rank, timeout_s)
+            rendezvous = connect(timeout_s)
         except ConnectionError as error:
             _say(f"rank {rank} ({socket.gethostname()})", str(error))
             raise SystemExit(PEER_LOST) from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,42 +18,9 @@ from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.mesh import Coordinates, MeshShape
 from mega_scale.parallel.monitor import PeerMonitor
+from mega_scale.parallel.placement import placement
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LET_GLOO_FINISH_S = 0.1
-
-
-class Placement(NamedTuple):
-    """Where a process stands among those that a launcher started."""
-
-    rank: int
-    size: int
-    local_rank: int
-    launched: bool  # false: no launcher, one process alone
-    local_size: int  # processes on this machine; all, where the launcher does not say
-
-
-def placement() -> Placement:
-    """Read what deepspeed, torchrun or accelerate say about this process; without a launcher, it is alone.
-
-    Returns:
-        Rank, number of ranks, rank on this machine, whether there is a launcher, and number of ranks on this machine.
-
-    Raises:
-        ValueError: only some of a launcher's variables are set.
-    """
-    missing = [name for name in _VARIABLES if name not in os.environ]
-    if "RANK" in missing and "WORLD_SIZE" in missing:
-        return Placement(0, 1, 0, False, 1)
-    if missing:
-        raise ValueError(
-            f"environment variables {', '.join(missing)} are missing while others of a launcher are set: "
-            "start the script with deepspeed, torchrun, accelerate launch or plain python"
-        )
-    rank, size, local_rank = (int(os.environ[name]) for name in _VARIABLES[:3])
-    # torchrun and accelerate set the first, deepspeed the second.
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size
-    return Placement(rank, size, local_rank, True, int(local_size))
 
 
 def share_cores(local_size: int) -> None:
@@ -289,6 +256,8 @@ def _groups(shape: MeshShape, device: torch.device) -> tuple[DeviceMesh, dist.Pr
 def _device(choice: str, local_rank: int) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
+        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each task its own GPU only
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"parallel.device={choice!r} with local rank {local_rank}, but this machine has "

@@ -4,10 +4,12 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from typing import NamedTuple
 
 import pytest
+import torch.distributed as dist
 import warm
 
 from mega_scale.parallel import ParallelConfig, World
@@ -33,9 +35,9 @@ class Ended(NamedTuple):
         return line
 
 
-def run(folder, work, size=3, *, started=None, timeout_s=TIMEOUT_S, deadline=40.0):
+def run(folder, work, size=3, *, started=None, timeout_s=TIMEOUT_S, deadline=40.0, port=None):
     """Run `work(world)` on the ranks that are started, as under a launcher; returns how each ended."""
-    port, began = warm.free_port(), time.monotonic()
+    port, began = port or warm.free_port(), time.monotonic()
     ranks = list(range(size)) if started is None else started
     processes = {
         rank: warm.CONTEXT.Process(target=_rank, args=(work, rank, size, port, folder, timeout_s), daemon=True)
@@ -255,3 +257,31 @@ def test_a_store_that_cannot_be_reached_is_named(tmp_path):
     assert end.code == PEER_LOST and end.seconds < 6
     assert re.search(r"127\.0\.0\.1:\d+ \(MASTER_ADDR, MASTER_PORT\) cannot be reached: .*Connection refused", end.line)
     assert end.errors.count("\n") == 1
+
+
+def greet_and_close(listener):
+    while True:
+        listener.accept()[0].close()
+
+
+@pytest.mark.parametrize("answer", [None, greet_and_close])
+def test_ranks_whose_port_another_program_holds_end_within_seconds_and_name_the_option(tmp_path, answer):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if answer is not None:
+            threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        ends = run(tmp_path, never, 2, timeout_s=30, port=listener.getsockname()[1])
+    for end in ends.values():
+        assert end.code == PEER_LOST and end.seconds < 15
+        assert "MASTER_PORT" in end.line and "deepspeed --master_port, torchrun --master-port" in end.line
+
+
+@pytest.mark.parametrize("met", [{}, {"size": "2", "came/1": "1"}, {"size": "4"}])
+def test_a_rank_does_not_join_the_store_of_another_program_or_run(tmp_path, met):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    keys = dist.PrefixStore("mega_scale/0", store)
+    for name, value in met.items():
+        keys.set(name, value)
+    [end] = run(tmp_path, never, 2, started=[1], timeout_s=30, port=store.port).values()
+    assert end.code == PEER_LOST and end.seconds < 15
+    assert re.search("another (program|run).*--master_port", end.line)
+    assert not keys.check(["news"]) and not keys.check(["host/1"])

@@ -56,7 +56,12 @@ def end(processes: Sequence[ForkServerProcess], timeout_s: float) -> list[int]:
 
 
 def run_script(
-    script: str, arguments: Sequence[str], ranks: int, timeout_s: float, environment: dict[str, str] | None = None
+    script: str,
+    arguments: Sequence[str],
+    ranks: int,
+    timeout_s: float,
+    environment: dict[str, str] | None = None,
+    tasks: Sequence[dict[str, str]] = ({},),
 ) -> tuple[int | None, str]:
     """Run a script of this project as `python SCRIPT ARGUMENTS...` does, or as a launcher does on so many ranks.
 
@@ -66,6 +71,7 @@ def run_script(
         ranks: 0 for a process without a launcher.
         timeout_s: then the processes are killed.
         environment: more variables.
+        tasks: where there are no ranks, variables of each process of its own, as a job scheduler sets them.
 
     Returns:
         The first exit code that is not 0, or 0, or none if time ran out; and what all of them printed.
@@ -75,9 +81,9 @@ def run_script(
         processes = [
             CONTEXT.Process(
                 target=_script,
-                args=(script, list(arguments), output.name, variables(rank, ranks, port) | (environment or {})),
+                args=(script, list(arguments), output.name, variables(rank, ranks, port) | (environment or {}) | own),
             )
-            for rank in range(max(ranks, 1))
+            for rank, own in enumerate([{}] * ranks or tasks)
         ]
         for process in processes:
             process.start()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mega_scale.config.model_section import model_config
+from mega_scale.parallel.accelerate import check_accelerate
 from mega_scale.parallel.mesh import divisors, multiples, nearest
 from mega_scale.parallel.model_checks import (
     check_segments,
@@ -98,14 +99,24 @@ def _check_schedule(config: "RunConfig") -> None:
     schedule, lr, steps = config.schedule, config.optimizer.lr, config.train.steps
     remedy = "choose cosine, linear or constant"
     _require(schedule.decay in ("cosine", "linear", "constant"), "schedule.decay", schedule.decay, remedy)
+    remedy = "give a whole number of steps, or a share of train.steps that is below 1"
+    _require(
+        schedule.warmup_steps < 1 or schedule.warmup_steps % 1 == 0,
+        "schedule.warmup_steps",
+        schedule.warmup_steps,
+        remedy,
+    )
     if schedule.warmup_steps > steps:
         raise ValueError(
             f"schedule.warmup_steps={schedule.warmup_steps} is more than train.steps={steps}: "
-            f"warm up for at most {steps} steps, or train longer"
+            f"warm up for at most {steps} steps, or a share of them as in schedule.warmup_steps=0.1, or train longer"
         )
     for key, value in {"min_lr": schedule.min_lr, "warmup_init_lr": schedule.warmup_init_lr}.items():
         if value > lr:
-            raise ValueError(f"schedule.{key}={value} is more than optimizer.lr={lr}: lower it, or raise optimizer.lr")
+            raise ValueError(
+                f"schedule.{key}={value} is more than optimizer.lr={lr}: set schedule.{key} to at most {lr}, as in "
+                f"schedule.{key}={lr / 10:g}, or raise optimizer.lr"
+            )
 
 
 def _check_model(config: "RunConfig") -> None:
@@ -122,10 +133,11 @@ def _check_model(config: "RunConfig") -> None:
     _check_documents(config)
     _check_lengths(config)
     # Over several sp ranks, a length that is not whole chunks is padded.
-    if model.use_chunking and length % model.chunk_size and config.parallel.sp == 1:
+    chunk = model.chunk_size
+    if model.use_chunking and length % chunk and config.parallel.sp == 1:
         raise ValueError(
-            f"model.chunk_size={model.chunk_size} does not divide data.sequence_length={length}: use a sequence_length "
-            f"of {multiples(model.chunk_size, length)}, or a chunk_size that divides {length}"
+            f"model.chunk_size={chunk} does not divide data.sequence_length={length}: use a sequence_length of "
+            f"{multiples(chunk, length)}, or a chunk_size of {nearest(divisors(length), chunk)}"
         )
     if model.relative_positional_bias == "simple":
         key, reach = ("model.chunk_size", model.chunk_size) if model.use_chunking else ("data.sequence_length", length)
@@ -195,13 +207,22 @@ def _check_reports(config: "RunConfig") -> None:
 
 def _check_engine(config: "RunConfig", dp: int, world_size: int, local_size: int | None) -> None:
     micro = config.train.micro_batch_size
+    accumulation = config.train.global_batch_size // (dp * micro)
     config.parallel.validate(
         dtype=config.train.dtype,
         micro_batch_size=micro,
-        accumulation=config.train.global_batch_size // (dp * micro),
+        accumulation=accumulation,
         max_grad_norm=config.optimizer.max_grad_norm,
         world_size=world_size,
         local_size=local_size,
+    )
+    check_accelerate(
+        config.parallel,
+        world_size,
+        dtype=config.train.dtype,
+        compiled=config.train.compile,
+        accumulation=accumulation,
+        max_grad_norm=config.optimizer.max_grad_norm,
     )
 
 

@@ -186,7 +186,11 @@ class DataConfig:
         for key in ("path", "validation_path"):
             read = self.source in FILE_SOURCES or (self.source == "prepared" and key == "path")
             if not read and getattr(self, key) is not None:
-                raise _refusal(key, getattr(self, key), f"source {self.source} reads no files; set it to null")
+                kinds = ", ".join(FILE_SOURCES)
+                remedy = (
+                    f"source {self.source} reads no files; set data.source to what they are ({kinds}), or {key} to null"
+                )
+                raise _refusal(key, getattr(self, key), remedy)
         if not self.text_column:
             raise _refusal("text_column", self.text_column, "name the column that holds the text")
 

@@ -22,6 +22,14 @@ def test_rise_is_linear_and_ends_at_the_base_rate():
     assert rates[-1] == pytest.approx(BASE)
 
 
+def test_a_rise_below_one_is_a_share_of_the_run():
+    assert [_rate(step, warmup_steps=0.1) for step in range(TOTAL)] == [
+        _rate(step, warmup_steps=11) for step in range(TOTAL)
+    ]
+    assert [ScheduleConfig(warmup_steps=0.3).warmup(steps) for steps in (1, 6, 200)] == [0, 1, 60]
+    assert [ScheduleConfig(warmup_steps=whole).warmup(1000) for whole in (0, 1, 60, 60.0)] == [0, 1, 60, 60]
+
+
 def test_no_rise_starts_at_the_base_rate():
     assert _rate(0) == BASE
 

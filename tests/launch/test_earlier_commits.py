@@ -22,7 +22,7 @@ from mega_scale.parallel import StateReader
 from mega_scale.training.checkpoint import verify
 from mega_scale.training.restore import open_checkpoint
 
-WRITTEN = launching.ROOT / "tests" / "golden" / "runs" / "d1596f7.tar.xz"
+WRITTEN = launching.ROOT / "tests" / "golden" / "earlier" / "d1596f7.tar.xz"
 RUNS = ("fsdp", "zero3", "zero1")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from mega_scale import export
 from mega_scale.config import refuse
 from mega_scale.parallel import check_single
+from mega_scale.streams import run_command
 from mega_scale.training.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -174,4 +175,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

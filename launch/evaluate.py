@@ -5,7 +5,6 @@ python launch/evaluate.py runs/debug README.md
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from mega_scale.config import refuse
 from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
+from mega_scale.streams import run_command
 from mega_scale.training.checkpoint import read_key
 from mega_scale.training.evaluate import evaluate, loss_of
 from mega_scale.training.restore import load_model, say_to_stderr
@@ -75,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

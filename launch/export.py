@@ -4,6 +4,7 @@ python launch/export.py runs/debug exports/debug
 """
 
 from mega_scale.export import main
+from mega_scale.streams import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

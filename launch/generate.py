@@ -4,7 +4,6 @@ python launch/generate.py runs/debug --prompt "def main(" --max-new-tokens 200
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from mega_scale.config import refuse
 from mega_scale.parallel import check_single
+from mega_scale.streams import run_command
 from mega_scale.training.checkpoint import read_key
 from mega_scale.training.restore import load_model, say_to_stderr
 from mega_scale.training.sample import check_sample, generate_text
@@ -64,4 +64,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -6,7 +6,6 @@ A language model's folder also starts a run: `init_from=exports/enwik8`.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from mega_scale.hub.export import write_then_rename
 from mega_scale.hub.fairseq import EMA_INPUTS
 from mega_scale.model import MegaConfig, MegaModel
 from mega_scale.parallel import check_single
+from mega_scale.streams import run_command
 
 _LAYOUTS = ("lm", "encoder", "lra")
 
@@ -159,4 +159,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

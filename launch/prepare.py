@@ -11,7 +11,6 @@ Beyond one machine, datatrove runs it (pip install 'mega_scale[cluster]'); the f
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from mega_scale.data import cluster, load_tokenizer, unlike_training
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import Manifest, check_content, read_manifest
 from mega_scale.parallel import check_single
+from mega_scale.streams import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,4 +87,4 @@ def describe(manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

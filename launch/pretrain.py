@@ -13,6 +13,10 @@ from launch.stop_signals import StopSignals
 SIGNALS = StopSignals()
 if __name__ == "__main__":
     SIGNALS.listen()  # before imports that take seconds
+from mega_scale.streams import keep_streams
+
+if __name__ == "__main__":
+    keep_streams()
 
 import json
 import os

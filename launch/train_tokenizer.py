@@ -5,7 +5,6 @@ python launch/train_tokenizer.py tokenizers/code --vocab-size 32000 data.source=
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mega_scale.config import parse, refuse
 from mega_scale.data import load_corpus
 from mega_scale.data.train_tokenizer import train_bpe
 from mega_scale.parallel import check_single
+from mega_scale.streams import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,4 +44,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -104,12 +104,12 @@ def _as_it_is(found: Any) -> Any:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Survive the signals that the run itself answers: launchers and Slurm send them to every process of a job.
+    """Survive the signals that the run itself answers: a terminal, launchers and Slurm send them to all of a job.
 
     A worker that they killed would take the run with it, in the middle of what it does to end well. The run still ends
     its workers by SIGTERM; that one is told from others by its sender.
     """
-    for number in signal.valid_signals() - {signal.SIGINT, signal.SIGCHLD, signal.SIGTERM}:
+    for number in signal.valid_signals() - {signal.SIGCHLD, signal.SIGTERM}:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_IGN)
     if callable(signal.getsignal(signal.SIGTERM)):

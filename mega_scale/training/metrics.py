@@ -164,10 +164,7 @@ class Reporter:
         self._steps = steps
         self._supersede(start)
         if tensorboard:
-            try:
-                self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
-            except OSError as error:
-                self.say(f"TensorBoard events are not written: {reason(error)}")
+            self._open_tensorboard(run_dir / "tensorboard", start)
 
     def _supersede(self, start: int) -> None:
         """Keep of metrics.jsonl what was written up to a step; what is no line of it goes into a file beside it."""
@@ -188,10 +185,15 @@ class Reporter:
             self._bar.update()
 
     def rewind(self, step: int) -> None:
-        """Show on the progress bar that the run went back; what was written stays, and later lines supersede it."""
+        """Show that the run went back, on the progress bar and in TensorBoard; lines that were written stay, and later
+        ones supersede them."""
         if self._active:
             self._bar.n = step
             self._bar.refresh()
+            if self._writer is not None:
+                self._tensorboard(lambda writer: writer.close())
+            if self._writer is not None:
+                self._open_tensorboard(Path(self._writer.log_dir), step)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -257,6 +259,14 @@ class Reporter:
             return
         self.say(f"step {step} | sample: {text!r}")
         self._tensorboard(lambda writer: writer.add_text("sample", "    " + text.replace("\n", "\n    "), step))
+
+    def _open_tensorboard(self, folder: Path, start: int) -> None:
+        """Begin a file of events that supersedes all points after `start`, and at it where nothing is done yet."""
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
+        except OSError as error:
+            self._writer = None
+            self.say(f"TensorBoard events are not written: {reason(error)}")
 
     def _write(self, step: int, part: str, values: dict[str, Any]) -> None:
         # JSON has no word for what is not finite.

@@ -54,8 +54,9 @@ class TrainConfig:
     tensorboard: bool = True
     """Whether to write TensorBoard events to the tensorboard folder in run_dir (no unit)."""
 
-    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])
-    """Signals, on any one rank, after which the run finishes its step, saves and ends with exit code 85 (names)."""
+    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1", "SIGINT"])
+    """Signals, on any one rank, after which the run finishes its step, saves and ends with exit code 85; after Ctrl-C
+    (SIGINT), a second one ends it at once (names)."""
 
     max_time: int | str | None = None
     """Save and end with exit code 85 before this much has passed since the start: 13800, or "3:50:00" (seconds)."""

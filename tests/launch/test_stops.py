@@ -84,6 +84,25 @@ def test_a_signal_on_one_rank_stops_all_and_the_run_goes_on_as_if_nothing_had_be
     assert metrics(tmp_path, "validation")[STEPS] == metrics(whole, "validation")[STEPS]
 
 
+INTERRUPTED = {  # where Ctrl-C comes, to all ranks, and once more from the launcher; and the step that is saved
+    "data": (at("data", steps=[2]), 2),
+    "step": (at("forward", steps=[2]), 3),
+    "evaluation": (at("evaluate"), 4),
+    "generation": (at("token"), 4),
+    "save": (at("save"), 4),
+}
+
+
+@pytest.mark.parametrize("phase", INTERRUPTED)
+def test_an_interrupt_of_all_ranks_saves_and_stops(tmp_path, engine, phase):
+    _, changes, _ = engine
+    fault, step = INTERRUPTED[phase]
+    code, output = faulty("two forked", tmp_path, [fault | {"rank": "all", "do": "SIGINT", "twice": 2}], *changes)
+    assert code == STOPPED["two forked"] and "Traceback" not in output, output
+    assert status(tmp_path) == {"state": "stopped", "step": step, "reason": "SIGINT on all ranks"}
+    assert saved(tmp_path) == [step] and output.count("SIGINT: the run saves") == 1
+
+
 def test_signals_that_come_again_and_in_a_save_change_nothing(tmp_path, engine):
     _, changes, _ = engine
     faults = [
@@ -209,7 +228,8 @@ def test_max_time_stops_before_the_limit(tmp_path, text_file):
     assert rest["step"] == step
 
 
-def test_a_signal_in_the_first_moment_is_remembered(tmp_path, text_file):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_in_the_first_moment_is_remembered(tmp_path, text_file, name):
     """Sent from outside, as soon as the program has begun: long before its imports are done."""
     command = [
         sys.executable,
@@ -222,7 +242,7 @@ def test_a_signal_in_the_first_moment_is_remembered(tmp_path, text_file):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not listens(process.pid):
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.Signals[name])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 85, output
-    assert saved(tmp_path) == [0] and status(tmp_path)["reason"] == "SIGTERM on rank 0"
+    assert saved(tmp_path) == [0] and status(tmp_path)["reason"] == f"{name} on rank 0"

@@ -71,6 +71,49 @@ def test_a_run_killed_while_it_begins_to_resume_loses_no_line(tmp_path, monkeypa
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(before.splitlines(keepends=True)[:2])
 
 
+@pytest.mark.parametrize(
+    "starts,shown",
+    [
+        ((0, 0), [(1, 1), (2, 1), (3, 1)]),
+        ((0, 2), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1)]),
+        ((2, 0), [(1, 1), (2, 1), (3, 1)]),
+        ((0, 2, 1), [(1, 0), (2, 2), (3, 2)]),
+    ],
+)
+def test_tensorboard_shows_no_point_of_a_run_that_was_superseded(tmp_path, starts, shown):
+    for number, start in enumerate(starts):
+        reporter = Reporter(tmp_path, rank=0, start=start, steps=9, tensorboard=True)
+        for step in range(start + 1, start + 5 - number):
+            reporter.step(step, {**VALUES, "loss": number})
+        reporter.close()
+    points = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(point.step, int(point.value)) for point in points] == shown
+
+
+def test_tensorboard_shows_no_point_that_a_rollback_took_back(tmp_path):
+    reporter = Reporter(tmp_path, rank=0, start=0, steps=9, tensorboard=True)
+    for step in (1, 2, 3, 4):
+        reporter.step(step, {**VALUES, "loss": 1.0})
+    reporter.rewind(2)
+    reporter.step(3, {**VALUES, "loss": 2.0})
+    reporter.close()
+    points = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_a_disk_that_is_full_from_the_start_ends_no_run(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mega_scale.training.metrics.replace_text", full)
+        patched.setattr("mega_scale.training.metrics.SummaryWriter", full)
+        reporter = Reporter(tmp_path, rank=0, start=2, steps=5, tensorboard=True)
+    reporter.step(3, VALUES)
+    reporter.close()
+    assert capsys.readouterr().out.count("No space left on device") == 2
+
+
 def test_resuming_supersedes_what_was_written_after_the_checkpoint(tmp_path):
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         reporter = Reporter(tmp_path, rank=0, start=start, steps=4, tensorboard=False)

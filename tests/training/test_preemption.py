@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from launch.stop_signals import StopSignals
+from launch.stop_signals import DEFAULT, ENDED_AT_ONCE, StopSignals
 from mega_scale.parallel.monitor import PEER_LOST
 from mega_scale.training.bad_steps import DIVERGED
 from mega_scale.training.preemption import STOPPED, Stopping, StopRun, TimeLimit, check_signals, seconds_of
@@ -114,6 +114,45 @@ print("not reached")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGUSR1 and done.stdout == "", done.stderr
+
+
+def test_what_is_listened_to_before_the_settings_are_read_is_what_they_say_by_default():
+    assert list(DEFAULT) == TrainConfig().stop_signals
+
+
+def test_the_second_interrupt_ends_at_once_whatever_the_main_thread_does_and_an_echo_is_none():
+    """The main thread is in C, where no handler of Python's runs; a loader worker beside it gets every Ctrl-C too."""
+    script = """
+import ctypes, os, sys, time
+never = os.pipe()
+from launch.stop_signals import StopSignals
+StopSignals(again_s=1.0).listen()
+if os.fork() == 0:
+    time.sleep(60)
+print(os.getpid(), flush=True)
+if sys.argv[1] == "waits":
+    ctypes.CDLL(None).read(never[0], ctypes.create_string_buffer(1), 1)
+while True:
+    pass
+"""
+    for does in ("waits", "computes"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, does], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        process.stdout.readline()
+        for pause in (0.3, 0.3, 1.0):  # to the whole group, as a terminal and a launcher do
+            assert process.poll() is None
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(pause)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == ENDED_AT_ONCE == 130
+        assert [line.split(":")[0] for line in errors.splitlines()] == [
+            "mega_scale | SIGINT",
+            "mega_scale | SIGINT again",
+        ]
 
 
 def test_listening_imports_nothing_heavy():

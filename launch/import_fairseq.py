@@ -25,6 +25,7 @@ from mega_scale.hub import (
 )
 from mega_scale.hub.export import write_then_rename
 from mega_scale.hub.fairseq import EMA_INPUTS
+from mega_scale.hub.tokenizer_files import write_tokenizer
 from mega_scale.model import MegaConfig, MegaModel
 from mega_scale.parallel import check_single
 from mega_scale.streams import run_command
@@ -95,7 +96,7 @@ def convert(
         model.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            write_tokenizer(folder, tokenizer)
 
     write_then_rename(out, write)
     return layout

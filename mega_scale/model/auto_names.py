@@ -18,6 +18,11 @@ _CLASSES = {
 }
 
 
+def registered_name(kind: type) -> str:
+    """Name of the class in the tables that a class is or derives from, else its own."""
+    return next((base.__name__ for base in kind.__mro__ if base.__name__ in _CLASSES.values()), kind.__name__)
+
+
 def register_names(model_type: str) -> None:
     """Write the classes' names into the tables, under the configuration's `model_type`."""
     for table, name in _CLASSES.items():

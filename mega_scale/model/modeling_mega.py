@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
-from mega_scale.model.auto_names import register_names
+from mega_scale.model.auto_names import register_names, registered_name
 from mega_scale.model.block import MegaBlock
 from mega_scale.model.cache import MegaCache, check_cache
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
@@ -52,6 +52,10 @@ class MegaPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MegaConfig) -> None:
         config.check_for_model()
         super().__init__(config)
+
+    def _get_name(self) -> str:
+        # What a Trainer looks up: FSDP2 makes a class of another name, and users do.
+        return registered_name(type(self))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

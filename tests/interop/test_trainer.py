@@ -153,9 +153,12 @@ def smoothed(logits, labels, epsilon):
     return -((target * logs).sum(-1) * (labels[:, 1:] != -100)).sum() / (labels[:, 1:] != -100).sum()
 
 
-def test_label_smoothing_predicts_the_next_token(tmp_path):
+@pytest.mark.parametrize("derived", [False, True])
+def test_label_smoothing_predicts_the_next_token(tmp_path, derived):
     rows = uneven()
     model = make_model(spread=0.05, **dict.fromkeys(PROBABILITIES, 0.0))
+    if derived:  # as FSDP2 does
+        model.__class__ = type("FSDPMegaForCausalLM", (type(model),), {})
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     with torch.no_grad():
         expected, before = smoothed(model(batch["input_ids"]).logits, batch["labels"], 0.2), model(**batch).loss

@@ -49,7 +49,8 @@ class ParallelConfig:
     """Compute recomputed blocks so many tokens at a time, in both passes: whole chunks; 0 for whole rows (tokens)."""
 
     ds_config: dict[str, Any] = field(default_factory=dict)
-    """Native DeepSpeed keys, merged over ours; keys that other settings own are refused (DeepSpeed's units)."""
+    """Native DeepSpeed keys, merged over ours; those that another setting owns, that change what is computed, or that
+    are misspelt are refused (DeepSpeed's units)."""
 
     timeout_s: int = 1800
     """Longest wait of one rank for the others before the run fails (seconds)."""

@@ -1,11 +1,14 @@
 """The native DeepSpeed configuration: our settings in DeepSpeed's words, with a user's keys merged over them."""
 
+import copy
+from collections.abc import Iterable, Iterator
+from difflib import SequenceMatcher
 from typing import Any
 
 from mega_scale.parallel.mesh import MeshShape
 
-# Keys of DeepSpeed that say what another setting of ours says, and that setting. Two answers to one question would be
-# settled by DeepSpeed without a word.
+# Keys of DeepSpeed, or sections of them, that say what another setting of ours says, and that setting. Two answers to
+# one question would be settled by DeepSpeed without a word.
 OWNERS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -14,20 +17,165 @@ OWNERS = {
     "elasticity": "train.global_batch_size and train.micro_batch_size",
     "gradient_clipping": "optimizer.max_grad_norm",
     "gradient_allreduce_op": "train.global_batch_size (losses are sums over tokens divided by their number)",
+    "gradient_predivide_factor": "train.global_batch_size (losses are sums over tokens divided by their number)",
+    "prescale_gradients": "train.global_batch_size (losses are sums over tokens divided by their number)",
     "optimizer": "the optimizer section",
+    "zero_allow_untested_optimizer": "the optimizer section",
+    "zero_force_ds_cpu_optimizer": "the optimizer section",
     "scheduler": "the schedule section",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "bf16.enabled": "train.dtype",
-    "fp16.enabled": "train.dtype",
-    "torch_autocast.enabled": "train.dtype",
-    "torch_autocast.dtype": "train.dtype",
-    "data_types.param_dtype": "train.dtype",
+    "bf16": "train.dtype",
+    "bfloat16": "train.dtype",
+    "fp16": "train.dtype",
+    "amp": "train.dtype",
+    "torch_autocast": "train.dtype",
+    "data_types": "train.dtype",
+    "communication_data_type": "train.dtype (gradients are reduced in fp32)",
+    "seq_parallel_communication_data_type": "train.dtype (gradients are reduced in fp32)",
     "data_parallel_size": "parallel.dp_shard",
     "sequence_parallel_size": "parallel.sp",
     "tensor_parallel": "parallel.tp",
+    "vocabulary_size": "model.vocab_size",
+    "activation_checkpointing": "parallel.activation_checkpoint",
+    "compile": "train.compile",
+    "checkpoint": "the checkpoint section",
+    "nebula": "the checkpoint section",
+    "datastates": "the checkpoint section",
+    "dataloader_drop_last": "the data section",
+    "data_efficiency": "the data section",
+    "curriculum_learning": "data.length_schedule",
+    "zero_optimization.stage": "parallel.zero_stage",
     "zero_optimization.mics_shard_size": "parallel.dp_shard and parallel.dp_replicate",
     "zero_optimization.mics_hierarchical_params_gather": "parallel.dp_shard and parallel.dp_replicate",
     "zero_optimization.zero_hpz_partition_size": "parallel.dp_shard and parallel.dp_replicate",
+    "zero_optimization.compute_grad_norm": "optimizer.max_grad_norm",
+    "zero_optimization.load_from_fp32_weights": "the checkpoint section",
+    "zero_optimization.elastic_checkpoint": "the checkpoint section",
+    "zero_optimization.pipeline_loading_checkpoint": "the checkpoint section",
+    "zero_optimization.gather_16bit_weights_on_model_save": "the checkpoint section",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "the checkpoint section",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "the checkpoint section",
+}
+
+_ZERO = {
+    # What is computed stays, and where it lies is compared with one process: tests/distributed/test_native_keys.py.
+    "contiguous_gradients": bool,
+    "reduce_scatter": bool,
+    "reduce_bucket_size": int,
+    "use_multi_rank_bucket_allreduce": bool,
+    "allgather_partitions": bool,
+    "allgather_bucket_size": int,
+    "overlap_comm": bool,
+    "round_robin_gradients": bool,
+    "parameter_alignment": bool,
+    "ignore_unused_parameters": bool,
+    "sub_group_size": int,
+    "stage3_prefetch_bucket_size": int,
+    "stage3_param_persistence_threshold": int,
+    "stage3_model_persistence_threshold": int,
+    "stage3_max_live_parameters": int,
+    "stage3_max_reuse_distance": int,
+    "stage3_use_all_reduce_for_fetch_params": bool,
+    "stage3_allgather_sequential": bool,
+    "memory_efficient_linear": bool,
+    "override_module_apply": bool,
+    "log_trace_cache_warnings": bool,
+    "enable_sanity_checks": bool,
+    "cpu_offload": bool,
+    "cpu_offload_param": bool,
+    "cpu_offload_use_pin_memory": bool,
+    "zero_quantized_gradients": bool,  # refused in words of its own
+    **{
+        f"offload_{what}.{key}": kind
+        for what in ("optimizer", "param")
+        for key, kind in {"device": str, "pin_memory": bool, "nvme_path": str, "buffer_count": int}.items()
+    },
+}
+_REPORTS = {
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "timers.throughput.enabled": bool,
+    "timers.throughput.synchronized": bool,
+    "flops_profiler.enabled": bool,
+    "flops_profiler.recompute_fwd_factor": float,
+    "flops_profiler.profile_step": int,
+    "flops_profiler.module_depth": int,
+    "flops_profiler.top_modules": int,
+    "flops_profiler.detailed": bool,
+    "flops_profiler.output_file": str,
+    "comms_logger.enabled": bool,
+    "comms_logger.prof_all": bool,
+    "comms_logger.prof_ops": list,
+    "comms_logger.verbose": bool,
+    "comms_logger.debug": bool,
+    **{
+        f"{monitor}.{key}": kind
+        for monitor in ("tensorboard", "csv_monitor")
+        for key, kind in {"enabled": bool, "output_path": str, "job_name": str}.items()
+    },
+    "wandb.enabled": bool,
+    "wandb.group": str,
+    "wandb.team": str,
+    "wandb.project": str,
+}
+KEYS: dict[str, type] = _REPORTS | {f"zero_optimization.{key}": kind for key, kind in _ZERO.items()}
+"""Native keys that are passed on to DeepSpeed, with the type of their values; every other one is refused."""
+
+_SECTIONS = {path[:end] for path in KEYS for end, letter in enumerate(path) if letter == "."}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+_FROM_ONE = ("steps_per_print", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "buffer_count")
+_MAY_BE_NEGATIVE = ("flops_profiler.module_depth",)
+# Further names under which DeepSpeed reads a key.
+_ALIASES = {
+    f"zero_optimization.{key.removeprefix('stage3_')}": f"zero_optimization.{key}"
+    for key in _ZERO
+    if key.startswith("stage3_")
+}
+_SUPERSEDED = {
+    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "zero_optimization.offload_param",
+}
+# Keys of DeepSpeed that no setting of ours stands for, by the reason why they are not passed on.
+_REFUSED = {
+    "it changes what is computed": (
+        "zero_optimization.zero_quantized_weights",
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        "zero_optimization.zeropp_loco_param",
+        "weight_quantization",
+        "quantize_training",
+        "compression_training",
+        "eigenvalue",
+        "sparse_attention",
+        "sparse_gradients",
+        "progressive_layer_drop",
+    ),
+    "weights and moments would lie where checkpoints do not look for them": (
+        "zero_optimization.zenflow",
+        "zero_optimization.legacy_stage1",
+        "zero_optimization.save_muon_momentum_buffer_in_memory",
+        "zero_optimization.offload_optimizer.ratio",
+        "zero_optimization.offload_optimizer.super_offload",
+        "zero_optimization.offload_optimizer.cpuadam_cores_perc",
+    ),
+    "DeepSpeed fails with it in this model's first step": (
+        "zero_optimization.stage3_module_granularity_threshold",
+        "zero_optimization.module_granularity_threshold",
+        "zero_optimization.leaf_module",
+    ),
+    "this trainer does not use it": (
+        "pipeline",
+        "hybrid_engine",
+        "expert_parallel",
+        "use_data_before_expert_parallelism",
+        "autotuning",
+        "graph_harvesting",
+        "aio",
+        "comet",
+        "disable_allgather",
+        "disable_python_gc",
+        "log_level",
+    ),
 }
 
 # Keys of zero_optimization that move gradients or weights away from the device.
@@ -59,7 +207,8 @@ def native_config(
         A configuration in DeepSpeed's own keys.
 
     Raises:
-        ValueError: a key of `user` contradicts a setting of ours.
+        ValueError: a key of `user` contradicts a setting of ours, is none of `KEYS`, or has a value of another type;
+            names the key, its value and a remedy.
     """
     ours: dict[str, Any] = {
         "train_batch_size": micro_batch_size * accumulation * world_size,
@@ -75,7 +224,7 @@ def native_config(
         # listed here, weights are gathered and gradients are reduced in fp32.
         "torch_autocast": {"enabled": dtype == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
-    return _merge(ours, user, "")
+    return _merge(ours, user)
 
 
 def check_mesh(native: dict[str, Any], mesh: MeshShape) -> None:
@@ -101,17 +250,21 @@ def check_mesh(native: dict[str, Any], mesh: MeshShape) -> None:
                 f"parallel.ds_config.zero_optimization.{key}.device='nvme' keeps state out of memory, from which "
                 "checkpoints are written: use 'cpu'"
             )
+        if _offloads(zero.get(key)) and zero["stage"] < (3 if "param" in key else 1):
+            raise ValueError(
+                f"parallel.ds_config.zero_optimization.{key}={zero[key]!r} moves what parallel.zero_stage="
+                f"{zero['stage']} does not split: remove that key, or use parallel.zero_stage=3"
+            )
         if mesh.dp_replicate > 1 and _offloads(zero.get(key)):
             raise ValueError(
                 f"{copies} sums gradients between copies on the device, which "
                 f"parallel.ds_config.zero_optimization.{key}={zero[key]!r} takes them away from: remove that key, or "
                 "use parallel.dp_replicate=1, or parallel.engine=fsdp without ds_config"
             )
-    if zero.get("zero_quantized_gradients") and mesh.fsdp != mesh.size:
+    if zero.get("zero_quantized_gradients"):
         raise ValueError(
-            "parallel.ds_config.zero_optimization.zero_quantized_gradients=true reduces gradients over all "
-            f"{mesh.size} ranks, but {copies} and parallel.tp={mesh.tp} leave {mesh.fsdp} to a shard: remove that key, "
-            "or use parallel.dp_replicate=1 and parallel.tp=1"
+            "parallel.ds_config.zero_optimization.zero_quantized_gradients=true rounds gradients to 4 bits and reduces "
+            f"them over all ranks, whatever {copies} and parallel.tp={mesh.tp}: remove that key"
         )
 
 
@@ -119,20 +272,73 @@ def _offloads(value: Any) -> bool:
     return value.get("device", "none") != "none" if isinstance(value, dict) else bool(value)
 
 
-def _merge(ours: dict[str, Any], user: dict[str, Any], prefix: str) -> dict[str, Any]:
-    merged = dict(ours)
+def _leaves(user: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths and values; a section without keys is a value."""
     for key, value in user.items():
-        path = prefix + key
-        if path in OWNERS and (key not in ours or ours[key] != value):
-            raise ValueError(
-                f"parallel.ds_config.{path}={value!r} contradicts {OWNERS[path]}: set it there and remove it here"
-            )
-        inner = ours.get(key, {} if isinstance(value, dict) else None)
-        if isinstance(inner, dict) != isinstance(value, dict):
-            expected = "a section of keys" if isinstance(inner, dict) else "a single value"
-            raise ValueError(f"parallel.ds_config.{path}={value!r}: DeepSpeed expects {expected} there")
-        if isinstance(inner, dict):
-            merged[key] = _merge(inner, value, path + ".")
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}.")
         else:
-            merged[key] = value
+            yield path, value
+
+
+def _within(path: str, paths: Iterable[str]) -> str | None:
+    """The one of some paths that a path is, or lies in."""
+    return next((outer for outer in paths if path == outer or path.startswith(f"{outer}.")), None)
+
+
+def _merge(ours: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:
+    own, given = dict(_leaves(ours)), dict(_leaves(user))
+    merged = copy.deepcopy(ours)
+    for written, value in given.items():
+        name, path = f"parallel.ds_config.{written}", _ALIASES.get(written, written)
+        if owner := _within(path, OWNERS):
+            if path not in own or own[path] != value or isinstance(own[path], bool) != isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} contradicts {OWNERS[owner]}: set it there and remove it here")
+            continue
+        _refuse_unknown(name, path, value)
+        if path in _SECTIONS or value is None or (value == "auto" and path.startswith("zero_optimization.")):
+            continue  # as if it was not there
+        twin = _SUPERSEDED.get(path, path)
+        if twin != written and any(_within(other, [twin]) for other in given):
+            raise ValueError(f"{name}={value!r} is an older name of parallel.ds_config.{twin}: remove one of the two")
+        place = merged
+        *sections, last = path.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = _typed(name, path, value)
     return merged
+
+
+def _refuse_unknown(name: str, path: str, value: Any) -> None:
+    for why, keys in _REFUSED.items():
+        if _within(path, keys):
+            raise ValueError(f"{name}={value!r} is not passed on to DeepSpeed: {why}; remove it")
+    if path in _SECTIONS:
+        off = value in ({}, None) or (value is False and path.startswith("zero_optimization.offload_"))
+        if not off:
+            raise ValueError(f"{name}={value!r}: DeepSpeed expects a section of keys there")
+    elif path not in KEYS:
+        if outer := _within(path, KEYS):
+            raise ValueError(f"{name}={value!r}: DeepSpeed expects a single value as {outer}")
+        known = [*KEYS, *_ALIASES, *_SECTIONS]
+        nearest = max(known, key=lambda key: SequenceMatcher(None, path, key).ratio())
+        near = f"parallel.ds_config.{nearest}"
+        raise ValueError(f"{name}={value!r} is no key that is passed on to DeepSpeed: the nearest one is {near}")
+
+
+def _typed(name: str, path: str, value: Any) -> Any:
+    kind, key = KEYS[path], path.rpartition(".")[2]
+    expected = _WORDS[kind]
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # as in 5e8
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if kind is int and path not in _MAY_BE_NEGATIVE:
+        least = int(key in _FROM_ONE)
+        expected += f" of at least {least}"
+        fits = fits and value >= least
+    elif key == "device":
+        expected, fits = "none or cpu", value in ("none", "cpu", "nvme")  # of nvme, `check_mesh` says more
+    if not fits:
+        raise ValueError(f"{name}={value!r} is not allowed: expected {expected}")
+    return value

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -86,6 +86,24 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model), config=native, mpu=unit, dist_init_required=False
         )
+        self._require_own_numbers()
+
+    def _require_own_numbers(self) -> None:
+        """See that what the optimizer steps under each name is what the model computes with under it.
+
+        Raises:
+            RuntimeError: it is not; checkpoints would hold other parameters' numbers under that name.
+        """
+        for name, parameter in self._parameters.items():
+            place = self._place(parameter)
+            stepped = flat(place.owner)[place.numbers]
+            begin = 0 if self._stage == 3 else place.start
+            computed = self.held(name)[begin : begin + len(stepped)]
+            if not torch.equal(stepped.to(computed.device), computed):
+                raise RuntimeError(
+                    f"parallel.engine=deepspeed keeps other numbers than the model's for {name}, so that checkpoints "
+                    "would be wrong: remove keys of parallel.ds_config.zero_optimization, or use parallel.engine=fsdp"
+                )
 
     def forward(
         self,
@@ -199,32 +217,33 @@ class DeepSpeedEngine:
         return EngineState(names, held, [adam.state[one]["step"] for one in stepped], persistent_buffers(self.module))
 
     def _range(self, parameter: Any, piece: Piece, adam: torch.optim.Optimizer) -> Held:
-        optimizer, tp, fsdp = self._engine.optimizer, self._world.axis("tp"), self._world.axis("fsdp")
-        alike = [self._copies, *([tp] if piece.dim is None else []), *([fsdp] if self._stage == 0 else [])]
-        shape, numbers = parameter.shape, slice(None)
-        start = 0
-        if self._stage == 0:
-            owner = parameter
-        elif self._stage == 3:
-            group, first, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            owner, shape, start = optimizer.fp32_partitioned_groups_flat[group], parameter.ds_shape, fsdp.rank * length
-            start = min(start, parameter.ds_numel)
-            numbers = slice(first, first + min(length, parameter.ds_numel - start))  # the last part ends in padding
-        elif parameter._hp_mapping is None:
-            owner, numbers = optimizer.single_partition_of_fp32_groups[0], slice(0, 0)
-        else:
-            place = parameter._hp_mapping
-            owner, start = (
-                optimizer.single_partition_of_fp32_groups[place.param_group_index],
-                place.lp_fragment_address.start,
-            )
-            numbers = slice(
-                place.hp_fragment_address.start, place.hp_fragment_address.start + place.hp_fragment_address.numel
-            )
-        tensors = {WEIGHT: flat(owner)[numbers]}
+        place, tp, fsdp = self._place(parameter), self._world.axis("tp"), self._world.axis("fsdp")
+        alike = [self._copies, *([tp] if piece.dim is None else []), *([fsdp] if place.owner is parameter else [])]
+        tensors = {WEIGHT: flat(place.owner)[place.numbers]}
         if parameter.requires_grad:
-            tensors |= {moment: flat(adam.state[owner][moment])[numbers] for moment in MOMENTS}
-        return held_range(piece, shape, start, tensors, tp, alike)
+            tensors |= {moment: flat(adam.state[place.owner][moment])[place.numbers] for moment in MOMENTS}
+        shape = parameter.ds_shape if self._stage == 3 else parameter.shape
+        return held_range(piece, shape, place.start, tensors, tp, alike)
+
+    def _place(self, parameter: Any) -> "_Stepped":
+        optimizer, fsdp = self._engine.optimizer, self._world.axis("fsdp")
+        if self._stage == 3:
+            group, first, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = min(fsdp.rank * length, parameter.ds_numel)
+            end = first + min(length, parameter.ds_numel - start)  # the last part ends in padding
+            return _Stepped(optimizer.fp32_partitioned_groups_flat[group], slice(first, end), start)
+        if self._stage > 0:
+            # Where the parameter lies in its group is seen from its memory: DeepSpeed may have ordered the group anew,
+            # which its own table does not say.
+            memory = parameter.untyped_storage().data_ptr()
+            for group, whole in enumerate(optimizer.bit16_groups_flat):
+                if whole.untyped_storage().data_ptr() == memory:
+                    owner = optimizer.single_partition_of_fp32_groups[group]
+                    ahead = fsdp.rank * owner.numel() - (parameter.storage_offset() - whole.storage_offset())
+                    start = min(max(ahead, 0), parameter.numel())
+                    end = min(max(ahead + owner.numel(), 0), parameter.numel())
+                    return _Stepped(owner, slice(start - ahead, max(end, start) - ahead), start)
+        return _Stepped(parameter, slice(None), 0)
 
     def loaded(self, step: int) -> None:
         """Have DeepSpeed's other copies of the weights follow, see `Engine.loaded`."""
@@ -261,6 +280,20 @@ class DeepSpeedEngine:
         """Undo what DeepSpeed changed in this process, see `Engine.close`."""
         self._engine.destroy()
         nn.functional.linear = _linear
+
+
+class _Stepped(NamedTuple):
+    """Where the optimizer's numbers of a parameter lie on this rank.
+
+    Args:
+        owner: what the optimizer steps.
+        numbers: which of its numbers, flattened; none where this rank has none of the parameter.
+        start: the first of them in the parameter, flattened.
+    """
+
+    owner: Tensor
+    numbers: slice
+    start: int
 
 
 def _start_deepspeed(world: World) -> Any:

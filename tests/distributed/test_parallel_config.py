@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mega_scale.parallel import ParallelConfig
-from mega_scale.parallel.deepspeed_config import OWNERS, native_config
+from mega_scale.parallel.deepspeed_config import KEYS, OWNERS, native_config
 
 RUN: dict[str, Any] = {
     "dtype": "fp32",
@@ -102,3 +102,92 @@ def test_refuses_state_on_nvme() -> None:
     zero = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
     with pytest.raises(ValueError, match=r"offload_optimizer\.device='nvme' .* use 'cpu'"):
         ParallelConfig(ds_config=zero).validate(**RUN)
+
+
+ZERO = "zero_optimization"
+
+
+@pytest.mark.parametrize(
+    ("native", "words"),
+    [
+        # Misspelt
+        ({"zero_optimisation": {"stage": 3}}, ["zero_optimisation.stage=3", "parallel.ds_config.zero_optimization"]),
+        ({"wall_clock_breakdwon": True}, ["wall_clock_breakdwon=True", "parallel.ds_config.wall_clock_breakdown"]),
+        ({ZERO: {"overlap_com": True}}, [f"{ZERO}.overlap_com=True", f"{ZERO}.overlap_comm"]),
+        (
+            {ZERO: {"offload_optimizer": {"devise": "cpu"}}},
+            ["offload_optimizer.devise='cpu'", "offload_optimizer.device"],
+        ),
+        ({ZERO: {"stage3_prefetch_bucket": 1}}, ["stage3_prefetch_bucket=1", "stage3_prefetch_bucket_size"]),
+        # Of another type
+        ({ZERO: {"stage": "two"}}, [f"{ZERO}.stage='two'", "parallel.zero_stage"]),
+        ({ZERO: {"overlap_comm": "true"}}, [f"{ZERO}.overlap_comm='true'", "true or false"]),
+        ({ZERO: {"round_robin_gradients": 1}}, ["round_robin_gradients=1", "true or false"]),
+        ({ZERO: {"reduce_bucket_size": "many"}}, ["reduce_bucket_size='many'", "a whole number"]),
+        ({ZERO: {"reduce_bucket_size": 0}}, ["reduce_bucket_size=0", "at least 1"]),
+        ({ZERO: {"sub_group_size": 1.5}}, ["sub_group_size=1.5", "a whole number"]),
+        ({ZERO: {"stage3_max_reuse_distance": -1}}, ["stage3_max_reuse_distance=-1", "at least 0"]),
+        ({ZERO: {"overlap_comm": {"enabled": True}}}, ["overlap_comm.enabled=True", "a single value"]),
+        ({ZERO: {"offload_optimizer": "cpu"}}, ["offload_optimizer='cpu'", "a section of keys"]),
+        ({ZERO: {"offload_optimizer": {"device": "disk"}}}, ["device='disk'", "none or cpu"]),
+        ({ZERO: True}, [f"{ZERO}=True", "a section of keys"]),
+        ({"steps_per_print": 0}, ["steps_per_print=0", "at least 1"]),
+        # Other names of what a setting owns
+        ({"bfloat16": {"enabled": True}}, ["bfloat16.enabled=True", "train.dtype"]),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, ["bf16_master_weights_and_grads", "train.dtype"]),
+        ({"fp16": {"enabled": False}}, ["fp16.enabled=False", "train.dtype"]),
+        ({"amp": {"enabled": True}}, ["amp.enabled=True", "train.dtype"]),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype='bf16'", "train.dtype"]),
+        ({"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}}, ["train.dtype"]),
+        ({"communication_data_type": "bf16"}, ["communication_data_type='bf16'", "train.dtype"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1}}}, ["optimizer.type='Adam'", "the optimizer section"]),
+        ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer=True", "the optimizer section"]),
+        ({"prescale_gradients": True}, ["prescale_gradients=True", "train.global_batch_size"]),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, ["parallel.activation_checkpoint"]),
+        ({"checkpoint": {"load_universal": True}}, ["checkpoint.load_universal", "the checkpoint section"]),
+        ({ZERO: {"stage3_gather_fp16_weights_on_model_save": True}}, ["the checkpoint section"]),
+        ({ZERO: {"stage": True}}, [f"{ZERO}.stage=True", "parallel.zero_stage"]),
+        # Two names of one key
+        ({ZERO: {"max_live_parameters": 1, "stage3_max_live_parameters": 2}}, ["max_live_parameters=1", "remove one"]),
+        ({ZERO: {"cpu_offload": True, "offload_optimizer": {"device": "none"}}}, ["cpu_offload=True", "remove one"]),
+        # What changes the numbers, their place, or nothing here
+        ({ZERO: {"zero_quantized_weights": True}}, ["zero_quantized_weights=True", "changes what is computed"]),
+        ({ZERO: {"zero_quantized_gradients": True}}, ["zero_quantized_gradients=true", "remove that key"]),
+        ({"compression_training": {"weight_quantization": {}}}, ["compression_training", "changes what is computed"]),
+        ({"progressive_layer_drop": {"enabled": True}}, ["progressive_layer_drop", "changes what is computed"]),
+        ({ZERO: {"zenflow": {"topk_ratio": 0.1}}}, ["zenflow.topk_ratio=0.1", "checkpoints"]),
+        ({ZERO: {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["ratio=0.5", "checkpoints"]),
+        ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine.enabled=True", "does not use it"]),
+    ],
+    ids=str,
+)
+def test_refuses_native_keys_in_one_line(native: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        ParallelConfig(ds_config=native, zero_stage=1).validate(**RUN)
+    message = str(refusal.value)
+    assert message.startswith("parallel.ds_config.") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("stage", "key"), [(0, "offload_optimizer"), (1, "offload_param"), (2, "offload_param")])
+def test_refuses_to_offload_what_is_not_split(stage: int, key: str) -> None:
+    config = ParallelConfig(zero_stage=stage, ds_config={ZERO: {key: {"device": "cpu"}}})
+    with pytest.raises(ValueError, match=rf"{key}=.*parallel\.zero_stage={stage} does not split"):
+        config.validate(**RUN)
+
+
+def test_native_keys_by_other_names_and_of_other_words_for_nothing() -> None:
+    user = {
+        ZERO: {"prefetch_bucket_size": 5e7, "reduce_bucket_size": "auto", "overlap_comm": None, "offload_param": {}}
+    }
+    merged = native_config(user, zero_stage=3, **RUN)
+    assert merged[ZERO] == {"stage": 3, "stage3_prefetch_bucket_size": 50_000_000}
+    assert type(merged[ZERO]["stage3_prefetch_bucket_size"]) is int
+
+
+def test_deepspeed_knows_every_key_that_is_passed_on() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: PLC0415  takes long
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values())}
+    assert {key.split(".")[1] for key in KEYS if key.startswith(f"{ZERO}.")} <= known

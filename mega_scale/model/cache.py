@@ -111,6 +111,10 @@ class MegaCache(Cache):
         self.documents: Tensor | None = None
         """Number of the document of each remembered key, (B, position in the open chunk, or position) int64; none where
         all of a row are of one."""
+        self.mask: Tensor | None = None
+        """Which of the last tokens are valid, (B, position, or at most C) bool; none where no mask was given."""
+        self.encoder_mask: Tensor | None = None
+        """Which positions of the encoder's output are valid, (B, S) bool; none where no mask was given."""
         super().__init__(layers=[*self.states])
 
     @property
@@ -127,7 +131,7 @@ class MegaCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.pads = self.documents = None
+        self.pads = self.documents = self.mask = self.encoder_mask = None
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take rows `beam_idx` (B,), as beam search does after each step."""
@@ -147,6 +151,8 @@ class MegaCache(Cache):
     def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
         self.pads = None if self.pads is None else function(self.pads)
         self.documents = None if self.documents is None else function(self.documents)
+        self.mask = None if self.mask is None else function(self.mask)
+        self.encoder_mask = None if self.encoder_mask is None else function(self.encoder_mask)
 
 
 def check_cache(past: Any, num_hidden_layers: int, batch: int) -> MegaCache:

@@ -39,6 +39,8 @@ class MegaForSequenceClassification(MegaHeadModel):
         config: `num_labels` and `problem_type` say what is predicted.
     """
 
+    one_answer_a_row = True
+
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
         self.num_labels = label_count(config)
@@ -98,6 +100,8 @@ class MegaForMultipleChoice(MegaHeadModel):
         config: of the backbone.
     """
 
+    one_answer_a_row = True
+
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
         self.mega = MegaModel(config)
@@ -139,7 +143,7 @@ class MegaForMultipleChoice(MegaHeadModel):
         choices = _choices(input_ids, inputs_embeds)
         mask = _rows(attention_mask)
         hidden, outputs = self.encode(
-            kwargs,
+            kwargs | {"position_ids": _rows(kwargs.get("position_ids"))},
             input_ids=_rows(input_ids),
             attention_mask=mask,
             token_type_ids=_rows(token_type_ids),

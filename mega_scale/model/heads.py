@@ -17,6 +17,7 @@ class MegaHeadModel(MegaPreTrainedModel):
     """A backbone under a head that needs no cache."""
 
     mega: MegaModel
+    one_answer_a_row = False
 
     def encode(
         self, extras: dict[str, Any], **inputs: Any
@@ -31,7 +32,8 @@ class MegaHeadModel(MegaPreTrainedModel):
             The last hidden state (B, L, D), and all outputs.
         """
         # A head reads every position at once, so a cache would only hold memory.
-        outputs = self.mega(**{**extras, **inputs, "use_cache": False, "return_dict": True})
+        fixed = {"use_cache": False, "return_dict": True, "one_answer_a_row": self.one_answer_a_row}
+        outputs = self.mega(**{**extras, **inputs, **fixed})
         return outputs.last_hidden_state, outputs
 
 

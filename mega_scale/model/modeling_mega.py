@@ -21,12 +21,13 @@ from mega_scale.model.auto_names import register_names, registered_name
 from mega_scale.model.block import MegaBlock
 from mega_scale.model.cache import MegaCache, check_cache
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
-from mega_scale.model.documents import document_borders
+from mega_scale.model.documents import DOCUMENT_KEYS, document_borders, said_starts
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
 from mega_scale.model.language_head import LanguageModelHead
 from mega_scale.model.linear import MegaLinear
 from mega_scale.model.losses import check_labels, cross_entropy, mean
+from mega_scale.model.masks import encoder_mask, mask_and_pads, remember_mask
 from mega_scale.model.norm import MegaSequenceNorm, refuse_statistics_of_the_future, warn_if_norm_differs
 from mega_scale.model.slots import leading_pads
 
@@ -151,12 +152,13 @@ class MegaModel(MegaPreTrainedModel):
 
         Args:
             input_ids: (B, L) int64; or give `inputs_embeds`.
-            attention_mask: (B, L), or (B, past + L) with a cache; 1 or true for valid positions. Rows padded on the
-                left count positions, and chunks, from their first valid token.
+            attention_mask: (B, L), or with a cache also (B, past + L), of bool or 0 and 1; 1 or true for valid
+                positions. The cache remembers the masks of the tokens before. Rows padded on the left count positions,
+                and chunks, from their first valid token.
             token_type_ids: (B, L) int64.
             inputs_embeds: (B, L, D), in place of word embeddings.
             encoder_hidden_states: (B, S, D), what cross-attention attends to; not needed again with a cache.
-            encoder_attention_mask: (B, S), 1 or true for valid positions.
+            encoder_attention_mask: (B, S), 1 or true for valid positions; not needed again with a cache.
             past_key_values: cache of the tokens before these, of any number; decoders only.
             use_cache: whether to return a cache; default: `config.use_cache` of a decoder that is not training.
             output_attentions: whether to return attention weights: (B, K, C, C) a block, or (B, 1, L, past + L) without
@@ -166,11 +168,14 @@ class MegaModel(MegaPreTrainedModel):
                 average begins anew there, and attention in a chunk stays inside a document. Chunks count from the row's
                 start. With a cache, a document that began before goes on until the next one starts. (Numbers of
                 documents could not say whether a row that is continued, or cut over ranks, goes on with one.)
-            kwargs: ignored extras of `generate()` and trainers.
+            kwargs: what transformers' `DataCollatorWithFlattening` says of documents, in place of `document_starts`:
+                `position_ids` (B, L) or (1, L) that begin again at 0; `seq_idx` likewise, another number for each
+                document; `cu_seq_lens_q`, `cu_seq_lens_k` (documents + 1,), where documents begin and the last one ends
+                in the flattened batch; `max_length_q`, `max_length_k`, no document being longer. Others are ignored.
 
         Raises:
-            ValueError: inputs that exclude or lack each other; a cache in an encoder or with truncation; documents in
-                rows that are padded on the left, with truncation or with cross-attention.
+            ValueError: inputs that exclude, lack or contradict each other; masks that do not fit; a cache in an encoder
+                or with truncation; documents in rows that are padded on the left, with truncation or cross-attention.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -181,11 +186,16 @@ class MegaModel(MegaPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache, x.shape[0])
-        mask, pads = self._mask_and_pads(attention_mask, cache, x.shape[0], x.device)
-        borders = document_borders(document_starts, config, cache, pads, x)
-        encoder_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
-        if config.add_cross_attention and encoder_hidden_states is None and not (cache and cache.states[0].encoder):
-            raise ValueError("add_cross_attention=True needs encoder_hidden_states (batch, length, hidden_size)")
+        mask, pads = mask_and_pads(attention_mask, config, cache, x)
+        source_mask = None
+        if config.add_cross_attention:
+            source_mask = encoder_mask(encoder_attention_mask, encoder_hidden_states, cache, x)
+        starts = said_starts(document_starts, kwargs, mask, pads, cache, x)
+        if starts is not None and kwargs.get("one_answer_a_row"):
+            raise ValueError("several documents in a row, of which this head says one thing: give each document a row")
+        borders = document_borders(starts, config, cache, pads, x)
+        if cache is not None:
+            remember_mask(cache, mask, pads, config)
 
         hidden_states, attentions, cross_attentions = [x], [], []
         for i, block in enumerate(self.layers):
@@ -196,7 +206,7 @@ class MegaModel(MegaPreTrainedModel):
                 mask,
                 pads,
                 encoder_hidden_states,
-                encoder_mask,
+                source_mask,
                 None if layer is None else layer.state,
                 None if layer is None else layer.encoder,
                 layer is not None,
@@ -241,30 +251,6 @@ class MegaModel(MegaPreTrainedModel):
         if use_cache is None:
             use_cache = config.use_cache and config.is_decoder and config.truncation is None and not self.training
         return MegaCache(config.num_hidden_layers) if use_cache else None
-
-    def _mask_and_pads(
-        self, attention_mask: Tensor | None, cache: MegaCache | None, batch: int, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask as bool, and each row's leading padding where some row has any and positions depend on it."""
-        seen = 0 if cache is None else cache.get_seq_length()
-        pads = None if cache is None else cache.pads
-        if attention_mask is None:
-            if cache is not None and torch.compiler.is_compiling():
-                # Positions then live in tensors, and one graph serves every place in the chunk.
-                pads = torch.zeros(batch, dtype=torch.long, device=device) if pads is None else pads
-            return None, pads
-        mask = attention_mask.bool()
-        if mask.dim() != 2:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: expected (batch, length)")
-        if seen == 0 and (self.config.is_decoder or self.config.use_chunking):
-            # A compiled graph takes the general way: looking at the mask would break it.
-            if torch.compiler.is_compiling() or not bool(mask[:, 0].all()):
-                pads = leading_pads(mask)
-        elif pads is not None and mask.shape[1] > seen:
-            pads = leading_pads(mask)  # a row may have been padding only until now
-        if cache is not None:
-            cache.pads = pads
-        return mask, pads
 
 
 class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
@@ -351,6 +337,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             document_starts=document_starts,
             return_dict=True,
+            **{key: kwargs[key] for key in DOCUMENT_KEYS if key in kwargs},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]

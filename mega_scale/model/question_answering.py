@@ -25,6 +25,8 @@ class MegaForQuestionAnswering(MegaHeadModel):
         ValueError: `num_labels` is not 2.
     """
 
+    one_answer_a_row = True
+
     def __init__(self, config: MegaConfig) -> None:
         if config.num_labels != 2:
             raise ValueError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mega_scale import export
-from mega_scale.config import refuse
+from mega_scale.config import local_paths, refuse
 from mega_scale.parallel import check_single
 from mega_scale.streams import run_command
 from mega_scale.training.checkpoint import (
@@ -168,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(given)
     try:
         check_single("launch/checkpoint.py")
+        local_paths(args)
         code = args.act(args, read_key(args.key_file))
     except (ValueError, OSError) as error:
         refuse(error)

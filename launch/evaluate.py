@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mega_scale.config import refuse
+from mega_scale.config import local_paths, refuse
 from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.streams import run_command
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rank = 0
     try:
         rank, size = placement()[:2]
+        local_paths(args)
         settings = DataConfig(
             source=args.source,
             path=args.text,

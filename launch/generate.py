@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mega_scale.config import refuse
+from mega_scale.config import local_paths, refuse
 from mega_scale.parallel import check_single
 from mega_scale.streams import run_command
 from mega_scale.training.checkpoint import read_key
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         check_single("launch/generate.py")
+        local_paths(args)
         for name, value, good in (
             ("max-new-tokens", args.max_new_tokens, args.max_new_tokens > 0),
             ("temperature", args.temperature, args.temperature >= 0),

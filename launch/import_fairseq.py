@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mega_scale.config import refuse
+from mega_scale.config import local_paths, refuse
 from mega_scale.hub import (
     check_destination,
     config_from_args,
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         check_single("launch/import_fairseq.py")
+        local_paths(args)
         tokenizer: PreTrainedTokenizerBase | None = None
         if args.dictionary is not None:
             tokenizer = tokenizer_from_dictionary(args.dictionary)

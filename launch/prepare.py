@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mega_scale.config import parse, refuse
+from mega_scale.config import local_paths, parse, refuse
 from mega_scale.data import cluster, load_tokenizer, unlike_training
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import Manifest, check_content, read_manifest
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args, rest = parser.parse_known_args(arguments)
     try:
         check_single("launch/prepare.py")
+        local_paths(args)
         if args.verify:
             for name in check_content(args.folder):
                 print(f"{name} is good", flush=True)

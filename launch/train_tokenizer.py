@@ -8,9 +8,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mega_scale.config import parse, refuse
+from mega_scale.config import local_paths, parse, refuse
 from mega_scale.data import load_corpus
 from mega_scale.data.train_tokenizer import train_bpe
+from mega_scale.hub import check_destination, write_then_rename
 from mega_scale.parallel import check_single
 from mega_scale.streams import run_command
 
@@ -18,24 +19,29 @@ from mega_scale.streams import run_command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what is refused is said in one line, with exit code 2."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s FOLDER [--vocab-size N] [--config FILE] [data.KEY=VALUE ...]",
+        usage="%(prog)s FOLDER [--vocab-size N] [--overwrite] [--config FILE] [data.KEY=VALUE ...]",
         description=(__doc__ or "").splitlines()[0],
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="where the tokenizer goes")
     parser.add_argument("--vocab-size", type=int, default=32_000, help="ids, special ones included (default: 32000)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier tokenizer")
     args, rest = parser.parse_known_args(arguments)
     try:
         check_single("launch/train_tokenizer.py")
-        if args.folder.is_dir() and any(args.folder.iterdir()):
-            raise ValueError(f"{str(args.folder)!r} is not empty: name another folder")
+        local_paths(args)
+        check_destination(args.folder, overwrite=args.overwrite, holds="tokenizer.json")
         config = parse(rest).data
         config.validate()
         if config.source == "prepared" or config.mixture is not None:
             raise ValueError("a tokenizer is trained on one source of text: set data.source and data.path to it")
         documents = load_corpus(config).train
         tokenizer = train_bpe(documents, args.vocab_size)
-        tokenizer.save_pretrained(args.folder)
+
+        def write(folder: Path) -> None:
+            tokenizer.save_pretrained(folder)
+
+        write_then_rename(args.folder, write)
         print(
             json.dumps({"vocab_size": len(tokenizer), "rows": documents.tally.rows}), *documents.tally.lines(), sep="\n"
         )

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mega_scale.config import RunConfig, load_config, refuse
+from mega_scale.config import RunConfig, load_config, local_paths, refuse
 from mega_scale.data import as_trained
 from mega_scale.hub import (
     DEFAULT_SHARD_BYTES,
@@ -154,6 +154,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     args = parser.parse_args(arguments)
     try:
         check_single("launch/export.py")
+        local_paths(args)
         folder = export(
             args.checkpoint,
             args.out,

@@ -1,5 +1,6 @@
 """From the command line to a RunConfig: dataclass defaults < YAML files < KEY=VALUE arguments."""
 
+import argparse
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from mega_scale.config.continued import adopt
 from mega_scale.config.files import StrictLoader, read_layer, to_yaml
 from mega_scale.config.keys import describe, flatten, known_keys, members, unknown_key
 from mega_scale.config.run_config import RunConfig
+from mega_scale.data.paths import local_path
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "debug.yaml"
 
@@ -23,6 +25,8 @@ _DESCRIPTION = """Every key below can stand in a YAML file (as sections) and on 
 --train.steps=200 or --train.steps 200. Command line beats files, a later file beats an earlier one, files beat the
 defaults shown here. A key that is unknown is refused."""
 
+# Arguments of commands that are paths, or may be.
+_PATHS = ("key_file", "new_key_file", "tokenizer", "json", "plot")
 # What a key means that is given without a value.
 _ALONE = {"resume": "latest", "overwrite": "true"}
 # Options that stand for a key.
@@ -215,6 +219,20 @@ def load_config(path: str | Path) -> RunConfig:
         ValueError: the file cannot be read, or a key or value in it is refused.
     """
     return _resolve([str(path)], [])
+
+
+def local_paths(args: argparse.Namespace) -> None:
+    """Hold what a command was given as files and folders to the rule of `local_path`, in place.
+
+    Args:
+        args: the command's arguments.
+
+    Raises:
+        ValueError: one of them is no local path.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, Path) or (isinstance(value, str) and name in _PATHS):
+            setattr(args, name, type(value)(local_path(str(value), f"--{name.replace('_', '-')}")))
 
 
 def refuse(message: object, *, quiet: bool = False) -> NoReturn:

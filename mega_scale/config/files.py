@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mega_scale.data.paths import local_path
 from mega_scale.training.checkpoint.files import replace_text
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def read_layer(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, unreadable, no YAML, or not a mapping of keys.
     """
+    path = local_path(str(path), "--config")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:

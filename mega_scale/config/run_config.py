@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from mega_scale.config.checks import check
 from mega_scale.config.model_section import ModelSection
 from mega_scale.data.config import DataConfig
+from mega_scale.data.paths import local_path
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.training.bad_steps import BadStepsConfig
 from mega_scale.training.checkpoint import CheckpointConfig
@@ -54,6 +55,11 @@ class RunConfig:
 
     bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
     """Steps whose loss or gradient is not finite, or whose loss jumps"""
+
+    def __post_init__(self) -> None:
+        for key in ("run_dir", "resume", "init_from"):
+            if isinstance(value := getattr(self, key), str):
+                setattr(self, key, local_path(value, key))
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse values and combinations with which no run can start, before any process group does.

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from mega_scale.data.length_schedule import LengthSchedule
 from mega_scale.data.mixture_config import mixture_entries
+from mega_scale.data.paths import local_path
 
 Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared"]
 FILE_SOURCES = ("text", "json", "parquet", "arrow")
@@ -124,6 +125,15 @@ class DataConfig:
 
     cache_dir: str | None = None
     """Folder for tokenised text (path); null takes ~/.cache/mega_scale."""
+
+    def __post_init__(self) -> None:
+        for key in ("path", "validation_path"):
+            if isinstance(value := getattr(self, key), list):
+                found = [local_path(part, f"data.{key}") if isinstance(part, str) else part for part in value]
+                setattr(self, key, found)
+        for key in ("hub_name", "tokenizer", "cache_dir"):
+            if isinstance(value := getattr(self, key), str):
+                setattr(self, key, local_path(value, f"data.{key}"))
 
     def validate(self) -> None:
         """Check every key without reading any text.

@@ -77,7 +77,10 @@ def _entry(config: "DataConfig", name: str, entry: Any) -> MixtureEntry:
     for key in ("path", "validation_path"):
         if isinstance(keys.get(key), str):
             keys[key] = [keys[key]]
-    return MixtureEntry(replace(config, mixture=None, **keys), **shares)
+    try:
+        return MixtureEntry(replace(config, mixture=None, **keys), **shares)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _share(key: str, value: Any) -> Fraction:

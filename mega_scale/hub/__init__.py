@@ -1,7 +1,7 @@
 """Weights in other hands: Hugging Face folders, their model card and code, and the original fairseq checkpoints."""
 
 from mega_scale.hub.checkpoint_folder import FolderTensors, open_folder, read_config
-from mega_scale.hub.export import DEFAULT_SHARD_BYTES, check_destination, write_export
+from mega_scale.hub.export import DEFAULT_SHARD_BYTES, check_destination, write_export, write_then_rename
 from mega_scale.hub.fairseq import fairseq_to_mega, mega_to_fairseq
 from mega_scale.hub.fairseq_checkpoint import FairseqCheckpoint, config_from_args, find_layout, read_fairseq
 from mega_scale.hub.fairseq_dictionary import tokenizer_from_dictionary
@@ -25,4 +25,5 @@ __all__ = [
     "tokenizer_from_dictionary",
     "without_folder",
     "write_export",
+    "write_then_rename",
 ]

@@ -87,12 +87,13 @@ def write_export(
     return folder
 
 
-def check_destination(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that an export must not replace.
+def check_destination(folder: Path, *, overwrite: bool, holds: str = "config.json") -> None:
+    """Refuse a destination that an export, or another folder that a command writes, must not replace.
 
     Args:
-        folder: where the export is to appear.
-        overwrite: whether an earlier export may be replaced; any other content never is.
+        folder: where the folder is to appear.
+        overwrite: whether an earlier one of its kind may be replaced; any other content never is.
+        holds: file by which its kind is known.
 
     Raises:
         ValueError: the path is a file, or a folder with content that is not to be replaced.
@@ -103,8 +104,8 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{folder} exists and is not empty: choose another folder, or replace it with --overwrite")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json, so it is no export and stays: choose another folder")
+    if not (folder / holds).is_file():
+        raise ValueError(f"{folder} holds no {holds}, so it is none of the kind and stays: choose another folder")
 
 
 def plan_shards(layout: Layout, max_shard_bytes: int, dtype: torch.dtype) -> list[list[str]]:

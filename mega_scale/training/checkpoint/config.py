@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mega_scale.data.paths import local_path
+
 
 @dataclass
 class CheckpointConfig:
@@ -22,3 +24,7 @@ class CheckpointConfig:
     key_file: str | None = None
     """File with a secret of at least 16 bytes, with which checkpoints are signed (HMAC-SHA256) against tampering; those
     that are not signed with it are not loaded (path)."""
+
+    def __post_init__(self) -> None:
+        if self.key_file is not None:
+            self.key_file = local_path(self.key_file, "checkpoint.key_file")

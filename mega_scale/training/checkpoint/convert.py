@@ -23,7 +23,8 @@ def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, n
         Folder of the new checkpoint.
 
     Raises:
-        ValueError: the checkpoint is damaged, the number of parts is not at least 1, or the destination exists.
+        ValueError: the checkpoint is damaged, the number of parts is not at least 1, or the destination holds a
+            run.
     """
     if parts < 1:
         raise ValueError(f"parts={parts} is not possible: give at least 1")
@@ -31,6 +32,8 @@ def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, n
     final = folder_of(run_dir, manifest.step)
     if final.exists():
         raise ValueError(f"{final} exists: choose another folder")
+    if newest_first(run_dir):
+        raise ValueError(f"{run_dir} holds a run already, which the new checkpoint would join: choose another folder")
     fresh = final.with_name(final.name + ".unfinished")
     discard(fresh)
     (fresh / STATE).mkdir(parents=True)

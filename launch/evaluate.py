@@ -5,6 +5,7 @@ python launch/evaluate.py runs/debug README.md
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = nn.Module.to(model, world.device)
         found = evaluate(model, loss_of(model), batches, dataset.tokens / dataset.bytes, world)
         if world.rank == 0:
+            print(*dataset.tally.lines(), sep="\n", end="\n" if dataset.tally.bad else "", file=sys.stderr)
             print(
                 json.dumps({"model": str(folder), **found._asdict()})
                 if args.json

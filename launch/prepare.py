@@ -20,6 +20,7 @@ from mega_scale.config import local_paths, parse, refuse
 from mega_scale.data import cluster, load_tokenizer, unlike_training
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import Manifest, check_content, read_manifest
+from mega_scale.file_lock import FileLock
 from mega_scale.parallel import check_single
 from mega_scale.streams import run_command
 
@@ -67,13 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if local is None:
                 print(f"submitted; {args.folder / 'manifest.json'} is there when it is done")
                 return
-        missing = set(preparation.missing())
-        sizes = [unit.size for unit in preparation.units]
-        done = sum(size for i, size in enumerate(sizes) if i not in missing)
-        with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None) as bar:
-            for number in run(preparation, args.processes, config.max_bad_share):
-                bar.update(sizes[number])
-        preparation.finish()
+        with FileLock(args.folder / "prepare.lock"):
+            missing = set(preparation.missing())
+            sizes = [unit.size for unit in preparation.units]
+            done = sum(size for i, size in enumerate(sizes) if i not in missing)
+            with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None) as bar:
+                for number in run(preparation, args.processes, config.max_bad_share):
+                    bar.update(sizes[number])
+            preparation.finish()
         manifest = read_manifest(args.folder)
         print(describe(manifest), *manifest.tally.lines(), sep="\n")
     except (ValueError, OSError) as error:
@@ -84,7 +86,8 @@ def describe(manifest: Manifest) -> str:
     """One line on what a folder holds, and what was left out."""
     facts = {part: manifest.totals(part) for part in manifest.parts}
     rows = manifest.tally
-    return json.dumps({**facts, "rows": rows.rows, "bad_rows": rows.by_cause()})
+    lost = {"lost_bytes": sum(rows.lost.values())} if rows.lost else {}
+    return json.dumps({**facts, "rows": rows.rows, "bad_rows": rows.by_cause(), **lost})
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from mega_scale.data import (
     unlike_training,
     validation_batches,
 )
+from mega_scale.file_lock import STALE_S
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
@@ -74,7 +75,6 @@ from mega_scale.training.preemption import STOPPED, Stopping, StopRun, TimeLimit
 from mega_scale.training.progress import Progress
 from mega_scale.training.restore import describe_model, values_from
 from mega_scale.training.run_folder import RunFolder, to_go_on_from
-from mega_scale.training.run_lock import STALE_S
 from mega_scale.training.sample import check_sample, generate_text
 from mega_scale.training.schedule import learning_rate
 from mega_scale.training.status import RunStatus
@@ -123,7 +123,12 @@ def prepare(config: RunConfig, place: Placement) -> Prepared:
         check_sample(model, models_tokenizer, config.train.sample_prompt, config.train.sample_tokens)
     if place.rank == 0 and (line := unlike_training(tokenizer, config.data.add_bos)):
         print(f"mega_scale | {line}", flush=True)
-    training, validation = load_datasets(config.data, tokenizer)
+
+    def say(line: str) -> None:
+        if place.rank == 0:
+            print(f"mega_scale | {line}", flush=True)
+
+    training, validation = load_datasets(config.data, tokenizer, say)
     loader = Loader(
         training,
         global_batch_size=config.train.global_batch_size,
@@ -449,7 +454,8 @@ def announce(prepared: Prepared, world: World, start: int, own_parameters: int) 
             f"{sends.backward:,} backward ({sends.formula})",
             flush=True,
         )
-    for line in prepared.loader.dataset.tally().lines():
+    validation = [] if prepared.validation is None else prepared.validation.tally.lines()
+    for line in [*prepared.loader.dataset.tally().lines(), *(f"validation text: {line}" for line in validation)]:
         print(f"mega_scale | {line}", flush=True)
 
 

@@ -27,7 +27,8 @@ class DataConfig:
     source: Source = "python-stdlib"
     """Kind of corpus: python-stdlib (the text of Python's own library), text (UTF-8, one document a file, line ends
     read as \\n), json (one object a line, or a list), parquet, arrow, hub (a data set by name), or prepared (a folder
-    that launch/prepare.py wrote). Text and json may be compressed (.gz, .zst)."""
+    that launch/prepare.py wrote). Text and json may be compressed (gz, zst, bz2, xz, lz4, by content); a byte order
+    mark of UTF-8 is left out."""
 
     path: list[str] | None = None
     """Files or globs to read (paths), for source text, json, parquet and arrow; read in this order. For source
@@ -48,14 +49,15 @@ class DataConfig:
     """Name of the data set's split to train on, for source hub."""
 
     text_column: str = "text"
-    """Name of the column that holds the text, for source json, parquet, arrow and hub."""
+    """Name of the column that holds the text, for source json, parquet, arrow and hub; a.b is column b of column a."""
 
     max_document_bytes: int = 1 << 26
     """Longest document (UTF-8 bytes); a longer one is a bad row."""
 
     max_bad_share: float = 0.01
     """Largest share of bad rows (0 to 1): not UTF-8, no such column, not text, empty, too long, broken JSON, in a
-    truncated or corrupt file. They are skipped and counted; more of them end the run."""
+    truncated, corrupt or unreadable file; and of the files' bytes that could not be read, where a file that was cut
+    counts as a whole. They are skipped and counted; more of either end the run."""
 
     validation_path: list[str] | None = None
     """Files or globs to validate on (paths), for source text, json, parquet and arrow; null holds out a share of the
@@ -285,6 +287,11 @@ def expand_paths(paths: list[str], key: str) -> list[str]:
             raise _refusal(key, pattern, "it is a folder; name its files, for example with a glob such as folder/*.txt")
         # A file whose name holds glob characters is still a file.
         names = [expanded] if os.path.isfile(expanded) else sorted(glob.glob(expanded, recursive=True))
+        for name in names:
+            if os.path.islink(name) and not os.path.exists(name):
+                raise _refusal(key, pattern, f"{name} is a link to nothing; repair or remove it")
+            if os.path.isdir(name) and os.path.splitext(expanded)[1]:
+                raise _refusal(key, pattern, f"{name} is a folder; name its files, for example {name}/*")
         matches = [os.path.abspath(name) for name in names if os.path.isfile(name)]
         if not matches:
             what = "the glob matches no file" if glob.has_magic(expanded) else "no such file"

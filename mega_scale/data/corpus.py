@@ -15,6 +15,21 @@ from mega_scale.data.readers import Piece
 from mega_scale.data.sources import TextSource, open_source
 
 
+class TextsHash:
+    """Hash of texts and their order."""
+
+    def __init__(self) -> None:
+        self._total = hashlib.blake2b(digest_size=16)
+
+    def add(self, text: str) -> None:
+        """Append a text."""
+        self._total.update(hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+    def digest(self) -> str:
+        """32 hexadecimal digits."""
+        return self._total.hexdigest()
+
+
 class Documents:
     """Texts that can be read again and again, always the same ones in the same order.
 
@@ -63,10 +78,10 @@ class Documents:
         Returns:
             32 hexadecimal digits.
         """
-        total = hashlib.blake2b(digest_size=16)
+        total = TextsHash()
         for text in self:
-            total.update(hashlib.blake2b(text.encode(), digest_size=16).digest())
-        return total.hexdigest()
+            total.add(text)
+        return total.digest()
 
 
 @dataclass(frozen=True)
@@ -138,9 +153,10 @@ def is_held_out(text: str, share: float) -> bool:
 
 def _documents(source: TextSource, max_bad_share: float) -> Documents:
     pieces, tally = source.pieces(None), Tally()
+    size = sum(piece.size for piece in pieces)
 
     def read(order: tuple[int, int] | None) -> Iterator[str]:
-        tally.clear()
+        tally.clear(size)
         rows = (row for piece in _ordered(pieces, order) for row in source.read(piece))
         return usable(rows, tally, max_bad_share)
 

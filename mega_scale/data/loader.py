@@ -68,7 +68,7 @@ class Loader:
         self._rank, self._world = rank, world_size
         self._seed, self._shuffle, self._pin, self._lengths = seed, shuffle, pin_memory, lengths
         self._packing = next(iter(self.dataset.datasets.values())).packing
-        self._bad_rows = self.dataset.tally().by_cause()
+        self._bad_rows = self.dataset.tally().figures()
         self._feed = Feed(self._read, workers, prefetch, pin_memory) if workers else None
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
@@ -120,7 +120,7 @@ class Loader:
 
         Returns:
             `tokens/NAME` and `epochs/NAME` for every source, see `Mixture.progress`; `padding`, the share of places
-            from which nothing is predicted so far; `bad_rows/CAUSE`; `sequence_length` of the step before, where it
+            from which nothing is predicted so far; `Tally.figures`; `sequence_length` of the step before, where it
             follows a schedule. What is not known of a stream is left out.
         """
         found: dict[str, float] = {}
@@ -133,7 +133,7 @@ class Loader:
             found["padding"] = 1 - sum(tokens) / places
         if self._lengths is not None:
             found["sequence_length"] = self._lengths.at(max(step - 1, 0))
-        return found | {f"bad_rows/{cause}": count for cause, count in self._bad_rows.items()}
+        return found | self._bad_rows
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Describe the position before a step, and the data.
@@ -208,7 +208,7 @@ class Loader:
             starts = self.dataset.document_starts(*order) if self._packing == "reset" else None
             batch = _batch(self.dataset.rows(*order), starts)
             found.append(batch if self._lengths is None else self._lengths.cut(batch, step))
-        return found, self.dataset.tally().by_cause()
+        return found, self.dataset.tally().figures()
 
     def _numbers(self, step: int) -> list[range]:
         """Numbers in the run of this rank's rows of a step, by micro-batch."""

@@ -1,5 +1,11 @@
 """The datasets of a run, from its configuration."""
 
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -7,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mega_scale.data.bad_rows import Tally
 from mega_scale.data.cache import cache_folder
-from mega_scale.data.config import DataConfig
+from mega_scale.data.config import FILE_SOURCES, DataConfig, expand_paths
 from mega_scale.data.corpus import Documents, load_corpus, load_documents
 from mega_scale.data.mixture import Dataset, Mixture
 from mega_scale.data.mixture_config import mixture_entries
@@ -18,15 +24,18 @@ from mega_scale.data.token_store import TokenStore
 from mega_scale.data.tokenise import tokenise
 from mega_scale.data.tokenizer import tokenizer_digest
 
+Say = Callable[[str], None]
+
 
 def load_datasets(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, say: Say = lambda _: None
 ) -> tuple[Dataset | Mixture, PackedDataset | None]:
     """Make what a run trains on and what it validates on.
 
     Args:
         config: The keys under `data:`.
         tokenizer: As `load_tokenizer` gives it.
+        say: Called with one line, if this process waits for another one that tokenises the same text.
 
     Returns:
         The rows to train on, and those to validate on, None where the configuration holds out nothing.
@@ -37,21 +46,26 @@ def load_datasets(
     """
     config.validate()
     if config.mixture is not None:
-        return _load_mixture(config, tokenizer)
-    train, held_out = _load_source(config, tokenizer)
-    return train, None if held_out is None else _validation_dataset(config, held_out)
+        return _load_mixture(config, tokenizer, say)
+    train, held_out = _load_source(config, tokenizer, say)
+    return train, None if held_out is None else _validation_dataset(config, *held_out)
 
 
-def _load_mixture(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Mixture, PackedDataset | None]:
+def _load_mixture(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> tuple[Mixture, PackedDataset | None]:
     datasets: dict[str, Dataset] = {}
     weights: dict[str, Fraction] = {}
     validation: list[TokenStore] = []
+    tally = Tally()
     for name, entry in mixture_entries(config).items():
         try:
-            datasets[name], held_out = _load_source(entry.config, tokenizer)
+            datasets[name], held_out = _load_source(entry.config, tokenizer, say)
         except ValueError as error:
             raise ValueError(f"data.mixture.{name}: {error}") from None
-        validation += [] if held_out is None else [held_out]
+        if held_out is not None:
+            validation.append(held_out[0])
+            tally.merge(held_out[1])
         if entry.weight is not None:
             weights[name] = entry.weight
             continue
@@ -61,14 +75,16 @@ def _load_mixture(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tup
         assert entry.epochs is not None
         weights[name] = entry.epochs * len(dataset)
     mixture = Mixture(datasets, weights)
-    return mixture, _validation_dataset(config, TokenStore.joined(validation)) if validation else None
+    return mixture, _validation_dataset(config, TokenStore.joined(validation), tally) if validation else None
 
 
-def _load_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, TokenStore | None]:
-    """What to train on, and the documents to validate on, of one source."""
+def _load_source(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> tuple[Dataset, tuple[TokenStore, Tally] | None]:
+    """What to train on, and the documents to validate on with what was left out of a text of their own."""
     if config.source == "prepared":
         train, held_out, tally = _open_prepared(config, tokenizer)
-        return _training_dataset(config, train, tally), held_out
+        return _training_dataset(config, train, tally), None if held_out is None else (held_out, Tally())
     corpus = load_corpus(config)
     cache = cache_folder(config.cache_dir)
     dataset: Dataset
@@ -84,15 +100,17 @@ def _load_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
             add_bos=config.add_bos,
         )
     else:
-        store = tokenise(corpus.train, tokenizer, cache, config.add_bos)
+        store = tokenise(corpus.train, tokenizer, cache, config.add_bos, _name(config, tokenizer, "train"), say)
         # What the reading found, before the next one begins.
         dataset = _training_dataset(config, store, Tally.from_json(corpus.train.tally.to_json()))
     if corpus.validation is None:
         return dataset, None
-    held_out_texts = corpus.validation
+    texts = corpus.validation
     if config.streaming:  # hashing and tokenising would each read the stream, so its few documents are kept meanwhile
-        held_out_texts = Documents.of(list(corpus.validation))
-    return dataset, tokenise(held_out_texts, tokenizer, cache, config.add_bos)
+        kept = functools.cache(lambda: list(corpus.validation or []))
+        texts = Documents(lambda order: iter(kept()), corpus.validation.tally)
+    store = tokenise(texts, tokenizer, cache, config.add_bos, _name(config, tokenizer, "validation"), say)
+    return dataset, (store, Tally.from_json(texts.tally.to_json()) if _separate(config) else Tally())
 
 
 def _open_prepared(
@@ -129,14 +147,14 @@ def _training_dataset(config: DataConfig, store: TokenStore, tally: Tally) -> Pa
     return _packed(config, store, tally)
 
 
-def _validation_dataset(config: DataConfig, store: TokenStore) -> PackedDataset:
+def _validation_dataset(config: DataConfig, store: TokenStore, tally: Tally) -> PackedDataset:
     length = config.sequence_length
     if store.tokens <= _least_tokens(config):
         raise ValueError(
             f"the text to validate on has {store.tokens} tokens, less than one row of data.sequence_length="
             f"{length} + 1: {_validation_remedy(config)}"
         )
-    return _packed(config, store)
+    return _packed(config, store, tally)
 
 
 def _least_tokens(config: DataConfig) -> int:
@@ -163,10 +181,24 @@ def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Packed
         ValueError: A key cannot work, the text cannot be read, or there is none.
     """
     config.validate()
-    store = tokenise(load_documents(config), tokenizer, cache_folder(config.cache_dir), config.add_bos)
+    documents, cache = load_documents(config), cache_folder(config.cache_dir)
+    store = tokenise(documents, tokenizer, cache, config.add_bos, _name(config, tokenizer, "whole"))
     if not store.tokens:
         raise ValueError(f"{_source(config)} holds no text: give some")
-    return _packed(config, store)
+    return _packed(config, store, documents.tally)
+
+
+def _name(config: DataConfig, tokenizer: PreTrainedTokenizerBase, part: str) -> str:
+    """What processes that want the same tokens agree on without reading text: settings, tokenizer and files."""
+    paths = [*(config.path or []), *(config.validation_path or [])] if config.source in FILE_SOURCES else []
+    files = [(file, *_state(file)) for file in expand_paths(paths, "path")]
+    described = json.dumps([part, asdict(config), tokenizer_digest(tokenizer), files])
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+
+def _state(file: str) -> tuple[int, int]:
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def _source(config: DataConfig) -> str:

@@ -92,7 +92,7 @@ class Preparation:
 
     def tally(self) -> Tally:
         """Rows of the shards that are done, and the bad ones."""
-        total = Tally()
+        total = Tally(bytes=sum(unit.size for unit in self.units))
         for i in range(len(self.units)):
             if self._record(i).is_file():
                 total.merge(Tally.from_json(json.loads(self._record(i).read_text(encoding="utf-8"))["rows"]))

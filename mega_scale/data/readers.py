@@ -4,23 +4,25 @@ A piece is a part of a file that can be read on its own: a range of bytes of a p
 file, record batches of an arrow file; else the whole file.
 """
 
-import gzip
-import io
 import json
 import os
-import zlib
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mega_scale.data.bad_rows import BadRow, Cause
+from mega_scale.data.bad_rows import BadRow
+from mega_scale.data.columnar import BROKEN, read_arrow, read_parquet
+from mega_scale.data.compression import DamageError, FileBytes
+from mega_scale.data.text_rows import Reading, find, missing, text_of, too_long
 
-_ROWS_AT_ONCE = 256
 # JSON writes a byte of text as six characters at most, and a row may have other columns.
 _LINE_PER_TEXT = 8
-_BROKEN = (EOFError, OSError, zlib.error, pa.ArrowException)
+_MARK = "\ufeff".encode()
+_OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Piece(NamedTuple):
@@ -39,18 +41,6 @@ class Piece(NamedTuple):
     size: int
 
 
-class Reading(NamedTuple):
-    """How rows become texts.
-
-    Args:
-        column: Name of the column that holds the text.
-        longest: Longest text, UTF-8 bytes.
-    """
-
-    column: str
-    longest: int
-
-
 def split_file(file: str, source: str, size: int | None) -> list[Piece]:
     """Split a file into pieces of about a size.
 
@@ -62,11 +52,14 @@ def split_file(file: str, source: str, size: int | None) -> list[Piece]:
     Returns:
         The pieces in order; one for a file that cannot be split, or not be read.
     """
-    total = os.path.getsize(file)
+    try:
+        total = os.path.getsize(file)
+    except OSError:  # reading it will say what is wrong
+        total = 0
     whole = [Piece(file, 0, -1, total)]
     if size is None or total <= size:
         return whole
-    if source == "json" and not _is_compressed(file) and not _is_list(file):
+    if source == "json" and _has_lines(file):
         stops = [*range(size, total, size), total]
         return [Piece(file, start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)]
     try:
@@ -77,7 +70,7 @@ def split_file(file: str, source: str, size: int | None) -> list[Piece]:
                 count = pa.ipc.open_file(mapped).num_record_batches
         else:
             return whole
-    except _BROKEN:  # reading it will say what is wrong
+    except BROKEN:
         return whole
     step = max(1, count * size // total)
     return [
@@ -97,122 +90,124 @@ def read_piece(piece: Piece, source: str, reading: Reading) -> Iterator[str | Ba
     Returns:
         A text, or what is wrong with the row.
     """
-    readers: dict[str, Callable[[Piece, Reading], Iterator[str | BadRow]]] = {
-        "text": _read_text,
-        "json": _read_json,
-        "parquet": _read_parquet,
-        "arrow": _read_arrow,
-    }
+    if source in ("parquet", "arrow"):
+        read = read_parquet if source == "parquet" else read_arrow
+        return read(piece.file, None if piece.stop < 0 else range(piece.start, piece.stop), reading)
+    readers: dict[str, Callable[[Piece, Reading], Iterator[str | BadRow]]] = {"text": _read_text, "json": _read_json}
     return readers[source](piece, reading)
 
 
-def text_of(value: Any, reading: Reading, file: str, line: int) -> str | BadRow:
-    """Take a column's value for a text, or say why it is none.
-
-    Args:
-        value: What stands in the column.
-        reading: How rows become texts.
-        file: Name of the file.
-        line: Line or row, from 1.
-    """
-    if value is None or value in ("", b""):
-        return BadRow("empty", file, line, "the text is empty")
-    if not isinstance(value, str | bytes):
-        kind = type(value).__name__
-        return BadRow("not_text", file, line, f"data.text_column={reading.column!r} holds {kind}, not text")
-    if len(value) > reading.longest:
-        return _too_long(file, line, reading)
+def _has_lines(file: str) -> bool:
+    """Whether a file of JSON can be cut anywhere and read from the next line on."""
     try:
-        # A str may hold half a surrogate pair, which no UTF-8 has; encoding finds it.
-        text = value.decode() if isinstance(value, bytes) else value
-        size = len(value) if isinstance(value, bytes) else len(value.encode())
-    except UnicodeError as error:
-        return BadRow("not_utf8", file, line, f"the text is not UTF-8 ({error})")
-    return text if size <= reading.longest else _too_long(file, line, reading)
+        with FileBytes(file) as opened:
+            head = opened.read(64)
+            return not (opened.is_compressed or _encoding(head) or _is_list(head))
+    except DamageError:
+        return False
 
 
-def _too_long(file: str, line: int, reading: Reading) -> BadRow:
-    return BadRow("too_long", file, line, f"the text is longer than data.max_document_bytes={reading.longest}")
+def _is_list(head: bytes) -> bool:
+    return head.removeprefix(_MARK).lstrip()[:1] == b"["
 
 
-def _missing(columns: list[str], reading: Reading, file: str, line: int, count: int = 1) -> BadRow:
-    detail = f"there is no column data.text_column={reading.column!r}, only {', '.join(columns)}"
-    return BadRow("missing_column", file, line, detail, count)
+def _encoding(head: bytes) -> str | None:
+    """What a file is encoded in by its mark, if not in UTF-8."""
+    return next((name for mark, name in _OTHER_MARKS.items() if head.startswith(mark)), None)
 
 
-def _is_compressed(file: str) -> bool:
-    return file.endswith((".gz", ".zst"))
+def _not_utf8(piece: Piece, encoding: str) -> BadRow:
+    detail = f"the file is {encoding} by its byte order mark, not utf-8: convert it"
+    return BadRow("not_utf8", piece.file, 1, detail, lost=piece.size)
 
 
-def _is_list(file: str) -> bool:
-    with _open(file) as opened:
-        try:
-            return opened.read(64).lstrip()[:1] == b"["
-        except _BROKEN:
-            return False
+def _damaged(file: str, line: int, damage: DamageError) -> BadRow:
+    unknown = "; how much is missing is not known, so the whole file counts" if damage.lost is None else ""
+    detail = f"the file cannot be read from here on ({damage}){unknown}"
+    return BadRow(damage.cause, file, line, detail, lost=damage.lost)
 
 
-def _open(file: str) -> BinaryIO:
-    if file.endswith(".gz"):
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.endswith(".zst"):
-        return io.BufferedReader(pa.input_stream(file, compression="zstd", buffer_size=0))
-    return open(file, "rb")
-
-
-def _broken_file(file: str, line: int, error: Exception) -> BadRow:
-    words = str(error).lower()
-    cut = isinstance(error, EOFError) or "truncated" in words or "end-of-stream" in words
-    cause: Cause = "truncated_file" if cut else "corrupt"
-    return BadRow(cause, file, line, f"the file cannot be read from here on ({error})")
+def _read_all(opened: FileBytes, most: int = -1) -> tuple[bytes, DamageError | None]:
+    """What can be read, up to a size, and what is wrong behind it."""
+    found = bytearray()
+    try:
+        while (most < 0 or len(found) < most) and (content := opened.read1(1 << 20)):
+            found += content
+    except DamageError as damage:
+        return bytes(found), damage
+    return bytes(found if most < 0 else found[:most]), None
 
 
 def _read_text(piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
     try:
-        with _open(piece.file) as opened:
-            content = opened.read(reading.longest + 1)
-    except _BROKEN as error:
-        yield _broken_file(piece.file, 1, error)
+        with FileBytes(piece.file, piece.size) as opened:
+            content, damage = _read_all(opened, reading.longest + len(_MARK) + 1)
+    except DamageError as error:
+        content, damage = b"", error
+    if damage is not None and not damage.complete:  # half a document is none
+        yield _damaged(piece.file, 1, damage)._replace(lost=None if damage.lost is None else piece.size)
         return
+    yield _one_text(content.removeprefix(_MARK), piece, reading)
+    if damage is not None:
+        yield _damaged(piece.file, 1, damage)
+
+
+def _one_text(content: bytes, piece: Piece, reading: Reading) -> str | BadRow:
+    if (encoding := _encoding(content)) is not None:
+        return _not_utf8(piece, encoding)
+    if content.count(0) * 4 > len(content):
+        detail = "the file is no text: it holds NUL bytes, as UTF-16 without a mark and binary files do"
+        return BadRow("not_utf8", piece.file, 1, detail, lost=piece.size)
     try:
         content.decode()
     except UnicodeDecodeError as error:
         if error.start < reading.longest - 3:  # else a character may only have been cut
             line = content.count(b"\n", 0, error.start) + 1
-            yield BadRow("not_utf8", piece.file, line, f"the text is not UTF-8 ({error})")
-            return
+            return BadRow("not_utf8", piece.file, line, f"the text is not UTF-8 ({error})", lost=piece.size)
+    if len(content) > reading.longest:
+        return too_long(piece.file, 1, reading)
     found = text_of(content, reading, piece.file, 1)
-    yield found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
+    return found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
 
 
 def _read_json(piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
-    if piece.start == 0 and _is_list(piece.file):
-        yield from _read_list(piece, reading)
-        return
-    line, before = 0, _Before(piece)
-    with _open(piece.file) as opened:
-        if piece.start:
-            opened.seek(piece.start - 1)
-            opened.readline()  # the line that the start cuts belongs to the piece before
-        place = opened.tell() if piece.stop >= 0 else 0
-        while piece.stop < 0 or place < piece.stop:
-            line += 1
-            try:
-                content, size = _read_line(opened, _LINE_PER_TEXT * reading.longest)
-            except _BROKEN as error:
-                yield _broken_file(piece.file, before.lines + line, error)
-                return
-            place += size
-            if not size:
-                return
-            row: str | BadRow = _too_long(piece.file, line, reading)
-            if content is not None:
-                row = _parse(content, reading, piece.file, line)
-            # Lines are counted from the file's start only where one has to be named.
-            yield row._replace(line=before.lines + line) if isinstance(row, BadRow) else row
+    before, line = _Before(piece), 0
+    try:
+        with FileBytes(piece.file, piece.size if piece.stop < 0 else None) as opened:
+            head = b"" if piece.start else opened.peek(64)
+            if (encoding := _encoding(head)) is not None:
+                yield _not_utf8(piece, encoding)
+            elif _is_list(head):
+                yield from _read_list(opened, piece, reading)
+            else:
+                for found in _lines(opened, piece, reading):
+                    line += 1
+                    # Lines are counted from the file's start only where one has to be named.
+                    yield found._replace(line=before.lines + line) if isinstance(found, BadRow) else found
+    except DamageError as damage:
+        yield _damaged(piece.file, before.lines + line + 1, damage)
 
 
-def _read_line(opened: BinaryIO, longest: int) -> tuple[bytes | None, int]:
+def _lines(opened: FileBytes, piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
+    """Rows of a piece, each with its line counted from 0."""
+    if piece.start:
+        opened.seek(piece.start - 1)
+        opened.readline()  # the line that the start cuts belongs to the piece before
+    place = opened.tell() if piece.stop >= 0 else 0
+    while piece.stop < 0 or place < piece.stop:
+        content, size = _read_line(opened, _LINE_PER_TEXT * reading.longest)
+        if not size:
+            if piece.stop >= 0:
+                raise DamageError("truncated_file", "the file became shorter while it was read", piece.stop - place)
+            return
+        place += size
+        row = _parse(content, reading, piece.file) if content is not None else too_long(piece.file, 0, reading)
+        if isinstance(row, BadRow) and row.cause in ("broken_json", "not_utf8"):
+            row = row._replace(lost=opened.on_disk(size))
+        yield row
+
+
+def _read_line(opened: FileBytes, longest: int) -> tuple[bytes | None, int]:
     """A line and its bytes; None in place of one that is too long to be kept in memory."""
     line = opened.readline(longest)
     size = len(line)
@@ -246,118 +241,72 @@ class _Before:
         return self._lines
 
 
-def _parse(content: bytes, reading: Reading, file: str, line: int) -> str | BadRow:
+def _parse(content: bytes, reading: Reading, file: str) -> str | BadRow:
+    """The text of a line; a bad row where there is none, without its number."""
+    content = content.removeprefix(_MARK)  # also where files with marks were joined
     if not content.strip():
-        return BadRow("empty", file, line, "the line is empty")
+        return BadRow("empty", file, 0, "the line is empty")
     try:
         row = json.loads(content.decode())
-    except UnicodeDecodeError as error:
-        return BadRow("not_utf8", file, line, f"the line is not UTF-8 ({error.reason})")
     except (ValueError, RecursionError) as error:
-        return BadRow("broken_json", file, line, f"the line is not JSON ({error})")
-    return _column_of(row, reading, file, line)
+        encoding = error.reason if isinstance(error, UnicodeDecodeError) else None
+        if not content.endswith(b"\n") and encoding in (None, "unexpected end of data"):
+            detail = (
+                f"the file ends within a line, so the whole file counts: more may be missing; it is not JSON ({error})"
+            )
+            return BadRow("truncated_file", file, 0, detail, lost=None)
+        if encoding is not None:
+            return BadRow("not_utf8", file, 0, f"the line is not UTF-8 ({encoding})")
+        return BadRow("broken_json", file, 0, f"the line is not JSON ({error})")
+    return _column_of(row, reading, file, 0)
 
 
 def _column_of(row: Any, reading: Reading, file: str, line: int) -> str | BadRow:
     if not isinstance(row, dict):
         return BadRow("broken_json", file, line, f"the row is {type(row).__name__}, not an object")
-    if reading.column not in row:
-        return _missing(list(row), reading, file, line)
-    return text_of(row[reading.column], reading, file, line)
-
-
-def _read_list(piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
     try:
-        with _open(piece.file) as opened:
-            rows = json.loads(opened.read().decode())
-    except _BROKEN as error:
-        yield _broken_file(piece.file, 1, error)
+        value = find(row, reading.column)
+    except KeyError:
+        return missing(list(row), reading, file, line)
+    return text_of(value, reading, file, line)
+
+
+def _read_list(opened: FileBytes, piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
+    """Rows of one list, up to where it is broken."""
+    content, damage = _read_all(opened)
+    try:
+        text = content.removeprefix(_MARK).decode(errors="strict" if damage is None else "ignore")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield BadRow("not_utf8", piece.file, line, f"the file is not UTF-8 ({error})", lost=piece.size)
         return
+    number, place, decoder = 0, text.index("[") + 1, json.JSONDecoder()
+    try:
+        while (place := _behind_space(text, place)) < len(text) and text[place] != "]":
+            row, place = decoder.raw_decode(text, place)
+            number += 1
+            yield _column_of(row, reading, piece.file, number)
+            place = _behind_space(text, place)
+            if text[place : place + 1] == ",":
+                place += 1
+            elif text[place : place + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        if place == len(text):
+            raise json.JSONDecodeError("Expecting ']'", text, place)
+        if (place := _behind_space(text, place + 1)) != len(text):
+            raise json.JSONDecodeError("Expecting the end of the file", text, place)
     except (ValueError, RecursionError) as error:
-        yield BadRow("broken_json", piece.file, getattr(error, "lineno", 1), f"the file is not JSON ({error})")
-        return
-    for number, row in enumerate(rows, 1):
-        yield _column_of(row, reading, piece.file, number)
+        if damage is None:
+            cut = not text.rstrip().endswith("]")
+            damage = DamageError(
+                "truncated_file" if cut else "broken_json",
+                f"it is not JSON: {error}",
+                None if cut else -(-piece.size * (len(text) - place) // len(text)),
+            )
+    if damage is not None:
+        yield _damaged(piece.file, number + 1, damage)
 
 
-def _read_parquet(piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
-    try:
-        file = pq.ParquetFile(piece.file, page_checksum_verification=True)
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    except _BROKEN as error:
-        yield _broken_file(piece.file, 1, error)
-        return
-    names = file.schema_arrow.names
-    with file:
-        for group in range(piece.start, len(sizes) if piece.stop < 0 else piece.stop):
-            row, end = sum(sizes[:group]), sum(sizes[: group + 1])
-            if reading.column not in names:
-                yield _missing(names, reading, piece.file, row + 1, end - row)
-                continue
-            batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[reading.column])
-            yield from _read_batches(batches, reading, piece.file, row, end)
-
-
-def _read_arrow(piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
-    try:
-        mapped = pa.memory_map(piece.file)
-        row, batches = 0, _arrow_stream(mapped, piece)
-        if batches is None:
-            file = pa.ipc.open_file(mapped)
-            row = sum(file.get_batch(i).num_rows for i in range(piece.start))
-            batches = map(file.get_batch, range(piece.start, file.num_record_batches if piece.stop < 0 else piece.stop))
-    except _BROKEN as error:
-        yield _broken_file(piece.file, 1, error)
-        return
-    yield from _read_batches(batches, reading, piece.file, row, None)
-
-
-def _arrow_stream(mapped: Any, piece: Piece) -> Iterator[Any] | None:
-    """Batches of the streaming format, in which `datasets` keeps its own; None for the other format."""
-    if piece.stop >= 0:
-        return None
-    try:
-        return iter(pa.ipc.open_stream(mapped))
-    except pa.ArrowInvalid:
-        mapped.seek(0)
-        return None
-
-
-def _read_batches(
-    batches: Iterator[Any], reading: Reading, file: str, row: int, end: int | None
-) -> Iterator[str | BadRow]:
-    """Rows of record batches, of which the first is number `row`, counted from 0."""
-    while True:
-        try:
-            batch = next(batches, None)
-            if batch is None:
-                return
-            values = _values(batch, reading)
-        except _BROKEN as error:
-            lost = 1 if end is None else end - row
-            yield BadRow("corrupt", file, row + 1, f"the rows cannot be read from here on ({error})", lost)
-            return
-        if values is None:
-            yield _missing(batch.schema.names, reading, file, row + 1, batch.num_rows)
-            row += batch.num_rows
-            continue
-        for value in values:
-            row += 1
-            yield text_of(value, reading, file, row)
-
-
-def _values(batch: Any, reading: Reading) -> list[Any] | None:
-    """A column as bytes, which may not be UTF-8, or as what it is, if it is no text."""
-    if reading.column not in batch.schema.names:
-        return None
-    column = batch.column(reading.column)
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_string(column.type):
-        column = column.view(pa.binary())
-    elif pa.types.is_large_string(column.type):
-        column = column.view(pa.large_binary())
-    elif pa.types.is_string_view(column.type):
-        column = column.cast(pa.large_binary())
-    column.validate(full=True)
-    return column.to_pylist()
+def _behind_space(text: str, place: int) -> int:
+    found = _SPACE.match(text, place)
+    return place if found is None else found.end()

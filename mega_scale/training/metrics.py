@@ -129,6 +129,8 @@ def _data_parts(values: dict[str, float]) -> list[str]:
     bad = sum(value for name, value in values.items() if name.startswith("bad_rows/"))
     if bad:
         parts.append(f"bad rows {bad:,.0f}")
+    if values.get("lost_bytes"):
+        parts.append(f"lost {values['lost_bytes']:,.0f} bytes of text")
     if values.get("bad_steps"):
         parts.append(f"bad steps {values['bad_steps']:,.0f}")
     names = [key.removeprefix("tokens/") for key in values if key.startswith("tokens/")]

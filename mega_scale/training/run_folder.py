@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from mega_scale.file_lock import FileLock
 from mega_scale.training.checkpoint import checkpoints, make_newest
-from mega_scale.training.run_lock import RunLock
 
 # What a run writes, beside its status and its lock; whatever else lies in its folder is its user's.
 _WRITTEN = ("checkpoints/step-*", "checkpoints/latest*", "tensorboard/events.out.tfevents.*", "metrics.jsonl*")
@@ -72,7 +72,7 @@ class RunFolder:
 
     def __init__(self, run_dir: Path, resume: str | None, overwrite: bool, lost: Callable[[str], None]) -> None:
         self._run_dir, self._resume, self._overwrite = run_dir, resume, overwrite
-        self._lock = RunLock(run_dir, lost)
+        self._lock = FileLock(run_dir / "run.lock", lost)
 
     @property
     def owner(self) -> str:

@@ -74,18 +74,18 @@ def corrupt(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("source", "files", "cause", "count", "named"),
+    ("source", "files", "cause", "count", "named", "share"),
     [
-        ("json", "*.jsonl.gz", "truncated_file", 1, "b.jsonl.gz, line "),
-        ("parquet", "c.parquet", "corrupt", 10, "c.parquet, line 1001: "),
+        ("json", "*.jsonl.gz", "truncated_file", 1, "b.jsonl.gz, line ", 0.6),
+        ("parquet", "c.parquet", "corrupt", 10, "c.parquet, line 1001: ", 0.01),
     ],
 )
 def test_a_run_on_a_broken_file_finishes_and_counts_or_stops_and_names_it(
-    source, files, cause, count, named, corrupt, tmp_path
+    source, files, cause, count, named, share, corrupt, tmp_path
 ):
     keys = [f"data.source={source}", f"data.path={corrupt / files}", "data.validation_fraction=0", "train.steps=3"]
     keys += ["parallel.engine=fsdp", "data.packing=reset"]
-    output = pretrain("forked", tmp_path, *keys, "data.max_bad_share=0.01")
+    output = pretrain("forked", tmp_path, *keys, f"data.max_bad_share={share}")
     assert metrics(tmp_path)[3][f"bad_rows/{cause}"] == count
     assert f"bad rows {count}" in output and f": {count} {cause}" in output
     code, output = start(LAUNCHERS["forked"], [*TINY, f"run_dir={tmp_path}", *keys, "data.max_bad_share=0.0001"])

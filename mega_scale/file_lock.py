@@ -1,11 +1,11 @@
-"""One job at a time in a run folder: a lock that holds on NFS, and that nobody has to remove for a dead owner.
+"""One process at a time: a lock that holds on NFS, and that nobody has to remove for a dead owner.
 
-`run.lock` says who holds it. It appears whole or not at all, as a hard link, which NFS makes atomically too. Its owner
+Its file says who holds it. It appears whole or not at all, as a hard link, which NFS makes atomically too. Its owner
 touches it every few seconds. An owner on this machine is dead when its process is gone; one elsewhere when the file has
 not changed for a while by the clock of whoever watches, since clocks of hosts differ.
 
-A dead owner's lock is replaced by the one job that makes its successor, a file with the dead owner's token in its
-name. A job that dies while it does so is succeeded in the same way.
+A dead owner's lock is replaced by the one process that makes its successor, a file with the dead owner's token in its
+name. One that dies while it does so is succeeded in the same way.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _LOOK_S = 0.5
 
 
 class LockedError(ValueError):
-    """A living job holds the run folder."""
+    """A living process holds the lock."""
 
 
 class _Owner(NamedTuple):
@@ -48,26 +48,26 @@ class _Owner(NamedTuple):
         return f"host {host}, process {pid}, since {since}"
 
 
-class RunLock:
-    """The lock of a run folder.
+class FileLock:
+    """A lock.
 
     Args:
-        run_dir: an existing folder.
-        lost: called with one line, in another thread, when another job has taken the lock of this living one, as it may
-            when this one was suspended.
+        path: of its file, in an existing folder.
+        lost: called with one line, in another thread, when another process has taken the lock of this living one, as it
+            may when this one was suspended.
         beat_s: time between two touches (seconds).
         stale_s: time without a touch after which an owner elsewhere is dead (seconds).
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        path: Path,
         lost: Callable[[str], None] = lambda _: None,
         *,
         beat_s: float = BEAT_S,
         stale_s: float = STALE_S,
     ) -> None:
-        self._path, self._lost, self._beat_s, self._stale_s = run_dir / "run.lock", lost, beat_s, stale_s
+        self._path, self._lost, self._beat_s, self._stale_s = path, lost, beat_s, stale_s
         self._own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -84,10 +84,10 @@ class RunLock:
         """Take the lock, if it is free or its owner is dead.
 
         Returns:
-            Whether this job holds it; where it does not, it is not known yet whether the owner lives: try again.
+            Whether this process holds it; where it does not, it is not known yet whether the owner lives: try again.
 
         Raises:
-            LockedError: a living job holds it; says who, since when, and how to break it.
+            LockedError: a living process holds it; says who, since when, and how to break it.
             OSError: the folder cannot be written.
         """
         while not self._create(self._path):
@@ -113,7 +113,7 @@ class RunLock:
             for step in steps:
                 step.unlink(missing_ok=True)
             break
-        self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="file lock", daemon=True)
         self._thread.start()
         return True
 
@@ -123,13 +123,13 @@ class RunLock:
         return str(_read(self._path) or "nobody")
 
     def release(self) -> None:
-        """Let others have the folder; may be called twice, and by a job that does not hold the lock."""
+        """Let others have the folder; may be called twice, and by a process that does not hold the lock."""
         self._released.set()
         with contextlib.suppress(OSError):
             if self._holds():
                 self._path.unlink()
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> "FileLock":
         while not self.attempt():
             time.sleep(_LOOK_S)
         return self
@@ -150,7 +150,7 @@ class RunLock:
             if self._watched[0].stamp == owner.stamp:
                 return time.monotonic() - self._watched[1] > self._stale_s
         raise LockedError(
-            f"{self._path.parent} is in use by another job ({owner}): wait for its end, choose another run_dir, or, if "
+            f"{self._path.parent} is in use by another job ({owner}): wait for its end, choose another folder, or, if "
             f"you know that it is dead, delete {self._path}"
         )
 
@@ -163,7 +163,7 @@ class RunLock:
             with contextlib.suppress(OSError):  # of a file server that does not answer: the next beat may come through
                 if self._holds():
                     os.utime(self._path)
-                # Deleted to break it, though this job lives: whoever comes first has it.
+                # Deleted to break it, though this process lives: whoever comes first has it.
                 elif self._path.exists() or not self._create(self._path):
                     if not self._released.is_set():
                         self._lost(f"another job has taken {self._path.parent} ({self.owner})")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mega_scale.training.run_lock import LockedError, RunLock
+from mega_scale.file_lock import FileLock, LockedError
 
 QUICK = {"beat_s": 0.05, "stale_s": 0.4}
 
@@ -34,7 +34,7 @@ def leave_behind(folder, **changes):
     """The lock of a process that is dead, perhaps on another machine."""
     pid = os.fork()
     if pid == 0:
-        RunLock(folder).attempt()
+        FileLock(folder / "run.lock").attempt()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     path = folder / "run.lock"
@@ -44,7 +44,7 @@ def leave_behind(folder, **changes):
 
 def win(folder, others):
     """Take the lock, and hold it until so many others were refused; 0: had it, 1: was refused."""
-    lock, refused = RunLock(folder, **QUICK), folder.with_name(f"{folder.name}-refused")
+    lock, refused = FileLock(folder / "run.lock", **QUICK), folder.with_name(f"{folder.name}-refused")
     try:
         while not lock.attempt():
             time.sleep(0.02)
@@ -59,14 +59,14 @@ def win(folder, others):
 
 
 def test_a_second_job_is_told_who_has_the_folder_since_when_and_how_to_break_it(tmp_path):
-    with RunLock(tmp_path):
+    with FileLock(tmp_path / "run.lock"):
         with pytest.raises(LockedError) as refused:
-            RunLock(tmp_path).attempt()
+            FileLock(tmp_path / "run.lock").attempt()
         message = str(refused.value)
         for part in (str(os.getpid()), os.uname().nodename, "since 20", f"delete {tmp_path / 'run.lock'}"):
             assert part in message
     assert not list(tmp_path.iterdir())
-    with RunLock(tmp_path):
+    with FileLock(tmp_path / "run.lock"):
         pass
 
 
@@ -88,24 +88,24 @@ def test_a_killed_owner_on_this_machine_is_known_at_once_though_its_number_is_us
     path = leave_behind(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
     began = time.monotonic()
-    assert RunLock(tmp_path).attempt()
+    assert FileLock(tmp_path / "run.lock").attempt()
     assert time.monotonic() - began < 1
 
 
 def test_a_zombie_holds_nothing(tmp_path):
     pid = os.fork()
     if pid == 0:
-        RunLock(tmp_path).attempt()
+        FileLock(tmp_path / "run.lock").attempt()
         os._exit(0)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert RunLock(tmp_path).attempt()
+    assert FileLock(tmp_path / "run.lock").attempt()
     os.waitpid(pid, 0)
 
 
 def test_an_owner_elsewhere_lives_while_it_touches_the_lock_whatever_its_clock_says(tmp_path):
     path = leave_behind(tmp_path, host="elsewhere", machine="other")
     os.utime(path, (0, 0))
-    lock = RunLock(tmp_path, beat_s=5, stale_s=30)
+    lock = FileLock(tmp_path / "run.lock", beat_s=5, stale_s=30)
     assert not lock.attempt() and not lock.attempt()
     os.utime(path, (5, 5))
     with pytest.raises(LockedError, match="host elsewhere"):
@@ -114,7 +114,7 @@ def test_an_owner_elsewhere_lives_while_it_touches_the_lock_whatever_its_clock_s
 
 def test_an_owner_elsewhere_that_no_longer_touches_the_lock_is_succeeded(tmp_path):
     leave_behind(tmp_path, host="elsewhere", machine="other")
-    lock = RunLock(tmp_path, **QUICK)
+    lock = FileLock(tmp_path / "run.lock", **QUICK)
     began = time.monotonic()
     while not lock.attempt():
         time.sleep(0.01)
@@ -127,14 +127,14 @@ def test_a_job_killed_while_it_took_over_is_succeeded_too(tmp_path):
     path = leave_behind(tmp_path)
     dead = json.loads(path.read_text())
     (tmp_path / f"run.lock.after-{dead['token']}").write_text(json.dumps(dead | {"token": "half"}))
-    with RunLock(tmp_path):
+    with FileLock(tmp_path / "run.lock"):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_that_a_living_job_lost_is_told_to_it_and_not_released_by_it(tmp_path):
     told = []
-    lock = RunLock(tmp_path, told.append, **QUICK)
+    lock = FileLock(tmp_path / "run.lock", told.append, **QUICK)
     lock.attempt()
     path = tmp_path / "run.lock"
     path.unlink()  # broken by hand; nobody else came
@@ -150,7 +150,7 @@ def test_a_lock_that_a_living_job_lost_is_told_to_it_and_not_released_by_it(tmp_
 
 
 def test_a_living_owner_keeps_touching_it(tmp_path):
-    with RunLock(tmp_path, beat_s=0.02):
+    with FileLock(tmp_path / "run.lock", beat_s=0.02):
         before = (tmp_path / "run.lock").stat().st_mtime_ns
         time.sleep(0.3)
         assert (tmp_path / "run.lock").stat().st_mtime_ns > before

@@ -15,13 +15,14 @@ from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.documents import DocumentBorders
 from mega_scale.model.dropout import MegaAttentionDropout, MegaDropout
 from mega_scale.model.ema import MegaMultiDimensionDampedEma
-from mega_scale.model.linear import MegaLinear
+from mega_scale.model.linear import apply_linear
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import positional_bias
 from mega_scale.model.slots import Slots, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.gates import LEAN
 from mega_scale.ops.remake import remade
+from mega_scale.ops.tracing import any_length
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -38,15 +39,15 @@ class MegaMovingAverageGatedAttention(nn.Module):
         self.attention_dropout = MegaAttentionDropout(config.attention_probs_dropout_prob)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
         self.ema_gate = MegaMultiDimensionDampedEma(config)
-        self.v_proj = MegaLinear(config.hidden_size, config.intermediate_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.segments = {
             "update": config.hidden_size,
             "shared": config.shared_representation_size,
             "gate": config.intermediate_size,
             "candidate": config.hidden_size,
         }
-        self.mx_proj = MegaLinear(config.hidden_size, sum(self.segments.values()))
-        self.h_proj = MegaLinear(config.intermediate_size, config.hidden_size)
+        self.mx_proj = nn.Linear(config.hidden_size, sum(self.segments.values()))
+        self.h_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.qk_weight = nn.Parameter(torch.empty(2, config.shared_representation_size))
         self.qk_bias = nn.Parameter(torch.empty(2, config.shared_representation_size))
         self.rel_pos_bias = positional_bias(config)
@@ -85,7 +86,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
             normed, new_mask, None if state is None else state.ema, None if borders is None else borders.starts
         )
         averaged = self.ema_dropout(averaged)
-        pre = self.v_proj(normed)
+        pre = apply_linear(self.v_proj, normed)
         v = self.activation(pre)
         update, z, gate, candidate = self.project(averaged)
         # They keep what precision they have: relu2 squares their scores.
@@ -106,7 +107,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
 
         gated = self.gates.gate(attended, gate)
         with nullcontext() if recomputed else remade(gated, lambda: self.gates.gate(attended, gate)):
-            candidate = candidate + self.h_proj(gated)
+            candidate = candidate + apply_linear(self.h_proj, gated)
         if self.config.activation == "silu" and not self.dropout.drops:
             out = self.gates.update(x, update, candidate)
         else:
@@ -121,7 +122,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
 
     def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
         """What `mx_proj` makes of the average (B, L, D): update, shared representation, gate and candidate."""
-        return self.mx_proj(averaged).split(list(self.segments.values()), -1)
+        return apply_linear(self.mx_proj, averaged).split(list(self.segments.values()), -1)
 
     @property
     def chunk(self) -> int | None:
@@ -160,14 +161,15 @@ class MegaMovingAverageGatedAttention(nn.Module):
             v = torch.cat([state.values[:, :seen], v], 1)
         total = seen + length
         key_mask = None if mask is None else mask[:, -total:]
-        if self.chunk is None or total <= self.chunk:
+        if self.chunk is None or (total <= self.chunk and not any_length()):
             return self._core(q, k, v, key_mask, seen, return_weights, documents)
         # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
-        pad = -total % self.chunk
-        if pad and (key_mask is not None or not self.config.is_decoder):
+        pad = -(-total // self.chunk) * self.chunk - total
+        more = any_length() or pad > 0
+        if more and (key_mask is not None or not self.config.is_decoder):
             valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
             key_mask = F.pad(valid, (0, pad), value=False)
-        if seen or pad:  # padding by nothing would copy
+        if seen or more:  # padding by nothing would copy
             q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
         out, weights = self._core(q, k, v, key_mask, 0, return_weights, documents)
         return out[:, seen:total], weights
@@ -207,7 +209,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
         documents: ChunkDocuments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks; returns (B, I, E)."""
-        size = self.chunk if self.chunk is not None and k.shape[1] > self.chunk else None
+        laid_out = any_length() and q.shape[1] == k.shape[1]
+        size = self.chunk if self.chunk is not None and (laid_out or k.shape[1] > self.chunk) else None
         q, k, v = (
             t.unsqueeze(1) if size is None else t.unflatten(1, (-1, size)) for t in (q, k, self.hidden_dropout(v))
         )

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.dropout import MegaDropout
-from mega_scale.model.linear import MegaLinear
+from mega_scale.model.linear import apply_linear
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.model.positional_bias import positional_bias
 from mega_scale.ops.attention import chunk_attention
@@ -26,15 +26,15 @@ class MegaGatedCrossAttention(nn.Module):
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
-        self.k_proj = MegaLinear(config.hidden_size, config.shared_representation_size)
-        self.v_proj = MegaLinear(config.hidden_size, config.hidden_size)
-        self.q_proj = MegaLinear(config.hidden_size, 2 * config.hidden_size + config.shared_representation_size)
-        self.h_proj = MegaLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.shared_representation_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size + config.shared_representation_size)
+        self.h_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.rel_pos_bias = positional_bias(config)
 
     def project(self, encoder: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, S, Z) and values (B, S, D) of an encoder's output (B, S, D)."""
-        return self.k_proj(encoder), self.activation(self.v_proj(encoder))
+        return apply_linear(self.k_proj, encoder), self.activation(apply_linear(self.v_proj, encoder))
 
     def forward(
         self,
@@ -62,7 +62,7 @@ class MegaGatedCrossAttention(nn.Module):
         """
         config = self.config
         prenorm = config.normalize_before_mega
-        update, gate, q = self.q_proj(self.norm(x, mask) if prenorm else x).split(
+        update, gate, q = apply_linear(self.q_proj, self.norm(x, mask) if prenorm else x).split(
             [config.hidden_size, config.hidden_size, config.shared_representation_size], -1
         )
         eager = config._attn_implementation == "eager" or return_weights
@@ -76,7 +76,7 @@ class MegaGatedCrossAttention(nn.Module):
             return_weights=return_weights,
             impl="eager" if eager else "auto",
         )  # fmt: skip
-        hidden = self.dropout(self.activation(self.h_proj(attended.squeeze(1) * F.silu(gate))))
+        hidden = self.dropout(self.activation(apply_linear(self.h_proj, attended.squeeze(1) * F.silu(gate))))
         out = torch.addcmul(x, torch.sigmoid(update), hidden - x)
         if not prenorm:
             out = self.norm(out, mask)

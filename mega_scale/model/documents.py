@@ -19,6 +19,7 @@ from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.masks import can_look
 from mega_scale.model.slots import leading_pads
 from mega_scale.ops.attention import ChunkDocuments
+from mega_scale.ops.tracing import any_length, in_memory
 
 DOCUMENT_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -227,13 +228,13 @@ def document_borders(
         before = remembered[:, -1:] if remembered.shape[1] else 0
         numbers = torch.cat([remembered, numbers + before], 1)
         kept = numbers if chunk is None else numbers[:, numbers.shape[1] // chunk * chunk :]
-        cache.documents = kept if bool((kept != kept[:, -1:]).any()) else None
+        cache.documents = kept if not in_memory(kept) or bool((kept != kept[:, -1:]).any()) else None
     return DocumentBorders(starts, ChunkDocuments.of(_in_chunks(numbers, chunk)))
 
 
 def _in_chunks(numbers: Tensor, chunk: int | None) -> Tensor:
     """Numbers (B, M + L) as attention lays out keys, (B, K, C); what fills the last chunk is of its last document."""
     total = numbers.shape[1]
-    if chunk is None or total <= chunk:
+    if chunk is None or (total <= chunk and not any_length()):
         return numbers[:, None]
     return torch.cat([numbers, numbers[:, -1:].expand(-1, -total % chunk)], 1).unflatten(1, (-1, chunk))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mega_scale.model.activation import MegaActivation
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.dropout import MegaDropout
-from mega_scale.model.linear import MegaLinear
+from mega_scale.model.linear import apply_linear
 from mega_scale.model.norm import MegaSequenceNorm
 from mega_scale.ops.remake import remade
 
@@ -23,8 +23,8 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
         self.prenorm = config.normalize_before_ffn
         self.activation = MegaActivation(config.activation)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
-        self.fc1 = MegaLinear(config.hidden_size, config.nffn_hidden_size)
-        self.fc2 = MegaLinear(config.nffn_hidden_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.nffn_hidden_size)
+        self.fc2 = nn.Linear(config.nffn_hidden_size, config.hidden_size)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
 
@@ -40,9 +40,9 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
         # Statistics of a batch are counted once.
         keeps = recomputed or not self.prenorm or self.norm.over_batch
         with nullcontext() if keeps else remade(normed, lambda: self.norm(x, mask)):
-            pre = self.fc1(normed)
+            pre = apply_linear(self.fc1, normed)
         active = self.activation(pre)
         hidden = self.hidden_dropout(active)
         with nullcontext() if recomputed else remade(active, lambda: self.activation(pre)):
-            out = x + self.dropout(self.fc2(hidden))
+            out = x + self.dropout(apply_linear(self.fc2, hidden))
         return out if self.prenorm else self.norm(out, mask)

@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple, logging
 
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.heads import MegaHeadModel
-from mega_scale.model.linear import MegaLinear
+from mega_scale.model.linear import apply_linear
 from mega_scale.model.losses import cross_entropy
 from mega_scale.model.modeling_mega import MegaModel
 
@@ -33,7 +33,7 @@ class MegaForMaskedLM(MegaHeadModel):
         if config.is_decoder:
             logger.warning("MegaForMaskedLM with is_decoder=True predicts a token from its left side only")
         self.mega = MegaModel(config, add_pooling_layer=False)
-        self.dense = MegaLinear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
         self.mlm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
@@ -81,7 +81,7 @@ class MegaForMaskedLM(MegaHeadModel):
             output_hidden_states=output_hidden_states,
         )
         if self.dense is not None:
-            hidden = torch.tanh(self.dense(hidden))
+            hidden = torch.tanh(apply_linear(self.dense, hidden))
         logits = self.mlm_head(hidden)
         return MaskedLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),

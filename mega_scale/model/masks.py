@@ -9,11 +9,7 @@ from torch import Tensor
 from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.slots import leading_pads
-
-
-def can_look(tensor: Tensor) -> bool:
-    """Whether Python may branch on numbers in a tensor: not where they are traced, or where there are none."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta)
+from mega_scale.ops.tracing import in_memory
 
 
 def checked_mask(mask: Tensor, name: str, batch: int, *lengths: int) -> Tensor:
@@ -26,7 +22,7 @@ def checked_mask(mask: Tensor, name: str, batch: int, *lengths: int) -> Tensor:
         expected = " or ".join(str((batch, length)) for length in dict.fromkeys(lengths))
         raise ValueError(f"{name} has shape {tuple(mask.shape)}: expected (batch, length), here {expected}")
     valid = mask != 0
-    if mask.dtype != torch.bool and can_look(mask) and bool((valid & (mask != 1)).any()):
+    if mask.dtype != torch.bool and in_memory(mask) and bool((valid & (mask != 1)).any()):
         raise ValueError(f"{name} holds numbers other than 0 and 1: give 1 for tokens and 0 for padding")
     return valid
 
@@ -61,7 +57,7 @@ def mask_and_pads(
                 # Positions then live in tensors, and one graph serves every place in the chunk.
                 pads = torch.zeros(batch, dtype=torch.long, device=x.device)
         elif config.is_decoder or config.use_chunking:
-            pads = leading_pads(mask) if not can_look(mask) or not bool(mask[:, 0].all()) else None
+            pads = leading_pads(mask) if not in_memory(mask) or not bool(mask[:, 0].all()) else None
         return mask, pads
     assert cache is not None
     if mask is None:
@@ -115,7 +111,7 @@ def encoder_mask(
 
 
 def _check_past(past: Tensor, before: Tensor, pads: Tensor | None) -> None:
-    if not can_look(past):
+    if not in_memory(past):
         return
     begins = leading_pads(past)
     same = bool((begins == (0 if pads is None else pads)).all())

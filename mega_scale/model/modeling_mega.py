@@ -24,8 +24,8 @@ from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 from mega_scale.model.documents import DOCUMENT_KEYS, document_borders, said_starts
 from mega_scale.model.embeddings import MegaEmbeddings
 from mega_scale.model.initialization import initial_tensor
-from mega_scale.model.language_head import LanguageModelHead
-from mega_scale.model.linear import MegaLinear
+from mega_scale.model.language_head import summed_cross_entropy
+from mega_scale.model.linear import apply_linear
 from mega_scale.model.losses import check_labels, cross_entropy, mean
 from mega_scale.model.masks import encoder_mask, mask_and_pads, remember_mask
 from mega_scale.model.norm import MegaSequenceNorm, refuse_statistics_of_the_future, warn_if_norm_differs
@@ -272,8 +272,8 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
                 "is_decoder=True and bidirectional=False"
             )
         self.mega = MegaModel(config, add_pooling_layer=False)
-        self.dense = MegaLinear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
-        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -282,7 +282,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the layer that gives logits."""
-        self.lm_head = LanguageModelHead.of(new_embeddings)
+        self.lm_head = new_embeddings
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -342,12 +342,13 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
         if self.dense is not None:
-            hidden = torch.tanh(self.dense(hidden))
+            hidden = torch.tanh(apply_linear(self.dense, hidden))
         if following is not None:
             check_labels(following, hidden.shape[:2])
         loss = logits = None
         if following is not None and kwargs.get("skip_logits"):
-            loss = mean(self.lm_head(hidden, following), (following != -100).sum().clamp(min=1), num_items_in_batch)
+            total = summed_cross_entropy(self.lm_head, hidden, following)
+            loss = mean(total, (following != -100).sum().clamp(min=1), num_items_in_batch)
         else:
             logits = self.lm_head(hidden)
             loss = None if following is None else cross_entropy(logits, following, num_items_in_batch)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mega_scale.ops.tracing import any_length
+
 
 def leading_pads(mask: Tensor) -> Tensor:
     """Masked positions before the first valid one of each row, all of a row of padding: (B, M) bool to (B,) int64."""
@@ -41,7 +43,7 @@ class Slots(NamedTuple):
         else:
             base = real.clamp(min=0) // chunk * chunk
             most = length + (chunk - 1 if seen else 0)
-            width = most if most <= chunk else -(-most // chunk) * chunk
+            width = most if most <= chunk and not any_length() else -(-most // chunk) * chunk
         return cls(real - base, (real - base).clamp(min=0), base + pads, width, length)
 
     def _slot(self) -> Tensor:

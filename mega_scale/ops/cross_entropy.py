@@ -11,10 +11,13 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.linear import times_transposed
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.precision import autocast_dtype, without_autocast
+from mega_scale.ops.tracing import written_out
 
 # Logits that exist at a time, numbers: on a CPU they should stay in its caches, a GPU needs large products.
 _CPU_LOGITS, _GPU_LOGITS = 2**21, 2**26
@@ -57,7 +60,8 @@ def linear_cross_entropy(
         slice_tokens: S; chosen by device and V if not given.
 
     Returns:
-        A scalar in fp32, nats. Its gradient is computed here, and not twice differentiable.
+        A scalar in fp32, nats. Its gradient is computed here, and not twice differentiable. Where something reads along
+        (a compiler, say), logits are whole.
 
     Raises:
         ValueError: shapes do not fit.
@@ -69,11 +73,14 @@ def linear_cross_entropy(
         )
     if slice_tokens is None:
         slice_tokens = max((_CPU_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS) // weight.shape[0], 1)
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(kind, enabled=False):
+    with without_autocast(hidden.device):
+        if part is None and written_out():
+            logits = F.linear(hidden, weight, bias).flatten(0, -2)
+            logits = logits.to(_at_least_fp32(logits.dtype))
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
         loss: Tensor = _LinearCrossEntropy.apply(
             hidden.flatten(0, -2), weight, bias, targets.flatten(), part, ignore_index, slice_tokens
         )

@@ -10,14 +10,15 @@ Legend: B batch, L length, D channels, Z width of queries and keys, E width of v
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.native.gates import native_map, suits_native
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.tracing import written_out
 
 
 def silu(x: Tensor) -> Tensor:
@@ -55,6 +56,11 @@ class Gates(NamedTuple):
     gate: Callable[..., Tensor] = gate
     update: Callable[..., Tensor] = update
     average: Callable[..., Tensor] = average
+    kind: Literal["plain", "lean", "compiled"] = "plain"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its kind: compiled functions are nothing that a file could hold."""
+        return gates, (self.kind,)
 
 
 class _Gate(torch.autograd.Function):
@@ -101,7 +107,7 @@ def _lean(
             width = given[0].shape[-1]
             columns = torch.cat([tensor.view(-1, width) for tensor in coefficients]) if coefficients else None
             return native_map(plain.__name__, given, columns, outputs)
-        if function is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if function is not None and torch.is_grad_enabled() and not written_out():
             return function.apply(*tensors)
         return plain(*tensors)
 
@@ -114,15 +120,22 @@ LEAN = Gates(
     gate=_lean(gate, 2, function=_Gate),
     update=_lean(update, 3, function=_Update),
     average=_lean(average, 2),
+    kind="lean",
 )
-"""What models use unless told otherwise; once differentiable."""
+"""What models use unless told otherwise; once differentiable, but where something reads along."""
 
 
 @cache
 def compiled() -> Gates:
     """Compiled without graph breaks, at their first call with new sizes; needs a C++ compiler on a CPU, Triton on a
     GPU."""
-    return Gates(silu, *(_compile(function) for function in PLAIN[1:]))
+    written = (queries_and_keys, gate, update, average)
+    return Gates(kind="compiled", **{function.__name__: _compile(function) for function in written})
+
+
+def gates(kind: Literal["plain", "lean", "compiled"]) -> Gates:
+    """The gates of a kind."""
+    return compiled() if kind == "compiled" else LEAN if kind == "lean" else PLAIN
 
 
 def _compile(function: Callable[..., Any]) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.tracing import in_memory
 
 # Fewer are a decoding step's, which reads the weight once whatever multiplies it.
 _TOKENS = 32
@@ -56,11 +58,9 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and _onednn_is_faster()
-        # What stands for a tensor has no memory.
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (x, weight))
+        and in_memory(x, weight)
     )
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mega_scale.ops.tracing import in_memory
+
 
 class _Remade(NamedTuple):
     shape: torch.Size
@@ -15,14 +17,14 @@ class _Remade(NamedTuple):
 def remade(result: Tensor, function: Callable[[], Tensor]) -> AbstractContextManager[object]:
     """In this context no operation keeps `result` for its backward pass, which calls `function` for it instead.
 
-    Nothing happens without gradients, under a compiler, which does so itself, and where `result` is kept as a copy, as
-    by a matrix product under autocast.
+    Nothing happens without gradients, where something reads along (compilers do so themselves), and where `result` is
+    kept as a copy, as by a matrix product under autocast.
 
     Args:
         result: contiguous; views of all of it count as it.
         function: what gives it again from tensors that are kept anyway.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not result.requires_grad:
+    if not torch.is_grad_enabled() or not result.requires_grad or not in_memory(result):
         return nullcontext()
     place, numbers, dtype = result.data_ptr(), result.numel(), result.dtype
 

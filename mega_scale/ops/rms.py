@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.tracing import written_out
 
 
 def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -20,11 +22,11 @@ def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        In the shape and dtype of x. Differentiable once, but where a compiler traces it.
+        In the shape and dtype of x. Differentiable once, but where something reads along.
     """
     if x.is_cuda and (gain is None or gain.dtype == x.dtype):
         return _fused(x, gain, eps)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not written_out():
         out: Tensor = _DivideByRms.apply(x, gain, eps)
         return out
     return plain_divide_by_rms(x, gain, eps)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mega_scale.ops.once import once_differentiable
 
 
 class Axis(NamedTuple):

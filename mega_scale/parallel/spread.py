@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from mega_scale.model import MegaPreTrainedModel
+from mega_scale.model.language_head import LanguageModelHead
+from mega_scale.model.linear import MegaLinear
 from mega_scale.ops.gates import compiled
 from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations
 from mega_scale.parallel.collectives import Axis
@@ -61,6 +63,7 @@ def spread(
     check_segments(config, recomputation.segment, recomputation.every, sp.size)
     check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     window, kept = Window(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1), Kept()
+    _keep_products_fast(model)
     separate_segments(model)
     share_rows(model, window, StateExchange(sp, kept))
     if tp.size > 1:
@@ -72,3 +75,11 @@ def spread(
             if hasattr(module, "gates"):
                 vars(module)["gates"] = compiled()
     return Spread(template, window, tp)
+
+
+def _keep_products_fast(model: MegaPreTrainedModel) -> None:
+    """Whatever hooks engines put on linear layers."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = LanguageModelHead if module is head else MegaLinear

@@ -98,7 +98,7 @@ def cut_channels(model: MegaPreTrainedModel, axis: Axis) -> None:
             model.dense = _gather_linear(model.dense, axis)
         model.lm_head = _cut_head(model.lm_head, axis)
         if tied:
-            model.lm_head.weight = model.mega.embedding_layer.word_embeddings._parameters["weight"]
+            model.lm_head.register_parameter("weight", model.mega.embedding_layer.word_embeddings._parameters["weight"])
         model.__class__ = CutCausalLM
 
 
@@ -142,7 +142,7 @@ def _gather_linear(linear: nn.Linear, axis: Axis) -> GatherLinear:
     return on_meta(GatherLinear, linear.in_features, linear.out_features, axis, linear.bias is not None)
 
 
-def _cut_head(head: nn.Linear, axis: Axis) -> CutLanguageModelHead:
+def _cut_head(head: Any, axis: Axis) -> CutLanguageModelHead:
     return on_meta(CutLanguageModelHead, head.in_features, head.out_features, axis, head.bias is not None)
 
 

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mega_scale.model.attention import MegaMovingAverageGatedAttention
 from mega_scale.model.linear import MegaLinear
 from mega_scale.model.norm import MegaRMSNorm, MegaScaleNorm
 from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias, MegaSimpleRelativePositionalBias
 from mega_scale.ops.linear import linear
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.precision import autocast_dtype
 from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter, start_gather
 from mega_scale.parallel.sequence import SequenceParallelEma
 from mega_scale.parallel.shards import TensorParallel, share
@@ -53,9 +54,8 @@ class _Gathering:
         return coming.wait()
 
     def _start(self, x: Tensor) -> Gather:
-        kind = x.device.type
         # As a matrix product will see it, so that under autocast only 16 bits of a number travel.
-        return Gather(x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x, self.axis)
+        return Gather(x.to(autocast_dtype(x.device) or x.dtype), self.axis)
 
 
 class GatherLinear(_Gathering, CutLinear):

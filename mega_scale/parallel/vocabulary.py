@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mega_scale.model.language_head import LanguageModelHead
 from mega_scale.ops.cross_entropy import VocabularyPart, linear_cross_entropy
 from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter
 from mega_scale.parallel.shards import TensorParallel, share
@@ -48,7 +49,7 @@ class CutTokenTypes(TensorParallel, nn.Embedding):
     shards: ClassVar[dict[str, int]] = {"weight": 1}
 
 
-class CutLanguageModelHead(GatherLinear):
+class CutLanguageModelHead(GatherLinear, LanguageModelHead):
     """See `LanguageModelHead`; of an input whose channels are cut, with this rank's words."""
 
     def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool) -> None:

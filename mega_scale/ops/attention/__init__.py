@@ -12,6 +12,7 @@ from mega_scale.ops.attention.causal import causal_attention
 from mega_scale.ops.attention.documents import ChunkDocuments, attend_apart
 from mega_scale.ops.attention.fused import fused_attention
 from mega_scale.ops.attention.reference import ACTIVATIONS, reference_attention
+from mega_scale.ops.tracing import any_length, in_memory
 
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
 # Queries that meet the same keys in the causal form on a GPU, where products have to be large.
@@ -94,7 +95,9 @@ def chunk_attention(
         )
     if impl == "auto":
         kernels = whole and _suits_triton(v)
-        impl = "triton" if kernels else "causal" if plain else "sdpa" if fused else "eager"
+        # Python counts blocks of queries, and one chunk may be of a length that a compiler leaves open.
+        blocks = plain and not any_length() and not (torch.compiler.is_compiling() and k.shape[1] == 1)
+        impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
     if impl == "sdpa" and (activation != "softmax" or return_weights or callable(dropout)):
         raise ValueError(
             f"impl='sdpa' has neither weights to return or to drop by a function, nor activation={activation!r}: "
@@ -127,7 +130,7 @@ def _suits_triton(v: Tensor) -> bool:
     return (
         v.is_cuda
         and v.dtype in (torch.bfloat16, torch.float16)
-        and not torch.compiler.is_compiling()
+        and in_memory(v)
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(v.device) >= (8, 0)
         and importlib.util.find_spec("triton") is not None

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mega_scale.ops.precision import without_autocast
+from mega_scale.ops.tracing import traced
+
 
 def key_minus_query(queries: int, keys: int, offset: int | Tensor, device: torch.device | str) -> Tensor:
     """The distances j - (i + offset) that occur between I queries and J keys, ascending: int64, (I + J - 1,).
@@ -21,10 +24,14 @@ def key_minus_query(queries: int, keys: int, offset: int | Tensor, device: torch
 
 def toeplitz(vector: Tensor, queries: int) -> Tensor:
     """The matrix whose entry (i, j) is `vector[I - 1 + j - i]`: (..., I + J - 1) to (..., I, J)."""
-    if queries == 1:  # a decoding step; a size that grows with it would make a compiled graph its own
+    if queries == 1 and not traced():  # a decoding step; a size that grows with it would make a compiled graph its own
         return vector.unsqueeze(-2)
-    matrix: Tensor = _Toeplitz.apply(vector, queries)
+    matrix: Tensor = _rows(vector, queries) if traced() else _Toeplitz.apply(vector, queries)
     return matrix
+
+
+def _rows(vector: Tensor, queries: int) -> Tensor:
+    return vector.unfold(-1, vector.shape[-1] - queries + 1, 1).flip(-2)
 
 
 class _Toeplitz(torch.autograd.Function):
@@ -32,7 +39,7 @@ class _Toeplitz(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, queries: int) -> Tensor:
-        return vector.unfold(-1, vector.shape[-1] - queries + 1, 1).flip(-2)
+        return _rows(vector, queries)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -57,7 +64,7 @@ def rotary_bias(alpha: Tensor, beta: Tensor, distances: Tensor) -> Tensor:
         In the shape of `distances`: fp32, or fp64 for fp64 parameters.
     """
     dtype = torch.promote_types(alpha.dtype, torch.float32)
-    with torch.autocast(alpha.device.type, enabled=False):
+    with without_autocast(alpha.device):
         a1, a2 = alpha.to(dtype).reshape(-1).chunk(2)
         b1, b2 = beta.to(dtype).reshape(-1).chunk(2)
         half = a1.shape[0]

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.attention.bias import toeplitz
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.precision import without_autocast
 
 _BLOCK = 128
 
@@ -35,7 +36,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int =
     Returns:
         (B, K, C, E) in the dtype of v; it can be differentiated once.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         dtype = torch.promote_types(v.dtype, torch.float32)
         matrix = toeplitz(bias.to(dtype), q.shape[2])
         q, k = (t.to(dtype).flatten(0, 1) for t in (q, k))

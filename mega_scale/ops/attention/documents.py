@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mega_scale.ops.tracing import in_memory
+
 
 @dataclass(frozen=True)
 class ChunkDocuments:
@@ -28,7 +30,10 @@ class ChunkDocuments:
 
     @classmethod
     def of(cls, numbers: Tensor) -> "ChunkDocuments":
-        """Sort chunks by whether they need a mask; synchronises a GPU once."""
+        """Sort chunks by whether they need a mask; synchronises a GPU once. All get one where something reads along."""
+        if not in_memory(numbers):
+            every = torch.arange(numbers.shape[0] * numbers.shape[1], device=numbers.device)
+            return cls(numbers, every, every[:0], every)
         mixed = (numbers != numbers[..., :1]).any(-1).flatten()
         order = mixed.to(torch.uint8).argsort(stable=True)
         single, several = order.tensor_split([int((~mixed).sum())])

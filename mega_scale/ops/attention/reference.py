@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mega_scale.ops.attention.bias import toeplitz
 from mega_scale.ops.attention.documents import ChunkDocuments
+from mega_scale.ops.precision import without_autocast
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 
@@ -79,7 +80,7 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, K, I, E) and weights (B, K, I, J); arguments as in `chunk_attention`. Scores and weights are fp32."""
     queries, keys = q.shape[2], k.shape[2]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         dtype = torch.promote_types(q.dtype, torch.float32)
         scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
         matrix = bias_matrix(bias.to(dtype), queries)

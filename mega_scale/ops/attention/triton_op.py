@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.attention.triton_softmax import scores_gradient_kernel, weights_kernel
 from mega_scale.ops.ema.triton_kernels import interpreted
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.precision import without_autocast
 
 _LEAST_BLOCK = 128
 _BLOCKS = 8
@@ -49,7 +50,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, numbers: Ten
         )
     if v.dtype == torch.float64:
         raise ValueError("impl='triton' computes in fp32 and v is in fp64: use impl='causal', or 'sdpa' for documents")
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         q, k = (t.to(v.dtype).flatten(0, 1) for t in (q, k))
         since = None if numbers is None else _first_keys(numbers.flatten(0, 1))
         return _TritonAttention.apply(q, k, v.flatten(0, 1), bias.float().contiguous(), since).view(v.shape)

@@ -12,7 +12,10 @@ from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.fft import fft_ema
 from mega_scale.ops.ema.native_op import native_ema
 from mega_scale.ops.ema.recurrent import recurrent_ema
+from mega_scale.ops.ema.scan import scan_ema
 from mega_scale.ops.native.library import library, shipped
+from mega_scale.ops.precision import without_autocast
+from mega_scale.ops.tracing import in_memory, traced, written_out
 
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "triton_walk", "native")
 
@@ -87,7 +90,7 @@ def damped_ema(
             f"carry brings the state, of the blocked and the Triton form: it excludes state, truncation={truncation} "
             f"and impl={impl!r}"
         )
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if impl == "auto" and truncation is None:
             if _suits_triton(x, coefficients):
                 impl = "triton"
@@ -95,6 +98,7 @@ def damped_ema(
                 impl = "native"
         # The kernels widen tokens as they read them.
         inputs = x if impl in ("triton", "triton_walk") else x.to(coefficients.log_decay.dtype)
+        state = None if state is None else state.to(coefficients.log_decay.dtype)
         directions = [_Direction(inputs, coefficients, state, resets)]
         if bidirectional:
             ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
@@ -161,7 +165,13 @@ def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Te
         return walk_ema(x, coefficients, state, resets)
     if impl == "native":
         return native_ema(x, coefficients, state, resets)
-    one_token = impl == "auto" and x.shape[1] == 1  # a decoding step, for which blocks would be idle ceremony
+    # A decoding step, for which blocks would be idle ceremony.
+    one_token = impl == "auto" and x.shape[1] == 1 and not traced()
+    if impl == "auto" and not one_token and written_out():
+        if resets is None:
+            return scan_ema(x, coefficients, state)
+        if traced():
+            impl = "recurrent"
     if impl in ("auto", "blocked") and not one_token:
         form = BlockedEma(x, coefficients, state, resets)
         form.inside()
@@ -183,7 +193,7 @@ def _suits_triton(x: Tensor, coefficients: EmaCoefficients) -> bool:
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and coefficients.log_decay.dtype == torch.float32
         and coefficients.log_decay.shape[1] <= 32
-        and not torch.compiler.is_compiling()
+        and in_memory(x)
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
         and importlib.util.find_spec("triton") is not None
@@ -196,8 +206,7 @@ def _suits_native(x: Tensor, coefficients: EmaCoefficients) -> bool:
         x.device.type == "cpu"
         and x.shape[1] > 1
         and coefficients.log_decay.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)  # what stands for a tensor has no memory
+        and in_memory(x, coefficients.log_decay)
         and shipped()
         and library() is not None
     )

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
+from mega_scale.ops.once import once_differentiable
 
 
 class BlockMatrices(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.ema.block_layout import BlockLayout
+from mega_scale.ops.once import once_differentiable
 
 
 class EmaStates(torch.autograd.Function):

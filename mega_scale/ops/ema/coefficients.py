@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mega_scale.ops.precision import without_autocast
+
 
 class EmaCoefficients(NamedTuple):
     """What the recurrence `h_t = exp(log_decay) h_{t-1} + gain x_t`, `y_t = sum_n projection_n h_{t,n}` needs.
@@ -40,7 +42,7 @@ class EmaCoefficients(NamedTuple):
             Coefficients in fp32 (fp64 for fp64 parameters), whatever autocast says.
         """
         dtype = torch.promote_types(damping.dtype, torch.float32)
-        with torch.autocast(damping.device.type, enabled=False):
+        with without_autocast(damping.device):
             p = damping.to(dtype).squeeze(-1).sigmoid()
             # Both sigmoids can round to 1; the bound keeps log(0), and its gradient, out.
             forget = (p * decay.to(dtype).squeeze(-1).sigmoid()).clamp_max(1 - torch.finfo(dtype).eps)

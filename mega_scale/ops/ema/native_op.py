@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.native.library import library
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.tracing import in_memory
 
 # Numbers of x that are worth a thread.
 _OF_A_THREAD = 2**16
@@ -82,6 +83,8 @@ def native_ema(
             f"impl='native' takes fp32 on a CPU, and x is {x.dtype} on {x.device}, coefficients {log_decay.dtype}: use "
             "impl='blocked'"
         )
+    if not in_memory(x, log_decay):
+        raise ValueError("impl='native' cannot run where a tracer or a transform reads along: use impl='auto'")
     if library() is None:
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
     if state is None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mega_scale.ops.native.library import library, shipped
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.tracing import in_memory
 
 # Numbers of a tensor for which the call pays, and that are worth a thread.
 _LEAST, _OF_A_THREAD = 2**14, 2**18
@@ -22,11 +23,9 @@ def suits_native(rows: tuple[Tensor, ...], columns: tuple[Tensor, ...] = ()) -> 
     return (
         rows[0].numel() >= _LEAST
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-        and not torch.compiler.is_compiling()
         and all(row.shape == rows[0].shape for row in rows)
         and all(column.shape[-1] == rows[0].shape[-1] for column in columns)
-        # What stands for a tensor has no memory.
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and in_memory(*tensors)
         and shipped()
         and library() is not None
     )
@@ -78,9 +77,8 @@ def _call(
 ) -> tuple[Tensor, ...]:
     native = library()
     assert native is not None, "suits_native has asked for it"
-    shape = rows[0].shape
     flat = [_rows(tensor) for tensor in rows]
-    outs = tuple(torch.empty(shape) for _ in range(outputs))
+    outs = tuple(rows[0].new_empty(rows[0].shape) for _ in range(outputs))
     columns = None if columns is None else columns.contiguous()
     pointers = (ctypes.c_void_p * len(flat))(*(tensor.data_ptr() for tensor in flat))
     strides = (ctypes.c_int64 * len(flat))(*(tensor.stride(0) for tensor in flat))

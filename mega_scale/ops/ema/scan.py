@@ -1,0 +1,87 @@
+"""The damped EMA in PyTorch's own operators, their number independent of the length: for all that reads along.
+
+Compilers, exporters and transforms of torch.func take neither C++ nor loops over a length that they leave open. As in
+the blocked form, tokens are averaged in blocks, each of which needs the past as one state; the states are a recurrence
+of their own, which is again computed in blocks.
+
+Legend: B batch, L length, D channels, N moving averages per channel, c tokens per block, M blocks per sequence.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mega_scale.ops.ema.coefficients import EmaCoefficients
+from mega_scale.ops.tracing import any_length
+
+_BLOCK = 32
+# Blocks of blocks: what is left at the end is a matrix, of 32 rows at a million tokens.
+_DEPTH = 2
+
+
+def scan_ema(x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`recurrent_ema` of any length, differentiable any number of times.
+
+    Args:
+        x: (B, L, D) in the dtype of the coefficients.
+        coefficients: (D, N) each.
+        state: h before the first token, (B, D, N); none means zero.
+
+    Returns:
+        y (B, L, D), and h after the last token (B, D, N).
+    """
+    log_decay, gain, projection = coefficients
+    batch, length, channels = x.shape
+    tokens = _in_blocks(x)  # (B, M, c, D)
+    blocks = tokens.shape[1]
+    powers = torch.exp(log_decay[:, None] * _steps(_BLOCK + 1, x)[:, None])  # (D, c + 1, N)
+    fades = log_decay * _BLOCK
+
+    inner = torch.einsum("bmjd,djn->bmdn", tokens, gain[:, None] * powers[:, :_BLOCK].flip(1))
+    after = _states(inner.flatten(2), fades.flatten(), _DEPTH).unflatten(2, log_decay.shape)
+    before = F.pad(after[:, :-1], (0, 0, 0, 0, 1, 0))
+    if state is not None:
+        before = before + state[:, None] * torch.exp(fades * _steps(blocks, x)[:, None, None])
+
+    kernel = torch.einsum("dn,dsn->sd", projection * gain, powers[:, :_BLOCK])
+    y = torch.einsum("bmjd,ijd->bmid", tokens, _toeplitz(kernel))
+    y = y + torch.einsum("bmdn,din->bmid", before, projection[:, None] * powers[:, 1:])
+
+    # The last block may be part full.
+    left = length - (blocks - 1) * _BLOCK
+    weights = torch.exp(log_decay[:, None] * (left - 1 - _steps(_BLOCK, x)).clamp(min=0)[:, None])
+    end = torch.einsum("bjd,djn->bdn", tokens[:, -1], gain[:, None] * weights) + before[:, -1] * torch.exp(
+        log_decay * left
+    )
+    return y.reshape(batch, blocks * _BLOCK, channels)[:, :length], end
+
+
+def _states(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
+    """`h_m = exp(log_decay) h_{m-1} + added_m` from zero: added (B, M, K), log_decay (K,)."""
+    count = added.shape[1]
+    if depth == 0 or (count <= _BLOCK and not any_length()):
+        return torch.einsum("bjk,ijk->bik", added, _toeplitz(torch.exp(log_decay * _steps(count, added)[:, None])))
+    parts = _in_blocks(added)
+    inside = torch.einsum("bmjk,ijk->bmik", parts, _toeplitz(torch.exp(log_decay * _steps(_BLOCK, added)[:, None])))
+    ends = _states(inside[:, :, -1], log_decay * _BLOCK, depth - 1)
+    fades = torch.exp(log_decay * (_steps(_BLOCK, added) + 1)[:, None])
+    found = inside + F.pad(ends[:, :-1], (0, 0, 1, 0))[:, :, None] * fades
+    return found.reshape(added.shape[0], parts.shape[1] * _BLOCK, added.shape[2])[:, :count]
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """(B, L, K) to (B, M, c, K), filled up with zeros."""
+    batch, length, width = x.shape
+    blocks = (length + _BLOCK - 1) // _BLOCK
+    return F.pad(x, (0, 0, 0, blocks * _BLOCK - length)).reshape(batch, blocks, _BLOCK, width)
+
+
+def _toeplitz(kernel: Tensor) -> Tensor:
+    """Entry (i, j, k) is `kernel[i - j, k]`, zero where j > i: (c, K) to (c, c, K)."""
+    steps = torch.arange(kernel.shape[0], device=kernel.device)
+    distance = steps[:, None] - steps
+    return kernel[distance.clamp(min=0)] * (distance >= 0)[..., None]
+
+
+def _steps(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device, dtype=like.dtype)

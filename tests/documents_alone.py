@@ -59,8 +59,8 @@ def run_alone(model: MegaForCausalLM, tokens: Tensor, begin: int) -> Tensor:
         place += piece.shape[1]
         for layer in cache.states:
             assert layer.state is not None
-            ema, keys, values, _ = layer.state
-            layer.state = LayerState(ema, keys[:, :0], values[:, :0], 0)
+            state = layer.state
+            layer.state = LayerState(state.ema, state.keys[:, :0], state.values[:, :0], 0)
     return torch.cat(logits)
 
 

@@ -22,7 +22,7 @@ from mega_scale.model.slots import Slots, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.gates import LEAN
 from mega_scale.ops.remake import remade
-from mega_scale.ops.tracing import any_length
+from mega_scale.ops.tracing import any_length, parts
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -91,8 +91,12 @@ class MegaMovingAverageGatedAttention(nn.Module):
         update, z, gate, candidate = self.project(averaged)
         # They keep what precision they have: relu2 squares their scores.
         q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
-        seen = 0 if state is None else state.position
-        mask = align(mask, seen + length)
+        seen: int | Tensor = 0 if state is None else state.position
+        if return_state and torch.compiler.is_exporting():
+            # A number would hold for the calls that are like this one; masks are whole.
+            seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
+        else:
+            mask = align(mask, int(seen) + length)
         kept = None
         if pads is None:
             documents = None if borders is None else borders.chunks
@@ -102,7 +106,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
             with nullcontext() if recomputed else remade(v, lambda: self.activation(pre)):
                 attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
         else:
-            slots = Slots.lay(pads, seen, length, self.chunk)
+            remembered = 0 if state is None else state.keys.shape[1]
+            slots = Slots.lay(pads, seen, remembered, length, self.chunk)
             attended, weights, kept = self._attend_in_slots(q, k, v, mask, state, slots, return_weights)
 
         gated = self.gates.gate(attended, gate)
@@ -134,7 +139,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         decoding step the copy of a chunk; a tensor with a gradient must not change, and a full chunk is forgotten."""
         if state is None or self.chunk is None or torch.is_grad_enabled():
             return False
-        return 0 < state.position % self.chunk < self.chunk - length
+        return 0 < int(state.position) % self.chunk < self.chunk - length
 
     def _attend(
         self,
@@ -152,7 +157,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
         With `kept`, the open chunk's keys and values (B, C, .) hold the new ones already.
         """
         length = q.shape[1]
-        seen = 0 if state is None else state.position % self.chunk if self.chunk else state.position
+        position = 0 if state is None else int(state.position)
+        seen = position % self.chunk if self.chunk else position
         if kept is not None:
             k, v = (tensor[:, : seen + length] for tensor in kept)
         elif state is not None and seen:
@@ -161,10 +167,10 @@ class MegaMovingAverageGatedAttention(nn.Module):
             v = torch.cat([state.values[:, :seen], v], 1)
         total = seen + length
         key_mask = None if mask is None else mask[:, -total:]
-        if self.chunk is None or (total <= self.chunk and not any_length()):
+        if self.chunk is None or (not any_length() and total <= self.chunk):
             return self._core(q, k, v, key_mask, seen, return_weights, documents)
         # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
-        pad = -(-total // self.chunk) * self.chunk - total
+        pad = parts(total, self.chunk) * self.chunk - total
         more = any_length() or pad > 0
         if more and (key_mask is not None or not self.config.is_decoder):
             valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask

@@ -3,15 +3,20 @@
 Legend: B batch, D channels, N moving averages per channel, C chunk, Z width of keys, E width of values.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mega_scale.ops.tracing import in_memory
 
-class LayerState(NamedTuple):
+
+@dataclass(eq=False)
+class LayerState:
     """State of one block's self-attention after `position` columns of the input.
 
     Args:
@@ -19,16 +24,17 @@ class LayerState(NamedTuple):
         keys: keys of the open chunk in their places, (B, C, Z), places after the last token being unused; without
             chunks, all keys (B, position, Z).
         values: values likewise, (B, C, E) or (B, position, E).
-        position: columns seen, padding included.
+        position: columns seen, padding included; in a program that is being exported, a tensor without dimensions.
     """
 
     ema: Tensor
     keys: Tensor
     values: Tensor
-    position: int
+    position: int | Tensor
 
 
-class EncoderState(NamedTuple):
+@dataclass(eq=False)
+class EncoderState:
     """What one block's cross-attention made of the encoder's output.
 
     Args:
@@ -60,8 +66,9 @@ class MegaCacheLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return 0 if self.state is None else self.state.position
+        """Tokens seen; see `LayerState.position`."""
+        position: Any = 0 if self.state is None else self.state.position
+        return position
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -79,10 +86,10 @@ class MegaCacheLayer(CacheLayerMixin):
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            ema, keys, values, position = self.state
-            self.state = LayerState(function(ema), function(keys), function(values), position)
+            state = self.state
+            self.state = LayerState(function(state.ema), function(state.keys), function(state.values), state.position)
         if self.encoder is not None:
-            self.encoder = EncoderState(*map(function, self.encoder))
+            self.encoder = EncoderState(function(self.encoder.keys), function(self.encoder.values))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows `beam_idx` (B,), as beam search does after each step."""
@@ -125,8 +132,8 @@ class MegaCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        held = [tensor for layer in self.states for tensor in (*(layer.state or ())[:3], *(layer.encoder or ()))]
-        return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
+        parts = [part for layer in self.states for part in (layer.state, layer.encoder) if part is not None]
+        return sum(tensor.nbytes for part in parts for tensor in vars(part).values() if isinstance(tensor, Tensor))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -187,11 +194,12 @@ def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int 
         if state is None:
             return keys, values
         return torch.cat([state.keys, keys], 1), torch.cat([state.values, values], 1)
-    before = 0 if state is None else state.position
+    before = 0 if state is None else int(state.position)
     begin = max(0, (before + keys.shape[1]) // chunk * chunk - before)  # the new tokens of the chunk that is open now
     place = (before + begin) % chunk
     kept = []
-    for old, new in ((state and state.keys, keys), (state and state.values, values)):
+    olds = (None, None) if state is None else (state.keys, state.values)
+    for old, new in zip(olds, (keys, values), strict=True):
         if old is None or not old.shape[1]:
             buffer = new.new_zeros(new.shape[0], chunk, new.shape[2])
         else:
@@ -200,3 +208,53 @@ def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int 
         buffer[:, place : place + fresh.shape[1]] = fresh
         kept.append(buffer)
     return kept[0], kept[1]
+
+
+_STATE, _ENCODER, _ROWS = ("ema", "keys", "values"), ("keys", "values"), ("pads", "documents")
+_Context = dict[str, Any]
+
+
+def _flatten(cache: MegaCache) -> tuple[list[Tensor], _Context]:
+    """The tensors of a cache, its position among them, as exporters take them in and give them out."""
+    keyed, context = _flatten_with_keys(cache)
+    return [tensor for _, tensor in keyed], context
+
+
+def _flatten_with_keys(cache: MegaCache) -> tuple[list[tuple[pytree.KeyEntry, Any]], _Context]:
+    first = cache.states[0]
+    rows = [name for name in _ROWS if getattr(cache, name) is not None]
+    context = {"layers": len(cache.states), "begun": first.state is not None, "encoder": first.encoder is not None}
+    found: list[tuple[str, Any]] = [(name, getattr(cache, name)) for name in rows]
+    if first.state is not None:
+        position = first.state.position
+        found.append(("position", position if isinstance(position, Tensor) else torch.tensor(position)))
+    for number, layer in enumerate(cache.states):
+        for part, names in ((layer.state, _STATE), (layer.encoder, _ENCODER)):
+            of = "" if names is _STATE else "encoder_"
+            found += [(f"{of}{name}_{number}", getattr(part, name)) for name in names if part is not None]
+    return [(pytree.MappingKey(name), value) for name, value in found], {**context, "rows": rows}
+
+
+def _unflatten(leaves: Iterable[Any], context: _Context) -> MegaCache:
+    cache, left = MegaCache(context["layers"]), iter(leaves)
+    for name in context["rows"]:
+        setattr(cache, name, next(left))
+    position: Any = next(left) if context["begun"] else None
+    if isinstance(position, Tensor) and in_memory(position):
+        position = int(position)
+    for layer in cache.states:
+        if context["begun"]:
+            ema, keys, values = (next(left) for _ in _STATE)
+            layer.state = LayerState(ema, keys, values, position)
+        if context["encoder"]:
+            layer.encoder = EncoderState(next(left), next(left))
+    return cache
+
+
+pytree.register_pytree_node(
+    MegaCache,
+    _flatten,
+    _unflatten,
+    serialized_type_name=f"{MegaCache.__module__}.{MegaCache.__qualname__}",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

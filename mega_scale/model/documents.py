@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
-from mega_scale.model.masks import can_look
 from mega_scale.model.slots import leading_pads
 from mega_scale.ops.attention import ChunkDocuments
 from mega_scale.ops.tracing import any_length, in_memory
@@ -86,7 +85,7 @@ def said_starts(
             said[key] = row.spans(key, torch.as_tensor(value, device=x.device))
     inner = {key: value & row.inner for key, value in said.items()}
     first = next(iter(inner.values()), torch.zeros_like(row.inner))
-    if not can_look(first):
+    if not in_memory(first):
         return first if starts is None else starts
     for key, value in inner.items():
         if not torch.equal(value, first):
@@ -145,7 +144,7 @@ class _Rows:
         # After padding inside a row, and after cached tokens, any position that so many columns can have.
         counted = torch.where(follows, positions == before + 1, (positions > 0) & (positions <= self.column))
         wrong = self.valid & (positions != 0) & ~counted
-        if can_look(wrong) and bool(wrong.any()):
+        if in_memory(wrong) and bool(wrong.any()):
             place = wrong.nonzero()[0].tolist()
             raise ValueError(
                 f"position_ids{place} is {positions[tuple(place)]}: they count up by one from 0 in every document; "
@@ -158,11 +157,11 @@ class _Rows:
         total = self.valid.numel()
         if ends.dim() != 1 or ends.is_floating_point() or not ends.numel():
             raise ValueError(f"{key} is {ends.dtype} {tuple(ends.shape)}: expected integers (documents + 1,)")
-        if can_look(ends) and not bool((ends[0] == 0) & (ends[-1] == total) & (ends.diff() >= 0).all()):
+        if in_memory(ends) and not bool((ends[0] == 0) & (ends[-1] == total) & (ends.diff() >= 0).all()):
             raise ValueError(f"{key} must rise from 0 to the {total} tokens of the batch")
         marks = torch.zeros(total + 1, dtype=torch.bool, device=ends.device).index_fill(0, ends.long(), True)
         starts = marks[:-1].view(self.valid.shape)
-        if can_look(starts) and not bool(starts[:, 0].all()):
+        if in_memory(starts) and not bool(starts[:, 0].all()):
             raise ValueError(f"{key} has a document that goes on from one row into the next")
         return starts
 
@@ -235,6 +234,6 @@ def document_borders(
 def _in_chunks(numbers: Tensor, chunk: int | None) -> Tensor:
     """Numbers (B, M + L) as attention lays out keys, (B, K, C); what fills the last chunk is of its last document."""
     total = numbers.shape[1]
-    if chunk is None or (total <= chunk and not any_length()):
+    if chunk is None or (not any_length() and total <= chunk):
         return numbers[:, None]
     return torch.cat([numbers, numbers[:, -1:].expand(-1, -total % chunk)], 1).unflatten(1, (-1, chunk))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.tracing import any_length
+from mega_scale.ops.tracing import any_length, parts
 
 
 def leading_pads(mask: Tensor) -> Tensor:
@@ -35,15 +35,18 @@ class Slots(NamedTuple):
     length: int
 
     @classmethod
-    def lay(cls, pads: Tensor, seen: int, length: int, chunk: int | None) -> "Slots":
-        """Lay out L tokens after `seen` columns, where `pads` (B,) columns come before each row's first token."""
+    def lay(cls, pads: Tensor, seen: int | Tensor, remembered: int, length: int, chunk: int | None) -> "Slots":
+        """Lay out L tokens after `seen` columns, where `pads` (B,) columns come before each row's first token.
+
+        Without chunks all `seen` columns are remembered; with them, any number says that there is an open chunk.
+        """
         real = seen - pads
         if chunk is None:
-            base, width = torch.zeros_like(real), seen + length
+            base, width = torch.zeros_like(real), remembered + length
         else:
             base = real.clamp(min=0) // chunk * chunk
-            most = length + (chunk - 1 if seen else 0)
-            width = most if most <= chunk and not any_length() else -(-most // chunk) * chunk
+            most = length + (chunk - 1 if remembered else 0)
+            width = most if not any_length() and most <= chunk else parts(most, chunk) * chunk
         return cls(real - base, (real - base).clamp(min=0), base + pads, width, length)
 
     def _slot(self) -> Tensor:

@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., W).
     """
-    tokens = x.numel() // max(x.shape[-1], 1)
+    tokens = 0 if torch.compiler.is_compiling() else x.numel() // max(x.shape[-1], 1)
     if tokens < _TOKENS or not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     flat: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)

@@ -25,6 +25,12 @@ def any_length() -> bool:
     return torch.compiler.is_exporting() or traced()
 
 
+def parts(length: int, size: int) -> int:
+    """How many parts of a size hold a length; one more where an exporter leaves the length open, as it would keep
+    whether there is but one."""
+    return (length + size - 1) // size + isinstance(length, torch.SymInt)
+
+
 def in_memory(*tensors: Tensor) -> bool:
     """Whether numbers lie in the tensors' memory as they are, for code that is not PyTorch's to read, and nothing that
     had to know of it reads along."""

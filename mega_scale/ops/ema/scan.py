@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.tracing import any_length
+from mega_scale.ops.tracing import any_length, parts
 
 _BLOCK = 32
 # Blocks of blocks: what is left at the end is a matrix, of 32 rows at a million tokens.
@@ -33,7 +33,7 @@ def scan_ema(x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> 
     log_decay, gain, projection = coefficients
     batch, length, channels = x.shape
     tokens = _in_blocks(x)  # (B, M, c, D)
-    blocks = tokens.shape[1]
+    blocks, last = tokens.shape[1], (length - 1) // _BLOCK
     powers = torch.exp(log_decay[:, None] * _steps(_BLOCK + 1, x)[:, None])  # (D, c + 1, N)
     fades = log_decay * _BLOCK
 
@@ -48,18 +48,18 @@ def scan_ema(x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> 
     y = y + torch.einsum("bmdn,din->bmid", before, projection[:, None] * powers[:, 1:])
 
     # The last block may be part full.
-    left = length - (blocks - 1) * _BLOCK
+    left = length - last * _BLOCK
     weights = torch.exp(log_decay[:, None] * (left - 1 - _steps(_BLOCK, x)).clamp(min=0)[:, None])
-    end = torch.einsum("bjd,djn->bdn", tokens[:, -1], gain[:, None] * weights) + before[:, -1] * torch.exp(
-        log_decay * left
-    )
+    of_last = torch.full((1,), last, device=x.device)
+    end = before.index_select(1, of_last)[:, 0] * torch.exp(log_decay * left)
+    end = end + torch.einsum("bjd,djn->bdn", tokens.index_select(1, of_last)[:, 0], gain[:, None] * weights)
     return y.reshape(batch, blocks * _BLOCK, channels)[:, :length], end
 
 
 def _states(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
     """`h_m = exp(log_decay) h_{m-1} + added_m` from zero: added (B, M, K), log_decay (K,)."""
     count = added.shape[1]
-    if depth == 0 or (count <= _BLOCK and not any_length()):
+    if depth == 0 or (not any_length() and count <= _BLOCK):
         return torch.einsum("bjk,ijk->bik", added, _toeplitz(torch.exp(log_decay * _steps(count, added)[:, None])))
     parts = _in_blocks(added)
     inside = torch.einsum("bmjk,ijk->bmik", parts, _toeplitz(torch.exp(log_decay * _steps(_BLOCK, added)[:, None])))
@@ -72,7 +72,7 @@ def _states(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
 def _in_blocks(x: Tensor) -> Tensor:
     """(B, L, K) to (B, M, c, K), filled up with zeros."""
     batch, length, width = x.shape
-    blocks = (length + _BLOCK - 1) // _BLOCK
+    blocks = parts(length, _BLOCK)
     return F.pad(x, (0, 0, 0, blocks * _BLOCK - length)).reshape(batch, blocks, _BLOCK, width)
 
 

@@ -21,7 +21,8 @@ def suits_native(rows: tuple[Tensor, ...], columns: tuple[Tensor, ...] = ()) -> 
     """Whether `native_map` takes rows (..., W) and columns (..., W), and is worth it; asks for the cheapest first."""
     tensors = rows + columns
     return (
-        rows[0].numel() >= _LEAST
+        not torch.compiler.is_compiling()  # which would keep what the size says
+        and rows[0].numel() >= _LEAST
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and all(row.shape == rows[0].shape for row in rows)
         and all(column.shape[-1] == rows[0].shape[-1] for column in columns)

@@ -1,0 +1,64 @@
+"""A model that is pickled, saved whole or copied is the same model."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from builders import make_ids, make_model
+from every_class import CLASSES, answers, inputs_of, labels_of, make
+
+from mega_scale.ops.gates import compiled
+
+
+def saved_whole(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+
+WAYS = {"pickle": pickled, "torch.save": saved_whole, "copy": copy.deepcopy}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@every_way
+@pytest.mark.parametrize("kind", CLASSES)
+def test_before_and_after_a_training_step(way, kind):
+    model, inputs = make(kind), inputs_of(kind)
+    expected = answers(model(**inputs))
+    assert torch.equal(answers(way(make(kind))(**inputs)), expected)
+    outputs = model.train()(**inputs, **({} if kind == "MegaModel" else labels_of(kind, inputs)))
+    (answers(outputs).sum() if kind == "MegaModel" else outputs.loss).backward()
+    again = way(model.eval())
+    assert torch.equal(answers(again(**inputs)), expected)
+    assert again.config.to_dict() == model.config.to_dict()
+    assert again is not model
+
+
+@every_way
+def test_with_compiled_gates(way):
+    model = make_model()
+    for module in model.modules():
+        if hasattr(module, "gates"):
+            module.gates = compiled()
+    again = way(model)
+    gates = [module.gates for module in again.modules() if hasattr(module, "gates")]
+    assert gates and all(found is compiled() for found in gates)
+
+
+@every_way
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_cache_goes_on(way, chunked):
+    model, ids = make_model(use_chunking=chunked), make_ids(2, 21)
+    with torch.no_grad():
+        cache = model(ids[:, :13], use_cache=True).past_key_values
+        again = way(cache)
+        expected = model(ids[:, 13:], past_key_values=cache).logits
+        assert torch.equal(way(model)(ids[:, 13:], past_key_values=again).logits, expected)
+        assert again.get_seq_length() == 21

@@ -4,6 +4,7 @@ Legend: B batch, L length, D channels, Z width of queries and keys, E width of v
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,12 +92,12 @@ class MegaMovingAverageGatedAttention(nn.Module):
         update, z, gate, candidate = self.project(averaged)
         # They keep what precision they have: relu2 squares their scores.
         q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
-        seen: int | Tensor = 0 if state is None else state.position
+        seen: Any = 0 if state is None else state.position
         if return_state and torch.compiler.is_exporting():
             # A number would hold for the calls that are like this one; masks are whole.
             seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
         else:
-            mask = align(mask, int(seen) + length)
+            mask = align(mask, seen + length)
         kept = None
         if pads is None:
             documents = None if borders is None else borders.chunks
@@ -139,7 +140,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
         decoding step the copy of a chunk; a tensor with a gradient must not change, and a full chunk is forgotten."""
         if state is None or self.chunk is None or torch.is_grad_enabled():
             return False
-        return 0 < int(state.position) % self.chunk < self.chunk - length
+        position: Any = state.position
+        return 0 < position % self.chunk < self.chunk - length
 
     def _attend(
         self,
@@ -157,7 +159,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         With `kept`, the open chunk's keys and values (B, C, .) hold the new ones already.
         """
         length = q.shape[1]
-        position = 0 if state is None else int(state.position)
+        position: Any = 0 if state is None else state.position
         seen = position % self.chunk if self.chunk else position
         if kept is not None:
             k, v = (tensor[:, : seen + length] for tensor in kept)

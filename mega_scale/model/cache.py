@@ -194,7 +194,7 @@ def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int 
         if state is None:
             return keys, values
         return torch.cat([state.keys, keys], 1), torch.cat([state.values, values], 1)
-    before = 0 if state is None else int(state.position)
+    before: Any = 0 if state is None else state.position
     begin = max(0, (before + keys.shape[1]) // chunk * chunk - before)  # the new tokens of the chunk that is open now
     place = (before + begin) % chunk
     kept = []
@@ -210,7 +210,7 @@ def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int 
     return kept[0], kept[1]
 
 
-_STATE, _ENCODER, _ROWS = ("ema", "keys", "values"), ("keys", "values"), ("pads", "documents")
+_STATE, _ENCODER, _ROWS = ("ema", "keys", "values"), ("keys", "values"), ("pads", "mask", "documents", "encoder_mask")
 _Context = dict[str, Any]
 
 

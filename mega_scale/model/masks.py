@@ -46,8 +46,12 @@ def mask_and_pads(
         ValueError: the mask does not fit, or has other past columns than the calls that filled the cache.
     """
     batch, length = x.shape[:2]
-    seen = 0 if cache is None else cache.get_seq_length()
+    seen: int | Tensor = 0 if cache is None else cache.get_seq_length()
     pads = None if cache is None else cache.pads
+    if isinstance(seen, Tensor):
+        # A program that is being exported: where its calls begin is not known, so masks are whole.
+        mask = None if attention_mask is None else attention_mask != 0
+        return mask, x.new_zeros(batch, dtype=torch.long) if mask is None else leading_pads(mask)
     mask = None
     if attention_mask is not None:
         mask = checked_mask(attention_mask.to(x.device), "attention_mask", batch, length, seen + length)

@@ -47,3 +47,16 @@ def test_decoding_step(options):
             logits = compiled(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
             torch.testing.assert_close(logits[:, 0], want[:, i], atol=1e-5, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_lengths_share_a_few_graphs(batch):
+    """One for the first length; then one each for a chunk at most, for whole chunks and for any other length."""
+    model = make_model(num_hidden_layers=1)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for length in (13, 21, 30, 11, 45):
+            ids = make_ids(batch, length)
+            torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4

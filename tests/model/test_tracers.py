@@ -1,7 +1,5 @@
 """Traces and transforms of torch.func: the numbers at other inputs and sizes, and every derivative, or a refusal."""
 
-import io
-
 import pytest
 import torch
 from builders import make_ids, make_model
@@ -44,13 +42,9 @@ def test_make_fx_sees_everything(changes):
 def test_jit_traces_hold_at_other_lengths(changes, length):
     model = Logits(make_model(**changes, **WIDE)).requires_grad_(False)
     traced = torch.jit.trace(model, (make_ids(2, length),), check_trace=False)
-    file = io.BytesIO()
-    torch.jit.save(traced, file)
-    file.seek(0)
-    for found in (traced, torch.jit.load(file)):
-        for size in ((2, length), (3, 45), (1, 7)):
-            other = make_ids(*size, seed=3)
-            close(found(other), model(other))
+    for size in ((2, length), (3, 45), (1, 7)):
+        other = make_ids(*size, seed=3)
+        close(traced(other), model(other))
 
 
 @options

@@ -1,0 +1,128 @@
+"""Every command that a README prints runs, in order, in a fresh copy of the project, or a table says why not."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import warm
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRETRAIN = "launch/pretrain.py"
+# So that a run takes seconds; what a line says itself comes after, and wins.
+SHORT = [
+    "train.steps=2", "train.eval_every=0", "train.sample_every=0", "train.global_batch_size=4",
+    "train.micro_batch_size=2", "data.sequence_length=128", "parallel.self_test=false", "parallel.timeout_s=120",
+]  # fmt: skip
+# Lines, by their beginning, that are not run, and why.
+NOT_RUN = {
+    "bash .ci/run": "runs every test, this one included",
+    "tensorboard --logdir": "serves until it is stopped",
+    "lm_eval ": "no dependency of this project, and its tasks are downloaded",
+    "python -c 'import mega_scale; from lm_eval": "no dependency of this project, and its tasks are downloaded",
+    "source .venv/bin/activate": "the tests' own environment is used",
+}
+# Those for several hosts or GPUs: their run is resolved and printed, and their launcher knows its options.
+CLUSTER = ("deepspeed --hostfile", "torchrun --nnodes", "sbatch ", "srun ", "mpirun ", "accelerate launch")
+# Those that measure for minutes: their command takes its options.
+MEASURES = ("python launch/benchmark.py", "python tests/")
+
+
+def printed(language):
+    """Commands of the fenced blocks of every README, in order; one that goes on in further lines is one."""
+    for path in sorted(ROOT.rglob("README.md")):
+        if not any(part.startswith(".") or part in ("runs", "shared") for part in path.relative_to(ROOT).parts):
+            for block in re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+                for line in block.replace("\\\n", " ").splitlines() if language == "bash" else [block]:
+                    if line.strip() and not line.startswith("#"):
+                        yield line
+
+
+LINES = list(printed("bash"))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What git has of the project, in a folder of its own, with the corpus that the README supposes."""
+    folder = tmp_path_factory.mktemp("checkout")
+    archive = folder / "project.zip"
+    subprocess.run(["git", "archive", "-o", archive, "HEAD"], cwd=ROOT, check=True)
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+    (folder / "corpus").mkdir()
+    texts = [json.dumps({"text": f"def f{number}(): return {number}\n" * 40}) for number in range(400)]
+    command = "import sys, pyarrow as pa; pa.CompressedOutputStream(sys.argv[1], 'zstd').write(sys.stdin.buffer.read())"
+    corpus = str(folder / "corpus/part.jsonl.zst")
+    subprocess.run([sys.executable, "-c", command, corpus], input="\n".join(texts).encode(), check=True)
+    return folder
+
+
+def run(folder, words):
+    """As in a shell where the environment is activated; returns what it prints."""
+    own = {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+    return done.stdout
+
+
+def shortened(line):
+    """The line, with settings that make a run of it short, and a port of its own."""
+    line = re.sub(r"^python3 -m venv .*? deepspeed", "deepspeed", line)
+    words = shlex.split(line, comments=True)
+    if PRETRAIN in words:
+        place = words.index(PRETRAIN) + 1
+        words[place:place] = SHORT
+        option = {"deepspeed": "--master_port", "torchrun": "--master-port"}.get(words[0])
+        words[1:1] = [option, str(warm.free_port())] if option else []
+        if "--resume" in words:  # goes on for two steps each time
+            words = [word for word in words if word != "train.steps=600"]
+            words.append(f"train.steps={4 if words[0] == 'deepspeed' else 6}")
+    return words
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs_in_order(checkout):
+    for line in LINES:
+        if line.startswith(tuple(NOT_RUN)) or line.startswith((*CLUSTER, *MEASURES)):
+            continue
+        run(checkout, shortened(line))
+    for block in printed("python"):
+        run(checkout, [sys.executable, "-c", block])
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_commands_for_a_cluster_describe_a_run_and_use_options_that_their_launcher_has(checkout):
+    helps = {}
+    for line in LINES:
+        if not line.startswith(CLUSTER):
+            continue
+        words = shlex.split(line, comments=True)
+        script = next(number for number, word in enumerate(words) if word.startswith("launch/"))
+        if words[0] in ("deepspeed", "torchrun", "accelerate"):
+            command = words[: 2 if words[0] == "accelerate" else 1]
+            known = helps.setdefault(command[0], run(checkout, [*command, "--help"]).replace("_", "-"))
+            assert all(word.replace("_", "-") in known for word in words[:script] if word.startswith("--")), line
+        settings = words[script + 1 :] if words[script] == PRETRAIN else words[script + 2 :]
+        resolved = run(checkout, [sys.executable, PRETRAIN, *settings, "--print-config"])
+        assert "run_dir:" in resolved
+
+
+def test_every_line_names_a_script_that_exists():
+    for line in LINES:
+        for script in re.findall(r"\b(?:launch|configs|tests)/[\w./-]+\.\w+", line):
+            assert (ROOT / script).exists(), line
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["benchmark", "checkpoint", "import_fairseq", "pretrain"])
+def test_scripts_start_from_any_folder(tmp_path, script):
+    assert "usage:" in run(tmp_path, [sys.executable, str(ROOT / f"launch/{script}.py"), "--help"])

@@ -78,9 +78,11 @@ class StopSignals:
 
     def _end_at_the_second(self, numbers: int) -> None:
         first: float | None = None
+        # torchrun passes Ctrl-C on to ranks that the terminal does not reach: the first as SIGINT, the next as SIGTERM.
+        again = {signal.SIGINT, *([signal.SIGTERM] if "TORCHELASTIC_RUN_ID" in os.environ else [])}
         while True:
-            came = os.read(numbers, 64).count(signal.SIGINT)
-            if not came:
+            came = set(os.read(numbers, 64))
+            if not came & ({signal.SIGINT} if first is None else again):
                 continue
             if first is None:
                 first = time.monotonic()

@@ -138,7 +138,7 @@ while True:
     for does in ("waits", "computes"):
         process = subprocess.Popen(
             [sys.executable, "-c", script, does], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
+            start_new_session=True, env=os.environ | ({"TORCHELASTIC_RUN_ID": "1"} if does == "computes" else {}),
         )  # fmt: skip
         process.stdout.readline()
         for pause in (0.3, 0.3, 1.0):  # to the whole group, as a terminal and a launcher do
@@ -146,7 +146,7 @@ while True:
             os.killpg(process.pid, signal.SIGINT)
             time.sleep(pause)
         assert process.poll() is None
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM if does == "computes" else signal.SIGINT)  # as torchrun passes it on
         _, errors = process.communicate(timeout=10)
         assert process.returncode == ENDED_AT_ONCE == 130
         assert [line.split(":")[0] for line in errors.splitlines()] == [

@@ -36,7 +36,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mega_scale.config import local_paths
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.streams import run_command
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
 from launch.benchmark_bandwidth import add_bandwidth_arguments, run_bandwidth
@@ -428,6 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
     try:
+        local_paths(args)
         args.run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -436,4 +439,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

@@ -63,18 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         refuse(error, quiet=rank != 0)
     with World.start(ParallelConfig(device=args.device)) as world:
-        if not world.all_agree(world.broadcast(str(folder)) == str(folder)):
-            refuse(f"the ranks find different checkpoints of {args.model}: name one of them", quiet=rank != 0)
-        model = nn.Module.to(model, world.device)
-        found = evaluate(model, loss_of(model), batches, dataset.tokens / dataset.bytes, world)
-        if world.rank == 0:
-            print(*dataset.tally.lines(), sep="\n", end="\n" if dataset.tally.bad else "", file=sys.stderr)
-            print(
-                json.dumps({"model": str(folder), **found._asdict()})
-                if args.json
-                else f"loss {found.loss:.4f} nats/token | perplexity {found.perplexity:.3f} | "
-                f"{found.bits_per_byte:.4f} bits/byte | {found.tokens:,} tokens, {dataset.bytes:,} bytes | {folder}"
-            )
+        try:
+            if not world.all_agree(world.broadcast(str(folder)) == str(folder)):
+                raise ValueError(f"the ranks find different checkpoints of {args.model}: name one of them")
+            model = nn.Module.to(model, world.device)
+            found = evaluate(model, loss_of(model), batches, dataset.tokens / dataset.bytes, world)
+            problem = None
+        except ValueError as error:  # all ranks raise alike, and leave in peace
+            problem = error
+    if problem is not None:
+        refuse(problem, quiet=rank != 0)
+    if rank == 0:
+        print(*dataset.tally.lines(), sep="\n", end="\n" if dataset.tally.bad else "", file=sys.stderr)
+        print(
+            json.dumps({"model": str(folder), **found._asdict()})
+            if args.json
+            else f"loss {found.loss:.4f} nats/token | perplexity {found.perplexity:.3f} | "
+            f"{found.bits_per_byte:.4f} bits/byte | {found.tokens:,} tokens, {dataset.bytes:,} bytes | {folder}"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mega_scale.config import local_paths, parse, refuse
 from mega_scale.data import cluster, load_tokenizer, unlike_training
-from mega_scale.data.prepare import Preparation, run
+from mega_scale.data.prepare import LOCK, Preparation, run
 from mega_scale.data.prepared import Manifest, check_content, read_manifest
 from mega_scale.file_lock import FileLock
 from mega_scale.parallel import check_single
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--executor", choices=("processes", "datatrove", "slurm"), default="processes", help=words)
     parser.add_argument("--tasks", type=int, default=1, help="of datatrove, each with its share of the shards")
     parser.add_argument("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the Slurm executor")
+    words = "delete what was prepared in FOLDER, and begin anew; without it, the same command goes on with it"
+    parser.add_argument("--overwrite", action="store_true", help=words)
     parser.add_argument("--verify", action="store_true", help="only compare the folder's files with their checksums")
     args, rest = parser.parse_known_args(arguments)
     try:
@@ -61,14 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(config.tokenizer)
         if line := unlike_training(tokenizer, config.add_bos):
             print(line, flush=True)
-        preparation = Preparation(args.folder, config, tokenizer, shard_bytes=args.shard_mb * 10**6)
+        preparation = Preparation(
+            args.folder, config, tokenizer, shard_bytes=args.shard_mb * 10**6, overwrite=args.overwrite
+        )
         if args.executor != "processes":
             local = args.processes if args.executor == "datatrove" else None
             cluster.run(args.folder, config, args.shard_mb * 10**6, tasks=args.tasks, processes=local, slurm=slurm)
             if local is None:
                 print(f"submitted; {args.folder / 'manifest.json'} is there when it is done")
                 return
-        with FileLock(args.folder / "prepare.lock"):
+        with FileLock(args.folder / LOCK):
             missing = set(preparation.missing())
             sizes = [unit.size for unit in preparation.units]
             done = sum(size for i, size in enumerate(sizes) if i not in missing)

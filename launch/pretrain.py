@@ -80,6 +80,17 @@ from mega_scale.training.schedule import learning_rate
 from mega_scale.training.status import RunStatus
 from mega_scale.training.watchdog import Watchdog
 
+REFUSED = 2
+"""Exit code of a run that is refused."""
+
+
+class RefusedError(Exception):
+    """The ranks, which have met, cannot run together, or not from the checkpoint that there is; raised on all."""
+
+
+ENDS = {RefusedError: REFUSED, BadStepsError: DIVERGED, NotSavedError: NOT_SAVED}
+"""Errors that all ranks raise alike, which end the run in one line, by exit code."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -244,16 +255,11 @@ def watched(prepared: Prepared, world: World, folder: RunFolder) -> int:
         status.write("running", begin)
         try:
             trained = pretrain(prepared, world, stopping, watchdog, folder)
-        except BadStepsError as error:
+        except tuple(ENDS) as error:
             status.write("failed", watchdog.step, str(error))
             if world.rank == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            return DIVERGED
-        except NotSavedError as error:
-            status.write("failed", watchdog.step, str(error))
-            if world.rank == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            return NOT_SAVED
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            return ENDS[type(error)]
         except StopRun:
             # Before it began to train: nothing was done that is not in its checkpoint.
             status.write("stopped", begin, stopping.reason())
@@ -266,7 +272,7 @@ def watched(prepared: Prepared, world: World, folder: RunFolder) -> int:
 
 
 def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Watchdog, folder: RunFolder) -> Trained:
-    """Train on all ranks; collective. Raises StopRun as `meet` does."""
+    """Train on all ranks; collective. Raises StopRun and RefusedError as `meet` and `resume` do."""
     config, train_config, model = prepared.config, prepared.config.train, prepared.model
     run_dir = Path(config.run_dir)
     mesh = config.parallel.mesh(world.size)
@@ -360,18 +366,31 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
 
 
 def resume(prepared: Prepared, world: World, key: bytes | None) -> Path:
-    """The proven checkpoint to go on from, whose data this run has; collective."""
+    """The proven checkpoint to go on from, whose data this run has; collective.
+
+    Raises:
+        RefusedError: there is none, or it is of another model, tokenizer or data.
+    """
     path = to_go_on_from(Path(prepared.config.run_dir), prepared.config.resume)
     assert path is not None
 
     def say(line: str) -> None:
         print(f"mega_scale | {line}", flush=True)
 
-    found = choose_checkpoint(path, world, key, say)
-    state = read_state(found)
-    prepared.loader.check(state["data"])
-    if found != prepared.resumed:  # whose state is damaged: an older one is taken
-        require_same(prepared.config, found, prepared.model, prepared.tokenizer)
+    try:
+        found = choose_checkpoint(path, world, key, say)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+    problem = None
+    try:
+        state = read_state(found)
+        prepared.loader.check(state["data"])
+        if found != prepared.resumed:  # whose state is damaged: an older one is taken
+            require_same(prepared.config, found, prepared.model, prepared.tokenizer)
+    except ValueError as error:
+        problem = str(error)
+    if problem := world.first(problem):
+        raise RefusedError(f"{found}: {problem}")
     if world.rank == 0:
         changed = difference(state["layout"], describe(prepared.config.parallel, world.size))
         say(f"resumed from {found}" + (f", in another layout: {changed}" if changed else ""))
@@ -386,16 +405,18 @@ def meet(prepared: Prepared, world: World, stopping: Stopping, watchdog: Watchdo
     """See that all ranks mean the same run; collective.
 
     Raises:
-        ValueError: they do not.
+        RefusedError: they do not.
         StopRun: a run that is resumed is to stop before it begins.
     """
     config = prepared.config
     same_text = world.broadcast(prepared.loader.dataset.fingerprint) == prepared.loader.dataset.fingerprint
     if not world.all_agree(same_text):
-        raise ValueError("the ranks read different text: give every machine the same files, tokenizer and Python")
+        raise RefusedError("the ranks read different text: give every machine the same files, tokenizer and Python")
     same_start = str(prepared.resumed)
     if not world.all_agree(world.broadcast(same_start) == same_start):
-        raise ValueError(f"the ranks find different checkpoints in {config.run_dir}: give all machines the same folder")
+        raise RefusedError(
+            f"the ranks find different checkpoints in {config.run_dir}: give all machines the same folder"
+        )
     hurry = asked_already(stopping)
     if hurry and prepared.resumed is not None:
         raise StopRun

@@ -84,6 +84,8 @@ def keep_streams() -> Stream:
 def run_command(main: Callable[[], Any]) -> None:
     """Run a command whose output is what it is for: one that could not be written is an error, in one line.
 
+    Ctrl-C ends it in one line too, with exit code 130.
+
     Args:
         main: the command.
     """
@@ -93,7 +95,9 @@ def run_command(main: Callable[[], Any]) -> None:
     except SystemExit as end:
         code = end.code
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends what is being tidied up
         code = 128 + signal.SIGINT
+        print("error: interrupted", file=sys.stderr, flush=True)
     output.flush()
     if not code and output.problem is not None:
         code = NOT_WRITTEN

@@ -104,3 +104,10 @@ def test_a_disk_that_has_room_again_gets_what_comes_next(tmp_path):
     full[0] = False
     print("three", file=stream, flush=True)
     assert disk.text == "three\n" and len(told) == 1 and stream.problem is None
+
+
+@pytest.mark.parametrize("what", ["os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", "raise KeyboardInterrupt"])
+def test_ctrl_c_ends_a_command_in_one_line(light, what):
+    script = "import os, signal, time\nfrom mega_scale.streams import run_command\n"
+    ended = run(light, f"{script}def main():\n  {what}\nrun_command(main)", "")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"error: interrupted\n")

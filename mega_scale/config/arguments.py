@@ -26,7 +26,7 @@ _DESCRIPTION = """Every key below can stand in a YAML file (as sections) and on 
 defaults shown here. A key that is unknown is refused."""
 
 # Arguments of commands that are paths, or may be.
-_PATHS = ("key_file", "new_key_file", "tokenizer", "json", "plot")
+_PATHS = ("key_file", "new_key_file", "tokenizer", "json", "plot", "peer_python", "folder")
 # What a key means that is given without a value.
 _ALONE = {"resume": "latest", "overwrite": "true"}
 # Options that stand for a key.

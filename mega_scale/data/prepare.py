@@ -8,6 +8,8 @@ one process or many, the files are the same to the byte.
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -27,8 +29,14 @@ from mega_scale.data.readers import Piece
 from mega_scale.data.sources import TextSource, open_source
 from mega_scale.data.token_files import ShardRecord, ShardWriter
 from mega_scale.data.tokenizer import batched, encode, token_type, tokenizer_digest
+from mega_scale.file_lock import FileLock
+
+LOCK = "prepare.lock"
+"""File by which one job at a time has the folder."""
 
 _PLAN = "plan.json"
+# What a preparation writes beside its plan and tokenizer; the file that declares it whole is the first to go.
+_WRITTEN = ("manifest.json", "[0-9][0-9][0-9][0-9][0-9]*.json", "train-*", "validation-*", "*.unfinished*")
 # Settings that decide what the files hold.
 _SETTINGS = (
     "source", "path", "hub_name", "hub_config", "hub_split", "text_column", "validation_path", "validation_split",
@@ -62,16 +70,24 @@ class Preparation:
         config: The keys under `data:`, validated.
         tokenizer: Ends every document with its eos or sep token.
         shard_bytes: Text of a shard, bytes of its files.
+        overwrite: Whether what was prepared there is deleted, and all is made anew.
 
     Attributes:
         units: What every shard is made of.
 
     Raises:
-        ValueError: A key cannot be prepared, the text cannot be found, or the folder holds something else.
+        ValueError: A key cannot be prepared, the text cannot be found, the folder holds something else, or what is to
+            be overwritten is in use.
     """
 
     def __init__(
-        self, folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, shard_bytes: int
+        self,
+        folder: Path,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        shard_bytes: int,
+        overwrite: bool = False,
     ) -> None:
         _require_preparable(config)
         self._folder, self._config, self._tokenizer = folder, config, tokenizer
@@ -84,7 +100,7 @@ class Preparation:
             for pieces in _grouped(source.pieces(shard_bytes), shard_bytes)
         ]
         self._digest = tokenizer_digest(tokenizer, config.add_bos)
-        self._claim(shard_bytes)
+        self._plan = self._claim(shard_bytes, overwrite)
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not done."""
@@ -108,7 +124,7 @@ class Preparation:
             Its rows, and the bad ones.
 
         Raises:
-            ValueError: The text cannot be read.
+            ValueError: The text cannot be read, or another job has overwritten the folder.
         """
         unit, tally = self.units[number], Tally()
         dtype = token_type(self._tokenizer)
@@ -119,6 +135,7 @@ class Preparation:
             for part, chosen in self._split(texts, parts).items():
                 for piece in encode(chosen, self._tokenizer, self._config.add_bos):
                     writers[part].add(piece)
+        self._require_own()
         shards = {part: asdict(writer.close()) for part, writer in writers.items()}
         write_json(self._record(number), {"shards": shards, "rows": tally.to_json()})
         return tally
@@ -130,8 +147,10 @@ class Preparation:
             What it holds.
 
         Raises:
-            ValueError: A shard is missing, or there are too many bad rows; names the last one's file and line.
+            ValueError: A shard is missing, there are too many bad rows (names the last one's file and line), or another
+                job has overwritten the folder.
         """
+        self._require_own()
         if missing := self.missing():
             raise ValueError(f"{len(missing)} of {len(self.units)} shards of {str(self._folder)!r} are missing: go on")
         tally = self.tally()
@@ -165,8 +184,25 @@ class Preparation:
     def _record(self, number: int) -> Path:
         return self._folder / f"{number:05}.json"
 
-    def _claim(self, shard_bytes: int) -> None:
-        """Write down what the folder is for, or refuse one that is for something else."""
+    def _require_own(self) -> None:
+        if json.loads((self._folder / _PLAN).read_text(encoding="utf-8")) != self._plan:
+            raise ValueError(f"{str(self._folder)!r} was overwritten by another job meanwhile: this one ends")
+
+    def _clear(self) -> None:
+        """Delete what was prepared, but for the plan, which is written anew; refused while another job makes it."""
+        tokenizer = self._folder / "tokenizer"
+        if Path(self._config.tokenizer).resolve().is_relative_to(tokenizer.resolve()):
+            raise ValueError(
+                f"data.tokenizer={self._config.tokenizer!r} lies in the folder that is to be overwritten: copy it "
+                "elsewhere"
+            )
+        with FileLock(self._folder / LOCK):
+            for old in [old for pattern in _WRITTEN for old in self._folder.glob(pattern)]:
+                old.unlink(missing_ok=True)
+            shutil.rmtree(tokenizer, ignore_errors=True)
+
+    def _claim(self, shard_bytes: int, overwrite: bool) -> Any:
+        """Write down what the folder is for, or refuse one that is for something else; gives what is written."""
         plan = {
             "format": FORMAT,
             "tokenizer": self._digest,
@@ -175,24 +211,28 @@ class Preparation:
             "files": _files(self.units),
             "units": [[unit.held_out, [list(piece) for piece in unit.pieces]] for unit in self.units],
         }
+        plan = json.loads(json.dumps(plan))  # as it is read
         path = self._folder / _PLAN
-        if path.is_file():
+        if path.is_file() and not overwrite:
             there = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key, value in plan.items() if there.get(key) != json.loads(json.dumps(value))]
+            different = [key for key, value in plan.items() if there.get(key) != value]
             if different:
                 raise ValueError(
                     f"{str(self._folder)!r} was begun with other {', '.join(different)}: give the same keys, files and "
-                    "tokenizer to go on, or another folder"
+                    "tokenizer to go on, replace it with --overwrite, or name another folder"
                 )
-            return
-        if self._folder.is_dir() and any(self._folder.iterdir()):
+            return there
+        if not path.is_file() and self._folder.is_dir() and any(self._folder.iterdir()):
             raise ValueError(f"{str(self._folder)!r} is not empty, and no data was prepared there: name another folder")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                self._clear()
             write_json(path, plan)
         except OSError as error:
             reason = error.strerror
             raise ValueError(f"{str(self._folder)!r} cannot be written ({reason}): name another folder") from None
+        return plan
 
 
 def run(preparation: Preparation, processes: int, max_bad_share: float) -> Iterator[int]:
@@ -212,7 +252,7 @@ def run(preparation: Preparation, processes: int, max_bad_share: float) -> Itera
     tally = preparation.tally()
     waiting = preparation.missing()
     # Forked, they share the tokenizer and the source.
-    context = multiprocessing.get_context("fork")
+    context, others = multiprocessing.get_context("fork"), multiprocessing.active_children()
     with ProcessPoolExecutor(min(processes, max(len(waiting), 1)), context, _set, (preparation,)) as pool:
         jobs = {pool.submit(_make, number): number for number in waiting}
         try:
@@ -225,6 +265,11 @@ def run(preparation: Preparation, processes: int, max_bad_share: float) -> Itera
                 "a process ended without an answer, killed perhaps for want of memory: run the same command again to "
                 "go on, with fewer processes"
             ) from None
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.kill()  # a shard takes minutes, and none that is half made is taken for whole
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -234,6 +279,7 @@ _inherited: list[Preparation] = []
 
 def _set(preparation: Preparation) -> None:
     _inherited[:] = [preparation]
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # of Ctrl-C, the parent tells
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

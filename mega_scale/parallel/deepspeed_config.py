@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
 from typing import Any
 
+from mega_scale.data.paths import local_path
 from mega_scale.parallel.mesh import MeshShape
 
 # Keys of DeepSpeed, or sections of them, that say what another setting of ours says, and that setting. Two answers to
@@ -125,6 +126,7 @@ KEYS: dict[str, type] = _REPORTS | {f"zero_optimization.{key}": kind for key, ki
 _SECTIONS = {path[:end] for path in KEYS for end, letter in enumerate(path) if letter == "."}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
 _FROM_ONE = ("steps_per_print", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "buffer_count")
+_PATHS = ("nvme_path", "output_path", "output_file")
 _MAY_BE_NEGATIVE = ("flops_profiler.module_depth",)
 # Further names under which DeepSpeed reads a key.
 _ALIASES = {
@@ -341,4 +343,4 @@ def _typed(name: str, path: str, value: Any) -> Any:
         expected, fits = "none or cpu", value in ("none", "cpu", "nvme")  # of nvme, `check_mesh` says more
     if not fits:
         raise ValueError(f"{name}={value!r} is not allowed: expected {expected}")
-    return value
+    return local_path(value, name) if key in _PATHS else value

@@ -223,6 +223,15 @@ class World:
         dist.broadcast(data, src=0)
         return json.loads(bytes(data.tolist()))
 
+    def first(self, value: Any) -> Any:
+        """The value of the first rank that has one, on all ranks, as JSON gives it back; none where none has.
+
+        Args:
+            value: as `gather` takes it, or none.
+        """
+        found = self.gather(value)
+        return self.broadcast(found and next((other for other in found if other is not None), None))
+
     def gather(self, value: Any) -> list[Any] | None:
         """Give a value of every rank to rank 0, as JSON.
 

@@ -4,8 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mega_scale.file_lock import FileLock
-from mega_scale.training.checkpoint import checkpoints, make_newest
+from mega_scale.training.checkpoint import checkpoints, make_newest, run_lock
 
 # What a run writes, beside its status and its lock; whatever else lies in its folder is its user's.
 _WRITTEN = ("checkpoints/step-*", "checkpoints/latest*", "tensorboard/events.out.tfevents.*", "metrics.jsonl*")
@@ -72,7 +71,7 @@ class RunFolder:
 
     def __init__(self, run_dir: Path, resume: str | None, overwrite: bool, lost: Callable[[str], None]) -> None:
         self._run_dir, self._resume, self._overwrite = run_dir, resume, overwrite
-        self._lock = FileLock(run_dir / "run.lock", lost)
+        self._lock = run_lock(run_dir, lost)
 
     @property
     def owner(self) -> str:
@@ -105,6 +104,8 @@ class RunFolder:
     def begin(self, checkpoint: Path | None, key: bytes | None) -> None:
         """Delete the run that is overwritten, if there is one: the new one begins.
 
+        Where it starts afresh, a `config.yaml` that lies there already becomes `config.yaml.before`.
+
         Args:
             checkpoint: that it goes on from; none where it starts afresh. One of this folder that was named becomes its
                 newest, or --resume auto would go on from a newer one if this job were killed before its first save.
@@ -122,6 +123,9 @@ class RunFolder:
                 else:
                     path.unlink()
         (self._run_dir / _OVERWRITING).unlink(missing_ok=True)
+        users, kept = self._run_dir / "config.yaml", self._run_dir / "config.yaml.before"
+        if checkpoint is None and users.exists() and not (self._overwrite or kept.exists()):
+            users.rename(kept)
 
     def release(self) -> None:
         """Let others have the folder; may be called twice."""

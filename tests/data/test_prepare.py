@@ -18,6 +18,7 @@ from mega_scale.data import DataConfig, load_datasets, load_tokenizer
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import check_content, open_part, read_manifest
 from mega_scale.data.python_stdlib import stdlib_documents
+from mega_scale.file_lock import FileLock
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i}: ünïcode 😀 {'x' * (i * 7 % 50)}" for i in range(300)]
@@ -182,6 +183,35 @@ def test_folder_of_something_else_is_refused(corpus, whole, tmp_path):
     for keys in ({"max_documents": 3}, {"validation_documents": 3}, {"streaming": True}, {"mixture": {}}):
         with pytest.raises(ValueError, match=f"data.{next(iter(keys))}="):
             prepare(tmp_path / "new", config_of(corpus, **keys))
+
+
+def test_overwriting_makes_all_anew_and_respects_who_is_at_work(corpus, tmp_path):
+    folder, other = tmp_path / "made", config_of(corpus, validation_fraction=0.0)
+    first = prepare(folder, config_of(corpus))
+    (folder / "notes.txt").write_text("mine")
+    began = contents(folder)
+    with pytest.raises(ValueError, match=r"other settings: .*--overwrite"):
+        prepare(folder, other)
+
+    def overwrite(config: DataConfig) -> Preparation:
+        return Preparation(folder, config, load_tokenizer(config.tokenizer), shard_bytes=4000, overwrite=True)
+
+    with FileLock(folder / "prepare.lock"), pytest.raises(ValueError, match="in use by another job"):
+        overwrite(other)
+    with pytest.raises(ValueError, match="lies in the folder"):
+        overwrite(config_of(corpus, tokenizer=str(folder / "tokenizer")))
+    assert contents(folder) == began
+    second = overwrite(other)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "plan.json"]
+    assert len(second.missing()) == len(second.units)
+    for late in (lambda: first.make(0), first.finish):  # a task of a cluster that still runs
+        with pytest.raises(ValueError, match="overwritten by another job"):
+            late()
+    for _ in run(second, 1, 0.0):
+        pass
+    second.finish()
+    prepare(tmp_path / "whole", other, shard_bytes=4000)
+    assert contents(folder) == contents(tmp_path / "whole") | {"notes.txt": b"mine"}
 
 
 def test_validation_text_of_its_own_is_a_part(corpus, tmp_path):

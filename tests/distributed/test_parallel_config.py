@@ -1,5 +1,6 @@
 """What the parallel section refuses, and how native DeepSpeed keys are merged."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +192,14 @@ def test_deepspeed_knows_every_key_that_is_passed_on() -> None:
     fields = DeepSpeedZeroConfig.model_fields
     known = {*fields, *(field.alias for field in fields.values())}
     assert {key.split(".")[1] for key in KEYS if key.startswith(f"{ZERO}.")} <= known
+
+
+@pytest.mark.parametrize(
+    "section,key",
+    [("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file")],
+)
+def test_native_paths_are_local_and_know_home_folders(section: str, key: str) -> None:
+    merged = native_config({section: {key: "~/logs"}}, zero_stage=2, **RUN)
+    assert merged[section][key] == str(Path("~/logs").expanduser())
+    with pytest.raises(ValueError, match=rf"ds_config\.{section}\.{key}='s3://b/x': s3:// is no local path"):
+        native_config({section: {key: "s3://b/x"}}, zero_stage=2, **RUN)

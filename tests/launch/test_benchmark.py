@@ -91,6 +91,7 @@ def test_table_gives_medians_and_ratios(benchmark):
         (["--peer-python", "/no/such/python"], "--peer-python /no/such/python cannot be started"),
         (["--peer-python", sys.executable], "the peer ended with exit status 1: ModuleNotFoundError"),
         (["--length", "0"], "0 must be at least 1"),
+        (["--json", "s3://b/x.json"], "--json='s3://b/x.json': s3:// is no local path"),
     ],
 )
 def test_bad_arguments_end_with_one_clear_line(arguments, message):

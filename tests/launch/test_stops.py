@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import warm
 from faults import (
     ENGINES,
     STOPPED,
@@ -22,7 +23,7 @@ from faults import (
     undisturbed,
     until_step,
 )
-from launching import ROOT, TINY, _popen, metrics
+from launching import ROOT, TINY, _popen, metrics, start
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
@@ -197,6 +198,32 @@ def test_a_signal_to_every_process_of_a_job_ends_in_a_checkpoint(tmp_path, text_
     assert "DataLoader worker" not in rest and not [
         p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])
     ]
+
+
+def test_an_interrupt_ends_other_commands_in_one_line_and_what_is_half_done_is_not_whole(tmp_path, text_file):
+    run_dir, made, output = tmp_path / "run", tmp_path / "made", tmp_path / "output"
+    undisturbed("forked", run_dir, *text(text_file), "parallel.engine=fsdp", "train.steps=3")
+    (tmp_path / "text.jsonl").write_text(text_file.read_text() * 12)
+    prepare = [str(made), "--processes=2", "--shard-mb=1", *text(tmp_path / "text.jsonl"), "data.tokenizer=byte"]
+    for tool, arguments, begun in (
+        ("generate", [str(run_dir), "--max-new-tokens=1000000"], lambda: "text by" in output.read_text()),
+        ("prepare", prepare, lambda: list(made.glob("0*.json"))),
+    ):
+        output.write_text("")
+        process = warm.CONTEXT.Process(
+            target=warm._script, args=(f"launch/{tool}.py", arguments, str(output), warm.variables(0, 0, 0))
+        )
+        process.start()
+        while not begun():
+            assert process.is_alive(), output.read_text()
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(20)
+        assert process.exitcode == 130 and output.read_text().count("error: ") == 1, output.read_text()
+        assert "error: interrupted" in output.read_text() and "Traceback" not in output.read_text()
+    assert not (made / "manifest.json").exists()
+    code, printed = start(["forked", "launch/prepare.py"], prepare)
+    assert code == 0 and (made / "manifest.json").exists(), printed
 
 
 def test_python_alone_ends_with_85_and_an_unlisted_signal_does_what_it_did(tmp_path, text_file):

@@ -1,6 +1,7 @@
 """launch/checkpoint.py: lists, verifies, converts and prunes the checkpoints of a real, tiny run."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from launch import checkpoint as command
 from launch.pretrain import main as pretrain
+from mega_scale.file_lock import FileLock
 from mega_scale.parallel import StateReader
 from mega_scale.training.checkpoint import checkpoints, saver, verify
 
@@ -130,6 +132,19 @@ def test_prunes_but_never_the_last_valid_one(run_dir, capsys):
     damage(run_dir / "checkpoints/step-00000002")
     assert run("prune", run_dir, "--keep", 1, "--damaged") == 2
     assert names() == ["2", "3"] and "no valid checkpoint" in capsys.readouterr().err
+
+
+def test_a_running_jobs_folder_is_left_alone(run_dir, tmp_path, capsys):
+    (tmp_path / "fresh").mkdir()
+    with FileLock(run_dir / "run.lock"), FileLock(tmp_path / "fresh/run.lock"):
+        assert run("prune", run_dir, "--keep", 1) == 2 and len(checkpoints(run_dir)) == 4
+        assert f"process {os.getpid()}" in capsys.readouterr().err
+        assert run("convert", run_dir, tmp_path / "fresh") == 2 and not checkpoints(tmp_path / "fresh")
+        assert f"process {os.getpid()}" in capsys.readouterr().err
+        assert run("prune", run_dir, "--keep", 1, "--dry-run") == 0
+        assert run("convert", run_dir, tmp_path / "free") == 0  # reading it is safe
+    assert run("prune", run_dir, "--keep", 1) == 0 and len(checkpoints(run_dir)) == 1
+    assert not list(tmp_path.rglob("run.lock*"))
 
 
 def test_refusals(tmp_path, run_dir, capsys):

@@ -154,3 +154,13 @@ def test_a_checkpoint_that_was_named_becomes_the_newest_so_that_a_kill_does_not_
     folder.begin(named, None)  # it is already
     folder.release()
     assert content(run_dir) == before
+
+
+def test_a_users_own_config_file_is_kept_under_another_name(tmp_path):
+    for text in ("# mine", "a run's, that never began"):
+        (tmp_path / "config.yaml").write_text(text)
+        folder = RunFolder(tmp_path, "auto", False, print)
+        assert folder.attempt(afresh=True)
+        folder.begin(None, None)
+        folder.release()
+        assert (tmp_path / "config.yaml.before").read_text() == "# mine"

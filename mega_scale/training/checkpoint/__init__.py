@@ -11,6 +11,7 @@ from mega_scale.training.checkpoint.folder import (
     make_newest,
     others,
     read_state,
+    run_lock,
     verify,
 )
 from mega_scale.training.checkpoint.manifest import CheckpointError, claimed_serial, own_files, read_key, strays
@@ -38,6 +39,7 @@ __all__ = [
     "prune",
     "read_key",
     "read_state",
+    "run_lock",
     "strays",
     "verify",
     "verify_together",

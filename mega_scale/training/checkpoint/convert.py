@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mega_scale.parallel import INDEX, StateReader, part_file, write_tensors
 from mega_scale.training.checkpoint.files import discard, dump, flush, replace_text
-from mega_scale.training.checkpoint.folder import LATEST, STATE, folder_of, newest_first, verify
+from mega_scale.training.checkpoint.folder import LATEST, STATE, folder_of, newest_first, run_lock, verify
 from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
 
 
@@ -24,11 +24,17 @@ def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, n
 
     Raises:
         ValueError: the checkpoint is damaged, the number of parts is not at least 1, or the destination holds a
-            run.
+            run, or a job that trains has it.
     """
     if parts < 1:
         raise ValueError(f"parts={parts} is not possible: give at least 1")
     manifest = verify(folder, key)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with run_lock(run_dir):
+        return _write(folder, manifest, run_dir, parts, new_key)
+
+
+def _write(folder: Path, manifest: Manifest, run_dir: Path, parts: int, new_key: bytes | None) -> Path:
     final = folder_of(run_dir, manifest.step)
     if final.exists():
         raise ValueError(f"{final} exists: choose another folder")

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mega_scale.file_lock import FileLock
 from mega_scale.training.checkpoint.files import read_regular, replace_text
 from mega_scale.training.checkpoint.manifest import (
     MANIFEST,
@@ -37,6 +38,16 @@ _COUNTS, _OBJECTS = ("step", "tokens"), ("data", "layout")  # that every `traine
 _NAME = re.compile(r"step-[0-9]{8,}")
 _POINTER_BYTES = 2**16
 _NAMED = 3  # strays in a line
+
+
+def run_lock(run_dir: Path, lost: Callable[[str], None] = lambda _: None) -> FileLock:
+    """The lock by which one job at a time has a run folder, which exists.
+
+    Args:
+        run_dir: the folder.
+        lost: see `FileLock`.
+    """
+    return FileLock(run_dir / "run.lock", lost)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

@@ -78,11 +78,10 @@ def verify_together(folder: Path, world: World, key: bytes | None = None) -> str
         problem = content_problem(folder, manifest, large_files(manifest)[world.rank :: world.size], key)
     except CheckpointError as error:
         problem = str(error)
-    found = world.gather(problem)
-    first = None if found is None else next((text for text in found if text), None)
-    if first is not None and str(folder) not in first:
-        first = f"{folder} is no valid checkpoint: {first}"
-    return world.broadcast(first)
+    if problem is not None and str(folder) not in problem:
+        problem = f"{folder} is no valid checkpoint: {problem}"
+    first: str | None = world.first(problem)
+    return first
 
 
 def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:

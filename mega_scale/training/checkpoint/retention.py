@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from mega_scale.training.checkpoint.files import discard
-from mega_scale.training.checkpoint.folder import checkpoints, step_of, verify
+from mega_scale.training.checkpoint.folder import checkpoints, run_lock, step_of, verify
 from mega_scale.training.checkpoint.manifest import CheckpointError
 
 DELETED = ".deleted"
@@ -50,7 +50,7 @@ def surplus(run_dir: Path, newest: Path, keep: int, keep_every: int) -> list[Pat
 def prune(
     run_dir: Path, keep: int, keep_every: int = 0, *, damaged: bool = False, key: bytes | None = None, dry: bool = False
 ) -> list[Path]:
-    """Delete checkpoints of a run that no longer trains.
+    """Delete checkpoints of a run that does not train now.
 
     Every checkpoint is verified first: damaged ones do not count among those that are kept, and nothing is deleted
     unless one that stays is valid.
@@ -67,8 +67,15 @@ def prune(
         What was deleted.
 
     Raises:
-        ValueError: no checkpoint of the run is valid.
+        ValueError: no checkpoint of the run is valid, or a job has the folder.
     """
+    if not dry and checkpoints(run_dir):
+        with run_lock(run_dir):
+            chosen = prune(run_dir, keep, keep_every, damaged=damaged, key=key, dry=True)
+            for folder in chosen:
+                delete(folder)
+            sweep(run_dir)
+        return chosen
     valid, broken = [], []
     for folder in checkpoints(run_dir):
         try:
@@ -81,9 +88,4 @@ def prune(
         raise ValueError(f"{run_dir} has no valid checkpoint ({len(broken)} damaged ones): nothing is deleted")
     old = valid[:-keep] if keep > 0 else []
     chosen = [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
-    chosen += broken if damaged else []
-    if not dry:
-        for folder in chosen:
-            delete(folder)
-        sweep(run_dir)
-    return chosen
+    return chosen + (broken if damaged else [])

@@ -200,6 +200,35 @@ def test_a_signal_to_every_process_of_a_job_ends_in_a_checkpoint(tmp_path, text_
     ]
 
 
+@pytest.mark.parametrize("launcher,again", [("torchrun", False), ("torchrun", True), ("deepspeed", False)])
+def test_an_interrupt_at_a_terminal_saves_and_the_next_one_ends_at_once(tmp_path, text_file, launcher, again):
+    """The launcher and all that it started get it, loader workers too; torchrun passes it on once more."""
+    engine = "deepspeed" if launcher == "deepspeed" else "fsdp"
+    changes = [*text(text_file), "train.steps=100000", f"parallel.engine={engine}", "data.workers=1"]
+    faults = [at("save", rank=0, do="sleep", seconds=60)] if again else []
+    process = _popen(
+        ["env", f"FAULTS={json.dumps(faults)}", *command_of(launcher)], [*TINY, f"run_dir={tmp_path}", *changes]
+    )
+    try:
+        assert until_step(5, process)
+        os.killpg(process.pid, signal.SIGINT)
+        if again:
+            assert any("SIGINT: the run saves" in line for line in process.stdout)
+            time.sleep(3)
+            os.killpg(process.pid, signal.SIGINT)
+        began = time.monotonic()
+        rest = process.stdout.read()
+        process.wait(timeout=60)
+        assert time.monotonic() - began < 25, rest
+    finally:
+        process.kill()
+    if again:
+        assert rest.count("SIGINT again: the run ends at once") == 1 and not saved(tmp_path), rest
+    else:
+        assert status(tmp_path)["state"] == "stopped" and saved(tmp_path) == [status(tmp_path)["step"]], rest
+    assert 'launch/pretrain.py", line' not in rest and "DataLoader worker" not in rest, rest
+
+
 def test_an_interrupt_ends_other_commands_in_one_line_and_what_is_half_done_is_not_whole(tmp_path, text_file):
     run_dir, made, output = tmp_path / "run", tmp_path / "made", tmp_path / "output"
     undisturbed("forked", run_dir, *text(text_file), "parallel.engine=fsdp", "train.steps=3")

@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Only now are the values known to be good; until here, a signal is remembered in any case.
         if __name__ == "__main__":
             SIGNALS.listen(config.train.stop_signals)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         refuse(error, quiet=place.rank != 0)
     with World.start(config.parallel) as world:
         if config.parallel.activation_checkpoint_segment:

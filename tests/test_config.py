@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from launch.pretrain import main
 from mega_scale.config import DEFAULT_CONFIG, RunConfig, load_config, model_config, parse, save_config, to_yaml
 from mega_scale.config.keys import describe, known_keys
 from mega_scale.model import MegaConfig
 from mega_scale.training.checkpoint.manifest import Manifest, hash_file, write_manifest
+from mega_scale.training.run_folder import to_go_on_from
 
 KNOWN = known_keys(RunConfig)
 
@@ -175,6 +177,8 @@ def test_command_line_is_refused_in_one_line(words, fragments, capsys):
         ("data:\n  path: [1, 2]\n", ["data.path", "a list of text items"]),
         ("train: 5\n", ["train=5", "section"]),
         ("train: {steps: 5}\ntrain: {seed: 1}\n", ["line 2", "train is given twice"]),
+        ("train.steps: 6\ntrain: {steps: 5}\n", ["train.steps is given twice", "keep one"]),
+        ("train: {steps: 5}\ntrain.steps: 6\n", ["train.steps is given twice", "keep one"]),
         ("- 5\n", ["holds a list", "sections and keys"]),
         ("train: [\n", ["is not YAML"]),
         ("run_dir: \x80\n", ["is not YAML"]),
@@ -261,11 +265,21 @@ def _blocked_run_dir(folder: Path) -> str:
         ("run_dir={tmp}/blocked/inside", ["run_dir=", "inside", "can be written"]),
         ("--resume", ["resume='latest'", "{tmp}/run", "checkpoint"]),
         ("--resume {tmp}/none", ["resume='{tmp}/none'", "checkpoint", "step-"]),
-        ("init_from={tmp}/none", ["init_from=", "none", "config.json"]),
+        ("--resume=3", ["resume='3'", "neither a checkpoint", "step-"]),
+        ("init_from={tmp}/none", ["init_from=", "none", "config.json", "launch/export.py"]),
+        ("checkpoint.key_file={tmp}/none", ["checkpoint.key_file='{tmp}/none'", "a readable file"]),
+        ("run_dir={tmp}/file", ["run_dir=", "file", "can be written"]),
+        ("run_dir={tmp}/saved", ["run_dir='{tmp}/saved'", "{tmp}/saved/checkpoints", "move it away"]),
+        ("run_dir={tmp}/unmounted", ["run_dir='{tmp}/unmounted'", "{tmp}/unmounted/checkpoints", "move it away"]),
     ],
 )
 def test_impossible_combinations_are_refused_before_anything_starts(words, fragments, tmp_path):
     _blocked_run_dir(tmp_path)
+    (tmp_path / "file").touch()
+    for name in ("saved", "unmounted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "saved/checkpoints").touch()
+    (tmp_path / "unmounted/checkpoints").symlink_to(tmp_path / "gone")
     config = parse([f"run_dir={tmp_path}/run", *(word.format(tmp=tmp_path) for word in words.split())])
     with pytest.raises(ValueError) as refused:
         config.validate(world_size=2)
@@ -288,6 +302,35 @@ def test_compilation_needs_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"train\.compile=True needs a C\+\+ compiler"):
         parse([f"run_dir={tmp_path}", "parallel.device=cpu", "train.compile=true"]).validate(1)
+
+
+def test_a_run_is_not_begun_anew_while_its_checkpoints_are_links_to_a_disk_that_is_gone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step-00000030").symlink_to(tmp_path / "gone")
+    assert to_go_on_from(tmp_path, "auto") == tmp_path
+    with pytest.raises(ValueError, match=r"resume='latest': none of the 1 checkpoints .* is valid"):
+        parse([f"run_dir={tmp_path}", "--resume"]).validate(1)
+
+
+@pytest.mark.parametrize(
+    "key", ["run_dir", "run_dir=x --resume", "--resume auto run_dir", "init_from", "data.tokenizer", "data.cache_dir",
+            "data.source=hub data.hub_name", "data.source=prepared data.path"],
+)  # fmt: skip
+def test_names_that_no_file_can_have_are_refused_in_one_line(key, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *words, last = key.split()
+    given = f"{last}={'./x' * 2000}" if not last.startswith("--") else f"{last}={'x' * 300}"
+    with pytest.raises(SystemExit):
+        main(["train.steps=1", *words, given])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_mapping_of_a_file_takes_more_keys_whatever_it_holds(tmp_path):
+    path = _file(tmp_path, "parallel: {ds_config: {zero_optimization: {sub_group_size: 2020-01-01}}}\n")
+    config = parse(["--config", path, "parallel.ds_config.steps_per_print=3", f"run_dir={tmp_path}"])
+    with pytest.raises(ValueError, match=r"sub_group_size=datetime.* is not allowed: expected a whole number"):
+        config.validate(1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unwritable for root")

@@ -33,6 +33,12 @@ def test_a_store_is_refused_in_every_key(key, capsys):
         assert "s3://b/*.txt" in refusal(capsys, lambda: parse([f"{key}=[a.txt, 's3://b/*.txt']"]))
 
 
+@pytest.mark.parametrize("key", [*KEYS, *LISTS])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_path_does_not_mean_the_working_directory(key, value, capsys):
+    assert f"{key}={value!r} names nothing" in refusal(capsys, lambda: parse([f"{key}={value}"]))
+
+
 def test_a_store_is_refused_in_files_and_mixtures(tmp_path, capsys):
     assert "--config" in refusal(capsys, lambda: parse(["--config", "s3://b/run.yaml"]))
     (tmp_path / "run.yaml").write_text("data: {path: 's3://b/x'}\n")

@@ -1,6 +1,7 @@
 """From the command line to a RunConfig: dataclass defaults < YAML files < KEY=VALUE arguments."""
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -175,7 +176,7 @@ def _apply_overrides(
 
 def _set_inside(result: Namespace, mapping: str, path: str, value: str) -> None:
     """Set one entry of a mapping key, of any depth, as in parallel.ds_config.zero_optimization.stage3_prefetch=0."""
-    root = json.loads(json.dumps(result[mapping] or {}))
+    root = copy.deepcopy(result[mapping] or {})
     *parents, last = path.split(".")
     place = root
     for parent in parents:

@@ -235,15 +235,20 @@ def _check_folders(config: "RunConfig") -> None:
             f"run_dir={config.run_dir!r} cannot be created ({error.strerror}): choose a folder that can be written"
         ) from None
     _require(os.access(run_dir, os.W_OK | os.X_OK), "run_dir", config.run_dir, "choose a folder that can be written")
-    starts = to_go_on_from(run_dir, config.resume) is None
-    if starts and config.init_from is not None and not (Path(config.init_from) / "config.json").is_file():
-        raise ValueError(
-            f"init_from={config.init_from!r} has no config.json: give the folder of an export or a Hugging Face model"
-        )
-    check_run_folder(run_dir, config.resume, config.overwrite)
+    saved = run_dir / "checkpoints"
+    _require(
+        saved.is_dir() or not os.path.lexists(saved), "run_dir", config.run_dir, f"{saved} is no folder, move it away"
+    )
+    key = read_key(config.checkpoint.key_file)
     if config.resume is not None and config.resume != "auto":
         try:
-            key = read_key(config.checkpoint.key_file)
             find_checkpoint(run_dir if config.resume == "latest" else Path(config.resume), key)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"resume={config.resume!r}: {error}") from None
+    starts = to_go_on_from(run_dir, config.resume) is None
+    if starts and config.init_from is not None and not os.path.isfile(f"{config.init_from}/config.json"):
+        raise ValueError(
+            f"init_from={config.init_from!r} has no config.json: give the folder of a Hugging Face model or an export "
+            "(a run is exported by python launch/export.py RUN FOLDER)"
+        )
+    check_run_folder(run_dir, config.resume, config.overwrite)

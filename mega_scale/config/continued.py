@@ -142,7 +142,7 @@ def adopt(config: "RunConfig", given: Collection[str]) -> "RunConfig":
         path = to_go_on_from(Path(config.run_dir), config.resume)
         key = read_key(config.checkpoint.key_file)
         described = described_by(config, None if path is None else find_checkpoint(path, key)[0])
-    except ValueError:
+    except (ValueError, OSError):
         return config
     if described is None:
         return config

@@ -72,7 +72,7 @@ def flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> d
         Values by dotted path.
 
     Raises:
-        ValueError: a key is unknown, a section is a value, or null stands where none is allowed.
+        ValueError: a key is unknown or given twice, a section is a value, or null stands where none is allowed.
     """
     flat: dict[str, Any] = {}
     for name, value in layer.items():
@@ -80,12 +80,17 @@ def flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> d
         if key in known:
             if value is None and types.NoneType not in members(known[key]):
                 raise ValueError(f"{key}=null is not allowed: expected {describe(known[key])}")
+            if key in flat:
+                raise ValueError(f"{key} is given twice: keep one")
             flat[key] = value
         elif not any(path.startswith(f"{key}.") for path in known):
             sections = {path.rpartition(".")[0] for path in known} - {""}
             raise ValueError(unknown_key(key, sections if isinstance(value, dict) else known))
         elif isinstance(value, dict):
-            flat |= flatten(value, known, f"{key}.")
+            inner = flatten(value, known, f"{key}.")
+            if twice := flat.keys() & inner.keys():
+                raise ValueError(f"{min(twice)} is given twice: keep one")
+            flat |= inner
         elif value is not None:
             raise ValueError(f"{key}={value!r} is not allowed: {key} is a section, set the keys in it")
     return flat

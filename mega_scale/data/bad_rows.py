@@ -128,9 +128,10 @@ class Tally:
         """
         found = self.by_cause()
         bad, lost = sum(found.values()), min(sum(self.lost.values()), self.bytes)
-        if bad > share * (self.rows if ended else max(self.rows, _JUDGED_AS)):
+        # Quotients, rounded as the share itself was: 0.29 * 100 is less than 29.
+        if bad / max(self.rows, 1 if ended else _JUDGED_AS) > share:
             what = f"{bad} of {self.rows} rows"
-        elif lost > share * self.bytes and (ended or _PARTS & found.keys()):
+        elif lost / max(self.bytes, 1) > share and (ended or _PARTS & found.keys()):
             what = f"{lost:,} of {self.bytes:,} bytes"
         else:
             return

@@ -4,7 +4,6 @@ import glob
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mega_scale.data.length_schedule import LengthSchedule
@@ -156,7 +155,7 @@ class DataConfig:
         self._validate_numbers()
         self._validate_streaming()
         _validate_tokenizer(self.tokenizer)
-        if self.cache_dir is not None and Path(self.cache_dir).expanduser().is_file():
+        if self.cache_dir is not None and os.path.isfile(self.cache_dir):
             raise _refusal("cache_dir", self.cache_dir, "it is a file; name a folder")
 
     @property
@@ -209,7 +208,7 @@ class DataConfig:
     def _validate_prepared(self) -> None:
         if not self.path or len(self.path) != 1:
             raise _refusal("path", self.path, "source prepared needs one folder; several can be a data.mixture")
-        if not (Path(self.path[0]).expanduser() / "manifest.json").is_file():
+        if not os.path.isfile(f"{self.path[0]}/manifest.json"):
             remedy = "it has no manifest.json; name a folder that launch/prepare.py has written to its end"
             raise _refusal("path", self.path[0], remedy)
 
@@ -219,7 +218,7 @@ class DataConfig:
                 raise _refusal(key, getattr(self, key), f"only source hub has it, not {self.source}; set it to null")
         if self.source != "hub":
             return
-        if not self.hub_name or not (HUB_NAME.fullmatch(self.hub_name) or Path(self.hub_name).is_dir()):
+        if not self.hub_name or not (HUB_NAME.fullmatch(self.hub_name) or os.path.isdir(self.hub_name)):
             raise _refusal("hub_name", self.hub_name, 'source hub needs a data set\'s name, such as "owner/name"')
         if not self.hub_split:
             raise _refusal("hub_split", self.hub_split, 'name a split, such as "train"')
@@ -301,7 +300,7 @@ def expand_paths(paths: list[str], key: str) -> list[str]:
 
 
 def _validate_tokenizer(name: str) -> None:
-    if name == "byte" or Path(name).expanduser().is_dir():
+    if name == "byte" or os.path.isdir(os.path.expanduser(name)):
         return
     if not HUB_NAME.fullmatch(name):
         raise _refusal("tokenizer", name, 'no such folder; give "byte", an existing tokenizer folder, or a hub name')

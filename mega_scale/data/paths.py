@@ -17,8 +17,10 @@ def local_path(path: str, key: str) -> str:
         The path.
 
     Raises:
-        ValueError: It begins with a scheme (`s3://`, or what is left of one, `s3:/`), or with an unknown user.
+        ValueError: It is empty, or begins with a scheme (`s3://`, or what is left of one, `s3:/`) or an unknown user.
     """
+    if not path.strip():
+        raise ValueError(f"{key}={path!r} names nothing: give a path, or leave {key} out")
     if scheme := _SCHEME.match(path):
         raise ValueError(
             f"{key}={path!r}: {scheme[1]}:// is no local path, and stores are not supported: mount it, or copy it here "

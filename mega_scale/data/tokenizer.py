@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -34,7 +35,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "byte":
         return build_byte_tokenizer()
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         tokenizer = _from_pretrained(str(folder), "it holds no tokenizer that transformers can load", local=True)
     else:
         reach = look_up(name, "model")

@@ -290,7 +290,11 @@ def _within(path: str, paths: Iterable[str]) -> str | None:
 
 
 def _merge(ours: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:
-    own, given = dict(_leaves(ours)), dict(_leaves(user))
+    own, given = dict(_leaves(ours)), dict[str, Any]()
+    for written, value in _leaves(user):
+        if written in given:
+            raise ValueError(f"parallel.ds_config.{written}={value!r} is given twice, nested and with dots: keep one")
+        given[written] = value
     merged = copy.deepcopy(ours)
     for written, value in given.items():
         name, path = f"parallel.ds_config.{written}", _ALIASES.get(written, written)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mega_scale.data import DataConfig, Loader, load_datasets, load_tokenizer
-from mega_scale.data.bad_rows import BadRow
+from mega_scale.data.bad_rows import BadRow, Tally
 from mega_scale.data.corpus import load_documents
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import read_manifest
@@ -184,3 +184,17 @@ def test_counts_reach_the_manifest_and_the_report(tmp_path):
     strict = Preparation(tmp_path / "strict", config, tokenizer, shard_bytes=20_000)
     with pytest.raises(ValueError, match=r"6 of \d+ rows.*a.jsonl, line \d+"):
         list(run(strict, 1, config.max_bad_share))
+
+
+@pytest.mark.parametrize(("share", "bad", "of"), [(0.29, 29, 100), (0.07, 7, 100), (0.57, 57, 100)])
+def test_a_share_that_is_just_allowed_is_allowed(share, bad, of):
+    rows, cut = Tally(rows=of - bad), Tally(rows=of, bytes=of)
+    rows.add(BadRow("empty", "a", 1, "no text", bad))
+    cut.add(BadRow("corrupt", "a", 1, "cut", 0, bad))
+    for tally in (rows, cut):
+        tally.check(share, ended=True)
+    rows.rows -= 1
+    cut.add(BadRow("corrupt", "a", 2, "cut", 0, 1))
+    for tally in (rows, cut):
+        with pytest.raises(ValueError, match="cannot be used"):
+            tally.check(share, ended=True)

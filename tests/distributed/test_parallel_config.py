@@ -149,6 +149,8 @@ ZERO = "zero_optimization"
         ({ZERO: {"stage3_gather_fp16_weights_on_model_save": True}}, ["the checkpoint section"]),
         ({ZERO: {"stage": True}}, [f"{ZERO}.stage=True", "parallel.zero_stage"]),
         # Two names of one key
+        ({ZERO: {"overlap_comm": True}, f"{ZERO}.overlap_comm": False}, ["overlap_comm=False", "keep one"]),
+        ({f"{ZERO}.sub_group_size": 5, ZERO: {"sub_group_size": 6}}, ["sub_group_size=6", "keep one"]),
         ({ZERO: {"max_live_parameters": 1, "stage3_max_live_parameters": 2}}, ["max_live_parameters=1", "remove one"]),
         ({ZERO: {"cpu_offload": True, "offload_optimizer": {"device": "none"}}}, ["cpu_offload=True", "remove one"]),
         # What changes the numbers, their place, or nothing here

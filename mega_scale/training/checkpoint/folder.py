@@ -61,8 +61,12 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, in the order in which they were written, whatever state they are in."""
-    found = [path for path in run_dir.glob("checkpoints/step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    """The checkpoint folders of a run, in the order in which they were written, whatever state they are in.
+
+    A link is one of them, though it may lead to a disk that is not there.
+    """
+    named = [path for path in run_dir.glob("checkpoints/step-*") if _NAME.fullmatch(path.name)]
+    found = [path for path in named if path.is_dir() or path.is_symlink()]
     return sorted(found, key=_age)
 
 

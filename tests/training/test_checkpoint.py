@@ -50,6 +50,9 @@ class OneRank:
     def sum(self, value):
         return value
 
+    def first(self, value):
+        return json.loads(json.dumps(value))
+
     def gather(self, value):
         return json.loads(json.dumps([value]))
 

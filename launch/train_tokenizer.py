@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_single("launch/train_tokenizer.py")
         local_paths(args)
-        check_destination(args.folder, overwrite=args.overwrite, holds="tokenizer.json")
+        check_destination(args.folder, overwrite=args.overwrite, kind="tokenizer", holds="tokenizer.json")
         config = parse(rest).data
         config.validate()
         if config.source == "prepared" or config.mixture is not None:

@@ -87,13 +87,14 @@ def write_export(
     return folder
 
 
-def check_destination(folder: Path, *, overwrite: bool, holds: str = "config.json") -> None:
+def check_destination(folder: Path, *, overwrite: bool, kind: str = "export", holds: str = "config.json") -> None:
     """Refuse a destination that an export, or another folder that a command writes, must not replace.
 
     Args:
         folder: where the folder is to appear.
         overwrite: whether an earlier one of its kind may be replaced; any other content never is.
-        holds: file by which its kind is known.
+        kind: what the command writes, in a word.
+        holds: file by which that is known.
 
     Raises:
         ValueError: the path is a file, or a folder with content that is not to be replaced.
@@ -105,7 +106,7 @@ def check_destination(folder: Path, *, overwrite: bool, holds: str = "config.jso
     if not overwrite:
         raise ValueError(f"{folder} exists and is not empty: choose another folder, or replace it with --overwrite")
     if not (folder / holds).is_file():
-        raise ValueError(f"{folder} holds no {holds}, so it is none of the kind and stays: choose another folder")
+        raise ValueError(f"{folder} holds no {holds}, so it is no {kind} and stays: choose another folder")
 
 
 def plan_shards(layout: Layout, max_shard_bytes: int, dtype: torch.dtype) -> list[list[str]]:

@@ -11,12 +11,13 @@ from ranks import RankFailedError, run_ranks
 
 from mega_scale.parallel import ParallelConfig, Placement, World, describe, difference, placement
 
-# One rank, of as many on this machine as its launcher says.
+# One rank of as many on this machine.
 THREADS = """
+import sys
 import torch
-from mega_scale.parallel import ParallelConfig, World
-with World.start(ParallelConfig()):
-    print("threads", torch.get_num_threads())
+from mega_scale.parallel.world import share_cores
+share_cores(int(sys.argv[1]))
+print("threads", torch.get_num_threads())
 """
 MESSAGE = {"prompt": "naïve", "steps": [1, 2.5, None], "stop": False}
 
@@ -48,9 +49,9 @@ CORES = len(os.sched_getaffinity(0))
     (1, "", CORES), (2, "", max(1, CORES // 2)), (1000, "", 1), (2, str(CORES), CORES),
 ])  # fmt: skip
 def test_ranks_of_a_machine_share_its_cores_unless_told_otherwise(ranks, given, most):
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
-    environment = {**os.environ, **alone, "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": given}
-    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": given}
+    command = [sys.executable, "-c", THREADS, str(ranks)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     threads = int(done.stdout.split("threads ")[1])
     # Alone it is PyTorch's choice, which may leave out the second thread of a core.

@@ -23,7 +23,7 @@ from mega_scale.model.slots import Slots, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.gates import LEAN
 from mega_scale.ops.remake import remade
-from mega_scale.ops.tracing import any_length, parts
+from mega_scale.ops.tracing import any_length, divided, joined, parts
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -94,7 +94,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
         seen: Any = 0 if state is None else state.position
         if return_state and torch.compiler.is_exporting():
-            # A number would hold for the calls that are like this one; masks are whole.
+            # A number would hold for the calls that are like this one.
             seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
         else:
             mask = align(mask, seen + length)
@@ -109,7 +109,9 @@ class MegaMovingAverageGatedAttention(nn.Module):
         else:
             remembered = 0 if state is None else state.keys.shape[1]
             slots = Slots.lay(pads, seen, remembered, length, self.chunk)
-            attended, weights, kept = self._attend_in_slots(q, k, v, mask, state, slots, return_weights)
+            attended, weights, kept = self._attend_in_slots(
+                q, k, v, slots.valid(mask, seen + length), state, slots, return_weights
+            )
 
         gated = self.gates.gate(attended, gate)
         with nullcontext() if recomputed else remade(gated, lambda: self.gates.gate(attended, gate)):
@@ -170,7 +172,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
         total = seen + length
         key_mask = None if mask is None else mask[:, -total:]
         if self.chunk is None or (not any_length() and total <= self.chunk):
-            return self._core(q, k, v, key_mask, seen, return_weights, documents)
+            out, weights = self._core(q, k, v, key_mask, seen, return_weights, documents)
+            return out[:, 0], weights
         # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
         pad = parts(total, self.chunk) * self.chunk - total
         more = any_length() or pad > 0
@@ -180,14 +183,14 @@ class MegaMovingAverageGatedAttention(nn.Module):
         if seen or more:  # padding by nothing would copy
             q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
         out, weights = self._core(q, k, v, key_mask, 0, return_weights, documents)
-        return out[:, seen:total], weights
+        return joined(out, seen, total), weights
 
     def _attend_in_slots(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | None,
+        valid: Tensor,
         state: LayerState | None,
         slots: Slots,
         return_weights: bool,
@@ -195,13 +198,13 @@ class MegaMovingAverageGatedAttention(nn.Module):
         """The same for left-padded rows; also returns the keys and values to remember."""
         k = slots.keys(None if state is None else state.keys, k)
         v = slots.keys(None if state is None else state.values, v)
-        valid = slots.valid(mask)
         kept = (k, v) if self.chunk is None else (slots.open_chunk(k, self.chunk), slots.open_chunk(v, self.chunk))
         if slots.length == 1:
             out, weights = self._core(q, k, v, valid, slots.shift, return_weights)
+            out = out[:, 0]
         else:
             out, weights = self._core(slots.queries(q), k, v, valid, 0, return_weights)
-            out = slots.back(out)
+            out = slots.back(out.flatten(1, 2))
         if weights is not None and self.chunk is None:
             weights = slots.by_column(weights)
         return out, weights, kept
@@ -216,14 +219,12 @@ class MegaMovingAverageGatedAttention(nn.Module):
         return_weights: bool,
         documents: ChunkDocuments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks; returns (B, I, E)."""
+        """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks, (B, K, C, E)."""
         laid_out = any_length() and q.shape[1] == k.shape[1]
         size = self.chunk if self.chunk is not None and (laid_out or k.shape[1] > self.chunk) else None
-        q, k, v = (
-            t.unsqueeze(1) if size is None else t.unflatten(1, (-1, size)) for t in (q, k, self.hidden_dropout(v))
-        )
+        q, k, v = (t.unsqueeze(1) if size is None else divided(t, size) for t in (q, k, self.hidden_dropout(v)))
         if key_mask is not None:
-            key_mask = key_mask.unflatten(1, (-1, k.shape[2]))
+            key_mask = key_mask.unsqueeze(1) if size is None else divided(key_mask, size)
         eager = self.config._attn_implementation == "eager" or return_weights
         out, weights = chunk_attention(
             q, k, v, self.rel_pos_bias(q.shape[2], k.shape[2], offset),
@@ -236,4 +237,4 @@ class MegaMovingAverageGatedAttention(nn.Module):
             documents=documents,
             impl="eager" if eager else "auto",
         )  # fmt: skip
-        return out.flatten(1, 2), weights
+        return out, weights

@@ -210,7 +210,7 @@ def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int 
     return kept[0], kept[1]
 
 
-_STATE, _ENCODER, _ROWS = ("ema", "keys", "values"), ("keys", "values"), ("pads", "mask", "documents", "encoder_mask")
+_STATE, _ENCODER, _ROWS = ("ema", "keys", "values"), ("keys", "values"), ("mask", "documents", "encoder_mask")
 _Context = dict[str, Any]
 
 
@@ -228,6 +228,11 @@ def _flatten_with_keys(cache: MegaCache) -> tuple[list[tuple[pytree.KeyEntry, An
     if first.state is not None:
         position = first.state.position
         found.append(("position", position if isinstance(position, Tensor) else torch.tensor(position)))
+        if cache.documents is None:
+            # Always there, as a program takes caches of one structure, and the same tensor each time.
+            if cache.pads is None:
+                cache.pads = first.state.ema.new_zeros(len(first.state.ema), dtype=torch.long)
+            found.append(("pads", cache.pads))
     for number, layer in enumerate(cache.states):
         for part, names in ((layer.state, _STATE), (layer.encoder, _ENCODER)):
             of = "" if names is _STATE else "encoder_"
@@ -240,8 +245,11 @@ def _unflatten(leaves: Iterable[Any], context: _Context) -> MegaCache:
     for name in context["rows"]:
         setattr(cache, name, next(left))
     position: Any = next(left) if context["begun"] else None
+    if context["begun"] and cache.documents is None:
+        cache.pads = next(left)
     if isinstance(position, Tensor) and in_memory(position):
         position = int(position)
+        cache.pads = None if cache.pads is None or not bool(cache.pads.any()) else cache.pads
     for layer in cache.states:
         if context["begun"]:
             ema, keys, values = (next(left) for _ in _STATE)

@@ -49,9 +49,8 @@ def mask_and_pads(
     seen: int | Tensor = 0 if cache is None else cache.get_seq_length()
     pads = None if cache is None else cache.pads
     if isinstance(seen, Tensor):
-        # A program that is being exported: where its calls begin is not known, so masks are whole.
-        mask = None if attention_mask is None else attention_mask != 0
-        return mask, x.new_zeros(batch, dtype=torch.long) if mask is None else leading_pads(mask)
+        assert cache is not None
+        return _of_any_call(attention_mask, cache, seen, x)
     mask = None
     if attention_mask is not None:
         mask = checked_mask(attention_mask.to(x.device), "attention_mask", batch, length, seen + length)
@@ -82,10 +81,30 @@ def mask_and_pads(
     return torch.cat([before, mask], 1), pads
 
 
+def _of_any_call(
+    attention_mask: Tensor | None, cache: MegaCache, seen: Tensor, x: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The same for a program that is being exported, where nobody knows how many columns came before: a mask of another
+    length than the new tokens is of all columns."""
+    batch, length = x.shape[:2]
+    mask = None if attention_mask is None else attention_mask != 0
+    if mask is not None and mask.shape[1] != length:
+        return mask, leading_pads(mask)
+    pads = x.new_zeros(batch, dtype=torch.long) if cache.pads is None else cache.pads
+    if mask is None and cache.mask is None:
+        return None, pads
+    if mask is None:
+        mask = x.new_ones(batch, length, dtype=torch.bool)
+    pads = torch.where(pads >= seen, seen + leading_pads(mask), pads)
+    return mask if cache.mask is None else torch.cat([cache.mask, mask], 1), pads
+
+
 def remember_mask(cache: MegaCache, mask: Tensor | None, pads: Tensor | None, config: MegaConfig) -> None:
     """Note in the cache what `mask_and_pads` returned, as far as later tokens can see it."""
     cache.pads = pads
-    cache.mask = mask if mask is None or not config.use_chunking else mask[:, -config.chunk_size :]
+    # An exporter would keep whether there are more columns than these.
+    whole = mask is None or not config.use_chunking or torch.compiler.is_exporting()
+    cache.mask = mask if whole else mask[:, -config.chunk_size :].clone()  # no view, which would keep all of it
 
 
 def encoder_mask(

@@ -69,13 +69,13 @@ class Slots(NamedTuple):
         """New queries (B, L, Z) in their slots, (B, T, Z); other slots hold something finite."""
         return _take(new, self._token().clamp(0, self.length - 1))
 
-    def valid(self, mask: Tensor | None) -> Tensor:
-        """Which slots hold a valid key, (B, T) bool; mask (B, M) marks valid columns."""
+    def valid(self, mask: Tensor | None, columns: int | Tensor) -> Tensor:
+        """Which slots hold a valid key, (B, T) bool; mask (B, M) marks valid ones of the last M of all columns."""
         token = self._token()
         valid = (self._slot() < self.kept[:, None]) | ((token >= 0) & (token < self.length))
         if mask is not None:
-            column = (self.column[:, None] + self._slot()).clamp(max=mask.shape[1] - 1)
-            valid = valid & mask.gather(1, column)
+            column = self.column[:, None] + self._slot() - (columns - mask.shape[1])
+            valid = valid & (mask.gather(1, column.clamp(0, mask.shape[1] - 1)) | (column < 0))
         return valid
 
     def back(self, slots: Tensor) -> Tensor:

@@ -28,7 +28,26 @@ def any_length() -> bool:
 def parts(length: int, size: int) -> int:
     """How many parts of a size hold a length; one more where an exporter leaves the length open, as it would keep
     whether there is but one."""
-    return (length + size - 1) // size + isinstance(length, torch.SymInt)
+    count = (length + size - 1) // size
+    return count + 1 if isinstance(length, torch.SymInt) else count
+
+
+def divided(x: Tensor, size: int) -> Tensor:
+    """(B, M c, ...) as parts of size c, (B, M, c, ...).
+
+    Exporters are given places, as of a view they would keep conditions on the length.
+    """
+    if not torch.compiler.is_exporting():
+        return x.unflatten(1, (-1, size))
+    return x[:, torch.arange(x.shape[1] // size, device=x.device)[:, None] * size + torch.arange(size, device=x.device)]
+
+
+def joined(x: Tensor, begin: int, end: int) -> Tensor:
+    """Tokens `begin` to before `end` of parts (B, M, c, W): (B, end - begin, W)."""
+    if not torch.compiler.is_exporting():
+        return x.flatten(1, 2)[:, begin:end]
+    place = torch.arange(begin, end, device=x.device)
+    return x[:, place // x.shape[2], place % x.shape[2]]
 
 
 def in_memory(*tensors: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.precision import without_autocast
-from mega_scale.ops.tracing import traced
+from mega_scale.ops.tracing import traced, written_out
 
 
 def key_minus_query(queries: int, keys: int, offset: int | Tensor, device: torch.device | str) -> Tensor:
@@ -31,6 +31,9 @@ def toeplitz(vector: Tensor, queries: int) -> Tensor:
 
 
 def _rows(vector: Tensor, queries: int) -> Tensor:
+    if written_out():  # unfold takes no size that a compiler leaves open
+        places = torch.arange(vector.shape[-1] - queries + 1, device=vector.device)
+        return vector[..., places + torch.arange(queries, device=vector.device).flip(0)[:, None]]
     return vector.unfold(-1, vector.shape[-1] - queries + 1, 1).flip(-2)
 
 

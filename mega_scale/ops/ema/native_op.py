@@ -112,7 +112,7 @@ def _grouped(tensor: Tensor, native: ctypes.CDLL) -> Tensor:
 def _ungrouped(tensor: Tensor, like: Tensor) -> Tensor:
     """(..., G, N, W) to (..., D, N) of `like`."""
     channels, averages = like.shape
-    return tensor.mT.flatten(-3, -2)[..., :channels, :averages]
+    return tensor.mT.flatten(-3, -2)[..., :channels, :averages].contiguous()
 
 
 def _threads(x: Tensor) -> int:

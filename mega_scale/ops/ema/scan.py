@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.tracing import any_length, parts
+from mega_scale.ops.tracing import any_length, divided, joined, parts
 
 _BLOCK = 32
 # Blocks of blocks: what is left at the end is a matrix, of 32 rows at a million tokens.
@@ -31,15 +31,14 @@ def scan_ema(x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> 
         y (B, L, D), and h after the last token (B, D, N).
     """
     log_decay, gain, projection = coefficients
-    batch, length, channels = x.shape
+    length = x.shape[1]
     tokens = _in_blocks(x)  # (B, M, c, D)
     blocks, last = tokens.shape[1], (length - 1) // _BLOCK
     powers = torch.exp(log_decay[:, None] * _steps(_BLOCK + 1, x)[:, None])  # (D, c + 1, N)
     fades = log_decay * _BLOCK
 
-    inner = torch.einsum("bmjd,djn->bmdn", tokens, gain[:, None] * powers[:, :_BLOCK].flip(1))
-    after = _states(inner.flatten(2), fades.flatten(), _DEPTH).unflatten(2, log_decay.shape)
-    before = F.pad(after[:, :-1], (0, 0, 0, 0, 1, 0))
+    ends = torch.einsum("bmjd,djn->bmdn", tokens, gain[:, None] * powers[:, :_BLOCK].flip(1))
+    before = _before(ends.flatten(2), fades.flatten(), _DEPTH).unflatten(2, log_decay.shape)
     if state is not None:
         before = before + state[:, None] * torch.exp(fades * _steps(blocks, x)[:, None, None])
 
@@ -53,33 +52,34 @@ def scan_ema(x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> 
     of_last = torch.full((1,), last, device=x.device)
     end = before.index_select(1, of_last)[:, 0] * torch.exp(log_decay * left)
     end = end + torch.einsum("bjd,djn->bdn", tokens.index_select(1, of_last)[:, 0], gain[:, None] * weights)
-    return y.reshape(batch, blocks * _BLOCK, channels)[:, :length], end
+    return joined(y, 0, length), end
 
 
-def _states(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
-    """`h_m = exp(log_decay) h_{m-1} + added_m` from zero: added (B, M, K), log_decay (K,)."""
+def _before(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
+    """h_m of `h_{m+1} = exp(log_decay) h_m + added_m` from zero: added (B, M, K), log_decay (K,), h (B, M, K).
+
+    No size here is one less than another: an exporter would keep whether it is 1.
+    """
     count = added.shape[1]
     if depth == 0 or (not any_length() and count <= _BLOCK):
-        return torch.einsum("bjk,ijk->bik", added, _toeplitz(torch.exp(log_decay * _steps(count, added)[:, None])))
-    parts = _in_blocks(added)
-    inside = torch.einsum("bmjk,ijk->bmik", parts, _toeplitz(torch.exp(log_decay * _steps(_BLOCK, added)[:, None])))
-    ends = _states(inside[:, :, -1], log_decay * _BLOCK, depth - 1)
-    fades = torch.exp(log_decay * (_steps(_BLOCK, added) + 1)[:, None])
-    found = inside + F.pad(ends[:, :-1], (0, 0, 1, 0))[:, :, None] * fades
-    return found.reshape(added.shape[0], parts.shape[1] * _BLOCK, added.shape[2])[:, :count]
+        kernel = torch.exp(log_decay * _steps(count, added)[:, None])
+        return torch.einsum("bjk,ijk->bik", added, _toeplitz(kernel, 1))
+    blocks, kernel = _in_blocks(added), torch.exp(log_decay * _steps(_BLOCK, added)[:, None])
+    inside = torch.einsum("bmjk,ijk->bmik", blocks, _toeplitz(kernel, 1))
+    ends = torch.einsum("bmjk,jk->bmk", blocks, kernel.flip(0))
+    found = inside + _before(ends, log_decay * _BLOCK, depth - 1)[:, :, None] * kernel
+    return joined(found, 0, count)
 
 
 def _in_blocks(x: Tensor) -> Tensor:
     """(B, L, K) to (B, M, c, K), filled up with zeros."""
-    batch, length, width = x.shape
-    blocks = parts(length, _BLOCK)
-    return F.pad(x, (0, 0, 0, blocks * _BLOCK - length)).reshape(batch, blocks, _BLOCK, width)
+    return divided(F.pad(x, (0, 0, 0, parts(x.shape[1], _BLOCK) * _BLOCK - x.shape[1])), _BLOCK)
 
 
-def _toeplitz(kernel: Tensor) -> Tensor:
-    """Entry (i, j, k) is `kernel[i - j, k]`, zero where j > i: (c, K) to (c, c, K)."""
+def _toeplitz(kernel: Tensor, lag: int = 0) -> Tensor:
+    """Entry (i, j, k) is `kernel[i - lag - j, k]`, zero where j > i - lag: (c, K) to (c, c, K)."""
     steps = torch.arange(kernel.shape[0], device=kernel.device)
-    distance = steps[:, None] - steps
+    distance = steps[:, None] - lag - steps
     return kernel[distance.clamp(min=0)] * (distance >= 0)[..., None]
 
 

@@ -103,8 +103,9 @@ def remember_mask(cache: MegaCache, mask: Tensor | None, pads: Tensor | None, co
     """Note in the cache what `mask_and_pads` returned, as far as later tokens can see it."""
     cache.pads = pads
     # An exporter would keep whether there are more columns than these.
-    whole = mask is None or not config.use_chunking or torch.compiler.is_exporting()
-    cache.mask = mask if whole else mask[:, -config.chunk_size :].clone()  # no view, which would keep all of it
+    if mask is not None and config.use_chunking and not torch.compiler.is_exporting():
+        mask = mask[:, -config.chunk_size :].clone()  # no view, which would keep all of it
+    cache.mask = mask
 
 
 def encoder_mask(

@@ -155,6 +155,11 @@ class MegaCache(Cache):
         super().batch_select_indices(indices)
         self._each_row(lambda tensor: tensor[indices])
 
+    def clone_layers(self) -> None:
+        """Copy what inference mode made: outside of it, that can neither be written nor take part in gradients."""
+        for layer in self.states:
+            layer._each(torch.clone)
+
     def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
         self.pads = None if self.pads is None else function(self.pads)
         self.documents = None if self.documents is None else function(self.documents)
@@ -178,6 +183,13 @@ def check_cache(past: Any, num_hidden_layers: int, batch: int) -> MegaCache:
     state = past.states[0].state
     if state is not None and state.ema.shape[0] != batch:
         raise ValueError(f"past_key_values holds {state.ema.shape[0]} rows, the input {batch}")
+    if (
+        state is not None
+        and in_memory(state.ema)
+        and state.ema.is_inference()
+        and not torch.is_inference_mode_enabled()
+    ):
+        past.clone_layers()
     return past
 
 

@@ -128,10 +128,11 @@ class _Rows:
             or value.shape[0] not in (1, batch)
             or value.shape[1] != length
             or value.is_floating_point()
+            or value.dtype == torch.bool
         ):
             shape = tuple(value.shape)
             raise ValueError(f"{key} is {value.dtype} {shape}: expected integers {(batch, length)}, one a token")
-        return value.to(self.valid.device).expand(batch, -1)
+        return value.to(self.valid.device, torch.long).expand(batch, -1)
 
     def refuse_cache(self, key: str) -> None:
         if self.seen:
@@ -157,9 +158,10 @@ class _Rows:
         total = self.valid.numel()
         if ends.dim() != 1 or ends.is_floating_point() or not ends.numel():
             raise ValueError(f"{key} is {ends.dtype} {tuple(ends.shape)}: expected integers (documents + 1,)")
+        ends = ends.long()
         if in_memory(ends) and not bool((ends[0] == 0) & (ends[-1] == total) & (ends.diff() >= 0).all()):
             raise ValueError(f"{key} must rise from 0 to the {total} tokens of the batch")
-        marks = torch.zeros(total + 1, dtype=torch.bool, device=ends.device).index_fill(0, ends.long(), True)
+        marks = torch.zeros(total + 1, dtype=torch.bool, device=ends.device).index_fill(0, ends, True)
         starts = marks[:-1].view(self.valid.shape)
         if in_memory(starts) and not bool(starts[:, 0].all()):
             raise ValueError(f"{key} has a document that goes on from one row into the next")
@@ -167,7 +169,7 @@ class _Rows:
 
     def check_lengths(self, starts: Tensor, given: Mapping[str, Any]) -> None:
         """Refuse a document that is longer than `max_length_q` or `max_length_k` says."""
-        if self.seen or not bool(self.valid.all()):
+        if self.seen or not starts.numel() or not bool(self.valid.all()):
             return
         begins = F.pad(starts[:, 1:], (1, 0), value=True).flatten().nonzero()[:, 0]
         longest = int(F.pad(begins, (0, 1), value=starts.numel()).diff().max())

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
@@ -65,10 +66,12 @@ def sequence_loss(
         num_items: what the sum is divided by; default: the number of elements of `labels`.
 
     Raises:
-        ValueError: labels whose shape does not fit the problem.
+        ValueError: an unknown problem, or labels whose shape does not fit it.
     """
     if problem_type is None:
         problem_type = _problem_type(logits.shape[-1], labels)
+    if problem_type not in PROBLEMS:
+        raise ValueError(f"problem_type={problem_type!r} is unknown: choose one of {', '.join(PROBLEMS)}, or none")
     labels = labels.to(logits.device)
     single = problem_type == "single_label_classification"
     expected = logits[..., 0] if single else logits
@@ -94,7 +97,10 @@ def _problem_type(classes: int, labels: Tensor) -> str:
 
 
 def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None) -> Tensor:
-    """A sum of losses, divided by `num_items`, or by the number of targets where that is not given."""
+    """A sum of losses, divided by `num_items` (0 counts as 1), or by the number of targets where that is not given."""
     if num_items is None:
         return total / count
-    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+    # A Trainer counts 0 where no label of its batches counts; 0 / 0 would end in every weight.
+    if isinstance(num_items, Tensor):
+        return total / num_items.to(total.device).masked_fill(num_items.to(total.device) == 0, 1)
+    return total / (num_items or 1)

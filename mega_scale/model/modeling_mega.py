@@ -22,7 +22,7 @@ from mega_scale.model.block import MegaBlock
 from mega_scale.model.cache import MegaCache, check_cache
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 from mega_scale.model.documents import DOCUMENT_KEYS, document_borders, said_starts
-from mega_scale.model.embeddings import MegaEmbeddings
+from mega_scale.model.embeddings import MegaEmbeddings, check_inputs
 from mega_scale.model.initialization import initial_tensor
 from mega_scale.model.language_head import summed_cross_entropy
 from mega_scale.model.linear import apply_linear
@@ -177,9 +177,8 @@ class MegaModel(MegaPreTrainedModel):
             ValueError: inputs that exclude, lack or contradict each other; masks that do not fit; a cache in an encoder
                 or with truncation; documents in rows that are padded on the left, with truncation or cross-attention.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
         config = self.config
+        check_inputs(input_ids, inputs_embeds, token_type_ids, config)
         if config.is_decoder and config.normalization_type in BATCH_NORMS:
             refuse_statistics_of_the_future(self)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions

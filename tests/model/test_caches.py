@@ -55,3 +55,19 @@ def test_generate_uses_its_own_cache_whichever_is_asked_for(implementation):
     settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     got = model.generate(ids, cache_implementation=implementation, **settings)
     assert torch.equal(got, model.generate(ids, **settings))
+
+
+MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("before", MODES)
+@pytest.mark.parametrize("after", MODES)
+def test_a_cache_goes_on_with_or_without_gradients(before, after, chunked):
+    model, ids = make_model(use_chunking=chunked), make_ids(2, 20)
+    want = model(ids, use_cache=False).logits[:, 11:].detach()
+    with before():
+        cache = model(ids[:, :11], use_cache=True).past_key_values
+    with after():
+        got = [model(part, past_key_values=cache).logits for part in ids[:, 11:].split([1, 2, 6], 1)]
+        torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-5)

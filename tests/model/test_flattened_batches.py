@@ -45,6 +45,23 @@ def test_every_document_as_if_alone(saying, activation):
     assert torch.equal(chunked(batch["input_ids"], document_starts=starts, **more).logits, want)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"])
+def test_integers_of_any_width(dtype):
+    model, batch = make_model(), flattened()
+    keys = ("position_ids", "seq_idx", "cu_seq_lens_q")
+    more = {key: batch[key].to(getattr(torch, dtype)) for key in keys}
+    want = model(batch["input_ids"], position_ids=batch["position_ids"]).logits
+    for given in (more, *({key: value} for key, value in more.items())):
+        assert torch.equal(model(batch["input_ids"], **given).logits, want)
+
+
+def test_a_batch_without_rows():
+    empty = torch.zeros(0, 5, dtype=torch.long)
+    ends = torch.zeros(1, dtype=torch.long)
+    for given in ({"position_ids": empty}, {"seq_idx": empty}, {"cu_seq_lens_q": ends, "max_length_q": 0}):
+        assert make_model()(empty, **given).logits.shape == (0, 5, 61)
+
+
 def test_the_loss_is_that_of_the_documents_alone():
     model, batch = make_model(use_chunking=False), flattened()
     count = sum(LENGTHS) - len(LENGTHS)
@@ -103,6 +120,7 @@ BAD = [
     ({"position_ids": torch.tensor([[2, 3, 4, 2, 3, 4, 2, 3]])}, r"position_ids\[0, 0\] is 2"),
     ({"position_ids": LONG[:, :7]}, r"position_ids is torch.int64 \(1, 7\)"),
     ({"position_ids": LONG[0]}, r"position_ids is"), ({"position_ids": LONG.float()}, r"position_ids is torch.float32"),
+    ({"position_ids": LONG > 8}, "position_ids is torch.bool"),
     ({"position_ids": LONG.expand(3, -1)}, r"position_ids is"), ({"seq_idx": LONG[:, :3]}, "seq_idx is"),
     ({"position_ids": LONG % 4, "seq_idx": LONG // 2}, "seq_idx and position_ids say"),
     ({"position_ids": LONG % 4, "document_starts": torch.zeros(2, 8, dtype=torch.bool)}, "document_starts say"),
@@ -110,7 +128,9 @@ BAD = [
     ({"cu_seq_lens_q": torch.tensor([0, 8, 16]), "cu_seq_lens_k": torch.tensor([0, 4, 8, 16])}, "cu_seq_lens_k and"),
     ({"cu_seq_lens_q": torch.tensor([0, 4, 12, 16])}, "from one row into the next"),
     ({"cu_seq_lens_q": torch.tensor([0, 8])}, "rise from 0 to the 16"),
-    ({"cu_seq_lens_q": torch.tensor([0, 9, 8, 16])}, "rise"), ({"cu_seq_lens_q": torch.tensor([[0, 16]])}, "expected"),
+    ({"cu_seq_lens_q": torch.tensor([0, 9, 8, 16])}, "rise"),
+    ({"cu_seq_lens_q": torch.tensor([0, 9, 8, 16], dtype=torch.uint8)}, "rise"),
+    ({"cu_seq_lens_q": torch.tensor([[0, 16]])}, "expected"),
     ({"cu_seq_lens_q": torch.tensor([0, 8, 16]), "max_length_q": 7}, "max_length_q=7 is less than the 8"),
     ({"max_length_k": 3}, "max_length_k=3"),
     ({"position_ids": LONG % 4, "attention_mask": torch.tensor([[0] + [1] * 7, [1] * 8])},

@@ -42,10 +42,11 @@ def test_micro_batches_add_up_to_the_batch(kind):
         torch.testing.assert_close(sum(parts), whole, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["MegaForMaskedLM", "MegaForTokenClassification"])
-def test_labels_that_all_do_not_count_give_zero_with_a_graph(kind):
+@pytest.mark.parametrize("kind", ["MegaForCausalLM", "MegaForMaskedLM", "MegaForTokenClassification"])
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0), torch.tensor(0.0)], ids=repr)
+def test_labels_that_all_do_not_count_give_zero_with_a_graph(kind, count):
     model, inputs = make(kind), inputs_of(kind)
-    loss = model(**inputs, labels=torch.full_like(inputs["input_ids"], -100)).loss
+    loss = model(**inputs, labels=torch.full_like(inputs["input_ids"], -100), num_items_in_batch=count).loss
     loss.backward()
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
     assert model.mega.layers[0].mega_layer.mx_proj.weight.grad is not None
@@ -79,6 +80,11 @@ def test_labels_that_do_not_fit_are_refused(problem, labels):
     model = sequences(problem_type=problem)
     with pytest.raises(ValueError, match=r"labels has shape .* needs .* problem_type"):
         model(**inputs_of("MegaForSequenceClassification"), labels=labels)
+
+
+def test_an_unknown_problem_is_refused():
+    with pytest.raises(ValueError, match="problem_type='single_label' is unknown: choose one of regression, single_"):
+        sequences(problem_type="single_label")(make_ids(2, 5), labels=torch.tensor([0, 1]))
 
 
 def test_one_batch_does_not_decide_the_problem_for_the_next():

@@ -78,7 +78,7 @@ def check_inputs(
 
 def check_rows(table: nn.Module, ids: Tensor | None, name: str, size: str) -> None:
     """Refuse ids that a table on a CPU has no row for; other devices say so themselves, and later."""
-    if ids is None or type(table) is not nn.Embedding or not ids.numel() or not ids.is_cpu or not in_memory(ids):
+    if ids is None or not in_memory(ids) or type(table) is not nn.Embedding or not ids.numel() or not ids.is_cpu:
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= table.num_embeddings:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +194,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: str, reshard: bool) -> Non
             fully_shard(ema_of(block), mesh=mesh, mp_policy=exact, reshard_after_forward=reshard)
     for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # A cache that is given to the model keeps its states in fp32; blocks round what they compute with themselves.
+    policy = replace(policy, cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     # Nothing edits the logits in place, of which the root warns because they are a view.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)

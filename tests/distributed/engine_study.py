@@ -146,6 +146,9 @@ def _bf16(key: str, world: World) -> dict[str, Any]:
         inputs, labels, count = tiny_run.global_batch(50)
         seen["direct"] = engine.module(input_ids=inputs, use_cache=False).logits.dtype
         seen["text"] = engine.module.generate(inputs[:1, :5], max_new_tokens=6, do_sample=False, eos_token_id=None)
+        cache = engine.module(input_ids=inputs[:1, :5], use_cache=True).past_key_values
+        more = engine.module(input_ids=inputs[:1, 5:6], past_key_values=cache, use_cache=True).past_key_values
+        seen["cache"] = (more is cache, more.states[0].state.ema.dtype)
         seen["evaluation"] = float(engine.forward(inputs, labels, count))
     engine.close()
     return seen | {"losses": losses, "norms": norms}

@@ -97,6 +97,7 @@ def test_bf16_is_near_fp32_and_keeps_the_ema_exact(ranks, key):
         assert rounded["losses"] != found[key]["losses"]
         assert rounded["linear"] == rounded["direct"] == torch.bfloat16
         assert rounded["text"].shape == (1, 11)
+        assert rounded["cache"] == (True, torch.float32)  # not a rounded copy
         assert rounded["masters"] == {torch.float32}
         prefix = "mega.layers.1.mega_layer.ema_gate."
         for name, seen in rounded["ema"].items():

@@ -34,7 +34,9 @@ def test_a_run_with_bad_rows_finishes_and_counts_them(streaming, bad_file, tmp_p
     assert "bad rows 60" in output and "loader_wait" in last and last["tokens/text"] > 0
     if not streaming:
         assert f"left out of {bad_file}: " in output
-    code, output = start(LAUNCHERS["forked"], [*TINY, f"run_dir={tmp_path}", *keys, "data.max_bad_share=0.05"])
+    code, output = start(
+        LAUNCHERS["forked"], [*TINY, f"run_dir={tmp_path}", *keys, "data.max_bad_share=0.05", "--overwrite"]
+    )
     assert code != 0 and f"{bad_file}, line 803: " in output and "data.max_bad_share=0.05" in output
 
 

@@ -88,5 +88,7 @@ def test_a_run_on_a_broken_file_finishes_and_counts_or_stops_and_names_it(
     output = pretrain("forked", tmp_path, *keys, f"data.max_bad_share={share}")
     assert metrics(tmp_path)[3][f"bad_rows/{cause}"] == count
     assert f"bad rows {count}" in output and f": {count} {cause}" in output
-    code, output = start(LAUNCHERS["forked"], [*TINY, f"run_dir={tmp_path}", *keys, "data.max_bad_share=0.0001"])
+    code, output = start(
+        LAUNCHERS["forked"], [*TINY, f"run_dir={tmp_path}", *keys, "data.max_bad_share=0.0001", "--overwrite"]
+    )
     assert code != 0 and f"{corrupt}/{named}" in output and "data.max_bad_share=0.0001" in output

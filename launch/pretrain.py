@@ -279,6 +279,7 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
     meet(prepared, world, stopping, watchdog)
     key = read_key(config.checkpoint.key_file)
     checkpoint = None if prepared.resumed is None else resume(prepared, world, key)
+    watchdog.beat("building the model")
     with torch.device("meta"):
         module = MegaForCausalLM(model)
     engine = parallelize(
@@ -294,6 +295,7 @@ def pretrain(prepared: Prepared, world: World, stopping: Stopping, watchdog: Wat
         seed=train_config.seed,
         compile_gates=train_config.compile,
     )
+    watchdog.beat("starting")
     engine.module.train()
     # Whatever was drawn until here, for workers or by libraries, is none of the run's.
     torch.manual_seed(train_config.seed)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mega_scale.hub.layout import BASE_PREFIX, Layout, layout_of
 from mega_scale.model import MegaConfig
-from mega_scale.model.norm import warn_if_norm_differs
+from mega_scale.model.configuration_mega import warn_if_norm_differs
 
 _WEIGHT_FILES = (
     "model.safetensors",

@@ -17,7 +17,7 @@ from mega_scale.hub.layout import Layout, layout_of
 from mega_scale.hub.remote_code import auto_classes, auto_map, remote_code
 from mega_scale.hub.tokenizer_files import write_tokenizer
 from mega_scale.model import MegaConfig
-from mega_scale.model.norm import SAVED_BY
+from mega_scale.model.configuration_mega import SAVED_BY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SHARD_BYTES = 5_000_000_000

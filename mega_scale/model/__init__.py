@@ -1,44 +1,61 @@
-"""The Hugging Face Mega family on one device."""
+"""The Hugging Face Mega family on one device.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    RobertaTokenizer,
-)
+Importing it registers the family with transformers' Auto classes. The modules of models are imported when a class is
+asked for, here or through an Auto class: they cost seconds, which a command that refuses its arguments need not pay.
+"""
 
-from mega_scale.model.cache import MegaCache
-from mega_scale.model.classification import (
-    MegaForMultipleChoice,
-    MegaForSequenceClassification,
-    MegaForTokenClassification,
-)
-from mega_scale.model.configuration_mega import MegaConfig
-from mega_scale.model.masked_lm import MegaForMaskedLM
-from mega_scale.model.modeling_mega import MegaForCausalLM, MegaModel, MegaPreTrainedModel
-from mega_scale.model.question_answering import MegaForQuestionAnswering
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register(MegaConfig.model_type, MegaConfig, exist_ok=True)
-for _auto, _model in (
-    (AutoModel, MegaModel),
-    (AutoModelForPreTraining, MegaForMaskedLM),
-    (AutoModelForCausalLM, MegaForCausalLM),
-    (AutoModelForMaskedLM, MegaForMaskedLM),
-    (AutoModelForSequenceClassification, MegaForSequenceClassification),
-    (AutoModelForMultipleChoice, MegaForMultipleChoice),
-    (AutoModelForTokenClassification, MegaForTokenClassification),
-    (AutoModelForQuestionAnswering, MegaForQuestionAnswering),
-):
-    _auto.register(MegaConfig, _model, exist_ok=True)
-# The tokenizer of folders that name none, as in 4.37.2.
-AutoTokenizer.register(MegaConfig, RobertaTokenizer, exist_ok=True)
+from transformers import AutoConfig, AutoTokenizer, RobertaTokenizer
+from transformers.models.auto import modeling_auto
+
+from mega_scale.model.configuration_mega import CLASSES, MegaConfig
+
+if TYPE_CHECKING:
+    from mega_scale.model.cache import MegaCache
+    from mega_scale.model.heads import (
+        MegaForMaskedLM,
+        MegaForMultipleChoice,
+        MegaForQuestionAnswering,
+        MegaForSequenceClassification,
+        MegaForTokenClassification,
+    )
+    from mega_scale.model.modeling_mega import MegaForCausalLM, MegaModel, MegaPreTrainedModel
+
+_MODULES = {
+    "MegaCache": "cache",
+    "MegaForCausalLM": "modeling_mega",
+    "MegaForMaskedLM": "heads",
+    "MegaForMultipleChoice": "heads",
+    "MegaForQuestionAnswering": "heads",
+    "MegaForSequenceClassification": "heads",
+    "MegaForTokenClassification": "heads",
+    "MegaModel": "modeling_mega",
+    "MegaPreTrainedModel": "modeling_mega",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def _register() -> None:
+    AutoConfig.register(MegaConfig.model_type, MegaConfig, exist_ok=True)
+    # The tokenizer of folders that name none, as in 4.37.2.
+    AutoTokenizer.register(MegaConfig, RobertaTokenizer, exist_ok=True)
+    for table in CLASSES:
+        # `register` of a model's Auto class takes the class itself. This is how transformers puts off the import of its
+        # own models: by a name (configuration_mega writes it) and the module that has the class of that name.
+        mapping = getattr(modeling_auto, f"{table}_MAPPING")
+        mapping._reverse_config_mapping[MegaConfig.__name__] = MegaConfig.model_type
+        mapping._modules[MegaConfig.model_type] = sys.modules[__name__]
+
+
+_register()
 
 __all__ = [
     "MegaCache",

@@ -1,25 +1,31 @@
-"""The gated attention sublayer of a Mega block: moving average, attention in chunks, gates.
+"""Gated attention, alone and to an encoder, and the block that holds both.
 
-Legend: B batch, L length, D channels, Z width of queries and keys, E width of values, C chunk, K chunks.
+Legend: B batch, L length, S encoder length, D channels, Z width of queries and keys, E width of values, C chunk,
+K chunks.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mega_scale.model.activation import MegaActivation
-from mega_scale.model.cache import LayerState, remember
+from mega_scale.model.cache import EncoderState, LayerState, remember
 from mega_scale.model.configuration_mega import MegaConfig
-from mega_scale.model.documents import DocumentBorders
-from mega_scale.model.dropout import MegaAttentionDropout, MegaDropout
-from mega_scale.model.ema import MegaMultiDimensionDampedEma
-from mega_scale.model.linear import apply_linear
-from mega_scale.model.norm import MegaSequenceNorm
-from mega_scale.model.positional_bias import positional_bias
-from mega_scale.model.slots import Slots, align
+from mega_scale.model.layers import (
+    MegaActivation,
+    MegaAttentionDropout,
+    MegaDropout,
+    MegaMultiDimensionDampedEma,
+    MegaNormalizedFeedForwardNetwork,
+    MegaSequenceNorm,
+    apply_linear,
+    positional_bias,
+)
+from mega_scale.model.rows import DocumentBorders, Slots, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.gates import LEAN
 from mega_scale.ops.remake import remade
@@ -238,3 +244,148 @@ class MegaMovingAverageGatedAttention(nn.Module):
             impl="eager" if eager else "auto",
         )  # fmt: skip
         return out, weights
+
+
+class MegaGatedCrossAttention(nn.Module):
+    """`x + sigmoid(u) (dropout(act(W_h(O silu(r)))) - x)`, O the attention of q to the encoder; no EMA, no chunks."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation = ACT2FN[config.activation]
+        self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
+        self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
+        self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
+        self.k_proj = nn.Linear(config.hidden_size, config.shared_representation_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size + config.shared_representation_size)
+        self.h_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.rel_pos_bias = positional_bias(config)
+
+    def project(self, encoder: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, S, Z) and values (B, S, D) of an encoder's output (B, S, D)."""
+        return apply_linear(self.k_proj, encoder), self.activation(apply_linear(self.v_proj, encoder))
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key_mask: Tensor | None,
+        offset: int | Tensor,
+        return_weights: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Update the residual stream.
+
+        Args:
+            x: (B, L, D).
+            keys: of the encoder's output, (B, S, Z).
+            values: likewise, (B, S, D).
+            key_mask: (B, S) bool, true for valid positions of the encoder.
+            offset: position of the first token of x, one number or (B,).
+            return_weights: whether to return attention weights.
+            mask: (B, L) bool, true for valid positions of x, for batch norms.
+
+        Returns:
+            (B, L, D), and weights (B, L, S) or none.
+        """
+        config = self.config
+        prenorm = config.normalize_before_mega
+        update, gate, q = apply_linear(self.q_proj, self.norm(x, mask) if prenorm else x).split(
+            [config.hidden_size, config.hidden_size, config.shared_representation_size], -1
+        )
+        eager = config._attn_implementation == "eager" or return_weights
+        attended, weights = chunk_attention(
+            q.unsqueeze(1), keys.unsqueeze(1), self.hidden_dropout(values).unsqueeze(1),
+            self.rel_pos_bias(x.shape[1], keys.shape[1], offset),
+            activation=config.attention_activation,
+            offset=offset,
+            key_mask=None if key_mask is None else key_mask.unsqueeze(1),
+            dropout=config.attention_probs_dropout_prob if self.training else 0.0,
+            return_weights=return_weights,
+            impl="eager" if eager else "auto",
+        )  # fmt: skip
+        hidden = self.dropout(self.activation(apply_linear(self.h_proj, attended.squeeze(1) * F.silu(gate))))
+        out = torch.addcmul(x, torch.sigmoid(update), hidden - x)
+        if not prenorm:
+            out = self.norm(out, mask)
+        return out, None if weights is None else weights.squeeze(1)
+
+
+class BlockOutput(NamedTuple):
+    """What a block returns.
+
+    Args:
+        x: the residual stream, (B, L, D).
+        weights: of self-attention, or none.
+        cross_weights: of cross-attention (B, L, S), or none.
+        state: of self-attention after x, or none.
+        encoder: keys and values of the encoder's output, or none.
+    """
+
+    x: Tensor
+    weights: Tensor | None
+    cross_weights: Tensor | None
+    state: LayerState | None
+    encoder: EncoderState | None
+
+
+class MegaBlock(GradientCheckpointingLayer):
+    """One layer of a Mega model: the unit of activation checkpointing and of sharding."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.mega_layer = MegaMovingAverageGatedAttention(config)
+        self.cross_attn = MegaGatedCrossAttention(config) if config.add_cross_attention else None
+        self.nffn = MegaNormalizedFeedForwardNetwork(config) if config.use_normalized_ffn else None
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether activation checkpointing computes this block again in the backward pass."""
+        return self.training and bool(self.gradient_checkpointing)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        pads: Tensor | None = None,
+        encoder_output: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        state: LayerState | None = None,
+        encoder: EncoderState | None = None,
+        return_state: bool = False,
+        return_weights: bool = False,
+        borders: DocumentBorders | None = None,
+    ) -> BlockOutput:
+        """Update the residual stream.
+
+        Args:
+            x: (B, L, D).
+            mask: see `MegaMovingAverageGatedAttention`; so are `pads`, `state`, `return_state`, `return_weights`.
+            pads: padding before each row's first token.
+            encoder_output: (B, S, D); cross-attention only, and not needed with `encoder`.
+            encoder_mask: (B, S) bool, true for valid positions.
+            state: of the tokens before x.
+            encoder: keys and values of the encoder's output, from an earlier call.
+            return_state: whether to return states.
+            return_weights: whether to return attention weights.
+            borders: of the documents that share a row; without cross-attention only.
+        """
+        seen = 0 if state is None else state.position
+        x, weights, state = self.mega_layer(
+            x, mask, pads, state, return_state, return_weights, borders, self.recomputed
+        )
+        new_mask = None if mask is None else mask[:, -x.shape[1] :]
+        cross_weights = None
+        if self.cross_attn is not None:
+            if encoder is None:
+                assert encoder_output is not None, "MegaModel refuses cross-attention without an encoder's output"
+                encoder = EncoderState(*self.cross_attn.project(encoder_output))
+            offset = seen if pads is None else seen - pads
+            x, cross_weights = self.cross_attn(
+                x, encoder.keys, encoder.values, encoder_mask, offset, return_weights, new_mask
+            )
+        if self.nffn is not None:
+            x = self.nffn(x, new_mask, self.recomputed)
+        return BlockOutput(x, weights, cross_weights, state, encoder if return_state else None)

@@ -1,15 +1,31 @@
 """Configuration of Mega models: the keys of transformers 4.37.2, and a few of the paper's recipes that it lacks."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
 
 NORMALIZATION_TYPES = ("scalenorm", "layernorm", "rmsnorm", "batchnorm", "syncbatchnorm")
 BATCH_NORMS = NORMALIZATION_TYPES[3:]
 ATTENTION_ACTIVATIONS = ("softmax", "laplace", "relu2")
 ACTIVATIONS = ("silu", "relu", "linear", "gelu", "gelu_accurate")
 POSITIONAL_BIASES = ("rotary", "simple")
+# The key of config.json by which an export is known, also after transformers 4.37.2 has saved it again.
+SAVED_BY = "saved_by"
+# Table of transformers' Auto classes to the class of ours that belongs there.
+CLASSES = {
+    "MODEL": "MegaModel",
+    "MODEL_FOR_PRETRAINING": "MegaForMaskedLM",
+    "MODEL_FOR_CAUSAL_LM": "MegaForCausalLM",
+    "MODEL_FOR_MASKED_LM": "MegaForMaskedLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION": "MegaForSequenceClassification",
+    "MODEL_FOR_MULTIPLE_CHOICE": "MegaForMultipleChoice",
+    "MODEL_FOR_TOKEN_CLASSIFICATION": "MegaForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING": "MegaForQuestionAnswering",
+}
 
 
 @strict
@@ -263,5 +279,29 @@ class MegaConfig(PreTrainedConfig):
         if self.add_cross_attention and not self.is_decoder:
             raise ValueError("add_cross_attention=True needs a decoder: set is_decoder=True and bidirectional=False")
 
+
+def warn_if_norm_differs(values: Mapping[str, Any]) -> None:
+    """Warn of weights that were trained with the RMSNorm of transformers 4.37.2, which does not normalise.
+
+    Args:
+        values: content of a config.json.
+    """
+    release = str(values.get("transformers_version") or "").split(".")[0]
+    older = release.isdecimal() and int(release) < 5
+    if values.get("normalization_type") == "rmsnorm" and older and SAVED_BY not in values:
+        warnings.warn(
+            "normalization_type='rmsnorm' in a checkpoint of transformers "
+            f"{values['transformers_version']}: its RMSNorm returned its input without normalising it, here it "
+            "normalises, so the model computes something else than it did there; train it further, or start anew",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# transformers' Trainer, pipelines and server look a class up by name to know what it computes: a Trainer with label
+# smoothing shifts labels only for names of the causal table. `register` of the Auto classes does not write them. Here,
+# so that an export's own code does it too.
+for _table, _name in CLASSES.items():
+    getattr(modeling_auto, f"{_table}_MAPPING_NAMES")[MegaConfig.model_type] = _name
 
 __all__ = ["MegaConfig"]

@@ -3,14 +3,17 @@
 The number may span several micro-batches or ranks, so that the parts add up to the loss of the whole batch. Without
 any target the loss is zero and still has a graph, where a mean would be NaN.
 
-Legend: B batch, K classes.
+Legend: B batch, L length, D channels, V vocabulary, K classes.
 """
 
 import math
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mega_scale.model.layers import plain_linear
+from mega_scale.ops.cross_entropy import linear_cross_entropy
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -49,7 +52,7 @@ def cross_entropy(
     check_labels(labels, logits.shape[:-1])
     labels = labels.reshape(-1).to(logits.device, torch.long)
     flat = logits.reshape(-1, logits.shape[-1]).float()
-    total = functional.cross_entropy(flat, labels, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(flat, labels, ignore_index=ignore_index, reduction="sum")
     return mean(total, (labels != ignore_index).sum().clamp(min=1), num_items)
 
 
@@ -84,9 +87,9 @@ def sequence_loss(
         return cross_entropy(logits, labels, num_items)
     values, targets = logits.float(), labels.reshape(logits.shape).float()
     if problem_type == "regression":
-        total = functional.mse_loss(values, targets, reduction="sum")
+        total = F.mse_loss(values, targets, reduction="sum")
     else:
-        total = functional.binary_cross_entropy_with_logits(values, targets, reduction="sum")
+        total = F.binary_cross_entropy_with_logits(values, targets, reduction="sum")
     return mean(total, labels.numel(), num_items)
 
 
@@ -104,3 +107,43 @@ def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None) -> 
     if isinstance(num_items, Tensor):
         return total / num_items.to(total.device).masked_fill(num_items.to(total.device) == 0, 1)
     return total / (num_items or 1)
+
+
+class LanguageModelHead(nn.Linear):
+    """A linear layer that can also take targets, whatever hooks it has: what trainers make of it."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or a loss.
+
+        Args:
+            input: (B, L, D).
+            targets: (B, L) int64, -100 where there is none.
+
+        Returns:
+            (B, L, V) without targets; with them a scalar in fp32, nats, summed over targets.
+        """
+        if targets is None:
+            return super().forward(input)
+        return linear_cross_entropy(input, self.weight, self.bias, targets.to(input.device))
+
+
+def summed_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of a head's logits, summed over targets, in fp32 and nats.
+
+    A few tokens at a time, except where the head is not linear itself (quantised, adapted, watched): then of whole
+    logits.
+
+    Args:
+        head: makes logits (B, L, V) of x.
+        x: (B, L, D).
+        targets: (B, L) int64, -100 where there is none.
+    """
+    targets = targets.to(x.device)
+    if isinstance(head, LanguageModelHead):
+        loss: Tensor = head(x, targets)
+        return loss
+    plain = plain_linear(head)
+    if plain is not None:
+        return linear_cross_entropy(x, plain.weight, plain.bias, targets)
+    logits = head(x).flatten(0, 1).float()
+    return F.cross_entropy(logits, targets.to(logits.device).flatten(), ignore_index=-100, reduction="sum")

@@ -1,4 +1,4 @@
-"""The Hugging Face models: backbone and heads.
+"""The Hugging Face models: backbone and causal language model, and the initial values of all.
 
 Legend: B batch, L length, D channels, V vocabulary.
 """
@@ -17,22 +17,85 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
-from mega_scale.model.auto_names import register_names, registered_name
-from mega_scale.model.block import MegaBlock
+from mega_scale.model.attention import MegaBlock, MegaMovingAverageGatedAttention
 from mega_scale.model.cache import MegaCache, check_cache
-from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
-from mega_scale.model.documents import DOCUMENT_KEYS, document_borders, said_starts
-from mega_scale.model.embeddings import MegaEmbeddings, check_inputs
-from mega_scale.model.initialization import initial_tensor
-from mega_scale.model.language_head import summed_cross_entropy
-from mega_scale.model.linear import apply_linear
-from mega_scale.model.losses import check_labels, cross_entropy, mean
-from mega_scale.model.masks import encoder_mask, mask_and_pads, remember_mask
-from mega_scale.model.norm import MegaSequenceNorm, refuse_statistics_of_the_future, warn_if_norm_differs
-from mega_scale.model.slots import leading_pads
+from mega_scale.model.configuration_mega import BATCH_NORMS, CLASSES, MegaConfig, warn_if_norm_differs
+from mega_scale.model.layers import (
+    MegaEmbeddings,
+    MegaMultiDimensionDampedEma,
+    MegaRMSNorm,
+    MegaRotaryRelativePositionalBias,
+    MegaScaleNorm,
+    MegaSequenceNorm,
+    MegaSimpleRelativePositionalBias,
+    apply_linear,
+    check_inputs,
+    refuse_statistics_of_the_future,
+)
+from mega_scale.model.losses import check_labels, cross_entropy, mean, summed_cross_entropy
+from mega_scale.model.rows import (
+    DOCUMENT_KEYS,
+    document_borders,
+    encoder_mask,
+    leading_pads,
+    mask_and_pads,
+    remember_mask,
+    said_starts,
+)
 
-# Here, so that an export's own code does it too: all heads import this module.
-register_names(MegaConfig.model_type)
+
+def initial_tensor(
+    module: nn.Module, name: str, config: MegaConfig, generator: torch.Generator | None = None
+) -> Tensor | None:
+    """Draw the initial value of one parameter or buffer, as the reference does (transformers 4.37.2 `_init_weights`).
+
+    Args:
+        module: its owner; may lie on the meta device. Only its class and shapes are read.
+        name: of the parameter or persistent buffer in `module`, without dots.
+        config: of the model.
+        generator: CPU generator; none means PyTorch's global one.
+
+    Returns:
+        The full tensor on the CPU, fp32 (integers keep their dtype); none when the module is not one of Mega's.
+    """
+    tensor: Tensor | None = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers[name]
+    if tensor is None:
+        return None
+    shape = tensor.shape
+
+    def normal(std: float) -> Tensor:
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+    if isinstance(module, MegaMultiDimensionDampedEma):
+        if name in ("damping_factor", "decay_factor"):
+            return normal(config.ema_delta_alpha_range)
+        if name == "ema_expansion_matrix":
+            alternating = torch.ones(shape[1], 1)
+            alternating[1::2] = -1.0  # more stable than one sign for all (fairseq)
+            return normal(config.ema_beta_range) + alternating
+        return normal(config.ema_gamma_omega_range)
+    if isinstance(module, MegaSimpleRelativePositionalBias):
+        return normal(config.initializer_range)
+    if isinstance(module, MegaRotaryRelativePositionalBias):
+        return torch.zeros(shape) if name == "_float_tensor" else normal(config.initializer_range)
+    if isinstance(module, MegaMovingAverageGatedAttention):
+        return normal(config.initializer_range) if name == "qk_weight" else torch.zeros(shape)
+    if isinstance(module, nn.Embedding):
+        # Scaled embeddings enter the first block with unit variance, as in fairseq.
+        weight = normal(config.hidden_size**-0.5 if config.scale_embeddings else config.initializer_range)
+        if module.padding_idx is not None:
+            weight[module.padding_idx] = 0.0
+        return weight
+    if isinstance(module, nn.Linear):
+        return normal(config.initializer_range) if name == "weight" else torch.zeros(shape)
+    if isinstance(module, (MegaScaleNorm, MegaRMSNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)):
+        if name == "num_batches_tracked":
+            return torch.zeros(shape, dtype=tensor.dtype)
+        return torch.ones(shape) if name in ("scalar", "weight", "running_var") else torch.zeros(shape)
+    return None
+
 
 logger = logging.get_logger(__name__)
 
@@ -55,8 +118,9 @@ class MegaPreTrainedModel(PreTrainedModel):
         super().__init__(config)
 
     def _get_name(self) -> str:
-        # What a Trainer looks up: FSDP2 makes a class of another name, and users do.
-        return registered_name(type(self))
+        # What a Trainer looks up in transformers' tables: FSDP2 makes a class of another name, and users do.
+        names = (base.__name__ for base in type(self).__mro__)
+        return next((name for name in names if name in CLASSES.values()), type(self).__name__)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from mega_scale.model.block import BlockOutput, MegaBlock
+from mega_scale.model.attention import BlockOutput, MegaBlock
 from mega_scale.model.cache import LayerState
-from mega_scale.model.documents import DocumentBorders
+from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.sequence import Kept
 from mega_scale.parallel.structure import blocks

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from mega_scale.model import MegaConfig
-from mega_scale.model.block import MegaBlock
+from mega_scale.model.attention import MegaBlock
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.mesh import MeshShape
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mega_scale.model.dropout import MegaAttentionDropout, MegaDropout
+from mega_scale.model.layers import MegaAttentionDropout, MegaDropout
 from mega_scale.ops.dropout import positional_dropout
 from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.window import Window

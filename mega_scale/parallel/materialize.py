@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mega_scale.model import MegaConfig, MegaPreTrainedModel
-from mega_scale.model.initialization import initial_tensor
+from mega_scale.model.modeling_mega import initial_tensor
 from mega_scale.parallel.collectives import ALONE, Axis
 from mega_scale.parallel.pieces import pieces
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mega_scale.model.ema import MegaMultiDimensionDampedEma
+from mega_scale.model.layers import MegaMultiDimensionDampedEma
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 from mega_scale.ops.once import once_differentiable
 from mega_scale.parallel.collectives import Axis, Pending, start_gather

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from mega_scale.model import MegaPreTrainedModel
-from mega_scale.model.language_head import LanguageModelHead
-from mega_scale.model.linear import MegaLinear
+from mega_scale.model.layers import MegaLinear
+from mega_scale.model.losses import LanguageModelHead
 from mega_scale.ops.gates import compiled
 from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations
 from mega_scale.parallel.collectives import Axis

@@ -13,11 +13,13 @@ from torch import nn
 
 from mega_scale.model import MegaForCausalLM, MegaPreTrainedModel
 from mega_scale.model.attention import MegaMovingAverageGatedAttention
-from mega_scale.model.embeddings import MegaEmbeddings
-from mega_scale.model.feed_forward import MegaNormalizedFeedForwardNetwork
-from mega_scale.model.linear import MegaLinear
-from mega_scale.model.norm import MegaSequenceNorm
-from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias
+from mega_scale.model.layers import (
+    MegaEmbeddings,
+    MegaLinear,
+    MegaNormalizedFeedForwardNetwork,
+    MegaRotaryRelativePositionalBias,
+    MegaSequenceNorm,
+)
 from mega_scale.parallel.collectives import Axis
 from mega_scale.parallel.model_checks import check_tensor_parallel
 from mega_scale.parallel.shards import TensorParallel

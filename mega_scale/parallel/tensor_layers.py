@@ -10,9 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mega_scale.model.attention import MegaMovingAverageGatedAttention
-from mega_scale.model.linear import MegaLinear
-from mega_scale.model.norm import MegaRMSNorm, MegaScaleNorm
-from mega_scale.model.positional_bias import MegaRotaryRelativePositionalBias, MegaSimpleRelativePositionalBias
+from mega_scale.model.layers import (
+    MegaLinear,
+    MegaRMSNorm,
+    MegaRotaryRelativePositionalBias,
+    MegaScaleNorm,
+    MegaSimpleRelativePositionalBias,
+)
 from mega_scale.ops.linear import linear
 from mega_scale.ops.once import once_differentiable
 from mega_scale.ops.precision import autocast_dtype

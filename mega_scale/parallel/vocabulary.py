@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mega_scale.model.language_head import LanguageModelHead
+from mega_scale.model.losses import LanguageModelHead
 from mega_scale.ops.cross_entropy import VocabularyPart, linear_cross_entropy
 from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter
 from mega_scale.parallel.shards import TensorParallel, share

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from mega_scale.model.norm import MegaRMSNorm, MegaScaleNorm
+from mega_scale.model.layers import MegaRMSNorm, MegaScaleNorm
 from mega_scale.ops.cross_entropy import linear_cross_entropy
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter, sum_gradient

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaForCausalLM
-from mega_scale.model.norm import warn_if_norm_differs
+from mega_scale.model.configuration_mega import warn_if_norm_differs
 
 EMBEDDING = "mega.embedding_layer.word_embeddings.weight"
 

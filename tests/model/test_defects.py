@@ -12,8 +12,7 @@ from builders import make_config, make_ids, make_model
 from huggingface_hub.errors import StrictDataclassError
 
 import mega_scale
-from mega_scale.model.dropout import MegaDropout
-from mega_scale.model.norm import MegaSequenceNorm
+from mega_scale.model.layers import MegaDropout, MegaSequenceNorm
 from mega_scale.ops.ema import EmaCoefficients
 
 ENCODER = {"is_decoder": False, "bidirectional": True}

@@ -7,7 +7,7 @@ from accelerate import infer_auto_device_map
 from every_class import CLASSES, HEADS, LANGUAGE_MODELS, answers, inputs_of, labels_of, make
 
 import mega_scale
-from mega_scale.model.initialization import initial_tensor
+from mega_scale.model.modeling_mega import initial_tensor
 
 every_class = pytest.mark.parametrize("kind", CLASSES)
 every_head = pytest.mark.parametrize("kind", HEADS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import mega_scale
-from mega_scale.model import norm
+from mega_scale.model import layers
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -66,5 +66,5 @@ def test_rmsnorm_differs_from_the_reference_by_the_normalisation_alone(run, monk
     def forgetful(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         return x if gain is None else x * gain
 
-    monkeypatch.setattr(norm, "divide_by_rms", forgetful)
+    monkeypatch.setattr(layers, "divide_by_rms", forgetful)
     assert not run(GOLDEN / "quirk", name)

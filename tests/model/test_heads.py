@@ -6,8 +6,7 @@ from builders import make_ids, make_model
 from every_class import ENCODER, HEADS, LENGTH, answers, inputs_of, labels_of, make
 from torch.nn import functional
 
-from mega_scale.model.classification import MegaClassificationHead
-from mega_scale.model.heads import sequence_token
+from mega_scale.model.heads import MegaClassificationHead, sequence_token
 from mega_scale.model.losses import cross_entropy, sequence_loss
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -10,7 +10,7 @@ from builders import make_config, make_ids, make_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import mega_scale
-from mega_scale.model.initialization import initial_tensor
+from mega_scale.model.modeling_mega import initial_tensor
 
 
 def test_defaults_are_those_of_4_37_2():

@@ -121,8 +121,8 @@ def test_a_model_without_lean_parts_has_the_same_gradients(kind, recompute, monk
     for module in model.modules():
         if hasattr(module, "gates"):
             module.gates = PLAIN
-    monkeypatch.setattr("mega_scale.model.norm.divide_by_rms", plain_divide_by_rms)
-    for place in ("attention", "feed_forward"):
+    monkeypatch.setattr("mega_scale.model.layers.divide_by_rms", plain_divide_by_rms)
+    for place in ("attention", "layers"):
         monkeypatch.setattr(f"mega_scale.model.{place}.remade", lambda *_: torch.enable_grad())
     for name, want in gradients().items():
         torch.testing.assert_close(found[name], want, atol=1e-6, rtol=1e-5, msg=name)

@@ -1,0 +1,381 @@
+"""Layers of a Mega block and model, but for attention.
+
+Legend: B batch, L length, D channels, N moving averages per channel, Z width of queries and keys, I queries, J keys,
+W outputs of a linear layer.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN
+
+from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.ops.attention import key_minus_query, rotary_bias, simple_bias
+from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.ops.gates import LEAN
+from mega_scale.ops.linear import linear
+from mega_scale.ops.remake import remade
+from mega_scale.ops.rms import divide_by_rms
+from mega_scale.ops.tracing import in_memory
+
+
+class MegaLinear(nn.Linear):
+    """`x weight^T + bias`, by whichever library is fastest on a CPU whatever hooks it has: what trainers make of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, L, D), any floating dtype; returns (B, L, W)."""
+        return linear(input, self.weight, self.bias)
+
+
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, by whichever library is fastest on a CPU if the layer is a plain one: (B, L, D) to (B, L, W)."""
+    plain = plain_linear(layer)
+    found: Tensor = layer(x) if plain is None else linear(x, plain.weight, plain.bias)
+    return found
+
+
+def plain_linear(layer: nn.Module) -> nn.Linear | None:
+    """The layer, if calling it is its product and nothing else: if it is neither replaced, wrapped nor hooked."""
+    plain = (
+        type(layer) is nn.Linear
+        and not torch.compiler.is_compiling()
+        and "forward" not in vars(layer)
+        and layer._compiled_call_impl is None
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
+    return layer if plain else None  # type: ignore[return-value]
+
+
+class MegaDropout(nn.Module):
+    """Zeroes elements with probability p while training; featurewise: one draw for a feature of a sequence."""
+
+    def __init__(self, p: float, featurewise: bool = False) -> None:
+        super().__init__()
+        self.p = float(p)
+        self.featurewise = featurewise
+
+    @property
+    def drops(self) -> bool:
+        """Whether it does anything now."""
+        return self.training and self.p > 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D)."""
+        if not self.drops:
+            return x
+        if self.featurewise:
+            return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
+        return F.dropout(x, self.p)
+
+
+class MegaAttentionDropout(nn.Module):
+    """Says how attention weights are dropped while training; a fused attention drops them itself.
+
+    A module only to know whether it is training: what `rule` returns is no tensor, so it cannot be a forward.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = float(p)
+
+    def rule(self) -> float | Callable[[Tensor], Tensor]:
+        """A probability, or a function of weights (B, K, I, J)."""
+        return self.p if self.training else 0.0
+
+
+class MegaActivation(nn.Module):
+    """transformers' function of that name; silu by whatever computes a block's gates."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.gates = LEAN
+        self.other = None if name == "silu" else ACT2FN[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape and floating dtype."""
+        return self.gates.silu(x) if self.other is None else self.other(x)
+
+
+_EPSILON = 1e-5
+
+
+class MegaScaleNorm(nn.Module):
+    """`g x / rms(x)` with one learned scalar g (arXiv 1910.05895)."""
+
+    scalar: nn.Parameter | None
+
+    def __init__(self, eps: float = _EPSILON, affine: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_parameter("scalar", nn.Parameter(torch.ones(1)) if affine else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) in any floating dtype; statistics in fp32."""
+        return divide_by_rms(x, self.scalar, self.eps)
+
+
+class MegaRMSNorm(nn.Module):
+    """`g x / rms(x)` with a learned g per channel (arXiv 1910.07467). In 4.37.2 it returns its input unnormalised."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, channels: int, eps: float = _EPSILON, affine: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_parameter("weight", nn.Parameter(torch.ones(channels)) if affine else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) in any floating dtype; statistics in fp32."""
+        return divide_by_rms(x, self.weight, self.eps)
+
+
+class MegaSequenceNorm(nn.Module):
+    """The norm named by `normalization_type`; batch norms take their statistics from valid positions only."""
+
+    def __init__(self, kind: str, channels: int, affine: bool = True) -> None:
+        super().__init__()
+        self.norm: nn.Module
+        if kind == "layernorm":
+            self.norm = nn.LayerNorm(channels, _EPSILON, elementwise_affine=affine)
+        elif kind == "scalenorm":
+            self.norm = MegaScaleNorm(affine=affine)
+        elif kind == "rmsnorm":
+            self.norm = MegaRMSNorm(channels, affine=affine)
+        elif kind == "batchnorm":
+            self.norm = nn.BatchNorm1d(channels, eps=_EPSILON, affine=affine)
+        elif kind == "syncbatchnorm":
+            self.norm = nn.SyncBatchNorm(channels, eps=_EPSILON, affine=affine)
+        else:
+            raise ValueError(f"normalization_type={kind!r} is unknown")
+        self.over_batch = kind in ("batchnorm", "syncbatchnorm")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise x (B, L, D); mask (B, L) bool marks the positions that batch statistics count."""
+        if not self.over_batch:
+            return self.norm(x)
+        if mask is None or not self.training:
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+        out = torch.zeros_like(x)
+        out[mask] = self.norm(x[mask])
+        return out
+
+
+def refuse_statistics_of_the_future(decoder: nn.Module) -> None:
+    """Refuse to run a decoder whose batch norms would take their statistics from all positions, those ahead included.
+
+    Raises:
+        ValueError: a batch norm is in training mode; in eval mode it reads its running statistics, which leak nothing.
+    """
+    if any(isinstance(module, MegaSequenceNorm) and module.norm.training for module in decoder.modules()):
+        raise ValueError(
+            "normalization_type of batch norms, in a decoder that trains, would show every position the future: "
+            "call eval(), or choose scalenorm, layernorm or rmsnorm"
+        )
+
+
+class MegaSimpleRelativePositionalBias(nn.Module):
+    """A learned bias per distance; the table has `max_positions` on either side, read about the chunk when chunked."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.chunked = config.use_chunking
+        self.centre = config.chunk_size if config.use_chunking else config.max_positions
+        self.rel_pos_bias = nn.Parameter(torch.empty(2 * config.max_positions - 1))
+
+    def forward(self, queries: int, keys: int, offset: int | Tensor) -> Tensor:
+        """The bias of I queries from position `offset` on against J keys, (I + J - 1,), or (B, I + J - 1) for (B,)."""
+        reach = keys if isinstance(offset, Tensor) else max(keys, offset + queries)
+        if not self.chunked and reach > self.centre:
+            raise ValueError(
+                f"a sequence of {reach} tokens is longer than max_positions={self.centre}, the limit of "
+                "relative_positional_bias='simple': shorten it, use chunks, or use the rotary bias"
+            )
+        distances = key_minus_query(queries, keys, offset, self.rel_pos_bias.device)
+        return simple_bias(self.rel_pos_bias, self.centre, distances)
+
+
+class MegaRotaryRelativePositionalBias(nn.Module):
+    """A learned function of the distance, defined at any distance."""
+
+    _float_tensor: Tensor
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(1, config.shared_representation_size))
+        self.b_param = nn.Parameter(torch.empty(1, config.shared_representation_size))
+        # Not used; checkpoints of 4.37.2 have it, and load strictly.
+        self.register_buffer("_float_tensor", torch.zeros(1))
+
+    def forward(self, queries: int, keys: int, offset: int | Tensor) -> Tensor:
+        """The bias of I queries from position `offset` on against J keys, (I + J - 1,), or (B, I + J - 1) for (B,)."""
+        return rotary_bias(self.alpha, self.b_param, key_minus_query(queries, keys, offset, self.alpha.device))
+
+
+def positional_bias(config: MegaConfig) -> nn.Module:
+    """The bias module that `relative_positional_bias` names."""
+    if config.relative_positional_bias == "simple":
+        return MegaSimpleRelativePositionalBias(config)
+    return MegaRotaryRelativePositionalBias(config)
+
+
+class MegaMultiDimensionDampedEma(nn.Module):
+    """`silu(EMA(x) + omega x)` (arXiv 2209.10655, equations 5 and 6; omega and silu as in the public implementations).
+
+    Its parameters are kept in fp32: a decay close to one does not survive bf16.
+    """
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        rows = config.hidden_size * (2 if config.bidirectional else 1)
+        averages = config.ema_projection_size
+        self.gates = LEAN
+        self.bidirectional = config.bidirectional
+        self.truncation = config.truncation
+        self.damping_factor = nn.Parameter(torch.empty(rows, averages, 1))
+        self.decay_factor = nn.Parameter(torch.empty(rows, averages, 1))
+        self.ema_expansion_matrix = nn.Parameter(torch.empty(rows, averages, 1))
+        self.kernel_projection_matrix = nn.Parameter(torch.empty(rows, averages))
+        self.residual_weight = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, state: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Average x over the sequence.
+
+        Args:
+            x: (B, L, D), any floating dtype.
+            mask: (B, L) bool, false for positions that the average leaves out (their omega term stays).
+            state: h before the first token, (B, D, N) fp32; none means zero.
+            resets: (B, L) bool, true where a document begins, into which nothing is carried; none: nowhere.
+
+        Returns:
+            (B, L, D) in the dtype of x, and h after the last token; none when truncated.
+        """
+        coefficients = EmaCoefficients.from_parameters(
+            self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix
+        )
+        inputs = x if mask is None else x * mask[..., None]
+        y, state = self.average(inputs, coefficients, state, resets)
+        return self.gates.average(y, x, self.residual_weight), state
+
+    def average(
+        self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The average itself, without omega and silu: x (B, L, D) and h before it to y, and h after it."""
+        return damped_ema(x, coefficients, state, resets, bidirectional=self.bidirectional, truncation=self.truncation)
+
+
+INDICES = (torch.int64, torch.int32)
+
+
+class MegaEmbeddings(nn.Module):
+    """Word embeddings, times sqrt(D) if `scale_embeddings`, plus token type embeddings if the model has them."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.padding_idx)
+        self.token_type_embeddings = (
+            nn.Embedding(config.type_vocab_size, config.hidden_size) if config.add_token_type_embeddings else None
+        )
+        self.scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
+        self.dropout = MegaDropout(config.embedding_dropout_prob, config.use_feature_dropout)
+
+    def forward(
+        self, input_ids: Tensor | None = None, token_type_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Embed input_ids (B, L), or take inputs_embeds (B, L, D) in their place; token types default to 0.
+
+        Raises:
+            ValueError: ids that no row belongs to; see also `check_inputs`.
+        """
+        check_rows(self.word_embeddings, input_ids, "input_ids", "vocab_size")
+        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            check_rows(self.token_type_embeddings, token_type_ids, "token_type_ids", "type_vocab_size")
+            x = x + self.token_type_embeddings(token_type_ids)
+        return self.dropout(x)
+
+
+def check_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None, config: MegaConfig
+) -> None:
+    """Refuse inputs of another shape or dtype than `MegaEmbeddings` takes.
+
+    Raises:
+        ValueError: both or none of ids and embeddings; no token in a row; other shapes or dtypes; token types that are
+            not (B, L) or (1, L).
+    """
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    shape = tuple(given.shape)
+    if input_ids is None:
+        name, expected, fits = (
+            "inputs_embeds",
+            f"(batch, length, {config.hidden_size})",
+            shape[2:] == (config.hidden_size,),
+        )
+    else:
+        name, expected, fits = "input_ids", "int64 (batch, length)", len(shape) == 2 and given.dtype in INDICES
+    if not fits or shape[1] < 1:
+        raise ValueError(f"{name} is {given.dtype} {shape}: expected {expected}, at least one token long")
+    if token_type_ids is not None and config.add_token_type_embeddings:
+        types = tuple(token_type_ids.shape)
+        if types not in (shape[:2], (1, shape[1])) or token_type_ids.dtype not in INDICES:
+            raise ValueError(
+                f"token_type_ids is {token_type_ids.dtype} {types}: expected int64 {shape[:2]}, one a token"
+            )
+
+
+def check_rows(table: nn.Module, ids: Tensor | None, name: str, size: str) -> None:
+    """Refuse ids that a table on a CPU has no row for; other devices say so themselves, and later."""
+    if ids is None or not in_memory(ids) or type(table) is not nn.Embedding or not ids.numel() or not ids.is_cpu:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= table.num_embeddings:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"{name} holds {wrong}: expected 0 to {table.num_embeddings - 1} ({size}={table.num_embeddings})"
+        )
+
+
+class MegaNormalizedFeedForwardNetwork(nn.Module):
+    """`x + dropout(fc2(dropout(act(fc1(norm x)))))`, the norm after the sum when not pre-norm."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.prenorm = config.normalize_before_ffn
+        self.activation = MegaActivation(config.activation)
+        self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
+        self.fc1 = nn.Linear(config.hidden_size, config.nffn_hidden_size)
+        self.fc2 = nn.Linear(config.nffn_hidden_size, config.hidden_size)
+        self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
+        self.hidden_dropout = MegaDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, recomputed: bool = False) -> Tensor:
+        """Update the residual stream.
+
+        Args:
+            x: (B, L, D).
+            mask: (B, L) bool, true for valid positions, for batch norms.
+            recomputed: whether activation checkpointing will compute all of this again.
+        """
+        normed = self.norm(x, mask) if self.prenorm else x
+        # Statistics of a batch are counted once.
+        keeps = recomputed or not self.prenorm or self.norm.over_batch
+        with nullcontext() if keeps else remade(normed, lambda: self.norm(x, mask)):
+            pre = apply_linear(self.fc1, normed)
+        active = self.activation(pre)
+        hidden = self.hidden_dropout(active)
+        with nullcontext() if recomputed else remade(active, lambda: self.activation(pre)):
+            out = x + self.dropout(apply_linear(self.fc2, hidden))
+        return out if self.prenorm else self.norm(out, mask)

@@ -1,0 +1,475 @@
+"""The rows of a batch: where tokens of left-padded rows lie, masks of padding, and documents that share a row.
+
+Legend: B batch, L new tokens, C chunk, K chunks, T slots, M columns of the attention mask, or remembered ones,
+S encoder length, D channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mega_scale.model.cache import MegaCache
+from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.ops.attention import ChunkDocuments
+from mega_scale.ops.tracing import any_length, in_memory, parts
+
+
+def leading_pads(mask: Tensor) -> Tensor:
+    """Masked positions before the first valid one of each row, all of a row of padding: (B, M) bool to (B,) int64."""
+    return torch.where(mask.any(1), mask.int().argmax(1), mask.shape[1])
+
+
+class Slots(NamedTuple):
+    """Rows laid out so that slot 0 is the first position of the chunk that is open before the new tokens.
+
+    Args:
+        shift: slot of the first new token, (B,); negative while a row is still padding.
+        kept: remembered tokens of the open chunk, (B,): slots 0 to kept - 1.
+        column: column of the attention mask that belongs to slot 0, (B,).
+        width: T, slots.
+        length: L, new tokens.
+    """
+
+    shift: Tensor
+    kept: Tensor
+    column: Tensor
+    width: int
+    length: int
+
+    @classmethod
+    def lay(cls, pads: Tensor, seen: int | Tensor, remembered: int, length: int, chunk: int | None) -> "Slots":
+        """Lay out L tokens after `seen` columns, where `pads` (B,) columns come before each row's first token.
+
+        Without chunks all `seen` columns are remembered; with them, any number says that there is an open chunk.
+        """
+        real = seen - pads
+        if chunk is None:
+            base, width = torch.zeros_like(real), remembered + length
+        else:
+            base = real.clamp(min=0) // chunk * chunk
+            most = length + (chunk - 1 if remembered else 0)
+            width = most if not any_length() and most <= chunk else parts(most, chunk) * chunk
+        return cls(real - base, (real - base).clamp(min=0), base + pads, width, length)
+
+    def _slot(self) -> Tensor:
+        return torch.arange(self.width, device=self.shift.device)
+
+    def _token(self) -> Tensor:
+        """The new token in each slot, (B, T); outside 0 to L - 1 where there is none."""
+        return self._slot() - self.shift[:, None]
+
+    def keys(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Remembered keys or values (B, >= kept, W) and new ones (B, L, W) in their slots, (B, T, W)."""
+        token = self._token().clamp(0, self.length - 1)
+        if old is None:
+            return _take(new, token)
+        slot = self._slot()
+        source = torch.where(slot < self.kept[:, None], slot, old.shape[1] + token)
+        return _take(torch.cat([old, new], 1), source)
+
+    def queries(self, new: Tensor) -> Tensor:
+        """New queries (B, L, Z) in their slots, (B, T, Z); other slots hold something finite."""
+        return _take(new, self._token().clamp(0, self.length - 1))
+
+    def valid(self, mask: Tensor | None, columns: int | Tensor) -> Tensor:
+        """Which slots hold a valid key, (B, T) bool; mask (B, M) marks valid ones of the last M of all columns."""
+        token = self._token()
+        valid = (self._slot() < self.kept[:, None]) | ((token >= 0) & (token < self.length))
+        if mask is not None:
+            column = self.column[:, None] + self._slot() - (columns - mask.shape[1])
+            valid = valid & (mask.gather(1, column.clamp(0, mask.shape[1] - 1)) | (column < 0))
+        return valid
+
+    def back(self, slots: Tensor) -> Tensor:
+        """What lies in the slots of the new tokens: (B, T, W) to (B, L, W); padding gets something finite."""
+        return _take(slots, self.new_slots())
+
+    def new_slots(self) -> Tensor:
+        """Slots of the new tokens, (B, L), padding at slot 0."""
+        tokens = torch.arange(self.length, device=self.shift.device)
+        return (self.shift[:, None] + tokens).clamp(0, self.width - 1)
+
+    def by_column(self, weights: Tensor) -> Tensor:
+        """Weights of an unchunked model, (B, 1, I, T) by slots, as (B, 1, L, T) by rows and columns of the input."""
+        column = self._slot() - self.column[:, None]  # the slot that each column lies in; negative for padding
+        if weights.shape[2] > 1:
+            weights = weights.gather(2, self.new_slots()[:, None, :, None].expand(-1, 1, -1, self.width))
+        source = column.clamp(min=0)[:, None, None].expand(-1, 1, weights.shape[2], -1)
+        return weights.gather(3, source).masked_fill((column < 0)[:, None, None], 0.0)
+
+    def open_chunk(self, slots: Tensor, chunk: int) -> Tensor:
+        """Keys or values (B, T, W) of the chunk that is open after the new tokens, in their places, (B, C, W)."""
+        begin = (self.shift + self.length).clamp(min=0) // chunk * chunk
+        source = begin[:, None] + torch.arange(chunk, device=slots.device)
+        return _take(slots, source.clamp(max=self.width - 1))
+
+
+def align(mask: Tensor | None, columns: int) -> Tensor | None:
+    """The mask over `columns` columns: earlier ones that it leaves out are valid."""
+    if mask is None or mask.shape[1] == columns:
+        return mask
+    missing = columns - mask.shape[1]
+    return F.pad(mask, (missing, 0), value=True) if missing > 0 else mask[:, -columns:]
+
+
+def _take(source: Tensor, index: Tensor) -> Tensor:
+    return source.gather(1, index[..., None].expand(-1, -1, source.shape[2]))
+
+
+def checked_mask(mask: Tensor, name: str, batch: int, *lengths: int) -> Tensor:
+    """Take a mask (B, one of `lengths`), of any dtype, as bool.
+
+    Raises:
+        ValueError: another shape, or numbers other than 0 and 1.
+    """
+    if tuple(mask.shape) not in [(batch, length) for length in lengths]:
+        expected = " or ".join(str((batch, length)) for length in dict.fromkeys(lengths))
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: expected (batch, length), here {expected}")
+    valid = mask != 0
+    if mask.dtype != torch.bool and in_memory(mask) and bool((valid & (mask != 1)).any()):
+        raise ValueError(f"{name} holds numbers other than 0 and 1: give 1 for tokens and 0 for padding")
+    return valid
+
+
+def mask_and_pads(
+    attention_mask: Tensor | None, config: MegaConfig, cache: MegaCache | None, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Join the mask of new tokens to what the cache remembers of those before.
+
+    Args:
+        attention_mask: (B, L), of the new tokens, or (B, past + L); none: all new tokens are valid.
+        config: of the model.
+        cache: of the tokens before.
+        x: the new tokens, (B, L, D).
+
+    Returns:
+        (B, M + L) bool, true for valid columns, or none where all are; and the padding before each row's first token,
+        (B,) int64, where positions depend on it and some row has any.
+
+    Raises:
+        ValueError: the mask does not fit, or has other past columns than the calls that filled the cache.
+    """
+    batch, length = x.shape[:2]
+    seen: int | Tensor = 0 if cache is None else cache.get_seq_length()
+    pads = None if cache is None else cache.pads
+    if isinstance(seen, Tensor):
+        assert cache is not None
+        return _of_any_call(attention_mask, cache, seen, x)
+    mask = None
+    if attention_mask is not None:
+        mask = checked_mask(attention_mask.to(x.device), "attention_mask", batch, length, seen + length)
+    if not seen:
+        if mask is None:
+            if cache is not None and torch.compiler.is_compiling():
+                # Positions then live in tensors, and one graph serves every place in the chunk.
+                pads = torch.zeros(batch, dtype=torch.long, device=x.device)
+        elif config.is_decoder or config.use_chunking:
+            pads = leading_pads(mask) if not in_memory(mask) or not bool(mask[:, 0].all()) else None
+        return mask, pads
+    assert cache is not None
+    if mask is None:
+        if torch.compiler.is_compiling() and pads is None:
+            pads = torch.zeros(batch, dtype=torch.long, device=x.device)
+        if cache.mask is None:
+            return None, pads
+        mask = x.new_ones(batch, length, dtype=torch.bool)
+    before = cache.mask
+    if before is None:
+        window = min(seen, config.chunk_size) if config.use_chunking else seen
+        before = mask.new_ones(batch, window)
+    if mask.shape[1] > length:
+        _check_past(mask[:, :-length], before, pads)
+        mask = mask[:, -length:]
+    if pads is not None:  # a row may have been padding only until now
+        pads = torch.where(pads >= seen, seen + leading_pads(mask), pads)
+    return torch.cat([before, mask], 1), pads
+
+
+def _of_any_call(
+    attention_mask: Tensor | None, cache: MegaCache, seen: Tensor, x: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The same for a program that is being exported, where nobody knows how many columns came before: a mask of another
+    length than the new tokens is of all columns."""
+    batch, length = x.shape[:2]
+    mask = None if attention_mask is None else attention_mask != 0
+    if mask is not None and mask.shape[1] != length:
+        return mask, leading_pads(mask)
+    pads = x.new_zeros(batch, dtype=torch.long) if cache.pads is None else cache.pads
+    if mask is None and cache.mask is None:
+        return None, pads
+    if mask is None:
+        mask = x.new_ones(batch, length, dtype=torch.bool)
+    pads = torch.where(pads >= seen, seen + leading_pads(mask), pads)
+    return mask if cache.mask is None else torch.cat([cache.mask, mask], 1), pads
+
+
+def remember_mask(cache: MegaCache, mask: Tensor | None, pads: Tensor | None, config: MegaConfig) -> None:
+    """Note in the cache what `mask_and_pads` returned, as far as later tokens can see it."""
+    cache.pads = pads
+    # An exporter would keep whether there are more columns than these.
+    if mask is not None and config.use_chunking and not torch.compiler.is_exporting():
+        mask = mask[:, -config.chunk_size :].clone()  # no view, which would keep all of it
+    cache.mask = mask
+
+
+def encoder_mask(
+    attention_mask: Tensor | None, encoder_hidden_states: Tensor | None, cache: MegaCache | None, x: Tensor
+) -> Tensor | None:
+    """The mask of the encoder's output, (B, S) bool; with a cache, the one that came before where none is given.
+
+    Raises:
+        ValueError: no encoder's output, or shapes that do not fit it.
+    """
+    encoder = None if cache is None else cache.states[0].encoder
+    batch, _, channels = x.shape
+    if encoder_hidden_states is None and encoder is None:
+        raise ValueError("add_cross_attention=True needs encoder_hidden_states (batch, length, hidden_size)")
+    source = encoder_hidden_states if encoder is None else encoder.keys
+    assert source is not None
+    length = source.shape[1]
+    if encoder_hidden_states is not None and tuple(encoder_hidden_states.shape) != (batch, length, channels):
+        shape = tuple(encoder_hidden_states.shape)
+        raise ValueError(f"encoder_hidden_states has shape {shape}: expected {(batch, length, channels)}")
+    if attention_mask is None:
+        return None if cache is None else cache.encoder_mask
+    mask = checked_mask(attention_mask.to(x.device), "encoder_attention_mask", batch, length)
+    if cache is not None:
+        cache.encoder_mask = mask
+    return mask
+
+
+def _check_past(past: Tensor, before: Tensor, pads: Tensor | None) -> None:
+    if not in_memory(past):
+        return
+    begins = leading_pads(past)
+    same = bool((begins == (0 if pads is None else pads)).all())
+    if not same or not torch.equal(past[:, past.shape[1] - before.shape[1] :], before):
+        raise ValueError(
+            "attention_mask says of cached tokens something else than the masks with which they came: pass those again "
+            "before the mask of the new tokens, or the mask of the new tokens alone"
+        )
+
+
+DOCUMENT_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass(frozen=True)
+class DocumentBorders:
+    """What blocks need to keep documents apart; no tuple, so that engines hand it on as it is.
+
+    Args:
+        starts: (B, L) bool, true where a document begins.
+        chunks: of the keys as attention lays them out, (B, K, C), or (B, 1, remembered + L) where one chunk has all.
+    """
+
+    starts: Tensor
+    chunks: ChunkDocuments
+
+    def between(self, begin: int, end: int) -> "DocumentBorders":
+        """Of the tokens from `begin` to before `end`, where chunks begin; of rows without remembered keys."""
+        chunk = self.chunks.numbers.shape[2]
+        numbers = self.chunks.numbers[:, begin // chunk : -(-end // chunk)]
+        # One chunk of a few tokens is no wider than they are.
+        numbers = numbers[..., : end - begin] if end - begin < chunk else numbers
+        return DocumentBorders(self.starts[:, begin:end], ChunkDocuments.of(numbers))
+
+
+def said_starts(
+    starts: Tensor | None,
+    extras: Mapping[str, Any],
+    mask: Tensor | None,
+    pads: Tensor | None,
+    cache: MegaCache | None,
+    x: Tensor,
+) -> Tensor | None:
+    """Where documents begin, by `document_starts` and by what transformers' flattened batches say (`DOCUMENT_KEYS`).
+
+    Args:
+        starts: (B, L) bool, true where a document begins; none: not given.
+        extras: keyword arguments, see `MegaModel`.
+        mask: (B, at least L) bool, true for valid columns; none where all are.
+        pads: padding before each row's first token, (B,); none where no row has any.
+        cache: of the tokens before.
+        x: the new tokens, (B, L, D).
+
+    Returns:
+        (B, L) bool; none where every row holds, or goes on with, one document.
+
+    Raises:
+        ValueError: values of another shape or meaning, or that contradict each other.
+    """
+    given = {key: extras[key] for key in DOCUMENT_KEYS if extras.get(key) is not None}
+    if not given:
+        return starts
+    row = _Rows.of(mask, pads, 0 if cache is None else cache.get_seq_length(), x)
+    said = {} if starts is None else {"document_starts": _checked_starts(starts, x)}
+    for key, value in given.items():
+        if key == "position_ids":
+            said[key] = row.restarts(row.of_tokens(key, value))
+        elif key == "seq_idx":
+            row.refuse_cache(key)
+            numbers = row.of_tokens(key, value)
+            said[key] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+        elif key.startswith("cu_"):
+            row.refuse_cache(key)
+            said[key] = row.spans(key, torch.as_tensor(value, device=x.device))
+    inner = {key: value & row.inner for key, value in said.items()}
+    first = next(iter(inner.values()), torch.zeros_like(row.inner))
+    if not in_memory(first):
+        return first if starts is None else starts
+    for key, value in inner.items():
+        if not torch.equal(value, first):
+            raise ValueError(f"{key} and {next(iter(inner))} say that documents begin at different tokens: give one")
+    row.check_lengths(first, given)
+    if starts is not None:
+        return starts
+    return first if bool(first.any()) else None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """New tokens among those of their rows.
+
+    Args:
+        valid: (B, L) bool.
+        inner: valid, and not the first valid token of its row.
+        column: number of columns since the row's first valid token, (B, L).
+        seen: columns before.
+    """
+
+    valid: Tensor
+    inner: Tensor
+    column: Tensor
+    seen: int
+
+    @classmethod
+    def of(cls, mask: Tensor | None, pads: Tensor | None, seen: int, x: Tensor) -> "_Rows":
+        batch, length = x.shape[:2]
+        valid = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask[:, -length:]
+        if pads is None:
+            pads = torch.zeros(batch, dtype=torch.long, device=x.device) if seen else leading_pads(valid)
+        column = seen + torch.arange(length, device=x.device) - pads[:, None]
+        return cls(valid, valid & (column > 0), column, seen)
+
+    def of_tokens(self, key: str, value: Tensor) -> Tensor:
+        batch, length = self.valid.shape
+        if (
+            value.dim() != 2
+            or value.shape[0] not in (1, batch)
+            or value.shape[1] != length
+            or value.is_floating_point()
+            or value.dtype == torch.bool
+        ):
+            shape = tuple(value.shape)
+            raise ValueError(f"{key} is {value.dtype} {shape}: expected integers {(batch, length)}, one a token")
+        return value.to(self.valid.device, torch.long).expand(batch, -1)
+
+    def refuse_cache(self, key: str) -> None:
+        if self.seen:
+            raise ValueError(f"{key} does not say whether a cached row goes on with its document: use document_starts")
+
+    def restarts(self, positions: Tensor) -> Tensor:
+        """Where positions (B, L) begin again at 0; from one token to the next they count up by one."""
+        before = F.pad(positions[:, :-1], (1, 0), value=-1)
+        follows = F.pad(self.valid[:, :-1], (1, 0), value=False)
+        # After padding inside a row, and after cached tokens, any position that so many columns can have.
+        counted = torch.where(follows, positions == before + 1, (positions > 0) & (positions <= self.column))
+        wrong = self.valid & (positions != 0) & ~counted
+        if in_memory(wrong) and bool(wrong.any()):
+            place = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"position_ids{place} is {positions[tuple(place)]}: they count up by one from 0 in every document; "
+                "Mega knows no other positions, so leave them out"
+            )
+        return positions == 0
+
+    def spans(self, key: str, ends: Tensor) -> Tensor:
+        """Starts (B, L) of the documents that `ends` (documents + 1,) bound in the flattened batch."""
+        total = self.valid.numel()
+        if ends.dim() != 1 or ends.is_floating_point() or not ends.numel():
+            raise ValueError(f"{key} is {ends.dtype} {tuple(ends.shape)}: expected integers (documents + 1,)")
+        ends = ends.long()
+        if in_memory(ends) and not bool((ends[0] == 0) & (ends[-1] == total) & (ends.diff() >= 0).all()):
+            raise ValueError(f"{key} must rise from 0 to the {total} tokens of the batch")
+        marks = torch.zeros(total + 1, dtype=torch.bool, device=ends.device).index_fill(0, ends, True)
+        starts = marks[:-1].view(self.valid.shape)
+        if in_memory(starts) and not bool(starts[:, 0].all()):
+            raise ValueError(f"{key} has a document that goes on from one row into the next")
+        return starts
+
+    def check_lengths(self, starts: Tensor, given: Mapping[str, Any]) -> None:
+        """Refuse a document that is longer than `max_length_q` or `max_length_k` says."""
+        if self.seen or not starts.numel() or not bool(self.valid.all()):
+            return
+        begins = F.pad(starts[:, 1:], (1, 0), value=True).flatten().nonzero()[:, 0]
+        longest = int(F.pad(begins, (0, 1), value=starts.numel()).diff().max())
+        for key in ("max_length_q", "max_length_k"):
+            if int(given.get(key, longest)) < longest:
+                raise ValueError(f"{key}={int(given[key])} is less than the {longest} tokens of the longest document")
+
+
+def _checked_starts(starts: Tensor, x: Tensor) -> Tensor:
+    shape = tuple(x.shape[:2])
+    if starts.dtype != torch.bool or starts.shape != shape:
+        raise ValueError(
+            f"document_starts is {starts.dtype} {tuple(starts.shape)}: expected bool {shape}, one for each new token"
+        )
+    return starts
+
+
+def document_borders(
+    starts: Tensor | None, config: MegaConfig, cache: MegaCache | None, pads: Tensor | None, x: Tensor
+) -> DocumentBorders | None:
+    """Lay out the documents of new tokens as attention lays out its keys, and note in the cache what goes on.
+
+    Args:
+        starts: (B, L) bool, true where a document begins; none: nowhere.
+        config: of the model.
+        cache: of the tokens before; changed in place.
+        pads: padding before each row's first token, which documents exclude; none where no row has any.
+        x: the new tokens, (B, L, D).
+
+    Returns:
+        What blocks need; none where every row holds one document.
+
+    Raises:
+        ValueError: the starts do not fit x, or the model or the batch cannot keep documents apart.
+    """
+    shape = tuple(x.shape[:2])
+    if starts is None:
+        if cache is None or cache.documents is None:
+            return None
+        starts = torch.zeros(shape, dtype=torch.bool, device=x.device)
+    _checked_starts(starts, x)
+    if pads is not None:
+        raise ValueError("document_starts with rows that are padded on the left: pad rows on the right")
+    if config.truncation is not None or config.add_cross_attention:
+        key = "add_cross_attention" if config.truncation is None else "truncation"
+        raise ValueError(
+            f"document_starts with {key}={getattr(config, key)}: a truncated moving average cannot begin anew inside a "
+            "row, and an encoder's output belongs to a whole row; give each document a row"
+        )
+    chunk = config.chunk_size if config.use_chunking else None
+    numbers = starts.cumsum(1)
+    if cache is not None:
+        seen = cache.get_seq_length()
+        remembered = cache.documents
+        if remembered is None:
+            remembered = numbers.new_zeros(shape[0], seen % chunk if chunk else seen)
+        before = remembered[:, -1:] if remembered.shape[1] else 0
+        numbers = torch.cat([remembered, numbers + before], 1)
+        kept = numbers if chunk is None else numbers[:, numbers.shape[1] // chunk * chunk :]
+        cache.documents = kept if not in_memory(kept) or bool((kept != kept[:, -1:]).any()) else None
+    return DocumentBorders(starts, ChunkDocuments.of(_in_chunks(numbers, chunk)))
+
+
+def _in_chunks(numbers: Tensor, chunk: int | None) -> Tensor:
+    """Numbers (B, M + L) as attention lays out keys, (B, K, C); what fills the last chunk is of its last document."""
+    total = numbers.shape[1]
+    if chunk is None or (not any_length() and total <= chunk):
+        return numbers[:, None]
+    return torch.cat([numbers, numbers[:, -1:].expand(-1, -total % chunk)], 1).unflatten(1, (-1, chunk))

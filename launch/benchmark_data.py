@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.machine import hardware
 from mega_scale.data import DataConfig, Loader, PackedDataset, load_tokenizer
-from mega_scale.data.bad_rows import Tally
 from mega_scale.data.config import Packing, PackingOrder
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import Manifest, open_part, read_manifest, write_manifest
+from mega_scale.data.rows import Tally
 from mega_scale.data.token_files import ShardRecord
 from mega_scale.data.train_tokenizer import train_bpe
 

@@ -9,7 +9,7 @@ import pytest
 from mega_scale import export
 from mega_scale.config import parse
 from mega_scale.data import DataConfig
-from mega_scale.data.mixture_config import mixture_entries
+from mega_scale.data.config import mixture_entries
 
 KEYS = ("run_dir", "resume", "init_from", "data.cache_dir", "data.tokenizer", "data.hub_name", "checkpoint.key_file")
 LISTS = ("data.path", "data.validation_path")

@@ -18,7 +18,7 @@ from mega_scale.config.continued import adopt
 from mega_scale.config.files import StrictLoader, read_layer, to_yaml
 from mega_scale.config.keys import describe, flatten, known_keys, members, unknown_key
 from mega_scale.config.run_config import RunConfig
-from mega_scale.data.paths import local_path
+from mega_scale.files import local_path
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "debug.yaml"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mega_scale.data.paths import local_path
+from mega_scale.files import local_path
 from mega_scale.training.checkpoint.files import replace_text
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from mega_scale.config.checks import check
 from mega_scale.config.model_section import ModelSection
 from mega_scale.data.config import DataConfig
-from mega_scale.data.paths import local_path
+from mega_scale.files import local_path
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.training.bad_steps import BadStepsConfig
 from mega_scale.training.checkpoint import CheckpointConfig

@@ -10,31 +10,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from mega_scale.data.bad_rows import Tally
 from mega_scale.data.prepared import Manifest, check_content, open_part, read_manifest, write_manifest
+from mega_scale.data.rows import Tally
 from mega_scale.data.token_files import ShardWriter
 from mega_scale.data.token_store import TokenStore
 from mega_scale.data.tokenizer import Encoded
 
 _PART = "all"
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Name the folder for tokenised text; creates nothing.
-
-    Args:
-        cache_dir: `data.cache_dir`; None takes the user's cache folder.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: There is no home folder.
-    """
-    try:
-        return Path("~/.cache/mega_scale" if cache_dir is None else cache_dir).expanduser()
-    except RuntimeError:
-        raise ValueError(f"data.cache_dir={cache_dir!r}: this user has no home folder; name a folder") from None
 
 
 def open_tokens(folder: Path, key: str) -> TokenStore | None:

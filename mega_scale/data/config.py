@@ -1,14 +1,18 @@
-"""The keys under `data:` and the checks that need nothing but the file system."""
+"""The keys under `data:`, mixtures of sources, and the checks that need nothing but the file system."""
 
 import glob
 import os
 import re
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from mega_scale.data.length_schedule import LengthSchedule
-from mega_scale.data.mixture_config import mixture_entries
-from mega_scale.data.paths import local_path
+from mega_scale.files import local_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared"]
 FILE_SOURCES = ("text", "json", "parquet", "arrow")
@@ -17,6 +21,17 @@ PackingOrder = Literal["in_order", "best_fit"]
 
 # A hub name is "name" or "owner/name"; anything else that is given as a name must be a folder.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_HUB_TIMEOUT_S = 5.0
+# Keys that say where text comes from, which a source of a mixture may have; the other keys hold for all sources.
+_SOURCE_KEYS = (
+    "source", "path", "hub_name", "hub_config", "hub_split", "text_column", "validation_path", "validation_split",
+    "validation_fraction", "max_documents", "streaming",
+)  # fmt: skip
+_SHARED_DEFAULTS = ("text_column", "validation_fraction", "streaming")  # which may stand beside a mixture, too
+_SHARES = ("weight", "epochs")
+
+# A rule: whether it is broken, the key, its value, and the remedy.
+_Rule = tuple[object, str, object, str]
 
 
 @dataclass
@@ -136,6 +151,23 @@ class DataConfig:
             if isinstance(value := getattr(self, key), str):
                 setattr(self, key, local_path(value, f"data.{key}"))
 
+    @property
+    def lengths(self) -> "LengthSchedule | None":
+        """The length schedule; None if all sequences have `sequence_length`."""
+        return None if self.length_schedule is None else LengthSchedule(self.length_schedule, self.sequence_length)
+
+    @property
+    def separate_validation(self) -> bool:
+        """Whether validation text is named on its own."""
+        return bool(self.validation_path or self.validation_split)
+
+    @property
+    def validates(self) -> bool:
+        """Whether any text is held out for validation."""
+        if self.mixture is not None:
+            return any(entry.config.validates for entry in mixture_entries(self).values())
+        return self.separate_validation or bool(self.validation_fraction)
+
     def validate(self) -> None:
         """Check every key without reading any text.
 
@@ -149,135 +181,118 @@ class DataConfig:
                 except ValueError as error:
                     raise ValueError(f"data.mixture.{name}: {error}") from None
             return
-        self._validate_choices()
+        _require(self._choice_rules())
         self._validate_paths()
-        self._validate_hub()
-        self._validate_numbers()
-        self._validate_streaming()
-        _validate_tokenizer(self.tokenizer)
-        if self.cache_dir is not None and os.path.isfile(self.cache_dir):
-            raise _refusal("cache_dir", self.cache_dir, "it is a file; name a folder")
+        _require(self._hub_rules())
+        _require(self._number_rules())
+        self.lengths  # noqa: B018  refuses what is no schedule
+        _require(self._streaming_rules())
+        is_tokenizer = self.tokenizer == "byte" or os.path.isdir(self.tokenizer) or HUB_NAME.fullmatch(self.tokenizer)
+        remedy = 'no such folder; give "byte", an existing tokenizer folder, or a hub name'
+        is_file = self.cache_dir is not None and os.path.isfile(self.cache_dir)
+        _require(
+            [
+                (not is_tokenizer, "tokenizer", self.tokenizer, remedy),
+                (is_file, "cache_dir", self.cache_dir, "it is a file; name a folder"),
+            ]
+        )
 
-    @property
-    def lengths(self) -> LengthSchedule | None:
-        """The length schedule; None where all sequences have `sequence_length`."""
-        return None if self.length_schedule is None else LengthSchedule(self.length_schedule, self.sequence_length)
-
-    @property
-    def validates(self) -> bool:
-        """Whether any text is held out for validation."""
-        if self.mixture is not None:
-            return any(entry.config.validates for entry in mixture_entries(self).values())
-        return bool(self.validation_path or self.validation_split or self.validation_fraction)
-
-    def _validate_choices(self) -> None:
-        if self.source not in get_args(Source):
-            raise _refusal("source", self.source, f"choose one of {', '.join(get_args(Source))}")
-        if self.packing not in get_args(Packing):
-            raise _refusal("packing", self.packing, f"choose one of {', '.join(get_args(Packing))}")
-        if self.packing_order not in get_args(PackingOrder):
-            raise _refusal("packing_order", self.packing_order, f"choose one of {', '.join(get_args(PackingOrder))}")
-        if self.packing_order == "best_fit" and self.packing != "reset":
-            remedy = f"it is for documents that are kept apart, not for data.packing={self.packing!r}"
-            raise _refusal("packing_order", "best_fit", f"{remedy}; set data.packing=reset, or packing_order=in_order")
-        if self.document_alignment != 1 and self.packing_order != "best_fit":
-            raise _refusal("document_alignment", self.document_alignment, "only data.packing_order=best_fit has it")
+    def _choice_rules(self) -> Iterator[_Rule]:
+        for key, choices in (("source", Source), ("packing", Packing), ("packing_order", PackingOrder)):
+            value, names = getattr(self, key), get_args(choices)
+            yield value not in names, key, value, f"choose one of {', '.join(names)}"
+        best_fit = self.packing_order == "best_fit"
+        remedy = (
+            f"it is for documents that are kept apart, not for data.packing={self.packing!r}; set data.packing=reset, "
+            "or packing_order=in_order"
+        )
+        yield best_fit and self.packing != "reset", "packing_order", "best_fit", remedy
+        alignment, remedy = self.document_alignment, "only data.packing_order=best_fit has it"
+        yield alignment != 1 and not best_fit, "document_alignment", alignment, remedy
 
     def _validate_paths(self) -> None:
+        reads_files = self.source in FILE_SOURCES
         if self.source == "prepared":
-            self._validate_prepared()
-        elif self.source in FILE_SOURCES:
-            if not self.path:
-                raise _refusal("path", self.path, f"source {self.source} needs files or globs")
-            expand_paths(self.path, key="path")
+            several = not self.path or len(self.path) != 1
+            _require([(several, "path", self.path, "source prepared needs one folder; several can be a data.mixture")])
+            [folder] = self.path or []
+            remedy = "it has no manifest.json; name a folder that launch/prepare.py has written to its end"
+            _require([(not os.path.isfile(f"{folder}/manifest.json"), "path", folder, remedy)])
+        if reads_files:
+            _require([(not self.path, "path", self.path, f"source {self.source} needs files or globs")])
+            expand_paths(self.path or [], key="path")
             if self.validation_path is not None:
-                if not self.validation_path:
-                    raise _refusal("validation_path", self.validation_path, "name files or globs, or leave it null")
+                remedy = "name files or globs, or leave it null"
+                _require([(not self.validation_path, "validation_path", self.validation_path, remedy)])
                 expand_paths(self.validation_path, key="validation_path")
         for key in ("path", "validation_path"):
-            read = self.source in FILE_SOURCES or (self.source == "prepared" and key == "path")
-            if not read and getattr(self, key) is not None:
-                kinds = ", ".join(FILE_SOURCES)
-                remedy = (
-                    f"source {self.source} reads no files; set data.source to what they are ({kinds}), or {key} to null"
-                )
-                raise _refusal(key, getattr(self, key), remedy)
-        if not self.text_column:
-            raise _refusal("text_column", self.text_column, "name the column that holds the text")
+            allowed = reads_files or (self.source == "prepared" and key == "path")
+            remedy = (
+                f"source {self.source} reads no files; set data.source to what they are ({', '.join(FILE_SOURCES)}), "
+                f"or {key} to null"
+            )
+            _require([(not allowed and getattr(self, key) is not None, key, getattr(self, key), remedy)])
+        _require([(not self.text_column, "text_column", self.text_column, "name the column that holds the text")])
 
-    def _validate_prepared(self) -> None:
-        if not self.path or len(self.path) != 1:
-            raise _refusal("path", self.path, "source prepared needs one folder; several can be a data.mixture")
-        if not os.path.isfile(f"{self.path[0]}/manifest.json"):
-            remedy = "it has no manifest.json; name a folder that launch/prepare.py has written to its end"
-            raise _refusal("path", self.path[0], remedy)
-
-    def _validate_hub(self) -> None:
+    def _hub_rules(self) -> Iterator[_Rule]:
+        is_hub = self.source == "hub"
         for key in ("hub_name", "hub_config", "validation_split"):
-            if getattr(self, key) is not None and self.source != "hub":
-                raise _refusal(key, getattr(self, key), f"only source hub has it, not {self.source}; set it to null")
-        if self.source != "hub":
-            return
-        if not self.hub_name or not (HUB_NAME.fullmatch(self.hub_name) or os.path.isdir(self.hub_name)):
-            raise _refusal("hub_name", self.hub_name, 'source hub needs a data set\'s name, such as "owner/name"')
-        if not self.hub_split:
-            raise _refusal("hub_split", self.hub_split, 'name a split, such as "train"')
-        if self.validation_split == self.hub_split:
-            raise _refusal("validation_split", self.validation_split, "it is what is trained on; name another split")
+            value, remedy = getattr(self, key), f"only source hub has it, not {self.source}; set it to null"
+            yield value is not None and not is_hub, key, value, remedy
+        if is_hub:
+            name = self.hub_name
+            is_name = bool(name) and (HUB_NAME.fullmatch(str(name)) or os.path.isdir(str(name)))
+            yield not is_name, "hub_name", name, 'source hub needs a data set\'s name, such as "owner/name"'
+            yield not self.hub_split, "hub_split", self.hub_split, 'name a split, such as "train"'
+            same, remedy = self.validation_split == self.hub_split, "it is what is trained on; name another split"
+            yield same, "validation_split", self.validation_split, remedy
 
-    def _validate_numbers(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise _refusal("validation_fraction", self.validation_fraction, "give 0, or a share below 1 such as 0.05")
+    def _number_rules(self) -> Iterator[_Rule]:
+        fraction, length, alignment = self.validation_fraction, self.sequence_length, self.document_alignment
+        yield not 0 <= fraction < 1, "validation_fraction", fraction, "give 0, or a share below 1 such as 0.05"
         for key in ("validation_documents", "max_documents"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise _refusal(key, value, "give at least 1, or null for all")
-        if not 0 <= self.max_bad_share <= 1:
-            raise _refusal("max_bad_share", self.max_bad_share, "give a share from 0 to 1")
+            yield value is not None and value < 1, key, value, "give at least 1, or null for all"
+        yield not 0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "give a share from 0 to 1"
         for key in ("max_document_bytes", "shuffle_buffer", "prefetch"):
-            if getattr(self, key) < 1:
-                raise _refusal(key, getattr(self, key), "give at least 1")
-        if self.workers < 0:
-            raise _refusal("workers", self.workers, "give a number of processes, or 0")
-        if self.sequence_length < 2:
-            raise _refusal("sequence_length", self.sequence_length, "give at least 2 tokens")
-        if self.document_alignment < 1 or self.sequence_length % self.document_alignment:
-            remedy = f"give a divisor of data.sequence_length={self.sequence_length}"
-            raise _refusal("document_alignment", self.document_alignment, remedy)
-        self.lengths  # noqa: B018  refuses what is no schedule
-        if self.seed < 0:
-            raise _refusal("seed", self.seed, "give a whole number, 0 or more")
+            yield getattr(self, key) < 1, key, getattr(self, key), "give at least 1"
+        yield self.workers < 0, "workers", self.workers, "give a number of processes, or 0"
+        yield length < 2, "sequence_length", length, "give at least 2 tokens"
+        remedy = f"give a divisor of data.sequence_length={length}"
+        yield alignment < 1 or length % alignment, "document_alignment", alignment, remedy
+        yield self.seed < 0, "seed", self.seed, "give a whole number, 0 or more"
 
-    def _validate_streaming(self) -> None:
+    def _streaming_rules(self) -> Iterator[_Rule]:
         if not self.streaming:
             return
-        if self.source in ("python-stdlib", "prepared"):
-            raise _refusal("streaming", True, f"source {self.source} is no stream; set data.streaming=false")
-        if self.packing == "reset":
-            remedy = "a stream does not keep where documents start; set data.streaming=false, or prepare the data"
-            raise _refusal("packing", "reset", remedy)
-        separate = self.validation_path or self.validation_split
-        if self.validation_fraction and not separate and self.validation_documents is None and not self.max_documents:
-            raise _refusal(
-                "validation_documents",
-                None,
-                "holding out a share of a stream would read it to its end; say after how many documents to stop, give "
-                "validation text of its own, or set data.validation_fraction=0",
-            )
+        no_stream = self.source in ("python-stdlib", "prepared")
+        yield no_stream, "streaming", True, f"source {self.source} is no stream; set data.streaming=false"
+        remedy = "a stream does not keep where documents start; set data.streaming=false, or prepare the data"
+        yield self.packing == "reset", "packing", "reset", remedy
+        held_out = self.validation_fraction and not self.separate_validation
+        endless = held_out and self.validation_documents is None and not self.max_documents
+        remedy = (
+            "holding out a share of a stream would read it to its end; say after how many documents to stop, give "
+            "validation text of its own, or set data.validation_fraction=0"
+        )
+        yield endless, "validation_documents", None, remedy
 
 
-def expand_paths(paths: list[str], key: str) -> list[str]:
-    """Turn files and globs into the files they name, absolute, sorted within each glob, each once.
+def _refusal(key: str, value: object, remedy: str) -> ValueError:
+    return ValueError(f"data.{key}={value!r}: {remedy}")
 
-    Args:
-        paths: Files or globs.
-        key: Field of DataConfig that the paths come from, for messages.
 
-    Returns:
-        Absolute file names.
+def _require(rules: "Iterator[_Rule] | Sequence[_Rule]") -> None:
+    for broken, key, value, remedy in rules:
+        if broken:
+            raise _refusal(key, value, remedy)
+
+
+def expand_paths(paths: Sequence[str], key: str) -> list[str]:
+    """Turn files and globs into the files they name: absolute, sorted within each glob, each once.
 
     Raises:
-        ValueError: A name that is no file, or a glob that matches none.
+        ValueError: A name is no file, or a glob matches none; `key` is what it was given as.
     """
     files: list[str] = []
     for pattern in paths:
@@ -299,12 +314,132 @@ def expand_paths(paths: list[str], key: str) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def _validate_tokenizer(name: str) -> None:
-    if name == "byte" or os.path.isdir(os.path.expanduser(name)):
-        return
-    if not HUB_NAME.fullmatch(name):
-        raise _refusal("tokenizer", name, 'no such folder; give "byte", an existing tokenizer folder, or a hub name')
+def cache_folder(cache_dir: str | None) -> Path:
+    """Name the folder for tokenised text, by default in the user's cache; creates nothing.
+
+    Raises:
+        ValueError: There is no home folder.
+    """
+    try:
+        return Path("~/.cache/mega_scale" if cache_dir is None else cache_dir).expanduser()
+    except RuntimeError:
+        raise ValueError(f"data.cache_dir={cache_dir!r}: this user has no home folder; name a folder") from None
 
 
-def _refusal(key: str, value: object, remedy: str) -> ValueError:
-    return ValueError(f"data.{key}={value!r}: {remedy}")
+def find_on_hub(name: str, kind: Literal["model", "dataset"]) -> Literal["there", "absent", "unreachable"]:
+    """Ask the Hugging Face hub once for a name, because the clients' own retries take most of a minute.
+
+    Tokenizers are models there. A name that is hidden from this user is absent; without a network, or offline, all are
+    unreachable.
+    """
+    from huggingface_hub import HfApi  # noqa: PLC0415  a quarter of a second
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError  # noqa: PLC0415
+
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError:  # it exists; fetching it will say how to ask for access
+        return "there"
+    except RepositoryNotFoundError:
+        return "absent"
+    except Exception:  # the HTTP client, and with it the errors of a missing network, differ between versions
+        return "unreachable"
+    return "there"
+
+
+class MixtureEntry(NamedTuple):
+    """One source of a mixture.
+
+    Args:
+        config: The keys under `data:` as they hold for this source.
+        weight: Share of the rows; None where `epochs` is given.
+        epochs: How often it is read while a source of `epochs: 1` is read once; None where `weight` is given.
+    """
+
+    config: DataConfig
+    weight: Fraction | None
+    epochs: Fraction | None
+
+
+def mixture_entries(config: DataConfig) -> dict[str, MixtureEntry]:
+    """Read `data.mixture`: its sources by name, in the order given.
+
+    Raises:
+        ValueError: An entry has an unknown key or an impossible share, or the section names a source too.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in _SOURCE_KEYS and field.name not in _SHARED_DEFAULTS and value != field.default:
+            raise _refusal(field.name, value, "data.mixture names the sources; give the key to one of them")
+    if not config.mixture:
+        raise _refusal("mixture", {}, "name sources, or set it to null")
+    found = {name: _mixture_entry(config, name, entry) for name, entry in config.mixture.items()}
+    if len({entry.weight is None for entry in found.values()}) > 1:
+        raise ValueError("data.mixture: some sources have a weight and some have epochs; give all of them the same")
+    return found
+
+
+def _mixture_entry(config: DataConfig, name: str, entry: Any) -> MixtureEntry:
+    where = f"data.mixture.{name}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}={entry!r}: give the source's keys, such as source, path and weight")
+    for key in entry:
+        if key not in (*_SOURCE_KEYS, *_SHARES):
+            words = ", ".join(_SOURCE_KEYS + _SHARES)
+            raise ValueError(f"{where}.{key} is not a key of a source: it can have {words}")
+    if all(key in entry for key in _SHARES):
+        raise ValueError(f"{where} has a weight and epochs: give one of them")
+    shares = {key: entry[key] for key in _SHARES if key in entry} or {"epochs": 1}
+    for key, value in shares.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{where}.{key}={value!r}: give a number above 0")
+    exact = {key: Fraction(str(value)) for key, value in shares.items()}
+    keys = {key: value for key, value in entry.items() if key in _SOURCE_KEYS}
+    for key in ("path", "validation_path"):
+        if isinstance(keys.get(key), str):
+            keys[key] = [keys[key]]
+    try:
+        return MixtureEntry(replace(config, mixture=None, **keys), exact.get("weight"), exact.get("epochs"))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+class LengthSchedule:
+    """Shorter sequences at first: the length of a step's rows, without moving any row of the run.
+
+    What a run reads is always rows of L = `data.sequence_length` tokens. At a step of length l, each is read as L / l
+    rows, one after the other in the same micro-batch. So a batch has as many tokens at every length, every token is
+    read once, and the position stays a function of the step.
+
+    Args:
+        stages: (step, length) pairs: from that step on rows have so many tokens; the first step is 0, steps ascend.
+        sequence_length: L, tokens; every length divides it.
+
+    Raises:
+        ValueError: Names the pair that cannot be.
+    """
+
+    def __init__(self, stages: Sequence[Any], sequence_length: int) -> None:
+        key = f"data.length_schedule={stages!r}"
+        if not stages or any(not isinstance(stage, list | tuple) or len(stage) != 2 for stage in stages):
+            raise ValueError(f"{key}: give pairs [first step, tokens], such as [[0, 512], [1000, 1024]]")
+        self._steps = [stage[0] for stage in stages]
+        self.lengths = [stage[1] for stage in stages]
+        if self._steps[0] != 0 or any(a >= b for a, b in zip(self._steps, self._steps[1:], strict=False)):
+            raise ValueError(f"{key}: steps {self._steps} must begin at 0 and ascend; sort them, the first being 0")
+        for length in self.lengths:
+            if length < 2 or sequence_length % length:
+                near = [n for n in range(2, sequence_length + 1) if sequence_length % n == 0]
+                near = sorted(sorted(near, key=lambda n: abs(n - length))[:3])
+                raise ValueError(
+                    f"{key}: a length of {length} does not divide data.sequence_length={sequence_length}, the rows "
+                    f"that are read; take one of {', '.join(map(str, near))}, or another sequence_length"
+                )
+
+    def at(self, step: int) -> int:
+        """The length of a step's rows, tokens; `step` is the number of steps done before."""
+        stages = zip(reversed(self._steps), reversed(self.lengths), strict=True)
+        return next(length for first, length in stages if first <= step)
+
+    def cut(self, batch: "dict[str, Tensor]", step: int) -> "dict[str, Tensor]":
+        """Cut the rows of a micro-batch, (B, L) each, to the step's length l, (B L / l, l); nothing is copied."""
+        return {name: tensor.view(-1, self.at(step)) for name, tensor in batch.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.data.boundaries import IGNORED, resets, separate_labels
-from mega_scale.data.length_schedule import LengthSchedule
+from mega_scale.data.config import LengthSchedule
 from mega_scale.data.mixture import Mixture
 from mega_scale.data.packing import MISSING, PackedDataset
 from mega_scale.data.streaming import StreamedDataset

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from mega_scale.data.bad_rows import Tally
 from mega_scale.data.packing import PackedDataset
-from mega_scale.data.permutation import shuffled
+from mega_scale.data.rows import Tally
+from mega_scale.data.sources import shuffled
 from mega_scale.data.streaming import StreamedDataset
 from mega_scale.data.token_files import hash_of
 

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from mega_scale.data.bad_rows import Tally
 from mega_scale.data.best_fit import BestFit, Piece
 from mega_scale.data.config import Packing, PackingOrder
+from mega_scale.data.rows import Tally
 from mega_scale.data.token_store import TokenStore
 
 MISSING = -1  # no token

@@ -11,14 +11,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.data.bad_rows import Tally
-from mega_scale.data.cache import cache_folder
-from mega_scale.data.config import FILE_SOURCES, DataConfig, expand_paths
-from mega_scale.data.corpus import Documents, load_corpus, load_documents
+from mega_scale.data.config import FILE_SOURCES, DataConfig, cache_folder, expand_paths, mixture_entries
 from mega_scale.data.mixture import Dataset, Mixture
-from mega_scale.data.mixture_config import mixture_entries
 from mega_scale.data.packing import PackedDataset
 from mega_scale.data.prepared import open_part, read_manifest, require_tokenizer
+from mega_scale.data.rows import Tally
+from mega_scale.data.sources import Documents, load_corpus, load_documents
 from mega_scale.data.streaming import StreamedDataset
 from mega_scale.data.token_store import TokenStore
 from mega_scale.data.tokenise import tokenise
@@ -102,7 +100,7 @@ def _load_source(
     else:
         store = tokenise(corpus.train, tokenizer, cache, config.add_bos, _name(config, tokenizer, "train"), say)
         # What the reading found, before the next one begins.
-        dataset = _training_dataset(config, store, Tally.from_json(corpus.train.tally.to_json()))
+        dataset = _training_dataset(config, store, corpus.train.tally.copy())
     if corpus.validation is None:
         return dataset, None
     texts = corpus.validation
@@ -110,7 +108,7 @@ def _load_source(
         kept = functools.cache(lambda: list(corpus.validation or []))
         texts = Documents(lambda order: iter(kept()), corpus.validation.tally)
     store = tokenise(texts, tokenizer, cache, config.add_bos, _name(config, tokenizer, "validation"), say)
-    return dataset, (store, Tally.from_json(texts.tally.to_json()) if _separate(config) else Tally())
+    return dataset, (store, texts.tally.copy() if _separate(config) else Tally())
 
 
 def _open_prepared(

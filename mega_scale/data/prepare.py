@@ -21,12 +21,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.data.bad_rows import Tally, usable
 from mega_scale.data.config import DataConfig
-from mega_scale.data.corpus import is_held_out
 from mega_scale.data.prepared import FORMAT, Manifest, write_json, write_manifest
-from mega_scale.data.readers import Piece
-from mega_scale.data.sources import TextSource, open_source
+from mega_scale.data.readers import FileRange
+from mega_scale.data.rows import Tally, usable
+from mega_scale.data.sources import TextSource, is_held_out, open_source
 from mega_scale.data.token_files import ShardRecord, ShardWriter
 from mega_scale.data.tokenizer import batched, encode, token_type, tokenizer_digest
 from mega_scale.file_lock import FileLock
@@ -54,7 +53,7 @@ class Unit:
     """
 
     held_out: bool
-    pieces: list[Piece]
+    pieces: list[FileRange]
 
     @property
     def size(self) -> int:
@@ -97,7 +96,7 @@ class Preparation:
         self.units = [
             Unit(held_out, pieces)
             for held_out, source in self._sources.items()
-            for pieces in _grouped(source.pieces(shard_bytes), shard_bytes)
+            for pieces in _grouped(source.ranges(shard_bytes), shard_bytes)
         ]
         self._digest = tokenizer_digest(tokenizer, config.add_bos)
         self._plan = self._claim(shard_bytes, overwrite)
@@ -294,9 +293,9 @@ def _make(number: int) -> Tally:
     return _inherited[0].make(number)
 
 
-def _grouped(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:
+def _grouped(pieces: list[FileRange], size: int) -> Iterator[list[FileRange]]:
     """Join small pieces until they have the size of a shard."""
-    group: list[Piece] = []
+    group: list[FileRange] = []
     held = 0
     for piece in pieces:
         if group and held + piece.size > size:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mega_scale.data.bad_rows import Tally
+from mega_scale.data.rows import Tally
 from mega_scale.data.token_files import Shard, ShardRecord
 from mega_scale.data.token_store import TokenStore
 

@@ -1,38 +1,45 @@
-"""Readers of local files: texts and bad rows, piece by piece, never a file as a whole in memory.
+"""Read local files range by range: texts and bad rows in order, never a file as a whole in memory.
 
-A piece is a part of a file that can be read on its own: a range of bytes of a plain jsonl file, row groups of a parquet
-file, record batches of an arrow file; else the whole file.
+A range is a part of a file that can be read on its own: bytes of a plain jsonl file, row groups of a parquet file,
+record batches of an arrow file; else the whole file. A damage costs as few rows as the format, or pyarrow, allows.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mega_scale.data.bad_rows import BadRow
-from mega_scale.data.columnar import BROKEN, read_arrow, read_parquet
-from mega_scale.data.compression import DamageError, FileBytes
-from mega_scale.data.text_rows import Reading, find, missing, text_of, too_long
+from mega_scale.data.compression import DamageError, FileBytes, file_kind
+from mega_scale.data.rows import BadRow, Cause, Rows, TextColumn
+
+BROKEN = (EOFError, OSError, UnicodeError, pa.ArrowException)
+"""What pyarrow raises for a file or column that is damaged."""
 
 # JSON writes a byte of text as six characters at most, and a row may have other columns.
 _LINE_PER_TEXT = 8
 _MARK = "\ufeff".encode()
 _OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _SPACE = re.compile(r"[ \t\n\r]*")
+_ROWS_AT_ONCE = 256
+# pyarrow's words for a file that was cut
+_CUT = (
+    "truncated", "end-of-stream", "expected to be able to read", "expected to read", "or length 0", "size is 0 bytes",
+)  # fmt: skip
 
 
-class Piece(NamedTuple):
+class FileRange(NamedTuple):
     """A part of a file.
 
     Args:
         file: Absolute name, or the name of what is no file.
         start: First byte, row group, record batch or row; 0 for a whole file.
-        stop: Behind the last one; -1 is the end of the file.
-        size: What it weighs, bytes.
+        stop: After the last one; -1 is the end of the file.
+        size: Bytes on disk.
     """
 
     file: str
@@ -40,28 +47,24 @@ class Piece(NamedTuple):
     stop: int
     size: int
 
+    @property
+    def numbers(self) -> range | None:
+        """Numbers of row groups or record batches; None for all."""
+        return None if self.stop < 0 else range(self.start, self.stop)
 
-def split_file(file: str, source: str, size: int | None) -> list[Piece]:
-    """Split a file into pieces of about a size.
 
-    Args:
-        file: Absolute name.
-        source: "text", "json", "parquet" or "arrow".
-        size: Bytes of a piece; None takes the file whole.
-
-    Returns:
-        The pieces in order; one for a file that cannot be split, or not be read.
-    """
+def split_file(file: str, source: str, size: int | None) -> list[FileRange]:
+    """Split a file into ranges of about `size` bytes, in order; None, or a file that cannot be split, gives one."""
     try:
         total = os.path.getsize(file)
     except OSError:  # reading it will say what is wrong
         total = 0
-    whole = [Piece(file, 0, -1, total)]
+    whole = [FileRange(file, 0, -1, total)]
     if size is None or total <= size:
         return whole
     if source == "json" and _has_lines(file):
         stops = [*range(size, total, size), total]
-        return [Piece(file, start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)]
+        return [FileRange(file, start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)]
     try:
         if source == "parquet":
             count = pq.ParquetFile(file).num_row_groups
@@ -74,27 +77,81 @@ def split_file(file: str, source: str, size: int | None) -> list[Piece]:
         return whole
     step = max(1, count * size // total)
     return [
-        Piece(file, first, min(first + step, count), total * min(step, count - first) // count)
+        FileRange(file, first, min(first + step, count), total * min(step, count - first) // count)
         for first in range(0, count, step)
     ]
 
 
-def read_piece(piece: Piece, source: str, reading: Reading) -> Iterator[str | BadRow]:
-    """Read the rows of a piece in order.
+def read_range(part: FileRange, source: str, column: TextColumn) -> Rows:
+    """Read the rows of a range of `split_file` in order; `source` is text, json, parquet or arrow."""
+    return {"text": _read_text, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}[source](
+        part, column
+    )
 
-    Args:
-        piece: Of `split_file`.
-        source: "text", "json", "parquet" or "arrow".
-        reading: How rows become texts.
 
-    Returns:
-        A text, or what is wrong with the row.
-    """
-    if source in ("parquet", "arrow"):
-        read = read_parquet if source == "parquet" else read_arrow
-        return read(piece.file, None if piece.stop < 0 else range(piece.start, piece.stop), reading)
-    readers: dict[str, Callable[[Piece, Reading], Iterator[str | BadRow]]] = {"text": _read_text, "json": _read_json}
-    return readers[source](piece, reading)
+def _damaged(file: str, line: int, damage: DamageError) -> BadRow:
+    unknown = "; how much is missing is not known, so the whole file counts" if damage.lost is None else ""
+    detail = f"the file cannot be read from here on ({damage}){unknown}"
+    return BadRow(damage.cause, file, line, detail, lost=damage.lost)
+
+
+def _encoding(head: bytes) -> str | None:
+    """The encoding of a file by its byte order mark, unless it is UTF-8."""
+    return next((name for mark, name in _OTHER_MARKS.items() if head.startswith(mark)), None)
+
+
+def _not_utf8(part: FileRange, encoding: str) -> BadRow:
+    detail = f"the file is {encoding} by its byte order mark, not utf-8: convert it"
+    return BadRow("not_utf8", part.file, 1, detail, lost=part.size)
+
+
+def _read_all(opened: FileBytes, most: int = -1) -> tuple[bytes, DamageError | None]:
+    """What can be read, up to `most` bytes, and what is wrong after it."""
+    found = bytearray()
+    try:
+        while (most < 0 or len(found) < most) and (content := opened.read1(1 << 20)):
+            found += content
+    except DamageError as damage:
+        return bytes(found), damage
+    return bytes(found if most < 0 else found[:most]), None
+
+
+# Text: one document a file
+
+
+def _read_text(part: FileRange, column: TextColumn) -> Rows:
+    try:
+        with FileBytes(part.file, part.size) as opened:
+            content, damage = _read_all(opened, column.max_bytes + len(_MARK) + 1)
+    except DamageError as error:
+        content, damage = b"", error
+    if damage is not None and not damage.complete:  # half a document is none
+        yield _damaged(part.file, 1, damage)._replace(lost=None if damage.lost is None else part.size)
+        return
+    yield _one_text(content.removeprefix(_MARK), part, column)
+    if damage is not None:
+        yield _damaged(part.file, 1, damage)
+
+
+def _one_text(content: bytes, part: FileRange, column: TextColumn) -> str | BadRow:
+    if (encoding := _encoding(content)) is not None:
+        return _not_utf8(part, encoding)
+    if content.count(0) * 4 > len(content):
+        detail = "the file is no text: it holds NUL bytes, as UTF-16 without a mark and binary files do"
+        return BadRow("not_utf8", part.file, 1, detail, lost=part.size)
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        if error.start < column.max_bytes - 3:  # else a character may only have been cut
+            line = content.count(b"\n", 0, error.start) + 1
+            return BadRow("not_utf8", part.file, line, f"the text is not UTF-8 ({error})", lost=part.size)
+    if len(content) > column.max_bytes:
+        return column.too_long(part.file, 1)
+    found = column.text(content, part.file, 1)
+    return found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
+
+
+# JSON: one object a line, or a list of objects
 
 
 def _has_lines(file: str) -> bool:
@@ -111,97 +168,39 @@ def _is_list(head: bytes) -> bool:
     return head.removeprefix(_MARK).lstrip()[:1] == b"["
 
 
-def _encoding(head: bytes) -> str | None:
-    """What a file is encoded in by its mark, if not in UTF-8."""
-    return next((name for mark, name in _OTHER_MARKS.items() if head.startswith(mark)), None)
-
-
-def _not_utf8(piece: Piece, encoding: str) -> BadRow:
-    detail = f"the file is {encoding} by its byte order mark, not utf-8: convert it"
-    return BadRow("not_utf8", piece.file, 1, detail, lost=piece.size)
-
-
-def _damaged(file: str, line: int, damage: DamageError) -> BadRow:
-    unknown = "; how much is missing is not known, so the whole file counts" if damage.lost is None else ""
-    detail = f"the file cannot be read from here on ({damage}){unknown}"
-    return BadRow(damage.cause, file, line, detail, lost=damage.lost)
-
-
-def _read_all(opened: FileBytes, most: int = -1) -> tuple[bytes, DamageError | None]:
-    """What can be read, up to a size, and what is wrong behind it."""
-    found = bytearray()
+def _read_json(part: FileRange, column: TextColumn) -> Rows:
+    line, before = 0, _LinesBefore(part)
     try:
-        while (most < 0 or len(found) < most) and (content := opened.read1(1 << 20)):
-            found += content
-    except DamageError as damage:
-        return bytes(found), damage
-    return bytes(found if most < 0 else found[:most]), None
-
-
-def _read_text(piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
-    try:
-        with FileBytes(piece.file, piece.size) as opened:
-            content, damage = _read_all(opened, reading.longest + len(_MARK) + 1)
-    except DamageError as error:
-        content, damage = b"", error
-    if damage is not None and not damage.complete:  # half a document is none
-        yield _damaged(piece.file, 1, damage)._replace(lost=None if damage.lost is None else piece.size)
-        return
-    yield _one_text(content.removeprefix(_MARK), piece, reading)
-    if damage is not None:
-        yield _damaged(piece.file, 1, damage)
-
-
-def _one_text(content: bytes, piece: Piece, reading: Reading) -> str | BadRow:
-    if (encoding := _encoding(content)) is not None:
-        return _not_utf8(piece, encoding)
-    if content.count(0) * 4 > len(content):
-        detail = "the file is no text: it holds NUL bytes, as UTF-16 without a mark and binary files do"
-        return BadRow("not_utf8", piece.file, 1, detail, lost=piece.size)
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        if error.start < reading.longest - 3:  # else a character may only have been cut
-            line = content.count(b"\n", 0, error.start) + 1
-            return BadRow("not_utf8", piece.file, line, f"the text is not UTF-8 ({error})", lost=piece.size)
-    if len(content) > reading.longest:
-        return too_long(piece.file, 1, reading)
-    found = text_of(content, reading, piece.file, 1)
-    return found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
-
-
-def _read_json(piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
-    before, line = _Before(piece), 0
-    try:
-        with FileBytes(piece.file, piece.size if piece.stop < 0 else None) as opened:
-            head = b"" if piece.start else opened.peek(64)
+        with FileBytes(part.file, part.size if part.stop < 0 else None) as opened:
+            head = b"" if part.start else opened.peek(64)
             if (encoding := _encoding(head)) is not None:
-                yield _not_utf8(piece, encoding)
+                yield _not_utf8(part, encoding)
             elif _is_list(head):
-                yield from _read_list(opened, piece, reading)
+                yield from _read_list(opened, part, column)
             else:
-                for found in _lines(opened, piece, reading):
+                for found in _read_lines(opened, part, column):
                     line += 1
-                    # Lines are counted from the file's start only where one has to be named.
-                    yield found._replace(line=before.lines + line) if isinstance(found, BadRow) else found
+                    yield found._replace(line=before.count() + line) if isinstance(found, BadRow) else found
     except DamageError as damage:
-        yield _damaged(piece.file, before.lines + line + 1, damage)
+        row = _damaged(part.file, before.count() + line + 1, damage)
+        could_not_open = damage.lost == 0 and not damage.complete
+        yield row._replace(lost=part.size) if could_not_open else row
 
 
-def _lines(opened: FileBytes, piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
-    """Rows of a piece, each with its line counted from 0."""
-    if piece.start:
-        opened.seek(piece.start - 1)
-        opened.readline()  # the line that the start cuts belongs to the piece before
-    place = opened.tell() if piece.stop >= 0 else 0
-    while piece.stop < 0 or place < piece.stop:
-        content, size = _read_line(opened, _LINE_PER_TEXT * reading.longest)
+def _read_lines(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
+    """Rows of a range, whose line is filled in by the caller."""
+    if part.start:
+        opened.seek(part.start - 1)
+        opened.readline()  # the line that the start cuts belongs to the range before
+    place = opened.tell() if part.stop >= 0 else 0
+    while part.stop < 0 or place < part.stop:
+        content, size = _read_line(opened, _LINE_PER_TEXT * column.max_bytes)
         if not size:
-            if piece.stop >= 0:
-                raise DamageError("truncated_file", "the file became shorter while it was read", piece.stop - place)
+            if part.stop >= 0:
+                raise DamageError("truncated_file", "the file became shorter while it was read", part.stop - place)
             return
         place += size
-        row = _parse(content, reading, piece.file) if content is not None else too_long(piece.file, 0, reading)
+        row = _parse(content, column, part.file) if content is not None else column.too_long(part.file, 0)
         if isinstance(row, BadRow) and row.cause in ("broken_json", "not_utf8"):
             row = row._replace(lost=opened.on_disk(size))
         yield row
@@ -220,29 +219,27 @@ def _read_line(opened: FileBytes, longest: int) -> tuple[bytes | None, int]:
     return None, size
 
 
-class _Before:
-    """How many lines a file has before a piece, counted when it is asked for."""
+class _LinesBefore:
+    """How many lines a file has before a range, counted only when one has to be named."""
 
-    def __init__(self, piece: Piece) -> None:
-        self._piece = piece
-        self._lines = 0 if piece.start == 0 else None
+    def __init__(self, part: FileRange) -> None:
+        self._part = part
+        self._count = 0 if part.start == 0 else None
 
-    @property
-    def lines(self) -> int:
-        if self._lines is None:
-            self._lines = 0
-            with open(self._piece.file, "rb") as opened:
-                opened_bytes = self._piece.start - 1
-                while opened_bytes and (content := opened.read(min(1 << 20, opened_bytes))):
-                    self._lines += content.count(b"\n")
-                    opened_bytes -= len(content)
-                opened.seek(self._piece.start - 1)
-                self._lines += opened.readline().endswith(b"\n")
-        return self._lines
+    def count(self) -> int:
+        if self._count is None:
+            self._count, left = 0, self._part.start - 1
+            with contextlib.suppress(OSError), open(self._part.file, "rb") as opened:
+                while left and (content := opened.read(min(1 << 20, left))):
+                    self._count += content.count(b"\n")
+                    left -= len(content)
+                opened.seek(self._part.start - 1)
+                self._count += opened.readline().endswith(b"\n")
+        return self._count
 
 
-def _parse(content: bytes, reading: Reading, file: str) -> str | BadRow:
-    """The text of a line; a bad row where there is none, without its number."""
+def _parse(content: bytes, column: TextColumn, file: str) -> str | BadRow:
+    """The text of a line of JSON."""
     content = content.removeprefix(_MARK)  # also where files with marks were joined
     if not content.strip():
         return BadRow("empty", file, 0, "the line is empty")
@@ -251,62 +248,228 @@ def _parse(content: bytes, reading: Reading, file: str) -> str | BadRow:
     except (ValueError, RecursionError) as error:
         encoding = error.reason if isinstance(error, UnicodeDecodeError) else None
         if not content.endswith(b"\n") and encoding in (None, "unexpected end of data"):
-            detail = (
-                f"the file ends within a line, so the whole file counts: more may be missing; it is not JSON ({error})"
-            )
-            return BadRow("truncated_file", file, 0, detail, lost=None)
+            detail = "the file ends within a line, so the whole file counts: more may be missing"
+            return BadRow("truncated_file", file, 0, f"{detail}; it is not JSON ({error})", lost=None)
         if encoding is not None:
             return BadRow("not_utf8", file, 0, f"the line is not UTF-8 ({encoding})")
         return BadRow("broken_json", file, 0, f"the line is not JSON ({error})")
-    return _column_of(row, reading, file, 0)
+    return column.of_object(row, file, 0)
 
 
-def _column_of(row: Any, reading: Reading, file: str, line: int) -> str | BadRow:
-    if not isinstance(row, dict):
-        return BadRow("broken_json", file, line, f"the row is {type(row).__name__}, not an object")
-    try:
-        value = find(row, reading.column)
-    except KeyError:
-        return missing(list(row), reading, file, line)
-    return text_of(value, reading, file, line)
-
-
-def _read_list(opened: FileBytes, piece: Piece, reading: Reading) -> Iterator[str | BadRow]:
+def _read_list(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
     """Rows of one list, up to where it is broken."""
     content, damage = _read_all(opened)
     try:
         text = content.removeprefix(_MARK).decode(errors="strict" if damage is None else "ignore")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield BadRow("not_utf8", piece.file, line, f"the file is not UTF-8 ({error})", lost=piece.size)
+        yield BadRow("not_utf8", part.file, line, f"the file is not UTF-8 ({error})", lost=part.size)
         return
     number, place, decoder = 0, text.index("[") + 1, json.JSONDecoder()
     try:
-        while (place := _behind_space(text, place)) < len(text) and text[place] != "]":
+        while (place := _skip_space(text, place)) < len(text) and text[place] != "]":
             row, place = decoder.raw_decode(text, place)
             number += 1
-            yield _column_of(row, reading, piece.file, number)
-            place = _behind_space(text, place)
+            yield column.of_object(row, part.file, number)
+            place = _skip_space(text, place)
             if text[place : place + 1] == ",":
                 place += 1
             elif text[place : place + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
         if place == len(text):
             raise json.JSONDecodeError("Expecting ']'", text, place)
-        if (place := _behind_space(text, place + 1)) != len(text):
+        if (place := _skip_space(text, place + 1)) != len(text):
             raise json.JSONDecodeError("Expecting the end of the file", text, place)
     except (ValueError, RecursionError) as error:
         if damage is None:
             cut = not text.rstrip().endswith("]")
-            damage = DamageError(
-                "truncated_file" if cut else "broken_json",
-                f"it is not JSON: {error}",
-                None if cut else -(-piece.size * (len(text) - place) // len(text)),
-            )
+            lost = None if cut else -(-part.size * (len(text) - place) // len(text))
+            damage = DamageError("truncated_file" if cut else "broken_json", f"it is not JSON: {error}", lost)
     if damage is not None:
-        yield _damaged(piece.file, number + 1, damage)
+        yield _damaged(part.file, number + 1, damage)
 
 
-def _behind_space(text: str, place: int) -> int:
+def _skip_space(text: str, place: int) -> int:
     found = _SPACE.match(text, place)
     return place if found is None else found.end()
+
+
+# Parquet and arrow
+
+
+def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
+    try:
+        mapped = pa.memory_map(part.file)
+        opened = pq.ParquetFile(mapped, page_checksum_verification=True)
+        sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+        schema = opened.schema_arrow
+        path = column_path(schema, column)
+    except BROKEN as error:
+        yield _broken_file(part.file, 1, error, magic=b"PAR1")
+        return
+    with opened:
+        for group in part.numbers or range(len(sizes)):
+            first, end = sum(sizes[:group]), sum(sizes[: group + 1])
+            if path is None:
+                yield column.missing(schema.names, part.file, first + 1, end - first)
+                continue
+            for row in _read_group(opened, group, path, column, part.file, first, end):
+                if isinstance(row, BadRow) and row.lost:
+                    row = row._replace(lost=mapped.size() * row.rows // sum(sizes))  # noqa: PLW2901
+                yield row
+
+
+def _read_group(opened: Any, group: int, path: list[str], column: TextColumn, file: str, first: int, end: int) -> Rows:
+    """Rows `first` to below `end` of the file, counted from 0, which are those of a row group."""
+    row, error = first, None
+    for at_once in (_ROWS_AT_ONCE, 1):  # one by one up to the damage, if there is one
+        number = first
+        try:
+            for batch in opened.iter_batches(at_once, row_groups=[group], columns=[".".join(path)]):
+                number += batch.num_rows
+                if number > row:
+                    yield from _texts(batch, path, column, file, row)
+                    row = number
+        except BROKEN as found:
+            error = found
+        else:
+            break
+    if row < end:
+        words = "fewer rows than the file says" if error is None else _words(error)
+        yield BadRow("corrupt", file, row + 1, f"the rows cannot be read from here on ({words})", end - row, lost=1)
+
+
+def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
+    """Rows of an arrow file, or of a stream, in which `datasets` keeps its own."""
+    try:
+        mapped = pa.memory_map(part.file)
+        if mapped.read(6) != b"ARROW1":
+            mapped.seek(0)
+            yield from _read_stream(mapped, column, part.file)
+            return
+        try:
+            opened = pa.ipc.open_file(mapped)
+        except pa.ArrowInvalid:  # cut, so that its index is missing: all before that is a stream
+            mapped.seek(8)
+            yield from _read_stream(mapped, column, part.file)
+            return
+    except BROKEN as error:
+        yield _broken_file(part.file, 1, error)
+        return
+    row, wanted = 0, part.numbers or range(opened.num_record_batches)
+    for number in range(wanted.stop):
+        try:
+            batch = opened.get_batch(number)
+        except BROKEN as error:
+            if number in wanted:
+                lost = mapped.size() // opened.num_record_batches
+                detail = f"a record batch cannot be read ({_words(error)})"
+                yield BadRow("corrupt", part.file, row + 1, detail, lost=lost)
+            continue
+        if number in wanted:
+            yield from _texts(batch, column_path(batch.schema, column), column, part.file, row)
+        row += batch.num_rows
+
+
+def _read_stream(mapped: Any, column: TextColumn, file: str) -> Rows:
+    row, place = 0, 0
+    try:
+        stream = pa.ipc.open_stream(mapped)
+        path = column_path(stream.schema, column)
+        while True:
+            place = mapped.tell()
+            batch = stream.read_next_batch()
+            yield from _texts(batch, path, column, file, row)
+            row += batch.num_rows
+    except StopIteration:
+        return
+    except BROKEN as error:
+        yield _broken_file(file, row + 1, error, place)
+
+
+def column_path(schema: Any, column: TextColumn) -> list[str] | None:
+    """Find a column by its name, or by names joined by dots; None if there is none, or several."""
+    if column.name in schema.names:
+        return [column.name] if schema.names.count(column.name) == 1 else None
+    fields, path = list(schema), column.name.split(".")
+    for name in path:
+        found = [field for field in fields if field.name == name]
+        if len(found) != 1:
+            return None
+        kind = found[0].type
+        fields = [kind.field(i) for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+    return path
+
+
+def _texts(batch: Any, path: list[str] | None, column: TextColumn, file: str, row: int) -> Rows:
+    """Rows of a batch, of which the first is number `row`, counted from 0."""
+    if path is None:
+        yield column.missing(batch.schema.names, file, row + 1, batch.num_rows)
+        return
+    for number, value in enumerate(column_values(batch, path), row + 1):
+        yield column.text(value, file, number)
+
+
+def column_values(batch: Any, path: list[str]) -> list[Any]:
+    """Values of a column of a record batch or table, found by `column_path`.
+
+    Texts are bytes, which may not be UTF-8; other values are as they are; an exception stands for a corrupt row.
+    """
+    column = batch.column(path[0])
+    if path[1:]:
+        column = pc.struct_field(column, path[1:])
+    try:
+        return _plain_values(column)
+    except BROKEN:
+        return [_plain_value(column.slice(i, 1)) for i in range(len(column))]
+
+
+def _plain_value(column: Any) -> Any:
+    try:
+        return _plain_values(column)[0]
+    except BROKEN as error:
+        return error
+
+
+def _plain_values(column: Any) -> list[Any]:
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.cast(column.type.storage_type)
+    if pa.types.is_run_end_encoded(column.type):
+        column = pc.run_end_decode(column)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_string(column.type):
+        column = column.view(pa.binary())
+    elif pa.types.is_large_string(column.type):
+        column = column.view(pa.large_binary())
+    elif pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_binary())
+    column.validate(full=True)
+    return column.to_pylist()
+
+
+def _broken_file(file: str, line: int, error: Exception, place: int = 0, magic: bytes = b"") -> BadRow:
+    """A file that cannot be read from byte `place` on; one that begins, but does not end, with its `magic` was cut."""
+    size, kind, cut = 0, None, any(words in str(error).lower() for words in _CUT)
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(512)
+            size = opened.seek(0, 2)
+            opened.seek(max(size - len(magic), 0))
+            cut = cut or bool(magic and head.startswith(magic) and opened.read() != magic)
+            kind = file_kind(head)
+    except OSError:
+        pass
+    detail = _words(error)
+    foreign = not place and kind not in (None, "parquet" if magic else "arrow")
+    if foreign:
+        cut, detail = False, f"it is a {kind} file"
+    cause: Cause = "truncated_file" if cut else "corrupt"
+    if foreign or (not cut and getattr(error, "errno", None)):
+        cause = "unreadable"
+    lost = None if cut or not size else size - place
+    return BadRow(cause, file, line, f"the file cannot be read from here on ({detail})", lost=lost)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

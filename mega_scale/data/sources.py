@@ -1,59 +1,221 @@
-"""Where texts come from: local files, data sets by name, the standard library; each in pieces that are read alone."""
+"""Where texts come from: files, data sets of the hub, Python's own library; and which of them are held out."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import importlib
+import importlib.machinery
+import inspect
+import os
+import random
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
 
-import datasets
+import numpy as np
 
-from mega_scale.data.bad_rows import BadRow
-from mega_scale.data.cache import cache_folder
-from mega_scale.data.columnar import BROKEN, column_path, values_of
-from mega_scale.data.config import DataConfig, expand_paths
-from mega_scale.data.hub_reach import look_up
-from mega_scale.data.python_stdlib import stdlib_documents
-from mega_scale.data.readers import Piece, read_piece, split_file
-from mega_scale.data.text_rows import Reading, find, missing, text_of
+from mega_scale.data.config import DataConfig, cache_folder, expand_paths, find_on_hub
+from mega_scale.data.readers import BROKEN, FileRange, column_path, column_values, read_range, split_file
+from mega_scale.data.rows import BadRow, Rows, Tally, TextColumn, usable
 
-_READ_AT_ONCE = 64  # rows
+_HUB_ROWS_AT_ONCE = 64
+_ROUNDS = 8  # of the permutation
+
+
+class TextsHash:
+    """Hash of texts and their order."""
+
+    def __init__(self) -> None:
+        self._total = hashlib.blake2b(digest_size=16)
+
+    def add(self, text: str) -> None:
+        """Append a text."""
+        self._total.update(hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+    def digest(self) -> str:
+        """32 hexadecimal digits."""
+        return self._total.hexdigest()
+
+
+class Documents:
+    """Texts that can be read again and again, always the same ones in the same order.
+
+    Args:
+        read: Starts from the first text at every call; is given the seed and epoch of an order of file ranges, or None
+            for the corpus's own.
+        tally: What the last reading found.
+    """
+
+    def __init__(self, read: Callable[[tuple[int, int] | None], Iterator[str]], tally: Tally | None = None) -> None:
+        self._read = read
+        self.tally = tally or Tally()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._read(None)
+
+    def shuffled(self, seed: int, epoch: int, buffer: int) -> Iterator[str]:
+        """Read the texts in an order of this seed and epoch, the same on every machine.
+
+        File ranges are permuted, and texts drawn from a buffer of so many.
+        """
+        draw, held = random.Random(f"{seed} {epoch}"), list[str]()
+        for text in self._read((seed, epoch)):
+            if len(held) < buffer:
+                held.append(text)
+                continue
+            i = int(draw.random() * buffer)
+            yield held[i]
+            held[i] = text
+        draw.shuffle(held)
+        yield from held
+
+    def select(self, wanted: Callable[[str], bool]) -> "Documents":
+        """Keep the texts that are wanted."""
+        return Documents(lambda order: (text for text in self._read(order) if wanted(text)), self.tally)
+
+    def first(self, count: int | None) -> "Documents":
+        """Keep the first texts of the corpus's own order; None keeps all."""
+        return self if count is None else Documents(lambda order: islice(self._read(None), count), self.tally)
+
+    def digest(self) -> str:
+        """Hash all texts and their order (32 hexadecimal digits); reads them once."""
+        total = TextsHash()
+        for text in self:
+            total.add(text)
+        return total.digest()
+
+
+class Corpus(NamedTuple):
+    """A run's documents: what it trains on, and what it validates on, None if nothing is held out."""
+
+    train: Documents
+    validation: Documents | None
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Find a run's documents; rows that cannot be used are left out and counted.
+
+    Raises:
+        ValueError: The source cannot be found.
+    """
+    everything, share = load_documents(config), config.validation_fraction
+    if config.separate_validation:
+        separate = _documents(open_source(config, held_out=True), config.max_bad_share)
+        return Corpus(everything, separate.first(config.validation_documents))
+    if not share:
+        return Corpus(everything, None)
+    held_out = everything.select(lambda text: is_held_out(text, share))
+    train = everything.select(lambda text: not is_held_out(text, share))
+    return Corpus(train, held_out.first(config.validation_documents))
+
+
+def load_documents(config: DataConfig) -> Documents:
+    """Find all documents of `data.path`, the hub's split or the default corpus, at most `max_documents`."""
+    return _documents(open_source(config), config.max_bad_share).first(config.max_documents)
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a text belongs to the validation part, by its own hash only: the same on every machine."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def _documents(source: "TextSource", max_bad_share: float) -> Documents:
+    ranges, tally = source.ranges(None), Tally()
+    size = sum(part.size for part in ranges)
+
+    def read(order: tuple[int, int] | None) -> Iterator[str]:
+        tally.clear(size)
+        numbers = np.arange(len(ranges))
+        if order is not None:
+            numbers = shuffled(numbers, len(ranges), *order)
+        rows = (row for i in numbers for row in source.read(ranges[i]))
+        return usable(rows, tally, max_bad_share)
+
+    return Documents(read, tally)
+
+
+def shuffled(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
+    """Look up places (n,) of a pseudo-random permutation of 0..length-1 that needs no memory: (n,) int64.
+
+    A Feistel network permutes the next power of four; what falls outside the range is permuted again till it is inside.
+    The order depends on the arguments only, not on a library's random generator, so a run can be resumed anywhere.
+    """
+    half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8")
+    found = _permute(np.asarray(positions).astype(np.uint64), half, keys)
+    outside = np.flatnonzero(found >= length)
+    while outside.size:
+        found[outside] = _permute(found[outside], half, keys)
+        outside = outside[found[outside] >= length]
+    return found.astype(np.int64)
+
+
+def _permute(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << half) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every bit of the input changes about half the bits of the result."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class TextSource(Protocol):
-    """Texts in pieces."""
+    """Texts in ranges that are read on their own."""
 
-    def pieces(self, size: int | None) -> list[Piece]:
-        """Split all text into pieces of about so many bytes; None splits no file."""
+    def ranges(self, size: int | None) -> list[FileRange]:
+        """Split all text into ranges of about `size` bytes; None splits no file."""
 
-    def read(self, piece: Piece) -> Iterator[str | BadRow]:
-        """Read the rows of a piece in order: a text, or what is wrong with the row."""
+    def read(self, part: FileRange) -> Rows:
+        """Read the rows of a range in order."""
+
+
+def open_source(config: DataConfig, *, held_out: bool = False) -> TextSource:
+    """Open `path` or `hub_split`, or with `held_out` `validation_path` or `validation_split`; reads no text.
+
+    Raises:
+        ValueError: It cannot be found.
+    """
+    if config.source == "python-stdlib":
+        return StdlibSource()
+    if config.source == "hub":
+        return _open_hub(config, held_out)
+    key, paths = ("validation_path", config.validation_path) if held_out else ("path", config.path)
+    assert paths is not None
+    name = "text" if config.source == "text" else config.text_column
+    return FileSource(expand_paths(paths, key), config.source, TextColumn(name, config.max_document_bytes))
 
 
 class FileSource:
-    """Local files.
+    """Local files, by absolute names; `kind` is text, json, parquet or arrow."""
 
-    Args:
-        files: Absolute names.
-        kind: "text", "json", "parquet" or "arrow".
-        reading: How rows become texts.
-    """
+    def __init__(self, files: Sequence[str], kind: str, column: TextColumn) -> None:
+        self._files, self._kind, self._column = files, kind, column
 
-    def __init__(self, files: Sequence[str], kind: str, reading: Reading) -> None:
-        self._files, self._kind, self._reading = files, kind, reading
-
-    def pieces(self, size: int | None) -> list[Piece]:
+    def ranges(self, size: int | None) -> list[FileRange]:
         """See TextSource."""
-        return [piece for file in self._files for piece in split_file(file, self._kind, size)]
+        return [part for file in self._files for part in split_file(file, self._kind, size)]
 
-    def read(self, piece: Piece) -> Iterator[str | BadRow]:
-        """See TextSource. A file that was cut is lost as a whole, at least a file of mean size: nobody knows how much
-        is missing."""
+    def read(self, part: FileRange) -> Rows:
+        """See TextSource. A file that was cut is lost as a whole, and counts at least as a file of mean size, since
+        nobody knows how much is missing."""
         counted = 0
-        for row in read_piece(piece, self._kind, self._reading):
+        for row in read_range(part, self._kind, self._column):
             if isinstance(row, BadRow) and row.lost != 0:
-                sizes, most = self._sizes, piece.size
+                sizes, most = self._sizes, part.size
                 if row.lost is None:
-                    most = max(sizes.get(piece.file, 0), sum(sizes.values()) // len(sizes))
+                    most = max(sizes.get(part.file, 0), sum(sizes.values()) // len(sizes))
                 lost = min(most if row.lost is None else row.lost, most - counted)
                 counted += lost
                 yield row._replace(lost=lost)
@@ -65,70 +227,46 @@ class FileSource:
         return {file: split_file(file, self._kind, None)[0].size for file in self._files}
 
 
-class StdlibSource:
-    """The text of the Python that runs this."""
+class HubSource:
+    """A `datasets.Dataset` or `datasets.IterableDataset`; a stream is one range."""
 
-    def pieces(self, size: int | None) -> list[Piece]:
-        """See TextSource; it is one piece."""
-        return [Piece("python-stdlib", 0, -1, 0)]
+    def __init__(self, dataset: Any, name: str, column: TextColumn, *, streaming: bool) -> None:
+        self._dataset, self._name, self._column, self._stored = dataset, name, column, not streaming
 
-    def read(self, piece: Piece) -> Iterator[str | BadRow]:
+    def ranges(self, size: int | None) -> list[FileRange]:
         """See TextSource."""
-        return iter(self._texts)
-
-    @cached_property
-    def _texts(self) -> list[str]:
-        return [text for text in stdlib_documents() if text]
-
-
-class NamedSource:
-    """A data set that the `datasets` library knows by name.
-
-    Args:
-        dataset: `datasets.Dataset` or `datasets.IterableDataset`.
-        name: What to call it in messages.
-        reading: How rows become texts.
-    """
-
-    def __init__(self, dataset: Any, name: str, reading: Reading) -> None:
-        self._dataset, self._name, self._reading = dataset, name, reading
-
-    def pieces(self, size: int | None) -> list[Piece]:
-        """See TextSource; a stream is one piece."""
-        if not isinstance(self._dataset, datasets.Dataset) or not len(self._dataset):
-            return [Piece(self._name, 0, -1, 0)]
+        if not self._stored or not len(self._dataset):
+            return [FileRange(self._name, 0, -1, 0)]
         count, total = len(self._dataset), self._dataset.size_in_bytes or 0
         step = count if size is None else max(1, min(count, count * size // max(total, 1)))
         starts = range(0, count, step)
-        return [Piece(self._name, i, min(i + step, count), total * step // count) for i in starts]
+        return [FileRange(self._name, i, min(i + step, count), total * step // count) for i in starts]
 
-    def read(self, piece: Piece) -> Iterator[str | BadRow]:
+    def read(self, part: FileRange) -> Rows:
         """See TextSource."""
-        stored = isinstance(self._dataset, datasets.Dataset)
-        return self._read_stored(piece) if stored else self._read_stream()
+        return self._read_stored(part) if self._stored else self._read_stream()
 
-    def _read_stored(self, piece: Piece) -> Iterator[str | BadRow]:
+    def _read_stored(self, part: FileRange) -> Rows:
         rows = self._dataset.with_format("arrow")
-        path = column_path(rows.features.arrow_schema, self._reading.column)
-        for first in range(piece.start, max(piece.stop, 0), _READ_AT_ONCE):
+        path = column_path(rows.features.arrow_schema, self._column)
+        for first in range(part.start, max(part.stop, 0), _HUB_ROWS_AT_ONCE):
             if path is None:
-                yield missing(rows.column_names, self._reading, self._name, first + 1, piece.stop - first)
+                yield self._column.missing(rows.column_names, self._name, first + 1, part.stop - first)
                 return
-            last = min(first + _READ_AT_ONCE, piece.stop)
-            values = self._values(rows, path, first, last)
-            for number, value in enumerate(values, first + 1):
-                yield text_of(value, self._reading, self._name, number)
+            last = min(first + _HUB_ROWS_AT_ONCE, part.stop)
+            for number, value in enumerate(self._values(rows, path, first, last), first + 1):
+                yield self._column.text(value, self._name, number)
 
     def _values(self, rows: Any, path: list[str], first: int, last: int) -> list[Any]:
         """Values of some rows; an exception for one that cannot be read."""
         try:
-            return [value for batch in rows[first:last].to_batches() for value in values_of(batch, path)]
+            return [value for batch in rows[first:last].to_batches() for value in column_values(batch, path)]
         except BROKEN as error:
             if last - first == 1:
                 return [error]
         return [value for i in range(first, last) for value in self._values(rows, path, i, i + 1)]
 
-    def _read_stream(self) -> Iterator[str | BadRow]:
+    def _read_stream(self) -> Rows:
         rows, number = iter(self._dataset), 0
         while True:
             # Only the reading is guarded: what goes wrong in the consumer is not the source's fault.
@@ -142,48 +280,22 @@ class NamedSource:
             if row is None:
                 return
             number += 1
-            try:
-                value = find(row, self._reading.column)
-            except KeyError:
-                yield missing(list(row), self._reading, self._name, number)
-            else:
-                yield text_of(value, self._reading, self._name, number)
+            yield self._column.of_object(row, self._name, number)
 
 
-def open_source(config: DataConfig, *, held_out: bool = False) -> TextSource:
-    """Open a source without reading its text.
+def _open_hub(config: DataConfig, held_out: bool) -> TextSource:
+    import datasets  # noqa: PLC0415  half a second
 
-    Args:
-        config: The keys under `data:`, validated.
-        held_out: Take `validation_path` or `validation_split` in place of `path` or `hub_split`.
-
-    Returns:
-        The source.
-
-    Raises:
-        ValueError: It cannot be found, or has no such column.
-    """
-    if config.source == "python-stdlib":
-        return StdlibSource()
-    if config.source == "hub":
-        return _open_named(config, held_out)
-    key, paths = ("validation_path", config.validation_path) if held_out else ("path", config.path)
-    assert paths is not None
-    column = "text" if config.source == "text" else config.text_column
-    return FileSource(expand_paths(paths, key), config.source, Reading(column, config.max_document_bytes))
-
-
-def _open_named(config: DataConfig, held_out: bool) -> TextSource:
     assert config.hub_name is not None
-    reading = Reading(config.text_column, config.max_document_bytes)
+    column = TextColumn(config.text_column, config.max_document_bytes)
     cache = {} if config.cache_dir is None else {"cache_dir": str(cache_folder(config.cache_dir) / "datasets")}
     key, split = ("validation_split", config.validation_split) if held_out else ("hub_split", config.hub_split)
     name, is_folder = f"data.hub_name={config.hub_name!r}", Path(config.hub_name).is_dir()
     if not is_folder and not datasets.config.HF_HUB_OFFLINE:
-        reach = look_up(config.hub_name, "dataset")
-        if reach == "absent":
+        found = find_on_hub(config.hub_name, "dataset")
+        if found == "absent":
             raise ValueError(f"{name}: the hub has no such data set, or needs a log-in for it; correct the name")
-        if reach == "unreachable":
+        if found == "unreachable":
             raise ValueError(
                 f"{name}: the hub cannot be reached; set HF_HUB_OFFLINE=1 to use what was fetched before, or give "
                 "files with data.source=json, parquet, arrow or text"
@@ -191,14 +303,14 @@ def _open_named(config: DataConfig, held_out: bool) -> TextSource:
     try:
         builder = datasets.load_dataset_builder(config.hub_name, config.hub_config, **cache)
         # `datasets` gives up a whole data set for one bad row; the readers here do not.
-        if is_folder and (source := _files_of(builder, split, reading)) is not None:
+        if is_folder and (source := _files_of(builder, split, column)) is not None:
             return source
         try:
-            found = datasets.load_dataset(
+            dataset = datasets.load_dataset(
                 config.hub_name, config.hub_config, split=split, streaming=config.streaming, **cache
             )
         except datasets.exceptions.DatasetGenerationError:
-            if (source := _files_of(builder, split, reading)) is None:
+            if (source := _files_of(builder, split, column)) is None:
                 raise
             return source
     except Exception as error:
@@ -206,19 +318,106 @@ def _open_named(config: DataConfig, held_out: bool) -> TextSource:
             f"{name} with data.hub_config={config.hub_config!r}, data.{key}={split!r} cannot be loaded: "
             f"{_cause(error)}; correct these keys, or fetch it while the hub can be reached"
         ) from None
-    return NamedSource(found, f"{name} ({split})", reading)
+    return HubSource(dataset, f"{name} ({split})", column, streaming=config.streaming)
 
 
-def _files_of(builder: Any, split: str | None, reading: Reading) -> FileSource | None:
-    """The files of a split, fetched if need be, where they are rows as they lie there."""
+def _files_of(builder: Any, split: str | None, column: TextColumn) -> FileSource | None:
+    """The files of a split, fetched if need be, if they hold rows as they are."""
+    from datasets import DownloadManager  # noqa: PLC0415
+
     kind, files = type(builder).__module__.rpartition(".")[2], (builder.config.data_files or {}).get(split)
     if kind not in ("json", "parquet", "arrow") or not files or getattr(builder.config, "field", None):
         return None
-    return FileSource(datasets.DownloadManager().download(list(files)), kind, reading)
+    return FileSource(DownloadManager().download(list(files)), kind, column)
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong at first, in one line; libraries wrap it in words that do not say it."""
-    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+    """The first error in one line; `datasets` wraps it in words that do not name it."""
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# The default corpus: the sources of Python's library, and the documentation of its compiled modules
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# CPython's own test modules say nothing about Python, and importing readline may write to the terminal.
+_SKIPPED_MODULES = re.compile(r"_?xx|_test|_ctypes_test|readline$")
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
+
+
+class StdlibSource:
+    """The text of the Python that runs this, in one range."""
+
+    def ranges(self, size: int | None) -> list[FileRange]:
+        """See TextSource."""
+        return [FileRange("python-stdlib", 0, -1, 0)]
+
+    def read(self, part: FileRange) -> Rows:
+        """See TextSource."""
+        return iter(self._texts)
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return [text for text in stdlib_documents() if text]
+
+
+def stdlib_documents() -> Iterator[str]:
+    """Read Python's standard library: every module's source, then the documentation of the modules without one.
+
+    Order and text depend on the Python installation only, so every process of a run sees the same.
+    """
+    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        # _sysconfigdata holds the build machine's settings, which are no text.
+        modules = [name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+        found += [Path(folder, name) for name in modules]
+    for file in sorted(found, key=lambda file: file.relative_to(root).as_posix()):
+        try:
+            yield file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+    for name in sorted(_compiled_modules()):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # built against a library that this machine lacks
+            continue
+        if text := _documentation(module):
+            yield text
+
+
+def _compiled_modules() -> set[str]:
+    names = set(sys.builtin_module_names)
+    folder = sysconfig.get_config_var("DESTSHARED")
+    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    if folder and os.path.isdir(folder):
+        names |= {file.split(".")[0] for file in os.listdir(folder) if file.endswith(suffixes)}
+    return {name for name in names if not _SKIPPED_MODULES.match(name)}
+
+
+def _documentation(module: ModuleType) -> str:
+    entries = [_entry(module.__name__, module)]
+    for name, member in sorted(vars(module).items()):
+        if getattr(member, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(member):
+            entries.append(_entry(f"{module.__name__}.{name}", member))
+            entries += [_entry(f"{module.__name__}.{name}.{key}", value) for key, value in sorted(vars(member).items())]
+        elif inspect.isroutine(member):
+            entries.append(_entry(f"{module.__name__}.{name}", member))
+    return "\n\n".join(entry for entry in entries if entry)
+
+
+def _entry(name: str, member: object) -> str:
+    """A heading with its own documentation; empty if there is none, or if it shows an address."""
+    kinds = (inspect.ismodule, inspect.isclass, inspect.isroutine, inspect.isgetsetdescriptor)
+    if not any(is_kind(member) for is_kind in (*kinds, inspect.ismemberdescriptor)):
+        return ""
+    text = vars(member).get("__doc__") if inspect.isclass(member) else getattr(member, "__doc__", None)
+    if not isinstance(text, str) or not text.strip() or _ADDRESS.search(text):
+        return ""
+    signature = getattr(member, "__text_signature__", None) if inspect.isroutine(member) else None
+    if signature is not None:
+        name += signature.replace("$", "")
+    return f"{name}\n{inspect.cleandoc(text)}\n"

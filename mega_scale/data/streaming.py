@@ -7,8 +7,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mega_scale.data.config import Packing
-from mega_scale.data.corpus import Documents
 from mega_scale.data.packing import MISSING
+from mega_scale.data.sources import Documents
 from mega_scale.data.token_files import hash_of
 from mega_scale.data.tokenizer import Encoded, encode
 

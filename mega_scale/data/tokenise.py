@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.data.bad_rows import Tally
 from mega_scale.data.cache import open_tokens, write_tokens
-from mega_scale.data.corpus import Documents, TextsHash
 from mega_scale.data.prepared import FORMAT, write_json
+from mega_scale.data.rows import Tally
+from mega_scale.data.sources import Documents, TextsHash
 from mega_scale.data.token_store import TokenStore
 from mega_scale.data.tokenizer import encode, token_type, tokenizer_digest
 from mega_scale.file_lock import FileLock, LockedError

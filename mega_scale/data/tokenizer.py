@@ -14,7 +14,7 @@ from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, fast_definition, is_byte_tokenizer
-from mega_scale.data.hub_reach import look_up
+from mega_scale.data.config import find_on_hub
 from mega_scale.data.special_tokens import document_start, require_end, separator_id
 
 _ENCODED_AT_ONCE = 1 << 20  # characters
@@ -38,7 +38,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if os.path.isdir(folder):
         tokenizer = _from_pretrained(str(folder), "it holds no tokenizer that transformers can load", local=True)
     else:
-        reach = look_up(name, "model")
+        reach = find_on_hub(name, "model")
         if reach == "absent":
             raise ValueError(f"data.tokenizer={name!r}: neither a folder nor a name on the hub; correct it")
         remedy = "no such folder, and the hub cannot be reached; give an existing folder"

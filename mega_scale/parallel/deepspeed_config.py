@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
 from typing import Any
 
-from mega_scale.data.paths import local_path
+from mega_scale.files import local_path
 from mega_scale.parallel.mesh import MeshShape
 
 # Keys of DeepSpeed, or sections of them, that say what another setting of ours says, and that setting. Two answers to

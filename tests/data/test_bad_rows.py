@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mega_scale.data import DataConfig, Loader, load_datasets, load_tokenizer
-from mega_scale.data.bad_rows import BadRow, Tally
-from mega_scale.data.corpus import load_documents
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import read_manifest
-from mega_scale.data.readers import Reading, read_piece, split_file
+from mega_scale.data.readers import read_range, split_file
+from mega_scale.data.rows import BadRow, Tally, TextColumn
+from mega_scale.data.sources import load_documents
 
 ROWS = 1000
 LONGEST = 2000
@@ -68,7 +68,7 @@ def test_pieces_of_a_file_have_every_line_once_and_count_lines_from_its_start(si
     good = write_jsonl(path, bad)
     pieces = split_file(str(path), "json", size)
     assert len(pieces) == -(-path.stat().st_size // size)
-    rows = [row for piece in pieces for row in read_piece(piece, "json", Reading("text", LONGEST))]
+    rows = [row for piece in pieces for row in read_range(piece, "json", TextColumn("text", LONGEST))]
     assert [row for row in rows if isinstance(row, str)] == good
     assert [row.line for row in rows if isinstance(row, BadRow)] == sorted(i + 1 for i in bad)
 
@@ -128,7 +128,7 @@ def test_columns_of_arrow_and_parquet_have_bad_rows_too(kind, tmp_path):
     assert documents.tally.to_json()["bad"] == {str(path): {"empty": 2, "not_utf8": 1, "too_long": 1}}
     pieces = split_file(str(path), source, 3000)
     assert len(pieces) == (1 if kind == "stream" else 4)
-    rows = [row for piece in pieces for row in read_piece(piece, source, Reading("number", LONGEST))]
+    rows = [row for piece in pieces for row in read_range(piece, source, TextColumn("number", LONGEST))]
     assert [row.line for row in rows] == list(range(1, ROWS + 1)) and {row.cause for row in rows} == {"not_text"}
     missing = load_documents(config_of(path, source, text_column="body", max_bad_share=1.0))
     assert list(missing) == [] and missing.tally.by_cause() == {"missing_column": ROWS}

@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mega_scale.data import hub_reach
-from mega_scale.data.config import DataConfig
-from mega_scale.data.corpus import is_held_out, load_corpus, load_documents
+from mega_scale.data.config import DataConfig, find_on_hub
+from mega_scale.data.sources import is_held_out, load_corpus, load_documents
 
 TEXTS = [f"document {i}: ünïcode 😀 {'x' * i}\nsecond line" for i in range(200)]
 
@@ -144,7 +143,7 @@ def test_unreadable_sources_are_refused(name, content, source, keys, named, stre
 @pytest.mark.parametrize(("answer", "named"), [("absent", "correct the name"), ("unreachable", "cannot be reached")])
 def test_hub_data_set_that_cannot_be_fetched_is_refused_at_once(answer, named, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("mega_scale.data.sources.look_up", lambda name, kind: answer)
+    monkeypatch.setattr("mega_scale.data.sources.find_on_hub", lambda name, kind: answer)
     with pytest.raises(ValueError, match=rf"data.hub_name='no/such'.*{named}"):
         load_documents(DataConfig(source="hub", hub_name="no/such"))
 
@@ -153,8 +152,8 @@ def test_hub_that_does_not_answer_is_unreachable(monkeypatch):
     def refuse(*arguments, **keys):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(hub_reach.HfApi, "repo_info", refuse)
-    assert hub_reach.look_up("owner/name", "dataset") == "unreachable"
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", refuse)
+    assert find_on_hub("owner/name", "dataset") == "unreachable"
 
 
 def test_offline_hub_data_set_that_was_never_fetched_is_refused(tmp_path):

@@ -2,11 +2,14 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
 import shutil
 import subprocess
+import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -14,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer, load_whole
-from mega_scale.data.corpus import load_corpus, load_documents
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import read_manifest
+from mega_scale.data.sources import load_corpus, load_documents, open_source
 from mega_scale.data.train_tokenizer import train_bpe
 
 MARK = b"\xef\xbb\xbf"
@@ -167,7 +171,7 @@ def test_unusual_compression_is_read(kind, tmp_path):
 def test_what_is_no_compression_that_is_read_is_named(tmp_path):
     for name, content in {"a.jsonl.br": b"xx", "b.jsonl": b"PK\3\4 and more"}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"unreadable.*\((br|zip)\) is not read: use .zst"):
+        with pytest.raises(ValueError, match=r"unreadable.*it is a (br|zip) file, which is not read as text: use .zst"):
             read(tmp_path, path=[str(tmp_path / name)])
     (tmp_path / "BZh91.txt").write_text("BZh91 is a text")
     assert read(tmp_path, "text", path=[str(tmp_path / "BZh91.txt")])[0] == ["BZh91 is a text"]
@@ -177,6 +181,78 @@ def test_what_is_no_compression_that_is_read_is_named(tmp_path):
         (tmp_path / "wide.jsonl.zst").write_bytes(wide.stdout)
         with pytest.raises(ValueError, match="smaller window"):
             read(tmp_path, path=[str(tmp_path / "wide.jsonl.zst")])
+
+
+def archive(mode: str) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode=mode) as tar:
+        for name in "ab":
+            member = tarfile.TarInfo(f"{name}.jsonl")
+            member.size = len(lines_of(TEXTS))
+            tar.addfile(member, io.BytesIO(lines_of(TEXTS)))
+    return content.getvalue()
+
+
+def stored_zip() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as packed:
+        packed.writestr("a.jsonl", lines_of(TEXTS))
+    return content.getvalue()
+
+
+def as_parquet(write=pq.write_table) -> bytes:
+    content = io.BytesIO()
+    write(pa.table({"text": TEXTS}), content)
+    return content.getvalue()
+
+
+FOREIGN = {
+    "gz in gz": (gzip.compress(gzip.compress(lines_of(TEXTS))), "a gz file within gz: compress it only once"),
+    "xz in gz": (gzip.compress(lzma.compress(lines_of(TEXTS))), "a xz file within gz: compress it only once"),
+    "gz in zst": (zst(gzip.compress(lines_of(TEXTS))), "a gz file within zst: compress it only once"),
+    "bz2 in xz": (lzma.compress(bz2.compress(lines_of(TEXTS))), "a bz2 file within xz: compress it only once"),
+    "stored zip in gz": (gzip.compress(stored_zip()), "a zip file within gz: use .zst or .gz alone"),
+    "tar": (archive("w"), "a tar file, which is not read as text: unpack it"),
+    "tar.gz": (archive("w:gz"), "a tar file within gz: unpack it"),
+    "lzma": (lzma.compress(lines_of(TEXTS), format=lzma.FORMAT_ALONE), "a lzma file, which is not read as text"),
+    "Z": (b"\x1f\x9d" + bytes(90), "a Z file, which is not read as text: use .zst or .gz"),
+    "parquet": (as_parquet(), "a parquet file, which is not read as text: set data.source=parquet"),
+    "arrow": (as_parquet(feather.write_feather), "a arrow file, which is not read as text: set data.source=arrow"),
+}
+
+
+@pytest.mark.parametrize("source", ["json", "text"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_within_files_and_other_formats_are_named(name, source, tmp_path):
+    content, named = FOREIGN[name]
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"([\d,]+) of \1 bytes.*1 unreadable.*it is {named}"):
+        read(tmp_path, source, path=[str(tmp_path / "a")])
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_columnar_files_of_another_format_are_named(source, tmp_path):
+    other = as_parquet() if source == "arrow" else as_parquet(feather.write_feather)
+    for content, kind in ((gzip.compress(other), "gz"), (other, "parquet" if source == "arrow" else "arrow")):
+        (tmp_path / "a").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"([\d,]+) of \1 bytes.*1 unreadable.*it is a {kind} file"):
+            read(tmp_path, source, path=[str(tmp_path / "a")])
+
+
+def test_a_column_name_that_no_encoding_has_can_be_printed(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"\\ud800": 1}\n')
+    with pytest.raises(ValueError, match=r"only \\ud800") as refusal:
+        read(tmp_path)
+    str(refusal.value).encode()
+
+
+def test_a_range_of_a_file_that_is_gone_is_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    source = open_source(config_of(tmp_path, "json"))
+    *_, last = source.ranges(10_000)
+    (tmp_path / "a.jsonl").unlink()
+    [row] = source.read(last)
+    assert (row.cause, row.lost) == ("unreadable", last.size)
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "xz"])
@@ -206,7 +282,8 @@ def test_every_good_row_before_a_damage_is_read(kind, damage, tmp_path):
                 content += decoder.decompress(packed[i : i + 1])
         except (zlib.error, lzma.LZMAError, EOFError):
             pass
-    whole = [line for line in content.split(b"\n")[:-1] if line + b"\n" in lines_of(TEXTS)]
+    lines = set(lines_of(TEXTS).split(b"\n"))
+    whole = [line for line in content.split(b"\n")[:-1] if line in lines]
     assert len(found) >= len(whole) > (800 if kind == "zst" else 1900) or damage == "garbage"
     assert found[: len(whole)] == TEXTS[: len(whole)]
     assert sum(tally.by_cause().values()) >= 1

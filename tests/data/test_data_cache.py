@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from mega_scale.data.cache import cache_folder, open_tokens, write_tokens
+from mega_scale.data.cache import open_tokens, write_tokens
+from mega_scale.data.config import cache_folder
 from mega_scale.data.tokenizer import Encoded
 
 PIECES = [

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mega_scale.data import tokenise
-from mega_scale.data.corpus import Documents
 from mega_scale.data.packing import MISSING, PackedDataset
+from mega_scale.data.sources import Documents
 from mega_scale.data.tokenizer import load_tokenizer
 
 TEXTS = ["first", "the second, longer document", "", "é😀", "x" * 100]
@@ -13,7 +13,7 @@ STREAM = [token for text in TEXTS for token in [*(byte + 3 for byte in text.enco
 
 
 def documents(texts: list[str]) -> Documents:
-    return Documents.of(texts)
+    return Documents(lambda order: iter(texts))
 
 
 def pack(texts: Documents, tokenizer, length: int, cache) -> PackedDataset:

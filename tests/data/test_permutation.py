@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mega_scale.data.permutation import shuffled
+from mega_scale.data.sources import shuffled
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097, 100_003])

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import check_content, open_part, read_manifest
-from mega_scale.data.python_stdlib import stdlib_documents
+from mega_scale.data.sources import stdlib_documents
 from mega_scale.file_lock import FileLock
 
 ROOT = Path(__file__).parents[2]

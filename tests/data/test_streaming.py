@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mega_scale.data import DataConfig, Loader, load_datasets, load_tokenizer
-from mega_scale.data.corpus import Documents
 from mega_scale.data.packing import MISSING, PackedDataset
+from mega_scale.data.sources import Documents
 from mega_scale.data.streaming import StreamedDataset, cut_rows
 from mega_scale.data.tokenise import tokenise
 from mega_scale.data.tokenizer import Encoded
@@ -42,7 +42,7 @@ def test_pieces_of_any_size_make_the_same_rows(cuts, length):
 
 @pytest.mark.parametrize("packing", ["concat", "none"])
 def test_rows_are_the_packed_ones_over_many_epochs_and_in_any_order(packing, tmp_path):
-    documents, tokenizer = Documents.of(TEXTS), load_tokenizer("byte")
+    documents, tokenizer = of_texts(TEXTS), load_tokenizer("byte")
     packed = PackedDataset(tokenise(documents, tokenizer, tmp_path), 16, packing)
     streamed = StreamedDataset(documents, tokenizer, 16, packing)
     n = len(packed)
@@ -117,17 +117,21 @@ def test_several_workers_read_a_stream_like_the_process_itself(shuffle, tmp_path
     fed.close()
 
 
+def of_texts(texts: list[str]) -> Documents:
+    return Documents(lambda order: iter(texts))
+
+
 def test_other_text_is_noticed():
     tokenizer = load_tokenizer("byte")
-    one, same, other = (StreamedDataset(Documents.of(texts), tokenizer, 8) for texts in (TEXTS, list(TEXTS), TEXTS[1:]))
+    one, same, other = (StreamedDataset(of_texts(texts), tokenizer, 8) for texts in (TEXTS, list(TEXTS), TEXTS[1:]))
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 def test_too_little_text_is_refused_before_the_first_step():
     tokenizer = load_tokenizer("byte")
     with pytest.raises(ValueError, match=r"less than one row of data.sequence_length=16"):
-        StreamedDataset(Documents.of(["short"]), tokenizer, 16)
-    streamed = StreamedDataset(Documents.of(["x" * 32]), tokenizer, 16)
+        StreamedDataset(of_texts(["short"]), tokenizer, 16)
+    streamed = StreamedDataset(of_texts(["x" * 32]), tokenizer, 16)
     sizes = {"micro_batch_size": 1, "rank": 0, "world_size": 1, "shuffle": False}
     assert len(Loader(streamed, global_batch_size=2, **sizes).batches(5)) == 2
     with pytest.raises(ValueError, match=r"train.global_batch_size=3 .* fewer rows"):
@@ -159,6 +163,6 @@ def test_shuffled_stream_has_every_document_once_an_epoch_in_its_own_order(tmp_p
 
 
 def test_loader_and_stream_must_agree_on_the_order():
-    streamed = StreamedDataset(Documents.of(TEXTS), load_tokenizer("byte"), 8)
+    streamed = StreamedDataset(of_texts(TEXTS), load_tokenizer("byte"), 8)
     with pytest.raises(ValueError, match=r"data.shuffle=True"):
         Loader(streamed, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, shuffle=True)

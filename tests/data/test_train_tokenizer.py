@@ -10,7 +10,7 @@ import pytest
 
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
 from mega_scale.data.byte_tokenizer import is_byte_tokenizer
-from mega_scale.data.python_stdlib import stdlib_documents
+from mega_scale.data.sources import stdlib_documents
 from mega_scale.data.tokenizer import encode, tokenizer_digest
 from mega_scale.data.train_tokenizer import train_bpe
 

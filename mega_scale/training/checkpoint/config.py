@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mega_scale.data.paths import local_path
+from mega_scale.files import local_path
 
 
 @dataclass

@@ -11,8 +11,7 @@ import forks
 import kills
 import psutil
 import pytest
-from kill_study import write_text
-from launching import LAUNCHERS, _kill_all, _popen, start
+from launching import LAUNCHERS, _kill_all, _popen, start, write_sources
 from same_runs import metric_problems, state_problems
 
 from mega_scale.training.checkpoint import checkpoints, verify
@@ -56,7 +55,7 @@ def kill_in_a_save(launcher, arguments, run_dir, victim):
     [("torchrun", kills.Cell("fsdp", 3, True, 1)), ("deepspeed", kills.Cell("deepspeed", 3, True, 1, workers=1))],
 )
 def test_a_rank_killed_in_a_save_takes_all_with_it_and_the_run_goes_on_to_the_bit(tmp_path, launcher, cell):
-    text, whole, killed = write_text(tmp_path / "text.jsonl"), tmp_path / "whole", tmp_path / "killed"
+    text, whole, killed = write_sources(tmp_path / "text.jsonl", 20), tmp_path / "whole", tmp_path / "killed"
     code, output = start(LAUNCHERS["two forked"], cell.arguments(text, whole))
     assert code == 0, output[-4000:]
     arguments = cell.arguments(text, killed)

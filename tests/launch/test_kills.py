@@ -1,12 +1,11 @@
 """Runs killed at random moments go on to the bit, and the study that says so notices when they do not."""
 
 import json
-import sys
 
 import kills
 import pytest
 import torch
-from launching import ROOT, start
+from launching import ROOT, study
 from same_runs import metric_problems, state_problems
 
 from mega_scale.parallel import INDEX, index_of, own_part, part_file, write_tensors
@@ -17,9 +16,9 @@ from mega_scale.parallel.state import EngineState, Held, Names
 @pytest.mark.launch
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_go_on_to_the_bit(tmp_path):
-    """Both engines, six kills; many more: python tests/launch/kill_study.py --kills 100."""
+    """Both engines, six kills; tests/campaigns/kill_study.py makes a hundred."""
     arguments = ["--kills", "6", "--cells", "2", "--json", str(tmp_path / "found.json")]
-    code, output = start([sys.executable, str(ROOT / "tests/launch/kill_study.py")], arguments, timeout=800)
+    code, output = study(ROOT / "tests/campaigns/kill_study.py", arguments, timeout=800)
     assert code == 0, output[-6000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["problems"] == [] and found["kills"] == 6

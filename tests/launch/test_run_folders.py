@@ -53,7 +53,7 @@ def background(run_dir, text_file, faults, output, *changes, ranks=0):
         warm.CONTEXT.Process(
             target=warm._script,
             args=(
-                "tests/launch/faulty_pretrain.py",
+                "tests/support/faulty_pretrain.py",
                 arguments,
                 str(output),
                 warm.variables(rank, ranks, port) | {"FAULTS": json.dumps(faults)},

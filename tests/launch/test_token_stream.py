@@ -1,12 +1,11 @@
 """Three resumes in a row, with other ranks, meshes and engines: the tokens and losses of the uninterrupted run."""
 
 import json
-import sys
 from itertools import pairwise
 
 import pytest
 import token_stream
-from launching import ROOT, start
+from launching import ROOT, study
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
@@ -14,7 +13,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streams")
-    code, output = start([sys.executable, str(ROOT / "tests/launch/token_stream.py")], [str(folder)], timeout=600)
+    code, output = study(ROOT / "tests/support/token_stream.py", [str(folder)], timeout=600)
     assert code == 0, output[-6000:]
     return json.loads((folder / "findings.json").read_text())
 

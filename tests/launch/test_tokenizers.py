@@ -1,13 +1,9 @@
 """Runs with other people's tokenizers: empty prompts, ends, ids with holes, and what the export's tokenizer adds."""
 
 import json
-import pathlib
-import sys
 
 import pytest
 from launching import metrics, pretrain, start
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
 from tokenizers_at_hand import TEXTS, bert_like, byte_level, word_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

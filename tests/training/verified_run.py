@@ -1,18 +1,14 @@
 """A run with two checkpoints, made by the trainer on two ranks or here on one, and an engine to load them into."""
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
-sys.path.append(str(Path(__file__).parents[1] / "launch"))
 import launching
 import state_folder
 import tiny_run
+import torch
+from torch import Tensor
 
 from mega_scale.config import RunConfig, load_config, model_config, save_config
 from mega_scale.data import load_tokenizer

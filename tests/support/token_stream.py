@@ -1,6 +1,6 @@
 """Runs that are cut and go on in other layouts, recording which tokens every rank was given at every step.
 
-    python tests/launch/token_stream.py FOLDER          writes FOLDER/findings.json
+    PYTHONPATH=tests/support python tests/support/token_stream.py FOLDER          writes FOLDER/findings.json
 
 All ranks of a leg kill themselves when they are asked for a certain step, as if the machines had lost power; the next
 leg goes on from the newest checkpoint with another number of ranks, another mesh or the other engine.
@@ -61,9 +61,9 @@ def main() -> int:
     """Run the command; returns its exit code."""
     folder = Path(sys.argv[1])
     forks.prepare()
-    from kill_study import write_text  # noqa: PLC0415  its imports count as the ranks' own
+    from launching import write_sources  # noqa: PLC0415  its imports count as the ranks' own
 
-    text = write_text(folder / "text.jsonl")
+    text = write_sources(folder / "text.jsonl", 20)
     found = {name: run(legs, text, folder / name.replace(" ", "-")) for name, legs in {"whole": WHOLE, **RUNS}.items()}
     (folder / "findings.json").write_text(json.dumps(found))
     return 0

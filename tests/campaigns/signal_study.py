@@ -1,6 +1,6 @@
 """Signals at random moments to random ranks of two, with both engines: every run has to end in a checkpoint, and soon.
 
-    python tests/launch/signal_study.py --signals 50 --json signals.json
+    PYTHONPATH=tests/support python tests/campaigns/signal_study.py --signals 50 --json signals.json
 
 A run trains, evaluates, generates and saves again and again, so that a random moment meets all of it. The time from the
 first signal to the end of the training is compared with the longest step plus the longest save of that very run.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 from faults import ENGINES, command_of, listens, saved, status, until_step
-from launching import ROOT, TINY, _kill_all, _popen
+from launching import ROOT, TINY, _kill_all, _popen, write_sources
 
 STEPS = 100_000
 BUSY = ["train.eval_every=3", "train.sample_every=4", "checkpoint.every=5", "checkpoint.keep=2", "train.log_every=1"]
@@ -33,7 +33,7 @@ def ranks_of(process):
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if "tests/launch/faulty_pretrain.py" in child.cmdline()[1:4] and "RANK" in child.environ():
+            if "tests/support/faulty_pretrain.py" in child.cmdline()[1:4] and "RANK" in child.environ():
                 found.setdefault(int(child.environ()["RANK"]), child)
         except psutil.Error:
             continue
@@ -103,9 +103,7 @@ def main():
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        text_file = Path(folder) / "text.jsonl"
-        sources = sorted(Path(os.__file__).parent.glob("*.py"))[:40]
-        text_file.write_text("".join(json.dumps({"text": path.read_text()}) + "\n" for path in sources))
+        text_file = write_sources(Path(folder) / "text.jsonl", 40)
         os.chdir(ROOT)
         found = study(arguments.signals, Path(folder), text_file, arguments.seed)
     if arguments.json:

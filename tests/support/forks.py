@@ -1,6 +1,6 @@
 """Ranks forked from one process that has imported everything: they start in a second, where a launcher takes fifteen.
 
-They run the real main() of launch/pretrain.py, with the variables that a launcher sets. What tests/warm.py forks is
+They run the real main() of launch/pretrain.py, with the variables that a launcher sets. What warm.py forks is
 like them, but here the process that forks is the ranks' own parent, which sees within milliseconds that one ended. It
 must itself have no threads and no process group, so studies that use this are commands of their own, not tests that
 pytest runs in its process. It is also the one to which orphans of its ranks come, so that nothing they start is lost
@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # for commands that are no tests
 import warm
 
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,9 @@ def undisturbed(launcher, run_dir, *changes):
 
 def command_of(launcher):
     """The launcher's command for the faulty program."""
-    return ["tests/launch/faulty_pretrain.py" if word == "launch/pretrain.py" else word for word in LAUNCHERS[launcher]]
+    return [
+        "tests/support/faulty_pretrain.py" if word == "launch/pretrain.py" else word for word in LAUNCHERS[launcher]
+    ]
 
 
 def listens(pid):

@@ -1,6 +1,6 @@
 """Kills two-rank runs at random moments, resumes them, and says in a table what came of it.
 
-    python tests/launch/kill_study.py --kills 100          about 20 minutes on two cores
+    PYTHONPATH=tests/support python tests/campaigns/kill_study.py --kills 100          about 20 minutes on two cores
 
 Half of the kills are of all ranks, half of one of them, which the other one has to notice. Most kills wait for a save
 and come at a random moment of it, the others at any moment of the run. Fails if anything is not as it should be.
@@ -8,7 +8,6 @@ and come at a random moment of it, the others at any moment of the run. Fails if
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -28,11 +27,12 @@ def main() -> int:
     options = parser.parse_args()
     forks.prepare()
     import kills  # noqa: PLC0415  its imports count as the ranks' own
+    from launching import write_sources  # noqa: PLC0415
 
     began = time.monotonic()
     found = []
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        text = write_text(Path(folder) / "text.jsonl")
+        text = write_sources(Path(folder) / "text.jsonl", 20)
         cells = kills.CELLS[: options.cells]
         for number, cell in enumerate(cells):
             share = options.kills // len(cells) + (number < options.kills % len(cells))
@@ -46,14 +46,6 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(summary))
     return 1 if summary["problems"] else 0
-
-
-def write_text(path: Path) -> Path:
-    """Real text, small: sources of Python's standard library."""
-    with path.open("w") as file:
-        for source in sorted(Path(os.__file__).parent.glob("*.py"))[:20]:
-            file.write(json.dumps({"text": source.read_text(encoding="utf-8")}) + "\n")
-    return path
 
 
 def summarize(found: list) -> dict:

@@ -11,8 +11,6 @@ import threading
 
 import psutil
 import pytest
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for commands that are no tests
 import warm
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -24,6 +22,13 @@ TINY = [
     "train.eval_every=0", "train.eval_batches=2", "train.sample_every=0", "train.sample_tokens=20",
     "optimizer.lr=0.01", "schedule.warmup_steps=3", "schedule.min_lr=0", "checkpoint.every=0", "parallel.timeout_s=120",
 ]  # fmt: skip
+
+
+def write_sources(path, count):
+    """Real text, small: sources of Python's standard library as one jsonl file; returns its path."""
+    sources = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))[:count]
+    path.write_text("".join(json.dumps({"text": source.read_text(encoding="utf-8")}) + "\n" for source in sources))
+    return path
 
 
 def _popen(launcher, arguments, environment=None):
@@ -56,6 +61,11 @@ def start(launcher, arguments, timeout=300, environment=None):
         output, _ = process.communicate()
         pytest.fail(f"{launcher} did not end within {timeout} s:\n{output[-4000:]}")
     return process.returncode, output
+
+
+def study(script, arguments, timeout):
+    """Run a command of tests/campaigns or tests/support, which finds its own modules; returns (exit code, output)."""
+    return start([sys.executable, str(script)], arguments, timeout, {"PYTHONPATH": str(ROOT / "tests/support")})
 
 
 RANKS = {"forked": 0, "two forked": 2}

@@ -12,6 +12,11 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that start ranks and launchers, so that no worker waits for a long one at the end."""
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("distributed", "launch")))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from same_runs import metric_problems, state_problems
 
 from mega_scale.training.checkpoint import checkpoints, verify
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
 
 LIMIT_S = 120
 

@@ -93,6 +93,7 @@ def test_refused_in_one_line(launcher, name, places):
     assert "Traceback" not in refused(launcher, arguments, places, words)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "accelerate"])
 def test_refused_on_all_ranks_under_a_launcher(launcher, places):
     """Two ranks with micro-batches of two cannot share ten sequences; nobody is left waiting."""

@@ -3,7 +3,7 @@
 import pytest
 from signal_study import study
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
 
 
 def test_signals_at_random_moments_end_in_checkpoints(tmp_path, text_file):

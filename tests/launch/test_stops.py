@@ -25,7 +25,7 @@ from faults import (
 )
 from launching import ROOT, TINY, _popen, metrics, start
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
 
 STEPS = 8
 COMMON = [f"train.steps={STEPS}", "checkpoint.every=4", "train.eval_every=4", "train.sample_every=4"]

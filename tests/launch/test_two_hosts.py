@@ -14,7 +14,7 @@ import pytest
 from launching import ROOT, TINY, metrics, pretrain
 from test_pretrain import NO_DROPOUT, text
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
 
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 PORT = "29621"

@@ -6,7 +6,7 @@ import pytest
 from faults import ENGINES, faulty, status, text
 from launching import start
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
 
 WATCHED = ["train.steps=8", "train.hang_timeout_s=10", "parallel.timeout_s=60", "parallel.self_test=false"]
 

@@ -36,9 +36,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mega_scale.config import local_paths
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.streams import run_command
+from mega_scale.process import run_command
+from mega_scale.settings import local_paths
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts launch/ itself there, not what holds it.
 from launch.benchmark_bandwidth import add_bandwidth_arguments, run_bandwidth

@@ -18,9 +18,11 @@ import torch.distributed.checkpoint as dcp
 
 from launch.machine import hardware
 from mega_scale import MegaConfig, MegaForCausalLM
+from mega_scale.checkpoint.folder import STATE, CheckpointConfig, verify
+from mega_scale.checkpoint.restore import load_checkpoint
+from mega_scale.checkpoint.saver import Saver
 from mega_scale.parallel import Engine, ParallelConfig, StateReader, World, parallelize, seeded_values
 from mega_scale.parallel.deepspeed_engine import DeepSpeedEngine
-from mega_scale.training.checkpoint import STATE, CheckpointConfig, Saver, load_checkpoint, verify
 from mega_scale.training.optimizer import OptimizerConfig, build_optimizer
 
 _BYTES_A_PARAMETER = 12  # weight and two moments, fp32

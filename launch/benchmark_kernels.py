@@ -32,7 +32,7 @@ def run_kernels(args: argparse.Namespace) -> None:
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
-    from mega_scale.ops.triton_report import compile_kernels, compiler_version  # noqa: PLC0415 (needs triton)
+    from mega_scale.ops.triton_report import compile_kernels, compiler_version
 
     rows = compile_kernels(args.architectures, args.dtypes, args.states, args.keys)
     lines = [

@@ -38,10 +38,10 @@ def sizes_of_mega(sizes: dict[str, Any]) -> dict[str, Any]:
 def our_model(sizes: dict[str, Any]) -> nn.Module:
     """This project's model, computed and recomputed `segment` tokens at a time if that is not 0."""
     # The peer's Python has none of these.
-    from mega_scale import MegaConfig, MegaForCausalLM  # noqa: PLC0415
-    from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations  # noqa: PLC0415
-    from mega_scale.parallel.sequence import Kept  # noqa: PLC0415
-    from mega_scale.parallel.window import Window  # noqa: PLC0415
+    from mega_scale import MegaConfig, MegaForCausalLM
+    from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations
+    from mega_scale.parallel.sequence import Kept
+    from mega_scale.parallel.window import Window
 
     model = MegaForCausalLM(MegaConfig(**sizes_of_mega(sizes)))
     if sizes["segment"]:
@@ -52,7 +52,7 @@ def our_model(sizes: dict[str, Any]) -> nn.Module:
 def our_compiled_model(sizes: dict[str, Any]) -> nn.Module:
     """The same as `train.compile` has it."""
     model = our_model(sizes)
-    from mega_scale.ops.gates import compiled  # noqa: PLC0415
+    from mega_scale.ops.gates import compiled
 
     for module in model.modules():
         if hasattr(module, "gates"):

@@ -7,6 +7,11 @@ python launch/checkpoint.py export runs/debug exports/debug
 python launch/checkpoint.py prune runs/debug --keep 3 --keep-every 1000 --damaged
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # imports take seconds; run_command unblocks it
+
 import argparse
 import json
 import sys
@@ -15,24 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from mega_scale import export
-from mega_scale.config import local_paths, refuse
-from mega_scale.parallel import check_single
-from mega_scale.streams import run_command
-from mega_scale.training.checkpoint import (
-    CheckpointError,
+from mega_scale.checkpoint.folder import (
     checkpoints,
-    claimed_serial,
-    convert,
     find_checkpoint,
     is_checkpoint,
     look,
     others,
     prune,
-    read_key,
     read_state,
-    strays,
     verify,
 )
+from mega_scale.checkpoint.manifest import CheckpointError, claimed_serial, read_key, strays
+from mega_scale.checkpoint.saver import convert
+from mega_scale.parallel import check_single
+from mega_scale.process import refuse, run_command
+from mega_scale.settings import local_paths
 from mega_scale.training.restore import say_to_stderr
 
 

@@ -3,6 +3,11 @@
 python launch/evaluate.py runs/debug README.md
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # imports take seconds; run_command unblocks it
+
 import argparse
 import json
 import sys
@@ -13,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mega_scale.config import local_paths, refuse
+from mega_scale.checkpoint.manifest import read_key
 from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
-from mega_scale.streams import run_command
-from mega_scale.training.checkpoint import read_key
+from mega_scale.process import refuse, run_command
+from mega_scale.settings import local_paths
 from mega_scale.training.evaluate import evaluate, loss_of
 from mega_scale.training.restore import load_model, say_to_stderr
 

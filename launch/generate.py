@@ -3,18 +3,23 @@
 python launch/generate.py runs/debug --prompt "def main(" --max-new-tokens 200
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # imports take seconds; run_command unblocks it
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from mega_scale.config import local_paths, refuse
+from mega_scale.checkpoint.manifest import read_key
 from mega_scale.parallel import check_single
-from mega_scale.streams import run_command
-from mega_scale.training.checkpoint import read_key
+from mega_scale.process import refuse, run_command
+from mega_scale.settings import local_paths
+from mega_scale.training.evaluate import check_sample, generate_text
 from mega_scale.training.restore import load_model, say_to_stderr
-from mega_scale.training.sample import check_sample, generate_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -5,6 +5,11 @@ python launch/import_fairseq.py enwik8/model.pt exports/enwik8 --dictionary data
 A language model's folder also starts a run: `init_from=exports/enwik8`.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # imports take seconds; run_command unblocks it
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +18,6 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mega_scale.config import local_paths, refuse
 from mega_scale.hub import (
     check_destination,
     config_from_args,
@@ -28,7 +32,8 @@ from mega_scale.hub.fairseq import EMA_INPUTS
 from mega_scale.hub.tokenizer_files import write_tokenizer
 from mega_scale.model import MegaConfig, MegaModel
 from mega_scale.parallel import check_single
-from mega_scale.streams import run_command
+from mega_scale.process import refuse, run_command
+from mega_scale.settings import local_paths
 
 _LAYOUTS = ("lm", "encoder", "lra")
 

@@ -82,7 +82,7 @@ class Llama:
 
     def __init__(self, sizes: dict[str, Any], recompute: int, segment: int, world: World) -> None:
         del segment, world
-        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  not needed for ours
+        from transformers import LlamaConfig, LlamaForCausalLM
 
         run = load_config(sizes["config"])
         own = model_config(run.model)

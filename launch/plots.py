@@ -48,7 +48,7 @@ def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], ti
         costs: by contender and length: median, least and greatest microseconds a token.
         title: above it.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415  needed here only
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()

@@ -8,6 +8,11 @@ python launch/prepare.py prepared/web --executor slurm --tasks 500 --slurm parti
 Beyond one machine, datatrove runs it (pip install 'mega_scale[cluster]'); the files are the same.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # imports take seconds; run_command unblocks it
+
 import argparse
 import json
 import os
@@ -16,13 +21,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mega_scale.config import local_paths, parse, refuse
+from mega_scale.config import parse
 from mega_scale.data import cluster, load_tokenizer, unlike_training
 from mega_scale.data.prepare import LOCK, Preparation, run
 from mega_scale.data.prepared import Manifest, check_content, read_manifest
-from mega_scale.file_lock import FileLock
+from mega_scale.files import FileLock
 from mega_scale.parallel import check_single
-from mega_scale.streams import run_command
+from mega_scale.process import refuse, run_command
+from mega_scale.settings import local_paths
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

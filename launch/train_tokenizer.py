@@ -3,17 +3,23 @@
 python launch/train_tokenizer.py tokenizers/code --vocab-size 32000 data.source=json 'data.path=corpus/*.jsonl'
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # imports take seconds; run_command unblocks it
+
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mega_scale.config import local_paths, parse, refuse
+from mega_scale.config import parse
 from mega_scale.data import load_corpus
 from mega_scale.data.train_tokenizer import train_bpe
 from mega_scale.hub import check_destination, write_then_rename
 from mega_scale.parallel import check_single
-from mega_scale.streams import run_command
+from mega_scale.process import refuse, run_command
+from mega_scale.settings import local_paths
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

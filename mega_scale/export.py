@@ -8,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mega_scale.config import RunConfig, load_config, local_paths, refuse
+from mega_scale.checkpoint.folder import read_state
+from mega_scale.checkpoint.manifest import read_key
+from mega_scale.config import RunConfig, load_config
 from mega_scale.data import as_trained
 from mega_scale.hub import (
     DEFAULT_SHARD_BYTES,
@@ -19,7 +21,8 @@ from mega_scale.hub import (
     write_export,
 )
 from mega_scale.parallel import check_single
-from mega_scale.training.checkpoint import read_key, read_state
+from mega_scale.process import refuse
+from mega_scale.settings import local_paths
 from mega_scale.training.restore import open_checkpoint
 
 ALLOW_OLDER = "where the newest checkpoint of a run folder is damaged or gone, take an older one"

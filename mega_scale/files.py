@@ -1,15 +1,27 @@
-"""Files on this machine: one rule for the paths that a user gives, writing as a whole, and checksums."""
+"""Files on this machine: paths that users give, files that are whole or not there, hashes, and a lock."""
 
+import contextlib
+import errno
+import hashlib
+import hmac
 import json
 import os
 import re
+import secrets
+import shutil
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.\-]+):/")
-_READ_AT_ONCE = 1 << 24  # bytes
+_READ_BYTES = 2**18  # stays in the processor's cache between reading and hashing
 
 
 def local_path(path: str, key: str) -> str:
@@ -38,28 +50,362 @@ def local_path(path: str, key: str) -> str:
     return expanded
 
 
+def flush(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder.
+
+    Raises:
+        OSError: it cannot.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is there as a whole or not at all, also after the machine stops.
+    """Write JSON as `replace_text` does.
 
     Raises:
         OSError: it cannot be written.
     """
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def checksum(path: Path) -> str:
-    """The xxh3 checksum of a file (128 bits, hexadecimal).
+def read_regular(path: Path, limit: int) -> bytes:
+    """Read a file of which nobody knows yet what it is: no link is followed, no pipe waited for.
+
+    Args:
+        path: of the file.
+        limit: most that is read (bytes).
+
+    Returns:
+        All of it.
+
+    Raises:
+        OSError: it is missing, cannot be read, is no regular file, or is larger than the limit.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path.name} is no regular file")
+        if status.st_size > limit:
+            raise OSError(f"{path.name} has {status.st_size:,} bytes, more than the {limit:,} that one can have")
+        return file.read(limit)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file; where there is no room for all of it, none of it stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = (line + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        size, written = file.tell(), 0
+        try:
+            while written < len(data):
+                written += file.write(data[written:])
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def discard(path: Path) -> None:
+    """Delete what lies at a path, if anything; of a link the link alone, never what it points to.
+
+    Raises:
+        OSError: some of it stays.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    shutil.rmtree(path, ignore_errors=True)  # as much as can be, where one file cannot
+    if path.exists():
+        path.rmdir()
+
+
+def reason(error: OSError) -> str:
+    """What is wrong, without number and name of the class."""
+    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give a file another content at once: whoever reads it finds all of the old or all of the new.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    fresh = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        flush(fresh)
+        os.replace(fresh, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+# Hashes
+
+
+class Hash(Protocol):
+    """What `hashlib` calls a hash."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Take bytes in."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The hash of all that came in."""
+        ...
+
+
+class Record(NamedTuple):
+    """A file as it was written: its size in bytes, and its hash."""
+
+    size: int
+    hash: str
+
+
+def new_hash(key: bytes | None) -> Hash:
+    """A hash of a checkpoint's file: xxh3 of 128 bits, or HMAC-SHA256 with a secret."""
+    return xxhash.xxh3_128() if key is None else hmac.new(key, digestmod=hashlib.sha256)
+
+
+def hash_file(path: Path, key: bytes | None) -> Record:
+    """Read a file and hash it.
 
     Raises:
         OSError: it cannot be read.
     """
-    total = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while content := file.read(_READ_AT_ONCE):
-            total.update(content)
-    return total.hexdigest()
+    found, size = new_hash(key), 0
+    buffer = bytearray(_READ_BYTES)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(view[:count])
+            size += count
+    return Record(size, found.hexdigest())
+
+
+# A lock
+
+BEAT_S = 5.0
+"""The owner touches the lock so often (seconds)."""
+
+STALE_S = 60.0
+"""An owner on another machine is dead when it has not touched the lock for so long (seconds)."""
+
+_LOOK_S = 0.5
+_LONGEST = 2**16  # bytes of a lock
+
+
+class LockedError(ValueError):
+    """A living process holds the lock."""
+
+
+class _Owner(NamedTuple):
+    """What a lock says, and a stamp that changes with every touch."""
+
+    record: dict[str, Any]
+    stamp: tuple[int, ...]
+
+    @property
+    def token(self) -> str:
+        return str(self.record.get("token", "unknown"))
+
+    def __str__(self) -> str:
+        host, pid, since = (self.record.get(key, "unknown") for key in ("host", "pid", "since"))
+        return f"host {host}, process {pid}, since {since}"
+
+
+class FileLock:
+    """One process at a time: a lock that holds on NFS, and that nobody has to remove for a dead owner.
+
+    Its file says who holds it. It appears whole or not at all, as a hard link, which NFS makes atomically too. Its
+    owner touches it every few seconds. An owner on this machine is dead when its process is gone; one elsewhere when
+    the file has not changed for a while by the clock of whoever watches, since clocks of hosts differ.
+
+    A dead owner's lock is replaced by the one process that makes its successor, a file with the dead owner's token in
+    its name. One that dies while it does so is succeeded in the same way.
+
+    Args:
+        path: of its file, in an existing folder.
+        lost: called with one line, in another thread, when another process has taken the lock of this living one, as it
+            may when this one was suspended.
+        beat_s: time between two touches (seconds).
+        stale_s: time without a touch after which an owner elsewhere is dead (seconds).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lost: Callable[[str], None] = lambda _: None,
+        *,
+        beat_s: float = BEAT_S,
+        stale_s: float = STALE_S,
+    ) -> None:
+        self._path, self._lost, self._beat_s, self._stale_s = path, lost, beat_s, stale_s
+        self._own = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "machine": _machine(),
+            "started": _started(os.getpid()),
+            "token": secrets.token_hex(8),
+        }
+        self._watched: tuple[_Owner, float] | None = None
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def attempt(self) -> bool:
+        """Take the lock, if it is free or its owner is dead.
+
+        Returns:
+            Whether this process holds it; where it does not, it is not known yet whether the owner lives: try again.
+
+        Raises:
+            LockedError: a living process holds it; says who, since when, and how to break it.
+            OSError: the folder cannot be written.
+        """
+        while not self._create(self._path):
+            first = last = _read(self._path)
+            steps: list[Path] = []
+            while last is not None:
+                steps.append(self._path.with_name(f"{self._path.name}.after-{last.token}"))
+                following = _read(steps[-1])
+                if following is None:
+                    break
+                last = following
+            if first is None or last is None:
+                continue  # released meanwhile
+            if not self._dead(last):
+                return False
+            if not self._create(steps[-1]):
+                continue
+            now = _read(self._path)
+            if now is None or now.token != first.token:
+                steps[-1].unlink(missing_ok=True)
+                continue
+            os.replace(self._write(), self._path)
+            for step in steps:
+                step.unlink(missing_ok=True)
+            break
+        self._thread = threading.Thread(target=self._keep, name="file lock", daemon=True)
+        self._thread.start()
+        return True
+
+    @property
+    def owner(self) -> str:
+        """Who holds it, in words."""
+        return str(_read(self._path) or "nobody")
+
+    def release(self) -> None:
+        """Let others have the folder; may be called twice, and by a process that does not hold the lock."""
+        self._released.set()
+        with contextlib.suppress(OSError):
+            if self._holds():
+                self._path.unlink()
+
+    def __enter__(self) -> "FileLock":
+        while not self.attempt():
+            time.sleep(_LOOK_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _dead(self, owner: _Owner) -> bool:
+        """Whether an owner is known to be dead. Raises LockedError where it lives."""
+        here = self._own["machine"] is not None and owner.record.get("machine") == self._own["machine"]
+        if here and _started(int(owner.record["pid"])) != owner.record["started"]:
+            return True
+        if not here:
+            if self._watched is None or self._watched[0].token != owner.token:
+                self._watched = owner, time.monotonic()
+            if self._watched[0].stamp == owner.stamp:
+                return time.monotonic() - self._watched[1] > self._stale_s
+        raise LockedError(
+            f"{self._path.parent} is in use by another job ({owner}): wait for its end, choose another folder, or, if "
+            f"you know that it is dead, delete {self._path}"
+        )
+
+    def _holds(self) -> bool:
+        found = _read(self._path)
+        return found is not None and found.token == self._own["token"]
+
+    def _keep(self) -> None:
+        while not self._released.wait(self._beat_s):
+            with contextlib.suppress(OSError):  # of a file server that does not answer: the next beat may come through
+                if self._holds():
+                    os.utime(self._path)
+                # Deleted to break it, though this process lives: whoever comes first has it.
+                elif self._path.exists() or not self._create(self._path):
+                    if not self._released.is_set():
+                        self._lost(f"another job has taken {self._path.parent} ({self.owner})")
+                    return
+
+    def _create(self, path: Path) -> bool:
+        """Make a lock that did not exist; says whether it did not."""
+        fresh = self._write()
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            return fresh.stat().st_nlink > 1  # NFS may ask twice, and then answers for the second time
+        except OSError:  # a file system without hard links
+            try:
+                with path.open("x", encoding="utf-8") as file:
+                    json.dump(self._own, file)
+            except FileExistsError:
+                return False
+        finally:
+            fresh.unlink()
+        return True
+
+    def _write(self) -> Path:
+        fresh = self._path.with_name(f".{self._path.name}.{self._own['token']}")
+        fresh.write_text(json.dumps(self._own) + "\n", encoding="utf-8")
+        return fresh
+
+
+def _read(path: Path) -> _Owner | None:
+    """What a lock says; None where there is none. Opened anew, since only that asks an NFS server."""
+    try:
+        # No link is followed, which may lead nowhere, and no pipe waited for: they are there, and say nothing.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found, status = file.read(_LONGEST), os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        found, status = b"", os.lstat(path)
+    try:
+        record = json.loads(found)
+        int(record["pid"])
+    except (ValueError, TypeError, KeyError):  # half written by another program, or where there are no hard links
+        record = {}
+    return _Owner(record, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+def _machine() -> str | None:
+    """What all processes have in common that see each other by number; None where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine was started; None where there is no such process, or its end is not waited for."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else rest[18]

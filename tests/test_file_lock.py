@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mega_scale.file_lock import FileLock, LockedError
+from mega_scale.files import FileLock, LockedError
 
 QUICK = {"beat_s": 0.05, "stale_s": 0.4}
 
@@ -130,6 +130,28 @@ def test_a_job_killed_while_it_took_over_is_succeeded_too(tmp_path):
     with FileLock(tmp_path / "run.lock"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["dangling", "circular", "link to a file", "pipe"])
+def test_what_is_no_file_is_replaced_like_a_lock_that_says_nothing(tmp_path, what):
+    path, other = tmp_path / "run.lock", tmp_path / "other"
+    other.write_text("of somebody")
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"dangling": "nowhere", "circular": "run.lock"}.get(what, "other"))
+    lock = FileLock(path, **QUICK)
+    assert not lock.attempt()
+    time.sleep(0.5)
+    assert lock.attempt() and path.is_file() and not path.is_symlink() and other.read_text() == "of somebody"
+    lock.release()
+    assert not path.exists()
+
+
+def test_a_folder_of_that_name_is_an_error_and_no_endless_wait(tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(OSError):
+        FileLock(tmp_path / "run.lock").attempt()
 
 
 def test_a_lock_that_a_living_job_lost_is_told_to_it_and_not_released_by_it(tmp_path):

@@ -28,7 +28,7 @@ from mega_scale.data.rows import Tally, usable
 from mega_scale.data.sources import TextSource, is_held_out, open_source
 from mega_scale.data.token_files import ShardRecord, ShardWriter
 from mega_scale.data.tokenizer import batched, encode, token_type, tokenizer_digest
-from mega_scale.file_lock import FileLock
+from mega_scale.files import FileLock
 
 LOCK = "prepare.lock"
 """File by which one job at a time has the folder."""

@@ -15,7 +15,7 @@ from mega_scale.data.rows import Tally
 from mega_scale.data.sources import Documents, TextsHash
 from mega_scale.data.token_store import TokenStore
 from mega_scale.data.tokenizer import encode, token_type, tokenizer_digest
-from mega_scale.file_lock import FileLock, LockedError
+from mega_scale.files import FileLock, LockedError
 
 _LOOK_S = 0.2
 

@@ -8,11 +8,13 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from mega_scale.parallel.mesh import MeshShape
+    from mega_scale.parallel.mesh import MeshShape
 
 DIVERGED = 65
 """Exit code of a run that ends because of bad steps in a row (EX_DATAERR: starting it again as it is does not help)."""
@@ -35,14 +37,7 @@ class BadStepsConfig:
     """Recent good steps from which that mean and deviation are taken; before as many, none is a spike (steps)."""
 
     def validate(self, checkpoint_every: int) -> None:
-        """Refuse values that cannot be meant.
-
-        Args:
-            checkpoint_every: steps between two checkpoints, 0 for none before the end.
-
-        Raises:
-            ValueError: names key, value and remedy.
-        """
+        """Refuse values that cannot be meant; `checkpoint_every` is 0 where no checkpoint is written before the end."""
         if self.in_a_row < 1:
             raise ValueError(f"bad_steps.in_a_row={self.in_a_row} is not possible: it must be at least 1")
         if self.rollbacks < 0:
@@ -74,8 +69,7 @@ class BadSteps:
         row: bad steps since the last good one.
         rollbacks: how often the run went back.
         losses: of the last good steps, nats per token.
-        skipped: data left out, in order: [first, end) each, counted in steps of data. Without any, optimizer step s
-            takes data step s - 1.
+        skipped: data steps to skip, in order, [first, end) each. Without any, optimizer step s takes data step s - 1.
     """
 
     config: BadStepsConfig
@@ -97,12 +91,7 @@ class BadSteps:
 
     @classmethod
     def load(cls, config: BadStepsConfig, state: dict[str, Any] | None) -> "BadSteps":
-        """Go on from a checkpoint.
-
-        Args:
-            config: what counts as bad from now on.
-            state: what `state_dict` gave; None at the start of a run, or where a checkpoint has none.
-        """
+        """Go on from what `state_dict` gave; None at the start of a run, or where a checkpoint has none."""
         if state is None:
             return cls(config)
         losses = deque(state["losses"][-config.spike_window :] if config.spike_deviations else [])
@@ -110,14 +99,7 @@ class BadSteps:
         return cls(config, state["total"], state["in_a_row"], state["rollbacks"], losses, skipped)
 
     def data_step(self, step: int) -> int:
-        """Which step of data an optimizer step takes.
-
-        Args:
-            step: optimizer step, 1 for the first.
-
-        Returns:
-            Steps of data before it, those that are left out included.
-        """
+        """Data step of an optimizer step (1 for the first): data steps before it, skipped ones included."""
         position = step - 1
         for first, end in self.skipped:
             if position >= first:
@@ -125,14 +107,7 @@ class BadSteps:
         return position
 
     def problem(self, loss: float) -> str | None:
-        """Say what is wrong with a loss; changes nothing.
-
-        Args:
-            loss: of the global batch, nats per token.
-
-        Returns:
-            What is wrong, in words; None for a good one.
-        """
+        """What is wrong with a loss (nats per token), in words; None for a good one. Changes nothing."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not self.config.spike_deviations or len(self.losses) < self.config.spike_window:
@@ -142,11 +117,7 @@ class BadSteps:
         return f"the loss {loss:.4f} is above {limit:.4f}, the limit for spikes" if loss > limit else None
 
     def good(self, loss: float) -> None:
-        """Count a step that was taken.
-
-        Args:
-            loss: of its global batch, nats per token.
-        """
+        """Count a step that was taken, by the loss of its global batch (nats per token)."""
         self.row = 0
         if self.config.spike_deviations:
             self.losses.append(loss)
@@ -172,8 +143,7 @@ class BadSteps:
             back_to: step of the checkpoint.
 
         Returns:
-            The data that is left out from now on, [first, end) in steps of data; its bad steps, as far as they lie
-            behind the checkpoint.
+            Data steps to skip, as [first, end): the bad steps after the restored checkpoint.
         """
         first = max(step - self.row, back_to) + 1
         skipped = [self.data_step(first), self.data_step(step) + 1]
@@ -183,13 +153,13 @@ class BadSteps:
         return skipped
 
 
-def rows_of(position: int, shares: Tensor, ranks: MeshShape, rows: int) -> tuple[list[int], list[str]]:
+def rows_of(position: int, shares: "Tensor", ranks: "MeshShape", rows: int) -> tuple[list[int], list[str]]:
     """Say where in the data a bad step was.
 
     Args:
-        position: steps of data before it.
+        position: data steps before it.
         shares: (ranks, micro-batches) losses of each rank's micro-batches.
-        ranks: how they stand on the axes.
+        ranks: the device mesh.
         rows: in a micro-batch.
 
     Returns:
@@ -203,3 +173,53 @@ def rows_of(position: int, shares: Tensor, ranks: MeshShape, rows: int) -> tuple
         begin = first + (i * ranks.dp + ranks.dp_rank(rank)) * rows
         found.append(f"rank {rank}, rows {begin} to {begin + rows - 1}")
     return [first, first + micro_batches * ranks.dp * rows], found
+
+
+@dataclass
+class Progress:
+    """How far a run is; the same on all ranks.
+
+    Args:
+        step: optimizer steps done, bad ones included.
+        tokens: seen in them.
+        bad: its bad steps.
+        evaluation: figures of the model as it is; none where it was not evaluated.
+        saved: optimizer steps in the newest checkpoint, None where there is none.
+        folder: of that checkpoint.
+    """
+
+    step: int
+    tokens: int
+    bad: BadSteps
+    evaluation: dict[str, Any] | None = None
+    saved: int | None = None
+    folder: Path | None = None
+
+    @classmethod
+    def begin(cls, config: BadStepsConfig) -> "Progress":
+        """A run that has done nothing."""
+        return cls(0, 0, BadSteps(config))
+
+    @classmethod
+    def resume(cls, folder: Path, state: dict[str, Any], config: BadStepsConfig) -> "Progress":
+        """A run as `trainer.json` of a checkpoint's folder has it."""
+        bad = BadSteps.load(config, state.get("bad_steps"))
+        return cls(state["step"], state["tokens"], bad, state.get("validation"), state["step"], folder)
+
+    @property
+    def position(self) -> int:
+        """Data steps before the next optimizer step, skipped ones included."""
+        return self.bad.data_step(self.step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON, of which `resume` makes the same again."""
+        found = {"step": self.step, "tokens": self.tokens, "bad_steps": self.bad.state_dict()}
+        return found if self.evaluation is None else found | {"validation": self.evaluation}
+
+    def go_back(self, folder: Path, state: dict[str, Any]) -> list[int]:
+        """Become what a checkpoint has, and return the data steps to skip from now on, [first, end)."""
+        then = Progress.resume(folder, state, self.bad.config)
+        skipped = self.bad.after_rollback(then.bad, self.step, then.step)
+        self.step, self.tokens, self.bad, self.evaluation = then.step, then.tokens, then.bad, then.evaluation
+        self.saved, self.folder = then.saved, folder
+        return skipped

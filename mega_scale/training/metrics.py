@@ -13,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mega_scale.training.checkpoint.files import append_line, reason, replace_text
+from mega_scale.files import append_line, reason, replace_text
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
 PEAK_FLOPS = {
@@ -32,7 +32,7 @@ _LONGEST_LINE = 2**20  # bytes
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Peak of the device's matrix products, FLOP/s; none where it is not known."""
+    """Peak of the device's matrix products, FLOP/s; None where it is not known."""
     if device.type != "cuda" or dtype != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -72,12 +72,9 @@ class Throughput:
     def report(self, steps_left: int) -> dict[str, float]:
         """Figures of the interval that ends now; the next one begins.
 
-        Args:
-            steps_left: until the end of the run.
-
         Returns:
-            Tokens per second over all ranks, seconds left, share of the time that this rank waited for the loader, and
-            MFU where the peak is known.
+            Tokens per second over all ranks, seconds left for `steps_left` steps, share of the time that this rank
+            waited for the loader, and MFU where the peak is known.
         """
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
@@ -100,11 +97,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _read_until(path: Path, last: int) -> tuple[list[str], list[bytes]]:
-    """Lines of metrics.jsonl up to a step, and what cannot be read as one, however long it is.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Lines of metrics.jsonl up to a step, and what cannot be read as one, however long it is. Raises OSError."""
     kept, bad, whole = [], [], True
     with path.open("rb") as file:
         while piece := file.readline(_LONGEST_LINE):
@@ -176,10 +169,10 @@ class Reporter:
             if bad:
                 with aside.open("ab") as file:
                     file.writelines(bad)
-                self.say(f"{len(bad)} lines of {self._path} cannot be read: they are in {aside.name} now")
+                self.log(f"{len(bad)} lines of {self._path} cannot be read: they are in {aside.name} now")
             replace_text(self._path, "".join(line + "\n" for line in kept))
         except OSError as error:
-            self.say(f"{self._path.name} keeps what it held: {reason(error)}")
+            self.log(f"{self._path.name} keeps what it held: {reason(error)}")
 
     def advance(self) -> None:
         """Count one step on the progress bar."""
@@ -197,15 +190,14 @@ class Reporter:
             if self._writer is not None:
                 self._open_tensorboard(Path(self._writer.log_dir), step)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self._active:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Report a training step: loss, grad_norm, lr, tokens_per_second, memory_bytes, eta_seconds, perhaps mfu, and
-        what the loader reports."""
+        """Report a training step; `values` are those that `Trainer.log_step` gathers."""
         if not self._active:
             return
         minutes, seconds = divmod(int(values["eta_seconds"]), 60)
@@ -220,7 +212,7 @@ class Reporter:
         ]
         if "mfu" in values:
             parts.insert(5, f"mfu {values['mfu']:.1%}")
-        self.say(" | ".join([*parts, *_data_parts(values)]))
+        self.log(" | ".join([*parts, *_data_parts(values)]))
         self._record(step, "train", values)
 
     def bad_step(
@@ -241,14 +233,14 @@ class Reporter:
             return
         named = f": {', '.join(where[:_NAMED])}" if where else ""
         more = f" and {len(where) - _NAMED} more" if len(where) > _NAMED else ""
-        self.say(f"step {step} | bad step {total}, not taken: {problem} | rows {rows[0]} to {rows[1] - 1}{named}{more}")
+        self.log(f"step {step} | bad step {total}, not taken: {problem} | rows {rows[0]} to {rows[1] - 1}{named}{more}")
         values = {"loss": loss, "grad_norm": norm, "total": total}
         self._write(step, "bad_step", {**values, "problem": problem, "rows": rows, "where": where})
         self._tensorboard(lambda writer: writer.add_scalar("train/bad_steps", total, step))
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Report an evaluation: loss, perplexity, bits_per_byte, tokens."""
-        self.say(
+        self.log(
             f"step {step} | validation loss {values['loss']:.4f} nats/token | perplexity {values['perplexity']:.3f} | "
             f"{values['bits_per_byte']:.4f} bits/byte | {values['tokens']:,.0f} tokens"
         )
@@ -259,7 +251,7 @@ class Reporter:
         """Report generated text."""
         if not self._active:
             return
-        self.say(f"step {step} | sample: {text!r}")
+        self.log(f"step {step} | sample: {text!r}")
         self._tensorboard(lambda writer: writer.add_text("sample", "    " + text.replace("\n", "\n    "), step))
 
     def _open_tensorboard(self, folder: Path, start: int) -> None:
@@ -268,7 +260,7 @@ class Reporter:
             self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         except OSError as error:
             self._writer = None
-            self.say(f"TensorBoard events are not written: {reason(error)}")
+            self.log(f"TensorBoard events are not written: {reason(error)}")
 
     def _write(self, step: int, part: str, values: dict[str, Any]) -> None:
         # JSON has no word for what is not finite.
@@ -278,7 +270,7 @@ class Reporter:
             self._fails = False
         except OSError as error:
             if not self._fails:
-                self.say(f"step {step} | {self._path.name} is not written: {reason(error)}")
+                self.log(f"step {step} | {self._path.name} is not written: {reason(error)}")
             self._fails = True
 
     def _record(self, step: int, part: str, values: dict[str, float]) -> None:
@@ -298,7 +290,7 @@ class Reporter:
             write(self._writer)
         except OSError as error:  # after which its thread has ended
             self._writer = None
-            self.say(f"TensorBoard events are written no more: {reason(error)}")
+            self.log(f"TensorBoard events are written no more: {reason(error)}")
 
     def close(self) -> None:
         """Flush and close everything."""

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, verify
+from mega_scale.checkpoint.manifest import own_files
 from mega_scale.data import vocabulary_size
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import Values, fill, open_weights
-from mega_scale.training.checkpoint import STATE, checkpoints, find_checkpoint, own_files, verify
 
 
 def describe_model(folder: Path, config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,15 +53,11 @@ def open_model(path: Path, key: bytes | None = None, *, say: Callable[[str], Non
     Args:
         path: an export or Hugging Face folder (it has config.json), a checkpoint, or a run folder (its newest valid
             one).
-        key: the secret with which the checkpoint must be signed, if there is one.
+        key: secret with which the checkpoint must be signed, if there is one.
         say: see `open_checkpoint`.
 
-    Returns:
-        The model.
-
     Raises:
-        ValueError: the path is none of these, the checkpoint is damaged, or the weights do not fit the
-            configuration.
+        ValueError: the path is none of these, the checkpoint is damaged, or the weights do not fit the configuration.
     """
     if not is_export(path):
         return open_checkpoint(path, key, say=say)
@@ -75,12 +72,9 @@ def open_checkpoint(
 
     Args:
         path: a checkpoint, or a run folder (its newest valid one).
-        key: the secret with which it must be signed, if there is one.
+        key: secret with which it must be signed, if there is one.
         older: whether an older one may be taken where the newest of the run is damaged or gone.
         say: is given one line where there is something to know: which checkpoint is taken, and why none that is newer.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: it is damaged, or there is none.
@@ -99,8 +93,7 @@ def is_export(path: Path) -> bool:
 def read_model(folder: Path) -> MegaConfig:
     """Configuration of a verified checkpoint's model, from its own files alone.
 
-    Raises:
-        ValueError: they describe none.
+    Raises ValueError where they describe none.
     """
     with _own_part(folder, "model") as described:
         try:
@@ -111,11 +104,7 @@ def read_model(folder: Path) -> MegaConfig:
 
 
 def read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer of a verified checkpoint, from its own files alone.
-
-    Raises:
-        ValueError: they are none that can be loaded.
-    """
+    """Tokenizer of a verified checkpoint, from its own files alone. Raises ValueError where none can be loaded."""
     with _own_part(folder, "model") as described:
         return read_tokenizer(described)
 
@@ -137,11 +126,7 @@ def _own_part(folder: Path, part: str) -> Iterator[Path]:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; code in it is not run.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The tokenizer in a folder; code in it is not run. Raises ValueError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # every format has errors of its own
@@ -184,14 +169,11 @@ def load_model(
         path: see `open_model`.
         device: where it goes.
         dtype: of the weights; those of the moving average stay fp32.
-        key: the secret with which a checkpoint must be signed, if there is one.
+        key: see `open_model`.
         say: see `open_checkpoint`.
 
     Returns:
         The model in eval mode, its tokenizer, and the folder that it was loaded from.
-
-    Raises:
-        ValueError: see `open_model`.
     """
     config, tensors, tokenizer, folder = open_model(path, key, say=say)
     with torch.device("meta"):

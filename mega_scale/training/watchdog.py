@@ -1,4 +1,4 @@
-"""Ends a run in which a rank makes no progress, after every rank has printed where it stands, with all stacks.
+"""Ranks that hang end the run, after every rank has printed where it stands, with all stacks; slow ones are named.
 
 The loop beats whenever something is done: a step's data, the step, a batch of an evaluation, a token, a save. All ranks
 do the same in the same order and wait for each other, so one that hangs stops all; it is the one that is behind.
@@ -6,15 +6,21 @@ do the same in the same order and wait for each other, so one that hangs stops a
 
 import faulthandler
 import os
+import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 
+import torch
+
 from mega_scale.parallel import Standing, World
 from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 
+_PROBE_SIZE = {"cpu": 192, "cuda": 2048}
+_PROBES = 5
+_WORTH_SAYING = 0.1  # of a step: less than that, a wait for data holds nobody up
 _LOOKS = 10  # in a timeout
 _LONGEST_PAUSE_S = 5.0
 _EARLY = 0.9
@@ -41,12 +47,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """Something was done; on all ranks alike.
-
-        Args:
-            phase: what is done from now on, in a few words.
-            step: optimizer step under way, where it changes.
-        """
+        """Note progress, on all ranks alike, and what is done from now on, in which optimizer step."""
         self._beats, self._phase, self._since = self._beats + 1, phase, time.monotonic()
         if step is not None:
             self._step = step
@@ -134,3 +135,70 @@ def _print_stacks(head: str, prefix: str) -> None:
         return
     for line in (head.rstrip(), *(prefix + line for line in lines)):
         write_stderr(f"{line}\n")
+
+
+# Slow ranks
+#
+# In a step with collectives all ranks take equally long, so a rank's step time says nothing of it. What is its own: the
+# time for which it waited for its data, and how fast its device computes when it needs nobody, in a short probe.
+
+
+def probe(device: torch.device) -> float:
+    """Seconds of a product of two square matrices; the least of five, as other work only adds to it."""
+    size = _PROBE_SIZE.get(device.type, _PROBE_SIZE["cpu"])
+    matrix = torch.ones(size, size, device=device)
+    least = float("inf")
+    for _ in range(_PROBES):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        _ = matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        least = min(least, time.perf_counter() - began)
+    return least
+
+
+def slower(seconds: list[float], factor: float, at_least: float = 0.0) -> list[int]:
+    """Ranks that take longer than `factor` times the median, and than `at_least` seconds.
+
+    Of an even number of ranks the lower median counts: of two, one may be slow.
+    """
+    median = statistics.median_low(seconds)
+    return [rank for rank, own in enumerate(seconds) if own > max(factor * median, at_least)]
+
+
+class SlowRanks:
+    """Compares ranks at every report, and names those that were slow at this one and at the one before.
+
+    Args:
+        world: all ranks.
+        factor: how many times the median is slow; 0 compares nothing.
+    """
+
+    def __init__(self, world: World, factor: float) -> None:
+        self._world, self._factor = world, factor
+        self._before: set[tuple[int, str]] = set()
+
+    def report(self, waited_s: float, step_s: float) -> list[str]:
+        """Compare the ranks; collective. Returns a line for each slow rank, the same on all ranks.
+
+        Args:
+            waited_s: for which this rank waited for data in a step, in the mean (seconds).
+            step_s: that a step took, in the mean (seconds).
+        """
+        if not self._factor:
+            return []
+        own = torch.tensor([waited_s, probe(self._world.device), step_s])
+        waits, probes, steps = self._world.all_gather(own).T.tolist()
+        found = {(rank, "waits for data") for rank in slower(waits, self._factor, _WORTH_SAYING * min(steps))}
+        found |= {(rank, "computes") for rank in slower(probes, self._factor)}
+        lines = []
+        for rank, what in sorted(found & self._before):
+            figures = waits if what == "waits for data" else probes
+            lines.append(
+                f"rank {rank} is slow: it {what} for {figures[rank] * 1e3:.3g} ms, the median is "
+                f"{statistics.median_low(figures) * 1e3:.3g} ms ({'a step' if figures is waits else 'a fixed product'})"
+            )
+        self._before = found
+        return lines

@@ -18,7 +18,7 @@ from mega_scale.data import DataConfig, load_datasets, load_tokenizer
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.prepared import check_content, open_part, read_manifest
 from mega_scale.data.sources import stdlib_documents
-from mega_scale.file_lock import FileLock
+from mega_scale.files import FileLock
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i}: ünïcode 😀 {'x' * (i * 7 % 50)}" for i in range(300)]

@@ -10,7 +10,7 @@ import pytest
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
 from mega_scale.data import tokenise as tokenising
 from mega_scale.data.sources import Documents
-from mega_scale.file_lock import FileLock
+from mega_scale.files import FileLock
 
 TEXTS = [f"document {i} " * 9 for i in range(50)]
 

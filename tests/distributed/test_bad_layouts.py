@@ -10,10 +10,11 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from launch.pretrain import Prepared, prepare
 from mega_scale.config import RunConfig, parse
 from mega_scale.parallel import Placement
 from mega_scale.parallel.model_checks import check_sequence_parallel, check_tensor_parallel
+from mega_scale.process import StopSignals
+from mega_scale.training.trainer import Trainer
 
 # Runs on 8 ranks in every layout that the cases propose.
 SOUND = """data.source=text data.path={folder}/text.txt data.validation_fraction=0 run_dir={folder}/run
@@ -157,9 +158,9 @@ def changed(config: RunConfig, words: list[str]) -> RunConfig:
     return config
 
 
-def attempt(config: RunConfig, ranks: int, local: int) -> Prepared:
+def attempt(config: RunConfig, ranks: int, local: int) -> Trainer:
     """Prepare the last rank."""
-    return prepare(config, Placement(ranks - 1, ranks, local - 1, True, local))
+    return Trainer(config, Placement(ranks - 1, ranks, local - 1, True, local), StopSignals())
 
 
 def named(change: str, message: str) -> bool:
@@ -259,4 +260,4 @@ def test_every_rank_has_some_tokens_or_the_length_is_refused(sp):
 @pytest.mark.parametrize("vocabulary", ["null", "261", "264"])
 def test_ranks_need_not_divide_the_vocabulary(sound, vocabulary):
     prepared = attempt(changed(sound, ["parallel.tp=2", f"model.vocab_size={vocabulary}"]), 8, 8)
-    assert prepared.model.vocab_size == (259 if vocabulary == "null" else int(vocabulary))
+    assert prepared.model_config.vocab_size == (259 if vocabulary == "null" else int(vocabulary))

@@ -12,8 +12,8 @@ import pytest
 from faults import faulty, saved, status, text
 from launching import metrics
 
-from mega_scale.training.checkpoint import find_checkpoint, verify
-from mega_scale.training.loop import NOT_SAVED
+from mega_scale.checkpoint.folder import find_checkpoint, verify
+from mega_scale.process import NOT_WRITTEN
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 EVERY = ["checkpoint.every=2", "checkpoint.keep=0", "parallel.self_test=false", "data.validation_fraction=0"]
@@ -75,7 +75,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_names_the_one
     ]
     changes = [*text(text_file), *EVERY, "train.steps=8", "parallel.engine=deepspeed"]
     code, output = faulty("deepspeed", tmp_path, faults, *changes)
-    assert code == NOT_SAVED, output[-6000:]
+    assert code == NOT_WRITTEN, output[-6000:]
     assert not_written(output) == {
         4: "rank 1: No space left on device (a file of the state)",
         6: "rank 0: Input/output error (a file of the state)",

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from launch import evaluate, prepare
+from mega_scale.checkpoint.folder import verify
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig
 from mega_scale.parallel import StateReader
-from mega_scale.training.checkpoint import verify
 from mega_scale.training.restore import open_checkpoint
 
 WRITTEN = launching.ROOT / "tests" / "golden" / "earlier" / "d1596f7.tar.xz"

@@ -14,7 +14,7 @@ import pytest
 from launching import LAUNCHERS, _kill_all, _popen, start, write_sources
 from same_runs import metric_problems, state_problems
 
-from mega_scale.training.checkpoint import checkpoints, verify
+from mega_scale.checkpoint.folder import checkpoints, verify
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import mega_scale
-from mega_scale.config.model_section import ModelSection, model_config
+from mega_scale.config import ModelSection, model_config
 
 WORDS = ["<unk>", "<pad>", "<s>", "</s>", "the", "cat", "!"]
 

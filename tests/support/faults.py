@@ -32,10 +32,10 @@ def command_of(launcher):
 
 
 def listens(pid):
-    """Whether a process has a handler for SIGTERM."""
+    """Whether a process has a handler for SIGTERM, or keeps it for later."""
     with open(f"/proc/{pid}/status") as file:
-        caught = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt"))
-    return bool(caught & 1 << signal.SIGTERM - 1)
+        kept = [int(line.split()[1], 16) for line in file if line.startswith(("SigBlk", "SigCgt"))]
+    return any(signals & 1 << signal.SIGTERM - 1 for signals in kept)
 
 
 def until_step(step, process):

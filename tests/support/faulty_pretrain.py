@@ -56,8 +56,8 @@ def meet(at, step=None):
 
 def listen_in():
     """Take down what happens, and when; in the file that HEARD asks for."""
-    from launch.stop_signals import StopSignals  # noqa: PLC0415
-    from mega_scale.training.status import RunStatus  # noqa: PLC0415
+    from mega_scale.process import StopSignals  # noqa: PLC0415
+    from mega_scale.training.stopping import RunStatus  # noqa: PLC0415
 
     now.update(phase="start-up", since=time.monotonic())
 
@@ -93,7 +93,7 @@ class OnImport:
     """Meets the faults of imports, once the program listens."""
 
     def find_spec(self, name, path=None, target=None):
-        if name == "mega_scale":
+        if name == "mega_scale.config":
             meet("import")
 
 
@@ -107,11 +107,12 @@ def wrap(owner, name, before):
 
 
 def arm():
+    from mega_scale.checkpoint import saver  # noqa: PLC0415
+    from mega_scale.checkpoint.saver import Saver  # noqa: PLC0415
     from mega_scale.data import Loader  # noqa: PLC0415
     from mega_scale.parallel.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
     from mega_scale.parallel.fsdp import FsdpEngine  # noqa: PLC0415
-    from mega_scale.training.checkpoint import Saver, saver  # noqa: PLC0415
-    from mega_scale.training.sample import EveryToken  # noqa: PLC0415
+    from mega_scale.training.evaluate import EveryToken  # noqa: PLC0415
 
     def batches(original, self, step):
         now["data"] = step
@@ -158,10 +159,12 @@ class ArmAfterImport:
 
 if "HEARD" in os.environ:
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from launch.stop_signals import StopSignals
+    from mega_scale.process import StopSignals
 
     wrap(StopSignals, "_note", note)
-if "mega_scale" in sys.modules:  # forked from a process that has imported everything, which has no faults of imports
+if (
+    "mega_scale.config" in sys.modules
+):  # forked from a process that has imported everything, which has no faults of imports
     arm()
 else:
     sys.meta_path[:0] = [OnImport(), ArmAfterImport()]

@@ -8,24 +8,21 @@ import time
 import pytest
 import torch
 
+from mega_scale.checkpoint import saver
+from mega_scale.checkpoint.folder import (
+    CheckpointConfig,
+    checkpoints,
+    find_checkpoint,
+    newest_first,
+    read_state,
+    verify,
+)
+from mega_scale.checkpoint.manifest import CheckpointError, read_key, strays
+from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
+from mega_scale.checkpoint.saver import Saver
 from mega_scale.parallel.collectives import ALONE
 from mega_scale.parallel.pieces import Piece
 from mega_scale.parallel.state import EngineState, Held, Names
-from mega_scale.training.checkpoint import (
-    CheckpointConfig,
-    CheckpointError,
-    Saver,
-    checkpoints,
-    choose_checkpoint,
-    find_checkpoint,
-    load_checkpoint,
-    read_key,
-    read_state,
-    saver,
-    strays,
-    verify,
-)
-from mega_scale.training.checkpoint.folder import newest_first
 
 KEY = b"a secret of twenty-four "
 

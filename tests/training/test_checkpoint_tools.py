@@ -11,9 +11,10 @@ import torch
 
 from launch import checkpoint as command
 from launch.pretrain import main as pretrain
-from mega_scale.file_lock import FileLock
+from mega_scale.checkpoint import saver
+from mega_scale.checkpoint.folder import checkpoints, verify
+from mega_scale.files import FileLock
 from mega_scale.parallel import StateReader
-from mega_scale.training.checkpoint import checkpoints, saver, verify
 
 TINY = [
     "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=24", "model.nffn_hidden_size=20",

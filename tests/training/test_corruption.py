@@ -7,7 +7,7 @@ import damage
 import pytest
 import verified_run
 
-from mega_scale.training.checkpoint import find_checkpoint
+from mega_scale.checkpoint.folder import find_checkpoint
 
 TRIALS = 150  # corruption_study.py has 500
 

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from mega_scale.training.checkpoint import files
+from mega_scale import files
 from mega_scale.training.metrics import Reporter
-from mega_scale.training.status import RunStatus
+from mega_scale.training.stopping import RunStatus
 
 VALUES = {"loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "tokens": 10}
 

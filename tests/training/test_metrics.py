@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.flops import decoding_flops, forward_flops, training_flops_per_token
@@ -80,7 +81,9 @@ def test_a_run_killed_while_it_begins_to_resume_loses_no_line(tmp_path, monkeypa
         ((0, 2, 1), [(1, 0), (2, 2), (3, 2)]),
     ],
 )
-def test_tensorboard_shows_no_point_of_a_run_that_was_superseded(tmp_path, starts, shown):
+def test_tensorboard_shows_no_point_of_a_run_that_was_superseded(tmp_path, starts, shown, monkeypatch):
+    # Files of the same second are in the order of their names, in which 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for number, start in enumerate(starts):
         reporter = Reporter(tmp_path, rank=0, start=start, steps=9, tensorboard=True)
         for step in range(start + 1, start + 5 - number):

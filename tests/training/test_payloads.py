@@ -10,11 +10,13 @@ import payloads
 import pytest
 import verified_run
 
+from mega_scale.checkpoint.folder import read_state
+from mega_scale.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, write_manifest
+from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
 from mega_scale.config import load_config
+from mega_scale.files import Record, hash_file
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.training import restore
-from mega_scale.training.checkpoint import CheckpointError, choose_checkpoint, load_checkpoint, read_state
-from mega_scale.training.checkpoint.manifest import MANIFEST, Manifest, Record, hash_file, write_manifest
 
 KEY = b"a secret of twenty-four "
 WATCHED = {"pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork"}

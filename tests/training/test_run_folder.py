@@ -6,10 +6,11 @@ import signal
 
 import pytest
 
-from mega_scale.training import run_folder
-from mega_scale.training.checkpoint import checkpoints, find_checkpoint
-from mega_scale.training.checkpoint.manifest import Manifest, hash_file, write_manifest
-from mega_scale.training.run_folder import RunFolder, check_run_folder, to_go_on_from
+from mega_scale.checkpoint import run_folder
+from mega_scale.checkpoint.folder import checkpoints, find_checkpoint
+from mega_scale.checkpoint.manifest import Manifest, write_manifest
+from mega_scale.checkpoint.run_folder import RunFolder, check_run_folder, to_go_on_from
+from mega_scale.files import hash_file
 
 
 def checkpoint(run_dir, step, serial):

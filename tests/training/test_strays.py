@@ -6,17 +6,10 @@ import shutil
 import pytest
 from test_checkpoint import OneRank, TinyEngine, describe, make_saver, names, save, trainer
 
-from mega_scale.training.checkpoint import (
-    CheckpointConfig,
-    Saver,
-    choose_checkpoint,
-    convert,
-    find_checkpoint,
-    load_checkpoint,
-    prune,
-    strays,
-    verify,
-)
+from mega_scale.checkpoint.folder import CheckpointConfig, find_checkpoint, prune, verify
+from mega_scale.checkpoint.manifest import strays
+from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
+from mega_scale.checkpoint.saver import Saver, convert
 
 STRAYS = [
     ".nfs000000000a1b2c3d00000001", ".DS_Store", "notes.txt", "._trainer.json", "Thumbs.db", "state/desktop.ini",

@@ -1,10 +1,15 @@
-"""Settings of the training loop: how long, how much a step, how often it reports."""
+"""Settings of the training loop: how long, how much a step, how often it reports, and what ends it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mega_scale.training.preemption import check_signals, seconds_of
+from mega_scale.process import STOP_SIGNALS
+from mega_scale.settings import require, require_ranges
+
+# Signals with which a process may be asked to end; others stand for faults, or for what Python itself needs.
+SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 # Below three quarters of parallel.timeout_s, ranks can still tell each other where they stand before collectives fail.
 _LARGEST_SHARE = 0.75
@@ -54,7 +59,7 @@ class TrainConfig:
     tensorboard: bool = True
     """Whether to write TensorBoard events to the tensorboard folder in run_dir (no unit)."""
 
-    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1", "SIGINT"])
+    stop_signals: list[str] = field(default_factory=lambda: list(STOP_SIGNALS))
     """Signals, on any one rank, after which the run finishes its step, saves and ends with exit code 85; after Ctrl-C
     (SIGINT), a second one ends it at once (names)."""
 
@@ -68,22 +73,18 @@ class TrainConfig:
     """Name ranks that wait for data or compute longer than this many times the median rank; 0 for not (no unit)."""
 
     def hang_timeout(self, timeout_s: float) -> float:
-        """Seconds without progress after which the run ends, 0 for never.
-
-        Args:
-            timeout_s: longest wait of ranks for each other (seconds).
-        """
+        """Seconds without progress after which the run ends, 0 for never; `timeout_s` is `parallel.timeout_s`."""
         return _DEFAULT_SHARE * timeout_s if self.hang_timeout_s == -1 else self.hang_timeout_s
 
     def validate(self, timeout_s: float) -> None:
-        """Refuse values of the keys that end or watch a run.
-
-        Args:
-            timeout_s: longest wait of ranks for each other (seconds).
-
-        Raises:
-            ValueError: names key, value and remedy.
-        """
+        """Refuse values that cannot be meant; `timeout_s` is `parallel.timeout_s`. Raises ValueError."""
+        require(self.dtype in ("fp32", "bf16"), "train.dtype", self.dtype, "choose fp32 or bf16")
+        require_ranges(
+            "train",
+            self,
+            positive=("steps", "global_batch_size", "micro_batch_size", "log_every", "sample_tokens"),
+            not_negative=("seed", "eval_every", "eval_batches", "sample_every"),
+        )
         check_signals(self.stop_signals)
         if self.max_time is not None:
             seconds_of(self.max_time)
@@ -97,3 +98,35 @@ class TrainConfig:
             raise ValueError(
                 f"train.slow_rank_factor={self.slow_rank_factor} is not possible: give more than 1, or 0 for no reports"
             )
+
+
+def check_signals(names: Sequence[str]) -> None:
+    """Refuse signals that cannot ask a run to stop. Raises ValueError, which names the signal and those that can."""
+    for name in names:
+        if name not in SIGNALS:
+            raise ValueError(
+                f"train.stop_signals={list(names)!r} has {name!r}, which cannot ask a run to stop: choose among "
+                f"{', '.join(SIGNALS)}"
+            )
+
+
+def seconds_of(duration: str | int) -> float:
+    """Seconds of a duration: a number, or "50:00" (minutes), "3:50:00" (hours), "1-03:50:00" (days, as Slurm has it).
+
+    Raises ValueError where it is no duration above 0.
+    """
+    days, dash, rest = str(duration).rpartition("-")
+    parts = rest.split(":")
+    good = 1 <= len(parts) <= 3 and all(
+        part.isascii() and part.isdigit() for part in [*parts, *([days] if dash else [])]
+    )
+    # Behind the first, minutes and seconds stay below 60; days are followed by hours.
+    good = good and all(int(part) < 60 for part in parts[1:]) and (not dash or len(parts) == 3)
+    seconds = sum(int(part) * 60**i for i, part in enumerate(reversed(parts))) if good else 0
+    if good and dash:
+        seconds += int(days) * 86400
+    if seconds <= 0:
+        raise ValueError(
+            f'train.max_time={duration!r} is no duration: give seconds, or hours as "3:50:00", days as "1-03:50:00"'
+        )
+    return float(seconds)

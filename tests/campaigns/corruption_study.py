@@ -1,6 +1,6 @@
 """How many damaged checkpoints are noticed: ours, plain torch.distributed.checkpoint's, plain DeepSpeed's.
 
-    python tests/training/corruption_study.py --trials 500
+    PYTHONPATH=tests/support python tests/campaigns/corruption_study.py --trials 500
 
 The trainer makes a run with two checkpoints on two ranks; the same tensors are saved twice by DCP, and another small
 model by DeepSpeed. Then, again and again, the newest checkpoint (or what points to it) is damaged in a way drawn from a

@@ -1,9 +1,15 @@
-"""A stop that was asked for from outside, by a signal or by the clock: all ranks agree on it, save, and end."""
+"""Ending a run before its end: a signal or the clock asks, all ranks agree, and `status.json` says how it ended."""
 
+import contextlib
+import json
+import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -14,9 +20,6 @@ from mega_scale.parallel import World
 STOPPED = 85
 """Exit code of a run that saved and stopped because it was asked to: start it again, and it goes on."""
 
-# Signals with which a process may be asked to end; others stand for faults, or for what Python itself needs.
-SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-
 _MARGIN = 1.2  # steps and saves are not all alike
 _TO_LEAVE_S = 2.0  # for leaving the process group, and for Python's end
 _UNKNOWN_SAVE_S = 60.0
@@ -25,49 +28,6 @@ _UNKNOWN_SAVE_SHARE = 0.1
 
 class StopRun(Exception):
     """All ranks agreed to stop; raised on all of them at the same place."""
-
-
-def check_signals(names: Sequence[str]) -> None:
-    """Refuse signals that cannot ask a run to stop.
-
-    Raises:
-        ValueError: names the signal and those that can.
-    """
-    for name in names:
-        if name not in SIGNALS:
-            raise ValueError(
-                f"train.stop_signals={list(names)!r} has {name!r}, which cannot ask a run to stop: choose among "
-                f"{', '.join(SIGNALS)}"
-            )
-
-
-def seconds_of(duration: str | int) -> float:
-    """Read a duration.
-
-    Args:
-        duration: seconds, or text: "13800", "50:00" (minutes), "3:50:00" (hours), "1-03:50:00" (days, as Slurm has it).
-
-    Returns:
-        Seconds, above 0.
-
-    Raises:
-        ValueError: it is no duration above 0.
-    """
-    days, dash, rest = str(duration).rpartition("-")
-    parts = rest.split(":")
-    good = 1 <= len(parts) <= 3 and all(
-        part.isascii() and part.isdigit() for part in [*parts, *([days] if dash else [])]
-    )
-    # Behind the first, minutes and seconds stay below 60; days are followed by hours.
-    good = good and all(int(part) < 60 for part in parts[1:]) and (not dash or len(parts) == 3)
-    seconds = sum(int(part) * 60**i for i, part in enumerate(reversed(parts))) if good else 0
-    if good and dash:
-        seconds += int(days) * 86400
-    if seconds <= 0:
-        raise ValueError(
-            f'train.max_time={duration!r} is no duration: give seconds, or hours as "3:50:00", days as "1-03:50:00"'
-        )
-    return float(seconds)
 
 
 class TimeLimit:
@@ -138,24 +98,13 @@ class Stopping:
             self._limit.save(seconds)
 
     def decide(self, wanting: int) -> None:
-        """Stop if any rank wants to; called on all ranks alike.
-
-        Args:
-            wanting: ranks that want to stop, the same number on all ranks.
-
-        Raises:
-            StopRun: there is one.
-        """
+        """Raise StopRun on all ranks alike if any of them wants to stop, of which `wanting` is the number."""
         self._agreed = self._agreed or wanting > 0
         if self._agreed:
             raise StopRun
 
     def check(self) -> None:
-        """Ask all ranks, and stop if any of them wants to; collective.
-
-        Raises:
-            StopRun: one does.
-        """
+        """Ask all ranks, and raise StopRun if any of them wants to stop; collective."""
         self.decide(0 if self._agreed else int(self._world.sum(torch.tensor(int(self.wanted())))))
 
     def reason(self) -> str:
@@ -178,3 +127,41 @@ def _ranks(which: Tensor) -> str:
     if len(numbers) == len(which) > 1:
         return "all ranks"
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+State = Literal["running", "stopped", "finished", "failed"]
+
+
+class RunStatus:
+    """Writes the state of a run into its folder; on ranks other than the first, every call does nothing."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._path = run_dir / "status.json"
+        self._active = rank == 0
+        self._lock = threading.Lock()
+
+    def write(self, state: State, step: int, reason: str = "", last: bool = False) -> None:
+        """Replace the file as a whole: a reader finds the old one or the new one; from any thread.
+
+        Where it cannot be written, that is said: no run ends for it, and the reason why it ends is not hidden.
+
+        Args:
+            state: running; stopped: saved, start it again to go on; finished; failed.
+            step: optimizer steps done, as far as is known.
+            reason: why, one line.
+            last: later calls do nothing: the verdict on a lost rank stands, and not the errors that follow from it
+                here.
+        """
+        with self._lock:
+            if not self._active:
+                return
+            beside = self._path.with_name(f"status-{os.getpid()}.unfinished")
+            content = {"state": state, "step": step, "reason": " ".join(reason.split())}
+            try:
+                beside.write_text(json.dumps(content) + "\n")
+                os.replace(beside, self._path)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    beside.unlink(missing_ok=True)
+                print(f"mega_scale | {self._path} is not written: {error.strerror}", file=sys.stderr, flush=True)
+            self._active = not last

@@ -11,25 +11,48 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mega_scale.parallel import INDEX, Engine, Span, World, index_of, own_part, part_file, write_tensors
-from mega_scale.training.checkpoint.config import CheckpointConfig
-from mega_scale.training.checkpoint.files import discard, dump, flush, reason, replace_text
-from mega_scale.training.checkpoint.folder import LATEST, RANDOM, STATE, TRAINER, folder_of, next_serial
-from mega_scale.training.checkpoint.manifest import Manifest, Record, hash_file, new_hash, write_manifest
-from mega_scale.training.checkpoint.retention import delete, surplus, sweep
-from mega_scale.training.checkpoint.staging import Staging
+from mega_scale.checkpoint.folder import (
+    LATEST,
+    RANDOM,
+    STATE,
+    TRAINER,
+    CheckpointConfig,
+    delete,
+    folder_of,
+    newest_first,
+    next_serial,
+    run_lock,
+    surplus,
+    sweep,
+    verify,
+)
+from mega_scale.checkpoint.manifest import Manifest, write_manifest
+from mega_scale.files import Record, discard, flush, hash_file, new_hash, reason, replace_text, write_json
+from mega_scale.parallel import (
+    INDEX,
+    Engine,
+    Span,
+    StateReader,
+    World,
+    as_bytes,
+    index_of,
+    own_part,
+    part_file,
+    write_tensors,
+)
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
 _NAMED = 4  # ranks whose problem is told
+_ALIGNMENT = 64  # bytes; every dtype can begin there
 
 
 class Saved(NamedTuple):
@@ -146,7 +169,7 @@ class Saver:
 
         Args:
             step: optimizer steps done.
-            trainer: plain JSON to find again in `trainer.json`.
+            trainer: plain JSON, `trainer.json`.
 
         Returns:
             What ended meanwhile: the save before, and this one if it is not asynchronous or could not begin.
@@ -167,7 +190,7 @@ class Saver:
             names = {f"{STATE}/{part_file(rank)}": state, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
             found = {name: _write_and_prove(unfinished / name, content, self._key) for name, content in names.items()}
             if rank == 0:
-                dump(unfinished / TRAINER, trainer)
+                write_json(unfinished / TRAINER, trainer)
                 self._describe(unfinished)
                 small = [p for p in unfinished.rglob("*") if p.is_file() and p.parent.name not in (STATE, RANDOM)]
                 small = [p for p in small if not p.name.startswith(".")]  # of NFS or a desktop, and soon gone
@@ -258,8 +281,7 @@ class Saver:
     def _complete(self, save: _Save, reports: list[Any] | None) -> int:
         """Write what says that all is there, and give the folder its name; returns the size of all files.
 
-        Raises:
-            OSError: a rank could not write its part, or rank 0 cannot write this.
+        Raises OSError.
         """
         if reports is None:
             return 0
@@ -267,7 +289,7 @@ class Saver:
         if problems:
             raise OSError("; ".join(problems[:_NAMED]))
         unfinished = _unfinished(save.folder)
-        dump(unfinished / STATE / INDEX, save.index | {"parts": [spans for _, spans, _ in reports]})
+        write_json(unfinished / STATE / INDEX, save.index | {"parts": [spans for _, spans, _ in reports]})
         files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
         files[f"{STATE}/{INDEX}"] = _hash_and_flush(unfinished / STATE / INDEX, self._key)
         manifest = Manifest(save.step, self._serial, files)
@@ -320,11 +342,7 @@ def _forget(path: Path) -> None:
 
 
 def _write_and_prove(path: Path, tensors: dict[str, Tensor], key: bytes | None) -> Record:
-    """Write a file, flush it, and read it back.
-
-    Raises:
-        OSError: it cannot be written, or does not come back as it was.
-    """
+    """Write a file, flush it, and read it back. Raises OSError where it does not come back as it was."""
     found = new_hash(key)
     try:
         record = Record(write_tensors(path, tensors, found.update), found.hexdigest())
@@ -351,3 +369,104 @@ def _random_state() -> dict[str, Tensor]:
 def _text(error: BaseException) -> str:
     named = reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return " ".join(named.split())[:300]
+
+
+# A copy of the state in host memory
+
+
+class Staging:
+    """One buffer, made at the first copy and used again: new memory costs more than the copy.
+
+    Args:
+        device: of the state. From a GPU, copies go into locked memory, beside what else it computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def mark(self) -> None:
+        """Let the next copy be of what the device has been told to compute so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors by name to the CPU, in any thread, and wait for it; the copies are valid until the next call."""
+        places, end = {}, 0
+        for name, tensor in tensors.items():
+            length = tensor.numel() * tensor.element_size()
+            places[name] = slice(end, end + length)
+            end += -(-length // _ALIGNMENT) * _ALIGNMENT
+        if len(self._buffer) < end:
+            self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self._stream is not None)
+        copies = {}
+        with torch.cuda.stream(self._stream):
+            for name, tensor in tensors.items():
+                room = self._buffer[places[name]]
+                room.copy_(as_bytes(tensor), non_blocking=True)
+                copies[name] = room.view(tensor.dtype).view(tensor.shape)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return copies
+
+
+# Checkpoints rewritten in another number of files, or with another signature; memory for one parameter
+
+
+def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, new_key: bytes | None = None) -> Path:
+    """Write a checkpoint anew into another run folder; it is resumed from as the original is.
+
+    Args:
+        folder: of the checkpoint, which is verified first.
+        run_dir: the other run folder.
+        parts: files for the state, as so many ranks would have written them.
+        key: secret with which the checkpoint is signed, if it is.
+        new_key: secret to sign the new one with, if it is to be.
+
+    Returns:
+        Folder of the new checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or the destination holds a run, or a job that trains has it.
+    """
+    if parts < 1:
+        raise ValueError(f"parts={parts} is not possible: give at least 1")
+    manifest = verify(folder, key)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with run_lock(run_dir):
+        return _rewrite(folder, manifest, run_dir, parts, new_key)
+
+
+def _rewrite(folder: Path, manifest: Manifest, run_dir: Path, parts: int, new_key: bytes | None) -> Path:
+    final = folder_of(run_dir, manifest.step)
+    if final.exists():
+        raise ValueError(f"{final} exists: choose another folder")
+    if newest_first(run_dir):
+        raise ValueError(f"{run_dir} holds a run already, which the new checkpoint would join: choose another folder")
+    fresh = final.with_name(final.name + ".unfinished")
+    discard(fresh)
+    (fresh / STATE).mkdir(parents=True)
+    small = [name for name in manifest.files if not name.startswith(f"{STATE}/")]  # what else lies there is not ours
+    for name in small:
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, fresh / name)
+    reader = StateReader(folder / STATE)
+    files: dict[str, Record] = {}
+    spans = []
+    for part in range(parts):
+        own, hashed = reader.part_of(part, parts), new_hash(new_key)
+        size = write_tensors(fresh / STATE / part_file(part), own.like, hashed.update, own.read)
+        files[f"{STATE}/{part_file(part)}"] = Record(size, hashed.hexdigest())
+        spans.append(own.spans)
+    write_json(fresh / STATE / INDEX, reader.index(spans))
+    for name in (*small, f"{STATE}/{INDEX}"):
+        flush(fresh / name)
+        files[name] = hash_file(fresh / name, new_key)
+    write_manifest(fresh, Manifest(manifest.step, manifest.serial, files), new_key)
+    for path in (*(path for path in fresh.rglob("*") if path.is_dir()), fresh):
+        flush(path)
+    fresh.rename(final)
+    flush(final.parent)
+    if newest_first(run_dir)[0] == final:
+        replace_text(final.parent / LATEST, final.name + "\n")
+    return final

@@ -10,16 +10,13 @@ import tiny_run
 import torch
 from torch import Tensor
 
+from mega_scale.checkpoint.folder import CheckpointConfig
+from mega_scale.checkpoint.manifest import CheckpointError
+from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
+from mega_scale.checkpoint.saver import Saver
 from mega_scale.config import RunConfig, load_config, model_config, save_config
 from mega_scale.data import load_tokenizer
 from mega_scale.parallel import Engine, ParallelConfig, World, parallelize, seeded_values
-from mega_scale.training.checkpoint import (
-    CheckpointConfig,
-    CheckpointError,
-    Saver,
-    choose_checkpoint,
-    load_checkpoint,
-)
 from mega_scale.training.restore import describe_model
 
 OLDER, NEWER = 3, 6

@@ -5,22 +5,18 @@ ones load as if nothing had happened. xxh3 finds accidents; against somebody who
 needed, with which every hash is an HMAC.
 """
 
-import hashlib
 import hmac
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import xxhash
-
-from mega_scale.training.checkpoint.files import read_regular
+from mega_scale.files import Record, hash_file, new_hash, read_regular
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _PLAIN, _SIGNED = "xxh3_128", "hmac-sha256"
-_READ_BYTES = 2**18  # stays in the processor's cache between reading and hashing
 _SHORTEST_KEY = 16
 _MOST_BYTES = 2**28  # of a manifest; some 100 a file
 
@@ -29,32 +25,13 @@ class CheckpointError(ValueError):
     """A checkpoint is not what was written; the message says what is wrong with which file."""
 
 
-class Hash(Protocol):
-    """What `hashlib` calls a hash."""
-
-    def update(self, data: bytes | memoryview, /) -> None:
-        """Take bytes in."""
-        ...
-
-    def hexdigest(self) -> str:
-        """The hash of all that came in."""
-        ...
-
-
-class Record(NamedTuple):
-    """A file as it was written: its size in bytes, and its hash."""
-
-    size: int
-    hash: str
-
-
 class Manifest(NamedTuple):
     """What a checkpoint consists of.
 
     Args:
         step: optimizer steps done.
-        serial: number of the checkpoint among all that its run has written, so that the newest is known even where a
-            run was continued from an older one.
+        serial: number of the checkpoint among all of its run, so that the newest is known after going on from an older
+            one.
         files: by path relative to the folder, with slashes.
     """
 
@@ -71,8 +48,7 @@ class Manifest(NamedTuple):
 def read_key(path: str | None) -> bytes | None:
     """Read the secret of `checkpoint.key_file`.
 
-    Raises:
-        ValueError: the file cannot be read, or holds less than 16 bytes.
+    Raises ValueError where it cannot be read or is shorter than 16 bytes.
     """
     if path is None:
         return None
@@ -89,33 +65,8 @@ def read_key(path: str | None) -> bytes | None:
     return key
 
 
-def new_hash(key: bytes | None) -> Hash:
-    """A hash of a checkpoint's file: xxh3 of 128 bits, or HMAC-SHA256 with a secret."""
-    return xxhash.xxh3_128() if key is None else hmac.new(key, digestmod=hashlib.sha256)
-
-
-def hash_file(path: Path, key: bytes | None) -> Record:
-    """Read a file and hash it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    found, size = new_hash(key), 0
-    buffer = bytearray(_READ_BYTES)
-    view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(view[:count])
-            size += count
-    return Record(size, found.hexdigest())
-
-
 def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
-    """Write or replace `manifest.json`, as a whole, and have the disk keep it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write or replace `manifest.json`, as a whole, and have the disk keep it. Raises OSError."""
     beside = folder.with_name(f"{folder.name}.{MANIFEST}")  # inside, it would be a file that does not belong there
     with open(beside, "wb") as file:
         file.write(_text(manifest, key))
@@ -125,14 +76,7 @@ def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
 
 
 def read_manifest(folder: Path, key: bytes | None) -> Manifest:
-    """Read `manifest.json` of a checkpoint, and verify that it is the one that was written.
-
-    Args:
-        folder: of the checkpoint.
-        key: the secret with which it must be signed, if there is one.
-
-    Returns:
-        The manifest.
+    """Read `manifest.json`, and verify that it is the one that was written.
 
     Raises:
         CheckpointError: there is none, it was changed, belongs to another folder, or is not signed with the secret.

@@ -2,10 +2,8 @@
 
 import random
 import shutil
-import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 import damage
 import state_folder
 import tiny_run

@@ -3,19 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from launch.stop_signals import DEFAULT, ENDED_AT_ONCE, StopSignals
 from mega_scale.parallel.monitor import PEER_LOST
 from mega_scale.training.bad_steps import DIVERGED
-from mega_scale.training.preemption import STOPPED, Stopping, StopRun, TimeLimit, check_signals, seconds_of
-from mega_scale.training.status import RunStatus
-from mega_scale.training.train_config import TrainConfig
+from mega_scale.training.config import TrainConfig, check_signals, seconds_of
+from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun, TimeLimit
 
 
 def test_exit_codes_are_those_that_the_readme_lists():
@@ -92,82 +88,6 @@ def test_ranks_stop_when_any_of_them_wants_to_and_say_who():
         assert stopping.reason() == reason
         with pytest.raises(StopRun):  # and it stays so, without another question
             stopping.decide(0)
-
-
-def test_a_signal_is_noted_once_and_the_first_counts():
-    script = """
-import os, signal
-from launch.stop_signals import StopSignals
-signals = StopSignals()
-signals.listen()
-for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
-    os.kill(os.getpid(), number)
-assert signals.asked() == "SIGUSR1"
-if os.fork() == 0:  # a child ends by what ends a process
-    os.kill(os.getpid(), signal.SIGTERM)
-    os._exit(0)
-assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGTERM
-signals.ignore()
-os.kill(os.getpid(), signal.SIGTERM)
-signals.listen(["SIGTERM"])  # USR1 came, and is not among them
-print("not reached")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGUSR1 and done.stdout == "", done.stderr
-
-
-def test_what_is_listened_to_before_the_settings_are_read_is_what_they_say_by_default():
-    assert list(DEFAULT) == TrainConfig().stop_signals
-
-
-def test_the_second_interrupt_ends_at_once_whatever_the_main_thread_does_and_an_echo_is_none():
-    """The main thread is in C, where no handler of Python's runs; a loader worker beside it gets every Ctrl-C too."""
-    script = """
-import ctypes, os, sys, time
-never = os.pipe()
-from launch.stop_signals import StopSignals
-StopSignals(again_s=1.0).listen()
-if os.fork() == 0:
-    time.sleep(60)
-print(os.getpid(), flush=True)
-if sys.argv[1] == "waits":
-    ctypes.CDLL(None).read(never[0], ctypes.create_string_buffer(1), 1)
-while True:
-    pass
-"""
-    for does in ("waits", "computes"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, does], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env=os.environ | ({"TORCHELASTIC_RUN_ID": "1"} if does == "computes" else {}),
-        )  # fmt: skip
-        process.stdout.readline()
-        for pause in (0.3, 0.3, 1.0):  # to the whole group, as a terminal and a launcher do
-            assert process.poll() is None
-            os.killpg(process.pid, signal.SIGINT)
-            time.sleep(pause)
-        assert process.poll() is None
-        os.killpg(process.pid, signal.SIGTERM if does == "computes" else signal.SIGINT)  # as torchrun passes it on
-        _, errors = process.communicate(timeout=10)
-        assert process.returncode == ENDED_AT_ONCE == 130
-        assert [line.split(":")[0] for line in errors.splitlines()] == [
-            "mega_scale | SIGINT",
-            "mega_scale | SIGINT again",
-        ]
-
-
-def test_listening_imports_nothing_heavy():
-    script = "import sys; import launch.stop_signals; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not {"torch", "transformers", "mega_scale", "numpy"} & set(done.stdout.split())
-
-
-def test_handlers_are_there_before_the_heavy_imports():
-    """What launch/pretrain.py imports before it listens."""
-    with open("launch/pretrain.py") as file:
-        before = file.read().split("SIGNALS.listen()")[0]
-    imports = [line for line in before.splitlines() if line.startswith(("import ", "from "))]
-    assert imports == ["import sys", "from pathlib import Path", "from launch.stop_signals import StopSignals"]
-    assert StopSignals().asked() is None
 
 
 def test_the_status_is_replaced_as_a_whole_and_by_the_first_rank_only(tmp_path):

@@ -1,10 +1,12 @@
 """A run folder as one job has it: held by a lock, and what lies there is gone on with, or replaced, or left alone."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mega_scale.training.checkpoint import checkpoints, make_newest, run_lock
+from mega_scale.checkpoint.folder import checkpoints, make_newest, run_lock
+from mega_scale.settings import require
 
 # What a run writes, beside its status and its lock; whatever else lies in its folder is its user's.
 _WRITTEN = ("checkpoints/step-*", "checkpoints/latest*", "tensorboard/events.out.tfevents.*", "metrics.jsonl*")
@@ -24,23 +26,33 @@ def to_go_on_from(run_dir: Path, resume: str | None) -> Path | None:
 
     Args:
         run_dir: folder of the run.
-        resume: what it was told: latest, auto, a folder, or nothing.
+        resume: latest, auto, a folder, or None; so in all functions here.
     """
     if resume is None or (resume == "auto" and (is_overwritten(run_dir) or not checkpoints(run_dir))):
         return None
     return run_dir if resume in ("latest", "auto") else Path(resume)
 
 
+def create_run_folder(run_dir: Path) -> None:
+    """Make the folder of a run, if it is not there. Raises ValueError where it cannot be made or written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} cannot be created ({error.strerror}): choose a folder that can be written"
+        ) from None
+    writable = os.access(run_dir, os.W_OK | os.X_OK)
+    require(writable, "run_dir", str(run_dir), "choose a folder that can be written")
+    saved = run_dir / "checkpoints"
+    there = saved.is_dir() or not os.path.lexists(saved)
+    require(there, "run_dir", str(run_dir), f"{saved} is no folder, move it away")
+
+
 def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None:
     """Refuse to begin a run where it would destroy another one.
 
-    Args:
-        run_dir: folder of the run, which exists.
-        resume: what it was told: latest, auto, a folder, or nothing.
-        overwrite: whether it may replace what lies there.
-
     Raises:
-        ValueError: the folder holds a run, which the new one neither goes on with nor may replace.
+        ValueError: the folder holds a run, which the new one neither goes on with nor may replace (`overwrite`).
     """
     own = resume in ("latest", "auto") or (resume is not None and _lies_in(Path(resume), run_dir))
     if overwrite and own:
@@ -60,12 +72,9 @@ def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None
 
 
 class RunFolder:
-    """A run folder held by this job; methods are for the first rank.
+    """A run folder held by this job; methods are for the first rank. For `resume` and `overwrite` see above.
 
     Args:
-        run_dir: the folder, which exists.
-        resume: see `check_run_folder`.
-        overwrite: see `check_run_folder`.
         lost: called with one line, in another thread, when another job has taken the folder.
     """
 
@@ -102,17 +111,14 @@ class RunFolder:
         return True
 
     def begin(self, checkpoint: Path | None, key: bytes | None) -> None:
-        """Delete the run that is overwritten, if there is one: the new one begins.
+        """Delete the run that is overwritten, if there is one: the new one begins. Raises OSError.
 
         Where it starts afresh, a `config.yaml` that lies there already becomes `config.yaml.before`.
 
         Args:
-            checkpoint: that it goes on from; none where it starts afresh. One of this folder that was named becomes its
-                newest, or --resume auto would go on from a newer one if this job were killed before its first save.
+            checkpoint: that it goes on from, if any. One of this folder that was named becomes its newest, or --resume
+                auto would go on from a newer one if this job were killed before its first save.
             key: secret with which checkpoints are signed, if there is one.
-
-        Raises:
-            OSError: it cannot be deleted, or written.
         """
         if checkpoint is not None and self._resume not in ("latest", "auto") and _lies_in(checkpoint, self._run_dir):
             make_newest(checkpoint, key)

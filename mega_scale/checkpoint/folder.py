@@ -13,15 +13,15 @@ and bears its name only when all of it lies on the disk. `checkpoints/latest` na
 other programs; what is resumed from is the newest that is proven, whatever `latest` says.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mega_scale.file_lock import FileLock
-from mega_scale.training.checkpoint.files import read_regular, replace_text
-from mega_scale.training.checkpoint.manifest import (
+from mega_scale.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     Manifest,
@@ -32,21 +32,49 @@ from mega_scale.training.checkpoint.manifest import (
     strays,
     write_manifest,
 )
+from mega_scale.files import FileLock, discard, local_path, read_regular, replace_text
+from mega_scale.settings import require_ranges
 
 STATE, RANDOM, TRAINER, LATEST = "state", "random", "trainer.json", "latest"
 _COUNTS, _OBJECTS = ("step", "tokens"), ("data", "layout")  # that every `trainer.json` has
 _NAME = re.compile(r"step-[0-9]{8,}")
 _POINTER_BYTES = 2**16
 _NAMED = 3  # strays in a line
+DELETED = ".deleted"
+"""What follows the name of a checkpoint that is being deleted."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written, and how many are kept; one is always written at the end."""
+
+    every: int = 0
+    """Steps between two checkpoints; 0 writes one at the end only (steps)."""
+
+    keep: int = 0
+    """Newest checkpoints to keep, older ones are deleted after a new one is proven; 0 keeps all (checkpoints)."""
+
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are never deleted; 0 means none of them (steps)."""
+
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy in host memory (no unit)."""
+
+    key_file: str | None = None
+    """File with a secret of at least 16 bytes, with which checkpoints are signed (HMAC-SHA256) against tampering; those
+    that are not signed with it are not loaded (path)."""
+
+    def __post_init__(self) -> None:
+        if self.key_file is not None:
+            self.key_file = local_path(self.key_file, "checkpoint.key_file")
+
+    def validate(self) -> None:
+        """Refuse values outside their range. Raises ValueError, which names key, value and range."""
+        require_ranges("checkpoint", self, not_negative=("every", "keep", "keep_every"))
 
 
 def run_lock(run_dir: Path, lost: Callable[[str], None] = lambda _: None) -> FileLock:
-    """The lock by which one job at a time has a run folder, which exists.
-
-    Args:
-        run_dir: the folder.
-        lost: see `FileLock`.
-    """
+    """The lock by which one job at a time has a run folder, which exists; for `lost` see `FileLock`."""
     return FileLock(run_dir / "run.lock", lost)
 
 
@@ -82,14 +110,9 @@ def next_serial(run_dir: Path) -> int:
 
 
 def make_newest(folder: Path, key: bytes | None = None) -> None:
-    """Have a checkpoint count as written last, so that its run goes on from it and not from those written after it.
+    """Have a verified checkpoint count as written last: its run goes on from it, not from those written after it.
 
-    Args:
-        folder: of the checkpoint, verified.
-        key: the secret with which it is signed, if there is one.
-
-    Raises:
-        OSError: it cannot be written.
+    Raises OSError where it cannot be written.
     """
     run_dir = folder.parent.parent
     if checkpoints(run_dir)[-1].name != folder.name:
@@ -102,10 +125,7 @@ def verify(folder: Path, key: bytes | None = None) -> Manifest:
 
     Args:
         folder: of the checkpoint.
-        key: the secret with which it must be signed, if there is one.
-
-    Returns:
-        Its manifest.
+        key: secret with which it must be signed, if there is one; so in all functions here.
 
     Raises:
         CheckpointError: it does not; names the folder and the first file that differs.
@@ -118,18 +138,7 @@ def verify(folder: Path, key: bytes | None = None) -> Manifest:
 
 
 def look(folder: Path, key: bytes | None = None) -> Manifest:
-    """Verify manifest, names and sizes, and what is small: all but the state.
-
-    Args:
-        folder: of the checkpoint.
-        key: the secret with which it must be signed, if there is one.
-
-    Returns:
-        Its manifest.
-
-    Raises:
-        CheckpointError: something differs; names the folder and the file.
-    """
+    """Verify manifest, names, sizes, and what is small: all but the state. Raises CheckpointError as `verify` does."""
     try:
         manifest = read_manifest(folder, key)
         problem = list_problem(folder, manifest)
@@ -171,17 +180,16 @@ def find_checkpoint(
 
     Args:
         path: of a checkpoint or run folder.
-        key: the secret with which it must be signed, if there is one.
+        key: see `verify`.
         older: whether an older one may be taken where the newest of a run folder is damaged or gone.
         proof: `look`, or `verify`, which reads the state too.
 
     Returns:
-        Its folder, and what is to be said of it: what is wrong with those that are newer, or with `latest`, and what
-        lies in it that is none of it, a sentence each.
+        Its folder, and what is to be said: what is wrong with newer ones or with `latest`, and strays, a sentence each.
 
     Raises:
-        ValueError: the checkpoint is damaged, there is none, all are damaged, or only an older one could be taken and
-            may not be; nothing else is taken instead of a checkpoint that was named.
+        ValueError: the checkpoint is damaged, there is none, or only an older one could be taken and may not be;
+            nothing else is taken instead of a checkpoint that was named.
     """
     if is_checkpoint(path):
         try:
@@ -232,11 +240,7 @@ def stray_notes(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read `trainer.json` of a checkpoint.
-
-    Raises:
-        ValueError: it is missing, no JSON object, or holds something else than a trainer writes.
-    """
+    """Read `trainer.json` of a checkpoint. Raises ValueError where it holds something else than a trainer writes."""
     try:
         found = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
         for name in _COUNTS:
@@ -248,6 +252,86 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{folder / TRAINER} cannot be read ({error!r}): choose another checkpoint") from None
     return found
+
+
+# Which are deleted; the last valid one never is
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint, its name first: what is killed half way leaves no damaged checkpoint behind.
+
+    Of a linked one, only the link is deleted. Raises OSError where it cannot be deleted; once renamed, it no longer
+    counts.
+    """
+    nameless = folder.with_name(folder.name + DELETED)
+    discard(nameless)
+    folder.rename(nameless)
+    discard(nameless)
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what a deletion that was killed, or could not be completed, has left; what stays waits for the next."""
+    for path in run_dir.glob(f"checkpoints/step-*{DELETED}"):
+        with contextlib.suppress(OSError):
+            discard(path)
+
+
+def surplus(run_dir: Path, newest: Path, keep: int, keep_every: int) -> list[Path]:
+    """The checkpoints that are not to be kept, oldest first.
+
+    Args:
+        run_dir: folder of the run.
+        newest: the checkpoint just written, which stays: a damaged one may seem to be newer.
+        keep: newest checkpoints to keep; 0 keeps all.
+        keep_every: checkpoints of steps that this divides are kept; 0 means none of them.
+    """
+    others = [folder for folder in checkpoints(run_dir) if folder != newest]
+    old = others[: max(len(others) + 1 - keep, 0)] if keep > 0 else []
+    return [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
+
+
+def prune(
+    run_dir: Path, keep: int, keep_every: int = 0, *, damaged: bool = False, key: bytes | None = None, dry: bool = False
+) -> list[Path]:
+    """Delete checkpoints of a run that does not train now.
+
+    Every checkpoint is verified first: damaged ones do not count among those that are kept, and nothing is deleted
+    unless one that stays is valid.
+
+    Args:
+        run_dir: folder of the run.
+        keep: newest valid checkpoints to keep; 0 keeps all.
+        keep_every: valid checkpoints of steps that this divides are kept; 0 means none of them.
+        damaged: delete damaged ones too.
+        key: see `verify`.
+        dry: only say what would be deleted.
+
+    Returns:
+        What was deleted.
+
+    Raises:
+        ValueError: no checkpoint of the run is valid, or a job has the folder.
+    """
+    if not dry and checkpoints(run_dir):
+        with run_lock(run_dir):
+            chosen = prune(run_dir, keep, keep_every, damaged=damaged, key=key, dry=True)
+            for folder in chosen:
+                delete(folder)
+            sweep(run_dir)
+        return chosen
+    valid, broken = [], []
+    for folder in checkpoints(run_dir):
+        try:
+            verify(folder, key)
+        except CheckpointError:
+            broken.append(folder)
+        else:
+            valid.append(folder)
+    if not valid:
+        raise ValueError(f"{run_dir} has no valid checkpoint ({len(broken)} damaged ones): nothing is deleted")
+    old = valid[:-keep] if keep > 0 else []
+    chosen = [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
+    return chosen + (broken if damaged else [])
 
 
 def _age(folder: Path) -> tuple[int, int]:

@@ -8,8 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mega_scale.parallel import Engine, StateReader, World
-from mega_scale.training.checkpoint.folder import (
+from mega_scale.checkpoint.folder import (
     RANDOM,
     STATE,
     find_checkpoint,
@@ -21,27 +20,24 @@ from mega_scale.training.checkpoint.folder import (
     read_state,
     stray_notes,
 )
-from mega_scale.training.checkpoint.manifest import CheckpointError, content_problem, own_files, read_manifest
+from mega_scale.checkpoint.manifest import CheckpointError, content_problem, own_files, read_manifest
+from mega_scale.parallel import Engine, StateReader, World
 
 
-def choose_checkpoint(path: Path, world: World, key: bytes | None = None, say: Callable[[str], None] = print) -> Path:
-    """The checkpoint to go on from, proven whole; collective.
+def choose_checkpoint(path: Path, world: World, key: bytes | None = None, log: Callable[[str], None] = print) -> Path:
+    """The checkpoint to go on from, proven whole by all ranks, which share the reading; collective.
 
-    Ranks share the reading. Of a run folder the newest valid checkpoint is taken, and every newer one that is not
-    valid is reported; a checkpoint that was named itself is taken or refused.
+    Of a run folder the newest valid checkpoint is taken, and every newer one that is not valid is reported; a
+    checkpoint that was named itself is taken or refused.
 
     Args:
         path: of a checkpoint or run folder, the same on all ranks.
         world: all ranks.
-        key: the secret with which it must be signed, if there is one.
-        say: is given, on rank 0, what is wrong with newer ones.
-
-    Returns:
-        Its folder.
+        key: secret with which it must be signed, if there is one.
+        log: is given, on rank 0, what is wrong with newer ones.
 
     Raises:
-        CheckpointError: the named checkpoint is damaged, or all of the run are.
-        ValueError: there is none.
+        ValueError: there is none; CheckpointError: the named one is damaged, or all of the run are.
     """
     names = world.broadcast([str(folder) for folder in _candidates(path)])
     if not names:
@@ -53,25 +49,16 @@ def choose_checkpoint(path: Path, world: World, key: bytes | None = None, say: C
             pointer = None if problems or is_checkpoint(path) else pointer_problem(path, Path(name))
             if world.rank == 0:
                 for line in (*([pointer] if pointer else []), *stray_notes(Path(name), read_manifest(Path(name), key))):
-                    say(line)
+                    log(line)
             return Path(name)
         problems.append(problem)
         if world.rank == 0 and not is_checkpoint(path):
-            say(f"{problem}; an older one is tried")
+            log(f"{problem}; an older one is tried")
     raise CheckpointError("; ".join(problems) + ": no valid checkpoint is left to go on from")
 
 
 def verify_together(folder: Path, world: World, key: bytes | None = None) -> str | None:
-    """Verify a checkpoint, each rank some of its files; collective.
-
-    Args:
-        folder: of the checkpoint.
-        world: all ranks.
-        key: the secret with which it must be signed, if there is one.
-
-    Returns:
-        What is wrong, the same on all ranks; none where nothing is.
-    """
+    """Verify a checkpoint, each rank some of its files; collective. Returns what is wrong, the same on all ranks."""
     problem = None
     try:
         manifest = look(folder, key)
@@ -85,15 +72,10 @@ def verify_together(folder: Path, world: World, key: bytes | None = None) -> str
 
 
 def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
-    """Bring engine and random state to where a checkpoint left them, whichever layout wrote it; collective.
-
-    Args:
-        folder: of the checkpoint, verified.
-        engine: of any kind and number of ranks.
-        world: all ranks.
+    """Bring engine and random state to where a verified checkpoint left them, whichever layout wrote it; collective.
 
     Returns:
-        The state in `trainer.json`.
+        What `trainer.json` holds.
 
     Raises:
         ValueError: it holds another model, or what no trainer wrote; nothing was changed.

@@ -1,0 +1,229 @@
+"""A command as a process: streams that end no program, signals that ask it to stop, and errors in one line.
+
+Importing anything of this package takes seconds, in which nobody listens: scripts block their signals before they do,
+and `StopSignals.listen` and `run_command` unblock them. A signal that came meanwhile comes then.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+REFUSED = 2
+"""Exit code of a command that is refused."""
+
+NOT_WRITTEN = 74
+"""Exit code of a command whose output, or a run whose last checkpoint, could not be written (EX_IOERR)."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that got SIGINT, and of a run that got it again."""
+
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+"""Signals that ask a run to stop, where its settings name no others."""
+
+# Ctrl-C reaches every process of a terminal, and launchers pass it on to the same ones: within a moment it is one.
+_AGAIN_S = 2.0
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+def refuse(message: object, *, quiet: bool = False) -> NoReturn:
+    """End the program with exit code 2 and one line, `error: ...`, on standard error.
+
+    Args:
+        message: what is wrong and what to do; line breaks become spaces.
+        quiet: leave the line out, as ranks other than the first do.
+    """
+    if not quiet:
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(REFUSED)
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Run a command whose output is what it is for: one that could not be written is an error, in one line.
+
+    Ctrl-C ends it in one line too, with exit code 130; it is unblocked here, see above.
+
+    Args:
+        main: the command.
+    """
+    output, code = keep_streams(), None
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        main()
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends what is being tidied up
+        code = INTERRUPTED
+        print("error: interrupted", file=sys.stderr, flush=True)
+    output.flush()
+    if not code and output.problem is not None:
+        code = NOT_WRITTEN
+    raise SystemExit(code)
+
+
+class Stream:
+    """A text stream whose failures are noted, and raised nowhere.
+
+    What its encoding lacks is written as an escape (`\\u1234`). What could not be written is tried again with the next
+    text, as far as the stream's own buffer holds it.
+
+    Args:
+        stream: where it writes.
+        tell: is given one line when writing begins to fail.
+    """
+
+    def __init__(self, stream: Any, tell: Callable[[str], object] = lambda _: None) -> None:
+        self._stream, self._tell = stream, tell
+        self.problem: str | None = None
+        self._written = False
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As `print` needs it."""
+        self._written = self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """As `print` needs it."""
+        if self._try(self._stream.flush) and self._written:
+            self.problem = None
+        self._written = False
+
+    def end(self) -> None:
+        """Flush; what cannot be written is dropped, or Python would end with exit code 120 for it."""
+        self.flush()
+        if self.problem is not None:
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                self._stream.flush()
+
+    def _try(self, act: Callable[[], Any]) -> bool:
+        try:
+            act()
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            first, self.problem = self.problem is None, getattr(error, "strerror", None) or str(error)
+            if first:
+                self._tell(f"mega_scale | standard output is not written: {self.problem}\n")
+            return False
+        return True
+
+
+def keep_streams() -> Stream:
+    """Have this process print through such streams; where it was started without one, to nowhere.
+
+    Returns:
+        Standard output.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for the process's whole life
+    errors = Stream(sys.stderr)
+    output = Stream(sys.stdout, errors.write)
+    sys.stdout, sys.stderr = output, errors
+    for stream in (output, errors):
+        atexit.register(stream.end)
+    return output
+
+
+class StopSignals:
+    """Which stop signal this process got first, if any; others after it change nothing, but for SIGINT.
+
+    A handler only takes a note, so nothing that runs is disturbed: a save goes on, and a system call is begun again. In
+    a process that was forked from this one, a signal does what it does by default.
+
+    A second SIGINT ends the process at once, in a thread, since the main thread may be in a computation or wait for
+    other ranks.
+
+    Args:
+        again_s: from the first SIGINT on, others are taken for the same one for so long (seconds).
+    """
+
+    def __init__(self, again_s: float = _AGAIN_S) -> None:
+        self._pid = os.getpid()
+        self._again_s = again_s
+        self._watching = False
+        self._listening: set[signal.Signals] = set()
+        self._first: signal.Signals | None = None
+
+    def listen(self, names: Sequence[str] = STOP_SIGNALS) -> None:
+        """Take note of these signals from now on; those of an earlier call that are not among them get their default.
+
+        Args:
+            names: of signals, SIGTERM and the like. One that came already and is not among them takes effect now.
+
+        Raises:
+            ValueError: not in the main thread.
+        """
+        wanted = {signal.Signals[name] for name in names}
+        for number in wanted:
+            signal.signal(number, self._note)
+            signal.siginterrupt(number, False)  # C code below us may not expect to be interrupted
+        if signal.SIGINT in wanted and not self._watching:
+            self._watch_interrupts()
+        dropped, self._listening = self._listening - wanted, wanted
+        for number in dropped:
+            signal.signal(number, signal.SIG_DFL)
+        if self._first in dropped:
+            os.kill(self._pid, self._first)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*wanted, *dropped})
+
+    def asked(self) -> str | None:
+        """Name of the first signal; None before any came."""
+        return None if self._first is None else self._first.name
+
+    def ignore(self) -> None:
+        """Be deaf to them: for the end, while a launcher that saw another rank end sends signals to all."""
+        for number in self._listening:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _watch_interrupts(self) -> None:
+        ours, pythons = os.pipe()
+        os.set_blocking(pythons, False)
+        # Python writes a signal's number there as it comes, whatever the main thread does.
+        signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._end_at_the_second, args=(ours,), daemon=True).start()
+        self._watching = True
+
+    def _end_at_the_second(self, numbers: int) -> None:
+        first: float | None = None
+        # torchrun passes Ctrl-C on to ranks that the terminal does not reach: the first as SIGINT, the next as SIGTERM.
+        again = {signal.SIGINT, *([signal.SIGTERM] if "TORCHELASTIC_RUN_ID" in os.environ else [])}
+        while True:
+            came = set(os.read(numbers, 64))
+            if not came & ({signal.SIGINT} if first is None else again):
+                continue
+            if first is None:
+                first = time.monotonic()
+                _say("SIGINT: the run saves after what is under way, and ends; the next one ends it at once")
+            elif time.monotonic() - first > self._again_s:
+                _say("SIGINT again: the run ends at once, without a save")
+                os._exit(INTERRUPTED)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self._first is None:
+            self._first = signal.Signals(number)
+
+
+def _say(line: str) -> None:
+    """Print a line on the first rank, past Python's buffers, whose locks the main thread may hold."""
+    if next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0":
+        try:
+            os.write(2, f"mega_scale | {line}\n".encode())
+        except OSError:
+            return  # nobody reads it

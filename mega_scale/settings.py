@@ -1,0 +1,476 @@
+"""Settings as nested dataclasses: defaults < YAML files < the command line, and refusals that name key, value, remedy.
+
+Knows nothing of the settings themselves: the keys are the fields, their types say which values are allowed, and the
+string below a field is its help.
+"""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import difflib
+import inspect
+import itertools
+import math
+import re
+import textwrap
+import types
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mega_scale.files import local_path
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+# What a key means that is given without a value, and options that stand for a key.
+_ALONE = {"resume": "latest", "overwrite": "true"}
+_SHORT = {"max_time": "train.max_time"}
+# Arguments of commands that are paths, or may be.
+_PATHS = ("key_file", "new_key_file", "tokenizer", "json", "plot", "peer_python", "folder")
+
+
+# Checks of values
+
+
+def require(good: bool, key: str, value: object, remedy: str) -> None:
+    """Refuse a value.
+
+    Raises:
+        ValueError: `good` is false.
+    """
+    if not good:
+        raise ValueError(f"{key}={value!r} is not possible: {remedy}")
+
+
+def require_ranges(
+    section: str,
+    config: object,
+    *,
+    positive: Iterable[str] = (),
+    not_negative: Iterable[str] = (),
+    shares: Iterable[str] = (),
+) -> None:
+    """Refuse fields of a section that lie outside their range: above 0, 0 or above, or 0 to below 1; all finite.
+
+    Raises:
+        ValueError: names key, value and range.
+    """
+    for names, low, high, remedy in (
+        (positive, math.nextafter(0, 1), math.inf, "it must be above 0"),
+        (not_negative, 0, math.inf, "it must be 0 or above"),
+        (shares, 0, 1, "it must be 0 or above and below 1"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            require(low <= value < high, f"{section}.{name}", value, remedy)
+
+
+def local_paths(args: argparse.Namespace) -> None:
+    """Apply `local_path` to every file and folder that a command was given, in place.
+
+    Raises:
+        ValueError: one of them is no local path.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, Path) or (isinstance(value, str) and name in _PATHS):
+            setattr(args, name, type(value)(local_path(str(value), f"--{name.replace('_', '-')}")))
+
+
+# Keys and types
+
+
+def known_keys(section: type, prefix: str = "") -> dict[str, Any]:
+    """Types by dotted key of a dataclass and of the dataclasses in it, in the order of declaration."""
+    keys: dict[str, Any] = {}
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            keys |= known_keys(hint, f"{prefix}{field.name}.")
+        else:
+            keys[prefix + field.name] = hint
+    return keys
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """Members of a union; any other type is its own only member."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def describe(hint: Any) -> str:
+    """The values of a type in words, such as "an integer or null"."""
+    words = []
+    for member in members(hint):
+        if get_origin(member) is Literal:
+            words.append("one of " + ", ".join(str(value) for value in get_args(member)))
+        elif get_origin(member) is list:
+            words.append(f"a list of {describe(get_args(member)[0]).removeprefix('an ').removeprefix('a ')} items")
+        elif get_origin(member) is dict:
+            words.append("a mapping")
+        else:
+            words.append(_WORDS.get(member, str(member)))
+    return " or ".join(words)
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """A value as a type has it: integers become numbers where numbers are expected, and texts lists of one.
+
+    Raises:
+        TypeError: it is no value of the type.
+    """
+    for member in members(hint):
+        origin = get_origin(member)
+        if origin is Literal and value in get_args(member):
+            return value
+        if origin is list and isinstance(value, list):
+            return [convert(item, get_args(member)[0]) for item in value]
+        if origin is dict and isinstance(value, dict):
+            return value
+        if member is float and type(value) in (int, float):
+            return float(value)
+        if origin is None and type(value) is member:
+            return value
+    if isinstance(value, str) and list[str] in members(hint):
+        return [value]
+    raise TypeError(value)
+
+
+def _convert_text(text: str, hint: Any) -> Any:
+    """A value as the command line has it: text is taken as it is, and anything else is YAML.
+
+    Raises:
+        TypeError: it is no value of the type.
+    """
+    plain = [member for member in members(hint) if member is str or get_origin(member) is Literal]
+    others = [member for member in members(hint) if member not in plain]
+    if others and text:
+        try:
+            return convert(yaml.load(text, Loader=_StrictLoader), Union[tuple(others)])  # noqa: UP007  known only here
+        except (yaml.YAMLError, ValueError, RecursionError, TypeError):
+            pass  # a text, if that is allowed
+    return convert(text, hint)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The refusal of an unknown key, with the known one most like it."""
+
+    def likeness(candidate: str) -> float:
+        pairs = ((key, candidate), (key.rpartition(".")[2], candidate.rpartition(".")[2]))
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return f"{key} is not a key: the nearest known one is {max(known, key=likeness)}; --help lists all"
+
+
+def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn the sections of a file into dotted keys; an unknown key, or one that is given twice, is refused."""
+    flat: dict[str, Any] = {}
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if key in known:
+            if value is None and types.NoneType not in members(known[key]):
+                raise ValueError(f"{key}=null is not allowed: expected {describe(known[key])}")
+            found = {key: value}
+        elif not any(path.startswith(f"{key}.") for path in known):
+            sections = {path.rpartition(".")[0] for path in known} - {""}
+            raise ValueError(unknown_key(key, sections if isinstance(value, dict) else known))
+        elif isinstance(value, dict):
+            found = _flatten(value, known, f"{key}.")
+        elif value is None:
+            continue
+        else:
+            raise ValueError(f"{key}={value!r} is not allowed: {key} is a section, set the keys in it")
+        if twice := flat.keys() & found.keys():
+            raise ValueError(f"{min(twice)} is given twice: keep one")
+        flat |= found
+    return flat
+
+
+# YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Reads numbers as people write them: 010 is ten, 1e-3 a number, and 1:30 a text.
+
+    YAML 1.1 takes 010 for eight (octal), 1:30 for ninety (base 60) and 1e-3 for a text. A key that is given twice, of
+    which it silently keeps the last, is refused.
+    """
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ValueError(f"line {key_node.start_mark.line + 1}: a key is no word: write one")
+        if key_node.value in seen:
+            raise ValueError(f"line {key_node.start_mark.line + 1}: {key_node.value} is given twice: keep one")
+        seen.add(key_node.value)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node)).replace("_", "").lower()
+    return int(text, 10 if text.lstrip("+-").isdigit() else 0)  # 0b and 0x name their base
+
+
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{_TAG}int", f"{_TAG}float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
+_StrictLoader.add_constructor(f"{_TAG}int", _construct_int)
+_StrictLoader.add_constructor(f"{_TAG}map", _construct_mapping)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the reader could take for a number."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if text[:1] and text[0] in "+-.0123456789" else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read the sections and keys of a YAML file; empty for an empty file.
+
+    Raises:
+        ValueError: the file is missing, unreadable, no YAML, or not a mapping of keys.
+    """
+    path = local_path(str(path), "--config")
+    try:
+        layer = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise ValueError(f"--config {path}: there is no such file (looked from {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: cannot be read as text: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"--config {path}: is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    if layer is not None and not isinstance(layer, dict):
+        raise ValueError(f"--config {path}: holds a {type(layer).__name__}: write sections and keys, as in train:")
+    return layer or {}
+
+
+def to_yaml(config: Any) -> str:
+    """A dataclass as YAML, every key included, in the order of declaration."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+# The command line
+
+
+class Arguments(NamedTuple):
+    """A command line sorted by what its words are, none of them understood yet.
+
+    Args:
+        configs: files.
+        overrides: keys with their values, none where a key has no value.
+        help: whether `--help` is among them.
+        print_config: whether `--print-config` is among them.
+    """
+
+    configs: list[str]
+    overrides: list[tuple[str, str | None]]
+    help: bool
+    print_config: bool
+
+
+def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> Arguments:
+    """Sort the words of a command line: KEY=VALUE, --KEY=VALUE, --KEY VALUE, --config FILE and the other options.
+
+    Args:
+        argv: the words after the program's name.
+        sections: first words of the known keys, by which `--resume train.steps=4` is told from `--resume FOLDER`.
+
+    Raises:
+        ValueError: a word is none of these.
+    """
+    sections = set(sections)
+    configs: list[str] = []
+    overrides: list[tuple[str, str | None]] = []
+    wants_help = prints = False
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, text = token.partition("=")
+        dashed = name.startswith("--")
+        key = name[2:].replace("-", "_") if dashed else name
+        if token in ("-h", "--help"):
+            wants_help = True
+            continue
+        if dashed and key == "print_config" and not equals:
+            prints = True
+            continue
+        if (name.startswith("-") and not dashed) or not (dashed or equals):
+            raise ValueError(f"{token!r} is not understood: write KEY=VALUE, as in train.steps=200")
+        value: str | None = text if equals else _ALONE.get(key)
+        if not equals and rest and not rest[0].startswith("--"):
+            starts_a_key = "=" in rest[0] and re.split(r"[.=]", rest[0])[0] in sections
+            if value is None or not starts_a_key:
+                value = rest.pop(0)
+        key = _SHORT.get(key, key)
+        if key == "config":
+            if value is None:
+                raise ValueError("--config has no value: write --config FILE")
+            configs.append(value)
+        elif key != "local_rank":  # which launchers add
+            overrides.append((key, value))
+    return Arguments(configs, overrides, wants_help, prints)
+
+
+def resolve(
+    section: type, configs: Sequence[str], overrides: Sequence[tuple[str, str | None]]
+) -> tuple[Any, dict[str, Any]]:
+    """Build a dataclass from its defaults, files, and the command line, each over the one before.
+
+    Args:
+        section: the dataclass.
+        configs: YAML files.
+        overrides: keys with their values, as `split_arguments` finds them.
+
+    Returns:
+        The dataclass, and the values of the keys that were given.
+
+    Raises:
+        ValueError: a key is unknown, or a value not of its type.
+    """
+    known = known_keys(section)
+    values: dict[str, Any] = {}
+    for path in configs:
+        layer = read_yaml(path)
+        try:
+            for key, value in _flatten(layer, known).items():
+                try:
+                    values[key] = convert(value, known[key])
+                except TypeError:
+                    raise ValueError(_not_allowed(key, value, known[key])) from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    inside = []
+    mappings = [key for key, hint in known.items() if any(get_origin(member) is dict for member in members(hint))]
+    for key, text in overrides:
+        mapping = next((name for name in mappings if key.startswith(f"{name}.")), None)
+        if mapping is None and key not in known:
+            if any(path.startswith(f"{key}.") for path in known):
+                raise ValueError(f"{key}={text} is not allowed: {key} is a section, set {key}.KEY=VALUE")
+            raise ValueError(unknown_key(key, known))
+        if text is None:
+            raise ValueError(f"{key} has no value: write {key}=VALUE")
+        if mapping is not None:
+            inside.append((mapping, key.removeprefix(f"{mapping}."), text))
+            continue
+        if text == "null" and not {types.NoneType, str} & set(members(known[key])):
+            raise ValueError(f"{key}=null is not allowed: expected {describe(known[key])}")
+        try:
+            values[key] = _convert_text(text, known[key])
+        except TypeError:
+            raise ValueError(_not_allowed(key, text, known[key])) from None
+    for mapping, path, text in inside:
+        _set_inside(values, mapping, path, text)
+    return _build(section, values), values
+
+
+def _not_allowed(key: str, value: object, hint: Any) -> str:
+    return f"{key}={value!r} is not allowed: expected {describe(hint)}"
+
+
+def _set_inside(values: dict[str, Any], mapping: str, path: str, text: str) -> None:
+    """Set one entry of a mapping key, of any depth, as in parallel.ds_config.zero_optimization.stage3_prefetch=0."""
+    root = copy.deepcopy(values.get(mapping) or {})
+    *parents, last = path.split(".")
+    at = root
+    for parent in parents:
+        at = at.setdefault(parent, {})
+        if not isinstance(at, dict):
+            raise ValueError(f"{mapping}.{path}={text} is not allowed: {parent} already holds the value {at!r}")
+    try:
+        at[last] = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{mapping}.{path}={text} is not YAML: {' '.join(str(error).split())}") from None
+    values[mapping] = root
+
+
+def _build(section: type, values: dict[str, Any], prefix: str = "") -> Any:
+    found = {}
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found[field.name] = _build(hint, values, f"{key}.")
+        elif key in values:
+            found[field.name] = values[key]
+    return section(**found)
+
+
+# Help
+
+
+def format_help(section: type, description: str, options: dict[str, tuple[str, str]]) -> str:
+    """What `--help` prints: options, and every key with its sentence, type and default.
+
+    Args:
+        section: the dataclass.
+        description: what the keys are, and how they are set.
+        options: sentence and metavar of options that are no keys, by name.
+    """
+    usage = (
+        "%(prog)s [--config FILE] [KEY=VALUE ...] [--resume [CHECKPOINT]] [--overwrite] [--max-time TIME] "
+        "[--print-config] [--help]"
+    )
+    parser = argparse.ArgumentParser(usage=usage, description=description)
+    for name, (sentence, metavar) in options.items():
+        if metavar:
+            parser.add_argument(name, metavar=metavar, help=sentence)
+        else:
+            parser.add_argument(name, action="store_true", help=sentence)
+    _add_keys(parser, section, "The run", "")
+    return parser.format_help()
+
+
+def _add_keys(parser: argparse.ArgumentParser, section: type, title: str, prefix: str) -> None:
+    hints, sentences = get_type_hints(section), _sentences(section)
+    group = parser.add_argument_group(title)
+    defaults = section()
+    for field in dataclasses.fields(section):
+        hint, sentence = hints[field.name], sentences[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            _add_keys(parser, hint, sentence, f"{prefix}{field.name}.")
+            continue
+        default = getattr(defaults, field.name)
+        default = {None: "null", True: "true", False: "false"}.get(default, default) if _is_word(default) else default
+        text = f"{sentence} (type: {describe(hint)}, default: {default})".replace("%", "%%")
+        group.add_argument(f"--{prefix}{field.name}", metavar="VALUE", help=text)
+
+
+def _is_word(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _sentences(section: type) -> dict[str, str]:
+    """What is said of every field: its `help` metadata, or the string below it."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    if all("help" in field.metadata for field in fields.values()):
+        return {name: field.metadata["help"] for name, field in fields.items()}
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field_node, below in itertools.pairwise(definition.body):
+        if isinstance(field_node, ast.AnnAssign) and isinstance(below, ast.Expr):
+            found[ast.unparse(field_node.target)] = " ".join(ast.literal_eval(below.value).split())
+    return found

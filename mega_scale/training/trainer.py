@@ -1,0 +1,628 @@
+"""One run on one rank, from its settings to its last checkpoint; the same for every engine and number of ranks.
+
+Read `Trainer` from top to bottom: what a rank checks alone, what all ranks agree on, set-up, the loop, one step, and
+what follows a step.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mega_scale.checkpoint.folder import find_checkpoint, read_state
+from mega_scale.checkpoint.manifest import read_key
+from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
+from mega_scale.checkpoint.run_folder import RunFolder, to_go_on_from
+from mega_scale.checkpoint.saver import Saved, Saver
+from mega_scale.config import RunConfig, changes, model_config, require_same, save_config
+from mega_scale.data import (
+    Loader,
+    as_trained,
+    load_datasets,
+    load_tokenizer,
+    text_size,
+    unlike_training,
+    validation_batches,
+)
+from mega_scale.files import STALE_S
+from mega_scale.hub import open_folder
+from mega_scale.model import MegaForCausalLM
+from mega_scale.model.flops import training_flops_per_token
+from mega_scale.parallel import (
+    Place,
+    Placement,
+    World,
+    describe,
+    difference,
+    parallelize,
+    per_block,
+    seeded_values,
+    self_test,
+)
+from mega_scale.parallel.monitor import PEER_LOST, write_stderr
+from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals
+from mega_scale.training.bad_steps import DIVERGED, BadStepsError, Progress, rows_of
+from mega_scale.training.config import seconds_of
+from mega_scale.training.evaluate import check_sample, evaluate, generate_text
+from mega_scale.training.metrics import Reporter, Throughput, memory_bytes, peak_flops
+from mega_scale.training.optimizer import build_optimizer, learning_rate
+from mega_scale.training.restore import describe_model, values_from
+from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun, TimeLimit
+from mega_scale.training.watchdog import SlowRanks, Watchdog
+
+
+class RefusedError(Exception):
+    """The ranks, which have met, cannot run together, or not from the checkpoint that there is."""
+
+
+class NotSavedError(OSError):
+    """The last checkpoint could not be written."""
+
+
+EXIT_CODES = {RefusedError: REFUSED, BadStepsError: DIVERGED, NotSavedError: NOT_WRITTEN}
+"""Exit codes by the errors that all ranks raise alike, and that end the run in one line."""
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step found.
+
+    Args:
+        loss: of the global batch (nats per token).
+        norm: of its gradient.
+        lr: learning rate.
+        tokens: of the global batch.
+        waited: for data, by this rank (seconds).
+        shares: (micro-batches,) losses of this rank's.
+        problem: why it was not taken; None for a good step.
+    """
+
+    loss: float
+    norm: float
+    lr: float
+    tokens: int
+    waited: float
+    shares: Tensor
+    problem: str | None
+
+
+class Trainer:
+    """A run: making it checks all that a rank can check alone; `run` joins the other ranks, and trains.
+
+    Args:
+        config: everything that the run is told.
+        placement: where this process stands among its ranks.
+        signals: the signals that ask it to stop.
+
+    Raises:
+        ValueError: the run cannot start.
+        OSError: a file that it needs cannot be read.
+    """
+
+    world: World
+    watchdog: Watchdog
+    stopping: Stopping
+
+    def __init__(self, config: RunConfig, placement: Placement, signals: StopSignals) -> None:
+        config.validate(placement.size, placement.local_size)
+        self.config, self.rank, self.signals = config, placement.rank, signals
+        self.run_dir = Path(config.run_dir)
+        self.mesh = config.parallel.mesh(placement.size)
+        self.key = read_key(config.checkpoint.key_file)
+        self.checkpoint: Path | None = None
+        if (path := to_go_on_from(self.run_dir, config.resume)) is not None:
+            self.checkpoint, _ = find_checkpoint(path, self.key)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        self.model_config = model_config(config.model, tokenizer)
+        require_same(config, self.checkpoint, self.model_config, tokenizer)
+        self.values = seeded_values(self.model_config, config.train.seed)
+        if self.checkpoint is None and config.init_from is not None:
+            self.values = values_from(open_folder(config.init_from)[1])
+        self.tokenizer = as_trained(tokenizer, config.data.add_bos)
+        if config.train.sample_every:
+            check_sample(self.model_config, self.tokenizer, config.train.sample_prompt, config.train.sample_tokens)
+        if line := unlike_training(tokenizer, config.data.add_bos):
+            self.log(line)
+        self._open_data(tokenizer)
+
+    def _open_data(self, tokenizer: Any) -> None:
+        """Open text and loader; a checkpoint that has seen other data is refused."""
+        data, train = self.config.data, self.config.train
+        dataset, self.validation = load_datasets(data, tokenizer, self.log)
+        self.loader = Loader(
+            dataset,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            rank=self.mesh.dp_rank(self.rank),
+            world_size=self.mesh.dp,
+            seed=data.seed,
+            shuffle=data.shuffle,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            pin_memory=torch.cuda.is_available() and self.config.parallel.device != "cpu",
+            lengths=data.lengths,
+        )
+        if self.checkpoint is not None:
+            self.loader.check(read_state(self.checkpoint)["data"])
+
+    def log(self, line: str) -> None:
+        """Print a line, on the first rank."""
+        if self.rank == 0:
+            print(f"mega_scale | {line}", flush=True)
+
+    def _print_error(self, error: object) -> None:
+        if self.rank == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+    # From joining the ranks to the exit code
+
+    def run(self) -> int:
+        """Join the other ranks, take the run folder, and train; returns the exit code, the same on all ranks."""
+        with World.start(self.config.parallel) as self.world:
+            self.folder = RunFolder(self.run_dir, self.config.resume, self.config.overwrite, _end_without_folder)
+            try:
+                problem = self.take_folder()
+                code = REFUSED if problem else self.run_with_watchdog()
+            finally:
+                self.folder.release()
+        self.signals.ignore()
+        if problem:
+            self._print_error(problem)
+        return code
+
+    def take_folder(self) -> str | None:
+        """Take the run folder for this job; collective. Returns why this job cannot have it, the same on all ranks."""
+        waited = False
+        while True:
+            taken, problem = False, None
+            if self.rank == 0:
+                try:
+                    taken = self.folder.attempt(afresh=self.checkpoint is None)
+                except ValueError as error:
+                    problem = str(error)
+                except OSError as error:
+                    problem = (
+                        f"run_dir={self.config.run_dir!r} cannot be written ({error.strerror or error}): choose a "
+                        "folder that can be written"
+                    )
+                if not (taken or problem or waited):
+                    self.log(
+                        f"{self.config.run_dir} is held by another job ({self.folder.owner}): waiting for up to "
+                        f"{STALE_S:.0f} s to see whether it lives"
+                    )
+            # The others take part in every attempt, so that none of them waits for longer than it may.
+            taken, problem = self.world.broadcast([taken, problem])
+            if taken or problem:
+                return problem
+            waited = True
+            time.sleep(1.0)
+
+    def run_with_watchdog(self) -> int:
+        """Train on all ranks, watch the progress, and keep `status.json`; collective. Returns the exit code."""
+        config = self.config
+        status = RunStatus(self.run_dir, self.rank)
+        limit = None if config.train.max_time is None else TimeLimit(seconds_of(config.train.max_time))
+        self.stopping = Stopping(self.world, self.signals.asked, limit)
+
+        def end(verdict: str) -> None:
+            status.write("failed", self.watchdog.step, verdict, last=True)
+            self.folder.release()
+
+        with Watchdog(self.world, config.train.hang_timeout(config.parallel.timeout_s), end) as self.watchdog:
+            begin = 0 if self.checkpoint is None else read_state(self.checkpoint)["step"]
+            status.write("running", begin)
+            try:
+                stopped = self.set_up_and_train()
+            except tuple(EXIT_CODES) as error:
+                status.write("failed", self.watchdog.step, str(error))
+                self._print_error(error)
+                return EXIT_CODES[type(error)]
+            except StopRun:
+                # Before it began to train: nothing was done that is not in its checkpoint.
+                status.write("stopped", begin, self.stopping.reason())
+                return STOPPED
+            except BaseException as error:
+                status.write("failed", self.watchdog.step, f"{type(error).__name__}: {error}")
+                raise
+            status.write("finished" if stopped is None else "stopped", self.progress.step, stopped or "")
+        return 0 if stopped is None else STOPPED
+
+    # What all ranks agree on
+
+    def check_stop(self, phase: str) -> None:
+        """Tell the watchdog what is done now, and stop if any rank was asked to; collective. Raises StopRun."""
+        self.watchdog.beat(phase)
+        self.stopping.check()
+
+    def check_ranks_agree(self) -> None:
+        """See that all ranks mean the same run, and test the layout if that is wanted; collective.
+
+        Raises:
+            RefusedError: they do not.
+            StopRun: a run that is resumed is to stop before it begins.
+        """
+        world, config = self.world, self.config
+        text, checkpoint = self.loader.dataset.fingerprint, str(self.checkpoint)
+        if not world.all_agree(world.broadcast(text) == text):
+            raise RefusedError("the ranks read different text: give every machine the same files, tokenizer and Python")
+        if not world.all_agree(world.broadcast(checkpoint) == checkpoint):
+            raise RefusedError(
+                f"the ranks find different checkpoints in {config.run_dir}: give all machines the same folder"
+            )
+        hurry = False
+        try:
+            self.stopping.check()
+        except StopRun:
+            if self.checkpoint is not None:
+                raise
+            hurry = True  # a fresh run saves before it ends
+        if config.parallel.self_test and not hurry:
+            self.watchdog.beat("testing the layout")
+            found = self_test(self.model_config, config.parallel, world)
+            self.log(
+                f"self-test: loss and {found.parameters} gradients of a tiny model in this layout equal those of one "
+                f"process, largest relative difference {found.error:.1e}"
+            )
+
+    def choose_checkpoint(self, path: Path) -> Path:
+        """The checkpoint to go on from, proven by all ranks together, whose data this run has; collective.
+
+        Raises:
+            RefusedError: there is none, or it is of another model, tokenizer or data.
+        """
+        config = self.config
+        try:
+            found = choose_checkpoint(path, self.world, self.key, self.log)
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+        problem = None
+        try:
+            state = read_state(found)
+            self.loader.check(state["data"])
+            if found != self.checkpoint:  # whose state is damaged: an older one is taken
+                require_same(config, found, self.model_config, self.tokenizer)
+        except ValueError as error:
+            problem = str(error)
+        if problem := self.world.first(problem):
+            raise RefusedError(f"{found}: {problem}")
+        changed = difference(state["layout"], describe(config.parallel, self.world.size))
+        self.log(f"resumed from {found}" + (f", in another layout: {changed}" if changed else ""))
+        if self.rank == 0 and (line := changes(config, found, state["step"])):
+            self.log(line)
+        if state["step"] >= (steps := config.train.steps):
+            self.log(
+                f"nothing to do: {state['step']} steps are done and train.steps={steps}; raise train.steps to go on"
+            )
+        return found
+
+    # Set-up
+
+    def set_up_and_train(self) -> str | None:
+        """Set the run up, and train; collective. Returns why it stopped before its end. Raises as both do."""
+        self.check_ranks_agree()
+        if self.checkpoint is not None:
+            path = to_go_on_from(self.run_dir, self.config.resume)
+            assert path is not None
+            self.checkpoint = self.choose_checkpoint(path)
+        self.set_up()
+        try:
+            return self.train()
+        finally:
+            self.loader.close()
+            self.engine.close()
+
+    def set_up(self) -> None:
+        """Build the engine, load the checkpoint, begin the run folder, and make what reports and saves; collective."""
+        config, train, world = self.config, self.config.train, self.world
+        self.watchdog.beat("building the model")
+        with torch.device("meta"):
+            model = MegaForCausalLM(self.model_config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.engine = parallelize(
+            model,
+            self.values,
+            config.parallel,
+            dtype=train.dtype,
+            micro_batch_size=train.micro_batch_size,
+            accumulation=train.global_batch_size // (train.micro_batch_size * self.mesh.dp),
+            max_grad_norm=config.optimizer.max_grad_norm,
+            build_optimizer=lambda sharded: build_optimizer(sharded, config.optimizer),
+            world=world,
+            seed=train.seed,
+            compile_gates=train.compile,
+        )
+        self.watchdog.beat("starting")
+        self.engine.module.train()
+        # Whatever was drawn until here, for workers or by libraries, is none of the run's.
+        torch.manual_seed(train.seed)
+        self.progress = Progress.begin(config.bad_steps)
+        if self.checkpoint is not None:
+            self.watchdog.beat("loading")
+            state = load_checkpoint(self.checkpoint, self.engine, world)
+            self.progress = Progress.resume(self.checkpoint, state, config.bad_steps)
+        if self.rank == 0:
+            self.folder.begin(self.checkpoint, self.key)
+            try:
+                self._save_config(self.run_dir)
+            except OSError as error:
+                self.log(f"{self.run_dir / 'config.yaml'} is not written: {error.strerror}")
+            self.print_header(parameters)
+        self.peak_flops = peak_flops(world.device, train.dtype)
+        self.reporter = Reporter(self.run_dir, self.rank, self.progress.step, train.steps, train.tensorboard)
+        self.throughput = Throughput(self.peak_flops, world.size)
+        self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
+        self.saver = Saver(self.run_dir, self.engine, world, self._describe, config.checkpoint, self.key)
+
+    def _save_config(self, folder: Path) -> None:
+        save_config(replace(self.config, resume=None, overwrite=False), folder / "config.yaml")
+
+    def _describe(self, folder: Path) -> None:
+        """Write what a checkpoint needs beside its state: settings, model and tokenizer."""
+        self._save_config(folder)
+        describe_model(folder / "model", self.model_config, self.tokenizer)
+
+    def print_header(self, parameters: int) -> None:
+        """Say in a few lines what runs, in which layout; first rank."""
+        config, dataset = self.config, self.loader.dataset
+        names = dict(self.engine.module.named_parameters())
+        facts: dict[str, Any] = {
+            "parameters": parameters,
+            "parameters_per_rank": sum(self.engine.held(name).numel() for name in names),
+            **describe(config.parallel, self.world.size),
+            "device": str(self.world.device),
+            "dtype": config.train.dtype,
+            "training_tokens": dataset.tokens,
+            "tokens_per_step": config.train.global_batch_size * config.data.sequence_length,
+            **({"length_schedule": config.data.length_schedule} if config.data.lengths else {}),
+            "from_step": self.progress.step,
+        }
+        self.log(json.dumps(facts))
+        for sends in per_block(
+            self.model_config,
+            config.parallel,
+            self.world.shape,
+            rows=config.train.micro_batch_size,
+            tokens=config.data.sequence_length,
+            dtype=config.train.dtype,
+        ):
+            self.log(
+                f"a block sends over {sends.axis}, per rank and micro-batch: {sends.forward:,} bytes forward, "
+                f"{sends.backward:,} backward ({sends.formula})"
+            )
+        validation = [] if self.validation is None else self.validation.tally.lines()
+        for line in [*dataset.tally().lines(), *(f"validation text: {line}" for line in validation)]:
+            self.log(line)
+
+    # The loop
+
+    def train(self) -> str | None:
+        """Train from where the run is to its end, or until it is asked to stop; collective.
+
+        Returns:
+            Why it stopped before its end, one line; None at its end. There is a checkpoint of either.
+
+        Raises:
+            NotSavedError: the last checkpoint could not be written.
+            BadStepsError: too many bad steps in a row; nothing is saved from the first of them on.
+        """
+        now, steps = self.progress, self.config.train.steps
+        stopped = None
+        try:
+            while now.step < steps:
+                flops_per_token = self.flops_per_token()
+                result = self.train_step()
+                self.throughput.add(result.tokens, result.waited, flops_per_token)
+                self.reporter.advance()
+                self.after_step(result)
+            if now.evaluation is None:  # it was asked to stop in its last evaluation
+                self.evaluate()
+        except StopRun:
+            stopped = self.stopping.reason()
+            self.reporter.log(f"step {now.step} | asked to stop: {stopped}")
+        if now.saved != now.step:
+            self.save()
+        self.log_saves(self.saver.finish())
+        self.reporter.close()
+        if now.saved != now.step:
+            raise NotSavedError(
+                f"the checkpoint of step {now.step} could not be written; "
+                + (f"the last one is {now.folder}" if now.folder is not None else "there is none")
+            )
+        return stopped
+
+    def flops_per_token(self) -> int:
+        """Of forward and backward at the sequence length of the next step."""
+        data = self.config.data
+        length = data.lengths.at(self.progress.position) if data.lengths else data.sequence_length
+        return training_flops_per_token(self.model_config, length)
+
+    def train_step(self) -> StepResult:
+        """Do the next optimizer step, unless it is bad; collective. Raises StopRun before it computes."""
+        world, shape, now = self.world, self.world.shape, self.progress
+        step = now.step + 1
+        lr = learning_rate(step - 1, self.config.schedule, self.config.optimizer.lr, self.config.train.steps)
+        self.watchdog.beat("waiting for data", step)
+        began = time.perf_counter()
+        batches = self.loader.batches(now.position)
+        waited = time.perf_counter() - began
+        self.watchdog.beat("computing")
+        labelled = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
+        # One sum says how many tokens there are, and whether the step is to be done at all.
+        own = [0 if world.at.sp or world.at.tp else labelled, int(self.stopping.wanted())]
+        seen, wanting = world.sum(torch.tensor(own, device=world.device)).tolist()
+        self.stopping.decide(wanting)
+        loss, shares = torch.zeros((), device=world.device), []
+        for i, batch in enumerate(batches):
+            given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
+            inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
+            # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
+            place = Place(step - 1, (i * shape.dp + shape.dp_rank(world.rank)) * len(inputs))
+            share = self.engine.forward(inputs, labels, seen, place, starts)
+            self.engine.backward(share, last=i == len(batches) - 1)
+            shares.append(share.detach())
+            loss += shares[-1]
+        total = float(world.sum(loss, alike=("tp",)))
+        problem = now.bad.problem(total)
+        self.saver.wait_copied()
+        norm = self.engine.step(lr, skip=problem is not None)
+        if problem is None and not math.isfinite(norm):
+            problem = f"the gradient norm is {norm}"
+        self.stopping.step(time.perf_counter() - began)
+        return StepResult(total, norm, lr, seen, waited, torch.stack(shares), problem)
+
+    def after_step(self, result: StepResult) -> None:
+        """Count a step, and report, evaluate, sample and save when that is due; collective.
+
+        Raises:
+            BadStepsError: see `train`.
+            StopRun: the run is to stop; what was due is not complete.
+        """
+        now, train = self.progress, self.config.train
+        position = now.position
+        now.step, now.tokens, now.evaluation = now.step + 1, now.tokens + result.tokens, None
+        if result.problem is None:
+            now.bad.good(result.loss)
+        elif self.after_bad_step(result, position):
+            return  # rolled back: nothing to log
+        if now.step % train.log_every == 0 or now.step == train.steps:
+            self.log_step(result)
+        paused = time.perf_counter()
+        self.log_saves(self.saver.poll())
+        if _due(now.step, train.eval_every) or now.step == train.steps:
+            self.evaluate()
+        if _due(now.step, train.sample_every):
+            self.sample()
+        # A state whose last steps were bad is none to go back to.
+        if _due(now.step, self.config.checkpoint.every) and now.bad.row == 0:
+            self.save()
+        self.throughput.skip(time.perf_counter() - paused)
+
+    def after_bad_step(self, result: StepResult, position: int) -> bool:
+        """Count and report a step that was not taken; too many in a row end the run, or roll it back.
+
+        Args:
+            result: of the step.
+            position: steps of data before it.
+
+        Returns:
+            Whether the run went back to its last checkpoint.
+        """
+        now = self.progress
+        now.bad.bad()
+        shares = self.world.all_gather(result.shares)
+        rows, where = rows_of(position, shares, self.world.shape, self.config.train.micro_batch_size)
+        self.reporter.bad_step(now.step, str(result.problem), rows, where, result.loss, result.norm, now.bad.total)
+        if not now.bad.too_many:
+            return False
+        self.log_saves(self.saver.finish())
+        what = f"{now.bad.row} bad steps in a row up to step {now.step}: {result.problem}"
+        if now.folder is None or now.bad.rollbacks >= now.bad.config.rollbacks:
+            last = (
+                "there is no checkpoint before them"
+                if now.folder is None
+                else f"the last good checkpoint is {now.folder}"
+            )
+            raise BadStepsError(f"{what}; {last}; look at those rows, lower optimizer.lr, or set bad_steps.rollbacks")
+        bad, row = now.step, rows[1] - rows[0]
+        self.watchdog.beat("going back")
+        skipped = now.go_back(now.folder, load_checkpoint(now.folder, self.engine, self.world))
+        self.reporter.rewind(now.step)
+        self.reporter.log(
+            f"step {bad} | {what}; went back to step {now.step}, and leave out rows {skipped[0] * row} to "
+            f"{skipped[1] * row - 1} ({now.bad.rollbacks} of {now.bad.config.rollbacks} rollbacks)"
+        )
+        return True
+
+    # Reports and saves
+
+    def log_step(self, result: StepResult) -> None:
+        """Report the steps since the last report; collective."""
+        now = self.progress
+        for line in self.slow_ranks.report(*self.throughput.per_step()):
+            self.reporter.log(f"step {now.step} | {line}")
+        values = {
+            "loss": result.loss,
+            "grad_norm": result.norm,
+            "lr": result.lr,
+            "memory_bytes": memory_bytes(self.world.device),
+            "tokens": now.tokens,
+            "bad_steps": now.bad.total,
+            **self.throughput.report(self.config.train.steps - now.step),
+            **self.loader.report(now.position),
+        }
+        self.reporter.step(now.step, values)
+
+    def evaluate(self) -> None:
+        """Compute the loss on the validation text, if there is one; collective. Raises StopRun."""
+        if self.validation is None:
+            return
+        self.watchdog.beat("evaluating")
+        train, dataset = self.config.train, self.validation
+        rows = train.eval_batches * train.global_batch_size or len(dataset)
+        batches = validation_batches(dataset, rows, train.micro_batch_size, self.mesh.dp_rank(self.rank), self.mesh.dp)
+        ratio = dataset.tokens_per_byte(rows, partial(text_size, self.tokenizer))
+        after_batch = partial(self.check_stop, "evaluating")
+        found = evaluate(self.engine.module, self.engine.forward, batches, ratio, self.world, after_batch)
+        self.progress.evaluation = found._asdict()
+        self.reporter.evaluation(self.progress.step, self.progress.evaluation)
+
+    def sample(self) -> None:
+        """Generate a text; collective. Raises StopRun."""
+        self.watchdog.beat("generating text")
+        train, step = self.config.train, self.progress.step
+        text = generate_text(
+            self.engine.module,
+            self.tokenizer,
+            train.sample_prompt,
+            max_new_tokens=train.sample_tokens,
+            seed=train.seed + step,
+            every_token=partial(self.check_stop, "generating text"),
+        )
+        self.reporter.sample(step, text)
+
+    def save(self) -> None:
+        """Begin a checkpoint, or write it where saves are not asynchronous; collective."""
+        self.watchdog.beat("saving")
+        now = self.progress
+        state = {
+            **now.state_dict(),
+            "data": self.loader.state_dict(now.position),
+            "layout": describe(self.config.parallel, self.world.size),
+        }
+        now.saved = now.step
+        self.log_saves(self.saver.save(now.step, state))
+
+    def log_saves(self, ended: list[Saved]) -> None:
+        """Say how saves ended, and remember the last checkpoint."""
+        now = self.progress
+        for saved in ended:
+            if saved.folder is None:
+                if now.saved == saved.step:
+                    now.saved = None
+                self.reporter.log(
+                    f"step {saved.step} | checkpoint not written, older ones are untouched: {saved.problem}"
+                )
+                continue
+            now.folder = saved.folder
+            self.stopping.save(saved.write_s)
+            self.reporter.log(
+                f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
+                f"training stood still {saved.stall_s:.2f} s){f'; {saved.problem}' if saved.problem else ''}"
+            )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _end_without_folder(reason: str) -> None:
+    """End this process, and so the run: the folder belongs to another job."""
+    write_stderr(f"error: {' '.join(reason.split())}: this one ends, and saves nothing more\n")
+    os._exit(PEER_LOST)

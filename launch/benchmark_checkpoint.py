@@ -21,8 +21,9 @@ from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.checkpoint.folder import STATE, CheckpointConfig, verify
 from mega_scale.checkpoint.restore import load_checkpoint
 from mega_scale.checkpoint.saver import Saver
-from mega_scale.parallel import Engine, ParallelConfig, StateReader, World, parallelize, seeded_values
-from mega_scale.parallel.deepspeed_engine import DeepSpeedEngine
+from mega_scale.checkpoint.state import StateReader
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel.deepspeed import DeepSpeedEngine
 from mega_scale.training.optimizer import OptimizerConfig, build_optimizer
 
 _BYTES_A_PARAMETER = 12  # weight and two moments, fp32
@@ -155,7 +156,7 @@ def _contenders(
 
 def _state_dict(engine: Engine) -> dict[str, torch.Tensor]:
     state = engine.state()
-    return {f"{kind}/{name}": tensor for name, held in state.held.items() for kind, tensor in held.tensors.items()}
+    return {f"{kind}/{name}": tensor for name, held in state.tensors.items() for kind, tensor in held.tensors.items()}
 
 
 def _config(megabytes: int) -> MegaConfig:
@@ -192,19 +193,15 @@ def _engine(config: MegaConfig, engine: str, seed: int, world: World) -> Engine:
     return parallelize(
         model,
         seeded_values(config, seed),
-        ParallelConfig(engine=engine, zero_stage=3),  # type: ignore[arg-type]
-        dtype="fp32",
-        micro_batch_size=1,
-        accumulation=1,
-        max_grad_norm=1.0,
-        build_optimizer=lambda module: build_optimizer(module, OptimizerConfig()),
-        world=world,
+        EngineConfig(ParallelConfig(engine=engine, zero_stage=3)),  # type: ignore[arg-type]
+        world,
+        lambda module: build_optimizer(module, OptimizerConfig()),
     )
 
 
 def _require_exact(engine: Engine, other: Engine, folder: Path, world: World) -> None:
     """Save one engine, load the other one, and compare."""
-    for held in engine.state().held.values():
+    for held in engine.state().tensors.values():
         for moment in ("exp_avg", "exp_avg_sq"):
             held.tensors[moment].uniform_()
     saver = Saver(folder, engine, world, lambda path: None, CheckpointConfig(asynchronous=False))
@@ -213,10 +210,10 @@ def _require_exact(engine: Engine, other: Engine, folder: Path, world: World) ->
         raise ValueError(f"a checkpoint could not be written: {saved.problem}")
     verify(saved.folder)
     load_checkpoint(saved.folder, other, world)
-    reader, loaded = StateReader(saved.folder / STATE), other.state().held
-    for name, held in engine.state().held.items():
+    reader, loaded = StateReader(saved.folder / STATE), other.state().tensors
+    for name, held in engine.state().tensors.items():
         for kind, tensor in held.tensors.items():
-            stored = reader.read(name, kind, 0, len(tensor))
+            stored = reader.read(name, kind, held.shard, 0, len(tensor))
             if not (torch.equal(tensor, stored) and torch.equal(tensor, loaded[name].tensors[kind])):
                 raise ValueError(f"{kind} of {name} does not come back as it was saved")
     other.close()

@@ -19,8 +19,8 @@ from mega_scale.config import load_config, model_config
 from mega_scale.data import load_tokenizer
 from mega_scale.model import MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
-from mega_scale.parallel import ParallelConfig, World, parallelize, seeded_values
-from mega_scale.parallel.model_checks import check_segments
+from mega_scale.parallel import EngineConfig, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel.mesh import check_segments
 from mega_scale.training.optimizer import build_optimizer
 
 
@@ -56,10 +56,12 @@ def run_long(args: argparse.Namespace) -> None:
         model = MegaForCausalLM(config)
     with World.start(parallel) as world:
         engine = parallelize(
-            model, seeded_values(config, 0), parallel, dtype=args.dtype, micro_batch_size=1, accumulation=1,
-            max_grad_norm=run.optimizer.max_grad_norm, world=world,
-            build_optimizer=lambda sharded: build_optimizer(sharded, run.optimizer),
-        )  # fmt: skip
+            model,
+            seeded_values(config, 0),
+            EngineConfig(parallel, dtype=args.dtype, max_grad_norm=run.optimizer.max_grad_norm),
+            world,
+            lambda sharded: build_optimizer(sharded, run.optimizer),
+        )
         try:
             engine.module.train()
             before = _peak_gb()

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from launch.machine import PeakMemory, hardware
 from mega_scale import MegaConfig, MegaForCausalLM
-from mega_scale.parallel import Engine, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.monitor import PEER_LOST
 from mega_scale.training.optimizer import OptimizerConfig, build_optimizer
 
@@ -232,13 +232,9 @@ def take_step(args: argparse.Namespace) -> Needs:
         engine = parallelize(
             model,
             seeded_values(config, args.seed),
-            parallel,
-            dtype="fp32",
-            micro_batch_size=1,
-            accumulation=1,
-            max_grad_norm=1.0,
-            build_optimizer=lambda sharded: build_optimizer(sharded, OptimizerConfig()),
-            world=world,
+            EngineConfig(parallel),
+            world,
+            lambda sharded: build_optimizer(sharded, OptimizerConfig()),
         )
         try:
             engine.module.train()

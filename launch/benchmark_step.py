@@ -24,7 +24,7 @@ from launch.plots import check_plot, exponent, plot_costs
 from launch.worker_process import WorkerProcess
 from mega_scale import MegaConfig
 from mega_scale.model.flops import training_flops_per_token
-from mega_scale.parallel.model_checks import check_segments
+from mega_scale.parallel.mesh import check_segments
 
 # A process that is timed does not give memory back to the system, which would clear its pages anew in every step, at a
 # cost that differs from step to step; and it gets huge pages where the system has them, for matrix products of tensors

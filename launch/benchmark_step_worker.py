@@ -39,13 +39,14 @@ def our_model(sizes: dict[str, Any]) -> nn.Module:
     """This project's model, computed and recomputed `segment` tokens at a time if that is not 0."""
     # The peer's Python has none of these.
     from mega_scale import MegaConfig, MegaForCausalLM
-    from mega_scale.parallel.activation_checkpoint import Recomputation, checkpoint_activations
-    from mega_scale.parallel.sequence import Kept
-    from mega_scale.parallel.window import Window
+    from mega_scale.parallel.activation_checkpoint import checkpoint_activations
+    from mega_scale.parallel.config import ActivationCheckpointing
+    from mega_scale.parallel.sequence_parallel import ReceivedStates, RowSlice
 
     model = MegaForCausalLM(MegaConfig(**sizes_of_mega(sizes)))
     if sizes["segment"]:
-        checkpoint_activations(model, Recomputation(every=1, segment=sizes["segment"]), Kept(), Window())
+        how = ActivationCheckpointing(every=1, segment=sizes["segment"])
+        checkpoint_activations(model, how, ReceivedStates(), RowSlice())
     return model
 
 

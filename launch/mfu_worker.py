@@ -23,8 +23,8 @@ from mega_scale.config import load_config, model_config
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
 from mega_scale.ops.cross_entropy import linear_cross_entropy
-from mega_scale.parallel import ParallelConfig, World, parallelize, seeded_values
-from mega_scale.parallel.materialize import Values
+from mega_scale.parallel import EngineConfig, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel.shard import Values
 from mega_scale.training.optimizer import OptimizerConfig, build_optimizer
 
 _PATTERN = 2**20  # numbers of a large tensor that are drawn; the rest repeats them, as only sizes matter
@@ -56,10 +56,12 @@ class Ours:
         with torch.device("meta"):
             model = MegaForCausalLM(self.config)
         self.engine = parallelize(
-            model, repeated_values(self.config), parallel, dtype="bf16", micro_batch_size=1, accumulation=1,
-            max_grad_norm=1.0, world=world, compile_gates=sizes["compile"],
-            build_optimizer=lambda sharded: build_optimizer(sharded, OptimizerConfig()),
-        )  # fmt: skip
+            model,
+            repeated_values(self.config),
+            EngineConfig(parallel, dtype="bf16", compile=sizes["compile"]),
+            world,
+            lambda sharded: build_optimizer(sharded, OptimizerConfig()),
+        )
         self.engine.module.train()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
 

@@ -24,10 +24,16 @@ from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder
 from mega_scale.data.config import DataConfig
 from mega_scale.files import local_path, replace_text
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
-from mega_scale.parallel.accelerate import check_accelerate
-from mega_scale.parallel.config import ParallelConfig
-from mega_scale.parallel.mesh import divisors, multiples, nearest
-from mega_scale.parallel.model_checks import check_segments, check_sequence_parallel, check_tensor_parallel
+from mega_scale.parallel.config import EngineConfig, ParallelConfig
+from mega_scale.parallel.launcher import check_accelerate
+from mega_scale.parallel.mesh import (
+    check_segments,
+    check_sequence_parallel,
+    check_tensor_parallel,
+    divisors,
+    multiples,
+    nearest,
+)
 from mega_scale.process import refuse
 from mega_scale.settings import format_help, known_keys, read_yaml, require, resolve, split_arguments, to_yaml
 from mega_scale.training.bad_steps import BadStepsConfig
@@ -203,6 +209,19 @@ class RunConfig:
             if isinstance(value := getattr(self, key), str):
                 setattr(self, key, local_path(value, key))
 
+    def engine_config(self, world_size: int) -> EngineConfig:
+        """What engines have to know of this run on `world_size` ranks."""
+        micro_batch_size = self.train.micro_batch_size
+        return EngineConfig(
+            self.parallel,
+            dtype=self.train.dtype,
+            micro_batch_size=micro_batch_size,
+            accumulation=self.train.global_batch_size // (micro_batch_size * self.parallel.mesh(world_size).dp),
+            max_grad_norm=self.optimizer.max_grad_norm,
+            seed=self.train.seed,
+            compile=self.train.compile,
+        )
+
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse values and combinations with which no run can start, before any process group does.
 
@@ -227,7 +246,9 @@ class RunConfig:
         _check_spread(self)
         _check_batches(self, dp)
         _check_reports(self)
-        _check_engine(self, dp, world_size, local_size)
+        engine = self.engine_config(world_size)
+        engine.validate(world_size, local_size)
+        check_accelerate(engine, world_size)
         _check_folders(self)
 
 
@@ -297,7 +318,7 @@ def _check_lengths(config: RunConfig) -> None:
 
 def _check_spread(config: RunConfig) -> None:
     check_tensor_parallel(config.model, config.parallel.tp)
-    how = config.parallel.recomputation
+    how = config.parallel.checkpointing
     check_segments(config.model, how.segment, how.every, config.parallel.sp)
     check_sequence_parallel(config.model, config.data.sequence_length, config.parallel.sp)
 
@@ -322,27 +343,6 @@ def _check_reports(config: RunConfig) -> None:
             f"train.eval_every={config.train.eval_every} needs validation text, but data.validation_fraction=0 and no "
             "other is named: set data.validation_fraction, validation_path or validation_split, or train.eval_every=0"
         )
-
-
-def _check_engine(config: RunConfig, dp: int, world_size: int, local_size: int | None) -> None:
-    micro = config.train.micro_batch_size
-    accumulation = config.train.global_batch_size // (dp * micro)
-    config.parallel.validate(
-        dtype=config.train.dtype,
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        world_size=world_size,
-        local_size=local_size,
-    )
-    check_accelerate(
-        config.parallel,
-        world_size,
-        dtype=config.train.dtype,
-        compiled=config.train.compile,
-        accumulation=accumulation,
-        max_grad_norm=config.optimizer.max_grad_norm,
-    )
 
 
 def _check_folders(config: RunConfig) -> None:

@@ -153,8 +153,17 @@ def _convert_text(text: str, hint: Any) -> Any:
     return convert(text, hint)
 
 
+RENAMED = {
+    "parallel.activation_checkpoint_keeps": "parallel.activation_checkpoint_policy (nothing is full, products is "
+    "save_matmuls)",
+}
+"""Keys of earlier versions, and what they are now."""
+
+
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The refusal of an unknown key, with the known one most like it."""
+    """The refusal of an unknown key, with its new name or the known one most like it."""
+    if key in RENAMED:
+        return f"{key} is now {RENAMED[key]}: set that one"
 
     def likeness(candidate: str) -> float:
         pairs = ((key, candidate), (key.rpartition(".")[2], candidate.rpartition(".")[2]))

@@ -4,7 +4,7 @@
 
     manifest.json   size and hash of every other file, written last
     trainer.json    step, tokens, position in the data, layout, counters: plain JSON
-    state/          model and optimizer in canonical form, see `mega_scale.parallel.state_files`
+    state/          model and optimizer in canonical form, see `mega_scale.checkpoint.state`
     random/         random state of each rank
     config.yaml     the run
     model/          the model's configuration and tokenizer

@@ -21,7 +21,8 @@ from mega_scale.checkpoint.folder import (
     stray_notes,
 )
 from mega_scale.checkpoint.manifest import CheckpointError, content_problem, own_files, read_manifest
-from mega_scale.parallel import Engine, StateReader, World
+from mega_scale.checkpoint.state import StateReader
+from mega_scale.parallel import Engine, World
 
 
 def choose_checkpoint(path: Path, world: World, key: bytes | None = None, log: Callable[[str], None] = print) -> Path:
@@ -85,7 +86,7 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
     random = f"{RANDOM}/rank-{world.rank:05d}.safetensors"
     random_state = _read_random_state(folder / random) if random in own_files(folder) else None
     with torch.no_grad():
-        StateReader(folder / STATE).load(engine.state(), world.axis("tp"))
+        StateReader(folder / STATE).load(engine.state())
     engine.loaded(state["step"])
     if random_state is not None:
         _set_random_state(random_state)

@@ -34,19 +34,18 @@ from mega_scale.checkpoint.folder import (
     verify,
 )
 from mega_scale.checkpoint.manifest import Manifest, write_manifest
-from mega_scale.files import Record, discard, flush, hash_file, new_hash, reason, replace_text, write_json
-from mega_scale.parallel import (
+from mega_scale.checkpoint.state import (
     INDEX,
-    Engine,
-    Span,
     StateReader,
-    World,
+    StoredRange,
     as_bytes,
-    index_of,
-    own_part,
-    part_file,
+    build_index,
+    rank_tensors,
+    state_file,
     write_tensors,
 )
+from mega_scale.files import Record, discard, flush, hash_file, new_hash, reason, replace_text, write_json
+from mega_scale.parallel import Engine, World
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 _ROOM = 1.05  # of what the tensors take, for all else
@@ -120,7 +119,7 @@ class _Task:
 class _Save:
     """A checkpoint under way: written by all ranks, then completed by rank 0."""
 
-    def __init__(self, step: int, folder: Path, index: dict[str, Any], spans: dict[str, Span]) -> None:
+    def __init__(self, step: int, folder: Path, index: dict[str, Any], spans: dict[str, StoredRange]) -> None:
         self.step, self.folder, self.index, self.spans = step, folder, index, spans
         self.began, self.stall_s = time.perf_counter(), 0.0
         self.copying: _Task | None = None
@@ -179,7 +178,7 @@ class Saver:
         folder = folder_of(self._run_dir, step)
         unfinished = _unfinished(folder)
         state = self._engine.state()
-        tensors, spans = own_part(state, self._world.rank, self._world.at.tp)
+        tensors, spans = rank_tensors(state, self._world.rank)
         problem = self._prepare(unfinished, tensors)
         if problem:
             return [*ended, Saved(step, None, problem, time.perf_counter() - began, 0.0, 0)]
@@ -187,7 +186,7 @@ class Saver:
 
         def write() -> dict[str, Record]:
             state = tensors if copying is None else copying.wait()
-            names = {f"{STATE}/{part_file(rank)}": state, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
+            names = {f"{STATE}/{state_file(rank)}": state, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
             found = {name: _write_and_prove(unfinished / name, content, self._key) for name, content in names.items()}
             if rank == 0:
                 write_json(unfinished / TRAINER, trainer)
@@ -198,7 +197,7 @@ class Saver:
             return found
 
         # The index says how many steps the optimizer has done: now, since training goes on before it is written.
-        self._save = _Save(step, folder, index_of(state, []), spans)
+        self._save = _Save(step, folder, build_index(state, []), spans)
         self._save.began, self._save.copying = began, copying
         self._save.writing = self._task("write", write)
         self._save.stall_s = time.perf_counter() - began
@@ -454,10 +453,10 @@ def _rewrite(folder: Path, manifest: Manifest, run_dir: Path, parts: int, new_ke
     files: dict[str, Record] = {}
     spans = []
     for part in range(parts):
-        own, hashed = reader.part_of(part, parts), new_hash(new_key)
-        size = write_tensors(fresh / STATE / part_file(part), own.like, hashed.update, own.read)
-        files[f"{STATE}/{part_file(part)}"] = Record(size, hashed.hexdigest())
-        spans.append(own.spans)
+        own, hashed = reader.file_contents(part, parts), new_hash(new_key)
+        size = write_tensors(fresh / STATE / state_file(part), own.like, hashed.update, own.read)
+        files[f"{STATE}/{state_file(part)}"] = Record(size, hashed.hexdigest())
+        spans.append(own.ranges)
     write_json(fresh / STATE / INDEX, reader.index(spans))
     for name in (*small, f"{STATE}/{INDEX}"):
         flush(fresh / name)

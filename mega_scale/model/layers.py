@@ -337,15 +337,18 @@ def check_inputs(
 
 
 def check_rows(table: nn.Module, ids: Tensor | None, name: str, size: str) -> None:
-    """Refuse ids that a table on a CPU has no row for; other devices say so themselves, and later."""
-    if ids is None or not in_memory(ids) or type(table) is not nn.Embedding or not ids.numel() or not ids.is_cpu:
+    """Refuse ids that a table on a CPU has no row for."""
+    if ids is not None and type(table) is nn.Embedding:
+        check_ids(ids, table.num_embeddings, name, size)
+
+
+def check_ids(ids: Tensor, rows: int, name: str, size: str) -> None:
+    """Refuse ids outside 0 to rows - 1 on a CPU; other devices say so themselves, and later."""
+    if not in_memory(ids) or not ids.numel() or not ids.is_cpu:
         return
     low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= table.num_embeddings:
-        wrong = low if low < 0 else high
-        raise ValueError(
-            f"{name} holds {wrong}: expected 0 to {table.num_embeddings - 1} ({size}={table.num_embeddings})"
-        )
+    if low < 0 or high >= rows:
+        raise ValueError(f"{name} holds {low if low < 0 else high}: expected 0 to {rows - 1} ({size}={rows})")
 
 
 class MegaNormalizedFeedForwardNetwork(nn.Module):

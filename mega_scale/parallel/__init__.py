@@ -1,52 +1,60 @@
-"""How the model is spread over processes: the process group, and two engines behind one protocol."""
+"""The model on a mesh of processes: groups and collectives, model parallelism, and two engines behind one interface.
 
-from mega_scale.parallel.communication import Sends, per_block
-from mega_scale.parallel.config import ParallelConfig
-from mega_scale.parallel.engine import BuildOptimizer, Engine
-from mega_scale.parallel.layout import describe, difference
-from mega_scale.parallel.materialize import Values, fill, seeded_values
-from mega_scale.parallel.monitor import Standing
-from mega_scale.parallel.parallelize import parallelize
-from mega_scale.parallel.placement import Placement, check_single, placement
-from mega_scale.parallel.self_test import SelfTest, self_test
-from mega_scale.parallel.state import EngineState
-from mega_scale.parallel.state_files import INDEX, StateReader, index_of, own_part
-from mega_scale.parallel.stored_parts import Span, part_file
-from mega_scale.parallel.tensor_file import as_bytes, write_tensors
-from mega_scale.parallel.weights import LazyWeights, open_weights
-from mega_scale.parallel.window import Place
-from mega_scale.parallel.world import World
+Its modules are imported when a name is asked for: PyTorch's and the model's cost seconds, which a command that prints
+its help or refuses its arguments need not pay.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mega_scale.parallel.config import EngineConfig, ParallelConfig, layout_changes
+    from mega_scale.parallel.engine import BuildOptimizer, Engine
+    from mega_scale.parallel.launcher import Placement, check_single, placement
+    from mega_scale.parallel.model_parallel import parallelize
+    from mega_scale.parallel.monitor import Standing
+    from mega_scale.parallel.self_test import SelfTest, run_self_test
+    from mega_scale.parallel.sequence_parallel import Place
+    from mega_scale.parallel.shard import EngineState, Values, fill, seeded_values
+    from mega_scale.parallel.world import World
+
+_MODULES = {
+    "config": ("EngineConfig", "ParallelConfig", "layout_changes"),
+    "engine": ("BuildOptimizer", "Engine"),
+    "launcher": ("Placement", "check_single", "placement"),
+    "monitor": ("Standing",),
+    "model_parallel": ("parallelize",),
+    "self_test": ("SelfTest", "run_self_test"),
+    "sequence_parallel": ("Place",),
+    "shard": ("EngineState", "Values", "fill", "seeded_values"),
+    "world": ("World",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
-    "INDEX",
     "BuildOptimizer",
     "Engine",
+    "EngineConfig",
     "EngineState",
-    "LazyWeights",
     "ParallelConfig",
     "Place",
     "Placement",
     "SelfTest",
-    "Sends",
-    "Span",
     "Standing",
-    "StateReader",
     "Values",
     "World",
-    "as_bytes",
     "check_single",
-    "check_vocabulary",
-    "describe",
-    "difference",
     "fill",
-    "index_of",
-    "open_weights",
-    "own_part",
+    "layout_changes",
     "parallelize",
-    "part_file",
-    "per_block",
     "placement",
+    "run_self_test",
     "seeded_values",
-    "self_test",
-    "write_tensors",
 ]

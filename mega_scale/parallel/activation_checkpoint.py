@@ -1,4 +1,4 @@
-"""Activation checkpointing: what blocks drop in the forward pass and compute again in the backward pass.
+"""Activation checkpointing: which activations blocks recompute in the backward pass instead of saving them.
 
 Legend: B batch, L length, D channels, C chunk.
 """
@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,11 @@ from mega_scale.model.attention import BlockOutput, MegaBlock
 from mega_scale.model.cache import LayerState
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
-from mega_scale.parallel.sequence import Kept
-from mega_scale.parallel.structure import blocks
-from mega_scale.parallel.window import Window
+from mega_scale.parallel.config import ActivationCheckpointing
+from mega_scale.parallel.sequence_parallel import ReceivedStates, RowSlice
+from mega_scale.parallel.shard import on_meta
 
-Keeps = Literal["nothing", "products"]
-KEEPS: tuple[Keeps, ...] = ("nothing", "products")
-_PRODUCTS = [
+_MATMULS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -37,62 +35,56 @@ _PRODUCTS = [
 ]
 
 
-class Recomputation(NamedTuple):
-    """Which blocks are recomputed, and how.
-
-    Args:
-        every: 0 for no block, 1 for every block, n for the n-th, the 2n-th, ... block.
-        keeps: nothing, or products: results of matrix products stay, so that only what is cheap is computed again.
-        segment: tokens that are computed and recomputed at a time, whole chunks; 0 for whole rows.
-    """
-
-    every: int = 0
-    keeps: Keeps = "nothing"
-    segment: int = 0
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a `MegaForCausalLM`, first to last."""
+    return list(model.get_submodule("mega.layers").children())
 
 
-def checkpoint_activations(model: nn.Module, how: Recomputation, kept: Kept, window: Window) -> None:
+def checkpoint_activations(
+    model: nn.Module, how: ActivationCheckpointing, received: ReceivedStates, row_slice: RowSlice
+) -> None:
     """Turn checkpointing on for every n-th block; names of parameters stay as they are.
 
     Blocks are transformers' GradientCheckpointingLayer, which checkpoints its `forward` when training, with the
-    function set here. Dropout depends on places, so no random numbers have to be replayed.
+    function set here. Dropout depends on positions, so no random numbers have to be replayed.
 
     Args:
-        model: a `MegaForCausalLM`, changed in place.
-        how: which blocks, and what they keep.
-        kept: what blocks receive from other ranks of `sp`, so that recomputing them needs no communication.
-        window: where the model computes, on which dropout depends.
+        model: a `MegaForCausalLM` on the meta device, changed in place.
+        how: which blocks, and what is saved.
+        received: states that blocks receive from other ranks of `sp`.
+        row_slice: which part of the global batch the model computes, on which dropout depends.
     """
     recompute = partial(
-        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, how.keeps, kept)
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, how.policy, received)
     )
-    for number, block in enumerate(blocks(model), start=1):
-        chosen = how.every > 0 and number % how.every == 0
-        block.gradient_checkpointing = chosen and how.segment == 0
-        vars(block)["_gradient_checkpointing_func"] = recompute
-        if chosen and how.segment:
-            block.__class__ = SegmentedBlock
-            block.segment, block.window, block.recompute = how.segment, window, recompute  # type: ignore[assignment]
+    layers: Any = model.get_submodule("mega.layers")
+    for index in range(how.every - 1, len(layers), how.every) if how.every else ():
+        block = layers[index]
+        if how.segment:
+            layers[index] = on_meta(SegmentedBlock, block, how.segment, row_slice, recompute)
+        else:
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = recompute
 
 
 _Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
-def _contexts(keeps: Keeps, kept: Kept) -> _Contexts:
+def _contexts(policy: str, received: ReceivedStates) -> _Contexts:
     """Contexts of a block's forward and of its recomputation."""
-    received = kept.contexts()
-    if keeps == "nothing":
-        return received
+    states = received.contexts()
+    if policy == "full":
+        return states
     results: _Results = defaultdict(deque)
-    return _both(received[0], _KeepProducts(results)), _both(received[1], _ReplayProducts(results))
+    return _both(states[0], _SaveMatmuls(results)), _both(states[1], _ReplayMatmuls(results))
 
 
 _Results = defaultdict[Any, deque[list[tuple[Any, int]]]]
 """By operator, in the order of its calls: what it returned, leaf by leaf, each with the tensor's version."""
 
 
-class _KeepProducts(TorchDispatchMode):
-    """Keeps results of products, and looks at nothing else.
+class _SaveMatmuls(TorchDispatchMode):
+    """Saves matmul outputs, and looks at nothing else.
 
     PyTorch's selective checkpointing expects every operation again, and casts of autocast, which keeps them over a
     step's segments, and marks of FSDP are not the same in both passes.
@@ -104,27 +96,27 @@ class _KeepProducts(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Products are outside of what is compiled."""
+        """Matmuls are outside of what is compiled."""
         return True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        if function in _PRODUCTS:
+        if function in _MATMULS:
             # Detached: autograd will give the result itself a history.
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(out)]
             self._results[function].append([(leaf, _version(leaf)) for leaf in leaves])
         return out
 
 
-class _ReplayProducts(_KeepProducts):
-    """Gives these results in place of products."""
+class _ReplayMatmuls(_SaveMatmuls):
+    """Returns the saved outputs in place of computing them."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function not in _PRODUCTS:
+        if function not in _MATMULS:
             return function(*args, **(kwargs or {}))
         found = self._results[function].popleft()
         if any(_version(leaf) != version for leaf, version in found):
-            raise RuntimeError(f"the result of {function} was changed after it was kept for recomputation")
+            raise RuntimeError(f"the result of {function} was changed after it was saved for recomputation")
         leaves = [leaf for leaf, _ in found]
         return leaves[0] if len(leaves) == 1 else tuple(leaves)
 
@@ -146,9 +138,11 @@ class SegmentedBlock(MegaBlock):
     kept of a row are its inputs, outputs, and one state a segment, and what is alive at once is one segment's.
     """
 
-    segment: int
-    window: Window
-    recompute: Callable[..., Any]
+    def __init__(self, block: MegaBlock, segment: int, row_slice: RowSlice, recompute: Callable[..., Any]) -> None:
+        super().__init__(block.mega_layer.config)
+        for name, module in block.named_children():
+            self.add_module(name, module)
+        self._segment_length, self._row_slice, self._recompute = segment, row_slice, recompute
 
     @property
     def recomputed(self) -> bool:
@@ -167,10 +161,10 @@ class SegmentedBlock(MegaBlock):
             return super().forward(x, *args, **kwargs)
         outputs, state, begin = [], None, 0
         # Split in one go: the gradient of each slice taken alone would be as long as the row.
-        for part in x.split(self.segment, 1):
+        for part in x.split(self._segment_length, 1):
             end = begin + part.shape[1]
             own = None if borders is None else borders.between(begin, end)
-            out, state = self.recompute(self._segment, part, state, begin, end < x.shape[1], own)
+            out, state = self._recompute(self._segment, part, state, begin, end < x.shape[1], own)
             outputs.append(out)
             begin = end
         return BlockOutput(torch.cat(outputs, 1), None, None, None, None)
@@ -183,7 +177,7 @@ class SegmentedBlock(MegaBlock):
         if average is not None:
             none = x.new_zeros(len(x), 0, 0)  # no chunk is open between segments
             state = LayerState(average, none, none, begin)
-        with self.window.later(begin):
+        with self._row_slice.shifted(begin):
             out = super().forward(x, state=state, return_state=more, borders=borders)
         return out.x, None if out.state is None else out.state.ema
 

@@ -57,70 +57,32 @@ OWNERS = {
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "the checkpoint section",
 }
 
+# What is computed stays, and where it lies is compared with one process: tests/distributed/test_native_keys.py.
 _ZERO = {
-    # What is computed stays, and where it lies is compared with one process: tests/distributed/test_native_keys.py.
-    "contiguous_gradients": bool,
-    "reduce_scatter": bool,
-    "reduce_bucket_size": int,
-    "use_multi_rank_bucket_allreduce": bool,
-    "allgather_partitions": bool,
-    "allgather_bucket_size": int,
-    "overlap_comm": bool,
-    "round_robin_gradients": bool,
-    "parameter_alignment": bool,
-    "ignore_unused_parameters": bool,
-    "sub_group_size": int,
-    "stage3_prefetch_bucket_size": int,
-    "stage3_param_persistence_threshold": int,
-    "stage3_model_persistence_threshold": int,
-    "stage3_max_live_parameters": int,
-    "stage3_max_reuse_distance": int,
-    "stage3_use_all_reduce_for_fetch_params": bool,
-    "stage3_allgather_sequential": bool,
-    "memory_efficient_linear": bool,
-    "override_module_apply": bool,
-    "log_trace_cache_warnings": bool,
-    "enable_sanity_checks": bool,
-    "cpu_offload": bool,
-    "cpu_offload_param": bool,
-    "cpu_offload_use_pin_memory": bool,
-    "zero_quantized_gradients": bool,  # refused in words of its own
-    **{
-        f"offload_{what}.{key}": kind
-        for what in ("optimizer", "param")
-        for key, kind in {"device": str, "pin_memory": bool, "nvme_path": str, "buffer_count": int}.items()
-    },
+    bool: """contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm
+        round_robin_gradients parameter_alignment ignore_unused_parameters stage3_use_all_reduce_for_fetch_params
+        stage3_allgather_sequential memory_efficient_linear override_module_apply log_trace_cache_warnings
+        enable_sanity_checks cpu_offload cpu_offload_param cpu_offload_use_pin_memory
+        offload_optimizer.pin_memory offload_param.pin_memory
+        zero_quantized_gradients""",  # the last is refused in words of its own
+    int: """reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
+        stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
+        stage3_max_reuse_distance offload_optimizer.buffer_count offload_param.buffer_count""",
+    str: "offload_optimizer.device offload_optimizer.nvme_path offload_param.device offload_param.nvme_path",
 }
 _REPORTS = {
-    "steps_per_print": int,
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "dump_state": bool,
-    "timers.throughput.enabled": bool,
-    "timers.throughput.synchronized": bool,
-    "flops_profiler.enabled": bool,
-    "flops_profiler.recompute_fwd_factor": float,
-    "flops_profiler.profile_step": int,
-    "flops_profiler.module_depth": int,
-    "flops_profiler.top_modules": int,
-    "flops_profiler.detailed": bool,
-    "flops_profiler.output_file": str,
-    "comms_logger.enabled": bool,
-    "comms_logger.prof_all": bool,
-    "comms_logger.prof_ops": list,
-    "comms_logger.verbose": bool,
-    "comms_logger.debug": bool,
-    **{
-        f"{monitor}.{key}": kind
-        for monitor in ("tensorboard", "csv_monitor")
-        for key, kind in {"enabled": bool, "output_path": str, "job_name": str}.items()
-    },
-    "wandb.enabled": bool,
-    "wandb.group": str,
-    "wandb.team": str,
-    "wandb.project": str,
+    bool: """wall_clock_breakdown memory_breakdown dump_state timers.throughput.enabled timers.throughput.synchronized
+        flops_profiler.enabled flops_profiler.detailed comms_logger.enabled comms_logger.prof_all comms_logger.verbose
+        comms_logger.debug tensorboard.enabled csv_monitor.enabled wandb.enabled""",
+    int: "steps_per_print flops_profiler.profile_step flops_profiler.module_depth flops_profiler.top_modules",
+    float: "flops_profiler.recompute_fwd_factor",
+    str: """flops_profiler.output_file tensorboard.output_path tensorboard.job_name csv_monitor.output_path
+        csv_monitor.job_name wandb.group wandb.team wandb.project""",
+    list: "comms_logger.prof_ops",
 }
-KEYS: dict[str, type] = _REPORTS | {f"zero_optimization.{key}": kind for key, kind in _ZERO.items()}
+KEYS: dict[str, type] = {key: kind for kind, keys in _REPORTS.items() for key in keys.split()} | {
+    f"zero_optimization.{key}": kind for kind, keys in _ZERO.items() for key in keys.split()
+}
 """Native keys that are passed on to DeepSpeed, with the type of their values; every other one is refused."""
 
 _SECTIONS = {path[:end] for path in KEYS for end, letter in enumerate(path) if letter == "."}
@@ -129,55 +91,24 @@ _FROM_ONE = ("steps_per_print", "reduce_bucket_size", "allgather_bucket_size", "
 _PATHS = ("nvme_path", "output_path", "output_file")
 _MAY_BE_NEGATIVE = ("flops_profiler.module_depth",)
 # Further names under which DeepSpeed reads a key.
-_ALIASES = {
-    f"zero_optimization.{key.removeprefix('stage3_')}": f"zero_optimization.{key}"
-    for key in _ZERO
-    if key.startswith("stage3_")
-}
+_ALIASES = {key.replace("stage3_", ""): key for key in KEYS if "stage3_" in key}
 _SUPERSEDED = {
     "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
     "zero_optimization.cpu_offload_param": "zero_optimization.offload_param",
 }
 # Keys of DeepSpeed that no setting of ours stands for, by the reason why they are not passed on.
 _REFUSED = {
-    "it changes what is computed": (
-        "zero_optimization.zero_quantized_weights",
-        "zero_optimization.zero_quantized_nontrainable_weights",
-        "zero_optimization.zeropp_loco_param",
-        "weight_quantization",
-        "quantize_training",
-        "compression_training",
-        "eigenvalue",
-        "sparse_attention",
-        "sparse_gradients",
-        "progressive_layer_drop",
-    ),
-    "weights and moments would lie where checkpoints do not look for them": (
-        "zero_optimization.zenflow",
-        "zero_optimization.legacy_stage1",
-        "zero_optimization.save_muon_momentum_buffer_in_memory",
-        "zero_optimization.offload_optimizer.ratio",
-        "zero_optimization.offload_optimizer.super_offload",
-        "zero_optimization.offload_optimizer.cpuadam_cores_perc",
-    ),
-    "DeepSpeed fails with it in this model's first step": (
-        "zero_optimization.stage3_module_granularity_threshold",
-        "zero_optimization.module_granularity_threshold",
-        "zero_optimization.leaf_module",
-    ),
-    "this trainer does not use it": (
-        "pipeline",
-        "hybrid_engine",
-        "expert_parallel",
-        "use_data_before_expert_parallelism",
-        "autotuning",
-        "graph_harvesting",
-        "aio",
-        "comet",
-        "disable_allgather",
-        "disable_python_gc",
-        "log_level",
-    ),
+    "it changes what is computed": """zero_optimization.zero_quantized_weights
+        zero_optimization.zero_quantized_nontrainable_weights zero_optimization.zeropp_loco_param weight_quantization
+        quantize_training compression_training eigenvalue sparse_attention sparse_gradients progressive_layer_drop""",
+    "weights and moments would lie where checkpoints do not look for them": """zero_optimization.zenflow
+        zero_optimization.legacy_stage1 zero_optimization.save_muon_momentum_buffer_in_memory
+        zero_optimization.offload_optimizer.ratio zero_optimization.offload_optimizer.super_offload
+        zero_optimization.offload_optimizer.cpuadam_cores_perc""",
+    "DeepSpeed fails with it in this model's first step": """zero_optimization.stage3_module_granularity_threshold
+        zero_optimization.module_granularity_threshold zero_optimization.leaf_module""",
+    "this trainer does not use it": """pipeline hybrid_engine expert_parallel use_data_before_expert_parallelism
+        autotuning graph_harvesting aio comet disable_allgather disable_python_gc log_level""",
 }
 
 # Keys of zero_optimization that move gradients or weights away from the device.
@@ -194,19 +125,12 @@ def native_config(
     max_grad_norm: float,
     world_size: int,
 ) -> dict[str, Any]:
-    """Build the dictionary that DeepSpeed is started with.
+    """Build the dictionary that DeepSpeed is started with, in its own keys.
 
     Args:
         user: native keys of `parallel.ds_config`, merged over ours.
-        zero_stage: 0 to 3.
-        dtype: fp32 or bf16.
-        micro_batch_size: sequences in one forward pass of one rank.
-        accumulation: forward passes in one optimizer step.
-        max_grad_norm: norm to which gradients are clipped, 0 for not at all.
-        world_size: ranks of the run.
-
-    Returns:
-        A configuration in DeepSpeed's own keys.
+        zero_stage: 0 to 3; the others are as in `EngineConfig`.
+        world_size: ranks over which parameters are partitioned.
 
     Raises:
         ValueError: a key of `user` contradicts a setting of ours, is none of `KEYS`, or has a value of another type;
@@ -230,11 +154,7 @@ def native_config(
 
 
 def check_mesh(native: dict[str, Any], mesh: MeshShape) -> None:
-    """Refuse native keys with which DeepSpeed cannot train on a mesh.
-
-    Args:
-        native: a configuration of `native_config`.
-        mesh: the ranks of the run.
+    """Refuse native keys of a `native_config` with which DeepSpeed cannot train on a mesh.
 
     Raises:
         ValueError: names the keys, their values and a remedy.
@@ -318,7 +238,7 @@ def _merge(ours: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_unknown(name: str, path: str, value: Any) -> None:
     for why, keys in _REFUSED.items():
-        if _within(path, keys):
+        if _within(path, keys.split()):
             raise ValueError(f"{name}={value!r} is not passed on to DeepSpeed: {why}; remove it")
     if path in _SECTIONS:
         off = value in ({}, None) or (value is False and path.startswith("zero_optimization.offload_"))

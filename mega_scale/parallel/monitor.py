@@ -1,8 +1,9 @@
-"""Tells a rank that another one has died, failed or cannot be reached, and ends it with one line that says so.
+"""Where the ranks of a run meet, and how one learns that another has died, failed or cannot be reached.
 
-Each rank writes a beat into the key-value store and reads two keys: the news, one key for all, and the beat of the next
-rank; the ring goes round, and ranks that have left are skipped. So a beat costs a rank two small messages however many
-ranks there are. Only the rank before a silent one looks at all of them, once, to say who else is silent.
+Ranks meet in a key-value store at MASTER_ADDR:MASTER_PORT, before any process group. Each writes a beat into it and
+reads two keys: the news, one key for all, and the beat of the next rank; the ring goes round, and ranks that have left
+are skipped. So a beat costs a rank two small messages however many ranks there are. Only the rank before a silent one
+looks at all of them, once, to say who else is silent.
 
 The first cause wins: the news key changes once, atomically, from WELL or ALARM to a verdict, which all ranks print.
 ALARM is what a rank says whose collective failed: it is a victim, and does not know of whom. It makes all ranks less
@@ -20,12 +21,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
 
-from mega_scale.parallel.rendezvous import Rendezvous, connect
+from mega_scale.parallel.launcher import PORT_OPTIONS, meeting_point, placement
 
 PEER_LOST = 75
 """Exit code of a rank that ends because of another one (EX_TEMPFAIL: nothing is wrong with the run, start it again)."""
@@ -40,33 +42,156 @@ _REASON_LENGTH, _NAMED = 300, 16
 _WHOLE_WRITE = 4096  # bytes that a pipe takes without another writer's between them (PIPE_BUF of Linux)
 _REMEDY = "see its output and the network, then start the run again with --resume"
 
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+_NAMES_TAKE_S = 20.0  # a cluster may announce a host's name after its processes have started
+_ANSWERS_TAKE_S = 5.0  # what listens at the address is another program if it does not answer as our store by then
+_OTHER_ADDRESS = f"choose another port ({PORT_OPTIONS}), and an address of rank 0's host that all hosts can reach"
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """The store, seen from one rank."""
+
+    store: dist.Store  # connection of the main thread and of the process group
+    watch: dist.Store  # the monitor's own: one that hangs holds up everybody who shares it
+    address: str  # host:port
+    launchers: bool  # whether the launcher keeps it; else rank 0 does
+    hosted: bool  # whether this process keeps it, so that it is gone when the process ends
+
+
+def connect(timeout_s: float) -> Rendezvous:
+    """Reach the store within a time (seconds): torchrun's agents keep one; under other launchers rank 0 does.
+
+    No other program and no earlier attempt of the launcher shares its keys.
+
+    Raises:
+        ConnectionError: the address cannot be reached in time, rank 0 cannot listen on it, or another program or run
+            does; names the address.
+    """
+    place = placement()
+    host, port = meeting_point(place)
+    address = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    hosted = place.rank == 0 and not agent
+    deadline = time.monotonic() + timeout_s
+    _resolve(host, port, min(deadline, time.monotonic() + _NAMES_TAKE_S))
+    if not hosted:
+        _reach(host, port, deadline)
+    left = max(deadline - time.monotonic(), 1.0)
+
+    def build() -> list[dist.Store]:
+        timeout = timedelta(seconds=left / 2)  # the constructor tries twice
+        return [
+            dist.TCPStore(
+                host, port, is_master=hosted and first, timeout=timeout, wait_for_workers=False, multi_tenant=True
+            )
+            for first in (True, False)
+        ]
+
+    try:
+        stores = _within(left if hosted or agent else min(left, _ANSWERS_TAKE_S), build)
+    except TimeoutError:
+        raise ConnectionError(
+            f"what listens at {address} is no key-value store of this run: {_OTHER_ADDRESS}"
+        ) from None
+    except dist.DistError as error:
+        problem = "this rank cannot keep the key-value store" if hosted else "the key-value store does not answer"
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConnectionError(f"{problem} at {address}: {reason}; {_OTHER_ADDRESS}") from None
+    for store in stores:
+        store.set_timeout(timedelta(seconds=timeout_s))
+    # torchrun's store outlives a restart of its workers.
+    prefix = f"mega_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    main, watch = (dist.PrefixStore(prefix, store) for store in stores)
+    if hosted:
+        main.set("size", str(place.size))
+    elif not agent:
+        _check_ours(main, place.rank, place.size, address)
+    return Rendezvous(main, watch, f"{host}:{port}", agent, hosted)
+
+
+def _within(longest_s: float, build: Callable[[], list[dist.Store]]) -> list[dist.Store]:
+    """Build stores in another thread, as a program that accepts a connection and says nothing is waited for forever.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    found: list[list[dist.Store] | dist.DistError] = []
+
+    def work() -> None:
+        try:
+            found.append(build())
+        except dist.DistError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(longest_s)
+    if not found:
+        raise TimeoutError
+    if isinstance(found[0], dist.DistError):
+        raise found[0]
+    return found[0]
+
+
+def _check_ours(store: dist.Store, rank: int, size: int, address: str) -> None:
+    """See that rank 0 of this run keeps the store: where it could not listen, that of another run may be there."""
+    try:
+        store.wait(["size"], timedelta(seconds=_ANSWERS_TAKE_S))
+    except dist.DistError:
+        raise ConnectionError(f"the key-value store at {address} is another program's: {_OTHER_ADDRESS}") from None
+    if store.get("size").decode() != str(size) or store.add(f"came/{rank}", 1) > 1:
+        raise ConnectionError(f"another run meets at {address}: {_OTHER_ADDRESS}")
+
+
+def _resolve(host: str, port: int, deadline: float) -> None:
+    """Wait until the name of the host is known."""
+    while True:
+        try:
+            socket.getaddrinfo(host, port)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() + _LONGEST_PAUSE_S > deadline:
+                raise ConnectionError(
+                    f"MASTER_ADDR={host!r} cannot be resolved on this host ({error}): give an address of rank 0's "
+                    "host, or a name that every host resolves"
+                ) from None
+        time.sleep(_LONGEST_PAUSE_S)
+
+
+def _reach(host: str, port: int, deadline: float) -> None:
+    """Wait until something listens. TCPStore would too, but for up to twice its timeout, and with pages of traces."""
+    pause = _FIRST_PAUSE_S
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), _FIRST_PAUSE_S)):
+                return
+        except OSError as error:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ConnectionError(
+                    f"{host}:{port} (MASTER_ADDR, MASTER_PORT) cannot be reached: {error}; see whether rank 0 started, "
+                    "and whether this host resolves that name and may connect to that port"
+                ) from None
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
 
 class Standing(NamedTuple):
-    """Where a rank stands, to be compared with others: all ranks do the same things in the same order.
+    """Where a rank stands, to be compared with others: all ranks do the same things in the same order."""
 
-    Args:
-        beats: things done since the start.
-        step: optimizer step under way.
-        phase: what it does.
-        idle_s: time since the last beat (seconds).
-    """
-
-    beats: int
-    step: int
+    beats: int  # things done since the start
+    step: int  # optimizer step under way
     phase: str
-    idle_s: float
+    idle_s: float  # time since the last beat (seconds)
 
 
 class PeerMonitor:
     """One rank's watch over the others; see the file's head.
 
     Two threads: one talks to the store, and hangs if the store's host cannot be reached; the other one notices that.
-
-    Args:
-        rendezvous: the store where the ranks meet.
-        rank: number of this process, 0 to size - 1.
-        size: number of processes, 2 or more.
-        timeout_s: time within which all ranks have ended when one is lost (seconds).
+    When a rank is lost, all others have ended within `timeout_s`.
     """
 
     def __init__(self, rendezvous: Rendezvous, rank: int, size: int, timeout_s: float) -> None:
@@ -100,12 +225,7 @@ class PeerMonitor:
 
     @classmethod
     def start(cls, rank: int, size: int, timeout_s: float) -> "PeerMonitor":
-        """Meet all other ranks, and watch them from then on; collective.
-
-        Args:
-            rank: number of this process.
-            size: number of processes, 2 or more.
-            timeout_s: longest wait for the others, here and later (seconds).
+        """Meet all other ranks of two or more, and watch them from then on; collective.
 
         Raises:
             SystemExit: the store cannot be reached in time; standard error has one line with its address. When it is

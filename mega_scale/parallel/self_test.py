@@ -12,15 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.parallel.activation_checkpoint import Recomputation
-from mega_scale.parallel.collectives import ALONE
-from mega_scale.parallel.config import ParallelConfig
-from mega_scale.parallel.materialize import fill, seeded_values
-from mega_scale.parallel.parallelize import parallelize
-from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
-from mega_scale.parallel.spread import spread
-from mega_scale.parallel.window import Place
-from mega_scale.parallel.world import World
+from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig, ParallelConfig
+from mega_scale.parallel.model_parallel import apply_model_parallelism, parallelize
+from mega_scale.parallel.sequence_parallel import Place
+from mega_scale.parallel.shard import assemble, by_source, fill, seeded_values, shardings
+from mega_scale.parallel.world import ALONE, World
 
 _SEED = 11
 _CHUNK = 8
@@ -31,25 +27,15 @@ _TOLERANCE = 1e-3
 
 
 class SelfTest(NamedTuple):
-    """What was found, the same on all ranks.
+    """What was found, the same on all ranks."""
 
-    Args:
-        parameters: gradients compared.
-        error: largest difference of a gradient, as a share of its largest number.
-    """
-
-    parameters: int
-    error: float
+    parameters: int  # gradients compared
+    error: float  # largest difference of a gradient, as a share of its largest number
 
 
-def tiny_model(config: MegaConfig, shape_tp: int) -> MegaConfig:
-    """The run's model with its options and few channels.
-
-    Args:
-        config: of the run's model.
-        shape_tp: T, which divides all widths.
-    """
-    width = 8 * shape_tp
+def tiny_model(config: MegaConfig, tp: int) -> MegaConfig:
+    """The run's model with its options and few channels, all widths divisible by `tp` ranks."""
+    width = 8 * tp
     changes = {
         "vocab_size": 2 * width,
         "hidden_size": width,
@@ -66,16 +52,8 @@ def tiny_model(config: MegaConfig, shape_tp: int) -> MegaConfig:
     return MegaConfig(**({name: getattr(config, name) for name in MegaConfig.__annotations__} | changes))
 
 
-def self_test(config: MegaConfig, parallel: ParallelConfig, world: World) -> SelfTest:
+def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World) -> SelfTest:
     """Compare loss and gradients of a tiny model in this layout with those of one process; collective.
-
-    Args:
-        config: of the run's model.
-        parallel: the layout.
-        world: ranks and device.
-
-    Returns:
-        How much was compared, and the largest difference.
 
     Raises:
         RuntimeError: they differ; names the parameter, the rank, and the size of the difference.
@@ -115,17 +93,19 @@ def _meta(config: MegaConfig) -> MegaForCausalLM:
 def _alone(config: MegaConfig, inputs: Tensor, labels: Tensor, device: torch.device) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by name of the state dict, of the whole batch in this process."""
     model = _meta(config)
-    parts = spread(model, sp=ALONE, tp=ALONE, recomputation=Recomputation(), seed=_SEED)
+    parallelism = apply_model_parallelism(
+        model, sp=ALONE, tp=ALONE, checkpointing=ActivationCheckpointing(), seed=_SEED
+    )
     fill(
         model,
         seeded_values(config, _SEED),
         lambda old, value: nn.Parameter(value.to(device, copy=True)),
         device,
-        template=parts.template,
+        template=parallelism.template,
     )
     model.train()
-    parts.window.take(Place(), inputs, labels)
-    with parts.window:
+    parallelism.row_slice.take(Place(), inputs, labels)
+    with parallelism.row_slice:
         output = model(
             input_ids=inputs, shift_labels=labels, num_items_in_batch=_ITEMS, use_cache=False, skip_logits=True
         )
@@ -134,7 +114,7 @@ def _alone(config: MegaConfig, inputs: Tensor, labels: Tensor, device: torch.dev
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    table = whole_tensors(pieces(model))
+    table = by_source(shardings(model))
     return float(output.loss.detach()), {name: assemble(parts, gradients.__getitem__) for name, parts in table.items()}
 
 
@@ -150,31 +130,26 @@ def _in_layout(
     engine = parallelize(
         _meta(config),
         seeded_values(config, _SEED),
-        parallel,
-        dtype="fp32",
-        micro_batch_size=2,
-        accumulation=1,
-        max_grad_norm=0.0,
+        EngineConfig(parallel, micro_batch_size=2, max_grad_norm=0.0, seed=_SEED),
+        world,
         # One step at rate 1 moves every weight by its gradient, whatever an engine calls it.
-        build_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
-        world=world,
-        seed=_SEED,
+        lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
     )
     engine.module.train()
-    before = {name: engine.held(name).clone() for name in dict(engine.module.named_parameters())}
+    before = {name: engine.local_tensor(name).clone() for name in dict(engine.module.named_parameters())}
     first = 2 * world.shape.dp_rank(world.rank)
     rows = slice(first, first + 2)
     loss = engine.forward(inputs[rows], labels[rows], _ITEMS, Place(0, first))
     engine.backward(loss, last=True)
     engine.step(1.0)
-    after = {name: engine.held(name).clone() for name in before}
-    table = pieces(engine.module)
+    after = {name: engine.local_tensor(name).clone() for name in before}
+    table = shardings(engine.module)
 
     def pair(expected: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
         paired = {}
         for name, old in before.items():
             whole = expected[table[name].source]
-            part = engine.part(name, table[name].of(whole, world.at.tp, world.shape.tp))
+            part = engine.local_shard(name, table[name].local(whole, world.at.tp, world.shape.tp))
             paired[name] = (old - after[name], part, float(whole.abs().max()))
         return paired
 

@@ -1,4 +1,11 @@
-"""The processes of a run: their process group, and the collectives that a training loop needs."""
+"""The processes of a run: their groups along the dimensions of the mesh, and collectives with and without gradients.
+
+Collectives with gradients start early and are awaited late. A tensor that is on its way is wrapped in `Pending`;
+whoever needs it waits. In the backward pass the same happens in reverse: the gradient's collective starts where the
+forward waited, and is awaited where the forward started, so that what lies between the two hides it in both passes.
+
+Legend: T ranks of the group, D width of the whole, (...) any leading sizes.
+"""
 
 import json
 import os
@@ -7,20 +14,168 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mega_scale.parallel.collectives import Axis
+from mega_scale.ops.once import once_differentiable
 from mega_scale.parallel.config import ParallelConfig
+from mega_scale.parallel.launcher import placement
 from mega_scale.parallel.mesh import Coordinates, MeshShape
 from mega_scale.parallel.monitor import PeerMonitor
-from mega_scale.parallel.placement import placement
 
 _LET_GLOO_FINISH_S = 0.1
+
+
+class Axis(NamedTuple):
+    """One dimension of the mesh as this rank sees it."""
+
+    group: dist.ProcessGroup | None  # None stands for a rank alone
+    rank: int
+    size: int
+
+
+ALONE = Axis(None, 0, 1)
+
+
+class Pending:
+    """A tensor on its way into a buffer, and the work to wait for."""
+
+    def __init__(self, buffer: Tensor, work: Any) -> None:
+        self.buffer = buffer
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """The tensor, arrived."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self.buffer
+
+
+def start_gather(x: Tensor, axis: Axis) -> Pending:
+    """Start to collect the x of all ranks: (T, *x.shape); without gradients."""
+    out = x.new_empty(axis.size, *x.shape)
+    work = dist.all_gather_single(out.view(-1), x.contiguous().view(-1), group=axis.group, async_op=True)
+    return Pending(out, work)
+
+
+def start_reduce_scatter(parts: Tensor, axis: Axis) -> Pending:
+    """Start to sum (T, ...) over all ranks, each keeping its own entry (...); without gradients."""
+    out = parts.new_empty(parts.shape[1:])
+    flat = parts.contiguous().view(-1)
+    return Pending(out, dist.reduce_scatter_single(out.view(-1), flat, group=axis.group, async_op=True))
+
+
+def _cut(x: Tensor, axis: Axis) -> Tensor:
+    """(..., D) to contiguous (T, ..., D / T)."""
+    return x.unflatten(-1, (axis.size, -1)).movedim(-2, 0).contiguous()
+
+
+def _join(parts: Tensor) -> Tensor:
+    """(T, ..., D / T) to (..., D)."""
+    return parts.movedim(0, -2).flatten(-2)
+
+
+class _StartGather(torch.autograd.Function):
+    """Hands out a buffer that is still being filled; its gradient arrives likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, box: list[Pending]) -> Tensor:
+        ctx.box = box
+        box.append(start_gather(x, axis))
+        return box[0].buffer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        # What comes along the graph is an empty stand-in of the buffer's shape.
+        return ctx.box.pop().wait(), None, None
+
+
+class _FinishGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, axis: Axis, box: list[Pending]) -> Tensor:
+        ctx.axis, ctx.box = axis, box
+        box.pop().wait()
+        return _join(buffer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        parts = _cut(gradient, ctx.axis)
+        ctx.box.append(start_reduce_scatter(parts, ctx.axis))
+        return parts, None, None
+
+
+class Gather:
+    """The columns of all ranks side by side: (..., D / T) to (..., D); gradients are summed and scattered."""
+
+    def __init__(self, x: Tensor, axis: Axis) -> None:
+        self._axis = axis
+        self._box: list[Pending] = []
+        self._buffer = _StartGather.apply(x, axis, self._box)
+
+    def wait(self) -> Tensor:
+        """(..., D); to be called once."""
+        return _FinishGather.apply(self._buffer, self._axis, self._box)
+
+
+class _GatherReplicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _join(start_gather(x, axis).wait())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.unflatten(-1, (ctx.axis.size, -1))[..., ctx.axis.rank, :].contiguous(), None
+
+
+def gather_replicated(x: Tensor, axis: Axis) -> Tensor:
+    """The columns of all ranks side by side, of which every rank computes the same: gradients are not summed."""
+    return _GatherReplicated.apply(x, axis)
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return start_reduce_scatter(_cut(x, axis), axis).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _join(start_gather(gradient, ctx.axis).wait()), None
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over ranks, each keeping its columns: (..., D) to (..., D / T); gradients are gathered."""
+    return _ReduceScatter.apply(x, axis)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous()
+        total = total.clone() if total is gradient else total  # others may hold it too
+        dist.all_reduce(total, group=ctx.axis.group)
+        return total, None
+
+
+def sum_gradient(x: Tensor, axis: Axis) -> Tensor:
+    """x as it is, every rank holding the same; its gradient, of which every rank has a part, is summed."""
+    return _SumGradient.apply(x, axis)
 
 
 def share_cores(local_size: int) -> None:
@@ -29,9 +184,6 @@ def share_cores(local_size: int) -> None:
     A process takes as many threads as there are cores, and deepspeed's launcher lets it: the ranks' threads then wait
     for each other, and a step on CPUs takes several times as long. OMP_NUM_THREADS says otherwise where it is set;
     torchrun and accelerate set it to 1.
-
-    Args:
-        local_size: number of ranks on this machine.
     """
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // local_size)))
@@ -69,12 +221,6 @@ class World:
     def start(cls, config: ParallelConfig) -> "World":
         """Join the process group, NCCL on CUDA and gloo on CPUs, and share this machine's cores with its other ranks.
 
-        Args:
-            config: device, timeout and mesh.
-
-        Returns:
-            This process's view of the run.
-
         Raises:
             ValueError: the launcher's variables are incomplete, the mesh does not hold the ranks, or there are fewer
                 CUDA devices than local ranks.
@@ -106,11 +252,7 @@ class World:
         return cls(rank, size, local_rank, device, shape, mesh, sp_group, monitor)
 
     def lay_out(self, shape: MeshShape) -> "World":
-        """The same ranks on other axes.
-
-        Args:
-            shape: how many ranks stand along each axis.
-        """
+        """The same ranks on another mesh."""
         mesh, sp_group = _groups(shape, self.device)
         return replace(self, shape=shape, mesh=mesh, sp_group=sp_group)
 
@@ -178,42 +320,18 @@ class World:
         return total
 
     def all_gather(self, value: Tensor) -> Tensor:
-        """Every rank's value, on all ranks.
-
-        Args:
-            value: any shape and dtype, the same on all ranks.
-
-        Returns:
-            The values in the order of ranks along a new first axis, on the CPU, in the same dtype.
-        """
+        """Every rank's tensor, of one shape and dtype, stacked in the order of ranks on the CPU of all ranks."""
         own = value.detach().to(self.device)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own)
         return torch.stack(found).cpu()
 
     def all_agree(self, flag: bool) -> bool:
-        """Whether a flag is true on every rank.
-
-        Args:
-            flag: this rank's answer.
-
-        Returns:
-            The same answer on all ranks.
-        """
+        """Whether a flag is true on every rank; the same answer on all ranks."""
         return int(self.sum(torch.tensor(int(flag)))) == self.size
 
     def broadcast(self, value: Any) -> Any:
-        """Give a value of rank 0 to all ranks, as JSON: nothing that could run code travels.
-
-        Args:
-            value: numbers, strings, lists and dictionaries; read on rank 0 only.
-
-        Returns:
-            Rank 0's value, as JSON gives it back (a tuple comes as a list).
-
-        Raises:
-            TypeError: JSON cannot express rank 0's value.
-        """
+        """Rank 0's value on all ranks, as JSON gives it back (a tuple comes as a list): no code travels."""
         payload = list(json.dumps(value).encode()) if self.rank == 0 else []
         length = torch.tensor(len(payload), device=self.device)
         dist.broadcast(length, src=0)
@@ -224,26 +342,12 @@ class World:
         return json.loads(bytes(data.tolist()))
 
     def first(self, value: Any) -> Any:
-        """The value of the first rank that has one, on all ranks, as JSON gives it back; none where none has.
-
-        Args:
-            value: as `gather` takes it, or none.
-        """
+        """The value of the first rank that has one, on all ranks, as JSON gives it back; None where none has."""
         found = self.gather(value)
         return self.broadcast(found and next((other for other in found if other is not None), None))
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Give a value of every rank to rank 0, as JSON.
-
-        Args:
-            value: numbers, strings, lists and dictionaries; of any length on each rank.
-
-        Returns:
-            On rank 0, the values of all ranks in their order, as JSON gives them back; none on the others.
-
-        Raises:
-            TypeError: JSON cannot express this rank's value.
-        """
+        """On rank 0, the values of all ranks in their order, as JSON gives them back; None on the others."""
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = self.sum(torch.nn.functional.one_hot(torch.tensor(self.rank), self.size) * len(payload)).tolist()
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)

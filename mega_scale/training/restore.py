@@ -14,10 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, verify
 from mega_scale.checkpoint.manifest import own_files
+from mega_scale.checkpoint.state import open_weights
 from mega_scale.data import vocabulary_size
 from mega_scale.hub import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.parallel import Values, fill, open_weights
+from mega_scale.parallel import Values, fill
 
 
 def describe_model(folder: Path, config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> None:

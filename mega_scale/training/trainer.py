@@ -40,12 +40,10 @@ from mega_scale.parallel import (
     Place,
     Placement,
     World,
-    describe,
-    difference,
+    layout_changes,
     parallelize,
-    per_block,
+    run_self_test,
     seeded_values,
-    self_test,
 )
 from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals
@@ -265,7 +263,7 @@ class Trainer:
             hurry = True  # a fresh run saves before it ends
         if config.parallel.self_test and not hurry:
             self.watchdog.beat("testing the layout")
-            found = self_test(self.model_config, config.parallel, world)
+            found = run_self_test(self.model_config, config.parallel, world)
             self.log(
                 f"self-test: loss and {found.parameters} gradients of a tiny model in this layout equal those of one "
                 f"process, largest relative difference {found.error:.1e}"
@@ -292,7 +290,7 @@ class Trainer:
             problem = str(error)
         if problem := self.world.first(problem):
             raise RefusedError(f"{found}: {problem}")
-        changed = difference(state["layout"], describe(config.parallel, self.world.size))
+        changed = layout_changes(state["layout"], config.parallel.layout(self.world.size))
         self.log(f"resumed from {found}" + (f", in another layout: {changed}" if changed else ""))
         if self.rank == 0 and (line := changes(config, found, state["step"])):
             self.log(line)
@@ -328,15 +326,9 @@ class Trainer:
         self.engine = parallelize(
             model,
             self.values,
-            config.parallel,
-            dtype=train.dtype,
-            micro_batch_size=train.micro_batch_size,
-            accumulation=train.global_batch_size // (train.micro_batch_size * self.mesh.dp),
-            max_grad_norm=config.optimizer.max_grad_norm,
-            build_optimizer=lambda sharded: build_optimizer(sharded, config.optimizer),
-            world=world,
-            seed=train.seed,
-            compile_gates=train.compile,
+            config.engine_config(world.size),
+            world,
+            lambda sharded: build_optimizer(sharded, config.optimizer),
         )
         self.watchdog.beat("starting")
         self.engine.module.train()
@@ -374,8 +366,8 @@ class Trainer:
         names = dict(self.engine.module.named_parameters())
         facts: dict[str, Any] = {
             "parameters": parameters,
-            "parameters_per_rank": sum(self.engine.held(name).numel() for name in names),
-            **describe(config.parallel, self.world.size),
+            "parameters_per_rank": sum(self.engine.local_tensor(name).numel() for name in names),
+            **config.parallel.layout(self.world.size),
             "device": str(self.world.device),
             "dtype": config.train.dtype,
             "training_tokens": dataset.tokens,
@@ -384,18 +376,6 @@ class Trainer:
             "from_step": self.progress.step,
         }
         self.log(json.dumps(facts))
-        for sends in per_block(
-            self.model_config,
-            config.parallel,
-            self.world.shape,
-            rows=config.train.micro_batch_size,
-            tokens=config.data.sequence_length,
-            dtype=config.train.dtype,
-        ):
-            self.log(
-                f"a block sends over {sends.axis}, per rank and micro-batch: {sends.forward:,} bytes forward, "
-                f"{sends.backward:,} backward ({sends.formula})"
-            )
         validation = [] if self.validation is None else self.validation.tally.lines()
         for line in [*dataset.tally().lines(), *(f"validation text: {line}" for line in validation)]:
             self.log(line)
@@ -594,7 +574,7 @@ class Trainer:
         state = {
             **now.state_dict(),
             "data": self.loader.state_dict(now.position),
-            "layout": describe(self.config.parallel, self.world.size),
+            "layout": self.config.parallel.layout(self.world.size),
         }
         now.saved = now.step
         self.log_saves(self.saver.save(now.step, state))

@@ -20,7 +20,7 @@ def state(engine: Engine) -> dict[str, Tensor]:
     """Everything that this rank would bring into the next step: weights, moments, counts."""
     own = engine._engine.optimizer if hasattr(engine, "_engine") else engine._optimizer  # type: ignore[attr-defined]
     optimizer = getattr(own, "optimizer", own)
-    found = {name: engine.held(name).clone() for name in dict(engine.module.named_parameters())}
+    found = {name: engine.local_tensor(name).clone() for name in dict(engine.module.named_parameters())}
     for i, parameters in enumerate(optimizer.state.values()):
         for key, value in parameters.items():
             local = value.to_local() if isinstance(value, DTensor) else value

@@ -8,7 +8,7 @@ import tiny_run
 import torch
 
 from mega_scale.model import MegaConfig
-from mega_scale.parallel import ParallelConfig, Place, World, parallelize, seeded_values
+from mega_scale.parallel import EngineConfig, ParallelConfig, Place, World, parallelize, seeded_values
 from mega_scale.parallel.mesh import MeshShape
 
 LAYOUTS = {
@@ -39,15 +39,10 @@ def _engine(world: World, engine: str, changes: dict[str, Any], activation_check
     return parallelize(
         tiny_run.meta_model(shape),
         seeded_values(shape, tiny_run.SEED),
-        parallel,
-        dtype="fp32",
-        micro_batch_size=len(documents_alone.STARTS),
-        accumulation=1,
-        max_grad_norm=0.0,
+        EngineConfig(parallel, micro_batch_size=len(documents_alone.STARTS), max_grad_norm=0.0, seed=5),
+        world,
         # One step at rate 1 moves every weight by its gradient.
-        build_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
-        world=world,
-        seed=5,
+        lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mega_scale.parallel import Engine, ParallelConfig, World, parallelize, seeded_values
-from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel.shard import assemble, by_source, shardings
 
 # Nothing below the persistence threshold would be partitioned, and bugs of partitioning would not show.
 _PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -28,7 +28,7 @@ WITH_DROPOUT = ("fsdp-3", "zero-3")
 
 
 def parts(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters by their own names, tied ones included, whole but for what tp cuts under DeepSpeed; collective."""
+    """Parameters by their own names, tied ones included, whole but for what tp shards; collective."""
     full: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if isinstance(parameter, DTensor):
@@ -44,7 +44,7 @@ def parts(module: nn.Module) -> dict[str, Tensor]:
 def gathered(module: nn.Module) -> dict[str, Tensor]:
     """Full tensors of the state dict, tied names included; collective."""
     local = parts(module)
-    full = {source: assemble(names, local.__getitem__) for source, names in whole_tensors(pieces(module)).items()}
+    full = {source: assemble(names, local.__getitem__) for source, names in by_source(shardings(module)).items()}
     return full | {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
@@ -192,13 +192,11 @@ def _materialised(key: str, world: World) -> dict[str, Any]:
     engine = parallelize(
         tiny_run.meta_model(config),
         values,
-        ParallelConfig(**ENGINES[key]),
-        dtype="fp32",
-        micro_batch_size=2,
-        accumulation=tiny_run.ACCUMULATION,
-        max_grad_norm=0.0,
-        build_optimizer=tiny_run.build_optimizer,
-        world=world,
+        EngineConfig(
+            ParallelConfig(**ENGINES[key]), micro_batch_size=2, accumulation=tiny_run.ACCUMULATION, max_grad_norm=0.0
+        ),
+        world,
+        tiny_run.build_optimizer,
     )
     local = total = 0
     for parameter in engine.module.parameters():

@@ -6,11 +6,10 @@ import engine_study
 import tiny_run
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from mega_scale.parallel import Engine, ParallelConfig, Place, World, parallelize, seeded_values
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, Place, World, parallelize, seeded_values
 from mega_scale.parallel.mesh import MeshShape
-from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
+from mega_scale.parallel.shard import assemble, by_source, shardings
 
 STEPS = 20
 ROWS = 4
@@ -80,22 +79,29 @@ def global_batch(step: int, vocabulary: int = 68) -> tuple[Tensor, Tensor, int]:
     return tokens[:, :-1].contiguous(), labels, int((labels != -100).sum())
 
 
-def make_engine(world: World, engine: str, variant: tuple[dict[str, Any], int, str]) -> Engine:
-    changes, activation_checkpoint, dtype = variant
-    settings = engine_study.ENGINES["zero-3"] if engine == "deepspeed" else {"engine": engine}
-    shape = config(**changes)
-    parallel = ParallelConfig(**settings, activation_checkpoint=activation_checkpoint, **world.shape._asdict())
+def make_engine(
+    world: World,
+    engine: str,
+    changes: dict[str, Any] | None = None,
+    activation_checkpoint: int = 0,
+    dtype: str = "fp32",
+    values: int = tiny_run.SEED,
+) -> Engine:
+    """One of `engine_study.ENGINES` in the layout of a world, of a model with some changes and seeded values."""
+    shape = config(**(changes or {}))
+    settings = engine_study.ENGINES[engine] | {"activation_checkpoint": activation_checkpoint}
     return parallelize(
         tiny_run.meta_model(shape),
-        seeded_values(shape, tiny_run.SEED),
-        parallel,
-        dtype=dtype,
-        micro_batch_size=ROWS // world.shape.dp,
-        accumulation=1,
-        max_grad_norm=0.4,
-        build_optimizer=tiny_run.build_optimizer,
-        world=world,
-        seed=5,
+        seeded_values(shape, values),
+        EngineConfig(
+            ParallelConfig(**settings, **world.shape._asdict()),
+            dtype=dtype,
+            micro_batch_size=ROWS // world.shape.dp,
+            max_grad_norm=0.4,
+            seed=5,
+        ),
+        world,
+        tiny_run.build_optimizer,
     )
 
 
@@ -116,18 +122,16 @@ def train(engine: Engine, world: World, steps: range, vocabulary: int = 68) -> t
 
 def whole_weights(engine: Engine, world: World) -> dict[str, Tensor]:
     """The state dict's tensors, whole and on every rank, by their Hugging Face names; collective."""
-    table, local = pieces(engine.module), engine_study.parts(engine.module)
-    is_whole = world.shape.tp == 1 or isinstance(next(engine.module.parameters()), DTensor)
-    if not is_whole:
-        for name, piece in table.items():
-            parts = [torch.empty_like(local[name]) for _ in range(world.shape.tp)]
-            torch.distributed.all_gather(parts, local[name].contiguous(), group=world.axis("tp").group)
-            local[name] = piece.join(parts)
-    return {source: assemble(names, local.__getitem__) for source, names in whole_tensors(table).items()}
+    table, local = shardings(engine.module), engine_study.parts(engine.module)
+    for name, sharding in table.items():
+        shards = [torch.empty_like(local[name]) for _ in range(world.shape.tp)]
+        torch.distributed.all_gather(shards, local[name].contiguous(), group=world.axis("tp").group)
+        local[name] = sharding.join(shards)
+    return {source: assemble(names, local.__getitem__) for source, names in by_source(table).items()}
 
 
 def run(world: World, engine: str, variant: tuple[dict[str, Any], int, str], steps: int = STEPS) -> dict[str, Any]:
-    made = make_engine(world, engine, variant)
+    made = make_engine(world, engine, *variant)
     start = whole_weights(made, world)
     losses, norms = train(made, world, range(steps))
     found = {"losses": losses, "norms": norms, "start": start, "end": whole_weights(made, world)}
@@ -141,21 +145,27 @@ MODEL_STEPS = 4
 def alone() -> dict[str, dict[str, Any]]:
     """One process, by variant and by model."""
     with World.start(ParallelConfig()) as world:
-        found = {name: run(world, "fsdp", variant) for name, variant in VARIANTS.items()}
-        return found | {name: run(world, "fsdp", (model, 0, "fp32"), MODEL_STEPS) for name, model in MODELS.items()}
+        found = {name: run(world, "fsdp-3", variant) for name, variant in VARIANTS.items()}
+        return found | {name: run(world, "fsdp-3", (model, 0, "fp32"), MODEL_STEPS) for name, model in MODELS.items()}
+
+
+# Every pair of layout and engine, of layout and variant, and of engine and variant.
+RUNS = [
+    (layout, ("fsdp-3", "zero-3")[(row + column) % 2], variant)
+    for row, layout in enumerate(LAYOUTS)
+    for column, variant in enumerate(VARIANTS)
+]
 
 
 def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Every layout of so many ranks."""
     found = {}
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
-        for name, shape in LAYOUTS.items():
-            if shape.size == size:
-                world = ranks.lay_out(shape)
-                for engine in ("fsdp", "deepspeed"):
-                    for variant, settings in VARIANTS.items():
-                        steps = STEPS if settings[2] == "fp32" else 5
-                        found[name, engine, variant] = run(world, engine, settings, steps)
+        for name, engine, variant in RUNS:
+            if LAYOUTS[name].size == size:
+                settings = VARIANTS[variant]
+                steps = STEPS if settings[2] == "fp32" else 5
+                found[name, engine, variant] = run(ranks.lay_out(LAYOUTS[name]), engine, settings, steps)
     return found
 
 
@@ -166,5 +176,5 @@ def study_models() -> dict[tuple[str, str], dict[str, Any]]:
         return {
             (name, engine): run(world, engine, (model, 1, "fp32"), MODEL_STEPS)
             for name, model in MODELS.items()
-            for engine in ("fsdp", "deepspeed")
+            for engine in ("fsdp-3", "zero-3")
         }

@@ -17,7 +17,7 @@ RESUMED = ("sp2-tp2", "dp2-tp2", "replicate2-sp2")
 
 
 def straight(world: World, engine: str, folder: Path) -> dict[str, Any]:
-    made = layout_study.make_engine(world, engine, VARIANT)
+    made = layout_study.make_engine(world, engine, *VARIANT)
     layout_study.train(made, world, range(CUT))
     state_folder.save(made, folder, world)
     at_cut = layout_study.whole_weights(made, world)
@@ -28,7 +28,7 @@ def straight(world: World, engine: str, folder: Path) -> dict[str, Any]:
 
 
 def resumed(world: World, engine: str, folder: Path) -> dict[str, Any]:
-    made = layout_study.make_engine(world, engine, VARIANT)
+    made = layout_study.make_engine(world, engine, *VARIANT)
     state_folder.load(made, folder, world)
     at_cut = layout_study.whole_weights(made, world)
     losses, norms = layout_study.train(made, world, range(CUT, END))
@@ -41,7 +41,7 @@ def study(folder: Path) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
         worlds = {name: ranks.lay_out(LAYOUTS[name]) for name in RESUMED}
-        for engine in ("fsdp", "deepspeed"):
+        for engine in ("fsdp-3", "zero-3"):
             for name in RESUMED:
                 found[name, engine, "straight"] = straight(worlds[name], engine, folder / f"{name}-{engine}")
                 found[name, engine, "resumed"] = resumed(worlds[name], engine, folder / f"{name}-{engine}")

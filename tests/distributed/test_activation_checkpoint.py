@@ -1,5 +1,6 @@
-"""What is recomputed changes neither losses nor gradients: kept products, segments of rows, documents across them."""
+"""What is recomputed changes neither losses nor gradients: saved matmuls, segments of rows, documents across them."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mega_scale.model import MegaForCausalLM
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel import Place, seeded_values
-from mega_scale.parallel.activation_checkpoint import Recomputation
-from mega_scale.parallel.collectives import ALONE
-from mega_scale.parallel.materialize import fill
-from mega_scale.parallel.model_checks import check_segments
-from mega_scale.parallel.spread import spread
+from mega_scale.parallel.activation_checkpoint import ActivationCheckpointing
+from mega_scale.parallel.mesh import check_segments
+from mega_scale.parallel.model_parallel import apply_model_parallelism
+from mega_scale.parallel.shard import fill
+from mega_scale.parallel.world import ALONE
 
 LENGTH = 61  # chunks of 8, the last with 5 tokens
 DROPOUT = dict.fromkeys(("dropout_prob", "hidden_dropout_prob", "nffn_activation_dropout_prob"), 0.2)
@@ -41,20 +42,22 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def step(changes: dict[str, Any], how: Recomputation, documents: bool = False) -> tuple[dict[str, Tensor], int]:
+def step(
+    changes: dict[str, Any], how: ActivationCheckpointing, documents: bool = False
+) -> tuple[dict[str, Tensor], int]:
     """Loss, gradients and number of matrix products of one step."""
     config = tiny_run.tiny_config(**changes)
     with torch.device("meta"):
         model = MegaForCausalLM(config)
-    parts = spread(model, sp=ALONE, tp=ALONE, recomputation=how, seed=1)
-    place = {"template": parts.template}
+    parallelism = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=how, seed=1)
+    place = {"template": parallelism.template}
     fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)
     model.train()
     ids = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(4))
     starts = torch.zeros_like(ids, dtype=torch.bool)
     starts[0, [0, 3, 16, 17, 58]] = True
-    inputs, labels = parts.window.take(Place(3, 8), ids, ids.roll(-1, 1))
-    with Products() as products, parts.window:
+    inputs, labels = parallelism.row_slice.take(Place(3, 8), ids, ids.roll(-1, 1))
+    with Products() as products, parallelism.row_slice:
         loss = model(
             input_ids=inputs, shift_labels=labels, document_starts=starts if documents else None, skip_logits=True
         ).loss
@@ -65,15 +68,21 @@ def step(changes: dict[str, Any], how: Recomputation, documents: bool = False) -
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_a_step_without_recomputation(model, documents):
-    expected, least = step(MODELS[model], Recomputation(), documents)
-    hows = [Recomputation(1), Recomputation(1, "products"), Recomputation(1, "nothing", 16)]
-    hows += [Recomputation(2, "products", 24), Recomputation(1, "nothing", 64), Recomputation(1, "nothing", 8)]
-    for how in hows:
+    expected, least = step(MODELS[model], ActivationCheckpointing(), documents)
+    hows = [
+        (1, "full", 0),
+        (1, "save_matmuls", 0),
+        (1, "full", 16),
+        (2, "save_matmuls", 24),
+        (1, "full", 64),
+        (1, "full", 8),
+    ]
+    for how in itertools.starmap(ActivationCheckpointing, hows):
         found, products = step(MODELS[model], how, documents)
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=f"{how}: {name}")
         if how.segment == 0:
-            assert products == least if how.keeps == "products" else products > least
+            assert products == least if how.policy == "save_matmuls" else products > least
 
 
 class Widest(TorchDispatchMode):
@@ -92,7 +101,7 @@ def test_only_the_stream_is_as_long_as_a_row():
     width = tiny_run.tiny_config().hidden_size
     for segment in (8, 0):
         with Widest() as widest:
-            step({}, Recomputation(1, "nothing", segment))
+            step({}, ActivationCheckpointing(1, "full", segment))
         assert (widest.width == width) if segment else (widest.width > width)
 
 
@@ -122,5 +131,5 @@ def recomputed(tmp_path_factory):
 def test_bf16_is_the_same_however_blocks_are_recomputed(recomputed, engine, model):
     for rank in recomputed:
         found = {way: rank[engine, model, way] for way in recomputation_study.WAYS}
-        assert found["products"] == found["every second"] == found["not"]
-        assert found["products of segments"] == found["segments"]
+        assert found["save_matmuls"] == found["every second"] == found["not"]
+        assert found["save_matmuls of segments"] == found["segments"]

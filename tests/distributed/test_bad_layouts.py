@@ -12,7 +12,7 @@ import yaml
 
 from mega_scale.config import RunConfig, parse
 from mega_scale.parallel import Placement
-from mega_scale.parallel.model_checks import check_sequence_parallel, check_tensor_parallel
+from mega_scale.parallel.mesh import check_sequence_parallel, check_tensor_parallel
 from mega_scale.process import StopSignals
 from mega_scale.training.trainer import Trainer
 

@@ -11,8 +11,9 @@ from engine_study import CUT, ENGINES, WITH_DROPOUT, study
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from mega_scale.parallel import ParallelConfig, World, open_weights, seeded_values
-from mega_scale.parallel.materialize import fill
+from mega_scale.checkpoint.state import open_weights
+from mega_scale.parallel import ParallelConfig, World, seeded_values
+from mega_scale.parallel.shard import fill
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

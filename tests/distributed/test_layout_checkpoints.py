@@ -8,8 +8,8 @@ import torch
 from ranks import run_ranks
 from resume_study import RESUMED, same, study
 
+from mega_scale.checkpoint.state import open_weights
 from mega_scale.model import MegaForCausalLM
-from mega_scale.parallel import open_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -24,7 +24,7 @@ def ranks(folder, tmp_path_factory):
     return run_ranks(study, 4, tmp_path_factory.mktemp("ranks"), folder, timeout_s=600)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["fsdp-3", "zero-3"])
 @pytest.mark.parametrize("layout", RESUMED)
 def test_resumes_bit_for_bit(ranks, layout, engine):
     for rank in ranks:
@@ -34,7 +34,7 @@ def test_resumes_bit_for_bit(ranks, layout, engine):
         assert not same(resumed["end"], straight["at_cut"])
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["fsdp-3", "zero-3"])
 @pytest.mark.parametrize("layout", RESUMED)
 def test_files_open_as_whole_tensors_in_hugging_face_names(ranks, folder, layout, engine):
     weights = dict(open_weights(folder / f"{layout}-{engine}"))
@@ -46,7 +46,7 @@ def test_files_open_as_whole_tensors_in_hugging_face_names(ranks, folder, layout
 
 
 def test_files_without_their_index_are_refused(ranks, folder):
-    source = folder / "dp2-tp2-deepspeed"
+    source = folder / "dp2-tp2-zero-3"
     (source / "index.json").rename(source / "away.json")
     try:
         with pytest.raises(ValueError, match=r"index\.json cannot be read"):

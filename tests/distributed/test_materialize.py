@@ -5,8 +5,9 @@ import tiny_run
 import torch
 from torch import Tensor, nn
 
-from mega_scale.parallel import open_weights, seeded_values
-from mega_scale.parallel.materialize import fill
+from mega_scale.checkpoint.state import open_weights
+from mega_scale.parallel import seeded_values
+from mega_scale.parallel.shard import fill
 
 CPU = torch.device("cpu")
 

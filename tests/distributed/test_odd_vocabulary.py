@@ -4,17 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import continued_study
 import pytest
 import state_folder
 import torch
-import vocabulary_study
+from continued_study import CASES
 from ranks import run_ranks
-from vocabulary_study import CASES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def name(case: vocabulary_study.Case) -> str:
+def name(case: continued_study.Case) -> str:
     return "-".join(map(str, case))
 
 
@@ -30,18 +30,18 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    [found] = run_ranks(vocabulary_study.alone, 1, folder / "alone", folder, launched=False)
+    [found] = run_ranks(continued_study.vocabularies_alone, 1, folder / "alone", folder, launched=False)
     return found
 
 
 @pytest.fixture(scope="module")
 def found(folder, alone):
-    return run_ranks(vocabulary_study.cut, 4, folder / "ranks", folder, timeout_s=600)
+    return run_ranks(continued_study.vocabularies, 4, folder / "ranks", folder, timeout_s=600)
 
 
 @pytest.fixture(scope="module")
 def again(folder, found):
-    [losses] = run_ranks(vocabulary_study.alone_again, 1, folder / "again", folder, launched=False)
+    [losses] = run_ranks(continued_study.vocabularies_again, 1, folder / "again", folder, launched=False)
     return losses
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mega_scale.parallel import ParallelConfig
+from mega_scale.parallel import EngineConfig, ParallelConfig
 from mega_scale.parallel.deepspeed_config import KEYS, OWNERS, native_config
 
 RUN: dict[str, Any] = {
@@ -17,6 +17,11 @@ RUN: dict[str, Any] = {
 }
 
 
+def validate(parallel: ParallelConfig, local_size: int | None = None) -> None:
+    run = {key: value for key, value in RUN.items() if key != "world_size"}
+    return EngineConfig(parallel, **run).validate(RUN["world_size"], local_size)
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "remedy"),
     [
@@ -24,8 +29,16 @@ RUN: dict[str, Any] = {
         ({"zero_stage": 4}, r"parallel\.zero_stage=4", "choose 0, 1, 2 or 3"),
         ({"engine": "fsdp", "zero_stage": 0}, r"parallel\.zero_stage=0", "deepspeed"),
         ({"activation_checkpoint": -1}, r"parallel\.activation_checkpoint=-1", "choose 0"),
-        ({"activation_checkpoint_keeps": "all"}, r"parallel\.activation_checkpoint_keeps='all'", "nothing, products"),
-        ({"activation_checkpoint_keeps": "products"}, r"activation_checkpoint_keeps='products'", "engine=fsdp"),
+        (
+            {"activation_checkpoint_policy": "all"},
+            r"parallel\.activation_checkpoint_policy='all'",
+            "full, save_matmuls",
+        ),
+        (
+            {"activation_checkpoint_policy": "save_matmuls"},
+            r"activation_checkpoint_policy='save_matmuls'",
+            "engine=fsdp",
+        ),
         ({"timeout_s": 0}, r"parallel\.timeout_s=0", "at least 1"),
         ({"device": "tpu"}, r"parallel\.device='tpu'", "auto, cpu, cuda"),
         ({"engine": "fsdp", "ds_config": {"wall_clock_breakdown": True}}, r"parallel\.ds_config=", "remove it"),
@@ -33,7 +46,7 @@ RUN: dict[str, Any] = {
 )
 def test_refuses(changes: dict[str, Any], field: str, remedy: str) -> None:
     with pytest.raises(ValueError, match=f"{field}.*{remedy}"):
-        ParallelConfig(**changes).validate(**RUN)
+        validate(ParallelConfig(**changes))
 
 
 @pytest.mark.parametrize(
@@ -48,19 +61,19 @@ def test_refuses(changes: dict[str, Any], field: str, remedy: str) -> None:
 )
 def test_refuses_meshes(changes: dict[str, Any], local_size: int, words: list[str]) -> None:
     with pytest.raises(ValueError) as refusal:
-        ParallelConfig(**changes).validate(**RUN, local_size=local_size)
+        validate(ParallelConfig(**changes), local_size)
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 @pytest.mark.parametrize("offload", [None, False, {}, {"device": "none"}])
 def test_copies_accept_keys_that_offload_nothing(offload: Any) -> None:
     config = ParallelConfig(dp_replicate=2, ds_config={"zero_optimization": {"offload_optimizer": offload}})
-    assert config.validate(**RUN) is None
+    assert validate(config) is None
 
 
 def test_accepts_what_can_run():
     runs = [("deepspeed", 0), *((engine, stage) for engine in ("deepspeed", "fsdp") for stage in (1, 2, 3))]
-    accepted = [ParallelConfig(engine=engine, zero_stage=stage).validate(**RUN) for engine, stage in runs]
+    accepted = [validate(ParallelConfig(engine=engine, zero_stage=stage)) for engine, stage in runs]
     assert accepted == [None] * 7
 
 
@@ -73,7 +86,7 @@ def test_refuses_native_keys_that_other_settings_own(path: str) -> None:
         inner = inner.setdefault(name, {})
     inner[key] = "something else"
     with pytest.raises(ValueError, match=f"parallel.ds_config.{path}='something else' contradicts") as refusal:
-        ParallelConfig(ds_config=native).validate(**RUN)
+        validate(ParallelConfig(ds_config=native))
     assert OWNERS[path] in str(refusal.value)
 
 
@@ -102,7 +115,7 @@ def test_a_section_cannot_be_replaced_by_a_value():
 def test_refuses_state_on_nvme() -> None:
     zero = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
     with pytest.raises(ValueError, match=r"offload_optimizer\.device='nvme' .* use 'cpu'"):
-        ParallelConfig(ds_config=zero).validate(**RUN)
+        validate(ParallelConfig(ds_config=zero))
 
 
 ZERO = "zero_optimization"
@@ -166,7 +179,7 @@ ZERO = "zero_optimization"
 )
 def test_refuses_native_keys_in_one_line(native: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ValueError) as refusal:
-        ParallelConfig(ds_config=native, zero_stage=1).validate(**RUN)
+        validate(ParallelConfig(ds_config=native, zero_stage=1))
     message = str(refusal.value)
     assert message.startswith("parallel.ds_config.") and "\n" not in message
     assert all(word in message for word in words), message
@@ -176,7 +189,7 @@ def test_refuses_native_keys_in_one_line(native: dict[str, Any], words: list[str
 def test_refuses_to_offload_what_is_not_split(stage: int, key: str) -> None:
     config = ParallelConfig(zero_stage=stage, ds_config={ZERO: {key: {"device": "cpu"}}})
     with pytest.raises(ValueError, match=rf"{key}=.*parallel\.zero_stage={stage} does not split"):
-        config.validate(**RUN)
+        validate(config)
 
 
 def test_native_keys_by_other_names_and_of_other_words_for_nothing() -> None:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+import continued_study
 import pytest
-import reshape_study
 import state_folder
+from continued_study import LAYOUTS, MORE
 from ranks import run_ranks
-from reshape_study import LAYOUTS, MORE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def losses(folder) -> list[float]:
-    (found,) = run_ranks(reshape_study.uninterrupted, 1, folder / "ranks", folder / "source", launched=False)
+    (found,) = run_ranks(continued_study.uninterrupted, 1, folder / "ranks", folder / "source", launched=False)
     return found
 
 
@@ -29,7 +29,7 @@ def passed_on(folder, losses) -> dict[str, list[list[float]]]:
     found = {}
     for size in SIZES:
         ranks = run_ranks(
-            reshape_study.passed_on, size, folder / f"on-{size}", folder / "source", folder / "saved", size
+            continued_study.passed_on, size, folder / f"on-{size}", folder / "source", folder / "saved", size
         )
         found |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
     return found
@@ -40,7 +40,7 @@ def matrix(folder, passed_on) -> dict[tuple[str, str], list[str]]:
     found: dict[tuple[str, str], list[str]] = {}
     for size in SIZES:
         for rank in run_ranks(
-            reshape_study.matrix,
+            continued_study.matrix,
             size,
             folder / f"matrix-{size}",
             folder / "source",
@@ -61,7 +61,7 @@ def test_all_layouts_took_part(passed_on, matrix):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_was_loaded_and_saved_is_the_same_bit_for_bit(folder, passed_on, layout):
     source = state_folder.canonical(folder / "source")
-    assert len(source) > 100 and int(source["steps"]) == reshape_study.CUT
+    assert len(source) > 100 and int(source["steps"]) == continued_study.CUT
     assert state_folder.differing(state_folder.canonical(folder / "saved" / layout), source) == []
 
 

@@ -10,8 +10,8 @@ import torch
 from layout_study import DROPOUT, LAYOUTS
 from ranks import run_ranks
 
-from mega_scale.parallel import ParallelConfig, SelfTest, World, collectives, sequence, shards, tensor_layers
-from mega_scale.parallel.self_test import self_test, tiny_model
+from mega_scale.parallel import ParallelConfig, SelfTest, World, sequence_parallel, tensor_parallel
+from mega_scale.parallel.self_test import run_self_test, tiny_model
 
 pytestmark = pytest.mark.distributed
 
@@ -21,7 +21,7 @@ def attempt(world: World, engine: str, stage: int, **native: Any) -> SelfTest | 
     ds_config = {"zero_optimization": native} if native else {}
     parallel = ParallelConfig(engine=engine, zero_stage=stage, ds_config=ds_config, **world.shape._asdict())
     try:
-        return self_test(config, parallel, world)
+        return run_self_test(config, parallel, world)
     except RuntimeError as error:
         return str(error)
 
@@ -47,21 +47,21 @@ def study() -> dict[Any, SelfTest | str]:
         sp, tp = ranks.lay_out(LAYOUTS["sp2"]), ranks.lay_out(LAYOUTS["tp2"])
 
         # Ranks that forget to sum the gradient of what all of them hold.
-        found["not summed"] = broken(shards, "sum_gradient", lambda x, axis: x, lambda: attempt(tp, "fsdp", 3))
+        found["not summed"] = broken(tensor_parallel, "sum_gradient", lambda x, axis: x, lambda: attempt(tp, "fsdp", 3))
         # States that arrive without their gradient.
-        gather = sequence.start_gather
+        gather = sequence_parallel.start_gather
 
         def silent(x: torch.Tensor, axis: Any) -> Any:
             return gather(x if torch.is_grad_enabled() else torch.zeros_like(x), axis)
 
-        found["no gradient"] = broken(sequence, "start_gather", silent, lambda: attempt(sp, "deepspeed", 3))
+        found["no gradient"] = broken(sequence_parallel, "start_gather", silent, lambda: attempt(sp, "deepspeed", 3))
         # One rank that sees another loss.
-        share = collectives.reduce_scatter
+        share = tensor_parallel.reduce_scatter
 
         def partly(x: torch.Tensor, axis: Any) -> torch.Tensor:
             return share(x * (1.01 if axis.rank else 1.0), axis)
 
-        found["one rank"] = broken(tensor_layers, "reduce_scatter", partly, lambda: attempt(tp, "fsdp", 3))
+        found["one rank"] = broken(tensor_parallel, "reduce_scatter", partly, lambda: attempt(tp, "fsdp", 3))
     return found
 
 

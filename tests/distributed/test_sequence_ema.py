@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 from mega_scale.parallel import ParallelConfig, World
-from mega_scale.parallel.collectives import Axis
-from mega_scale.parallel.sequence import StateExchange
+from mega_scale.parallel.sequence_parallel import StateExchange
+from mega_scale.parallel.world import Axis
 
 pytestmark = pytest.mark.distributed
 

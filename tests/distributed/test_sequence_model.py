@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from mega_scale.model import MegaForCausalLM, MegaForMaskedLM
 from mega_scale.parallel import ParallelConfig, Place, World, seeded_values
-from mega_scale.parallel.activation_checkpoint import Recomputation
-from mega_scale.parallel.collectives import ALONE, Axis
-from mega_scale.parallel.materialize import fill
-from mega_scale.parallel.pieces import assemble, pieces, whole_tensors
-from mega_scale.parallel.spread import spread
+from mega_scale.parallel.activation_checkpoint import ActivationCheckpointing
+from mega_scale.parallel.model_parallel import apply_model_parallelism
+from mega_scale.parallel.shard import assemble, by_source, fill, shardings
+from mega_scale.parallel.world import ALONE, Axis
 
 pytestmark = pytest.mark.distributed
 
@@ -52,16 +51,16 @@ def train_once(activation: str, sp: Axis, every: int) -> dict[str, Tensor]:
     config = encoder(activation)
     with torch.device("meta"):
         model = MegaForMaskedLM(config)
-    parts = spread(model, sp=sp, tp=ALONE, recomputation=Recomputation(every), seed=1)
-    place = {"template": parts.template}
+    parallelism = apply_model_parallelism(model, sp=sp, tp=ALONE, checkpointing=ActivationCheckpointing(every), seed=1)
+    place = {"template": parallelism.template}
     fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)
     model.train()
     ids, mask, labels = batch()
-    own, targets = parts.window.take(Place(3, 8), ids, labels)
-    with parts.window:
+    own, targets = parallelism.row_slice.take(Place(3, 8), ids, labels)
+    with parallelism.row_slice:
         loss = model(
             input_ids=own,
-            attention_mask=parts.window.split(mask, False),
+            attention_mask=parallelism.row_slice.split(mask, False),
             labels=targets,
             num_items_in_batch=int((labels != -100).sum()),
         ).loss
@@ -69,7 +68,7 @@ def train_once(activation: str, sp: Axis, every: int) -> dict[str, Tensor]:
     gradients = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
     whole = {
         name: assemble(own, gradients.__getitem__)
-        for name, own in whole_tensors(pieces(model)).items()
+        for name, own in by_source(shardings(model)).items()
         if all(gradients[part] is not None for part in own)
     }
     return whole | {"loss": loss.detach()}
@@ -108,4 +107,4 @@ def test_what_cannot_be_spread_is_refused(axes, changes, message):
         model = MegaForCausalLM(tiny_run.tiny_config(intermediate_size=20, nffn_hidden_size=24, **changes))
     axis = {"sp": ALONE, "tp": ALONE} | {axes: Axis(None, 0, 2)}
     with pytest.raises(ValueError, match=message):
-        spread(model, **axis, recomputation=Recomputation(), seed=0)
+        apply_model_parallelism(model, **axis, checkpointing=ActivationCheckpointing(), seed=0)

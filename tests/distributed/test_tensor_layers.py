@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from mega_scale.model.layers import MegaRMSNorm, MegaScaleNorm
 from mega_scale.ops.cross_entropy import linear_cross_entropy
 from mega_scale.parallel import ParallelConfig, World
-from mega_scale.parallel.collectives import Axis, Gather, reduce_scatter, sum_gradient
-from mega_scale.parallel.tensor_layers import cut_norm
-from mega_scale.parallel.vocabulary import CutVocabularyEmbedding, vocabulary_part
+from mega_scale.parallel.tensor_parallel import VocabularyParallelEmbedding, channel_parallel_norm, vocabulary_part
+from mega_scale.parallel.world import Axis, Gather, gather_replicated, reduce_scatter, sum_gradient
 
 pytestmark = pytest.mark.distributed
 
@@ -50,10 +49,10 @@ def whole_norm(name: str, offset: float) -> dict[str, Tensor]:
 
 def part_norm(name: str, offset: float, axis: Axis) -> dict[str, Tensor]:
     whole = NORMS[name]()
-    norm: Any = cut_norm(whole, axis).to_empty(device="cpu").double()
+    norm: Any = channel_parallel_norm(whole, axis).to_empty(device="cpu").double()
     for number, (key, parameter) in enumerate(norm.named_parameters()):
         value = draw(*whole.get_parameter(key).shape, seed=number + 5)
-        parameter.data = mine(value, axis) if key in norm.shards else value
+        parameter.data = mine(value, axis) if key in norm.shard_dims else value
     x = mine(draw(3, 7, 12) + offset, axis).requires_grad_()
     y = norm(x)
     (y * mine(draw(3, 7, 12, seed=1), axis)).sum().backward()
@@ -88,7 +87,7 @@ def embedding_case(axis: Axis | None) -> dict[str, Tensor]:
     if axis is None:
         layer = nn.Embedding(24, 8, padding_idx=17)
     else:
-        layer, weight, probe = CutVocabularyEmbedding(24, 8, 17, axis), mine(weight, axis, 0), mine(probe, axis)
+        layer, weight, probe = VocabularyParallelEmbedding(24, 8, 17, axis), mine(weight, axis, 0), mine(probe, axis)
     layer.weight = nn.Parameter(weight)
     y = layer(ids)
     (y * probe).sum().backward()
@@ -113,6 +112,21 @@ def product_case(axis: Axis | None) -> dict[str, Tensor]:
     return {"y": y.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 
 
+def logits_case(axis: Axis | None) -> dict[str, Tensor]:
+    """A loss of whole logits, which every rank computes alike."""
+    x, weight = draw(3, 5, 8), draw(24, 8, seed=1)
+    if axis is not None:
+        x, weight = mine(x, axis), mine(weight, axis, 0)
+    leaves = {"x": x, "weight": weight}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    logits = F.linear(x if axis is None else Gather(x, axis).wait(), weight)
+    if axis is not None:
+        logits = gather_replicated(logits, axis)
+    F.cross_entropy(logits.flatten(0, 1), LABELS.flatten(), reduction="sum").backward()
+    return {"logits": logits.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+
+
 def everything() -> dict[Any, dict[str, Tensor] | None]:
     found: dict[Any, dict[str, Tensor] | None] = {}
     with World.start(ParallelConfig(timeout_s=120)) as world:
@@ -128,6 +142,7 @@ def everything() -> dict[Any, dict[str, Tensor] | None]:
                 found["loss", scale, size] = loss_case(scale, axis)
             found["embedding", size] = embedding_case(axis)
             found["product", size] = product_case(axis)
+            found["logits", size] = logits_case(axis)
     return found
 
 
@@ -182,6 +197,21 @@ def test_products(ranks, size):
         torch.testing.assert_close(found, expected[key], rtol=1e-11, atol=1e-11, msg=key)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_that_every_rank_computes(ranks, size):
+    expected = logits_case(None)
+    for key, dim in (("logits", None), ("dx", -1), ("dweight", 0)):
+        found = joined(ranks, ("logits", size), key, dim)
+        torch.testing.assert_close(found, expected[key], rtol=1e-11, atol=1e-11, msg=key)
+
+
+@pytest.mark.parametrize("wrong", [24, -1])
+def test_ids_outside_the_vocabulary_are_refused_as_in_one_process(wrong):
+    layer = VocabularyParallelEmbedding(24, 8, None, Axis(None, 0, 2))
+    with pytest.raises(ValueError, match=rf"input_ids holds {wrong}: expected 0 to 23 \(vocab_size=24\)"):
+        layer(torch.tensor([[0, wrong]]))
+
+
 def test_batch_norms_are_refused():
     with pytest.raises(ValueError, match=r"parallel\.tp=2.*BatchNorm1d.*layernorm"):
-        cut_norm(nn.BatchNorm1d(4), Axis(None, 0, 2))
+        channel_parallel_norm(nn.BatchNorm1d(4), Axis(None, 0, 2))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mega_scale.parallel.window import START, Place, Window
+from mega_scale.parallel.sequence_parallel import START, Place, RowSlice
 
 
 @pytest.mark.parametrize(
@@ -12,7 +12,7 @@ from mega_scale.parallel.window import START, Place, Window
 def test_parts_are_whole_chunks_and_lose_nothing(length, parts, chunk, each):
     inputs = torch.arange(2 * length).view(2, length)
     labels = inputs + 1
-    taken = [Window(part, parts, chunk).take(START, inputs, labels) for part in range(parts)]
+    taken = [RowSlice(part, parts, chunk).take(START, inputs, labels) for part in range(parts)]
     for pieces, whole, fill in zip(zip(*taken, strict=True), (inputs, labels), (0, -100), strict=True):
         assert all(piece.shape == (2, each) and piece.is_contiguous() for piece in pieces)
         joined = torch.cat(pieces, 1)
@@ -22,11 +22,11 @@ def test_parts_are_whole_chunks_and_lose_nothing(length, parts, chunk, each):
 
 def test_alone_rows_stay_as_they_are():
     inputs = torch.arange(7).view(1, 7)
-    assert Window().take(START, inputs, inputs)[0] is inputs
+    assert RowSlice().take(START, inputs, inputs)[0] is inputs
 
 
 def test_knows_its_place_only_inside():
-    window = Window(part=2, parts=4, chunk=8)
+    window = RowSlice(part=2, parts=4, chunk=8)
     inputs = torch.zeros(1, 64, dtype=torch.int64)
     window.take(Place(5, 12), inputs, inputs)
     assert not window.cut and window.place == START

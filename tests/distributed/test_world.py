@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import RankFailedError, run_ranks
 
-from mega_scale.parallel import ParallelConfig, Placement, World, describe, difference, placement
+from mega_scale.parallel import ParallelConfig, Placement, World, layout_changes, placement
 
 # One rank of as many on this machine.
 THREADS = """
@@ -135,9 +135,9 @@ def test_placement_of_half_a_launcher(no_launcher):
 
 
 def test_a_checkpoint_of_another_layout_is_told_apart():
-    saved = describe(ParallelConfig(engine="deepspeed", zero_stage=3), 2)
+    saved = ParallelConfig(engine="deepspeed", zero_stage=3).layout(2)
     axes = {"dp_replicate": 1, "dp_shard": 2, "sp": 1, "tp": 1}
     assert saved == {"engine": "deepspeed", "zero_stage": 3, "world_size": 2, **axes}
-    assert difference(saved, describe(ParallelConfig(engine="deepspeed", dp_shard=2), 2)) == ""
-    other = difference(saved, describe(ParallelConfig(engine="fsdp", tp=2), 4))
+    assert layout_changes(saved, ParallelConfig(engine="deepspeed", dp_shard=2).layout(2)) == ""
+    other = layout_changes(saved, ParallelConfig(engine="fsdp", tp=2).layout(4))
     assert other == "parallel.engine deepspeed -> fsdp, processes 2 -> 4, parallel.tp 1 -> 2"

@@ -17,7 +17,7 @@ import damage
 from launch import checkpoint, evaluate, generate
 from launch.pretrain import main as pretrain
 from mega_scale import export
-from mega_scale.parallel import StateReader
+from mega_scale.checkpoint.state import StateReader
 
 OLDER, NEWER = "step-00000003", "step-00000006"
 DAMAGES = 100

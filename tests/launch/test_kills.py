@@ -8,9 +8,8 @@ import torch
 from launching import ROOT, study
 from same_runs import metric_problems, state_problems
 
-from mega_scale.parallel import INDEX, index_of, own_part, part_file, write_tensors
-from mega_scale.parallel.pieces import Piece
-from mega_scale.parallel.state import EngineState, Held, Names
+from mega_scale.checkpoint.state import INDEX, build_index, rank_tensors, state_file, write_tensors
+from mega_scale.parallel.shard import EngineState, LocalTensor, Shard, Sharding
 
 
 @pytest.mark.launch
@@ -55,16 +54,16 @@ def write_checkpoint(folder, change=None, steps=2.0):
     tensors = {kind: torch.arange(6.0) for kind in ("weight", "exp_avg", "exp_avg_sq")}
     if change is not None:
         tensors[change][0] = -0.0  # equal as a number
-    names = Names({"layer.weight": Piece("layer.weight")}, {}, 1)
-    held = {"layer.weight": Held(torch.Size([2, 3]), 0, tensors, 1, 0)}
-    state = EngineState(names, held, [torch.tensor(steps)], {"mean": torch.ones(2)})
+    local = {"layer.weight": LocalTensor(torch.Size([2, 3]), Shard((0, 0), (2, 3)), 0, tensors, 1, 0)}
+    table = {"layer.weight": Sharding("layer.weight")}
+    state = EngineState(table, {}, 1, 0, local, [torch.tensor(steps)], {"mean": torch.ones(2)})
     (folder / "state").mkdir(parents=True)
     (folder / "random").mkdir()
     (folder / "random/rank-00000.safetensors").write_bytes(b"1")
     (folder / "trainer.json").write_text("{}")
-    found, spans = own_part(state, 0, 0)
-    write_tensors(folder / "state" / part_file(0), found, lambda _: None)
-    (folder / "state" / INDEX).write_text(json.dumps(index_of(state, [spans])))
+    found, spans = rank_tensors(state, 0)
+    write_tensors(folder / "state" / state_file(0), found, lambda _: None)
+    (folder / "state" / INDEX).write_text(json.dumps(build_index(state, [spans])))
     return folder
 
 

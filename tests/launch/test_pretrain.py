@@ -8,7 +8,7 @@ import yaml
 from launching import ROOT, metrics, pretrain, pretrain_until, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mega_scale.parallel import open_weights
+from mega_scale.checkpoint.state import open_weights
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
@@ -52,7 +52,7 @@ def alone(tmp_path_factory, text_file):
     [
         ("deepspeed", "deepspeed", 3, ["parallel.activation_checkpoint_segment=32"]),
         ("torchrun", "fsdp", 3, ["train.compile=true"]),
-        ("accelerate", "fsdp", 2, ["parallel.activation_checkpoint_keeps=products"]),
+        ("accelerate", "fsdp", 2, ["parallel.activation_checkpoint_policy=save_matmuls"]),
         ("python", "deepspeed", 1, []),
     ],
 )

@@ -110,7 +110,7 @@ def arm():
     from mega_scale.checkpoint import saver  # noqa: PLC0415
     from mega_scale.checkpoint.saver import Saver  # noqa: PLC0415
     from mega_scale.data import Loader  # noqa: PLC0415
-    from mega_scale.parallel.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
+    from mega_scale.parallel.deepspeed import DeepSpeedEngine  # noqa: PLC0415
     from mega_scale.parallel.fsdp import FsdpEngine  # noqa: PLC0415
     from mega_scale.training.evaluate import EveryToken  # noqa: PLC0415
 

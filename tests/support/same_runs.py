@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from mega_scale.parallel import StateReader
-from mega_scale.parallel.state import WEIGHT
+from mega_scale.checkpoint.state import StateReader
+from mega_scale.parallel.shard import WEIGHT
 
 KEYS = ("loss", "grad_norm", "lr", "tokens")
 KINDS = ("exp_avg", "exp_avg_sq")

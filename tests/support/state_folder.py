@@ -6,25 +6,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mega_scale.parallel import INDEX, Engine, StateReader, World, index_of, own_part, part_file, write_tensors
+from mega_scale.checkpoint.state import INDEX, StateReader, build_index, rank_tensors, state_file, write_tensors
+from mega_scale.parallel import Engine, World
 
 
 def save(engine: Engine, folder: Path, world: World) -> None:
     """Collective."""
     folder.mkdir(parents=True, exist_ok=True)
     state = engine.state()
-    tensors, spans = own_part(state, world.rank, world.at.tp)
-    write_tensors(folder / part_file(world.rank), tensors, lambda data: None)
+    tensors, spans = rank_tensors(state, world.rank)
+    write_tensors(folder / state_file(world.rank), tensors, lambda data: None)
     gathered = world.gather(spans)
     if gathered is not None:
-        (folder / INDEX).write_text(json.dumps(index_of(state, gathered)))
+        (folder / INDEX).write_text(json.dumps(build_index(state, gathered)))
     world.barrier()
 
 
 def load(engine: Engine, folder: Path, world: World) -> None:
     """Collective."""
     with torch.no_grad():
-        StateReader(folder).load(engine.state(), world.axis("tp"))
+        StateReader(folder).load(engine.state())
     engine.loaded(0)
 
 
@@ -32,7 +33,7 @@ def canonical(folder: Path) -> dict[str, Tensor]:
     """Everything in a folder, whichever layout wrote it."""
     reader = StateReader(folder)
     found = {"steps": torch.tensor(reader.optimizer_steps)}
-    for name in reader.names.table:
+    for name in reader.shardings:
         kinds = ("weight", "exp_avg", "exp_avg_sq") if name in reader.trained else ("weight",)
         found |= {f"{kind}/{name}": reader.whole(name, kind) for kind in kinds}
     return found | {f"buffer/{name}": reader.buffer(name) for name in reader.buffers}

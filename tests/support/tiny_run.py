@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.parallel import Engine, ParallelConfig, World, parallelize, seeded_values
-from mega_scale.parallel.materialize import fill
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel.shard import fill
 
 STEPS = 5
 ACCUMULATION = 2
@@ -99,13 +99,15 @@ def make_engine(world: World, settings: dict[str, Any], dtype: str = "fp32", **c
     return parallelize(
         meta_model(config),
         seeded_values(config, SEED),
-        ParallelConfig(**settings),
-        dtype=dtype,
-        micro_batch_size=ROWS // world.size // ACCUMULATION,
-        accumulation=ACCUMULATION,
-        max_grad_norm=MAX_GRAD_NORM,
-        build_optimizer=build_optimizer,
-        world=world,
+        EngineConfig(
+            ParallelConfig(**settings),
+            dtype=dtype,
+            micro_batch_size=ROWS // world.size // ACCUMULATION,
+            accumulation=ACCUMULATION,
+            max_grad_norm=MAX_GRAD_NORM,
+        ),
+        world,
+        build_optimizer,
     )
 
 

@@ -16,7 +16,7 @@ from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
 from mega_scale.checkpoint.saver import Saver
 from mega_scale.config import RunConfig, load_config, model_config, save_config
 from mega_scale.data import load_tokenizer
-from mega_scale.parallel import Engine, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.training.restore import describe_model
 
 OLDER, NEWER = 3, 6
@@ -45,7 +45,7 @@ class Trial(NamedTuple):
 def snapshot(engine: Engine) -> dict[str, Tensor]:
     """A copy of all that an engine's state consists of."""
     state = engine.state()
-    found = {f"{kind}/{name}": t.clone() for name, held in state.held.items() for kind, t in held.tensors.items()}
+    found = {f"{kind}/{name}": t.clone() for name, held in state.tensors.items() for kind, t in held.tensors.items()}
     found |= {f"buffer/{name}": buffer.clone() for name, buffer in state.buffers.items()}
     return found | {f"step/{i}": step.clone() for i, step in enumerate(state.steps)}
 
@@ -54,7 +54,7 @@ def restore(engine: Engine, values: dict[str, Tensor]) -> None:
     """Put a copy back."""
     state = engine.state()
     with torch.no_grad():
-        for name, held in state.held.items():
+        for name, held in state.tensors.items():
             for kind, tensor in held.tensors.items():
                 tensor.copy_(values[f"{kind}/{name}"])
         for name, buffer in state.buffers.items():
@@ -90,13 +90,9 @@ def engine_of(run: Path, world: World) -> Engine:
     return parallelize(
         tiny_run.meta_model(model),
         seeded_values(model, 1),
-        ParallelConfig(engine="fsdp"),
-        dtype="fp32",
-        micro_batch_size=1,
-        accumulation=1,
-        max_grad_norm=1.0,
-        build_optimizer=tiny_run.build_optimizer,
-        world=world,
+        EngineConfig(ParallelConfig(engine="fsdp")),
+        world,
+        tiny_run.build_optimizer,
     )
 
 

@@ -20,9 +20,8 @@ from mega_scale.checkpoint.folder import (
 from mega_scale.checkpoint.manifest import CheckpointError, read_key, strays
 from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
 from mega_scale.checkpoint.saver import Saver
-from mega_scale.parallel.collectives import ALONE
-from mega_scale.parallel.pieces import Piece
-from mega_scale.parallel.state import EngineState, Held, Names
+from mega_scale.parallel.shard import EngineState, LocalTensor, Shard, Sharding
+from mega_scale.parallel.world import ALONE
 
 KEY = b"a secret of twenty-four "
 
@@ -68,9 +67,9 @@ class TinyEngine:
         self.told = None
 
     def state(self):
-        names = Names({"layer.weight": Piece("layer.weight")}, {}, 1)
-        held = {"layer.weight": Held(torch.Size([2, 3]), 0, self.tensors, 1, 0)}
-        return EngineState(names, held, [self.steps], {})
+        local = LocalTensor(torch.Size([2, 3]), Shard((0, 0), (2, 3)), 0, self.tensors, 1, 0)
+        table = {"layer.weight": Sharding("layer.weight")}
+        return EngineState(table, {}, 1, 0, {"layer.weight": local}, [self.steps], {})
 
     def loaded(self, step):
         self.told = step
@@ -288,8 +287,11 @@ def test_another_model_is_refused_before_anything_changes(tmp_path):
     engine = TinyEngine(1)
     engine.tensors = {kind: tensor[:4] for kind, tensor in engine.tensors.items()}
     engine.state = lambda: EngineState(
-        Names({"layer.weight": Piece("layer.weight")}, {}, 1),
-        {"layer.weight": Held(torch.Size([2, 2]), 0, engine.tensors, 1, 0)},
+        {"layer.weight": Sharding("layer.weight")},
+        {},
+        1,
+        0,
+        {"layer.weight": LocalTensor(torch.Size([2, 2]), Shard((0, 0), (2, 2)), 0, engine.tensors, 1, 0)},
         [engine.steps],
         {},
     )

@@ -13,8 +13,8 @@ from launch import checkpoint as command
 from launch.pretrain import main as pretrain
 from mega_scale.checkpoint import saver
 from mega_scale.checkpoint.folder import checkpoints, verify
+from mega_scale.checkpoint.state import StateReader
 from mega_scale.files import FileLock
-from mega_scale.parallel import StateReader
 
 TINY = [
     "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=24", "model.nffn_hidden_size=20",
@@ -62,7 +62,7 @@ def damage(folder: Path) -> None:
 def state(folder: Path) -> dict[str, torch.Tensor]:
     reader = StateReader(folder / "state")
     kinds = ("weight", "exp_avg", "exp_avg_sq")
-    return {f"{kind}/{name}": reader.whole(name, kind) for name in reader.names.table for kind in kinds}
+    return {f"{kind}/{name}": reader.whole(name, kind) for name in reader.shardings for kind in kinds}
 
 
 def test_lists_what_there_is(run_dir, capsys):

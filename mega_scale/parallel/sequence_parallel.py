@@ -4,26 +4,107 @@ Rank r averages its part of a row from zero, and gets the end states S_j of all 
 fade of a state over one part, the state before part r is `sum_{j<r} Q^(r-1-j) S_j`. Backward, the gradients G_r of
 those states travel the same way, and `dS_j = sum_{r>j} Q^(r-1-j) G_r`. Attention stays inside chunks.
 
-Legend: P ranks of the axis, B batch, R channels (twice as many when bidirectional), N moving averages per channel.
+Legend: P ranks of the axis, B rows, L length of a whole row, C chunk, R channels (twice as many when bidirectional),
+N moving averages per channel.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mega_scale.model import MegaConfig
 from mega_scale.model.layers import MegaMultiDimensionDampedEma
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 from mega_scale.ops.once import once_differentiable
-from mega_scale.parallel.collectives import Axis, Pending, start_gather
-from mega_scale.parallel.window import Window
+from mega_scale.parallel.shard import on_meta, replace_modules
+from mega_scale.parallel.world import Axis, Pending, start_gather
+
+_IGNORED = -100
 
 
-class Kept:
-    """What a block received in its forward, for the recomputation of it in the backward pass, which then asks nobody.
+class Place(NamedTuple):
+    """Where a micro-batch lies in the run."""
+
+    step: int = 0  # optimizer steps before it
+    first_row: int = 0  # number of its first row in the global batch of its step
+
+
+START = Place()
+
+
+class RowSlice:
+    """Which part of the global batch this rank computes: its whole chunks of rows that the ranks of `sp` share.
+
+    One object serves a whole model. Inside a `with` statement the model computes this rank's part of the micro-batch
+    last taken; outside, whole rows.
+
+    Args:
+        part: which part is this rank's, 0 to parts - 1.
+        parts: P.
+        chunk: C, tokens; may be 1 where P = 1.
+
+    Attributes:
+        place: of the micro-batch under way.
+        first_token: position of this rank's first token in its rows.
+        cut: whether the model is given this rank's part of its rows.
+    """
+
+    def __init__(self, part: int = 0, parts: int = 1, chunk: int = 1) -> None:
+        self.part, self.parts = part, parts
+        self.first_token: int
+        self._multiple = parts * chunk if parts > 1 else 1
+        self._taken = (START, 0)
+        self._leave()
+
+    def split(self, tensor: Tensor, fill: int) -> Tensor:
+        """This rank's part of whole rows, (B, L, ...) to (B, ceil(L / P C) C, ...); rows are filled up at their end."""
+        if self.parts == 1:
+            return tensor
+        missing = -tensor.shape[1] % self._multiple
+        if missing:
+            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing), value=fill)
+        return tensor.chunk(self.parts, dim=1)[self.part].contiguous()
+
+    def take(self, place: Place, input_ids: Tensor, shift_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Begin a micro-batch: this rank's part of its inputs and next tokens, (B, L) int64 each.
+
+        What fills rows up has no labels. A causal model needs no mask for it: nothing before it sees it.
+        """
+        inputs = self.split(input_ids, 0)
+        self._taken = (place, inputs.shape[1])
+        return inputs, self.split(shift_labels, _IGNORED)
+
+    @contextmanager
+    def shifted(self, tokens: int) -> Iterator[None]:
+        """Shift positions by `tokens` inside the context."""
+        before = self.first_token
+        self.first_token = before + tokens
+        try:
+            yield
+        finally:
+            self.first_token = before
+
+    def __enter__(self) -> None:
+        self.place, length = self._taken
+        self.first_token, self.cut = self.part * length, self.parts > 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self.place, self.first_token, self.cut = START, 0, False
+
+
+class ReceivedStates:
+    """States that a block received in its forward pass, so that recomputing it needs no communication.
 
     `contexts` is the `context_fn` of PyTorch's checkpointing: it is called once for every forward of a block.
     """
@@ -64,16 +145,11 @@ class Kept:
 
 
 class StateExchange:
-    """Brings every part of a row the state before it: the `carry` of `damped_ema`.
+    """Brings every part of a row the state before it: the `carry` of `damped_ema`, over the ranks that share a row."""
 
-    Args:
-        axis: ranks that share a row, in the order of its parts.
-        kept: remembers what was received where blocks are recomputed.
-    """
-
-    def __init__(self, axis: Axis, kept: Kept | None = None) -> None:
+    def __init__(self, axis: Axis, kept: ReceivedStates | None = None) -> None:
         self._axis = axis
-        self._kept = kept or Kept()
+        self._kept = kept or ReceivedStates()
 
     def __call__(
         self, end: Tensor, log_fade: Tensor, passes: Tensor | None, bidirectional: bool
@@ -95,7 +171,9 @@ class StateExchange:
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, end: Tensor, axis: Axis, kept: Kept, box: list[Pending], bidirectional: bool) -> Tensor:
+    def forward(
+        ctx: Any, end: Tensor, axis: Axis, kept: ReceivedStates, box: list[Pending], bidirectional: bool
+    ) -> Tensor:
         """Starts to send (B, R, N); hands out the buffer (P, B, R, N) before it is full."""
         ctx.axis, ctx.box, ctx.bidirectional = axis, box, bidirectional
         box.append(kept.gather(end, axis))
@@ -172,29 +250,36 @@ def _weights(
 class SequenceParallelEma(MegaMultiDimensionDampedEma):
     """The moving average of one part of a row; of whole rows where the model is given those, as in generation."""
 
-    window: Window
-    exchange: StateExchange
+    def __init__(self, config: MegaConfig, row_slice: RowSlice, exchange: StateExchange) -> None:
+        super().__init__(config)
+        self.row_slice, self.exchange = row_slice, exchange
 
     def average(
         self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See `MegaMultiDimensionDampedEma.average`."""
-        if not self.window.cut:
+        if not self.row_slice.cut:
             return super().average(x, coefficients, state, resets)
         if state is not None:
             raise ValueError("a part of a row that is cut over ranks cannot begin with a cached state: give whole rows")
         return damped_ema(x, coefficients, None, resets, bidirectional=self.bidirectional, carry=self.exchange)
 
 
-def share_rows(model: nn.Module, window: Window, exchange: StateExchange) -> None:
-    """Have the moving averages of a model continue across the parts of a row.
+def apply_sequence_parallelism(
+    model: nn.Module, config: MegaConfig, row_slice: RowSlice, exchange: StateExchange
+) -> None:
+    """Have the moving averages of a model on the meta device continue across the parts of a row.
 
     Args:
         model: changed in place; parameters keep their names.
-        window: tells when the model is given parts of rows.
+        config: of the model.
+        row_slice: tells when the model is given parts of rows.
         exchange: brings states from part to part.
     """
-    for module in model.modules():
-        if isinstance(module, MegaMultiDimensionDampedEma):
-            module.__class__ = SequenceParallelEma
-            module.window, module.exchange = window, exchange  # type: ignore[assignment]
+
+    def build(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not MegaMultiDimensionDampedEma:
+            return None
+        return on_meta(SequenceParallelEma, config, row_slice, exchange)
+
+    replace_modules(model, build)

@@ -1,0 +1,343 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 around the same model and the same AdamW."""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mega_scale.model import MegaPreTrainedModel
+from mega_scale.parallel.config import EngineConfig
+from mega_scale.parallel.engine import BuildOptimizer, Engine, ModelParallelism, Range, ensure_moments, flat
+from mega_scale.parallel.shard import MOMENTS, WEIGHT, Placer, Values
+from mega_scale.parallel.world import Axis, World
+
+_linear = nn.functional.linear
+
+
+class DeepSpeedEngine(Engine):
+    """A model under DeepSpeed ZeRO: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3 weights too.
+
+    To DeepSpeed, ranks along dp_shard and sp are data-parallel, those along tp are model-parallel, and there is one
+    copy along dp_replicate. It averages gradients over the first, so the loss is multiplied by their number before its
+    backward; gradients of the copies are summed before its step. Parameters, EMA and optimizer are fp32 whatever the
+    number format of matrix products.
+    """
+
+    def __init__(
+        self,
+        model: MegaPreTrainedModel,
+        values: Values,
+        parallelism: ModelParallelism,
+        config: EngineConfig,
+        world: World,
+        build_optimizer: BuildOptimizer,
+    ) -> None:
+        super().__init__(model, parallelism, config, world)
+        self._partitions = world.shape.fsdp
+        self._copies = world.axis("dp_replicate")
+        self._stage: int = config.parallel.zero_stage
+        native = config.native_deepspeed(world.shape.fsdp)
+        deepspeed = _start_deepspeed(world)
+        unit = _MeshUnit(world.axis("fsdp"), world.axis("tp"))
+        self._fill(values, _partitioner(deepspeed, native, unit) if self._stage == 3 else _placer(world.device))
+        counted = {id(parameter) for parameter in self._counted}
+        for parameter in self._parameters.values():
+            # In the gradient's norm, DeepSpeed counts other parameters on the first rank of tp only.
+            parameter.tensor_model_parallel = id(parameter) in counted
+        if config.dtype == "bf16":
+            # DeepSpeed turns autocast on in its own forward only; evaluation and generation call the module.
+            model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(model), config=native, mpu=unit, dist_init_required=False
+        )
+        self._call = self._engine
+        self._require_own_numbers()
+
+    def _require_own_numbers(self) -> None:
+        """See that what the optimizer steps under each name is what the model computes with under it.
+
+        Raises:
+            RuntimeError: it is not; checkpoints would hold other parameters' numbers under that name.
+        """
+        for name, parameter in self._parameters.items():
+            stepped = self._stepped(parameter)
+            numbers = flat(stepped.owner)[stepped.numbers]
+            begin = 0 if self._stage == 3 else stepped.start
+            computed = self.local_tensor(name)[begin : begin + len(numbers)]
+            if not torch.equal(numbers.to(computed.device), computed):
+                raise RuntimeError(
+                    f"parallel.engine=deepspeed keeps other numbers than the model's for {name}, so that checkpoints "
+                    "would be wrong: remove keys of parallel.ds_config.zero_optimization, or use parallel.engine=fsdp"
+                )
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add gradients, see `Engine.backward`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        with self._parallelism.row_slice:
+            self._engine.backward(loss * self._partitions, scale_wrt_gas=False)
+
+    def step(self, lr: float, skip: bool = False) -> float:
+        """Clip, step, forget gradients, see `Engine.step`."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self._copies.size > 1:
+            # Of stage 3, which copies require: all gradient partitions lie in one buffer.
+            dist.all_reduce(self._engine.optimizer.grad_partitions_flat_buffer, group=self._copies.group)
+        if self._stage == 0:
+            return self._step_whole(skip)
+        if skip:
+            with self._discarded_step() as norms:
+                self._engine.step()
+            return float(norms[0])
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def _step_whole(self, skip: bool) -> float:
+        """Step without ZeRO, which has no norm of its own, and would step with any gradient."""
+        counted = [p.grad for p in self._counted if p.grad is not None]
+        norm = self._norm(counted, alike=("dp_replicate", "dp_shard", "sp"))
+        if skip or not norm.isfinite():
+            self._engine.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._clip([p.grad for p in self.module.parameters() if p.grad is not None], norm)
+            self._engine.step()
+        return float(norm)
+
+    @contextmanager
+    def _discarded_step(self) -> Iterator[list[Tensor]]:
+        """Have ZeRO discard its next step, forgetting the gradients in its own way.
+
+        ZeRO's optimizers have no call that drops accumulated gradients: `zero_grad` leaves partitions and buckets as
+        they are. They do drop them when the norm is infinite, so for one step the function that computes it says so.
+
+        Yields:
+            Will have the true norm, which ZeRO then does not keep.
+        """
+        from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415  see import_deepspeed
+
+        optimizer = self._engine.optimizer
+        norms: list[Tensor] = []
+        # What each class asks for the norm, or for those of its groups, just before it decides.
+        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
+        compute = getattr(optimizer, name)
+
+        def infinite() -> Any:
+            found = compute()
+            norms.append(combine_grad_norm_groups(found) if self._stage == 3 else found)
+            return [torch.full_like(norms[0], math.inf)] if self._stage == 3 else torch.full_like(norms[0], math.inf)
+
+        setattr(optimizer, name, infinite)
+        try:
+            yield norms
+        finally:
+            delattr(optimizer, name)
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.optimizer
+        found: torch.optim.Optimizer = optimizer if self._stage == 0 else optimizer.optimizer
+        return found
+
+    def _optimizer_steps(self) -> list[Tensor]:
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            stepped = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        elif self._stage < 3:
+            stepped = optimizer.single_partition_of_fp32_groups
+        else:
+            stepped = optimizer.fp32_partitioned_groups_flat
+        return ensure_moments(self._adam, stepped)
+
+    def _range(self, name: str) -> Range:
+        parameter = self._parameters[name]
+        stepped = self._stepped(parameter)
+        tensors = {WEIGHT: flat(stepped.owner)[stepped.numbers]}
+        if parameter.requires_grad:
+            moments = self._adam.state[stepped.owner]
+            tensors |= {moment: flat(moments[moment])[stepped.numbers] for moment in MOMENTS}
+        shape = parameter.ds_shape if self._stage == 3 else parameter.shape
+        return Range(shape, stepped.start, tensors, copied=stepped.owner is parameter)
+
+    def _stepped(self, parameter: Any) -> "_Stepped":
+        optimizer, fsdp = self._engine.optimizer, self._world.axis("fsdp")
+        if self._stage == 3:
+            group, first, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = min(fsdp.rank * length, parameter.ds_numel)
+            end = first + min(length, parameter.ds_numel - start)  # the last partition ends in padding
+            return _Stepped(optimizer.fp32_partitioned_groups_flat[group], slice(first, end), start)
+        if self._stage > 0:
+            # Where the parameter lies in its group is seen from its memory: DeepSpeed may have ordered the group anew,
+            # which its own table does not say.
+            memory = parameter.untyped_storage().data_ptr()
+            for group, whole in enumerate(optimizer.bit16_groups_flat):
+                if whole.untyped_storage().data_ptr() == memory:
+                    owner = optimizer.single_partition_of_fp32_groups[group]
+                    ahead = fsdp.rank * owner.numel() - (parameter.storage_offset() - whole.storage_offset())
+                    start = min(max(ahead, 0), parameter.numel())
+                    end = min(max(ahead + owner.numel(), 0), parameter.numel())
+                    return _Stepped(owner, slice(start - ahead, max(end, start) - ahead), start)
+        return _Stepped(parameter, slice(None), 0)
+
+    def loaded(self, step: int) -> None:
+        """Have DeepSpeed's other copies of the weights follow, see `Engine.loaded`."""
+        self._engine.global_steps = step
+        optimizer = self._engine.optimizer
+        if self._stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._stage == 3:
+            # Gathered weights are dropped, and those that stay gathered are gathered anew.
+            optimizer.checkpoint_event_prologue()
+            for name, local in self.state().tensors.items():
+                # Depending on its settings, DeepSpeed steps a copy of what it gathers.
+                partition = self._parameters[name].ds_tensor.data.view(-1)
+                partition[: len(local.tensors[WEIGHT])] = local.tensors[WEIGHT]
+            optimizer.checkpoint_event_epilogue()
+
+    def local_tensor(self, name: str) -> Tensor:
+        """This rank's partition without its padding, see `Engine.local_tensor`."""
+        parameter = self._parameters[name]
+        if self._stage < 3:
+            found: Tensor = parameter.detach().flatten()
+            return found
+        partition: Tensor = parameter.ds_tensor.data.flatten()
+        return partition[: max(parameter.ds_numel - self._world.axis("fsdp").rank * partition.numel(), 0)]
+
+    def local_shard(self, name: str, value: Tensor) -> Tensor:
+        """This rank's partition of a value, see `Engine.local_shard`."""
+        if self._stage < 3:
+            return value.flatten()
+        parameter = self._parameters[name]
+        numbers, rank = parameter.ds_tensor.numel(), self._world.axis("fsdp").rank
+        return value.flatten()[rank * numbers : (rank + 1) * numbers]
+
+    def close(self) -> None:
+        """Undo what DeepSpeed changed in this process, see `Engine.close`."""
+        self._engine.destroy()
+        # zero.Init replaces it for the whole process, and nothing of DeepSpeed puts it back.
+        nn.functional.linear = _linear
+
+
+class _Stepped(NamedTuple):
+    """Where the optimizer's numbers of a parameter lie on this rank.
+
+    Args:
+        owner: what the optimizer steps.
+        numbers: which of its numbers, flattened; none where this rank has none of the parameter.
+        start: the first of them in the parameter, flattened.
+    """
+
+    owner: Tensor
+    numbers: slice
+    start: int
+
+
+class _MeshUnit:
+    """The mesh as DeepSpeed asks for it, its `mpu`: ranks that partition one copy are data-parallel ones.
+
+    DeepSpeed knows sequence parallelism too, but divides gradients by its size in some ZeRO stages and not in others.
+    To it, ranks that share a row are ranks that have different tokens, which they are.
+    """
+
+    def __init__(self, partitions: Axis, tp: Axis) -> None:
+        self._partitions, self._tp = partitions, tp
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks over which gradients are averaged, and states partitioned."""
+        return self._partitions.group
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank among them."""
+        return self._partitions.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._partitions.size
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their numbers among all ranks."""
+        return dist.get_process_group_ranks(self._partitions.group)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share every layer."""
+        return self._tp.group
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank among them."""
+        return self._tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._tp.size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def import_deepspeed(device: str) -> ModuleType:
+    """Import DeepSpeed for a kind of device (cpu or cuda), with warnings and errors only in its log.
+
+    It chooses its device, logs and warns as it is imported, so this has to happen in one place.
+
+    Raises:
+        ValueError: DeepSpeed has already been told, or has already chosen, to compute elsewhere.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that PyTorch 2.13 deprecates, and would say so at each of them.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    import deepspeed  # noqa: PLC0415  (reads the variable set above)
+
+    # Its logger is made, and its level set, at import.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    chosen = deepspeed.accelerator.get_accelerator().device_name()
+    if chosen != device:
+        raise ValueError(
+            f"DeepSpeed computes on {chosen}, parallel.device asks for {device}: "
+            "unset the environment variable DS_ACCELERATOR, or change parallel.device"
+        )
+    return deepspeed
+
+
+def _start_deepspeed(world: World) -> Any:
+    """Import DeepSpeed and let it adopt the process group."""
+    deepspeed: Any = import_deepspeed(world.device.type)
+    # DeepSpeed reads it even where there is no launcher.
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    # A shared-memory all-reduce for inference would be compiled at first start, and need a compiler; training does not
+    # call it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _partitioner(deepspeed: Any, native: dict[str, Any], unit: _MeshUnit) -> Placer:
+    def place(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+        parameter: Any = nn.Parameter(value.contiguous())
+        # Partitions what the module holds in place, so the same parameter then serves in the model.
+        deepspeed.zero.Init(
+            module=nn.ParameterList([parameter]),
+            config_dict_or_path=native,
+            data_parallel_group=unit.get_data_parallel_group(),
+            mpu=unit,
+        )
+        # Where ranks do not divide a parameter, the last partition ends in memory that DeepSpeed leaves as it found it,
+        # and that would go into optimizer and checkpoints.
+        partition = parameter.ds_tensor.data
+        partition[max(parameter.ds_numel - unit.get_data_parallel_rank() * partition.numel(), 0) :] = 0
+        return parameter
+
+    return place
+
+
+def _placer(device: torch.device) -> Placer:
+    # A copy of its own: a shard is a view of the whole value.
+    return lambda old, value: nn.Parameter(value.to(device, copy=True).contiguous())

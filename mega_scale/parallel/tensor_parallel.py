@@ -1,0 +1,477 @@
+"""Tensor parallelism: this rank's part of the modules of a model, and of its vocabulary.
+
+The residual stream is sharded over channels. The moving average, norms, gates and the stream itself then need only a
+statistic a token; a block gathers the channels of its stream for values, of its average for gates, queries and keys,
+and of its stream again for the feed-forward network, and sums its two outputs over ranks: five large collectives.
+Queries and keys are computed by every rank, but each sees only what its own values made of them; so the gradient of a
+parameter that every rank holds is a sum over ranks. Logits of one token never meet on a rank in training.
+
+Legend: B batch, L length, D channels of the residual stream, E width of values, F of the feed-forward network, W any
+width inside a layer, T ranks, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mega_scale.model import MegaConfig, MegaForCausalLM, MegaPreTrainedModel
+from mega_scale.model.attention import MegaMovingAverageGatedAttention
+from mega_scale.model.layers import (
+    MegaEmbeddings,
+    MegaLinear,
+    MegaNormalizedFeedForwardNetwork,
+    MegaRMSNorm,
+    MegaRotaryRelativePositionalBias,
+    MegaScaleNorm,
+    MegaSequenceNorm,
+    MegaSimpleRelativePositionalBias,
+    check_ids,
+)
+from mega_scale.model.losses import LanguageModelHead
+from mega_scale.ops.cross_entropy import VocabularyPart, linear_cross_entropy
+from mega_scale.ops.linear import linear
+from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.precision import autocast_dtype
+from mega_scale.parallel.mesh import check_tensor_parallel
+from mega_scale.parallel.sequence_parallel import SequenceParallelEma
+from mega_scale.parallel.shard import ShardedModule, on_meta, replace_modules, shard_length
+from mega_scale.parallel.world import (
+    Axis,
+    Gather,
+    gather_replicated,
+    reduce_scatter,
+    start_gather,
+    sum_gradient,
+)
+
+_REPLICATED_SEGMENT = "shared"  # queries and keys, which every rank computes
+
+
+class TensorParallel(ShardedModule):
+    """A module whose parameters are this rank's shards; reading one gives what the module's arithmetic needs.
+
+    Mixed into a module of the model, it leaves that module's forward as it is. A parameter that every rank holds needs
+    its gradient summed between its use and the engine's reduction. FSDP2 and ZeRO-3 gather parameters just before the
+    forward and have no hook there, and torch's parametrizations would rename them: hence on reading.
+    """
+
+    axis: Axis
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        if name not in self.__dict__["_parameters"] or value is None:
+            return value
+        axis: Axis | None = self.__dict__.get("axis")
+        if axis is None or name in self.shard_dims or isinstance(value, DTensor):
+            return value  # a DTensor is sharded by FSDP, which reads it in this way too; nobody computes with it
+        return sum_gradient(value, axis)
+
+
+class ColumnParallelLinear(TensorParallel, MegaLinear):
+    """A linear layer of which a rank has some outputs, and all inputs: (B, L, D) to (B, L, W / T)."""
+
+    shard_dims: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
+
+    def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool = True) -> None:
+        super().__init__(inputs, shard_length(outputs, axis.size), bias)
+        self.axis = axis
+
+
+class _Gathering:
+    """Gathers the channels of an input, (B, L, D / T) to (B, L, D), from when they are known until they are needed."""
+
+    axis: Axis
+    _coming: Gather | None = None
+
+    def expect(self, x: Tensor) -> None:
+        """Start before the layer is called with x."""
+        self._coming = self._start(x)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """All channels of x, which is what was given to `expect` if anything was."""
+        coming = self._coming or self._start(x)
+        self._coming = None
+        return coming.wait()
+
+    def _start(self, x: Tensor) -> Gather:
+        # As a matrix product will see it, so that under autocast only 16 bits of a number travel.
+        return Gather(x.to(autocast_dtype(x.device) or x.dtype), self.axis)
+
+
+class GatherLinear(_Gathering, ColumnParallelLinear):
+    """`ColumnParallelLinear` of an input whose channels are sharded: (B, L, D / T) to (B, L, W / T)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D / T)."""
+        return super().forward(self.gathered(x))
+
+
+class RowParallelLinear(TensorParallel, MegaLinear):
+    """A linear layer whose inputs are sharded: ranks sum their outputs, each keeping its channels: W / T to D / T."""
+
+    shard_dims: ClassVar[dict[str, int]] = {"weight": 1, "bias": 0}
+
+    def __init__(self, inputs: int, outputs: int, axis: Axis) -> None:
+        super().__init__(inputs // axis.size, outputs)
+        self.axis = axis
+        self.bias = nn.Parameter(torch.empty(outputs // axis.size, device=self.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, W / T) to (B, L, D / T)."""
+        out = reduce_scatter(linear(x, self.weight), self.axis)
+        return out + self.bias.to(out.dtype)
+
+
+class ReplicatedLinear(TensorParallel, MegaLinear):
+    """A linear layer that every rank computes alike."""
+
+    def __init__(self, inputs: int, outputs: int, axis: Axis) -> None:
+        super().__init__(inputs, outputs)
+        self.axis = axis
+
+
+class SegmentedLinear(ShardedModule):
+    """A packed linear layer with a layer for each segment, so that each can be sharded, or not, in its own way.
+
+    Args:
+        segments: layer of every segment, in order.
+        rows: where each segment lies in the packed weight.
+    """
+
+    def __init__(self, segments: dict[str, nn.Module], rows: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.rows = rows
+        for name, layer in segments.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (B, L, D) to one tensor a segment."""
+        return tuple(layer(x) for layer in self.children())
+
+
+class GatherSegments(_Gathering, SegmentedLinear):
+    """`SegmentedLinear` of an input whose channels are sharded: they are gathered once for all segments."""
+
+    def __init__(self, segments: dict[str, nn.Module], rows: Mapping[str, tuple[int, int]], axis: Axis) -> None:
+        super().__init__(segments, rows)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (B, L, D / T)."""
+        return super().forward(self.gathered(x))
+
+
+class TensorParallelEma(TensorParallel, SequenceParallelEma):
+    """The moving average of this rank's channels: each channel has its own, so nothing travels."""
+
+    shard_dims: ClassVar[dict[str, int]] = {
+        "damping_factor": 0,
+        "decay_factor": 0,
+        "ema_expansion_matrix": 0,
+        "kernel_projection_matrix": 0,
+        "residual_weight": 0,
+    }
+
+    def __init__(self, config: MegaConfig, whole: SequenceParallelEma, axis: Axis) -> None:
+        super().__init__(config, whole.row_slice, whole.exchange)
+        self.axis = axis
+        for name, parameter in list(self._parameters.items()):
+            assert parameter is not None
+            setattr(self, name, nn.Parameter(parameter.detach()[: parameter.shape[0] // axis.size]))
+
+
+class SegmentedAttention(MegaMovingAverageGatedAttention):
+    """Gated attention whose `mx_proj` is a `SegmentedLinear`."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config)
+        layers: dict[str, nn.Module] = {
+            key: MegaLinear(config.hidden_size, width) for key, width in self.segments.items()
+        }
+        ends = torch.tensor(list(self.segments.values()), device="cpu").cumsum(0).tolist()
+        rows = {key: (end - width, end) for (key, width), end in zip(self.segments.items(), ends, strict=True)}
+        self.add_module("mx_proj", SegmentedLinear(layers, rows))
+
+    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
+        """See `MegaMovingAverageGatedAttention.project`."""
+        return self.mx_proj(averaged)
+
+
+class TensorParallelAttention(TensorParallel, SegmentedAttention):
+    """Gated attention with this rank's values; queries and keys are everyone's.
+
+    Args:
+        config: of the model.
+        whole: the layer that every rank would have alone.
+        axis: the ranks.
+    """
+
+    def __init__(self, config: MegaConfig, whole: SegmentedAttention, axis: Axis) -> None:
+        super().__init__(config)
+        self.axis = axis
+        for name, module in whole.named_children():
+            self.add_module(name, module)
+        packed: Any = whole.mx_proj
+        layers: dict[str, nn.Module] = {}
+        for key, layer in packed.named_children():
+            kind = ReplicatedLinear if key == _REPLICATED_SEGMENT else ColumnParallelLinear
+            layers[key] = kind(layer.in_features, layer.out_features, axis)
+        gathering = GatherSegments(layers, packed.rows, axis)
+        self.add_module("mx_proj", gathering)
+        self.v_proj = GatherLinear(whole.v_proj.in_features, whole.v_proj.out_features, axis)
+        self.h_proj = RowParallelLinear(whole.h_proj.in_features, whole.h_proj.out_features, axis)
+        average: Any = whole.ema_gate
+        self.ema_gate = TensorParallelEma(config, average, axis)
+        rotary = isinstance(whole.rel_pos_bias, MegaRotaryRelativePositionalBias)
+        self.rel_pos_bias = (ReplicatedRotaryBias if rotary else ReplicatedSimpleBias)(config, axis)
+        # The stream's channels travel while the average is computed, the average's while values are.
+        self.ema_gate.register_forward_pre_hook(lambda module, args: self.v_proj.expect(args[0]))
+        self.ema_dropout.register_forward_hook(lambda module, args, output: gathering.expect(output))
+
+
+class ReplicatedRotaryBias(TensorParallel, MegaRotaryRelativePositionalBias):
+    """A positional bias that every rank holds."""
+
+    def __init__(self, config: MegaConfig, axis: Axis) -> None:
+        super().__init__(config)
+        self.axis = axis
+
+
+class ReplicatedSimpleBias(TensorParallel, MegaSimpleRelativePositionalBias):
+    """A positional bias that every rank holds."""
+
+    def __init__(self, config: MegaConfig, axis: Axis) -> None:
+        super().__init__(config)
+        self.axis = axis
+
+
+class _Normalize(torch.autograd.Function):
+    """x over its root mean square, after subtracting its mean if `center`, over the channels of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, center: bool, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if center:
+            # Means and squared distances from them combine without cancellation, unlike sums of squares.
+            mean = wide.mean(-1)
+            squares = (wide - mean[..., None]).square().mean(-1)
+            means, variances = start_gather(torch.stack([mean, squares]), axis).wait().unbind(1)
+            total = means.mean(0)
+            variance = variances.mean(0) + (means - total).square().mean(0)
+            wide = wide - total[..., None]
+        else:
+            variance = wide.square().mean(-1)
+            dist.all_reduce(variance, group=axis.group)
+            variance /= axis.size
+        scale = torch.rsqrt(variance + eps)[..., None]
+        out = wide * scale
+        ctx.axis, ctx.center, ctx.dtype = axis, center, x.dtype
+        ctx.save_for_backward(out, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        out, scale = ctx.saved_tensors
+        along = (gradient * out).mean(-1)
+        sums = torch.stack([along, gradient.mean(-1)]) if ctx.center else along[None]
+        dist.all_reduce(sums, group=ctx.axis.group)
+        sums = (sums / ctx.axis.size)[..., None]
+        moved = gradient - out * sums[0]
+        return ((moved - sums[1] if ctx.center else moved) * scale).to(ctx.dtype), None, None, None
+
+
+class _ChannelParallelNorm(TensorParallel):
+    """A norm over channels that are sharded: one or two statistics a token travel."""
+
+    center = False
+    eps: float
+
+    def normalize(self, x: Tensor, gain: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """x (B, L, D / T); the gain is a number, or one a channel."""
+        out = _Normalize.apply(x, self.axis, self.center, self.eps)
+        out = out if gain is None else out * gain
+        out = out if bias is None else out + bias
+        return out.to(x.dtype)
+
+
+class ChannelParallelLayerNorm(_ChannelParallelNorm, nn.LayerNorm):
+    """LayerNorm over sharded channels."""
+
+    shard_dims: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
+    center = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D / T)."""
+        return self.normalize(x, self.weight, self.bias)
+
+
+class ChannelParallelRMSNorm(_ChannelParallelNorm, MegaRMSNorm):
+    """RMSNorm over sharded channels."""
+
+    shard_dims: ClassVar[dict[str, int]] = {"weight": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D / T)."""
+        return self.normalize(x, self.weight)
+
+
+class ChannelParallelScaleNorm(_ChannelParallelNorm, MegaScaleNorm):
+    """ScaleNorm over sharded channels; its one number is everyone's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D / T)."""
+        return self.normalize(x, self.scalar)
+
+
+def channel_parallel_norm(norm: nn.Module, axis: Axis) -> nn.Module:
+    """The same norm over sharded channels, on the meta device.
+
+    Raises:
+        ValueError: its statistics are over the batch.
+    """
+    found: Any
+    if isinstance(norm, nn.LayerNorm):
+        [channels] = norm.normalized_shape
+        affine = norm.elementwise_affine
+        found = on_meta(ChannelParallelLayerNorm, channels // axis.size, norm.eps, elementwise_affine=affine)
+    elif isinstance(norm, MegaRMSNorm):
+        channels = norm.weight.shape[0] if norm.weight is not None else axis.size
+        found = on_meta(ChannelParallelRMSNorm, channels // axis.size, norm.eps, norm.weight is not None)
+    elif isinstance(norm, MegaScaleNorm):
+        found = on_meta(ChannelParallelScaleNorm, norm.eps, norm.scalar is not None)
+    else:
+        raise ValueError(
+            f"parallel.tp={axis.size} shards channels, which {type(norm).__name__} does not support: "
+            "choose model.normalization_type=layernorm, scalenorm or rmsnorm"
+        )
+    found.axis = axis
+    return found
+
+
+class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
+    """Word embeddings of this rank's ids; ranks sum what they found, each keeping its channels.
+
+    Args:
+        vocabulary: V.
+        channels: D.
+        padding: id whose vector gets no gradient; may be None.
+        axis: the ranks.
+    """
+
+    shard_dims: ClassVar[dict[str, int]] = {"weight": 0}
+
+    def __init__(self, vocabulary: int, channels: int, padding: int | None, axis: Axis) -> None:
+        own = shard_length(vocabulary, axis.size)
+        self._first = axis.rank * own
+        mine = padding is not None and 0 <= padding - self._first < own
+        super().__init__(own, channels, padding_idx=padding - self._first if mine and padding is not None else None)
+        self.axis = axis
+        self.length: int = vocabulary
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) int64 to (B, L, D / T); raises ValueError for ids outside the vocabulary on a CPU."""
+        check_ids(input_ids, self.length, "input_ids", "vocab_size")
+        local = input_ids - self._first
+        mine = (local >= 0) & (local < self.num_embeddings)
+        found = F.embedding(local.where(mine, 0), self.weight, self.padding_idx) * mine[..., None]
+        return reduce_scatter(found, self.axis)
+
+
+class ChannelParallelEmbedding(TensorParallel, nn.Embedding):
+    """Token type embeddings, of which every rank has its channels."""
+
+    shard_dims: ClassVar[dict[str, int]] = {"weight": 1}
+
+    def __init__(self, types: int, channels: int, axis: Axis) -> None:
+        super().__init__(types, channels // axis.size)
+        self.axis = axis
+
+
+class VocabularyParallelHead(GatherLinear, LanguageModelHead):
+    """See `LanguageModelHead`; of an input whose channels are sharded, with this rank's words."""
+
+    def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool) -> None:
+        super().__init__(inputs, outputs, axis, bias)
+        self.length: int = outputs
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x (B, L, D / T) to logits of all words, or with targets (B, L) to the loss, the same on all ranks."""
+        if targets is None:
+            return gather_replicated(super().forward(x), self.axis)[..., : self.length]
+        part = vocabulary_part(self.out_features, self.axis, self.length)
+        return linear_cross_entropy(self.gathered(x), self.weight, self.bias, targets, part=part)
+
+
+def vocabulary_part(rows: int, axis: Axis, vocabulary: int | None = None) -> VocabularyPart:
+    """This rank's words, for which all ranks of the axis have as many rows; V fills all of them if not given."""
+    first = axis.rank * rows
+
+    def reduce(tensor: Tensor, kind: Literal["max", "sum"]) -> None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if kind == "max" else dist.ReduceOp.SUM, group=axis.group)
+
+    return VocabularyPart(first, rows if vocabulary is None else min(max(vocabulary - first, 0), rows), reduce)
+
+
+def separate_segments(model: MegaPreTrainedModel) -> None:
+    """Give every segment of packed layers a layer of its own, whatever T is: checkpoints then bear the same names.
+
+    Args:
+        model: on the meta device, changed in place.
+    """
+
+    def build(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not MegaMovingAverageGatedAttention:
+            return None
+        return on_meta(SegmentedAttention, model.config)
+
+    replace_modules(model, build)
+
+
+def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
+    """Replace the modules of a model by this rank's part of them.
+
+    Args:
+        model: on the meta device, after `separate_segments` and `apply_sequence_parallelism`; changed in place.
+        axis: the ranks that share every layer.
+
+    Raises:
+        ValueError: T does not divide a width, or the model has modules that cannot be sharded.
+    """
+    check_tensor_parallel(model.config, axis.size)
+
+    def build(name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, SegmentedAttention):
+            return on_meta(TensorParallelAttention, model.config, module, axis)
+        return None
+
+    replace_modules(model, build)
+    for module in list(model.modules()):
+        if isinstance(module, MegaSequenceNorm):
+            module.norm = channel_parallel_norm(module.norm, axis)
+        elif isinstance(module, MegaNormalizedFeedForwardNetwork):
+            module.fc1 = on_meta(GatherLinear, module.fc1.in_features, module.fc1.out_features, axis)
+            module.fc2 = on_meta(RowParallelLinear, module.fc2.in_features, module.fc2.out_features, axis)
+        elif isinstance(module, MegaEmbeddings):
+            words, types = module.word_embeddings, module.token_type_embeddings
+            sizes = words.num_embeddings, words.embedding_dim, words.padding_idx
+            module.word_embeddings = on_meta(VocabularyParallelEmbedding, *sizes, axis)
+            if types is not None:
+                kind = ChannelParallelEmbedding
+                module.token_type_embeddings = on_meta(kind, types.num_embeddings, types.embedding_dim, axis)
+    if isinstance(model, MegaForCausalLM):
+        head: Any = model.lm_head
+        if model.dense is not None:
+            has_bias = model.dense.bias is not None
+            model.dense = on_meta(GatherLinear, model.dense.in_features, model.dense.out_features, axis, has_bias)
+        model.lm_head = on_meta(
+            VocabularyParallelHead, head.in_features, head.out_features, axis, head.bias is not None
+        )
+        if model.config.tie_word_embeddings:
+            words = model.mega.embedding_layer.word_embeddings
+            model.lm_head.register_parameter("weight", words._parameters["weight"])

@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         refuse(error)
     config = parse(sys.argv[1:] if arguments is None else arguments, quiet=place.rank != 0)
-    from mega_scale.training.trainer import Trainer  # takes seconds, which help and refused keys do without
+    # These take seconds, which help and refused keys do without.
+    from mega_scale.parallel.monitor import tell_refusal
+    from mega_scale.training.trainer import SetUpError, Trainer
 
     try:
         trainer = Trainer(config, place, SIGNALS)
@@ -39,8 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Only now are the values known to be good; until here, a signal is remembered in any case.
             SIGNALS.listen(config.train.stop_signals)
     except (ValueError, OSError) as error:
-        refuse(error, quiet=place.rank != 0)
-    if code := trainer.run():
+        refuse(error, quiet=place.rank != 0 and not tell_refusal(place.rank, error, SIGNALS.asked))
+    try:
+        code = trainer.run()
+    except SetUpError as error:
+        refuse(error)
+    if code:
         raise SystemExit(code)
 
 

@@ -38,6 +38,7 @@ _LONGEST_BEAT_S = 1.0
 # In beats. A rank is given up at 30 of the timeout's 40, so that all ranks have ended when the timeout is over.
 _TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _VICTIM_WAITS, _NEWS_SPREAD, _LOOKS = 40, 30, 5, 12, 2, 3
 _ANSWERS_TAKE = 5
+_REFUSAL_S = 5.0
 _REASON_LENGTH, _NAMED = 300, 16
 _WHOLE_WRITE = 4096  # bytes that a pipe takes without another writer's between them (PIPE_BUF of Linux)
 _REMEDY = "see its output and the network, then start the run again with --resume"
@@ -475,6 +476,35 @@ class PeerMonitor:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(PEER_LOST)
+
+
+def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s: float = _REFUSAL_S) -> bool:
+    """Tell the ranks that have come to meet that this one is refused before it does; they end, and print why.
+
+    A refusal is mostly that of all ranks, and the first one prints it. So a rank other than the first looks for a while
+    whether that one has come, which it does only if it is not refused.
+
+    Args:
+        rank: of this process, 1 or more.
+        why: what is wrong and what to do.
+        hurry: whether to give up, as when the launcher has sent a signal.
+        longest_s: time to look for the first rank (seconds).
+
+    Returns:
+        Whether the first rank had come, so that this one has to print the refusal.
+    """
+    deadline, store = time.monotonic() + longest_s, None
+    while time.monotonic() < deadline and not hurry():
+        try:
+            store = store or connect(_LONGEST_BEAT_S).store
+            store.wait(["host/0"], timedelta(seconds=_LONGEST_BEAT_S))
+            store.compare_set("news", "", WELL)
+            reason = " ".join(str(why).split())[:_REASON_LENGTH]
+            store.compare_set("news", WELL, f"rank {rank} ({socket.gethostname()}) was refused: {reason}")
+        except (ConnectionError, dist.DistError):
+            continue
+        return True
+    return False
 
 
 def write_stderr(line: str) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import warm
 
 from mega_scale.parallel import ParallelConfig, World
-from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.parallel.monitor import PEER_LOST, tell_refusal
 
 pytestmark = [pytest.mark.distributed, pytest.mark.alone]
 
@@ -250,6 +250,30 @@ def test_ranks_that_never_come_are_named(tmp_path):
         assert ends[rank].code == PEER_LOST
         assert re.search(r"of 4 ranks, ranks 1, 3 did not come to 127\.0\.0\.1:\d+", ends[rank].line)
         assert ends[rank].seconds < 8
+
+
+def refused(told, port, folder):
+    warm.set_variables(warm.variables(1, 2, port))
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    (folder / "told").write_text(str(tell_refusal(1, "its text is\nanother", lambda: False, told)))
+
+
+def test_a_refusal_of_one_rank_ends_the_others_with_its_reason(tmp_path):
+    port = warm.free_port()
+    alone = warm.CONTEXT.Process(target=refused, args=(30.0, port, tmp_path))
+    alone.start()
+    [end] = run(tmp_path, never, 2, started=[0], timeout_s=30, port=port).values()
+    alone.join(40)
+    assert end.code == PEER_LOST and end.seconds < 25
+    assert f"rank 1 ({HOST}) was refused: its text is another" in end.line
+    assert (tmp_path / "told").read_text() == "True"
+
+
+def test_a_refusal_of_all_ranks_is_left_to_the_first(tmp_path):
+    alone = warm.CONTEXT.Process(target=refused, args=(1.5, warm.free_port(), tmp_path))
+    alone.start()
+    alone.join(30)
+    assert (tmp_path / "told").read_text() == "False"
 
 
 def test_a_store_that_cannot_be_reached_is_named(tmp_path):

@@ -129,6 +129,18 @@ class MegaPreTrainedModel(PreTrainedModel):
         warn_if_norm_differs(vars((loaded[0] if isinstance(loaded, tuple) else loaded).config))
         return loaded
 
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save as transformers does. A head that the configuration unties while it still shares the embeddings' tensor
+        is written too: of tensors that are one, transformers writes one, and a loaded model would draw the other."""
+        if not self.config.tie_word_embeddings and self._tied_weights_keys:
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+            for name, owner in self._tied_weights_keys.items():
+                if name in state_dict and owner in state_dict and _same_memory(state_dict[name], state_dict[owner]):
+                    state_dict[name] = state_dict[name].clone()
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
@@ -148,6 +160,10 @@ class MegaPreTrainedModel(PreTrainedModel):
                 value = initial_tensor(module, name, self.config)
                 if value is not None:
                     init.copy_(tensor, value.to(tensor.device, tensor.dtype))
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return not a.is_meta and not b.is_meta and a.data_ptr() == b.data_ptr()
 
 
 class MegaPooler(nn.Module):

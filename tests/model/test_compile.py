@@ -1,62 +1,96 @@
-"""torch.compile without graph breaks: forward, training and the decoding step, in a handful of graphs."""
+"""torch.compile without graph breaks: forward, training and the decoding step, in a handful of graphs.
+
+Models have one layer: a second one costs as much time to compile and takes the same branches.
+"""
 
 import pytest
 import torch
 import torch._dynamo
 from builders import make_ids, make_model
 
-OPTIONS = [{}, {"use_chunking": False}, {"attention_activation": "laplace", "relative_positional_bias": "simple"}]
-
 
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_forward_and_backward(options):
-    model, ids = make_model(**options), make_ids(2, 21)
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def loss_and_gradients(call, model, ids):
+    model.zero_grad()
+    loss = call(ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("activation", "changes"),
+    [
+        ("softmax", {}),
+        pytest.param("laplace", {"relative_positional_bias": "simple"}, marks=pytest.mark.slow),
+        pytest.param("relu2", {}, marks=pytest.mark.slow),
+        pytest.param("softmax", {"use_chunking": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_training(activation, changes):
+    """With `mark_dynamic`, one graph has to hold for every length: nothing may depend on the first one's."""
+    model = make_model(num_hidden_layers=1, attention_activation=activation, **changes)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (21, 30):  # three chunks, the last one filled up; then four
+        ids = make_ids(2, length)
+        torch._dynamo.mark_dynamic(ids, 1)
+        loss, gradients = loss_and_gradients(compiled, model, ids)
+        expected_loss, expected = loss_and_gradients(model, model, ids)
+        torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_chunking": False, "relative_positional_bias": "simple"}], ids=str)
+def test_forward_with_padding(changes):
+    model, ids = make_model(num_hidden_layers=1, **changes), make_ids(2, 21)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for arguments in ({}, {"attention_mask": mask}):
-        with torch.no_grad():
-            got, want = (f(ids, use_cache=False, **arguments).logits for f in (compiled, model))
-        torch.testing.assert_close(got[:, 5:], want[:, 5:], atol=1e-5, rtol=1e-5)
-    gradients = []
-    for f in (compiled, model):
-        model.zero_grad()
-        f(ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for got, want in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        got, want = (f(ids, attention_mask=mask, use_cache=False).logits for f in (compiled, model))
+    torch.testing.assert_close(got[:, 5:], want[:, 5:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_decoding_step(options):
-    model, ids = make_model(**options), make_ids(2, 41)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch._dynamo.utils.counters.clear()
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("aot_eager", {}),
+        ("eager", {"use_chunking": False}),
+        ("eager", {"attention_activation": "laplace", "relative_positional_bias": "simple"}),
+    ],
+    ids=str,
+)
+def test_decoding_step(backend, changes):
+    model, ids = make_model(num_hidden_layers=1, chunk_size=4, **changes), make_ids(2, 19)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
-        cache = model(ids[:, :10], use_cache=True).past_key_values
-        for i in range(10, 41):
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        for i in range(6, 19):  # three borders of chunks
             logits = compiled(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
             torch.testing.assert_close(logits[:, 0], want[:, i], atol=1e-5, rtol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    assert graphs() <= 6
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_lengths_share_a_few_graphs(batch):
     """One for the first length; then one each for a chunk at most, for whole chunks and for any other length."""
     model = make_model(num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         for length in (13, 21, 30, 11, 45):
             ids = make_ids(batch, length)
             torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert graphs() <= 4

@@ -183,6 +183,17 @@ def test_tied_and_untied_heads(tmp_path, kind):
     assert make(kind, lm_head_bias=False).get_output_embeddings().bias is None
 
 
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_a_head_that_is_untied_after_the_model_was_made_is_saved_too(tmp_path, kind):
+    model, inputs = make(kind), inputs_of(kind)
+    model.config.tie_word_embeddings = False
+    for number, state in enumerate((None, model.state_dict())):
+        model.save_pretrained(tmp_path / str(number), state_dict=state)
+        loaded = load(kind, tmp_path / str(number))
+        assert loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight
+        assert torch.equal(answers(loaded(**inputs)), answers(model(**inputs)))
+
+
 @every_head
 def test_gradient_checkpointing_changes_nothing(kind):
     inputs = inputs_of(kind)

@@ -43,7 +43,7 @@ def batch_of(batch, length, masked):
     return {"input_ids": ids, "attention_mask": mask} if masked else {"input_ids": ids}
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -52,7 +52,9 @@ def close(found, expected):
     [
         (False, {}),
         pytest.param(True, {"use_chunking": False}, marks=pytest.mark.slow),
-        (True, {"attention_activation": "laplace", "relative_positional_bias": "simple"}),
+        pytest.param(
+            True, {"attention_activation": "laplace", "relative_positional_bias": "simple"}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -61,29 +63,31 @@ def test_forward(masked, changes):
     program = exported(model, batch_of(2, 6, masked))
     for size in SIZES:
         inputs = batch_of(*size, masked)
-        close(program(**inputs)[:, 2:], model(**inputs).logits[:, 2:])
+        assert_close(program(**inputs)[:, 2:], model(**inputs).logits[:, 2:])
 
 
+@pytest.mark.slow
 def test_lengths_have_no_bounds():
     model, (batch, length) = make_model(num_hidden_layers=1, use_cache=False), (Dim("batch"), Dim("length"))
     program = export(Called(model, False), (make_ids(2, 21),), dynamic_shapes=({0: batch, 1: length},))
-    close(program.module()(make_ids(3, 200)), model(make_ids(3, 200)).logits)
+    assert_close(program.module()(make_ids(3, 200)), model(make_ids(3, 200)).logits)
 
 
+@pytest.mark.slow
 def test_an_encoder():
     kind = "MegaForSequenceClassification"
     model = make(kind, num_hidden_layers=1)
     program = exported(model, inputs_of(kind))
     for size in SIZES[:4]:
         inputs = batch_of(*size, True)
-        close(program(**inputs), model(**inputs).logits)
+        assert_close(program(**inputs), model(**inputs).logits)
 
 
 @pytest.mark.parametrize(
     ("masked", "new", "changes"),
     [
         (True, 1, {}),
-        (False, 1, {"use_chunking": False}),
+        pytest.param(False, 1, {"use_chunking": False}, marks=pytest.mark.slow),
         pytest.param(False, 3, {"attention_activation": "relu2"}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -101,13 +105,13 @@ def test_prefill_and_decoding(masked, new, changes):
         begun = {key: value[:, :length].contiguous() for key, value in inputs.items()}
         expected = model(**begun, use_cache=True)
         logits, cache = prefill(**begun)
-        close(logits[:, 2:], expected.logits[:, 2:])
+        assert_close(logits[:, 2:], expected.logits[:, 2:])
         for end in range(length + new, length + 9 * new + 1, new):
             now = {key: value[:, :end].contiguous() for key, value in inputs.items()}
             now["input_ids"] = now["input_ids"][:, -new:].contiguous()
             logits, cache = step(**now, past_key_values=cache)
             expected = model(**now, past_key_values=expected.past_key_values)
-            close(logits, expected.logits)
+            assert_close(logits, expected.logits)
         assert cache.get_seq_length() == end
 
 
@@ -118,4 +122,4 @@ def test_a_step_of_fixed_sizes_holds_at_other_positions():
     expected = model(ids).logits
     for place in range(10, 30):
         logits, cache = step(input_ids=ids[:, place : place + 1].contiguous(), past_key_values=cache)
-        close(logits[:, 0], expected[:, place])
+        assert_close(logits[:, 0], expected[:, place])

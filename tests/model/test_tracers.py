@@ -20,7 +20,7 @@ class Logits(torch.nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -32,9 +32,9 @@ def test_make_fx_sees_everything(changes):
     padded = mask.clone()
     padded[0, :5] = 0
     traced = make_fx(lambda ids, mask: model(ids, attention_mask=mask, use_cache=False).logits)(ids, mask)
-    close(traced(other, padded)[:, 5:], model(other, attention_mask=padded, use_cache=False).logits[:, 5:])
+    assert_close(traced(other, padded)[:, 5:], model(other, attention_mask=padded, use_cache=False).logits[:, 5:])
     traced = make_fx(lambda ids: model(ids, labels=ids, skip_logits=True).loss)(ids)
-    close(traced(other), model(other, labels=other).loss)
+    assert_close(traced(other), model(other, labels=other).loss)
 
 
 @options
@@ -44,7 +44,7 @@ def test_jit_traces_hold_at_other_lengths(changes, length):
     traced = torch.jit.trace(model, (make_ids(2, length),), check_trace=False)
     for size in ((2, length), (3, 45), (1, 7)):
         other = make_ids(*size, seed=3)
-        close(traced(other), model(other))
+        assert_close(traced(other), model(other))
 
 
 @options
@@ -57,13 +57,13 @@ def test_derivatives_by_transforms_are_those_of_backward(changes):
         return torch.func.functional_call(model, values, (ids,), {"labels": ids}).loss
 
     for found, wanted in zip(torch.func.grad(loss)(values, ids).values(), expected, strict=True):
-        close(found, wanted)
+        assert_close(found, wanted)
     each = torch.func.vmap(torch.func.grad(lambda values, row: loss(values, row[None])), (None, 0))(values, ids)
     for found, wanted in zip(each.values(), expected, strict=True):
-        close(found.mean(0), wanted)
+        assert_close(found.mean(0), wanted)
     along = {name: torch.randn_like(value) for name, value in values.items()}
     slope = torch.func.jvp(lambda values: loss(values, ids), (values,), (along,))[1]
-    close(slope, sum((a * b).sum() for a, b in zip(along.values(), expected, strict=True)))
+    assert_close(slope, sum((a * b).sum() for a, b in zip(along.values(), expected, strict=True)))
 
 
 @pytest.mark.parametrize(

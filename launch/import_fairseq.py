@@ -18,101 +18,24 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mega_scale.hub import (
-    check_destination,
-    config_from_args,
-    fairseq_to_mega,
-    find_layout,
-    read_fairseq,
-    tokenizer_from_dictionary,
-    write_export,
-)
-from mega_scale.hub.export import write_then_rename
 from mega_scale.hub.fairseq import EMA_INPUTS
-from mega_scale.hub.tokenizer_files import write_tokenizer
-from mega_scale.model import MegaConfig, MegaModel
+from mega_scale.hub.fairseq_checkpoint import CHECKPOINT_LAYOUTS, convert_checkpoint, tokenizer_from_dictionary
+from mega_scale.model import MegaConfig
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths
 
-_LAYOUTS = ("lm", "encoder", "lra")
-
 
 def field_value(text: str) -> tuple[str, Any]:
-    """Read FIELD=VALUE, the value as YAML.
-
-    Args:
-        text: such as "truncation=null".
-
-    Returns:
-        Field of MegaConfig and value.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is no such pair, or MegaConfig has no such field.
-    """
+    """Read FIELD=VALUE, the value as YAML."""
     field, separator, value = text.partition("=")
     if not separator or not hasattr(MegaConfig, field):
         raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE with a field of MegaConfig")
     return field, yaml.safe_load(value)
 
 
-def convert(
-    checkpoint: Path,
-    out: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    layout: str | None,
-    ema_input: str,
-    changes: dict[str, Any],
-    overwrite: bool,
-) -> str:
-    """Write a fairseq checkpoint's model as a Hugging Face folder.
-
-    Args:
-        checkpoint: fairseq's file.
-        out: the folder to create.
-        tokenizer: saved with the model; a language model needs one.
-        layout: kind of model, see `fairseq_to_mega`; none means to tell it by the names.
-        ema_input: see `fairseq_to_mega`.
-        changes: fields of MegaConfig that replace what the checkpoint says.
-        overwrite: whether an earlier export is replaced.
-
-    Returns:
-        The layout.
-
-    Raises:
-        ValueError: the checkpoint is not readable, has parts without counterpart, or the destination is taken.
-    """
-    check_destination(out, overwrite=overwrite)
-    read = read_fairseq(checkpoint)
-    layout = find_layout(read.state) if layout is None else layout
-    config = config_from_args(read, layout, changes)
-    tensors = fairseq_to_mega(read.state, config, layout=layout, ema_input=ema_input)
-    card = f"# {out.resolve().name}\n\nA Mega model (arXiv 2209.10655), converted from fairseq's `{checkpoint.name}`.\n"
-    if layout == "lm":
-        if tokenizer is None:
-            raise ValueError("a language model needs a tokenizer: give --dictionary dict.txt, or --tokenizer")
-        write_export(out, tensors, config, tokenizer, card, overwrite=overwrite)
-        return layout
-    model = MegaModel(config, add_pooling_layer=False)
-    model.load_state_dict(tensors, strict=True)
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        if tokenizer is not None:
-            write_tokenizer(folder, tokenizer)
-
-    write_then_rename(out, write)
-    return layout
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what is refused is said in one line, with exit code 2.
-
-    Args:
-        arguments: the command line, without the program's name; none means this process's.
-    """
+    """Run the command; what is refused is said in one line, with exit code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="fairseq's file, such as checkpoint_best.pt")
     parser.add_argument("out", type=Path, help="folder to create")
@@ -121,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words.add_argument("--tokenizer", help="folder or name of a Hugging Face tokenizer, in place of --dictionary")
     parser.add_argument(
         "--layout",
-        choices=_LAYOUTS,
+        choices=CHECKPOINT_LAYOUTS,
         help="lm (mega_lm, or an encoder-decoder's decoder), encoder (of an encoder-decoder), lra (sentence encoder); "
         "default: told by the names",
     )
@@ -151,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokenizer = tokenizer_from_dictionary(args.dictionary)
         elif args.tokenizer is not None:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
-        layout = convert(
+        layout = convert_checkpoint(
             args.checkpoint,
             args.out,
             tokenizer,

@@ -16,7 +16,7 @@ from pathlib import Path
 from mega_scale.config import parse
 from mega_scale.data import load_corpus
 from mega_scale.data.train_tokenizer import train_bpe
-from mega_scale.hub import check_destination, write_then_rename
+from mega_scale.files import check_destination, write_folder
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def write(folder: Path) -> None:
             tokenizer.save_pretrained(folder)
 
-        write_then_rename(args.folder, write)
+        write_folder(args.folder, write)
         print(
             json.dumps({"vocab_size": len(tokenizer), "rows": documents.tally.rows}), *documents.tally.lines(), sep="\n"
         )

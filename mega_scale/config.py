@@ -424,7 +424,7 @@ def described_by(config: RunConfig, checkpoint: Path | None) -> Described | None
     """
     if checkpoint is None and config.init_from is None:
         return None
-    from mega_scale.hub import read_config
+    from mega_scale.hub.folder import read_config
     from mega_scale.training.restore import read_model, read_own_tokenizer, read_tokenizer
 
     tokenizer = None

@@ -12,14 +12,9 @@ from mega_scale.checkpoint.folder import read_state
 from mega_scale.checkpoint.manifest import read_key
 from mega_scale.config import RunConfig, load_config
 from mega_scale.data import as_trained
-from mega_scale.hub import (
-    DEFAULT_SHARD_BYTES,
-    TrainingFacts,
-    check_destination,
-    model_card,
-    without_folder,
-    write_export,
-)
+from mega_scale.files import check_destination
+from mega_scale.hub.export import DEFAULT_SHARD_BYTES, write_export
+from mega_scale.hub.model_card import TrainingFacts, model_card, without_folder
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse
 from mega_scale.settings import local_paths
@@ -31,17 +26,7 @@ _PACKAGES = ("mega_scale", "torch", "transformers", "safetensors")
 
 
 def byte_size(text: str) -> int:
-    """Read a size as "5GB", "512MiB" or a plain number of bytes.
-
-    Args:
-        text: the size.
-
-    Returns:
-        Bytes, at least 1.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is no such size.
-    """
+    """Read a size of at least 1 byte: "5GB", "512MiB" or a plain number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
@@ -50,17 +35,8 @@ def byte_size(text: str) -> int:
 
 
 def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text: str) -> TrainingFacts:
-    """Gather what the model card tells about a run.
-
-    Args:
-        name: title of the model.
-        trainer: a checkpoint's trainer.json.
-        run: the run's configuration.
-        run_text: the same, as YAML.
-
-    Returns:
-        The facts.
-    """
+    """What the model card called `name` tells about a run: a checkpoint's trainer.json, and the configuration, also as
+    YAML text."""
     data = run.data
     source = f"{without_folder(data.hub_name or '')} ({data.hub_split})" if data.source == "hub" else data.source
     if data.mixture is not None:
@@ -92,15 +68,11 @@ def export(
     key: bytes | None = None,
     allow_older: bool = False,
 ) -> Path:
-    """Write a checkpoint's model as a Hugging Face folder.
+    """Write a checkpoint's model as a Hugging Face folder; other arguments as in `write_export`.
 
     Args:
         checkpoint: a run folder (its newest checkpoint is taken) or a checkpoint folder.
         out: the folder to create.
-        max_shard_bytes: largest weight file, bytes.
-        dtype: "fp32" or "bf16".
-        overwrite: whether an earlier export is replaced.
-        with_code: whether the folder is to load without mega_scale.
         key: the secret with which the checkpoint must be signed, if there is one.
         allow_older: whether an older one is taken where the newest of a run folder is damaged or gone.
 
@@ -132,12 +104,7 @@ def export(
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Run the command; what is refused is said in one line, with exit code 2.
-
-    Args:
-        arguments: the command line, without the program's name; none means this process's.
-        prog: what the help calls the program; none means the script's name.
-    """
+    """Run the command; what is refused is said in one line, with exit code 2. The help calls the program `prog`."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to create")

@@ -149,6 +149,51 @@ def replace_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def check_destination(folder: Path, *, overwrite: bool, kind: str = "export", holds: str = "config.json") -> None:
+    """Refuse a destination that an export, or another folder that a command writes, must not replace.
+
+    Args:
+        folder: where the folder is to appear.
+        overwrite: whether an earlier one of its kind may be replaced; any other content never is.
+        kind: what the command writes, in a word.
+        holds: file by which that is known.
+
+    Raises:
+        ValueError: the path is a file, or a folder with content that is not to be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} exists and is not empty: choose another folder, or replace it with --overwrite")
+    if not (folder / holds).is_file():
+        raise ValueError(f"{folder} holds no {holds}, so it is no {kind} and stays: choose another folder")
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Create or replace a folder as a whole, so that it appears under its name only when it is complete.
+
+    Args:
+        folder: the folder; what it holds is replaced.
+        write: fills the empty folder that it is given.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        write(partial)
+        if folder.exists() and any(folder.iterdir()):
+            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+            folder.rename(replaced)
+            partial.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 # Hashes
 
 

@@ -1,26 +1,50 @@
-"""Writes a model as one Hugging Face folder, reading its tensors one at a time."""
+"""Writes a model as one Hugging Face folder, tensor by tensor, with its tokenizer and, if wanted, its own Python files.
 
+transformers copies such Python files into one folder and imports them as one package, so they are flat: a module of
+mega_scale.model keeps its name, one of mega_scale.ops carries that name too, and imports between them become relative.
+"""
+
+import ast
 import copy
+import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto import modeling_auto
 
 from mega_scale.data import end_ids, prompt_ids, separator_id, vocabulary_size
-from mega_scale.hub.layout import Layout, layout_of
-from mega_scale.hub.remote_code import auto_classes, auto_map, remote_code
-from mega_scale.hub.tokenizer_files import write_tokenizer
+from mega_scale.files import check_destination, write_folder
+from mega_scale.hub.folder import StateDictSpec, state_dict_spec
 from mega_scale.model import MegaConfig
 from mega_scale.model.configuration_mega import SAVED_BY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SHARD_BYTES = 5_000_000_000
+# What tokenizers 0.15 knows; parts that came later are absent.
+_KINDS = {
+    "model": {"BPE", "WordPiece", "WordLevel", "Unigram"},
+    "normalizer": {
+        "BertNormalizer", "Strip", "StripAccents", "NFC", "NFD", "NFKC", "NFKD", "Sequence", "Lowercase", "Nmt",
+        "Precompiled", "Replace", "Prepend",
+    },
+    "pre_tokenizer": {
+        "BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Metaspace", "Whitespace", "Sequence", "Split",
+        "Punctuation", "WhitespaceSplit", "Digits", "UnicodeScripts",
+    },
+    "post_processor": {"BertProcessing", "ByteLevel", "RobertaProcessing", "Sequence", "TemplateProcessing"},
+    "decoder": {
+        "BPEDecoder", "ByteFallback", "ByteLevel", "CTC", "Fuse", "Metaspace", "Replace", "Sequence", "Strip",
+        "WordPiece",
+    },
+}  # fmt: skip
 
 
 def write_export(
@@ -69,8 +93,8 @@ def write_export(
             "tokenizer it was trained with"
         )
     check_destination(folder, overwrite=overwrite)
-    layout = layout_of(config)
-    wrong = layout.differences({name: layout.tensors[name].shape if name in layout.tensors else () for name in tensors})
+    spec = state_dict_spec(config)
+    wrong = spec.differences({name: spec.tensors[name].shape if name in spec.tensors else () for name in tensors})
     if wrong:
         raise ValueError(f"the tensors do not fit the configuration: {'; '.join(wrong)}")
 
@@ -78,52 +102,24 @@ def write_export(
         (target / "README.md").write_text(card, encoding="utf-8")
         _write_configs(target, config, tokenizer, DTYPES[dtype], with_code)
         write_tokenizer(target, tokenizer)
-        _write_weights(target, tensors, layout, max_shard_bytes, DTYPES[dtype])
+        _write_weights(target, tensors, spec, max_shard_bytes, DTYPES[dtype])
         for file in target.glob("*.safetensors"):
             # safetensors makes its files private; they are to be as readable as the rest.
             shutil.copymode(target / "README.md", file)
 
-    write_then_rename(folder, write)
+    write_folder(folder, write)
     return folder
 
 
-def check_destination(folder: Path, *, overwrite: bool, kind: str = "export", holds: str = "config.json") -> None:
-    """Refuse a destination that an export, or another folder that a command writes, must not replace.
+def plan_shards(spec: StateDictSpec, max_shard_bytes: int, dtype: torch.dtype) -> list[list[str]]:
+    """Distribute a model's tensors, in its order, over files of at most `max_shard_bytes` of data; returns their names.
 
-    Args:
-        folder: where the folder is to appear.
-        overwrite: whether an earlier one of its kind may be replaced; any other content never is.
-        kind: what the command writes, in a word.
-        holds: file by which that is known.
-
-    Raises:
-        ValueError: the path is a file, or a folder with content that is not to be replaced.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: name a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{folder} exists and is not empty: choose another folder, or replace it with --overwrite")
-    if not (folder / holds).is_file():
-        raise ValueError(f"{folder} holds no {holds}, so it is no {kind} and stays: choose another folder")
-
-
-def plan_shards(layout: Layout, max_shard_bytes: int, dtype: torch.dtype) -> list[list[str]]:
-    """Distribute a model's stored tensors over files, in the model's order.
-
-    Args:
-        layout: the model's layout.
-        max_shard_bytes: largest file, bytes of tensor data.
-        dtype: floating dtype of the folder.
-
-    Returns:
-        Names, file by file; a file exceeds the limit only when it holds a single tensor.
+    A tensor that is larger gets a file of its own.
     """
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in layout.stored():
-        size = _stored_bytes(layout, name, dtype)
+    for name in spec.stored():
+        size = _stored_bytes(spec, name, dtype)
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -132,35 +128,34 @@ def plan_shards(layout: Layout, max_shard_bytes: int, dtype: torch.dtype) -> lis
     return shards
 
 
-def _stored_bytes(layout: Layout, name: str, dtype: torch.dtype) -> int:
-    return layout.tensors[name].numel() * layout.stored_dtype(name, dtype).itemsize
+def _stored_bytes(spec: StateDictSpec, name: str, dtype: torch.dtype) -> int:
+    return spec.tensors[name].numel() * spec.stored_dtype(name, dtype).itemsize
 
 
 def _write_weights(
-    folder: Path, tensors: Mapping[str, Tensor], layout: Layout, max_shard_bytes: int, dtype: torch.dtype
+    folder: Path, tensors: Mapping[str, Tensor], spec: StateDictSpec, max_shard_bytes: int, dtype: torch.dtype
 ) -> None:
-    # Of tied names a source may hold any one. Only iterate over it: `in` reads the tensor of a mapping without its own.
-    names = list(tensors)
-    source_of = {layout.ties.get(name, name): name for name in names} | {name: name for name in names}
-    shards = plan_shards(layout, max_shard_bytes, dtype)
+    # Only iterate over the tensors: `in` reads one, of a mapping that defines no `in` of its own.
+    source_of = spec.complete({name: name for name in tensors})
+    shards = plan_shards(spec, max_shard_bytes, dtype)
     weight_map = {}
     for number, part in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = {}
         for name in part:
-            shard[name] = _tensor_to_store(name, tensors[source_of[name]], layout, layout.stored_dtype(name, dtype))
+            shard[name] = _tensor_to_store(name, tensors[source_of[name]], spec, spec.stored_dtype(name, dtype))
             weight_map[name] = file
         # Readers of both transformers lines refuse a file that does not name its framework.
         save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        total = sum(_stored_bytes(layout, name, dtype) for name in layout.stored())
+        total = sum(_stored_bytes(spec, name, dtype) for name in spec.stored())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _tensor_to_store(name: str, tensor: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    if tensor.shape != layout.tensors[name].shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(layout.tensors[name].shape)}")
+def _tensor_to_store(name: str, tensor: Tensor, spec: StateDictSpec, dtype: torch.dtype) -> Tensor:
+    if tensor.shape != spec.tensors[name].shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(spec.tensors[name].shape)}")
     tensor = tensor.detach().to("cpu", dtype).contiguous()
     # A view would keep its whole storage in memory, and safetensors refuses storage shared between tensors.
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
@@ -193,24 +188,164 @@ def _write_configs(
     generation.save_pretrained(folder)
 
 
-def write_then_rename(folder: Path, write: Callable[[Path], None]) -> None:
-    """Create or replace a folder as a whole, so that it appears under its name only when it is complete.
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save a tokenizer for transformers 4.37.2 and 5; a fast one as the general class, which reads tokenizer.json."""
+    # 4.37.2 reads a chat template in the settings only, 5 there too.
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    # The class that reads tokenizer.json as it is, under the name that transformers 4 knows; 5 reads both names.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    _write_json(path, settings)
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text(encoding="utf-8"))
+    merges = definition["model"].get("merges")
+    if merges and not _has_spaces(merges):
+        definition["model"]["merges"] = [" ".join(pair) for pair in _pairs(merges)]
+    for part in _parts(definition, ("pre_tokenizer", "decoder")):
+        if part["type"] == "Metaspace":
+            part["add_prefix_space"] = part["prepend_scheme"] != "never"
+    _write_json(path, definition)
 
-    Args:
-        folder: the folder; what it holds is replaced.
-        write: fills the empty folder that it is given.
+
+def tokenizer_beyond_transformers_4(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What of a tokenizer transformers 4.37.2 does not read, in lines; none when it gives the same ids there."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return [f"the tokenizer is of the class `{type(tokenizer).__name__}`, which was not tried there"]
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = definition["model"]
+    lines = [
+        f"the tokenizer's {room.replace('_', '-')} `{part['type']}` is not known there"
+        for room, known in _KINDS.items()
+        for part in _parts(definition, (room,))
+        if part["type"] not in known
+    ]
+    if _has_spaces(model.get("merges") or []):
+        lines.append("the tokenizer merges pieces with spaces in them, which its files cannot hold there")
+    if model.get("ignore_merges"):
+        lines.append("the tokenizer takes a whole word before its merges (`ignore_merges`), which it does not do there")
+    if any(part["type"] == "Metaspace" and not part.get("split", True) for part in _parts(definition, _KINDS)):
+        lines.append("the tokenizer does not split at spaces (`Metaspace` with `split=false`), which it does there")
+    return lines
+
+
+def _parts(definition: dict[str, Any], rooms: Any) -> list[dict[str, Any]]:
+    """Every component in some places of a tokenizer.json, those inside sequences included."""
+    waiting, found = [definition.get(room) for room in rooms], []
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict) and "type" in part:
+            found.append(part)
+            for name in ("normalizers", "pretokenizers", "processors", "decoders"):
+                waiting += part.get(name, [])
+    return found
+
+
+def _pairs(merges: list[Any]) -> list[list[str]]:
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+
+
+def _has_spaces(merges: list[Any]) -> bool:
+    return any(" " in piece for pair in _pairs(merges) for piece in pair)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_PACKAGE = "mega_scale"
+_ROOMS = ("model", "ops")
+
+
+def auto_classes() -> dict[str, type]:
+    """The Mega classes that transformers' Auto classes give for a MegaConfig, by the name of the Auto class."""
+    found: dict[str, type] = {"AutoConfig": MegaConfig}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and MegaConfig in mapping:
+            found[name] = mapping[MegaConfig]
+    return found
+
+
+def auto_map(classes: dict[str, type]) -> dict[str, str]:
+    """What config.json says under `auto_map`: Auto class to `file.Class`."""
+    return {name: f"{flat_name(found.__module__)}.{found.__name__}" for name, found in classes.items()}
+
+
+def remote_code(classes: dict[str, type]) -> dict[str, str]:
+    """Collect the modules that classes need, through all their imports within the project, as flat files.
+
+    Returns:
+        File name to source text.
+
+    Raises:
+        ValueError: a module imports from elsewhere than model and ops, or in a form that cannot be made relative.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        write(partial)
-        if folder.exists() and any(folder.iterdir()):
-            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
-            folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    files: dict[str, str] = {}
+    waiting = sorted({found.__module__ for found in classes.values()})
+    done: set[str] = set()
+    while waiting:
+        module = waiting.pop()
+        if module in done:
+            continue
+        done.add(module)
+        path, text, imported = _flatten(module)
+        name = f"{flat_name(module)}.py"
+        if name in files:
+            raise ValueError(f"two modules would become {name}, one of them {module}: rename it")
+        files[name] = f"# Made by {_PACKAGE} from its own {path}; edits belong there.\n{text}"
+        waiting.extend(imported)
+    return dict(sorted(files.items()))
+
+
+def flat_name(module: str) -> str:
+    """Name of a module in a folder: `mega_scale.model.attention` is block, `mega_scale.ops.ema.fft` is ops_ema_fft.
+
+    Raises:
+        ValueError: the module lies in another room.
+    """
+    package, *parts = module.split(".")
+    if package != _PACKAGE or not parts or parts[0] not in _ROOMS:
+        raise ValueError(
+            f"{module} cannot go with a model: it may import from {_PACKAGE}.model and {_PACKAGE}.ops only"
+        )
+    return "_".join(parts[1:] if parts[0] == "model" and len(parts) > 1 else parts)
+
+
+def _flatten(module: str) -> tuple[str, str, set[str]]:
+    """A module's path in the project, its text with relative imports, and the modules of the project it imports."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{module} has no source file")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            if any(alias.name.split(".")[0] == _PACKAGE for alias in node.names):
+                raise ValueError(f"{module}, line {node.lineno}: write `from {_PACKAGE}... import ...`")
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == _PACKAGE):
+            target = node.module or ""
+            _check(module, node, target)
+            imported.add(target)
+            # Columns count bytes, of which the keyword's are one a character.
+            start = lines[node.lineno - 1].encode()[: node.col_offset].decode()
+            rest = lines[node.lineno - 1][len(start) :]
+            lines[node.lineno - 1] = start + rest.replace(f"from {target} ", f"from .{flat_name(target)} ", 1)
+    path = "/".join(module.split(".")) + ("/__init__.py" if spec.submodule_search_locations else ".py")
+    return path, "".join(lines), imported
+
+
+def _check(module: str, node: ast.ImportFrom, target: str) -> None:
+    where = f"{module}, line {node.lineno}"
+    spec = None if node.level else importlib.util.find_spec(target)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    if node.level:
+        raise ValueError(f"{where}: relative imports stay within one folder: write `from {_PACKAGE}... import ...`")
+    for alias in node.names:
+        if alias.name == "*" or (is_package and importlib.util.find_spec(f"{target}.{alias.name}") is not None):
+            raise ValueError(f"{where}: name what {target} holds, not {alias.name!r}: a flat folder has no packages")

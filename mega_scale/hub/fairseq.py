@@ -1,17 +1,183 @@
-"""Weights between the original fairseq Mega models and ours.
+"""Weights between the original fairseq Mega models and ours: tables of names that run both ways, and what else differs.
 
-fairseq's code weighs the input of the moving average with `delta` in the version that its published checkpoints and the
-conversion of transformers 4.37.2 use, and with `alpha` in its last version; names and shapes are the same.
+fairseq calls the moving average `move`; in the layout of its published checkpoints `delta` weighs the input and `alpha`
+damps the past, which is the reverse of the paper. Its last version weighs the input with `alpha`; names and shapes are
+the same. Its q/k affine is called `gamma` and `beta`, as is a part of the moving average, and `beta` is also half of
+the rotary bias.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mega_scale.hub.fairseq_names import FairseqLayout, layout_named, name_table, why_not
-from mega_scale.hub.layout import Layout, layout_of
-from mega_scale.model import MegaConfig
+from mega_scale.hub.folder import StateDictSpec, state_dict_spec
+from mega_scale.model import MegaConfig, MegaForCausalLM, MegaForMaskedLM, MegaModel
+
+_NORM = ("weight", "bias", "scalar", "running_mean", "running_var", "num_batches_tracked")
+_LINEAR = ("weight", "bias")
+
+# Inside a block: fairseq's name, ours.
+_MOVING_AVERAGE = {
+    "move.delta": "ema_gate.damping_factor",
+    "move.alpha": "ema_gate.decay_factor",
+    "move.beta": "ema_gate.ema_expansion_matrix",
+    "move.gamma": "ema_gate.kernel_projection_matrix",
+    "move.omega": "ema_gate.residual_weight",
+}
+_AFFINE = {"gamma": "qk_weight", "beta": "qk_bias"}
+_POSITIONAL_BIAS = {
+    "rel_pos_bias.rel_pos_bias": "rel_pos_bias.rel_pos_bias",
+    "rel_pos_bias.alpha": "rel_pos_bias.alpha",
+    "rel_pos_bias.beta": "rel_pos_bias.b_param",
+    "rel_pos_bias._float_tensor": "rel_pos_bias._float_tensor",
+}
+
+
+def _linear(*modules: str) -> dict[str, str]:
+    return {f"{module}.{name}": f"{module}.{name}" for module in modules for name in _LINEAR}
+
+
+def _within(part: str, *tables: dict[str, str]) -> dict[str, str]:
+    norm = {f"norm.norm.{name}": f"norm.norm.{name}" for name in _NORM}
+    return {f"{part}.{theirs}": f"{part}.{ours}" for table in (norm, *tables) for theirs, ours in table.items()}
+
+
+_BLOCK = {
+    **_within("mega_layer", _MOVING_AVERAGE, _AFFINE, _POSITIONAL_BIAS, _linear("v_proj", "mx_proj", "h_proj")),
+    **_within("cross_attn", _POSITIONAL_BIAS, _linear("q_proj", "k_proj", "v_proj", "h_proj")),
+    **_within("nffn", _linear("fc1", "fc2")),
+}
+
+
+class FairseqLayout(NamedTuple):
+    """How one kind of fairseq model names its tensors.
+
+    Args:
+        build: makes the model here that holds the same weights.
+        base: prefix of the backbone in its names.
+        embedding: fairseq's name of the word embedding.
+        blocks: fairseq's prefix of the list of blocks.
+        final_norm: fairseq's prefix of the norm after the last block; none where the model has none.
+        final_affine: whether that norm always has parameters (in language models it is an option).
+        head: fairseq's names of the head to ours.
+        version: fairseq's name of a buffer that holds the format's number, 3; none where the model has none.
+        can_scale: whether embeddings may be multiplied by sqrt(hidden_size).
+        others: prefixes of names that belong to another model in the same checkpoint, with what they are.
+    """
+
+    build: Callable[[MegaConfig], nn.Module]
+    base: str
+    embedding: str
+    blocks: str
+    final_norm: str | None
+    final_affine: bool
+    head: dict[str, str]
+    version: str | None
+    can_scale: bool
+    others: dict[str, str]
+
+
+def _backbone(config: MegaConfig) -> MegaModel:
+    return MegaModel(config, add_pooling_layer=False)
+
+
+LAYOUTS = {
+    "lm": FairseqLayout(
+        build=MegaForCausalLM,
+        base="mega.",
+        embedding="decoder.embed_tokens.weight",
+        blocks="decoder.layers.",
+        final_norm="decoder.final_norm.",
+        final_affine=False,
+        head={"decoder.output_projection.weight": "lm_head.weight"},
+        version="decoder.version",
+        can_scale=True,
+        others={"encoder.": "the encoder beside this decoder: convert it with layout='encoder'"},
+    ),
+    "encoder": FairseqLayout(
+        build=_backbone,
+        base="",
+        embedding="encoder.embed_tokens.weight",
+        blocks="encoder.layers.",
+        final_norm="encoder.final_norm.",
+        final_affine=True,
+        head={},
+        version="encoder.version",
+        can_scale=True,
+        others={"decoder.": "the decoder beside this encoder: convert it with layout='lm'"},
+    ),
+    "lra": FairseqLayout(
+        build=_backbone,
+        base="",
+        embedding="encoder.encoder.embed_tokens.embed.weight",
+        blocks="encoder.encoder.layers.",
+        final_norm="encoder.encoder.final_norm.",
+        final_affine=True,
+        head={},
+        version=None,
+        can_scale=False,
+        others={
+            "classifier.": "the classifier over mean-pooled states, which no head here computes",
+            "sentence_projection_layer.": "the classifier over mean-pooled states, which no head here computes",
+        },
+    ),
+    "mlm": FairseqLayout(
+        build=MegaForMaskedLM,
+        base="mega.",
+        embedding="mega.embedding_layer.weight",
+        blocks="mega.encoders.",
+        final_norm=None,
+        final_affine=False,
+        head={"mlm_head.weight": "mlm_head.weight", "mlm_head.bias": "mlm_head.bias"},
+        version=None,
+        can_scale=False,
+        others={},
+    ),
+}
+
+# Parts of fairseq models that no Mega model here has: a piece of the name, and why.
+NO_COUNTERPART = {
+    "adaptive_softmax.": "the output is an adaptive softmax, here it is a linear layer",
+    "embed_tokens.embeddings.": "the input is an adaptive embedding, here it is one table",
+    "embed_tokens.": "the input is not a table of words",
+    "project_in_dim.": "embeddings have a width of their own, here it is hidden_size",
+    "embed_norm.": "embeddings are normalised (--normalize-embedding), here they are not",
+    "final_norm.": "the final norm has parameters that change its output: set final_norm_affine=True",
+    "cross_attn.": "blocks attend to an encoder: set add_cross_attention=True",
+    "nffn.": "blocks have a feed-forward network: set use_normalized_ffn=True",
+}
+
+
+def layout_named(name: str) -> FairseqLayout:
+    """The layout of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"layout={name!r} is unknown: choose one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def name_table(layout: FairseqLayout, blocks: int) -> dict[str, str]:
+    """Every name that a fairseq model of this kind and number of blocks can have, to the one here; one to one."""
+    table = {layout.embedding: f"{layout.base}embedding_layer.word_embeddings.weight", **layout.head}
+    for i in range(blocks):
+        for theirs, ours in _BLOCK.items():
+            table[f"{layout.blocks}{i}.{theirs}"] = f"{layout.base}layers.{i}.{ours}"
+    if layout.final_norm is not None:
+        table |= {f"{layout.final_norm}norm.{name}": f"{layout.base}final_norm.norm.{name}" for name in _NORM}
+    return table
+
+
+def why_not(name: str) -> str:
+    """Why a fairseq name has no counterpart, in words."""
+    return next(
+        (reason for piece, reason in NO_COUNTERPART.items() if piece in name), "a model of this configuration has none"
+    )
+
 
 EMA_INPUTS = ("delta", "alpha")
 _UNUSED_BUFFER = "rel_pos_bias._float_tensor"
@@ -60,11 +226,13 @@ def fairseq_to_mega(
     wrong = ours.differences({name: tensor.shape for name, tensor in found.items()}, optional=unused)
     if wrong:
         raise ValueError(f"the fairseq weights, under the names used here, do not fit: {'; '.join(wrong)}")
-    _check_ties(found, ours)
+    for name, owner in ours.unequal_ties(found, torch.equal):
+        raise ValueError(
+            f"tie_word_embeddings=True, but {name} and {owner} differ in the fairseq weights: set it to False"
+        )
     # fairseq leaves this buffer uninitialised.
     found |= {name: torch.zeros(ours.tensors[name].shape) for name in unused}
-    source_of = {ours.ties.get(name, name): tensor for name, tensor in found.items()}
-    whole = {name: source_of[ours.ties.get(name, name)].to(meta.dtype) for name, meta in ours.tensors.items()}
+    whole = {name: tensor.to(ours.tensors[name].dtype) for name, tensor in ours.complete(found).items()}
     return _other_ema_input(whole, config, omega_sign=-1) if ema_input == "alpha" else whole
 
 
@@ -96,8 +264,7 @@ def mega_to_fairseq(
             f"a fairseq model of layout={layout!r} has no counterpart of {', '.join(unknown)}: the switches "
             "are add_lm_hidden_dense_layer, lm_head_bias and add_token_type_embeddings"
         )
-    source_of = {ours.ties.get(name, name): tensors[name] for name in tensors}
-    whole = {name: source_of[ours.ties.get(name, name)] for name in ours.tensors}
+    whole = ours.complete(tensors)
     if ema_input == "alpha":
         whole = _other_ema_input(whole, config, omega_sign=1)
     for name in [name for name in whole if name.endswith(_BIAS_TABLE)]:
@@ -107,7 +274,7 @@ def mega_to_fairseq(
     return state | {table[name]: tensor for name, tensor in whole.items()}
 
 
-def _prepare(config: MegaConfig, layout: str, ema_input: str) -> tuple[FairseqLayout, Layout]:
+def _prepare(config: MegaConfig, layout: str, ema_input: str) -> tuple[FairseqLayout, StateDictSpec]:
     kind = layout_named(layout)
     if ema_input not in EMA_INPUTS:
         raise ValueError(f"ema_input={ema_input!r} is unknown: choose one of {', '.join(EMA_INPUTS)}")
@@ -126,14 +293,14 @@ def _prepare(config: MegaConfig, layout: str, ema_input: str) -> tuple[FairseqLa
         raise ValueError(
             f"scale_embeddings=True: a fairseq model of layout={layout!r} does not scale embeddings, set it to False"
         )
-    return kind, layout_of(config, kind.build)
+    return kind, state_dict_spec(config, kind.build)
 
 
 def _left_out(name: str, kind: FairseqLayout) -> bool:
     return name == kind.version or name.startswith(tuple(kind.others))
 
 
-def _unit_final_norm(kind: FairseqLayout, ours: Layout, config: MegaConfig) -> dict[str, Tensor]:
+def _unit_final_norm(kind: FairseqLayout, ours: StateDictSpec, config: MegaConfig) -> dict[str, Tensor]:
     """Parameters with which fairseq's final norm computes what one without parameters does; none if ours has them."""
     if kind.final_norm is None or not config.final_norm:
         return {}
@@ -179,14 +346,6 @@ def _to_their_table(name: str, table: Tensor, config: MegaConfig) -> Tensor:
             f"set max_positions={_centre(config)}"
         )
     return table[:length]
-
-
-def _check_ties(found: Mapping[str, Tensor], ours: Layout) -> None:
-    for name, owner in ours.ties.items():
-        if name in found and owner in found and not torch.equal(found[name], found[owner]):
-            raise ValueError(
-                f"tie_word_embeddings=True, but {name} and {owner} differ in the fairseq weights: set it to False"
-            )
 
 
 def _other_ema_input(tensors: Mapping[str, Tensor], config: MegaConfig, omega_sign: int) -> dict[str, Tensor]:

@@ -1,17 +1,24 @@
-"""Reads fairseq's checkpoint files: the model's tensors, and the options it was trained with, without running code."""
+"""fairseq's files: checkpoints read without running code and written as folders, dictionaries as tokenizers."""
 
 import argparse
 import os
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mega_scale.hub.fairseq_names import LAYOUTS, layout_named
-from mega_scale.model import MegaConfig
+from mega_scale.files import check_destination, write_folder
+from mega_scale.hub.export import write_export, write_tokenizer
+from mega_scale.hub.fairseq import LAYOUTS, fairseq_to_mega, layout_named
+from mega_scale.model import MegaConfig, MegaModel
 
 
 class FairseqCheckpoint(NamedTuple):
@@ -77,6 +84,7 @@ _OPTIONS = {
     "lra": {**_SHARED_OPTIONS, **_LRA_OPTIONS},
 }
 _SIDES = {"lm": "decoder", "encoder": "encoder", "lra": "encoder"}
+CHECKPOINT_LAYOUTS = tuple(_SIDES)
 
 
 def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
@@ -140,7 +148,7 @@ def config_from_args(
 
     Args:
         checkpoint: see `read_fairseq`.
-        layout: "lm", "encoder" or "lra", see `fairseq_to_mega`.
+        layout: one of `CHECKPOINT_LAYOUTS`, see `fairseq_to_mega`.
         changes: fields that replace what the options say, or stand in for options that the checkpoint lacks.
 
     Returns:
@@ -193,3 +201,86 @@ def _as_fields(
         cross = any(".cross_attn." in name for name in state)
         derived |= {"is_decoder": True, "bidirectional": False, "lm_head_bias": False, "add_cross_attention": cross}
     return derived | values
+
+
+# fairseq puts these before the words of the file, in this order.
+_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def tokenizer_from_dictionary(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Read a dictionary as a tokenizer that splits at white space, as fairseq does.
+
+    Args:
+        path: a text file with one word and its count a line, the most frequent first.
+
+    Returns:
+        The tokenizer, with fairseq's ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then the words in order.
+
+    Raises:
+        ValueError: a line is not a word and a count, or a word comes twice.
+    """
+    vocabulary = {word: number for number, word in enumerate(_SPECIAL)}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        word, _, count = line.rpartition(" ")
+        if not word or not count.isdecimal():
+            raise ValueError(f"{path}, line {number} is {line!r}: expected a word, a space and a count")
+        if word in vocabulary:
+            raise ValueError(f"{path}, line {number} repeats the word {word!r}: remove the line")
+        vocabulary[word] = len(vocabulary)
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    bos, pad, eos, unknown = _SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, pad_token=pad, eos_token=eos, unk_token=unknown
+    )
+
+
+def convert_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    layout: str | None,
+    ema_input: str,
+    changes: dict[str, Any],
+    overwrite: bool,
+) -> str:
+    """Write a fairseq checkpoint's model as a Hugging Face folder.
+
+    Args:
+        checkpoint: fairseq's file.
+        out: the folder to create.
+        tokenizer: saved with the model; a language model needs one.
+        layout: kind of model, see `fairseq_to_mega`; none means to tell it by the names.
+        ema_input: see `fairseq_to_mega`.
+        changes: fields of MegaConfig that replace what the checkpoint says.
+        overwrite: whether an earlier export is replaced.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: the checkpoint is not readable, has parts without counterpart, or the destination is taken.
+    """
+    check_destination(out, overwrite=overwrite)
+    read = read_fairseq(checkpoint)
+    layout = find_layout(read.state) if layout is None else layout
+    config = config_from_args(read, layout, changes)
+    tensors = fairseq_to_mega(read.state, config, layout=layout, ema_input=ema_input)
+    card = f"# {out.resolve().name}\n\nA Mega model (arXiv 2209.10655), converted from fairseq's `{checkpoint.name}`.\n"
+    if layout == "lm":
+        if tokenizer is None:
+            raise ValueError("a language model needs a tokenizer: give --dictionary dict.txt, or --tokenizer")
+        write_export(out, tensors, config, tokenizer, card, overwrite=overwrite)
+        return layout
+    model = MegaModel(config, add_pooling_layer=False)
+    model.load_state_dict(tensors, strict=True)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer)
+
+    write_folder(out, write)
+    return layout

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.hub.layout import layout_of
-from mega_scale.hub.tokenizer_files import tokenizer_beyond_transformers_4
+from mega_scale.hub.export import tokenizer_beyond_transformers_4
+from mega_scale.hub.folder import state_dict_spec
 from mega_scale.model import MegaConfig
 
 _HOW_TO_LOAD = """\
@@ -80,18 +80,8 @@ def model_card(
     with_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
-    """Markdown text of an export's README.md; of the machine's paths it tells only the last part.
-
-    Args:
-        facts: what is known of the training run.
-        config: the model's configuration.
-        dtype: dtype of the exported parameters, "fp32" or "bf16".
-        with_code: whether the folder holds the model's Python files.
-        tokenizer: of the model, to say whether transformers 4.37.2 reads it.
-
-    Returns:
-        The card, with the metadata block that model hubs read.
-    """
+    """Markdown text of an export's README.md, with the metadata block that model hubs read; arguments as in
+    `write_export`. Of paths on this machine it tells only the last part."""
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mega\n- mega_scale\n---",
         f"# {_inline(facts.name)}",
@@ -117,14 +107,7 @@ def model_card(
 
 
 def beyond_transformers_4(config: MegaConfig) -> list[str]:
-    """What of a configuration transformers 4.37.2 does not compute, in words, one entry a key.
-
-    Args:
-        config: the model's configuration.
-
-    Returns:
-        Lines naming key, value and effect; none when 4.37.2 computes the same function.
-    """
+    """What of a configuration transformers 4.37.2 does not compute: lines that name key, value and effect."""
     lines = [
         f"`{key}={getattr(config, key)!r}`: {effect}"
         for key, (default, effect) in _NOT_IN_HF.items()
@@ -157,8 +140,8 @@ def _attention(config: MegaConfig) -> str:
 
 
 def _model_rows(config: MegaConfig, dtype: str) -> list[tuple[str, str]]:
-    layout = layout_of(config)
-    parameters = sum(layout.tensors[name].numel() for name in layout.stored() if name not in layout.buffers)
+    spec = state_dict_spec(config)
+    parameters = sum(spec.tensors[name].numel() for name in spec.stored() if name not in spec.buffers)
     stored = "fp32" if dtype == "fp32" else f"{dtype}; the moving average's parameters in fp32"
     return [
         ("parameters", f"{parameters:,}"),

@@ -16,7 +16,7 @@ from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, ve
 from mega_scale.checkpoint.manifest import own_files
 from mega_scale.checkpoint.state import open_weights
 from mega_scale.data import vocabulary_size
-from mega_scale.hub import open_folder
+from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import Values, fill
 

@@ -33,7 +33,7 @@ from mega_scale.data import (
     validation_batches,
 )
 from mega_scale.files import STALE_S
-from mega_scale.hub import open_folder
+from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
 from mega_scale.parallel import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mega_scale.hub import open_folder
+from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaForCausalLM
 from mega_scale.model.configuration_mega import warn_if_norm_differs
 

@@ -13,10 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mega_scale.data import as_trained, load_tokenizer, vocabulary_size
 from mega_scale.data.train_tokenizer import train_bpe
-from mega_scale.hub import open_folder, write_export
-from mega_scale.hub.export import plan_shards
-from mega_scale.hub.layout import layout_of
-from mega_scale.hub.tokenizer_files import write_tokenizer
+from mega_scale.hub.export import plan_shards, write_export, write_tokenizer
+from mega_scale.hub.folder import open_folder, state_dict_spec
 
 EMBEDDING = "mega.embedding_layer.word_embeddings.weight"
 HEAD = "lm_head.weight"
@@ -97,7 +95,7 @@ def test_shards_stay_below_the_limit_and_the_index_is_complete(tmp_path, make_mo
 
 def test_every_tensor_is_read_once_and_one_shard_is_held(tmp_path, make_model, tokenizer):
     model = make_model()
-    plan = plan_shards(layout_of(model.config), 5_000, torch.float32)
+    plan = plan_shards(state_dict_spec(model.config), 5_000, torch.float32)
     parent = tmp_path / "exports"
     reads = []
 

@@ -9,7 +9,7 @@ import torch
 from mega_scale import export
 from mega_scale.checkpoint.manifest import Manifest, write_manifest
 from mega_scale.files import hash_file
-from mega_scale.hub import open_folder
+from mega_scale.hub.folder import open_folder
 from mega_scale.training import restore
 from mega_scale.training.restore import describe_model
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from fairseq_equations import Model, Options, model_shapes, random_state
 
-from mega_scale.hub import fairseq_to_mega, mega_to_fairseq
-from mega_scale.hub.fairseq_names import LAYOUTS, name_table
+from mega_scale.hub.fairseq import LAYOUTS, fairseq_to_mega, mega_to_fairseq, name_table
 from mega_scale.model import MegaConfig
 
 

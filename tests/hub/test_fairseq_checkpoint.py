@@ -11,14 +11,14 @@ import torch
 from fairseq_equations import Model, Options, random_state
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from mega_scale.hub import (
+from mega_scale.hub.fairseq_checkpoint import (
     FairseqCheckpoint,
     config_from_args,
     find_layout,
-    open_folder,
     read_fairseq,
     tokenizer_from_dictionary,
 )
+from mega_scale.hub.folder import open_folder
 
 LM = Options(chunk_size=4)
 LRA = Options(layout="lra", scale_embedding=False, normalize_before=False, norm="scalenorm", max_positions=32)

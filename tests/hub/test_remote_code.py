@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports
 
 import mega_scale.model
-from mega_scale.hub import open_folder, write_export
-from mega_scale.hub.remote_code import auto_classes, auto_map, flat_name, remote_code
+from mega_scale.hub.export import auto_classes, auto_map, flat_name, remote_code, write_export
+from mega_scale.hub.folder import open_folder
 
 ROOT = Path(mega_scale.__file__).parent
 

@@ -18,7 +18,7 @@ from launch import evaluate, prepare
 from mega_scale.checkpoint.folder import verify
 from mega_scale.checkpoint.state import StateReader
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
-from mega_scale.hub import open_folder
+from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaConfig
 from mega_scale.training.restore import open_checkpoint
 

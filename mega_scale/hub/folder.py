@@ -1,28 +1,113 @@
-"""Reads the weights of a Hugging Face folder one tensor at a time, after checking that they fit the model."""
+"""Hugging Face folders: which tensors one holds, and reading them one at a time after checking that they fit."""
 
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from mega_scale.hub.layout import BASE_PREFIX, Layout, layout_of
+from mega_scale import model as mega  # its models are imported when they are used: reading a configuration needs none
 from mega_scale.model import MegaConfig
 from mega_scale.model.configuration_mega import warn_if_norm_differs
 
+BASE_PREFIX = "mega."
+_POOLER = "pooler."  # a base model may carry one, which no language model has
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# A base model may carry a pooler, which no language model has.
-_POOLER = "pooler."
+_LISTED = 8
+T = TypeVar("T")
+
+
+class StateDictSpec(NamedTuple):
+    """Names, shapes and ties of a model's state dict.
+
+    Args:
+        tensors: a meta tensor for every name of the state dict, tied names included, in the model's order.
+        ties: for a name that shares its tensor with an earlier one, that earlier name.
+        buffers: the names that are buffers, not parameters.
+    """
+
+    tensors: dict[str, Tensor]
+    ties: dict[str, str]
+    buffers: frozenset[str]
+
+    def owner(self, name: str) -> str:
+        """The earliest name of the tensor that is called `name`."""
+        return self.ties.get(name, name)
+
+    def complete(self, found: Mapping[str, T]) -> dict[str, T]:
+        """Give tied names the value of the one that was found, in the model's order."""
+        by_owner = {self.owner(name): value for name, value in found.items()}
+        by_owner |= {name: value for name, value in found.items() if name not in self.ties}
+        return {name: by_owner[self.owner(name)] for name in self.tensors if self.owner(name) in by_owner}
+
+    def unequal_ties(self, found: Mapping[str, T], equal: Callable[[T, T], bool]) -> list[tuple[str, str]]:
+        """Names that share a tensor but were found with different values."""
+        both = [(name, owner) for name, owner in self.ties.items() if name in found and owner in found]
+        return [(name, owner) for name, owner in both if not equal(found[name], found[owner])]
+
+    def stored(self) -> list[str]:
+        """Names that a folder holds: each tensor once."""
+        return [name for name in self.tensors if name not in self.ties]
+
+    def stored_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of `name` in a folder whose parameters are `dtype`: buffers and the moving average keep their own."""
+        exact = any(module in name.split(".") for module in mega.MegaPreTrainedModel.fp32_modules)
+        if exact or name in self.buffers or not self.tensors[name].is_floating_point():
+            return self.tensors[name].dtype
+        return dtype
+
+    def differences(self, shapes: Mapping[str, Collection[int]], optional: Iterable[str] = ()) -> list[str]:
+        """What is wrong with tensors of these names and shapes: a line each for missing, unexpected, mis-shaped ones.
+
+        Args:
+            shapes: of tied names one is enough.
+            optional: names that may be absent.
+        """
+        present = {self.owner(name) for name in shapes} | set(optional)
+        missing = [name for name in self.stored() if name not in present]
+        unexpected = [name for name in shapes if name not in self.tensors]
+        misshapen = [
+            f"{name} is {tuple(shape)}, expected {tuple(self.tensors[name].shape)}"
+            for name, shape in shapes.items()
+            if name in self.tensors and tuple(shape) != tuple(self.tensors[name].shape)
+        ]
+        kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshapen}
+        return [f"{kind} ({len(names)}): {_list(names)}" for kind, names in kinds.items() if names]
+
+
+def state_dict_spec(config: MegaConfig, build: Callable[[MegaConfig], nn.Module] | None = None) -> StateDictSpec:
+    """The state dict of the model that `build` makes (default: `MegaForCausalLM`), without memory for its weights.
+
+    Raises:
+        ValueError: no such model exists; the message names the fields.
+    """
+    with torch.device("meta"):
+        model = (build or mega.MegaForCausalLM)(config)
+    buffers = dict(model.named_buffers())
+    # A state dict detaches its values: identity survives only with keep_vars.
+    tensors = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    ties = {}
+    for name, tensor in tensors.items():
+        owner = first.setdefault(id(tensor), name)
+        if owner != name:
+            ties[name] = owner
+    return StateDictSpec(dict(tensors), ties, frozenset(name for name in tensors if name in buffers))
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown}, and {len(names) - _LISTED} more"
 
 
 class _File(Protocol):
@@ -103,7 +188,7 @@ def open_folder(path: str | os.PathLike[str], *, require_head: bool = True) -> t
     """
     folder = Path(path)
     config = read_config(folder)
-    layout = layout_of(config)
+    spec = state_dict_spec(config)
     stored = _stored_tensors(folder)
     found = {name: (file, name) for name, (file, _) in stored.items()}
     optional: list[str] = []
@@ -111,14 +196,18 @@ def open_folder(path: str | os.PathLike[str], *, require_head: bool = True) -> t
     if is_base_model:
         found = {BASE_PREFIX + name: source for name, source in found.items() if not name.startswith(_POOLER)}
         if not require_head:
-            optional = [name for name in layout.tensors if not name.startswith(BASE_PREFIX)]
+            optional = [name for name in spec.tensors if not name.startswith(BASE_PREFIX)]
     prefix_length = len(BASE_PREFIX) if is_base_model else 0
-    wrong = layout.differences({name: stored[name[prefix_length:]][1] for name in found}, optional)
+    wrong = spec.differences({name: stored[name[prefix_length:]][1] for name in found}, optional)
     if wrong:
         hint = "; it holds a base model, without a language-model head" if is_base_model else ""
         raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}{hint}")
-    _check_ties(folder, layout, found)
-    return config, FolderTensors(_with_tied_names(layout, found))
+    for name, owner in spec.unequal_ties(found, _same_values):
+        raise ValueError(
+            f"{folder} ties {name} to {owner} but holds different values for them: "
+            "set tie_word_embeddings to false in its config.json to keep both"
+        )
+    return config, FolderTensors(spec.complete(found))
 
 
 def read_config(folder: Path) -> MegaConfig:
@@ -180,18 +269,5 @@ def _open_file(path: Path) -> _File:
         raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
-def _check_ties(folder: Path, layout: Layout, found: dict[str, tuple[_File, str]]) -> None:
-    for name, owner in layout.ties.items():
-        if name in found and owner in found:
-            (file, stored_name), (owner_file, owner_name) = found[name], found[owner]
-            if not torch.equal(file.read(stored_name), owner_file.read(owner_name)):
-                raise ValueError(
-                    f"{folder} ties {name} to {owner} but holds different values for them: "
-                    "set tie_word_embeddings to false in its config.json to keep both"
-                )
-
-
-def _with_tied_names(layout: Layout, found: dict[str, tuple[_File, str]]) -> dict[str, tuple[_File, str]]:
-    source_of = {layout.ties.get(name, name): source for name, source in found.items()}
-    owners = {name: layout.ties.get(name, name) for name in layout.tensors}
-    return {name: source_of[owner] for name, owner in owners.items() if owner in source_of}
+def _same_values(a: tuple[_File, str], b: tuple[_File, str]) -> bool:
+    return torch.equal(a[0].read(a[1]), b[0].read(b[1]))

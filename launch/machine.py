@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""What becomes of the memory of freed tensors."""
 
 import ctypes
 import os
@@ -8,20 +8,6 @@ from pathlib import Path
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGE, _LARGEST_OF_HEAP, _NEVER = 2**20, 2**25, 2**31 - 1  # bytes
 _STATUS = Path("/proc/self/status")
-_RESET_PEAK = Path("/proc/self/clear_refs")
-
-
-def hardware() -> str:
-    """One line on the machine: processor, logical cores, operating system."""
-    processor = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass  # Not Linux: the platform's own name has to do.
-    return f"{processor}, {os.cpu_count()} logical cores, {platform.system()} {platform.machine()}"
 
 
 def return_freed_memory() -> None:
@@ -49,28 +35,6 @@ def keep_freed_memory() -> None:
 
 def _has_glibc() -> bool:
     return platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
-
-
-class PeakMemory:
-    """Watches how far this process grows from here on: its resident memory at its highest, less that of now.
-
-    `ru_maxrss` would not do: a process inherits it from the one that started it, and it cannot be set back.
-
-    Raises:
-        ValueError: the system keeps no such figure; only Linux does.
-    """
-
-    def __init__(self) -> None:
-        if not (_STATUS.exists() and _RESET_PEAK.exists()):
-            raise ValueError(
-                f"peak memory is read from {_STATUS} and reset in {_RESET_PEAK}, which exist on Linux only"
-            )
-        _RESET_PEAK.write_text("5", encoding="ascii")  # the peak is now what is resident
-        self._before = _resident("VmRSS")
-
-    def growth(self) -> int:
-        """Bytes so far."""
-        return max(_resident("VmHWM") - self._before, 0)
 
 
 def _resident(field: str) -> int:

@@ -30,7 +30,7 @@ NOT_RUN = {
 # Those for several hosts or GPUs: their run is resolved and printed, and their launcher knows its options.
 CLUSTER = ("deepspeed --hostfile", "torchrun --nnodes", "sbatch ", "srun ", "mpirun ", "accelerate launch")
 # Those that measure for minutes: their command takes its options.
-MEASURES = ("python launch/benchmark.py", "python tests/")
+MEASURES = ("python launch/benchmark", "python tests/")
 
 
 def printed(language):

@@ -5,7 +5,7 @@ import psutil
 import pytest
 from stores import store_of
 
-from launch.benchmark_data import write_sparse
+from launch.benchmark.data import write_sparse
 from mega_scale.data import PackedDataset
 from mega_scale.data.best_fit import fit
 from mega_scale.data.packing import MISSING

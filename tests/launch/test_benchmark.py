@@ -1,216 +1,177 @@
-"""launch/benchmark.py: what it prints, what it refuses to time, and the peer in another interpreter."""
+"""What the benchmarks share: how they start, what they refuse, how they take turns, and how their workers end."""
 
-import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
+from launching import ROOT
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-TINY = ["--batch", "1", "--length", "65", "--hidden", "4", "--states", "3", "--repeats", "3", "--warmup", "1"]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("launched_benchmark", LAUNCH / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from launch.benchmark import harness, memory, step
+from launch.benchmark.__main__ import main
+from mega_scale.parallel.monitor import PEER_LOST
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(LAUNCH / "benchmark.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-class Fixed:
-    """A contender with given results and durations."""
-
-    def __init__(self, name, results=None, durations=(), log=None):
-        self.name, self.given, self.durations, self.log = name, results, iter(durations), log
-
-    def results(self):
-        return self.given
-
-    def time(self):
-        if self.log is not None:
-            self.log.append(self.name)
-        return next(self.durations)
-
-
-def test_compares_our_implementations_without_a_peer(tmp_path):
-    done = run("ema", *TINY, "--json", str(tmp_path / "out.json"))
+def test_they_start_from_any_folder_and_write_what_they_print(tmp_path):
+    command = [sys.executable, str(ROOT / "launch/benchmark"), "checkpoint", "--megabytes", "1", "--repeats", "1"]
+    command += ["--warmup", "0", "--json", "out.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["native", "blocked", "fft"]
-    assert f"torch {torch.__version__}" in done.stdout
-    assert "not the residual, nor silu" in done.stdout
     report = json.loads((tmp_path / "out.json").read_text())
-    assert (
-        set(report["peak_inputs"]) == {"native", "blocked", "fft"} and "Peak of extra memory, in inputs" in done.stdout
-    )
-    assert {name: len(times) for name, times in report["milliseconds"].items()} == {"native": 3, "blocked": 3, "fft": 3}
-    assert max(report["largest_error"].values()) < 1e-4
-    assert report["sizes"] == {"batch": 1, "length": 65, "hidden": 4, "states": 3}
+    assert report["benchmark"] == "checkpoint" and report["options"]["megabytes"] == 1
+    assert report["versions"]["torch"] == torch.__version__ and report["hardware"] in done.stdout
+    assert len(report["stall_ms"]) == 6 and all(times[0] > 0 for times in report["stall_ms"].values())
+    assert all(name in done.stdout for name in report["stall_ms"])
 
 
-def test_contenders_take_turns_and_warm_up_is_not_counted(benchmark):
+STEP = ["--hidden", "32", "--averages", "2", "--chunk", "16"]
+MEMORY = ["--chunk", "64", "--lengths"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ema", "--length", "0"], "0 must be at least 1"),
+        (["ema", "--json", "s3://b/x.json"], "--json='s3://b/x.json': s3:// is no local path"),
+        (["ema", "--peer-python", "/no/such/python"], "--peer-python /no/such/python cannot be started: No such file"),
+        (["step", *STEP, "--peers", "gpt"], "invalid choice: 'gpt'"),
+        (["step", *STEP, "--segment", "24"], "is not a multiple of model.chunk_size=16"),
+        (["step", *STEP, "--plot", "out.txt"], "--plot out.txt: choose a name that ends in .png or .svg"),
+        (["step", *STEP, "--plot", "/no/folder/out.png"], "--plot /no/folder/out.png: there is no such folder"),
+        (["decode", "--tokens", "100"], "--tokens is gone: pass --contexts"),
+        (["decode", "--chunk", "8", "--contexts", "4", "32"], "must exceed 4"),
+        (["decode", "--contexts", "640"], "--peer-context 2048 is not among --contexts [640]"),
+        (["memory", *MEMORY, "128", "--sp", "4"], "--lengths 128 with --chunk 64: the last rank's whole chunks"),
+        (["memory", *MEMORY, "300", "--sp", "4"], "use --sp 3, or --lengths 512"),
+        (["memory", "--activation-checkpoint", "-1"], "-1 must be at least 0"),
+        (["memory", "--port", "70000"], "--port 70000 is no port"),
+        (["bandwidth"], "bandwidth measures a GPU, and PyTorch sees none"),
+        (["mfu"], "mfu measures a GPU, and PyTorch sees none"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line_before_anything_is(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        status = main(arguments)
+    except SystemExit as end:  # argparse's
+        status = end.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_picture_without_matplotlib_is_refused(monkeypatch):
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs matplotlib, which is not installed: install mega_scale\[plot\]"):
+        step.check_plot("out.png")
+
+
+def test_contenders_take_turns_and_warm_up_is_not_counted():
     log = []
-    contenders = [Fixed("a", durations=[90, 1, 2], log=log), Fixed("b", durations=[80, 3, 4], log=log)]
-    assert benchmark.interleave(contenders, repeats=2, warmup=1) == {"a": [1, 2], "b": [3, 4]}
+    durations = {"a": iter([90, 1, 2]), "b": iter([80, 3, 4])}
+    contenders = {name: lambda name=name: (log.append(name), next(durations[name]))[1] for name in durations}
+    assert harness.in_turns(contenders, repeats=2, warmup=1) == {"a": [1, 2], "b": [3, 4]}
     assert log == ["a", "b"] * 3
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
-def test_what_is_not_correct_is_not_timed(benchmark, wrong):
-    truth = {"y": torch.tensor([1.0, -2.0]), "dx": torch.tensor([3.0])}
-    good = Fixed("good", {"y": torch.tensor([1.0, -2.0001]), "dx": torch.tensor([3.0])})
-    bad = Fixed("bad", {"y": torch.tensor([1.0, -2.0]), "dx": torch.tensor([3.0 * wrong])})
-    assert benchmark.largest_errors([good], truth)["good"] == pytest.approx(5e-5, rel=0.01)
-    with pytest.raises(ValueError, match=r"bad is not timed.*dx by"):
-        benchmark.largest_errors([good, bad], truth)
+def test_what_is_not_correct_is_not_reported(wrong):
+    truth = {"y": torch.tensor([1.0, -2.0]), "loss": 3.0}
+    good = {"y": torch.tensor([1.0, -2.0001]), "loss": 3.0, "more": 1.0}
+    assert harness.compare("good", good, truth, 1e-4) == pytest.approx(5e-5, rel=0.01)
+    with pytest.raises(ValueError, match=r"bad is not reported: it is wrong in loss by .*; 1e-04 is allowed"):
+        harness.compare("bad", {**good, "loss": 3.0 * wrong}, truth, 1e-4)
 
 
-def test_table_gives_medians_and_ratios(benchmark):
-    durations = {"ours": [1.0, 2.0, 9.0], "peer": [10.0, 11.0, 12.0]}
-    rows = benchmark.table(durations, {"ours": 1e-7, "peer": 2e-7}).splitlines()
-    assert rows[0] == "|  | median ms | min | max | times faster than peer | largest error |"
-    assert rows[2:] == [
-        "| ours | 2.000 | 1.000 | 9.000 | 5.50 | 1.0e-07 |",
-        "| peer | 11.000 | 10.000 | 12.000 | 1.00 | 2.0e-07 |",
-    ]
+def test_a_peer_that_cannot_import_its_library_says_so(tmp_path):
+    arguments = {"problem": str(tmp_path / "none.safetensors")}
+    with (
+        harness.Worker("peers:PeerEma", arguments, name="the peer", threads=1) as worker,
+        pytest.raises(ValueError, match=r"the peer ended with exit status 1: ModuleNotFoundError: .*\.mega"),
+    ):
+        worker.call("time")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--peer-python", "/no/such/python"], "--peer-python /no/such/python cannot be started"),
-        (["--peer-python", sys.executable], "the peer ended with exit status 1: ModuleNotFoundError"),
-        (["--length", "0"], "0 must be at least 1"),
-        (["--json", "s3://b/x.json"], "--json='s3://b/x.json': s3:// is no local path"),
-    ],
-)
-def test_bad_arguments_end_with_one_clear_line(arguments, message):
-    done = run("ema", *TINY, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_a_worker_that_is_killed_is_said_to_be(monkeypatch, tmp_path):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho a warning >&2\nkill -9 $$\n")
+    script.chmod(0o755)
+    with (
+        harness.Worker("", {}, name="it", threads=1, python=str(script)) as worker,
+        pytest.raises(harness.WorkerError, match="it ended with exit status -9: killed, as a system does that is"),
+    ):
+        worker.call("time")
 
 
-def test_a_worker_that_is_killed_is_said_to_be(benchmark, tmp_path):
-    code = "import os, sys; print('a warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
-    with pytest.raises(ValueError, match="exit status -9: killed, as a system does that is short of memory"):
-        sys.modules["launch.worker_process"].WorkerProcess(
-            [sys.executable, "-c", code], 1, (tmp_path / "errors.txt").open("w+", encoding="utf-8")
-        )
+class FakeRank:
+    """A rank that ends with a status after some time, or only when it is killed."""
+
+    def __init__(self, status, after_s):
+        self.status, self.end = status, time.monotonic() + after_s
+
+    def call(self, method):
+        while time.monotonic() < self.end:
+            time.sleep(0.01)
+        raise harness.WorkerError(f"ended with {self.status}", self.status)
+
+    def kill(self):
+        self.status, self.end = -signal.SIGKILL, 0
 
 
-@pytest.mark.peer
-@pytest.mark.skipif(
-    "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"
-)
-def test_the_peer_computes_the_same_and_is_timed(tmp_path):
-    peer = os.environ["MEGA_SCALE_PEER_PYTHON"]
-    done = run("ema", *TINY, "--peer-python", peer, "--json", str(tmp_path / "out.json"))
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert list(report["median_ms"]) == ["native", "blocked", "fft", "transformers 4.37.2"]
-    assert report["largest_error"]["transformers 4.37.2"] < 1e-5
-    assert report["versions"]["peer's transformers"] == "4.37.2"
+def test_the_rank_that_failed_is_named_and_the_others_end(monkeypatch):
+    monkeypatch.setattr(memory, "LET_OTHERS_END_S", 0.1)
+    ranks = [FakeRank(PEER_LOST, 0.05), FakeRank(1, 0), FakeRank(0, 3600)]
+    with pytest.raises(harness.WorkerError, match="ended with 1"):
+        memory._step_together(ranks)
 
 
-STEP = [
-    "--lengths",
-    "32",
-    "64",
-    "--hidden",
-    "32",
-    "--layers",
-    "1",
-    "--shared",
-    "8",
-    "--expanded",
-    "24",
-    "--averages",
-    "2",
-]
-STEP += ["--chunk", "16", "--vocabulary", "64", "--llama-expanded", "24", "--repeats", "1", "--warmup", "1"]
-STEP += ["--mamba-layers", "1", "--mamba-states", "4", "--mamba-chunk", "16"]
-
-
-def test_a_training_step_is_timed_beside_a_peer(tmp_path):
-    plot, report = tmp_path / "out.svg", tmp_path / "out.json"
-    options = ["--bf16", "--compile", "--peers", "llama", "mamba2", "--peer-longest", "32", "--plot", str(plot)]
-    done = run("step", *STEP, *options, "--json", str(report))
-    assert done.returncode == 0, done.stderr
-    content = json.loads(report.read_text())
-    rows, ours = content["rows"], ("ours", "ours bf16", "ours compiled")
-    expected = [*((32, kind) for kind in (*ours, "llama", "mamba2")), *((64, kind) for kind in ours)]
-    assert [(row["length"], row["kind"]) for row in rows] == expected
-    assert all(row["tokens_per_s"] > 0 and (row["kind"] not in ours or row["shares"]["torch.mm"] > 0) for row in rows)
-    # Peers were given one length, from which nothing follows.
-    assert tuple(content["exponents"]) == ours and "Time grows as length to the power of" in done.stdout
-    picture = plot.read_text()
-    assert "<svg" in picture and all(f"<!-- {name} -->" in picture for name in (*ours, "transformers Llama, sdpa"))
-
-
-def test_a_training_step_in_segments_is_the_same_step(tmp_path, benchmark):
-    from launch.benchmark_step_worker import Trainer  # noqa: PLC0415  needs the path that benchmark.py sets
-
-    sizes = {"vocabulary": 64, "hidden": 32, "layers": 2, "shared": 8, "expanded": 24, "averages": 2, "chunk": 16}
-    sizes |= {"lengths": [64], "weights": str(tmp_path / "weights.pt")}
-    whole, parts = (Trainer("ours", {**sizes, "segment": segment}).check(64) for segment in (0, 32))
-    assert all(parts[name] == pytest.approx(whole[name], rel=1e-5) for name in ("loss", "norm"))
-
-
-def test_growth_with_length_is_the_slope_of_logarithms(benchmark):
-    exponent = sys.modules["launch.plots"].exponent
-    assert exponent({1024: 3.0, 2048: 12.0, 8192: 192.0}) == pytest.approx(2)
-    # Off that by factors of 1/2, 2 and 1/2 at equal distances: no tilt, as least squares have it.
-    assert exponent({1: 0.5, 2: 8.0, 4: 8.0}) == pytest.approx(2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--peers", "gpt"], "invalid choice: 'gpt'"),
-        (["--segment", "24"], "is not a multiple of model.chunk_size=16"),
-        (["--plot", "out.txt"], "--plot out.txt: choose a name that ends in .png or .svg"),
-        (["--plot", "/no/such/folder/out.png"], "--plot /no/such/folder/out.png: there is no such folder"),
-    ],
-)
-def test_steps_that_cannot_be_timed_are_refused(arguments, message):
-    done = run("step", *STEP, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-
-
-def test_a_picture_without_matplotlib_is_refused_before_anything_is_timed(benchmark, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert benchmark.main(["step", *STEP, "--plot", "out.png"]) == 2
-    assert "needs matplotlib, which is not installed: install mega_scale[plot]" in capsys.readouterr().err
-
-
-def test_peak_memory_is_counted_from_when_it_is_asked_for(benchmark):
-    count = sys.modules["launch.machine"].PeakMemory
-    gone = torch.ones(2**24)  # 64 MiB
+def test_peak_memory_is_counted_from_when_it_is_asked_for():
+    gone = torch.ones(2**26)  # 256 MiB, more than a heap keeps
     del gone
-    peak = count()
+    peak = harness.PeakMemory()
     assert peak.growth() < 2**20
-    held = torch.ones(2**24)
+    held = torch.ones(2**26)
     del held
-    assert 2**26 <= peak.growth() + 2**20 < 2**27
+    assert 2**28 <= peak.growth() + 2**20 < 2**29
+
+
+def test_growth_with_length_is_the_slope_of_logarithms():
+    assert step.exponent({1024: 3.0, 2048: 12.0, 8192: 192.0}) == pytest.approx(2)
+    # Off that by factors of 1/2, 2 and 1/2 at equal distances: no tilt, as least squares have it.
+    assert step.exponent({1: 0.5, 2: 8.0, 4: 8.0}) == pytest.approx(2)
+
+
+def test_a_picture_shows_every_contender(tmp_path):
+    costs = {"ours": {32: (2.0, 1.0, 3.0), 64: (2.0, 2.0, 2.0)}, "transformers Llama, sdpa": {32: (4.0, 3.0, 5.0)}}
+    step.plot_costs(str(tmp_path / "out.svg"), costs, "title")
+    picture = (tmp_path / "out.svg").read_text()
+    assert "<svg" in picture and all(f"<!-- {name} -->" in picture for name in costs)
+
+
+peer = pytest.mark.skipif(
+    "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"
+)
 
 
 @pytest.mark.peer
-@pytest.mark.skipif(
-    "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"
+@peer
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["ema", "--length", "65", "--hidden", "4", "--states", "3", "--repeats", "1"], "| transformers 4.37.2 |"),
+        (
+            ["step", *STEP, "--lengths", "32", "--layers", "1", "--shared", "8", "--expanded", "24", "--peers"],
+            "| 32 | transformers 4.37.2 Mega",
+        ),
+        (
+            ["decode", "--contexts", "32", "--peer-context", "32", "--chunk", "8", "--hidden", "64", "--repeats", "1"],
+            "Mega, unchunked (transformers 4.37.2) at 32",
+        ),
+    ],
 )
-def test_the_reference_trains_the_same_model():
-    peer = os.environ["MEGA_SCALE_PEER_PYTHON"]
-    done = run("step", *STEP, "--peers", "--peer-python", peer)
-    assert done.returncode == 0 and "transformers 4.37.2 Mega" in done.stdout, done.stderr
+def test_the_reference_computes_the_same_and_is_timed(arguments, found, capsys):
+    assert main([*arguments, "--peer-python", os.environ["MEGA_SCALE_PEER_PYTHON"]]) == 0
+    assert found in capsys.readouterr().out

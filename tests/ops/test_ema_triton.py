@@ -40,7 +40,7 @@ def test_interpreted_kernels_match_the_recurrence(file):
 
 @needs_triton
 def test_compiled_kernels_use_matrix_units_and_do_not_spill(tmp_path):
-    command = ("launch/benchmark.py", "kernels", "--architectures", "90", "--json", tmp_path / "rows.json")
+    command = ("launch/benchmark", "kernels", "--architectures", "90", "--json", tmp_path / "rows.json")
     # A cache of its own: what is cached was compiled by whoever was here before.
     done = start(*command, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -56,7 +56,7 @@ def test_compiled_kernels_use_matrix_units_and_do_not_spill(tmp_path):
 
 @needs_triton
 def test_interpreted_kernels_are_not_reported_as_compiled():
-    done = start("launch/benchmark.py", "kernels", TRITON_INTERPRET="1")
+    done = start("launch/benchmark", "kernels", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "unset TRITON_INTERPRET" in done.stderr
 
 

@@ -1,0 +1,96 @@
+"""Models and engines of this project, as the benchmarks build them."""
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mega_scale import MegaConfig, MegaForCausalLM
+from mega_scale.ops.gates import compiled as compiled_gates
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel.activation_checkpoint import checkpoint_activations
+from mega_scale.parallel.config import ActivationCheckpointing
+from mega_scale.parallel.sequence_parallel import ReceivedStates, RowSlice
+from mega_scale.parallel.shard import Values
+from mega_scale.training.optimizer import OptimizerConfig, build_optimizer
+
+from .peers import TrainingStep, mega_arguments
+
+
+def model_config(sizes: dict[str, Any], **more: Any) -> MegaConfig:
+    """Of a causal, chunked model without dropout; see `mega_arguments`."""
+    return MegaConfig(**mega_arguments(sizes), **more)
+
+
+class OurTraining(TrainingStep):
+    """A training step of our model on one device, without an engine.
+
+    Args:
+        kind: `ours`, which writes its initial weights; `ours bf16` and `ours compiled`, which read them.
+        sizes: of the model; `segment` is that of activation checkpointing, 0 keeps all activations.
+        length: the longest sequence.
+        weights: safetensors.
+    """
+
+    def __init__(self, kind: str, sizes: dict[str, Any], length: int, weights: str) -> None:
+        torch.manual_seed(0)
+        model = MegaForCausalLM(model_config(sizes, max_positions=length))
+        if kind == "ours":
+            save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, weights)
+        else:
+            model.load_state_dict(load_file(weights))
+        if sizes["segment"]:
+            how = ActivationCheckpointing(every=1, segment=sizes["segment"])
+            checkpoint_activations(model, how, ReceivedStates(), RowSlice())
+        if kind == "ours compiled":
+            _compile(model)
+        mixed = partial(torch.autocast, "cpu", torch.bfloat16) if kind == "ours bf16" else contextlib.nullcontext
+        super().__init__(model, sizes["vocabulary"], {"skip_logits": True}, mixed)
+
+
+def _compile(model: nn.Module) -> None:
+    """As `train.compile` does."""
+    for module in model.modules():
+        if hasattr(module, "gates"):
+            vars(module)["gates"] = compiled_gates()
+
+
+def build_engine(
+    config: MegaConfig,
+    parallel: ParallelConfig,
+    world: World,
+    *,
+    dtype: str = "fp32",
+    optimizer: OptimizerConfig | None = None,
+    seed: int = 0,
+    values: Values | None = None,
+    compiled: bool = False,
+) -> Engine:
+    """The trainer's engine, for one sequence a step.
+
+    Args:
+        config: of the model.
+        parallel: engine, layout, activation checkpointing.
+        world: ranks and device.
+        dtype: of forward and backward: fp32 or bf16.
+        optimizer: AdamW's settings and the clipping norm; defaults if not given.
+        seed: of initial weights.
+        values: initial weights that are not drawn from a seed.
+        compiled: as `train.compile`.
+    """
+    settings = optimizer or OptimizerConfig()
+    with torch.device("meta"):
+        model = MegaForCausalLM(config)
+    how = EngineConfig(parallel, dtype=dtype, max_grad_norm=settings.max_grad_norm, compile=compiled)
+    engine = parallelize(
+        model,
+        values or seeded_values(config, seed),
+        how,
+        world,
+        lambda sharded: build_optimizer(sharded, settings),
+    )
+    engine.module.train()
+    return engine

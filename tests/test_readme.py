@@ -12,6 +12,8 @@ import zipfile
 import pytest
 import warm
 
+from launch.benchmark.__main__ import COMMANDS, parse
+
 ROOT = pathlib.Path(__file__).parents[1]
 PRETRAIN = "launch/pretrain.py"
 # So that a run takes seconds; what a line says itself comes after, and wins.
@@ -29,7 +31,7 @@ NOT_RUN = {
 }
 # Those for several hosts or GPUs: their run is resolved and printed, and their launcher knows its options.
 CLUSTER = ("deepspeed --hostfile", "torchrun --nnodes", "sbatch ", "srun ", "mpirun ", "accelerate launch")
-# Those that measure for minutes: their command takes its options.
+# Those that measure for minutes: their command takes its options, and tests/launch/test_benchmark_commands.py runs it.
 MEASURES = ("python launch/benchmark", "python tests/")
 
 
@@ -121,8 +123,15 @@ def test_every_line_names_a_script_that_exists():
             assert (ROOT / script).exists(), line
 
 
+def test_benchmarks_have_the_options_that_are_printed():
+    lines = [line for line in LINES if line.startswith(MEASURES[0])]
+    assert {shlex.split(line)[2] for line in lines} == set(COMMANDS)
+    for line in lines:
+        assert parse(shlex.split(line)[2:]).command in line
+
+
 @pytest.mark.launch
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["benchmark", "checkpoint", "import_fairseq", "pretrain"])
+@pytest.mark.parametrize("script", ["benchmark", "checkpoint.py", "import_fairseq.py", "pretrain.py"])
 def test_scripts_start_from_any_folder(tmp_path, script):
-    assert "usage:" in run(tmp_path, [sys.executable, str(ROOT / f"launch/{script}.py"), "--help"])
+    assert "usage:" in run(tmp_path, [sys.executable, str(ROOT / f"launch/{script}"), "--help"])

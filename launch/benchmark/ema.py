@@ -145,7 +145,6 @@ def run(args: argparse.Namespace) -> None:
         ValueError: an implementation is wrong, or the peer cannot be run.
     """
     problem = ema_problem(args.batch, args.length, args.hidden, args.states, args.seed)
-    truth = OurEma("recurrent", {name: tensor.double() for name, tensor in problem.items()}).results()
     contenders: dict[str, OurEma | TheirEma] = {impl: OurEma(impl, problem) for impl in FORMS}
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -162,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
             theirs = peer.call("describe")
             versions = {f"peer's {package}": version for package, version in theirs.items()}
             contenders[f"transformers {theirs['transformers']}"] = TheirEma(peer, folder)
+        truth = OurEma("recurrent", {name: tensor.double() for name, tensor in problem.items()}).results()
         errors = {name: compare(name, each.results(), truth, TOLERANCE) for name, each in contenders.items()}
         times = in_turns({name: each.time for name, each in contenders.items()}, args.repeats, args.warmup)
         memory = worker("ema:EmaMemory", "the process that measures memory", environment=GIVES_BACK)

@@ -19,13 +19,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mega_scale.config import parse
-from mega_scale.data import cluster, load_tokenizer, unlike_training
-from mega_scale.data.prepare import LOCK, Preparation, run
-from mega_scale.data.prepared import Manifest, check_content, read_manifest
-from mega_scale.files import FileLock
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths
@@ -53,51 +47,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_single("launch/prepare.py")
         local_paths(args)
         if args.verify:
-            for name in check_content(args.folder):
-                print(f"{name} is good", flush=True)
-            return
-        for option in ("processes", "shard_mb", "tasks"):
-            if getattr(args, option) < 1:
-                name = option.replace("_", "-")
-                raise ValueError(f"--{name} {getattr(args, option)} is not possible: give at least 1")
-        keys = [word for word in args.slurm if word.startswith("data.")]
-        slurm = dict(word.split("=", 1) for word in args.slurm if "=" in word and word not in keys)
-        config = parse([*keys, *rest]).data
-        config.validate()
-        # Every process has a core of its own already.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        tokenizer = load_tokenizer(config.tokenizer)
-        if line := unlike_training(tokenizer, config.add_bos):
-            print(line, flush=True)
-        preparation = Preparation(
-            args.folder, config, tokenizer, shard_bytes=args.shard_mb * 10**6, overwrite=args.overwrite
-        )
-        if args.executor != "processes":
-            local = args.processes if args.executor == "datatrove" else None
-            cluster.run(args.folder, config, args.shard_mb * 10**6, tasks=args.tasks, processes=local, slurm=slurm)
-            if local is None:
-                print(f"submitted; {args.folder / 'manifest.json'} is there when it is done")
-                return
-        with FileLock(args.folder / LOCK):
-            missing = set(preparation.missing())
-            sizes = [unit.size for unit in preparation.units]
-            done = sum(size for i, size in enumerate(sizes) if i not in missing)
-            with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None) as bar:
-                for number in run(preparation, args.processes, config.max_bad_share):
-                    bar.update(sizes[number])
-            preparation.finish()
-        manifest = read_manifest(args.folder)
-        print(describe(manifest), *manifest.tally.lines(), sep="\n")
+            verify(args.folder)
+        else:
+            prepare(args, rest)
     except (ValueError, OSError) as error:
         refuse(error)
 
 
-def describe(manifest: Manifest) -> str:
-    """One line on what a folder holds, and what was left out."""
-    facts = {part: manifest.totals(part) for part in manifest.parts}
+def verify(folder: Path) -> None:
+    """Compare all files with their checksums."""
+    from mega_scale.data.tokens import check_content
+
+    for name in check_content(folder):
+        print(f"{name} is good", flush=True)
+
+
+def prepare(args: argparse.Namespace, rest: list[str]) -> None:
+    """Make the folder, and say in one line what it holds and what was left out."""
+    for option in ("processes", "shard_mb", "tasks"):
+        if getattr(args, option) < 1:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} {getattr(args, option)} is not possible: give at least 1")
+    keys = [word for word in args.slurm if word.startswith("data.")]
+    slurm = dict(word.split("=", 1) for word in args.slurm if "=" in word and word not in keys)
+    config = parse([*keys, *rest]).data
+    config.validate()
+
+    from tqdm import tqdm
+
+    from mega_scale.data.prepare import LOCK, Preparation, run, run_on_cluster
+    from mega_scale.data.tokenizer import load_tokenizer, unlike_training
+    from mega_scale.data.tokens import read_manifest
+    from mega_scale.files import FileLock
+
+    # Every process has a core of its own already.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer, shard_bytes = load_tokenizer(config.tokenizer), args.shard_mb * 10**6
+    if line := unlike_training(tokenizer, config.add_bos):
+        print(line, flush=True)
+    preparation = Preparation(args.folder, config, tokenizer, shard_bytes=shard_bytes, overwrite=args.overwrite)
+    if args.executor != "processes":
+        local = args.processes if args.executor == "datatrove" else None
+        run_on_cluster(args.folder, config, shard_bytes, tasks=args.tasks, processes=local, slurm=slurm)
+        if local is None:
+            print(f"submitted; {args.folder / 'manifest.json'} is there when it is done")
+            return
+    with FileLock(args.folder / LOCK):
+        missing, sizes = set(preparation.missing()), [shard.size for shard in preparation.shards]
+        done = sum(size for i, size in enumerate(sizes) if i not in missing)
+        with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None) as bar:
+            for number in run(preparation, args.processes, config.max_bad_share):
+                bar.update(sizes[number])
+        preparation.finish()
+    manifest = read_manifest(args.folder)
     rows = manifest.tally
+    found = {part: manifest.totals(part) for part in manifest.parts}
     lost = {"lost_bytes": sum(rows.lost.values())} if rows.lost else {}
-    return json.dumps({**facts, "rows": rows.rows, "bad_rows": rows.by_cause(), **lost})
+    print(json.dumps({**found, "rows": rows.rows, "bad_rows": rows.by_cause(), **lost}), *rows.lines(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mega_scale.config import parse
-from mega_scale.data import load_corpus
-from mega_scale.data.train_tokenizer import train_bpe
 from mega_scale.files import check_destination, write_folder
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
@@ -41,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config.validate()
         if config.source == "prepared" or config.mixture is not None:
             raise ValueError("a tokenizer is trained on one source of text: set data.source and data.path to it")
+
+        from mega_scale.data.sources import load_corpus
+        from mega_scale.data.tokenizer import train_bpe
+
         documents = load_corpus(config).train
         tokenizer = train_bpe(documents, args.vocab_size)
 

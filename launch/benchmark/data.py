@@ -28,10 +28,9 @@ from mega_scale.data import DataConfig, Loader, PackedDataset, load_tokenizer
 from mega_scale.data.config import Packing, PackingOrder
 from mega_scale.data.prepare import Preparation
 from mega_scale.data.prepare import run as prepare
-from mega_scale.data.prepared import Manifest, open_part, read_manifest, write_manifest
 from mega_scale.data.rows import Tally
-from mega_scale.data.token_files import ShardRecord
-from mega_scale.data.train_tokenizer import train_bpe
+from mega_scale.data.tokenizer import train_bpe
+from mega_scale.data.tokens import PreparedManifest, ShardRecord, open_part, read_manifest, write_manifest
 
 from .harness import Command, Option, Worker, in_turns, milliseconds, report, resident, spread, table
 from .ours import model_config
@@ -106,7 +105,7 @@ def write_sparse(folder: Path, megabytes: int) -> None:
     for suffix in ("ends", "text_ends"):
         (np.arange(1, documents + 1, dtype="<i8") * _DOCUMENT).tofile(folder / f"train-00000.{suffix}")
     record = ShardRecord("train-00000", documents * _DOCUMENT, documents, documents * _DOCUMENT, {})
-    write_manifest(folder, Manifest("", "", "<u2", {"train": [record]}, Tally()))
+    write_manifest(folder, PreparedManifest("", "", "<u2", {"train": [record]}, Tally()))
 
 
 class Reading:

@@ -1,14 +1,51 @@
-"""Text to tokens to batches: corpus, tokenizer, packing, and a loader that is a pure function of the step."""
+"""Text to tokens to batches: corpus, tokenizer, packing, and a loader that is a pure function of the step.
+
+Modules are imported when a name is asked for: torch, pyarrow and transformers cost seconds, which a command that
+refuses its keys need not pay.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mega_scale.data.config import DataConfig, LengthSchedule
-from mega_scale.data.loader import Loader, validation_batches
-from mega_scale.data.mixture import Mixture
-from mega_scale.data.packing import PackedDataset
-from mega_scale.data.parts import load_datasets, load_whole
-from mega_scale.data.sources import Corpus, Documents, load_corpus
-from mega_scale.data.special_tokens import adds_bos, as_trained, end_ids, prompt_ids, separator_id, unlike_training
-from mega_scale.data.streaming import StreamedDataset
-from mega_scale.data.tokenizer import load_tokenizer, text_size, vocabulary_size
+
+if TYPE_CHECKING:
+    from mega_scale.data.loader import Loader, validation_batches
+    from mega_scale.data.mixture import Mixture, load_datasets, load_whole
+    from mega_scale.data.packing import PackedDataset
+    from mega_scale.data.sources import Corpus, Documents, load_corpus
+    from mega_scale.data.streaming import StreamedDataset
+    from mega_scale.data.tokenizer import (
+        adds_bos,
+        as_trained,
+        end_ids,
+        load_tokenizer,
+        prompt_ids,
+        separator_id,
+        text_size,
+        unlike_training,
+        vocabulary_size,
+    )  # fmt: skip
+
+_MODULES = {
+    "loader": ("Loader", "validation_batches"),
+    "mixture": ("Mixture", "load_datasets", "load_whole"),
+    "packing": ("PackedDataset",),
+    "sources": ("Corpus", "Documents", "load_corpus"),
+    "streaming": ("StreamedDataset",),
+    "tokenizer": (
+        "adds_bos", "as_trained", "end_ids", "load_tokenizer", "prompt_ids", "separator_id", "text_size",
+        "unlike_training", "vocabulary_size",
+    ),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Corpus",

@@ -2,7 +2,7 @@
 
 What each shard holds follows from the text, the settings and the size of a shard, not from the number of processes. A
 shard is done when its record, `00000.json`, is there; the manifest is written when all are. So interrupted or not, with
-one process or many, the files are the same to the byte.
+one process, many, or datatrove's tasks on many machines, the files are the same to the byte.
 """
 
 import json
@@ -17,18 +17,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mega_scale.data.config import DataConfig
-from mega_scale.data.prepared import FORMAT, Manifest, write_json, write_manifest
 from mega_scale.data.readers import FileRange
 from mega_scale.data.rows import Tally, usable
 from mega_scale.data.sources import TextSource, is_held_out, open_source
-from mega_scale.data.token_files import ShardRecord, ShardWriter
-from mega_scale.data.tokenizer import batched, encode, token_type, tokenizer_digest
-from mega_scale.files import FileLock
+from mega_scale.data.tokenizer import batched, encode, load_tokenizer, token_type, tokenizer_digest
+from mega_scale.data.tokens import FORMAT, PreparedManifest, ShardRecord, ShardWriter, write_manifest
+from mega_scale.files import FileLock, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOCK = "prepare.lock"
 """File by which one job at a time has the folder."""
@@ -43,22 +43,16 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What one shard is made of.
-
-    Args:
-        held_out: Whether it is text that is all for validation.
-        pieces: Parts of files, in order.
-    """
+class ShardPlan(NamedTuple):
+    """What one shard is made of: whether its text is all for validation, and file ranges in order."""
 
     held_out: bool
-    pieces: list[FileRange]
+    ranges: list[FileRange]
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
-        return sum(piece.size for piece in self.pieces)
+        """Bytes on disk."""
+        return sum(part.size for part in self.ranges)
 
 
 class Preparation:
@@ -72,7 +66,7 @@ class Preparation:
         overwrite: Whether what was prepared there is deleted, and all is made anew.
 
     Attributes:
-        units: What every shard is made of.
+        shards: What every shard is made of.
 
     Raises:
         ValueError: A key cannot be prepared, the text cannot be found, the folder holds something else, or what is to
@@ -83,7 +77,7 @@ class Preparation:
         self,
         folder: Path,
         config: DataConfig,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         *,
         shard_bytes: int,
         overwrite: bool = False,
@@ -91,59 +85,50 @@ class Preparation:
         _require_preparable(config)
         self._folder, self._config, self._tokenizer = folder, config, tokenizer
         self._sources: dict[bool, TextSource] = {False: open_source(config)}
-        if config.validation_path or config.validation_split:
+        if config.separate_validation:
             self._sources[True] = open_source(config, held_out=True)
-        self.units = [
-            Unit(held_out, pieces)
+        self.shards = [
+            ShardPlan(held_out, ranges)
             for held_out, source in self._sources.items()
-            for pieces in _grouped(source.ranges(shard_bytes), shard_bytes)
+            for ranges in _grouped(source.ranges(shard_bytes), shard_bytes)
         ]
         self._digest = tokenizer_digest(tokenizer, config.add_bos)
         self._plan = self._claim(shard_bytes, overwrite)
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not done."""
-        return [i for i in range(len(self.units)) if not self._record(i).is_file()]
+        return [i for i in range(len(self.shards)) if not self._record(i).is_file()]
 
     def tally(self) -> Tally:
         """Rows of the shards that are done, and the bad ones."""
-        total = Tally(bytes=sum(unit.size for unit in self.units))
-        for i in range(len(self.units)):
+        total = Tally(bytes=sum(shard.size for shard in self.shards))
+        for i in range(len(self.shards)):
             if self._record(i).is_file():
-                total.merge(Tally.from_json(json.loads(self._record(i).read_text(encoding="utf-8"))["rows"]))
+                total.merge(Tally.from_json(_read_json(self._record(i))["rows"]))
         return total
 
     def make(self, number: int) -> Tally:
-        """Make one shard.
-
-        Args:
-            number: Of the shard, 0 to below the number of `units`.
-
-        Returns:
-            Its rows, and the bad ones.
+        """Make one shard; gives its rows, and the bad ones.
 
         Raises:
             ValueError: The text cannot be read, or another job has overwritten the folder.
         """
-        unit, tally = self.units[number], Tally()
+        shard, tally = self.shards[number], Tally()
         dtype = token_type(self._tokenizer)
-        parts = self._parts(unit)
+        parts = self._parts(shard)
         writers = {part: ShardWriter(self._folder, f"{part}-{number:05}", dtype) for part in parts}
-        rows = (row for piece in unit.pieces for row in self._sources[unit.held_out].read(piece))
+        rows = (row for part in shard.ranges for row in self._sources[shard.held_out].read(part))
         for texts in batched(usable(rows, tally)):
             for part, chosen in self._split(texts, parts).items():
-                for piece in encode(chosen, self._tokenizer, self._config.add_bos):
-                    writers[part].add(piece)
+                for encoded in encode(chosen, self._tokenizer, self._config.add_bos):
+                    writers[part].add(encoded)
         self._require_own()
-        shards = {part: asdict(writer.close()) for part, writer in writers.items()}
-        write_json(self._record(number), {"shards": shards, "rows": tally.to_json()})
+        records = {part: asdict(writer.close()) for part, writer in writers.items()}
+        write_json(self._record(number), {"shards": records, "rows": tally.to_json()})
         return tally
 
-    def finish(self) -> Manifest:
-        """Declare the folder whole, when no shard is missing.
-
-        Returns:
-            What it holds.
+    def finish(self) -> PreparedManifest:
+        """Declare the folder whole.
 
         Raises:
             ValueError: A shard is missing, there are too many bad rows (names the last one's file and line), or another
@@ -151,25 +136,24 @@ class Preparation:
         """
         self._require_own()
         if missing := self.missing():
-            raise ValueError(f"{len(missing)} of {len(self.units)} shards of {str(self._folder)!r} are missing: go on")
+            raise ValueError(f"{len(missing)} of {len(self.shards)} shards of {str(self._folder)!r} are missing: go on")
         tally = self.tally()
         tally.check(self._config.max_bad_share, ended=True)
         parts: dict[str, list[ShardRecord]] = {}
-        for i in range(len(self.units)):
-            record = json.loads(self._record(i).read_text(encoding="utf-8"))
-            for part, shard in record["shards"].items():
-                parts.setdefault(part, []).append(ShardRecord(**shard))
+        for i in range(len(self.shards)):
+            for part, record in _read_json(self._record(i))["shards"].items():
+                parts.setdefault(part, []).append(ShardRecord(**record))
         for leftover in self._folder.glob("*.unfinished*"):
             leftover.unlink()
         self._tokenizer.save_pretrained(self._folder / "tokenizer")
-        dtype = token_type(self._tokenizer)
-        manifest = Manifest(self._digest, self._config.tokenizer, dtype, parts, tally, self._config.add_bos)
+        dtype, add_bos = token_type(self._tokenizer), self._config.add_bos
+        manifest = PreparedManifest(self._digest, self._config.tokenizer, dtype, parts, tally, add_bos)
         write_manifest(self._folder, manifest)
         return manifest
 
-    def _parts(self, unit: Unit) -> list[str]:
+    def _parts(self, shard: ShardPlan) -> list[str]:
         if True in self._sources:
-            return ["validation"] if unit.held_out else ["train"]
+            return ["validation"] if shard.held_out else ["train"]
         return ["train", "validation"] if self._config.validation_fraction else ["train"]
 
     def _split(self, texts: list[str], parts: list[str]) -> dict[str, list[str]]:
@@ -184,7 +168,7 @@ class Preparation:
         return self._folder / f"{number:05}.json"
 
     def _require_own(self) -> None:
-        if json.loads((self._folder / _PLAN).read_text(encoding="utf-8")) != self._plan:
+        if _read_json(self._folder / _PLAN) != self._plan:
             raise ValueError(f"{str(self._folder)!r} was overwritten by another job meanwhile: this one ends")
 
     def _clear(self) -> None:
@@ -202,18 +186,20 @@ class Preparation:
 
     def _claim(self, shard_bytes: int, overwrite: bool) -> Any:
         """Write down what the folder is for, or refuse one that is for something else; gives what is written."""
+        names = sorted({part.file for shard in self.shards for part in shard.ranges if os.path.isfile(part.file)})
         plan = {
             "format": FORMAT,
             "tokenizer": self._digest,
             "shard_bytes": shard_bytes,
             "settings": {key: getattr(self._config, key) for key in _SETTINGS},
-            "files": _files(self.units),
-            "units": [[unit.held_out, [list(piece) for piece in unit.pieces]] for unit in self.units],
+            # Size and time of change, by which a changed file is noticed.
+            "files": {name: [os.path.getsize(name), os.stat(name).st_mtime_ns] for name in names},
+            "units": self.shards,
         }
         plan = json.loads(json.dumps(plan))  # as it is read
         path = self._folder / _PLAN
         if path.is_file() and not overwrite:
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = _read_json(path)
             different = [key for key, value in plan.items() if there.get(key) != value]
             if different:
                 raise ValueError(
@@ -234,25 +220,50 @@ class Preparation:
         return plan
 
 
+def _require_preparable(config: DataConfig) -> None:
+    refusals = {
+        "mixture": (config.mixture is not None, "prepare each source into a folder of its own, and mix the folders"),
+        "streaming": (config.streaming, "preparing reads ranges in parallel; set it to false"),
+        "max_documents": (config.max_documents is not None, "it holds for training; set it to null here"),
+        "validation_documents": (config.validation_documents is not None, "it holds for training; set it to null here"),
+        "source": (config.source == "prepared", "it is prepared; name the text"),
+    }
+    for key, (wrong, remedy) in refusals.items():
+        if wrong:
+            raise ValueError(f"data.{key}={getattr(config, key)!r}: {remedy}")
+
+
+def _grouped(ranges: list[FileRange], size: int) -> Iterator[list[FileRange]]:
+    """Join small ranges until they have the size of a shard."""
+    group: list[FileRange] = []
+    held = 0
+    for part in ranges:
+        if group and held + part.size > size:
+            yield group
+            group, held = [], 0
+        group.append(part)
+        held += part.size
+    if group:
+        yield group
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# Processes of this machine
+
+
 def run(preparation: Preparation, processes: int, max_bad_share: float) -> Iterator[int]:
-    """Make all missing shards in processes of this machine.
-
-    Args:
-        preparation: What is to be done.
-        processes: How many at once.
-        max_bad_share: Largest share of bad rows so far.
-
-    Returns:
-        The number of each shard when it is done.
+    """Make all missing shards in processes of this machine; yields the number of each when it is done.
 
     Raises:
         ValueError: The text cannot be read, has too many bad rows, or a process ended.
     """
-    tally = preparation.tally()
-    waiting = preparation.missing()
+    tally, waiting = preparation.tally(), preparation.missing()
     # Forked, they share the tokenizer and the source.
     context, others = multiprocessing.get_context("fork"), multiprocessing.active_children()
-    with ProcessPoolExecutor(min(processes, max(len(waiting), 1)), context, _set, (preparation,)) as pool:
+    with ProcessPoolExecutor(min(processes, max(len(waiting), 1)), context, _begin, (preparation,)) as pool:
         jobs = {pool.submit(_make, number): number for number in waiting}
         try:
             for job in as_completed(jobs):
@@ -276,7 +287,7 @@ def run(preparation: Preparation, processes: int, max_bad_share: float) -> Itera
 _inherited: list[Preparation] = []
 
 
-def _set(preparation: Preparation) -> None:
+def _begin(preparation: Preparation) -> None:
     _inherited[:] = [preparation]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # of Ctrl-C, the parent tells
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -293,35 +304,74 @@ def _make(number: int) -> Tally:
     return _inherited[0].make(number)
 
 
-def _grouped(pieces: list[FileRange], size: int) -> Iterator[list[FileRange]]:
-    """Join small pieces until they have the size of a shard."""
-    group: list[FileRange] = []
-    held = 0
-    for piece in pieces:
-        if group and held + piece.size > size:
-            yield group
-            group, held = [], 0
-        group.append(piece)
-        held += piece.size
-    if group:
-        yield group
+# Tasks of datatrove, on many machines
 
 
-def _files(units: list[Unit]) -> dict[str, Any]:
-    """Size and time of change of every file, by which a changed one is noticed."""
-    names = sorted({piece.file for unit in units for piece in unit.pieces if os.path.isfile(piece.file)})
-    return {name: [os.path.getsize(name), os.stat(name).st_mtime_ns] for name in names}
+@dataclass(frozen=True)
+class ClusterStep:
+    """A step of a datatrove pipeline: makes a task's share of the missing shards, or declares the folder whole."""
+
+    folder: Path
+    config: DataConfig
+    shard_bytes: int
+    finish: bool = False
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        """Do it; passes `data` on, which is nothing."""
+        preparation = self.open()
+        if self.finish:
+            preparation.finish()
+            return data
+        for number in preparation.missing():
+            if number % world_size == rank:
+                preparation.make(number)
+                preparation.tally().check(self.config.max_bad_share, ended=False)
+        return data
+
+    def open(self) -> Preparation:
+        """Open the preparation in a process that has only its description."""
+        tokenizer = load_tokenizer(self.config.tokenizer)
+        return Preparation(self.folder, self.config, tokenizer, shard_bytes=self.shard_bytes)
 
 
-def _require_preparable(config: DataConfig) -> None:
-    refusals = {
-        "mixture": (config.mixture is not None, "prepare each source into a folder of its own, and mix the folders"),
-        "streaming": (config.streaming, "preparing reads pieces in parallel; set it to false"),
-        "max_documents": (config.max_documents is not None, "it holds for training; set it to null here"),
-        "validation_documents": (config.validation_documents is not None, "it holds for training; set it to null here"),
-    }
-    for key, (wrong, remedy) in refusals.items():
-        if wrong:
-            raise ValueError(f"data.{key}={getattr(config, key)!r}: {remedy}")
-    if config.source == "prepared":
-        raise ValueError("data.source='prepared': it is prepared; name the text")
+def run_on_cluster(
+    folder: Path, config: DataConfig, shard_bytes: int, *, tasks: int, processes: int | None, slurm: dict[str, str]
+) -> None:
+    """Prepare a folder by datatrove's executors; run again, they go on with what is missing.
+
+    Args:
+        folder: Where the files go; its logs go beside it.
+        config: The keys under `data:`, validated.
+        shard_bytes: Text of a shard, bytes.
+        tasks: Number of tasks, each with its share of the shards.
+        processes: At once on this machine; None submits the tasks to Slurm and returns.
+        slurm: Arguments of datatrove's SlurmPipelineExecutor, `partition` and `time` among them.
+
+    Raises:
+        ValueError: datatrove is not installed, or Slurm's partition or time is not said.
+    """
+    try:
+        from datatrove.executor.local import LocalPipelineExecutor  # noqa: PLC0415  an extra
+        from datatrove.executor.slurm import SlurmPipelineExecutor  # noqa: PLC0415
+    except ImportError:
+        raise ValueError("datatrove is not installed: pip install 'mega_scale[cluster]'") from None
+    if processes is None and (missing := {"partition", "time"} - set(slurm)):
+        raise ValueError(f"--slurm needs {' and '.join(sorted(missing))}, as in --slurm partition=cpu time=12:00:00")
+    folder = folder.absolute()
+    make = ClusterStep(folder, config, shard_bytes)
+    finish = ClusterStep(folder, config, shard_bytes, finish=True)
+    make.open()  # the tasks find the plan, and none of them has to write it
+    # What is done is known by its files; a task that was marked as done would leave out a shard that was lost.
+    common: dict[str, Any] = {"skip_completed": False}
+    logs = folder.with_name(f"{folder.name}-logs")
+    if processes is not None:
+        LocalPipelineExecutor([make], tasks, processes, str(logs / "shards"), **common).run()
+        LocalPipelineExecutor([finish], 1, 1, str(logs / "manifest"), **common).run()
+        return
+    common |= {key: int(value) if value.isdecimal() else value for key, value in slurm.items()}
+
+    def job(step: ClusterStep, name: str, tasks: int, **keys: Any) -> SlurmPipelineExecutor:
+        names = {"job_name": f"{folder.name}-{name}", "logging_dir": str(logs / name)}
+        return SlurmPipelineExecutor([step], tasks=tasks, **names, **keys, **common)
+
+    job(finish, "manifest", 1, depends=job(make, "shards", tasks)).run()

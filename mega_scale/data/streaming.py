@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import xxhash
 
 from mega_scale.data.config import Packing
 from mega_scale.data.packing import MISSING
 from mega_scale.data.sources import Documents
-from mega_scale.data.token_files import hash_of
 from mega_scale.data.tokenizer import Encoded, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FINGERPRINTED = 64  # rows
 
@@ -32,9 +35,6 @@ class StreamedDataset:
         add_bos: `data.add_bos`.
 
     Attributes:
-        sequence_length: L, tokens.
-        packing: How rows are made.
-        shuffle: Whether every epoch has its own order.
         tokens: None: how many a stream has is not known.
         bytes: None.
         fingerprint: Hash of the first rows' tokens in the corpus's own order.
@@ -50,7 +50,7 @@ class StreamedDataset:
     def __init__(
         self,
         documents: Documents,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         sequence_length: int,
         packing: Packing = "concat",
         *,
@@ -59,10 +59,9 @@ class StreamedDataset:
         buffer: int = 1,
         add_bos: bool = False,
     ) -> None:
-        self._documents, self._tokenizer, self.packing = documents, tokenizer, packing
+        self._documents, self._tokenizer, self._add_bos = documents, tokenizer, add_bos
+        self.sequence_length, self.packing = sequence_length, packing
         self.shuffle, self._seed, self._buffer = shuffle, seed, buffer
-        self._add_bos = add_bos
-        self.sequence_length = sequence_length
         self.tally = documents.tally
         self._rows: Iterator[np.ndarray] = iter(())
         self._epoch_rows: int | None = None  # known when the text has been read to its end
@@ -72,15 +71,11 @@ class StreamedDataset:
                 f"the text to train on has less than one row of data.sequence_length={sequence_length} + 1 tokens: "
                 "give more text, or a shorter sequence_length"
             )
-        self.fingerprint = f"stream-{hash_of(np.concatenate(first))}"
+        self.fingerprint = f"stream-{xxhash.xxh3_128_hexdigest(np.concatenate(first).data)}"
         self._start(0)
 
     def holds(self, count: int) -> bool:
-        """Say whether an epoch has at least so many rows; reads no further than those.
-
-        Args:
-            count: Number of rows.
-        """
+        """Say whether an epoch has at least `count` rows; reads no further than those."""
         if self._epoch_rows is None:
             self._start(0)
             found = sum(1 for _ in islice(self._rows, count))
@@ -91,13 +86,9 @@ class StreamedDataset:
         return self._epoch_rows is None or self._epoch_rows >= count
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Read rows.
+        """Read rows (n,) by number, over all epochs: (n, L + 1) int64 tokens, and MISSING behind the last one.
 
-        Args:
-            indices: (n,) numbers of rows, counted over all epochs; ascending, or the text is read again.
-
-        Returns:
-            (n, L + 1) int64 tokens, and MISSING behind the last one.
+        Numbers ascend, or the text is read again.
         """
         return np.stack([self._row(index) for index in np.asarray(indices).tolist()])
 
@@ -136,19 +127,14 @@ class StreamedDataset:
         return None
 
 
-def cut_rows(pieces: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
-    """Cut documents end to end into rows, each starting with the last token of the one before.
+def cut_rows(documents: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
+    """Cut documents end to end into rows (L + 1,) int64, each starting with the last token of the one before.
 
-    Args:
-        pieces: Whole documents.
-        sequence_length: L, tokens.
-
-    Returns:
-        Rows (L + 1,) int64; the last one has MISSING behind its tokens.
+    The last one has MISSING behind its tokens.
     """
     rest = np.empty(0, np.int64)
-    for piece in pieces:
-        tokens = np.concatenate([rest, piece.tokens.astype(np.int64)])
+    for encoded in documents:
+        tokens = np.concatenate([rest, encoded.tokens.astype(np.int64)])
         used = max(len(tokens) - 1, 0) // sequence_length * sequence_length
         for start in range(0, used, sequence_length):
             yield tokens[start : start + sequence_length + 1]
@@ -157,18 +143,10 @@ def cut_rows(pieces: Iterable[Encoded], sequence_length: int) -> Iterator[np.nda
         yield _filled(rest, sequence_length)
 
 
-def cut_documents(pieces: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
-    """Cut each document alone into rows.
-
-    Args:
-        pieces: Whole documents.
-        sequence_length: L, tokens.
-
-    Returns:
-        Rows (L + 1,) int64, with MISSING behind a document's last token.
-    """
-    for piece in pieces:
-        for document in np.split(piece.tokens.astype(np.int64), piece.ends[:-1]):
+def cut_documents(documents: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
+    """Cut each document alone into rows (L + 1,) int64, with MISSING behind its last token."""
+    for encoded in documents:
+        for document in np.split(encoded.tokens.astype(np.int64), encoded.ends[:-1]):
             for start in range(0, len(document) - 1, sequence_length):
                 yield _filled(document[start : start + sequence_length + 1], sequence_length)
 

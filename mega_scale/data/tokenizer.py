@@ -1,94 +1,150 @@
-"""Tokenizers by name, and from documents to pieces of tokens."""
+"""Tokenizers: loading or training one, the special tokens around documents, and from documents to tokens."""
 
+import copy
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mega_scale.data.byte_tokenizer import build_byte_tokenizer, encode_bytes, fast_definition, is_byte_tokenizer
 from mega_scale.data.config import find_on_hub
-from mega_scale.data.special_tokens import document_start, require_end, separator_id
 
 _ENCODED_AT_ONCE = 1 << 20  # characters
+# The ids that MegaConfig has for them by default; in the built-in tokenizer, the byte b is the token b + 3.
+_SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
+_FIRST_BYTE = len(_SPECIAL)
+_PROBE = "a"
+_ADDS_BOS = "add_bos"  # in tokenizer_config.json; `add_bos_token` is transformers' own, which it does not save
+
+
+# Making and loading them
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can end a document.
-
-    Args:
-        name: "byte" for the built-in one, a folder, or a hub name.
-
-    Returns:
-        The tokenizer.
+    """Load a tokenizer that can end a document: the built-in "byte", one in a folder, or one of the hub.
 
     Raises:
-        ValueError: There is none of that name, it has no id, or neither an eos nor a sep token of its own.
+        ValueError: There is none of that name, or it has neither an eos nor a sep token with an id of its own.
     """
     if name == "byte":
-        return build_byte_tokenizer()
+        return byte_tokenizer()
     folder = Path(name).expanduser()
     if os.path.isdir(folder):
         tokenizer = _from_pretrained(str(folder), "it holds no tokenizer that transformers can load", local=True)
     else:
-        reach = find_on_hub(name, "model")
-        if reach == "absent":
+        found = find_on_hub(name, "model")
+        if found == "absent":
             raise ValueError(f"data.tokenizer={name!r}: neither a folder nor a name on the hub; correct it")
         remedy = "no such folder, and the hub cannot be reached; give an existing folder"
-        if reach == "there":
+        if found == "there":
             remedy = "the hub has no tokenizer there that transformers can load; name another one"
-        tokenizer = _from_pretrained(name, remedy, local=reach == "unreachable")
-    require_end(tokenizer)
+        tokenizer = _from_pretrained(name, remedy, local=found == "unreachable")
+    end, token = separator_id(tokenizer), str(tokenizer.eos_token or tokenizer.sep_token)
+    same = [other for other, number in tokenizer.get_vocab().items() if number == end and other != token]
+    if same:
+        # transformers adds a token that the vocabulary lacks under the number of tokens, which ids with holes may have.
+        raise ValueError(
+            f"data.tokenizer={tokenizer.name_or_path!r} ends documents with {token!r}, whose id {end} is that of "
+            f"{same[0]!r}: give it an id of its own and save it again, or name another tokenizer"
+        )
     return tokenizer
 
 
 def _from_pretrained(name: str, remedy: str, *, local: bool) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # every format and the hub have errors of their own
         cause = str(error).partition("\n")[0]
         raise ValueError(f'data.tokenizer={name!r}: {remedy}, or "byte" ({cause})') from None
-    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Make the built-in tokenizer: bos 0, pad 1, eos 2, then the 256 bytes; 259 ids, and no text outside of them.
+
+    It adds nothing to a text, and reads "</s>" in a text as four characters. Its `save_pretrained` folder loads with
+    AutoTokenizer alone.
+    """
+    # The printable letter that `tokenizers` has for each byte: itself, or one above U+0100.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    vocabulary = {token: i for i, token in enumerate((*_SPECIAL.values(), *letters))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _byte_level(tokenizer)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of `vocab_size` ids: three special tokens, the 256 bytes, and merges.
+
+    It adds nothing to a text, reads "</s>" in a text as characters, and has fewer ids if the texts have too few pairs
+    to merge.
+
+    Raises:
+        ValueError: The vocabulary has no place for the bytes.
+    """
+    least = len(_SPECIAL) + 256
+    if vocab_size < least:
+        raise ValueError(f"a vocabulary of {vocab_size} ids has no place for special tokens and bytes: give {least}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(batched(documents), trainer)
+    return _byte_level(tokenizer)
+
+
+def _byte_level(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **_SPECIAL,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+# What they are
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the ids that a model needs: one more than the largest, where the tokens leave some out."""
+    """Count the ids that a model needs: one more than the largest, if the tokens leave some out."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def token_type(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name the smallest integer type that holds every token.
-
-    Args:
-        tokenizer: Any tokenizer.
-
-    Returns:
-        "<u2" or "<u4", as numpy writes them.
-    """
+    """Name the smallest integer type that holds every token, as numpy writes it: "<u2" or "<u4"."""
     return "<u2" if vocabulary_size(tokenizer) <= 1 << 16 else "<u4"
 
 
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is the built-in one, also when it comes from a folder."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return False
+    return tokenizer.split_special_tokens and _definition(tokenizer) == _definition(byte_tokenizer())
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) -> str:
-    """Hash everything that decides which tokens a text becomes.
+    """Hash everything that decides which tokens a text becomes (32 hexadecimal digits).
 
-    Args:
-        tokenizer: Any tokenizer.
-        add_bos: `data.add_bos`.
-
-    Returns:
-        32 hexadecimal digits; the same for a tokenizer that was saved and loaded again.
+    It is the same for a tokenizer that was saved and loaded again.
     """
     total, start = hashlib.blake2b(digest_size=16), document_start(tokenizer, add_bos)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         separator = separator_id(tokenizer)
-        described = [fast_definition(tokenizer), bool(tokenizer.split_special_tokens), separator, *start]
+        described = [_definition(tokenizer), bool(tokenizer.split_special_tokens), separator, *start]
         total.update(json.dumps(described, sort_keys=True).encode())
         return total.hexdigest()
     with tempfile.TemporaryDirectory() as folder:
@@ -100,14 +156,16 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) 
     return total.hexdigest()
 
 
+def _definition(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """A fast tokenizer as plain JSON, without what its last call left behind."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in definition.items() if name not in ("padding", "truncation")}
+
+
 def text_size(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int:
-    """Count the UTF-8 bytes of some tokens' text: exact where tokens are bytes, even in the middle of a character.
+    """Count the UTF-8 bytes of the text of some tokens (n,); special tokens are no text.
 
-    Special tokens are none of the text.
-
-    Args:
-        tokenizer: Any tokenizer.
-        tokens: (n,) ids.
+    It is exact where tokens are bytes, even in the middle of a character.
     """
     ids = tokens[~np.isin(tokens, tokenizer.all_special_ids)].tolist()
     if isinstance(tokenizer, PreTrainedTokenizerFast) and isinstance(
@@ -115,6 +173,126 @@ def text_size(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int:
     ):
         return sum(map(len, tokenizer.convert_ids_to_tokens(ids)))
     return len(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).encode(errors="replace"))
+
+
+# Special tokens around documents
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Find the id that ends a document, and so stands before the next one: eos, else sep.
+
+    Raises:
+        ValueError: The tokenizer has neither.
+    """
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    if tokenizer.sep_token_id is not None:
+        return int(tokenizer.sep_token_id)
+    raise ValueError(
+        f"data.tokenizer={tokenizer.name_or_path!r} has neither an eos nor a sep token to end documents with; "
+        "add one and save it again, or name another tokenizer"
+    )
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, configured: int | list[int] | None) -> int | list[int]:
+    """Say what ends a generated text: the id that ends documents, or the configured ids if it is one of several."""
+    end = separator_id(tokenizer)
+    return configured if isinstance(configured, list) and end in configured else end
+
+
+def own_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Find the ids that a tokenizer's own call puts before a text, such as bos, and those after it."""
+    plain, whole = (tokenizer(_PROBE, add_special_tokens=added)["input_ids"] for added in (False, True))
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    # It knows no such text: what ends a document stands after it.
+    end = separator_id(tokenizer)
+    start = whole.index(end) if end in whole else len(whole)
+    return whole[:start], whole[start:]
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> list[int]:
+    """Find the ids that a document begins with: with `add_bos` those of the tokenizer's own call, else its bos.
+
+    Raises:
+        ValueError: They are wanted, and the tokenizer has none.
+    """
+    if not add_bos:
+        return []
+    if before := own_tokens(tokenizer)[0]:
+        return before
+    if tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"data.add_bos=True: data.tokenizer={tokenizer.name_or_path!r} puts nothing before a text and has no bos "
+            "token; set it to false, or name another tokenizer"
+        )
+    return [int(tokenizer.bos_token_id)]
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether a tokenizer comes from a run with `data.add_bos`."""
+    return bool(tokenizer.init_kwargs.get(_ADDS_BOS))
+
+
+def as_trained(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> PreTrainedTokenizerBase:
+    """Make the tokenizer that goes with a model: its own call gives a prompt such as the documents trained on.
+
+    The copy puts before a text what documents began with, nothing after it, and its eos is the token that ended them.
+    A tokenizer written in Python still adds what it adds.
+    """
+    made = copy.deepcopy(tokenizer)
+    made.init_kwargs.pop(_ADDS_BOS, None)
+    if add_bos:
+        made.init_kwargs[_ADDS_BOS] = True
+    if made.eos_token is None:
+        made.eos_token = made.sep_token
+    start = document_start(tokenizer, add_bos)
+    if isinstance(made, PreTrainedTokenizerFast) and own_tokens(tokenizer) != (start, []):
+        piece = ["start:0"] if start else []
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*piece, "$A:0"],
+            pair=[*piece, "$A:0", "$B:1"],
+            special_tokens=[{"id": "start", "ids": start, "tokens": tokenizer.convert_ids_to_tokens(start)}],
+        )
+    return made
+
+
+def unlike_training(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> str | None:
+    """Say in one line what a tokenizer adds to a text by itself that documents are trained without.
+
+    None if training is what the tokenizer's own call gives, but for the token that ends documents.
+    """
+    before, after = own_tokens(tokenizer)
+    left_out = [] if add_bos else before
+    left_out += after if after != [separator_id(tokenizer)] else []
+    if not left_out:
+        return None
+    names = " ".join(tokenizer.convert_ids_to_tokens(left_out))
+    fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    kept = "exports hold the tokenizer without them" if fast else "but the tokenizer of exports still adds them"
+    remedy = "" if add_bos or not before else "; data.add_bos=true trains on what comes before a text"
+    return f"data.tokenizer={tokenizer.name_or_path!r} adds {names} to a text: trained without, and {kept}{remedy}"
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Give the ids that a model continues: a document's beginning as it was trained on.
+
+    Args:
+        tokenizer: Of `as_trained`.
+        text: The beginning; if it is empty, what ended the document before stands for it.
+
+    Raises:
+        ValueError: The tokenizer has no tokens for the text.
+    """
+    try:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # of any kind: half a surrogate, or no unk token
+        raise ValueError(f"the tokenizer cannot read the prompt {text!r} ({error}): give another one") from None
+    return [*document_start(tokenizer, adds_bos(tokenizer)), *ids] or [separator_id(tokenizer)]
+
+
+# From documents to tokens
 
 
 class Encoded(NamedTuple):
@@ -132,16 +310,7 @@ class Encoded(NamedTuple):
 
 
 def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) -> Iterator[Encoded]:
-    """Tokenise documents, and end each with the separator.
-
-    Args:
-        documents: Texts.
-        tokenizer: Adds no special tokens of its own.
-        add_bos: `data.add_bos`.
-
-    Returns:
-        Documents in order, many at once.
-    """
+    """Tokenise documents in order, many at once, and end each with the separator."""
     start, end, dtype = document_start(tokenizer, add_bos), separator_id(tokenizer), token_type(tokenizer)
     by_bytes = not start and is_byte_tokenizer(tokenizer)
     for texts in batched(documents):
@@ -155,6 +324,17 @@ def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, add_bos
         whole = chain.from_iterable((*start, *ids, end) for ids in found)
         tokens = np.fromiter(whole, dtype=dtype, count=lengths.sum())
         yield Encoded(tokens, np.cumsum(lengths), np.cumsum(sizes))
+
+
+def encode_bytes(texts: Sequence[bytes]) -> np.ndarray:
+    """Do what the built-in tokenizer does, some hundred times as fast.
+
+    Takes documents in UTF-8; gives (T,) uint16, each document's tokens followed by eos.
+    """
+    end = list(_SPECIAL).index("eos_token")
+    # The byte 0xff never occurs in UTF-8, so it can stand for the end of a document meanwhile.
+    joined = np.frombuffer(b"".join(text + b"\xff" for text in texts), dtype=np.uint8)
+    return np.where(joined == 0xFF, np.uint16(end), joined + np.uint16(_FIRST_BYTE))
 
 
 def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

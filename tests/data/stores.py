@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mega_scale.data.token_files import Shard, ShardWriter
-from mega_scale.data.token_store import TokenStore
 from mega_scale.data.tokenizer import Encoded
+from mega_scale.data.tokens import Shard, ShardWriter, TokenStore
 
 
 def store_of(tokens: np.ndarray, lengths: Sequence[int] | None = None, cuts: Sequence[int] = ()) -> TokenStore:

@@ -11,10 +11,10 @@ import pytest
 
 from mega_scale.data import DataConfig, Loader, load_datasets, load_tokenizer
 from mega_scale.data.prepare import Preparation, run
-from mega_scale.data.prepared import read_manifest
 from mega_scale.data.readers import read_range, split_file
 from mega_scale.data.rows import BadRow, Tally, TextColumn
 from mega_scale.data.sources import load_documents
+from mega_scale.data.tokens import read_manifest
 
 ROWS = 1000
 LONGEST = 2000
@@ -169,7 +169,7 @@ def test_counts_reach_the_manifest_and_the_report(tmp_path):
     tokenizer = load_tokenizer("byte")
     expected = dict.fromkeys(sorted(BAD_LINES), 1)
     preparation = Preparation(tmp_path / "made", config, tokenizer, shard_bytes=20_000)
-    assert len(list(run(preparation, 2, 0.01))) == len(preparation.units) > 3
+    assert len(list(run(preparation, 2, 0.01))) == len(preparation.shards) > 3
     preparation.finish()
     assert read_manifest(tmp_path / "made").tally.to_json()["bad"] == {str(path): expected}
     prepared = DataConfig("prepared", [str(tmp_path / "made")], validation_fraction=0.0, sequence_length=64)

@@ -5,11 +5,9 @@ import psutil
 import pytest
 from stores import store_of
 
-from launch.benchmark.data import write_sparse
 from mega_scale.data import PackedDataset
-from mega_scale.data.best_fit import fit
-from mega_scale.data.packing import MISSING
-from mega_scale.data.prepared import open_part, read_manifest
+from mega_scale.data.packing import MISSING, fit
+from mega_scale.data.tokens import Shard, ShardRecord, TokenStore
 
 L = 64
 
@@ -82,10 +80,14 @@ def test_rows_depend_on_lengths_alone():
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    folder = tmp_path / "prepared"
-    write_sparse(folder, 1500)  # 750,000 documents of 1,000 tokens
+    documents = 750_000  # of 1,000 tokens, all 0, which take no room on disk
+    with (tmp_path / "sparse.tokens").open("wb") as file:
+        file.truncate(documents * 1000 * 2)
+    for suffix in ("ends", "text_ends"):
+        (np.arange(1, documents + 1, dtype="<i8") * 1000).tofile(tmp_path / f"sparse.{suffix}")
+    record = ShardRecord("sparse", documents * 1000, documents, documents * 1000, {})
     before = psutil.Process().memory_info().rss
-    data = PackedDataset(open_part(folder, read_manifest(folder), "train"), 2048, "reset", order="best_fit")
+    data = PackedDataset(TokenStore([Shard(tmp_path, record, "<u2")]), 2048, "reset", order="best_fit")
     assert 375_000 <= len(data) < 1.01 * 375_000
     for index in np.random.default_rng(0).integers(len(data), size=500):
         assert data.document_starts(np.array([index])).nonzero()[1].tolist() in ([0, 1000], [0])

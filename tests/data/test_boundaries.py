@@ -6,7 +6,6 @@ import torch
 from stores import store_of
 
 from mega_scale.data import Loader, PackedDataset
-from mega_scale.data.boundaries import resets, segment_ids, separate_labels
 
 L = 8
 # Ends on, before and after the borders of rows, documents of one and two tokens, and one longer than three rows.
@@ -24,8 +23,12 @@ def batches(packing: str, cuts: list[int], shuffle: bool) -> list[tuple[dict, to
     tokens = np.concatenate([100 * i + np.arange(length) for i, length in enumerate(LENGTHS)])
     dataset = PackedDataset(store_of(tokens, LENGTHS, cuts), L, packing)
     loader = Loader(dataset, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1, shuffle=shuffle)
-    pairs = [zip(loader.batches(step), loader.document_starts(step), strict=True) for step in range(12)]
-    return [pair for step in pairs for pair in step]
+    pairs = []
+    for step in range(12):
+        rows = [range(first, first + 2) for first in (4 * step, 4 * step + 2)]
+        starts = [torch.from_numpy(loader.dataset.document_starts(numbers, 0, shuffle)) for numbers in rows]
+        pairs += zip(loader.batches(step), starts, strict=True)
+    return pairs
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [3, 4, 9]])
@@ -43,22 +46,19 @@ def test_starts_are_where_documents_start(packing, cuts):
         assert starts.tolist() == [offset == 0 for _, offset in expected] + [False] * (L + 1 - len(expected))
 
 
-@pytest.mark.parametrize("packing", ["concat", "none"])
-def test_segments_resets_and_labels_keep_documents_apart(packing):
-    for batch, starts in batches(packing, [2, 7], shuffle=True):
-        inputs, labels = batch["input_ids"], batch["shift_labels"]
-        kept = separate_labels(labels, starts)
-        segments = segment_ids(starts)
-        assert kept.shape == segments.shape == resets(starts).shape == inputs.shape
-        there = labels != -100
-        # A label is kept where it is of its input's document, and only there.
-        assert torch.equal(kept != -100, there & (labels // 100 == inputs // 100))
-        assert torch.equal(kept[kept != -100], labels[kept != -100])
-        read = there.clone()
-        assert torch.equal(resets(starts)[read], (inputs % 100 == 0)[read])
-        for row, numbers, valid in zip(inputs // 100, segments, read, strict=True):
-            documents, ids = row[valid], numbers[valid]
-            assert torch.equal(documents[:, None] == documents, ids[:, None] == ids)
+def test_batches_keep_documents_apart():
+    tokens = np.concatenate([100 * i + np.arange(length) for i, length in enumerate(LENGTHS)])
+    dataset = PackedDataset(store_of(tokens, LENGTHS, [2, 7]), L, "reset")
+    loader = Loader(dataset, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+    for batch in [batch for step in range(12) for batch in loader.batches(step)]:
+        inputs, labels, starts = batch["input_ids"], batch["shift_labels"], batch["document_starts"]
+        there = inputs > 0
+        assert torch.equal(starts[there], (inputs % 100 == 0)[there])
+        # A label is of its input's document, and is its next token.
+        kept = labels != -100
+        assert torch.equal(labels[kept], inputs[kept] + 1)
+        ends = torch.tensor([100 * i + length - 1 for i, length in enumerate(LENGTHS)])
+        assert torch.equal(~kept[there], torch.isin(inputs, ends)[there])
 
 
 def test_rows_of_separate_documents_are_counted_across_blocks():

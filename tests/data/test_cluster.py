@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from test_prepare import TEXTS, contents, prepare
 
-from mega_scale.data import DataConfig, cluster
+from mega_scale.data import DataConfig
+from mega_scale.data.prepare import run_on_cluster
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.distributed
@@ -39,11 +40,11 @@ def config(tmp_path) -> DataConfig:
 
 def test_local_executor_makes_the_same_files(config, tmp_path):
     prepare(tmp_path / "own", config)
-    cluster.run(tmp_path / "local", config, 3000, tasks=3, processes=1, slurm={})
+    run_on_cluster(tmp_path / "local", config, 3000, tasks=3, processes=1, slurm={})
     assert contents(tmp_path / "local") == contents(tmp_path / "own")
     lost = tmp_path / "local/00002.json"
     lost.unlink()
-    cluster.run(tmp_path / "local", config, 3000, tasks=2, processes=1, slurm={})
+    run_on_cluster(tmp_path / "local", config, 3000, tasks=2, processes=1, slurm={})
     assert contents(tmp_path / "local") == contents(tmp_path / "own")
 
 
@@ -57,9 +58,9 @@ def test_slurm_jobs_make_the_same_files(config, tmp_path, monkeypatch):
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     keys = {"partition": "cpu", "time": "00:10:00"}
-    cluster.run(tmp_path / "slurm", config, 3000, tasks=2, processes=None, slurm=keys)
+    run_on_cluster(tmp_path / "slurm", config, 3000, tasks=2, processes=None, slurm=keys)
     log = commands / "sbatch.log"
     assert (tmp_path / "slurm/manifest.json").exists(), log.read_text() if log.exists() else "nothing was submitted"
     assert contents(tmp_path / "slurm") == contents(tmp_path / "own")
     with pytest.raises(ValueError, match="partition and time"):
-        cluster.run(tmp_path / "slurm", config, 3000, tasks=2, processes=None, slurm={})
+        run_on_cluster(tmp_path / "slurm", config, 3000, tasks=2, processes=None, slurm={})

@@ -21,9 +21,9 @@ from pyarrow import feather
 
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer, load_whole
 from mega_scale.data.prepare import Preparation, run
-from mega_scale.data.prepared import read_manifest
 from mega_scale.data.sources import load_corpus, load_documents, open_source
-from mega_scale.data.train_tokenizer import train_bpe
+from mega_scale.data.tokenizer import train_bpe
+from mega_scale.data.tokens import read_manifest
 
 MARK = b"\xef\xbb\xbf"
 DRAW = random.Random(0)
@@ -119,7 +119,7 @@ def test_loss_is_counted_alike_by_streams_and_in_prepared_data_of_many_processes
     preparation = Preparation(
         tmp_path / "made", config_of(tmp_path, "json", path=[str(tmp_path / "*.gz")]), tokenizer, shard_bytes=50_000
     )
-    assert len(preparation.units) > 1
+    assert len(preparation.shards) > 1
     with pytest.raises(ValueError, match="bytes cannot be used"):
         list(run(preparation, 2, 0.01))
     for number in preparation.missing():
@@ -372,7 +372,7 @@ def test_text_that_changes_between_hashing_and_tokenising_is_not_stored(tmp_path
         return found
 
     documents.digest = then_change  # type: ignore[method-assign]
-    from mega_scale.data.tokenise import tokenise  # noqa: PLC0415
+    from mega_scale.data.tokens import tokenise  # noqa: PLC0415
 
     with pytest.raises(ValueError, match=r"changed while it was read|became shorter"):
         tokenise(documents, load_tokenizer("byte"), tmp_path / "cache")

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from mega_scale.data.cache import open_tokens, write_tokens
 from mega_scale.data.config import cache_folder
 from mega_scale.data.tokenizer import Encoded
+from mega_scale.data.tokens import open_tokens, write_tokens
 
 PIECES = [
     Encoded(np.arange(5, dtype="<u2"), np.array([2, 5]), np.array([3, 7])),
@@ -94,7 +94,7 @@ def test_several_processes_may_write_at_once(tmp_path):
     script = f"""
 from pathlib import Path
 import numpy as np
-from mega_scale.data.cache import open_tokens, write_tokens
+from mega_scale.data.tokens import open_tokens, write_tokens
 from mega_scale.data.tokenizer import Encoded
 folder = Path({str(tmp_path)!r})
 for round in range(20):

@@ -9,9 +9,18 @@ from transformers import AutoTokenizer
 
 from mega_scale.data import DataConfig, as_trained, load_datasets, load_tokenizer, prompt_ids, unlike_training
 from mega_scale.data.prepare import Preparation, run
-from mega_scale.data.prepared import read_manifest
-from mega_scale.data.special_tokens import adds_bos, document_start, end_ids, own_tokens, separator_id
-from mega_scale.data.tokenizer import encode, token_type, tokenizer_digest, vocabulary_size
+from mega_scale.data.tokenizer import (
+    adds_bos,
+    document_start,
+    encode,
+    end_ids,
+    own_tokens,
+    separator_id,
+    token_type,
+    tokenizer_digest,
+    vocabulary_size,
+)
+from mega_scale.data.tokens import read_manifest
 
 HOLES = {"a": 0, "b": 17, "<unk>": 3, "</s>": 5000}
 

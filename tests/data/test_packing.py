@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mega_scale.data import tokenise
+from mega_scale.data import tokens
 from mega_scale.data.packing import MISSING, PackedDataset
 from mega_scale.data.sources import Documents
 from mega_scale.data.tokenizer import load_tokenizer
@@ -17,7 +17,7 @@ def documents(texts: list[str]) -> Documents:
 
 
 def pack(texts: Documents, tokenizer, length: int, cache) -> PackedDataset:
-    return PackedDataset(tokenise.tokenise(texts, tokenizer, cache), length)
+    return PackedDataset(tokens.tokenise(texts, tokenizer, cache), length)
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 64, len(STREAM) - 1])
@@ -52,7 +52,7 @@ def test_second_time_nothing_is_tokenised(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokenise, "encode", refuse)
+    monkeypatch.setattr(tokens, "encode", refuse)
     again = pack(documents(TEXTS), tokenizer, 5, tmp_path)  # another length needs no other tokens
     assert (again.fingerprint, again.tokens, again.bytes) == (first.fingerprint, first.tokens, first.bytes)
     assert again.rows(np.array([0])).tolist() == [STREAM[:6]]

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
 from mega_scale.data.prepare import Preparation, run
-from mega_scale.data.prepared import check_content, open_part, read_manifest
 from mega_scale.data.sources import stdlib_documents
+from mega_scale.data.tokens import check_content, open_part, read_manifest
 from mega_scale.files import FileLock
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared") / "whole"
-    assert len(prepare(folder, config_of(corpus)).units) > 5
+    assert len(prepare(folder, config_of(corpus)).shards) > 5
     return folder
 
 
@@ -203,7 +203,7 @@ def test_overwriting_makes_all_anew_and_respects_who_is_at_work(corpus, tmp_path
     assert contents(folder) == began
     second = overwrite(other)
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "plan.json"]
-    assert len(second.missing()) == len(second.units)
+    assert len(second.missing()) == len(second.shards)
     for late in (lambda: first.make(0), first.finish):  # a task of a cluster that still runs
         with pytest.raises(ValueError, match="overwritten by another job"):
             late()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import store_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mega_scale.data import PackedDataset, load_tokenizer, text_size
-from mega_scale.data.token_files import Shard, ShardWriter
-from mega_scale.data.token_store import TokenStore
 from mega_scale.data.tokenizer import encode
+from mega_scale.data.tokens import Shard, ShardWriter, TokenStore
 
 # Parts of very different length in tokens, in documents and within one.
 TEXTS = ["la" * 400, "zq xv jk é€" * 9, "la" * 100 + "qzü" * 70 + "la" * 90, "x", "naïve " * 30, "la" * 60]
@@ -52,12 +52,13 @@ def test_bytes_are_those_of_the_rows_wherever_they_are_cut(bpe, packing, order, 
     rows_of = dataset(bpe, TEXTS, length, packing, order)
     tokens = np.concatenate([pieces.tokens for pieces in encode(TEXTS, bpe)])
     sizes = np.array([len(bpe.convert_ids_to_tokens(int(t))) if t != bpe.eos_token_id else 0 for t in tokens])
+    lengths = np.concatenate([np.diff(np.append(0, encoded.ends)) for encoded in encode(TEXTS, bpe)])
+    places_of = PackedDataset(store_of(np.arange(len(tokens)), lengths), length, packing, order=order)
     found = set()
     for rows in range(1, len(rows_of)):
         places = np.zeros(len(tokens), bool)
-        for row in range(rows):
-            for _, start, stop in rows_of._layout.pieces(row):
-                places[start:stop] = True
+        found_places = places_of.rows(np.arange(rows))
+        places[found_places[found_places >= 0]] = True
         expected = places.sum() / max(sizes[places].sum(), 1)
         assert rows_of.tokens_per_byte(rows, partial(text_size, bpe)) == pytest.approx(expected, rel=1e-12), rows
         found.add(round(expected, 3))

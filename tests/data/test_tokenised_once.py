@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
-from mega_scale.data import tokenise as tokenising
 from mega_scale.data.sources import Documents
+from mega_scale.data.tokens import tokenise
 from mega_scale.files import FileLock
 
 TEXTS = [f"document {i} " * 9 for i in range(50)]
@@ -56,9 +56,7 @@ def test_of_two_processes_one_reads_and_tokenises_and_both_have_the_same_tokens(
 
     def work() -> int:
         said: list[str] = []
-        store = tokenising.tokenise(
-            slow_documents(tmp_path), tokenizer, tmp_path / "cache", name="name", say=said.append
-        )
+        store = tokenise(slow_documents(tmp_path), tokenizer, tmp_path / "cache", name="name", log=said.append)
         (tmp_path / f"{os.getpid()}").write_text(store.fingerprint + "".join(said))
         return len(said)
 
@@ -79,7 +77,7 @@ def test_what_one_process_is_refused_all_are_refused(tmp_path):
 
     def work() -> int:
         try:
-            tokenising.tokenise(slow_documents(tmp_path, "too bad"), tokenizer, tmp_path / "cache", name="name")
+            tokenise(slow_documents(tmp_path, "too bad"), tokenizer, tmp_path / "cache", name="name")
         except ValueError as error:
             return 2 if str(error) == "too bad" else 3
         return 0
@@ -97,7 +95,7 @@ def test_a_process_that_dies_is_taken_over(tmp_path):
     tokenizer = load_tokenizer("byte")
 
     def work() -> int:
-        store = tokenising.tokenise(slow_documents(tmp_path), tokenizer, tmp_path / "cache", name="name")
+        store = tokenise(slow_documents(tmp_path), tokenizer, tmp_path / "cache", name="name")
         return int(store.documents != len(TEXTS))
 
     first = forked(work)

@@ -12,8 +12,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mega_scale.data.byte_tokenizer import encode_bytes, is_byte_tokenizer
-from mega_scale.data.tokenizer import encode, load_tokenizer, separator_id, token_type, tokenizer_digest
+from mega_scale.data.tokenizer import (
+    encode,
+    encode_bytes,
+    is_byte_tokenizer,
+    load_tokenizer,
+    separator_id,
+    token_type,
+    tokenizer_digest,
+)
 
 SPECIAL = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 HARD = [

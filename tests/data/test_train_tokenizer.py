@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
-from mega_scale.data.byte_tokenizer import is_byte_tokenizer
 from mega_scale.data.sources import stdlib_documents
-from mega_scale.data.tokenizer import encode, tokenizer_digest
-from mega_scale.data.train_tokenizer import train_bpe
+from mega_scale.data.tokenizer import encode, is_byte_tokenizer, tokenizer_digest, train_bpe
 
 ROOT = Path(__file__).parents[2]
 HARD = ["", "plain", " two  spaces\n\n\tand tabs\r\n", "ünïcode 😀 \x00\x7f", "</s><s>", "日本語" * 50, "a" * 3000]

@@ -14,7 +14,7 @@ import torch
 from stores import store_of
 
 from mega_scale.data import Loader, PackedDataset
-from mega_scale.data.workers import Feed
+from mega_scale.data.loader import ReadAhead
 
 
 def children() -> list[psutil.Process]:
@@ -22,7 +22,7 @@ def children() -> list[psutil.Process]:
 
 
 def test_steps_come_in_order_and_any_step_can_be_next():
-    feed = Feed(lambda step: (step, os.getpid()), workers=2, prefetch=2, pin_memory=False)
+    feed = ReadAhead(lambda step: (step, os.getpid()), workers=2, prefetch=2, pin_memory=False)
     found = [feed.take(step) for step in range(6)]
     assert [step for step, _ in found] == list(range(6))
     assert len({process for _, process in found}) == 2 and os.getpid() not in {process for _, process in found}
@@ -47,7 +47,7 @@ def test_refusal_of_a_worker_is_the_runs():
             raise ValueError("a.jsonl, line 7: broken")
         return step
 
-    feed = Feed(read, workers=2, prefetch=2, pin_memory=False)
+    feed = ReadAhead(read, workers=2, prefetch=2, pin_memory=False)
     assert [feed.take(step) for step in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match=r"^a.jsonl, line 7: broken$"):
         feed.take(3)
@@ -58,7 +58,7 @@ def test_error_of_a_worker_has_its_traceback():
         raise KeyError("shard")
 
     with pytest.raises(KeyError, match=r"in read\n"):
-        Feed(read, workers=1, prefetch=2, pin_memory=False).take(0)
+        ReadAhead(read, workers=1, prefetch=2, pin_memory=False).take(0)
 
 
 @pytest.mark.parametrize("how", ["killed", "exits"])
@@ -70,7 +70,7 @@ def test_worker_that_dies_is_an_error_and_no_hang(how):
             time.sleep(60)
         return step
 
-    feed = Feed(read, workers=1, prefetch=1, pin_memory=False)
+    feed = ReadAhead(read, workers=1, prefetch=1, pin_memory=False)
     assert [feed.take(step) for step in range(5)] == list(range(5))
     if how == "killed":
         (worker,) = children()
@@ -86,10 +86,10 @@ def test_workers_leave_the_runs_signals_to_the_run():
     """A launcher, or Slurm, sends them to every process; the run itself still ends its workers at once."""
     script = """
 import os, signal, time
-from mega_scale.data.workers import Feed
+from mega_scale.data.loader import ReadAhead
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: None)
-feed = Feed(lambda step: (time.sleep(0.2 if step < 8 else 600), os.getpid())[1], 2, 2, False)
+feed = ReadAhead(lambda step: (time.sleep(0.2 if step < 8 else 600), os.getpid())[1], 2, 2, False)
 workers = {feed.take(step) for step in range(2)}
 for number in ("TERM", "USR1", "TERM"):
     os.system("".join(f"kill -{number} {worker};" for worker in workers))  # from another process

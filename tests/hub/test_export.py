@@ -12,7 +12,7 @@ from tokenizers_at_hand import TEXTS, bert_like, byte_level, unigram, word_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mega_scale.data import as_trained, load_tokenizer, vocabulary_size
-from mega_scale.data.train_tokenizer import train_bpe
+from mega_scale.data.tokenizer import train_bpe
 from mega_scale.hub.export import plan_shards, write_export, write_tokenizer
 from mega_scale.hub.folder import open_folder, state_dict_spec
 

@@ -8,7 +8,7 @@ import yaml
 from tokenizers_at_hand import TEXTS, bert_like, byte_level, merges_with_spaces, unigram, unsplit_metaspace
 
 from mega_scale.data import load_tokenizer
-from mega_scale.data.train_tokenizer import train_bpe
+from mega_scale.data.tokenizer import train_bpe
 from mega_scale.hub.export import write_export
 from mega_scale.hub.model_card import TrainingFacts, model_card
 

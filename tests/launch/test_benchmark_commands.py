@@ -9,7 +9,7 @@ from torch import nn
 from launch.benchmark import data, decode, gpu, memory
 from launch.benchmark.__main__ import main
 from launch.benchmark.ours import OurTraining
-from mega_scale.data.prepared import open_part, read_manifest
+from mega_scale.data.tokens import open_part, read_manifest
 
 STEP = ["--hidden", "32", "--layers", "1", "--shared", "8", "--expanded", "24", "--averages", "2", "--chunk", "16"]
 STEP += ["--vocabulary", "64", "--llama-expanded", "24", "--repeats", "1"]

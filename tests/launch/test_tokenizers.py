@@ -8,7 +8,7 @@ from tokenizers_at_hand import TEXTS, bert_like, byte_level, word_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import mega_scale  # noqa: F401  registers the model
-from mega_scale.data.special_tokens import own_tokens
+from mega_scale.data.tokenizer import own_tokens
 
 pytestmark = [pytest.mark.launch]
 WORDS = {word: 1000 * i for i, word in enumerate(sorted({word for text in TEXTS for word in text.split()}))}

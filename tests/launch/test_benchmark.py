@@ -156,6 +156,7 @@ peer = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @peer
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def test_ema_compares_our_forms(run):
     assert max(report["largest_error"].values()) < 1e-4 and "| native |" in output
 
 
+@pytest.mark.slow
 def test_step_times_ours_beside_a_peer(run):
     report, output = run("step", *STEP, "--lengths", "32")
     assert [row["kind"] for row in report["rows"]] == ["ours", "llama"]
@@ -103,6 +104,7 @@ class FakePeer:
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_memory_of_two_ranks_is_half_of_one_and_they_compute_the_same(run):
     # 3,900 tokens fill 62 chunks but for some padding.
     report, output = run("memory", *MEMORY, "--lengths", "3900", "--sp", "1", "2")
@@ -169,6 +171,7 @@ model: {hidden_size: 32, num_hidden_layers: 2, intermediate_size: 48, nffn_hidde
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_long_measures_the_memory_of_a_step_and_limits_it(tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(TINY)
     recipe = ["long", "--config", str(tmp_path / "tiny.yaml"), "--json", str(tmp_path / "long.json")]

@@ -77,7 +77,7 @@ def _section_type(name: str, declared: Any) -> Any:
 
 def _documented() -> dict[str, str]:
     """Read the sentence on every key out of MegaConfig's docstring."""
-    entry = re.compile(r"^    (\w+) \(.*\):\n((?:        .*\n?)+)", re.MULTILINE)
+    entry = re.compile(r"^    (\w+): (.*\n(?:        .*\n)*)", re.MULTILINE)
     text = inspect.cleandoc(MegaConfig.__doc__ or "") + "\n"
     return {name: " ".join(body.split()) for name, body in entry.findall(text)}
 

@@ -7,6 +7,7 @@ the rotary bias.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from mega_scale.hub.folder import StateDictSpec, state_dict_spec
 from mega_scale.model import MegaConfig, MegaForCausalLM, MegaForMaskedLM, MegaModel
 
+EMA_INPUTS = ("delta", "alpha")
+_UNUSED_BUFFER = "rel_pos_bias._float_tensor"
+_BIAS_TABLE = "rel_pos_bias.rel_pos_bias"
+_VERSION = 3.0
 _NORM = ("weight", "bias", "scalar", "running_mean", "running_var", "num_batches_tracked")
 _LINEAR = ("weight", "bias")
 
@@ -71,12 +76,12 @@ class FairseqLayout(NamedTuple):
     base: str
     embedding: str
     blocks: str
-    final_norm: str | None
-    final_affine: bool
-    head: dict[str, str]
-    version: str | None
-    can_scale: bool
-    others: dict[str, str]
+    final_norm: str | None = None
+    final_affine: bool = False
+    head: Mapping[str, str] = MappingProxyType({})
+    version: str | None = None
+    can_scale: bool = False
+    others: Mapping[str, str] = MappingProxyType({})
 
 
 def _backbone(config: MegaConfig) -> MegaModel:
@@ -90,7 +95,6 @@ LAYOUTS = {
         embedding="decoder.embed_tokens.weight",
         blocks="decoder.layers.",
         final_norm="decoder.final_norm.",
-        final_affine=False,
         head={"decoder.output_projection.weight": "lm_head.weight"},
         version="decoder.version",
         can_scale=True,
@@ -103,7 +107,6 @@ LAYOUTS = {
         blocks="encoder.layers.",
         final_norm="encoder.final_norm.",
         final_affine=True,
-        head={},
         version="encoder.version",
         can_scale=True,
         others={"decoder.": "the decoder beside this encoder: convert it with layout='lm'"},
@@ -115,9 +118,6 @@ LAYOUTS = {
         blocks="encoder.encoder.layers.",
         final_norm="encoder.encoder.final_norm.",
         final_affine=True,
-        head={},
-        version=None,
-        can_scale=False,
         others={
             "classifier.": "the classifier over mean-pooled states, which no head here computes",
             "sentence_projection_layer.": "the classifier over mean-pooled states, which no head here computes",
@@ -128,12 +128,7 @@ LAYOUTS = {
         base="mega.",
         embedding="mega.embedding_layer.weight",
         blocks="mega.encoders.",
-        final_norm=None,
-        final_affine=False,
         head={"mlm_head.weight": "mlm_head.weight", "mlm_head.bias": "mlm_head.bias"},
-        version=None,
-        can_scale=False,
-        others={},
     ),
 }
 
@@ -151,11 +146,7 @@ NO_COUNTERPART = {
 
 
 def layout_named(name: str) -> FairseqLayout:
-    """The layout of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The layout of that name; raises ValueError where there is none."""
     if name not in LAYOUTS:
         raise ValueError(f"layout={name!r} is unknown: choose one of {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
@@ -177,12 +168,6 @@ def why_not(name: str) -> str:
     return next(
         (reason for piece, reason in NO_COUNTERPART.items() if piece in name), "a model of this configuration has none"
     )
-
-
-EMA_INPUTS = ("delta", "alpha")
-_UNUSED_BUFFER = "rel_pos_bias._float_tensor"
-_BIAS_TABLE = "rel_pos_bias.rel_pos_bias"
-_VERSION = 3.0
 
 
 def fairseq_to_mega(

@@ -14,6 +14,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mega_scale.ops.tracing import in_memory
 
+_STATE, _ENCODER, _ROWS = ("ema", "keys", "values"), ("keys", "values"), ("mask", "documents", "encoder_mask")
+_Context = dict[str, Any]
+
 
 @dataclass(eq=False)
 class LayerState:
@@ -84,24 +87,13 @@ class MegaCacheLayer(CacheLayerMixin):
             "a Mega cache cannot drop tokens: its moving average holds them; start again from an empty cache"
         )
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> None:
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by what the function makes of it."""
         if self.state is not None:
             state = self.state
             self.state = LayerState(function(state.ema), function(state.keys), function(state.values), state.position)
         if self.encoder is not None:
             self.encoder = EncoderState(function(self.encoder.keys), function(self.encoder.values))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take rows `beam_idx` (B,), as beam search does after each step."""
-        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
-        self._each(lambda tensor: tensor[indices])
 
 
 class MegaCache(Cache):
@@ -142,29 +134,27 @@ class MegaCache(Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take rows `beam_idx` (B,), as beam search does after each step."""
-        super().reorder_cache(beam_idx)
-        self._each_row(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        super().batch_repeat_interleave(repeats)
-        self._each_row(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        self._apply(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
-        super().batch_select_indices(indices)
-        self._each_row(lambda tensor: tensor[indices])
+        self._apply(lambda tensor: tensor[indices])
 
     def clone_layers(self) -> None:
         """Copy what inference mode made: outside of it, that can neither be written nor take part in gradients."""
         for layer in self.states:
-            layer._each(torch.clone)
+            layer.apply(torch.clone)
 
-    def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.pads = None if self.pads is None else function(self.pads)
-        self.documents = None if self.documents is None else function(self.documents)
-        self.mask = None if self.mask is None else function(self.mask)
-        self.encoder_mask = None if self.encoder_mask is None else function(self.encoder_mask)
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.states:
+            layer.apply(function)
+        for name in ("pads", *_ROWS):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
 
 
 def check_cache(past: Any, num_hidden_layers: int, batch: int) -> MegaCache:
@@ -220,10 +210,6 @@ def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int 
         buffer[:, place : place + fresh.shape[1]] = fresh
         kept.append(buffer)
     return kept[0], kept[1]
-
-
-_STATE, _ENCODER, _ROWS = ("ema", "keys", "values"), ("keys", "values"), ("mask", "documents", "encoder_mask")
-_Context = dict[str, Any]
 
 
 def _flatten(cache: MegaCache) -> tuple[list[Tensor], _Context]:

@@ -30,100 +30,63 @@ CLASSES = {
 
 @strict
 class MegaConfig(PreTrainedConfig):
-    r"""Shape and options of a Mega model (arXiv 2209.10655), with the names and defaults of transformers 4.37.2.
+    """Shape and options of a Mega model (arXiv 2209.10655), with the names and defaults of transformers 4.37.2.
 
     Args:
-        vocab_size (`int`, *optional*, defaults to 30522):
-            Number of token ids.
-        hidden_size (`int`, *optional*, defaults to 128):
-            Width D of the residual stream, in channels.
-        num_hidden_layers (`int`, *optional*, defaults to 4):
-            Number of Mega blocks.
-        intermediate_size (`int`, *optional*, defaults to 256):
-            Width E of the attention values, in channels.
-        ema_projection_size (`int`, *optional*, defaults to 16):
-            Number N of exponential moving averages per channel.
-        bidirectional (`bool`, *optional*, defaults to True):
-            Whether the moving average also runs from right to left; must be false in a decoder.
-        shared_representation_size (`int`, *optional*, defaults to 64):
-            Width Z of queries and keys, in channels.
-        use_chunking (`bool`, *optional*, defaults to False):
-            Whether attention stays inside chunks of `chunk_size` tokens (Mega-chunk, linear cost).
-        chunk_size (`int`, *optional*, defaults to -1):
-            Attention chunk C, in tokens; read when `use_chunking` is true.
-        truncation (`int`, *optional*, defaults to None):
-            Length of the moving average's kernel, in tokens; none means unlimited.
-        normalize_before_mega (`bool`, *optional*, defaults to True):
-            Whether the attention sublayer normalises its input (pre-norm) rather than its output.
-        normalization_type (`str`, *optional*, defaults to "scalenorm"):
-            One of scalenorm, layernorm, rmsnorm, batchnorm, syncbatchnorm.
-        norm_affine (`bool`, *optional*, defaults to True):
-            Whether norms have learned parameters.
-        activation (`str`, *optional*, defaults to "silu"):
-            Activation of values, outputs and feed-forward: silu, relu, linear, gelu or gelu_accurate.
-        attention_activation (`str`, *optional*, defaults to "softmax"):
-            What turns scores into attention weights: softmax, laplace or relu2.
-        dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout of the moving average's and the sublayers' outputs, as a probability.
-        hidden_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout of attention values, as a probability.
-        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout of attention weights, as a probability.
-        use_feature_dropout (`bool`, *optional*, defaults to False):
-            Whether dropout removes whole features of a sequence instead of single elements.
-        use_normalized_ffn (`bool`, *optional*, defaults to True):
-            Whether a block ends with a normalised feed-forward network.
-        nffn_hidden_size (`int`, *optional*, defaults to 256):
-            Inner width F of the feed-forward network, in channels.
-        normalize_before_ffn (`bool`, *optional*, defaults to True):
-            Whether the feed-forward network normalises its input rather than its output.
-        nffn_activation_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout inside the feed-forward network, as a probability.
-        max_positions (`int`, *optional*, defaults to 2048):
-            Length of the table of the simple positional bias, in tokens; a hard limit only for that bias.
-        add_token_type_embeddings (`bool`, *optional*, defaults to False):
-            Whether token type embeddings are added to word embeddings.
-        type_vocab_size (`int`, *optional*, defaults to 2):
-            Number of token types.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of initial weights of linear layers, embeddings and positional biases.
-        ema_delta_alpha_range (`float`, *optional*, defaults to 0.2):
-            Standard deviation of the initial damping and decay of the moving average, before the sigmoid.
-        ema_beta_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the initial expansion of the moving average about 1, -1, 1, ...
-        ema_gamma_omega_range (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the initial projection and residual weight of the moving average.
-        pad_token_id (`int`, *optional*, defaults to 1):
-            Id of the padding token, whose embedding stays at zero; a token that also ends or begins texts is learned.
-        bos_token_id (`int`, *optional*, defaults to 0):
-            Id of the token that begins a text.
-        eos_token_id (`int`, *optional*, defaults to 2):
-            Id of the token that ends a text.
-        relative_positional_bias (`str`, *optional*, defaults to "rotary"):
-            Additive positional bias of the attention scores: rotary (any length) or simple (a table).
-        classifier_dropout (`float`, *optional*, defaults to None):
-            Dropout of classification heads, as a probability; none means `hidden_dropout_prob`.
-        use_cache (`bool`, *optional*, defaults to True):
-            Whether a decoder returns a cache for generation when no labels are given.
-        add_lm_hidden_dense_layer (`bool`, *optional*, defaults to True):
-            Whether a dense layer with tanh precedes the language-model head.
-        is_decoder (`bool`, *optional*, defaults to False):
-            Whether attention is causal.
-        add_cross_attention (`bool`, *optional*, defaults to False):
-            Whether every block of a decoder attends to an encoder.
-        tie_word_embeddings (`bool`, *optional*, defaults to True):
-            Whether the language-model head shares its weight with the word embeddings.
-        scale_embeddings (`bool`, *optional*, defaults to False):
-            Whether word embeddings are multiplied by sqrt(D), as in the paper's language models; not in 4.37.2.
-        final_norm (`bool`, *optional*, defaults to False):
-            Whether a norm follows the last block, as in the paper's pre-norm models; not in 4.37.2.
-        final_norm_affine (`bool`, *optional*, defaults to False):
-            Whether that norm has learned parameters: not in the paper's language models, but in its encoders; not in
-            4.37.2.
-        embedding_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout of the embeddings, as a probability; not in 4.37.2.
-        lm_head_bias (`bool`, *optional*, defaults to True):
-            Whether the language-model head has a bias; 4.37.2 always has one.
+        vocab_size: Number of token ids.
+        hidden_size: Width D of the residual stream, in channels.
+        num_hidden_layers: Number of Mega blocks.
+        intermediate_size: Width E of the attention values, in channels.
+        ema_projection_size: Number N of exponential moving averages per channel.
+        bidirectional: Whether the moving average also runs from right to left; must be false in a decoder.
+        shared_representation_size: Width Z of queries and keys, in channels.
+        use_chunking: Whether attention stays inside chunks of `chunk_size` tokens (Mega-chunk, linear cost).
+        chunk_size: Attention chunk C, in tokens; read when `use_chunking` is true.
+        truncation: Length of the moving average's kernel, in tokens; none means unlimited.
+        normalize_before_mega: Whether the attention sublayer normalises its input (pre-norm) rather than its
+            output.
+        normalization_type: One of scalenorm, layernorm, rmsnorm, batchnorm, syncbatchnorm.
+        norm_affine: Whether norms have learned parameters.
+        activation: Activation of values, outputs and feed-forward: silu, relu, linear, gelu or gelu_accurate.
+        attention_activation: What turns scores into attention weights: softmax, laplace or relu2.
+        dropout_prob: Dropout of the moving average's and the sublayers' outputs, as a probability.
+        hidden_dropout_prob: Dropout of attention values, as a probability.
+        attention_probs_dropout_prob: Dropout of attention weights, as a probability.
+        use_feature_dropout: Whether dropout removes whole features of a sequence instead of single elements.
+        use_normalized_ffn: Whether a block ends with a normalised feed-forward network.
+        nffn_hidden_size: Inner width F of the feed-forward network, in channels.
+        normalize_before_ffn: Whether the feed-forward network normalises its input rather than its output.
+        nffn_activation_dropout_prob: Dropout inside the feed-forward network, as a probability.
+        max_positions: Length of the table of the simple positional bias, in tokens; a hard limit only for that
+            bias.
+        add_token_type_embeddings: Whether token type embeddings are added to word embeddings.
+        type_vocab_size: Number of token types.
+        initializer_range: Standard deviation of initial weights of linear layers, embeddings and positional
+            biases.
+        ema_delta_alpha_range: Standard deviation of the initial damping and decay of the moving average, before
+            the sigmoid.
+        ema_beta_range: Standard deviation of the initial expansion of the moving average about 1, -1, 1, ...
+        ema_gamma_omega_range: Standard deviation of the initial projection and residual weight of the moving
+            average.
+        pad_token_id: Id of the padding token, whose embedding stays at zero; a token that also ends or begins
+            texts is learned.
+        bos_token_id: Id of the token that begins a text.
+        eos_token_id: Id of the token that ends a text.
+        relative_positional_bias: Additive positional bias of the attention scores: rotary (any length) or
+            simple (a table).
+        classifier_dropout: Dropout of classification heads, as a probability; none means `hidden_dropout_prob`.
+        use_cache: Whether a decoder returns a cache for generation when no labels are given.
+        add_lm_hidden_dense_layer: Whether a dense layer with tanh precedes the language-model head.
+        is_decoder: Whether attention is causal.
+        add_cross_attention: Whether every block of a decoder attends to an encoder.
+        tie_word_embeddings: Whether the language-model head shares its weight with the word embeddings.
+        scale_embeddings: Whether word embeddings are multiplied by sqrt(D), as in the paper's language models;
+            not in 4.37.2.
+        final_norm: Whether a norm follows the last block, as in the paper's pre-norm models; not in 4.37.2.
+        final_norm_affine: Whether that norm has learned parameters: not in the paper's language models, but in
+            its encoders; not in 4.37.2.
+        embedding_dropout_prob: Dropout of the embeddings, as a probability; not in 4.37.2.
+        lm_head_bias: Whether the language-model head has a bias; 4.37.2 always has one.
     """
 
     model_type = "mega"

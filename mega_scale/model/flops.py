@@ -33,14 +33,10 @@ class Flops(NamedTuple):
 
 
 def forward_flops(config: MegaConfig, sequence_length: int) -> Flops:
-    """Operations per token of reading a sequence of which every token predicts the next.
+    """Operations per token of reading a sequence, in tokens, of which every token predicts the next.
 
     In causal attention a query sees `(C + 1) / 2` keys of its chunk on average. What an implementation computes beyond
-    that, such as masked scores or products with a Toeplitz matrix, is its own affair.
-
-    Args:
-        config: of a model without cross-attention.
-        sequence_length: tokens; the chunk of a model without chunks.
+    that, such as masked scores or products with a Toeplitz matrix, does not count.
 
     Raises:
         ValueError: the model attends to an encoder, whose length would count too.
@@ -50,28 +46,12 @@ def forward_flops(config: MegaConfig, sequence_length: int) -> Flops:
 
 
 def decoding_flops(config: MegaConfig, context: int) -> Flops:
-    """Operations of decoding one token with a cache.
-
-    Args:
-        config: of a decoder without cross-attention.
-        context: tokens before it; attention sees those of its chunk.
-
-    Raises:
-        ValueError: as in `forward_flops`.
-    """
+    """Operations of decoding one token after `context` tokens, of which attention sees those of its chunk."""
     return _flops(config, (context % config.chunk_size if config.use_chunking else context) + 1)
 
 
 def training_flops_per_token(config: MegaConfig, sequence_length: int) -> int:
-    """Operations of forward and backward per token: three times the forward. Recomputed activations are not counted.
-
-    Args:
-        config: of the model.
-        sequence_length: tokens; the chunk of a model without chunks.
-
-    Raises:
-        ValueError: as in `forward_flops`.
-    """
+    """Operations of forward and backward per token: three times the forward. Recomputed activations are not counted."""
     return 3 * forward_flops(config, sequence_length).total
 
 

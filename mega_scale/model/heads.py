@@ -1,5 +1,8 @@
 """The heads over the backbone, but for the causal language model.
 
+Their `forward` takes what `MegaModel.forward` takes, labels, and `num_items_in_batch`: what the sum of losses is
+divided by, by default the number of labels here that count.
+
 Legend: B batch, M choices, L length, D channels, V vocabulary, K classes.
 """
 
@@ -22,6 +25,8 @@ from mega_scale.model.layers import apply_linear
 from mega_scale.model.losses import cross_entropy, sequence_loss
 from mega_scale.model.modeling_mega import MegaModel, MegaPreTrainedModel
 
+logger = logging.get_logger(__name__)
+
 
 class MegaHeadModel(MegaPreTrainedModel):
     """A backbone under a head that needs no cache."""
@@ -29,21 +34,11 @@ class MegaHeadModel(MegaPreTrainedModel):
     mega: MegaModel
     one_answer_a_row = False
 
-    def encode(
-        self, extras: dict[str, Any], **inputs: Any
-    ) -> tuple[Tensor, BaseModelOutputWithPoolingAndCrossAttentions]:
-        """Run the backbone.
-
-        Args:
-            extras: keyword arguments that the head's forward does not know.
-            inputs: those that it does.
-
-        Returns:
-            The last hidden state (B, L, D), and all outputs.
-        """
+    def encode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, BaseModelOutputWithPoolingAndCrossAttentions]:
+        """Run the backbone; returns the last hidden state (B, L, D), and all outputs."""
         # A head reads every position at once, so a cache would only hold memory.
         fixed = {"use_cache": False, "return_dict": True, "one_answer_a_row": self.one_answer_a_row}
-        outputs = self.mega(**{**extras, **inputs, **fixed})
+        outputs = self.mega(*args, **{**kwargs, **fixed})
         return outputs.last_hidden_state, outputs
 
 
@@ -68,18 +63,13 @@ def sequence_token(hidden: Tensor, attention_mask: Tensor | None, config: MegaCo
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
 
 
-def head_dropout(config: MegaConfig) -> float:
-    """Dropout probability of a classification head."""
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+def _dropout(config: MegaConfig) -> nn.Dropout:
+    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 
 
-def label_count(config: MegaConfig) -> int:
-    """Number of classes, labels, or values that a head predicts."""
+def _label_count(config: MegaConfig) -> int:
     assert config.num_labels is not None, "configurations default to two labels"
     return config.num_labels
-
-
-logger = logging.get_logger(__name__)
 
 
 class MegaForMaskedLM(MegaHeadModel):
@@ -118,30 +108,18 @@ class MegaForMaskedLM(MegaHeadModel):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Logits of every position, and their cross-entropy when labels are given; other arguments as in `MegaModel`.
-
-        Args:
-            labels: (B, L) int64, the token of each position; -100 is ignored.
-            num_items_in_batch: what the sum of token losses is divided by; default: the number of labels here.
-
-        Returns:
-            loss, logits (B, L, V), hidden_states, attentions.
-        """
+        """Logits (B, L, V), and their cross-entropy with `labels` (B, L) int64, of which -100 is ignored."""
         hidden, outputs = self.encode(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            **kwargs,
         )
         if self.dense is not None:
             hidden = torch.tanh(apply_linear(self.dense, hidden))
@@ -160,8 +138,8 @@ class MegaClassificationHead(nn.Module):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(head_dropout(config))
-        self.out_proj = nn.Linear(config.hidden_size, label_count(config))
+        self.dropout = _dropout(config)
+        self.out_proj = nn.Linear(config.hidden_size, _label_count(config))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, D) to (B, K)."""
@@ -181,7 +159,7 @@ class MegaForSequenceClassification(MegaHeadModel):
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
-        self.num_labels = label_count(config)
+        self.num_labels: int = _label_count(config)
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.classifier = MegaClassificationHead(config)
         self.post_init()
@@ -194,33 +172,19 @@ class MegaForSequenceClassification(MegaHeadModel):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits of every sequence, and their loss when labels are given; other arguments as in `MegaModel`.
+        """Logits (B, K), and their loss when labels are given.
 
         Args:
             labels: (B,) int64 classes; (B, K) zeros and ones for several labels; (B,) or (B, K) values of a
                 regression. Without `config.problem_type`, one label is a regression, and else integers are classes.
-            num_items_in_batch: what the sum of losses is divided by; default: the number of labels here.
-
-        Returns:
-            loss, logits (B, K), hidden_states, attentions.
 
         Raises:
             ValueError: labels whose shape does not fit the problem.
         """
-        hidden, outputs = self.encode(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        hidden, outputs = self.encode(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits = self.classifier(sequence_token(hidden, attention_mask, self.config))
         loss = None
         if labels is not None:
@@ -232,11 +196,7 @@ class MegaForSequenceClassification(MegaHeadModel):
 
 
 class MegaForMultipleChoice(MegaHeadModel):
-    """Mega with one score a choice: pooler over the token that stands for the sequence, dropout, linear layer.
-
-    Args:
-        config: of the backbone.
-    """
+    """Mega with one score a choice: pooler over the token that stands for the sequence, dropout, linear layer."""
 
     one_answer_a_row = True
 
@@ -255,25 +215,17 @@ class MegaForMultipleChoice(MegaHeadModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """Scores of every choice, and their cross-entropy when labels are given.
+        """Scores of every choice (B, M), and their cross-entropy when labels are given.
 
         Args:
-            input_ids: (B, M, L) int64; or give `inputs_embeds`.
-            token_type_ids: (B, M, L) int64.
-            attention_mask: (B, M, L), 1 or true for valid positions.
+            input_ids: (B, M, L) int64, as are `token_type_ids` and `attention_mask`; or give `inputs_embeds`.
             labels: (B,) int64, the number of the right choice.
             inputs_embeds: (B, M, L, D), in place of word embeddings.
-            output_attentions: as in `MegaModel`; the choices of a batch come one after the other, B * M rows.
-            output_hidden_states: likewise.
-            num_items_in_batch: what the sum of losses is divided by; default: B.
-
-        Returns:
-            loss, logits (B, M), hidden_states, attentions.
+            kwargs: hidden states and attentions, if asked for, are those of B * M rows, the choices of a batch one
+                after the other.
 
         Raises:
             ValueError: inputs without a dimension of choices.
@@ -281,13 +233,11 @@ class MegaForMultipleChoice(MegaHeadModel):
         choices = _choices(input_ids, inputs_embeds)
         mask = _rows(attention_mask)
         hidden, outputs = self.encode(
-            kwargs | {"position_ids": _rows(kwargs.get("position_ids"))},
-            input_ids=_rows(input_ids),
-            attention_mask=mask,
-            token_type_ids=_rows(token_type_ids),
-            inputs_embeds=_rows(inputs_embeds),
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            _rows(input_ids),
+            mask,
+            _rows(token_type_ids),
+            _rows(inputs_embeds),
+            **kwargs | {"position_ids": _rows(kwargs.get("position_ids"))},
         )
         token = sequence_token(hidden, mask, self.config)
         assert self.mega.pooler is not None
@@ -302,18 +252,14 @@ class MegaForMultipleChoice(MegaHeadModel):
 
 
 class MegaForTokenClassification(MegaHeadModel):
-    """Mega with one prediction a token: dropout and a linear layer.
-
-    Args:
-        config: `num_labels` is the number of classes.
-    """
+    """Mega with one prediction a token, of `num_labels` classes: dropout and a linear layer."""
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
-        self.num_labels = label_count(config)
+        self.num_labels: int = _label_count(config)
         self.mega = MegaModel(config, add_pooling_layer=False)
-        self.dropout = nn.Dropout(head_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, label_count(config))
+        self.dropout = _dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -324,29 +270,11 @@ class MegaForTokenClassification(MegaHeadModel):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Logits of every token, and their cross-entropy when labels are given; other arguments as in `MegaModel`.
-
-        Args:
-            labels: (B, L) int64 classes; -100 is ignored.
-            num_items_in_batch: what the sum of token losses is divided by; default: the number of labels here.
-
-        Returns:
-            loss, logits (B, L, K), hidden_states, attentions.
-        """
-        hidden, outputs = self.encode(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        """Logits (B, L, K), and their cross-entropy with `labels` (B, L) int64, of which -100 is ignored."""
+        hidden, outputs = self.encode(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(hidden))
         return TokenClassifierOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
@@ -356,31 +284,8 @@ class MegaForTokenClassification(MegaHeadModel):
         )
 
 
-def _choices(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    """B and M of the inputs of multiple choice."""
-    name, given, dimensions = "input_ids", input_ids, 3
-    if given is None:
-        name, given, dimensions = "inputs_embeds", inputs_embeds, 4
-    if given is None:
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if given.dim() != dimensions:
-        raise ValueError(
-            f"{name} has shape {tuple(given.shape)}: expected {dimensions} dimensions, (batch, choices, ...); "
-            "add one of size 1 for a batch of one"
-        )
-    return given.shape[0], given.shape[1]
-
-
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """(B, M, ...) to (B * M, ...)."""
-    return None if tensor is None else tensor.flatten(0, 1)
-
-
 class MegaForQuestionAnswering(MegaHeadModel):
     """Mega with two scores a token: that the answer begins there, and that it ends there.
-
-    Args:
-        config: of the backbone; `num_labels` must be 2.
 
     Raises:
         ValueError: `num_labels` is not 2.
@@ -409,37 +314,22 @@ class MegaForQuestionAnswering(MegaHeadModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """Scores of every position, and their loss when positions are given; other arguments as in `MegaModel`.
+        """Both scores of every position, (B, L) each, and the mean of both cross-entropies when positions are given.
 
         Args:
             start_positions: (B,) or (B, 1) int64, where the answers begin, in tokens; positions outside the sequence
-                are ignored.
+                are ignored, and the loss is zero if all are.
             end_positions: likewise, the last token of the answers.
-            num_items_in_batch: what both sums of losses are divided by; default: the number of positions inside.
-
-        Returns:
-            loss (the mean of both cross-entropies, zero if all positions lie outside), start_logits (B, L),
-            end_logits (B, L), hidden_states, attentions.
 
         Raises:
             ValueError: only one of the positions is given.
         """
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give both start_positions and end_positions, or neither")
-        hidden, outputs = self.encode(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        hidden, outputs = self.encode(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         start_logits, end_logits = self.qa_outputs(hidden).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -459,3 +349,23 @@ def _position_loss(logits: Tensor, positions: Tensor, num_items: Tensor | int | 
     positions = positions.reshape(-1).to(logits.device)
     outside = (positions < 0) | (positions >= logits.shape[1])
     return cross_entropy(logits, positions.masked_fill(outside, -100), num_items)
+
+
+def _choices(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    """B and M of the inputs of multiple choice."""
+    name, given, dimensions = "input_ids", input_ids, 3
+    if given is None:
+        name, given, dimensions = "inputs_embeds", inputs_embeds, 4
+    if given is None:
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if given.dim() != dimensions:
+        raise ValueError(
+            f"{name} has shape {tuple(given.shape)}: expected {dimensions} dimensions, (batch, choices, ...); "
+            "add one of size 1 for a batch of one"
+        )
+    return given.shape[0], given.shape[1]
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """(B, M, ...) to (B * M, ...)."""
+    return None if tensor is None else tensor.flatten(0, 1)

@@ -37,11 +37,13 @@ from mega_scale.model.rows import (
     DOCUMENT_KEYS,
     document_borders,
     encoder_mask,
+    find_document_starts,
     leading_pads,
     mask_and_pads,
     remember_mask,
-    said_starts,
 )
+
+logger = logging.get_logger(__name__)
 
 
 def initial_tensor(
@@ -97,9 +99,6 @@ def initial_tensor(
     return None
 
 
-logger = logging.get_logger(__name__)
-
-
 class MegaPreTrainedModel(PreTrainedModel):
     """What all Mega models share: configuration class, initial values, and what may not be split or rounded."""
 
@@ -134,10 +133,11 @@ class MegaPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Save as transformers does. A head that the configuration unties while it still shares the embeddings' tensor
         is written too: of tensors that are one, transformers writes one, and a loaded model would draw the other."""
-        if not self.config.tie_word_embeddings and self._tied_weights_keys:
-            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
-            for name, owner in self._tied_weights_keys.items():
-                if name in state_dict and owner in state_dict and _same_memory(state_dict[name], state_dict[owner]):
+        if not self.config.tie_word_embeddings:
+            parameters = dict(self.named_parameters(remove_duplicate=False))
+            for name, owner in (self._tied_weights_keys or {}).items():
+                if name in parameters and parameters[name] is parameters.get(owner):
+                    state_dict = dict(self.state_dict() if state_dict is None else state_dict)
                     state_dict[name] = state_dict[name].clone()
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
@@ -160,10 +160,6 @@ class MegaPreTrainedModel(PreTrainedModel):
                 value = initial_tensor(module, name, self.config)
                 if value is not None:
                     init.copy_(tensor, value.to(tensor.device, tensor.dtype))
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return not a.is_meta and not b.is_meta and a.data_ptr() == b.data_ptr()
 
 
 class MegaPooler(nn.Module):
@@ -269,7 +265,7 @@ class MegaModel(MegaPreTrainedModel):
         source_mask = None
         if config.add_cross_attention:
             source_mask = encoder_mask(encoder_attention_mask, encoder_hidden_states, cache, x)
-        starts = said_starts(document_starts, kwargs, mask, pads, cache, x)
+        starts = find_document_starts(document_starts, kwargs, mask, pads, cache, x)
         if starts is not None and kwargs.get("one_answer_a_row"):
             raise ValueError("several documents in a row, of which this head says one thing: give each document a row")
         borders = document_borders(starts, config, cache, pads, x)

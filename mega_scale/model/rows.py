@@ -278,7 +278,7 @@ class DocumentBorders:
         return DocumentBorders(self.starts[:, begin:end], ChunkDocuments.of(numbers))
 
 
-def said_starts(
+def find_document_starts(
     starts: Tensor | None,
     extras: Mapping[str, Any],
     mask: Tensor | None,
@@ -306,18 +306,18 @@ def said_starts(
     if not given:
         return starts
     row = _Rows.of(mask, pads, 0 if cache is None else cache.get_seq_length(), x)
-    said = {} if starts is None else {"document_starts": _checked_starts(starts, x)}
+    found = {} if starts is None else {"document_starts": _checked_starts(starts, x)}
     for key, value in given.items():
         if key == "position_ids":
-            said[key] = row.restarts(row.of_tokens(key, value))
+            found[key] = row.restarts(row.of_tokens(key, value))
         elif key == "seq_idx":
             row.refuse_cache(key)
             numbers = row.of_tokens(key, value)
-            said[key] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+            found[key] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
         elif key.startswith("cu_"):
             row.refuse_cache(key)
-            said[key] = row.spans(key, torch.as_tensor(value, device=x.device))
-    inner = {key: value & row.inner for key, value in said.items()}
+            found[key] = row.spans(key, torch.as_tensor(value, device=x.device))
+    inner = {key: value & row.inner for key, value in found.items()}
     first = next(iter(inner.values()), torch.zeros_like(row.inner))
     if not in_memory(first):
         return first if starts is None else starts

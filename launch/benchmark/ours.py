@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mega_scale import MegaConfig, MegaForCausalLM
-from mega_scale.ops.gates import compiled as compiled_gates
+from mega_scale.ops.elementwise import compile_gates
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ActivationCheckpointing
@@ -53,9 +53,7 @@ class OurTraining(TrainingStep):
 
 def _compile(model: nn.Module) -> None:
     """As `train.compile` does."""
-    for module in model.modules():
-        if hasattr(module, "gates"):
-            vars(module)["gates"] = compiled_gates()
+    compile_gates(model)
 
 
 def build_engine(

@@ -4,7 +4,6 @@ Legend: B batch, L length, S encoder length, D channels, Z width of queries and 
 K chunks.
 """
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mega_scale.model.cache import EncoderState, LayerState, remember
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.layers import (
-    MegaActivation,
     MegaAttentionDropout,
     MegaDropout,
     MegaMultiDimensionDampedEma,
@@ -27,9 +25,8 @@ from mega_scale.model.layers import (
 )
 from mega_scale.model.rows import DocumentBorders, Slots, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
-from mega_scale.ops.gates import LEAN
-from mega_scale.ops.remake import remade
-from mega_scale.ops.tracing import any_length, divided, joined, parts
+from mega_scale.ops.elementwise import EAGER, recomputed
+from mega_scale.ops.modes import any_length, chunk_count, join_chunks, split_chunks
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -38,8 +35,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation = MegaActivation(config.activation)
-        self.gates = LEAN
+        self.activation = ACT2FN[config.activation]
+        self.gates = EAGER
         self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
@@ -68,7 +65,6 @@ class MegaMovingAverageGatedAttention(nn.Module):
         return_state: bool = False,
         return_weights: bool = False,
         borders: DocumentBorders | None = None,
-        recomputed: bool = False,
     ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """Update the residual stream.
 
@@ -80,7 +76,6 @@ class MegaMovingAverageGatedAttention(nn.Module):
             return_state: whether to return the state after x.
             return_weights: whether to return attention weights.
             borders: of the documents in x, in rows without padding before them; none where each row has one.
-            recomputed: whether activation checkpointing will compute all of this again.
 
         Returns:
             (B, L, D); weights, (B, K, C, C) or (B, 1, L, position + L) while one chunk holds everything, or none; state
@@ -94,33 +89,31 @@ class MegaMovingAverageGatedAttention(nn.Module):
         )
         averaged = self.ema_dropout(averaged)
         pre = apply_linear(self.v_proj, normed)
-        v = self.activation(pre)
-        update, z, gate, candidate = self.project(averaged)
-        # They keep what precision they have: relu2 squares their scores.
-        q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
-        seen: Any = 0 if state is None else state.position
-        if return_state and torch.compiler.is_exporting():
-            # A number would hold for the calls that are like this one.
-            seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
-        else:
-            mask = align(mask, seen + length)
-        kept = None
-        if pads is None:
-            documents = None if borders is None else borders.chunks
-            if return_state and self._fits_open_chunk(state, length):
-                assert state is not None and self.chunk is not None
-                kept = remember(state, k, v, self.chunk)
-            with nullcontext() if recomputed else remade(v, lambda: self.activation(pre)):
+        with recomputed(self.activation, pre) as v:
+            update, z, gate, candidate = self.project(averaged)
+            # They keep what precision they have: relu2 squares their scores.
+            q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
+            seen: Any = 0 if state is None else state.position
+            if return_state and torch.compiler.is_exporting():
+                # A number would hold for the calls that are like this one.
+                seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
+            else:
+                mask = align(mask, seen + length)
+            kept = None
+            if pads is None:
+                documents = None if borders is None else borders.chunks
+                if return_state and self._fits_open_chunk(state, length):
+                    assert state is not None and self.chunk is not None
+                    kept = remember(state, k, v, self.chunk)
                 attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
-        else:
-            remembered = 0 if state is None else state.keys.shape[1]
-            slots = Slots.lay(pads, seen, remembered, length, self.chunk)
-            attended, weights, kept = self._attend_in_slots(
-                q, k, v, slots.valid(mask, seen + length), state, slots, return_weights
-            )
+            else:
+                remembered = 0 if state is None else state.keys.shape[1]
+                slots = Slots.lay(pads, seen, remembered, length, self.chunk)
+                attended, weights, kept = self._attend_in_slots(
+                    q, k, v, slots.valid(mask, seen + length), state, slots, return_weights
+                )
 
-        gated = self.gates.gate(attended, gate)
-        with nullcontext() if recomputed else remade(gated, lambda: self.gates.gate(attended, gate)):
+        with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + apply_linear(self.h_proj, gated)
         if self.config.activation == "silu" and not self.dropout.drops:
             out = self.gates.update(x, update, candidate)
@@ -181,7 +174,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
             out, weights = self._core(q, k, v, key_mask, seen, return_weights, documents)
             return out[:, 0], weights
         # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
-        pad = parts(total, self.chunk) * self.chunk - total
+        pad = chunk_count(total, self.chunk) * self.chunk - total
         more = any_length() or pad > 0
         if more and (key_mask is not None or not self.config.is_decoder):
             valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
@@ -189,7 +182,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         if seen or more:  # padding by nothing would copy
             q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
         out, weights = self._core(q, k, v, key_mask, 0, return_weights, documents)
-        return joined(out, seen, total), weights
+        return join_chunks(out, seen, total), weights
 
     def _attend_in_slots(
         self,
@@ -228,9 +221,9 @@ class MegaMovingAverageGatedAttention(nn.Module):
         """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks, (B, K, C, E)."""
         laid_out = any_length() and q.shape[1] == k.shape[1]
         size = self.chunk if self.chunk is not None and (laid_out or k.shape[1] > self.chunk) else None
-        q, k, v = (t.unsqueeze(1) if size is None else divided(t, size) for t in (q, k, self.hidden_dropout(v)))
+        q, k, v = (t.unsqueeze(1) if size is None else split_chunks(t, size) for t in (q, k, self.hidden_dropout(v)))
         if key_mask is not None:
-            key_mask = key_mask.unsqueeze(1) if size is None else divided(key_mask, size)
+            key_mask = key_mask.unsqueeze(1) if size is None else split_chunks(key_mask, size)
         eager = self.config._attn_implementation == "eager" or return_weights
         out, weights = chunk_attention(
             q, k, v, self.rel_pos_bias(q.shape[2], k.shape[2], offset),
@@ -340,11 +333,6 @@ class MegaBlock(GradientCheckpointingLayer):
         self.cross_attn = MegaGatedCrossAttention(config) if config.add_cross_attention else None
         self.nffn = MegaNormalizedFeedForwardNetwork(config) if config.use_normalized_ffn else None
 
-    @property
-    def recomputed(self) -> bool:
-        """Whether activation checkpointing computes this block again in the backward pass."""
-        return self.training and bool(self.gradient_checkpointing)
-
     def forward(
         self,
         x: Tensor,
@@ -373,9 +361,7 @@ class MegaBlock(GradientCheckpointingLayer):
             borders: of the documents that share a row; without cross-attention only.
         """
         seen = 0 if state is None else state.position
-        x, weights, state = self.mega_layer(
-            x, mask, pads, state, return_state, return_weights, borders, self.recomputed
-        )
+        x, weights, state = self.mega_layer(x, mask, pads, state, return_state, return_weights, borders)
         new_mask = None if mask is None else mask[:, -x.shape[1] :]
         cross_weights = None
         if self.cross_attn is not None:
@@ -387,5 +373,5 @@ class MegaBlock(GradientCheckpointingLayer):
                 x, encoder.keys, encoder.values, encoder_mask, offset, return_weights, new_mask
             )
         if self.nffn is not None:
-            x = self.nffn(x, new_mask, self.recomputed)
+            x = self.nffn(x, new_mask)
         return BlockOutput(x, weights, cross_weights, state, encoder if return_state else None)

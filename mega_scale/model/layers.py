@@ -5,7 +5,6 @@ W outputs of a linear layer.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,10 @@ from transformers.activations import ACT2FN
 
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.ops.attention import key_minus_query, rotary_bias, simple_bias
+from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.ops.gates import LEAN
 from mega_scale.ops.linear import linear
-from mega_scale.ops.remake import remade
-from mega_scale.ops.rms import divide_by_rms
-from mega_scale.ops.tracing import in_memory
+from mega_scale.ops.modes import in_memory
 
 
 class MegaLinear(nn.Linear):
@@ -86,19 +83,6 @@ class MegaAttentionDropout(nn.Module):
     def rule(self) -> float | Callable[[Tensor], Tensor]:
         """A probability, or a function of weights (B, K, I, J)."""
         return self.p if self.training else 0.0
-
-
-class MegaActivation(nn.Module):
-    """transformers' function of that name; silu by whatever computes a block's gates."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.gates = LEAN
-        self.other = None if name == "silu" else ACT2FN[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape and floating dtype."""
-        return self.gates.silu(x) if self.other is None else self.other(x)
 
 
 _EPSILON = 1e-5
@@ -233,7 +217,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
         super().__init__()
         rows = config.hidden_size * (2 if config.bidirectional else 1)
         averages = config.ema_projection_size
-        self.gates = LEAN
+        self.gates = EAGER
         self.bidirectional = config.bidirectional
         self.truncation = config.truncation
         self.damping_factor = nn.Parameter(torch.empty(rows, averages, 1))
@@ -357,28 +341,25 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.prenorm = config.normalize_before_ffn
-        self.activation = MegaActivation(config.activation)
+        self.activation = ACT2FN[config.activation]
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
         self.fc1 = nn.Linear(config.hidden_size, config.nffn_hidden_size)
         self.fc2 = nn.Linear(config.nffn_hidden_size, config.hidden_size)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, recomputed: bool = False) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Update the residual stream.
 
         Args:
             x: (B, L, D).
             mask: (B, L) bool, true for valid positions, for batch norms.
-            recomputed: whether activation checkpointing will compute all of this again.
         """
-        normed = self.norm(x, mask) if self.prenorm else x
-        # Statistics of a batch are counted once.
-        keeps = recomputed or not self.prenorm or self.norm.over_batch
-        with nullcontext() if keeps else remade(normed, lambda: self.norm(x, mask)):
-            pre = apply_linear(self.fc1, normed)
-        active = self.activation(pre)
-        hidden = self.hidden_dropout(active)
-        with nullcontext() if recomputed else remade(active, lambda: self.activation(pre)):
-            out = x + self.dropout(apply_linear(self.fc2, hidden))
+        if self.prenorm and not self.norm.over_batch:
+            with recomputed(self.norm, x) as normed:
+                pre = apply_linear(self.fc1, normed)
+        else:
+            pre = apply_linear(self.fc1, self.norm(x, mask) if self.prenorm else x)
+        with recomputed(self.activation, pre) as active:
+            out = x + self.dropout(apply_linear(self.fc2, self.hidden_dropout(active)))
         return out if self.prenorm else self.norm(out, mask)

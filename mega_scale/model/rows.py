@@ -15,7 +15,7 @@ from torch import Tensor
 from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.ops.attention import ChunkDocuments
-from mega_scale.ops.tracing import any_length, in_memory, parts
+from mega_scale.ops.modes import any_length, chunk_count, in_memory
 
 
 def leading_pads(mask: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Slots(NamedTuple):
         else:
             base = real.clamp(min=0) // chunk * chunk
             most = length + (chunk - 1 if remembered else 0)
-            width = most if not any_length() and most <= chunk else parts(most, chunk) * chunk
+            width = most if not any_length() and most <= chunk else chunk_count(most, chunk) * chunk
         return cls(real - base, (real - base).clamp(min=0), base + pads, width, length)
 
     def _slot(self) -> Tensor:

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.linear import times_transposed
-from mega_scale.ops.once import once_differentiable
-from mega_scale.ops.precision import autocast_dtype, without_autocast
-from mega_scale.ops.tracing import written_out
+from mega_scale.ops.modes import autocast_dtype, once_differentiable, without_autocast, written_out
 
 # Logits that exist at a time, numbers: on a CPU they should stay in its caches, a GPU needs large products.
 _CPU_LOGITS, _GPU_LOGITS = 2**21, 2**26

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.once import once_differentiable
-from mega_scale.ops.tracing import in_memory
+from mega_scale.ops.modes import in_memory, once_differentiable
 
 # Fewer are a decoding step's, which reads the weight once whatever multiplies it.
 _TOKENS = 32

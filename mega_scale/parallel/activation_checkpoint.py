@@ -144,11 +144,6 @@ class SegmentedBlock(MegaBlock):
             self.add_module(name, module)
         self._segment_length, self._row_slice, self._recompute = segment, row_slice, recompute
 
-    @property
-    def recomputed(self) -> bool:
-        """See `MegaBlock.recomputed`."""
-        return self.training
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BlockOutput:
         """See `MegaBlock.forward`; anything but training on plain rows is computed whole."""
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mega_scale.model.layers import MegaAttentionDropout, MegaDropout
-from mega_scale.ops.dropout import positional_dropout
+from mega_scale.ops.elementwise import positional_dropout
 from mega_scale.parallel.sequence_parallel import RowSlice
 from mega_scale.parallel.shard import replace_modules
 from mega_scale.parallel.world import Axis

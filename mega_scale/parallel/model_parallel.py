@@ -6,7 +6,7 @@ from torch import nn
 from mega_scale.model import MegaPreTrainedModel
 from mega_scale.model.layers import MegaLinear
 from mega_scale.model.losses import LanguageModelHead
-from mega_scale.ops.gates import compiled
+from mega_scale.ops.elementwise import compile_gates
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig
 from mega_scale.parallel.deepspeed import DeepSpeedEngine
@@ -88,9 +88,7 @@ def apply_model_parallelism(
         apply_tensor_parallelism(model, tp)
     checkpoint_activations(model, checkpointing, received, row_slice)
     if compile:
-        for module in model.modules():
-            if hasattr(module, "gates"):
-                vars(module)["gates"] = compiled()
+        compile_gates(model)
     return ModelParallelism(template, row_slice, tp)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mega_scale.model import MegaConfig
 from mega_scale.model.layers import MegaMultiDimensionDampedEma
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.modes import once_differentiable
 from mega_scale.parallel.shard import on_meta, replace_modules
 from mega_scale.parallel.world import Axis, Pending, start_gather
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.modes import once_differentiable
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.launcher import placement
 from mega_scale.parallel.mesh import Coordinates, MeshShape

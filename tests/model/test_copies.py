@@ -9,7 +9,7 @@ import torch
 from builders import make_ids, make_model
 from every_class import CLASSES, answers, inputs_of, labels_of, make
 
-from mega_scale.ops.gates import compiled
+from mega_scale.ops.elementwise import compile_gates, compiled
 
 
 def saved_whole(value):
@@ -44,9 +44,7 @@ def test_before_and_after_a_training_step(way, kind):
 @every_way
 def test_with_compiled_gates(way):
     model = make_model()
-    for module in model.modules():
-        if hasattr(module, "gates"):
-            module.gates = compiled()
+    compile_gates(model)
     again = way(model)
     gates = [module.gates for module in again.modules() if hasattr(module, "gates")]
     assert gates and all(found is compiled() for found in gates)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mega_scale.ops.dropout import keep_mask, positional_dropout
+from mega_scale.ops.elementwise import keep_mask, positional_dropout
 
 ROWS, POSITIONS, COLUMNS = torch.arange(3, 9), torch.arange(100, 1100), torch.arange(40)
 MASK = 2**32 - 1

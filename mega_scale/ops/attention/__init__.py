@@ -12,7 +12,7 @@ from mega_scale.ops.attention.causal import causal_attention
 from mega_scale.ops.attention.documents import ChunkDocuments, attend_apart
 from mega_scale.ops.attention.fused import fused_attention
 from mega_scale.ops.attention.reference import ACTIVATIONS, reference_attention
-from mega_scale.ops.tracing import any_length, in_memory
+from mega_scale.ops.modes import any_length, in_memory
 
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
 # Queries that meet the same keys in the causal form on a GPU, where products have to be large.

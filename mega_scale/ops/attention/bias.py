@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.precision import without_autocast
-from mega_scale.ops.tracing import traced, written_out
+from mega_scale.ops.modes import traced, without_autocast, written_out
 
 
 def key_minus_query(queries: int, keys: int, offset: int | Tensor, device: torch.device | str) -> Tensor:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops.attention.bias import toeplitz
-from mega_scale.ops.once import once_differentiable
-from mega_scale.ops.precision import without_autocast
+from mega_scale.ops.modes import once_differentiable, without_autocast
 
 _BLOCK = 128
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mega_scale.ops.tracing import in_memory
+from mega_scale.ops.modes import in_memory
 
 
 @dataclass(frozen=True)

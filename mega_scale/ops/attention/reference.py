@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mega_scale.ops.attention.bias import toeplitz
 from mega_scale.ops.attention.documents import ChunkDocuments
-from mega_scale.ops.precision import without_autocast
+from mega_scale.ops.modes import without_autocast
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from mega_scale.ops.attention.triton_softmax import scores_gradient_kernel, weights_kernel
 from mega_scale.ops.ema.triton_kernels import interpreted
-from mega_scale.ops.once import once_differentiable
-from mega_scale.ops.precision import without_autocast
+from mega_scale.ops.modes import once_differentiable, without_autocast
 
 _LEAST_BLOCK = 128
 _BLOCKS = 8

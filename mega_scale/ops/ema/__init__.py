@@ -13,9 +13,8 @@ from mega_scale.ops.ema.fft import fft_ema
 from mega_scale.ops.ema.native_op import native_ema
 from mega_scale.ops.ema.recurrent import recurrent_ema
 from mega_scale.ops.ema.scan import scan_ema
+from mega_scale.ops.modes import in_memory, traced, without_autocast, written_out
 from mega_scale.ops.native.library import library, shipped
-from mega_scale.ops.precision import without_autocast
-from mega_scale.ops.tracing import in_memory, traced, written_out
 
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "triton_walk", "native")
 

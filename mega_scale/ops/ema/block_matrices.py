@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.modes import once_differentiable
 
 
 class BlockMatrices(NamedTuple):

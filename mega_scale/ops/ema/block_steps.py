@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops.ema.block_layout import BlockLayout
-from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.modes import once_differentiable
 
 
 class EmaStates(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.ops.precision import without_autocast
+from mega_scale.ops.modes import without_autocast
 
 
 class EmaCoefficients(NamedTuple):

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
+from mega_scale.ops.modes import in_memory, once_differentiable
 from mega_scale.ops.native.library import library
-from mega_scale.ops.once import once_differentiable
-from mega_scale.ops.tracing import in_memory
 
 # Numbers of x that are worth a thread.
 _OF_A_THREAD = 2**16

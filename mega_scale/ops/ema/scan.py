@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.tracing import any_length, divided, joined, parts
+from mega_scale.ops.modes import any_length, chunk_count, join_chunks, split_chunks
 
 _BLOCK = 32
 # Blocks of blocks: what is left at the end is a matrix, of 32 rows at a million tokens.
@@ -52,7 +52,7 @@ def scan_ema(x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> 
     of_last = torch.full((1,), last, device=x.device)
     end = before.index_select(1, of_last)[:, 0] * torch.exp(log_decay * left)
     end = end + torch.einsum("bjd,djn->bdn", tokens.index_select(1, of_last)[:, 0], gain[:, None] * weights)
-    return joined(y, 0, length), end
+    return join_chunks(y, 0, length), end
 
 
 def _before(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
@@ -68,12 +68,12 @@ def _before(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
     inside = torch.einsum("bmjk,ijk->bmik", blocks, _toeplitz(kernel, 1))
     ends = torch.einsum("bmjk,jk->bmk", blocks, kernel.flip(0))
     found = inside + _before(ends, log_decay * _BLOCK, depth - 1)[:, :, None] * kernel
-    return joined(found, 0, count)
+    return join_chunks(found, 0, count)
 
 
 def _in_blocks(x: Tensor) -> Tensor:
     """(B, L, K) to (B, M, c, K), filled up with zeros."""
-    return divided(F.pad(x, (0, 0, 0, parts(x.shape[1], _BLOCK) * _BLOCK - x.shape[1])), _BLOCK)
+    return split_chunks(F.pad(x, (0, 0, 0, chunk_count(x.shape[1], _BLOCK) * _BLOCK - x.shape[1])), _BLOCK)
 
 
 def _toeplitz(kernel: Tensor, lag: int = 0) -> Tensor:

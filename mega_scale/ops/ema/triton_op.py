@@ -18,7 +18,7 @@ from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.triton_gradients import adjoints_kernel, gradients_kernel
 from mega_scale.ops.ema.triton_inputs import check_inputs
 from mega_scale.ops.ema.triton_kernels import outputs_kernel, states_kernel
-from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.modes import once_differentiable
 
 BLOCK = 16  # c
 LANES = 16  # rows of a product: the least that a matrix unit takes

@@ -12,7 +12,7 @@ from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.triton_inputs import check_inputs
 from mega_scale.ops.ema.walk_gradients import gradients_kernel
 from mega_scale.ops.ema.walk_kernels import outputs_kernel
-from mega_scale.ops.once import once_differentiable
+from mega_scale.ops.modes import once_differentiable
 
 MOST_AVERAGES = 16  # more do not fit the registers of a thread
 

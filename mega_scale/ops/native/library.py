@@ -37,8 +37,7 @@ def library() -> ctypes.CDLL | None:
         return load(_FOLDER)
     except (OSError, ValueError) as error:
         warnings.warn(
-            "the moving average on this CPU takes its blocked form, which is several times slower, and gates are not "
-            f"fused: {error}",
+            f"the moving average on this CPU takes its blocked form, which is several times slower: {error}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,0 +1,195 @@
+"""The elementwise arithmetic of a block between its matrix products: gates, norms, and positional dropout.
+
+Plain PyTorch, without parameters or matrix products, so that the gates can be compiled whatever shards or gathers the
+layers around them. Eager and compiled forms keep what their matrix products produced, and compute the rest again in
+the backward pass (`recomputed`).
+
+Legend: B batch, L length, D channels, Z width of queries and keys, E width of values.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mega_scale.ops.modes import in_memory
+
+# Multipliers of 32-bit integer hashes that mix well (lowbias32, found by C. Wellons' search); as signed numbers.
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
+_MASK = 2**32 - 1
+
+
+@contextmanager
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Tensor]:
+    """Compute a cheap function, whose result no operation in this context saves for its backward pass.
+
+    Backward passes call the function again instead. The result is saved as usual where something traces, and where
+    other hooks decide what is saved: activation checkpointing recomputes all of a block, offloading moves it.
+
+    Args:
+        function: of tensors that are saved anyway, to a contiguous tensor of any shape; it must not draw at random.
+        inputs: its arguments.
+
+    Yields:
+        The result. Views of all of it count as it; a copy, as autocast makes for a matrix product, is saved.
+    """
+    result = function(*inputs)
+    if not in_memory(result) or not torch.is_grad_enabled() or not result.requires_grad or _hooked():
+        yield result
+        return
+    address, elements, dtype = result.data_ptr(), result.numel(), result.dtype
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        whole = tensor.numel() == elements and tensor.dtype == dtype and tensor.is_contiguous()
+        return tensor.shape if whole and tensor.data_ptr() == address else tensor
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else function(*inputs).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield result
+
+
+def _hooked() -> bool:
+    """Whether hooks are in force that decide what is saved; PyTorch has no public name for them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def queries_and_keys(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`kappa silu(z) + mu` (arXiv 2209.10655, equations 7 to 9): z (B, L, Z), weight and bias (2, Z)."""
+    z = F.silu(z)
+    # Each row is applied on its own: the stacked (B, L, 2, Z) product would double the memory of queries and keys.
+    return z * weight[0] + bias[0], z * weight[1] + bias[1]
+
+
+def gate(attended: Tensor, gate: Tensor) -> Tensor:
+    """`attended silu(gate)`, both (B, L, E)."""
+    with recomputed(F.silu, gate) as active:
+        return attended * active
+
+
+def update(x: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
+    """`x + sigmoid(update) (silu(candidate) - x)`, all (B, L, D) (arXiv 2209.10655, equation 15)."""
+    return torch.addcmul(x, torch.sigmoid(update), F.silu(candidate) - x)
+
+
+def average(y: Tensor, x: Tensor, omega: Tensor) -> Tensor:
+    """`silu(y + omega x)` in the dtype of x: y and x (B, L, D), omega (D,)."""
+    return F.silu(y + omega * x).to(x.dtype)
+
+
+class Gates(NamedTuple):
+    """One form of a block's gates: as they are, or compiled."""
+
+    queries_and_keys: Callable[..., tuple[Tensor, Tensor]] = queries_and_keys
+    gate: Callable[..., Tensor] = gate
+    update: Callable[..., Tensor] = update
+    average: Callable[..., Tensor] = average
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Compiled functions cannot be pickled; a model that is copied or saved names its form."""
+        return gates, (self != EAGER,)
+
+
+EAGER = Gates()
+
+
+@cache
+def compiled() -> Gates:
+    """Each gate as one kernel a pass, compiled at its first call with new sizes.
+
+    Needs a C++ compiler on a CPU, Triton on a GPU.
+    """
+    return Gates(**{name: _compile(function) for name, function in EAGER._asdict().items()})
+
+
+def _compile(function: Callable[..., Any]) -> Any:
+    return torch.compile(function, fullgraph=True)
+
+
+def gates(compile: bool) -> Gates:
+    """The gates compiled, or as they are."""
+    return compiled() if compile else EAGER
+
+
+def compile_gates(model: nn.Module) -> None:
+    """Have all modules of a model that hold `gates` use the compiled ones."""
+    for module in model.modules():
+        if hasattr(module, "gates"):
+            vars(module)["gates"] = compiled()
+
+
+def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """`gain x / sqrt(mean(x^2) + eps)` over the last dimension.
+
+    Args:
+        x: (..., D), any floating dtype; statistics are at least fp32.
+        gain: (1,) or (D,); none for one.
+        eps: added to the mean square.
+
+    Returns:
+        In the shape and dtype of x.
+    """
+    width = x.shape[-1]
+    if x.is_cuda and (gain is None or gain.dtype == x.dtype):
+        # PyTorch's kernel for GPUs, which reads memory once; on a CPU F.rms_norm takes longer than what is below.
+        if gain is None or gain.numel() == width:
+            return F.rms_norm(x, (width,), gain, eps)
+        return F.rms_norm(x, (width,), None, eps) * gain
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / width + eps)
+    if gain is not None and gain.numel() == 1:
+        # A scalar gain is applied to one number a token, before x is read.
+        return (wide * (inverse * gain)).to(x.dtype)
+    out = wide * inverse
+    return (out if gain is None else out * gain).to(x.dtype)
+
+
+def positional_dropout(x: Tensor, p: float, key: int, rows: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
+    """Zero elements with probability p, and divide the others by 1 - p.
+
+    Whether an element is dropped is a hash of (key, row, position, column) in the global batch: however ranks share a
+    batch, every element meets the same fate, and recomputing activations needs no random state.
+
+    Args:
+        x: (B, L, D), any floating dtype.
+        p: probability, 0 to below 1.
+        key: tells layers and steps apart, 0 to 2^32 - 1.
+        rows: (B,) int64, numbers of the rows in the global batch.
+        positions: (L,) int64 of the global sequence; (1,) drops whole features, L then being any.
+        columns: (D,) int64 of the whole layer.
+
+    Returns:
+        Like x.
+    """
+    return x * keep_mask(p, key, rows, positions, columns).to(x.dtype).div_(1.0 - p)
+
+
+def keep_mask(p: float, key: int, rows: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
+    """Which elements stay, (B, L, D) bool; arguments as in `positional_dropout`."""
+    place = _mix64(_mix64(rows + key)[:, None] + positions)  # (B, L)
+    mixed = _as_int32(place)[..., None] ^ _as_int32(_mix64(columns + (key ^ 0x9E3779B9)))
+    # On 32-bit numbers that wrap, the only arrays of the full size. A shift of a signed number repeats its sign, which
+    # is cut off: else no mixed number would be negative.
+    for multiplier, shift in ((_FIRST, 16), (_SECOND, 15)):
+        mixed ^= (mixed >> shift).bitwise_and_(2 ** (32 - shift) - 1)
+        mixed *= multiplier
+    mixed ^= (mixed >> 16).bitwise_and_(2**16 - 1)
+    return mixed >= round(p * 2**32) - 2**31
+
+
+def _mix64(numbers: Tensor) -> Tensor:
+    """Hash int64 numbers to 0 .. 2^32 - 1, with products that stay below 2^63."""
+    numbers = numbers & _MASK
+    for multiplier in (0x7FEB352D, 0x2C1B3C6D):
+        numbers = ((numbers ^ (numbers >> 16)) * multiplier) & _MASK
+    return numbers ^ (numbers >> 15)
+
+
+def _as_int32(numbers: Tensor) -> Tensor:
+    """Numbers of 0 .. 2^32 - 1 as signed 32-bit numbers, the highest bit flipped; two of them flip it back."""
+    return (numbers - 2**31).to(torch.int32)

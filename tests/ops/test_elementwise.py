@@ -1,0 +1,165 @@
+"""Gates, norms, and results that backward passes compute again instead of saving them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mega_scale import MegaConfig, MegaForCausalLM, MegaForMaskedLM
+from mega_scale.ops.elementwise import EAGER, compiled, divide_by_rms, recomputed
+
+# The equations of arXiv 2209.10655, each with the shapes of what it takes.
+EQUATIONS = {
+    "queries_and_keys": (
+        lambda z, kappa, mu: (kappa[0] * z * z.sigmoid() + mu[0], kappa[1] * z * z.sigmoid() + mu[1]),
+        [(2, 33, 15), (2, 15), (2, 15)],
+    ),
+    "gate": (lambda attended, gate: attended * gate * gate.sigmoid(), [(2, 33, 15)] * 2),
+    "update": (
+        lambda x, update, h: update.sigmoid() * h * h.sigmoid() + (1 - update.sigmoid()) * x,
+        [(2, 33, 15)] * 3,
+    ),
+    "average": (
+        lambda y, x, omega: (y + omega * x) * (y + omega * x).sigmoid(),
+        [(2, 33, 15), (2, 33, 15), (15,)],
+    ),
+}
+
+
+def leaves(*shapes, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
+    ]
+
+
+def with_gradients(function, inputs):
+    """Results of a function, and the gradients of a sum of them with weights."""
+    found = function(*inputs)
+    found = found if isinstance(found, tuple) else (found,)
+    probes = leaves(*(t.shape for t in found), seed=9)
+    return [
+        *found,
+        *torch.autograd.grad(found, inputs, [p.detach().to(t.dtype) for p, t in zip(probes, found, strict=True)]),
+    ]
+
+
+@pytest.mark.parametrize("form", [lambda: EAGER, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_gates_are_the_equations(name, form):
+    equation, shapes = EQUATIONS[name]
+    found = with_gradients(getattr(form(), name), leaves(*shapes, dtype=torch.float32))
+    for got, want in zip(found, with_gradients(equation, leaves(*shapes)), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gain", [None, 1, 6])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_division_by_rms_is_its_equation(gain, dtype, tolerance):
+    shapes = [(2, 3, 6), *([] if gain is None else [(gain,)])]
+
+    def equation(x, gain=1.0):
+        return gain * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+
+    found = with_gradients(lambda x, gain=None: divide_by_rms(x, gain, 1e-3), leaves(*shapes, dtype=dtype))
+    inputs = [leaf.detach().double().requires_grad_() for leaf in leaves(*shapes, dtype=dtype)]
+    for got, want in zip(found, with_gradients(equation, inputs), strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
+class Counted:
+    """silu that counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return F.silu(x)
+
+
+def product(function, x, weight):
+    """A product whose backward pass needs what the function gave; of a view of it, as of tokens without their rows."""
+    with recomputed(function, x) as active:
+        return F.linear(active.flatten(0, 1), weight)
+
+
+def test_what_is_computed_again_gives_the_same_gradients():
+    x, weight = leaves((2, 3, 4), (5, 4))
+    silu = Counted()
+    product(silu, x, weight).sum().backward()
+    want = torch.autograd.grad(F.linear(F.silu(x), weight).sum(), (x, weight))
+    assert silu.calls == 2
+    assert torch.equal(x.grad, want[0]) and torch.equal(weight.grad, want[1])
+
+
+def test_gates_do_not_save_what_they_can_compute_again():
+    saved = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            saved.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    attended, gate = leaves((2, 3, 4), (2, 3, 4))
+    out = EAGER.gate(attended, gate)
+    with Watch():
+        out.sum().backward()
+    assert "aten.silu.default" in saved
+
+
+def test_other_tensors_are_saved():
+    x, weight = leaves((2, 3, 4), (5, 4))
+    silu = Counted()
+    with recomputed(silu, x) as active:
+        out = F.linear(active * 2, weight) + active[:, :1].sum()
+    out.sum().backward()
+    with torch.no_grad():
+        product(silu, x, weight)
+    assert silu.calls == 2  # once in either
+
+
+def test_where_other_hooks_decide_nothing_is_computed_twice_over():
+    x, weight = leaves((2, 3, 4), (5, 4))
+    silu = Counted()
+    checkpoint(product, silu, x, weight, use_reentrant=False).sum().backward()
+    assert silu.calls == 2  # the second one is the checkpoint's
+    with torch.autograd.graph.save_on_cpu():
+        out = product(silu, x, weight)
+    out.sum().backward()
+    assert silu.calls == 3
+
+
+@pytest.mark.parametrize("kind", ["scalenorm", "batchnorm", "layernorm"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_model_that_saves_everything_has_the_same_gradients(kind, checkpointed):
+    config = MegaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=24, nffn_hidden_size=20,
+        shared_representation_size=8, ema_projection_size=4, use_chunking=True, chunk_size=8,
+        is_decoder=kind != "batchnorm", bidirectional=kind == "batchnorm", normalization_type=kind,
+        dropout_prob=0.0, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, nffn_activation_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    family = MegaForMaskedLM if kind == "batchnorm" else MegaForCausalLM
+    model, tokens = family(config).train(), torch.arange(36).view(2, 18)
+
+    def gradients():
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        expected = gradients()
+    after = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.load_state_dict(statistics, strict=False)
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    for name, found in gradients().items():
+        torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+    if not checkpointed:  # which counts a batch's statistics twice
+        for name, buffer in model.named_buffers():
+            assert torch.equal(after[name], buffer), name

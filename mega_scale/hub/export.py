@@ -303,7 +303,7 @@ def remote_code(classes: dict[str, type]) -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """Name of a module in a folder: `mega_scale.model.attention` is block, `mega_scale.ops.ema.fft` is ops_ema_fft.
+    """Name of a module in a flat folder: attention for `mega_scale.model.attention`, ops_ema for `mega_scale.ops.ema`.
 
     Raises:
         ValueError: the module lies in another room.

@@ -58,8 +58,8 @@ def linear_cross_entropy(
         slice_tokens: S; chosen by device and V if not given.
 
     Returns:
-        A scalar in fp32, nats. Its gradient is computed here, and not twice differentiable. Where something reads along
-        (a compiler, say), logits are whole.
+        A scalar in fp32, nats. Its gradient is computed here, and not twice differentiable. Under a
+        compiler or a tracer, logits are whole.
 
     Raises:
         ValueError: shapes do not fit.

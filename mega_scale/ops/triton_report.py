@@ -10,15 +10,23 @@ from typing import Any, NamedTuple
 
 import triton
 
-from mega_scale.ops.attention.triton_op import softmax_constants
-from mega_scale.ops.attention.triton_softmax import scores_gradient_kernel, weights_kernel
-from mega_scale.ops.ema.triton_gradients import adjoints_kernel, gradients_kernel
-from mega_scale.ops.ema.triton_kernels import interpreted, outputs_kernel, states_kernel
-from mega_scale.ops.ema.triton_op import WARPS
-from mega_scale.ops.ema.triton_op import constants as ema_constants
-from mega_scale.ops.ema.walk_gradients import gradients_kernel as walk_gradients_kernel
-from mega_scale.ops.ema.walk_kernels import outputs_kernel as walk_outputs_kernel
-from mega_scale.ops.ema.walk_op import GRADIENTS, MOST_AVERAGES, OUTPUTS
+from mega_scale.ops.attention_triton import scores_gradient_kernel, softmax_constants, weights_kernel
+from mega_scale.ops.ema.triton_blocks import (
+    WARPS,
+    adjoints_kernel,
+    constants,
+    gradients_kernel,
+    interpreted,
+    outputs_kernel,
+    states_kernel,
+)
+from mega_scale.ops.ema.triton_walk import (
+    GRADIENTS,
+    MOST_AVERAGES,
+    OUTPUTS,
+    walk_gradients_kernel,
+    walk_outputs_kernel,
+)
 
 _TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
 _INT32 = ("starts", "keep", "last", "since")
@@ -82,7 +90,7 @@ def _variants(
 ) -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     """Kernel, its name, the size it is compiled for, and what it is compiled with."""
     for n in averages:
-        own = ema_constants(n) | {"PRECISION": "tf32" if dtype == "bf16" else "tf32x3", "num_warps": WARPS}
+        own = constants(n) | {"PRECISION": "tf32" if dtype == "bf16" else "tf32x3", "num_warps": WARPS}
         yield states_kernel, "states_kernel, ends", f"N={n}", {**own, "STORE": False}
         yield states_kernel, "states_kernel, every block", f"N={n}", {**own, "STORE": True}
         yield outputs_kernel, "outputs_kernel", f"N={n}", own
@@ -90,9 +98,17 @@ def _variants(
         yield gradients_kernel, "gradients_kernel", f"N={n}", own
         for every in (False, True) if n <= MOST_AVERAGES else ():
             words = ", documents and states" if every else ""
-            own = {**OUTPUTS.constants(n, every, every), "INITIAL": every, "num_warps": OUTPUTS.warps}
+            own = {
+                **OUTPUTS.constants(n, every, every),
+                "INITIAL": every,
+                "num_warps": OUTPUTS.warps,
+            }
             yield walk_outputs_kernel, f"walk, outputs_kernel{words}", f"N={n}", own
-            own = {**GRADIENTS.constants(n, every, every), "LAST": every, "num_warps": GRADIENTS.warps}
+            own = {
+                **GRADIENTS.constants(n, every, every),
+                "LAST": every,
+                "num_warps": GRADIENTS.warps,
+            }
             yield walk_gradients_kernel, f"walk, gradients_kernel{words}", f"N={n}", own
     for count in keys:
         softmax: dict[str, Any] = dict(softmax_constants(count))

@@ -35,8 +35,7 @@ from mega_scale.model.layers import (
 from mega_scale.model.losses import LanguageModelHead
 from mega_scale.ops.cross_entropy import VocabularyPart, linear_cross_entropy
 from mega_scale.ops.linear import linear
-from mega_scale.ops.modes import once_differentiable
-from mega_scale.ops.modes import autocast_dtype
+from mega_scale.ops.modes import autocast_dtype, once_differentiable
 from mega_scale.parallel.mesh import check_tensor_parallel
 from mega_scale.parallel.sequence_parallel import SequenceParallelEma
 from mega_scale.parallel.shard import ShardedModule, on_meta, replace_modules, shard_length

@@ -11,7 +11,8 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run test_attention_triton.py,
 import pytest
 import torch
 
-from mega_scale.ops.attention import ChunkDocuments, chunk_attention, triton_op
+from mega_scale.ops import attention_triton
+from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 
 NAMES = ("out", "dq", "dk", "dv", "dbias")
 
@@ -40,7 +41,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_match_the_reference(case, dtype, block, monkeypatch):
     """Interpreted, they take fp32 as well, in which nothing is rounded."""
-    monkeypatch.setattr(triton_op, "_LEAST_BLOCK", block)
+    monkeypatch.setattr(attention_triton, "_LEAST_BLOCK", block)
     batch, chunks, length, z, e, share = case
     generator = torch.Generator().manual_seed(length)
     shapes = ((batch, chunks, length, z), (batch, chunks, length, z), (batch, chunks, length, e))
@@ -60,7 +61,7 @@ def test_kernels_match_the_reference(case, dtype, block, monkeypatch):
 
 
 def test_every_query_of_a_whole_chunk_is_counted_in_the_bias_of_several_programs(monkeypatch):
-    monkeypatch.setattr(triton_op, "_PROGRAMS", 50)
+    monkeypatch.setattr(attention_triton, "_PROGRAMS", 50)
     test_kernels_match_the_reference((5, 1, 20, 4, 4, None), torch.float32, 7, monkeypatch)
 
 

@@ -14,7 +14,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.ops.ema.triton_op import BLOCK, find_lanes, triton_ema
+from mega_scale.ops.ema.triton_blocks import BLOCK, find_lanes, triton_ema
 
 PARAMETERS = ("damping", "decay", "expansion", "projection")
 

@@ -8,7 +8,7 @@ import torch
 from interpreted_ema import PARAMETERS, assert_same, make_leaves, make_resets, recurrent, run
 
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.ops.ema.walk_op import MOST_AVERAGES, Walk, walk_ema
+from mega_scale.ops.ema.triton_walk import MOST_AVERAGES, Walk, walk_ema
 
 # So small that short sequences have several tiles: 32 tokens forward, 16 backward.
 SMALL = (

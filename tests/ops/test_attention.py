@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
-from mega_scale.ops.attention import chunk_attention, key_minus_query, rotary_bias, simple_bias, toeplitz
-from mega_scale.ops.attention.causal import causal_attention
+from mega_scale.ops.attention import (
+    causal_attention,
+    chunk_attention,
+    key_minus_query,
+    rotary_bias,
+    simple_bias,
+    toeplitz,
+)
 
 
 def make_case(batch=2, chunks=3, queries=7, keys=7, z=6, e=5, seed=0):

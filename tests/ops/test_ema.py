@@ -104,7 +104,7 @@ def test_blocked_is_exact_in_double_precision():
 
 @pytest.mark.parametrize("length", [256, 250])
 def test_blocked_in_many_slices(length, monkeypatch):
-    monkeypatch.setattr("mega_scale.ops.ema.block_layout._SLICE", 3 * 32 * 6)
+    monkeypatch.setattr("mega_scale.ops.ema.blocked._SLICE", 3 * 32 * 6)
     leaves = make_case(length, batch=3)
     for resets in (None, make_resets(3, length)):
         assert_same(run(leaves, "blocked", resets), run(leaves, "recurrent", resets))

@@ -1,9 +1,12 @@
-"""The compiled EMA of CPUs: awkward sizes against the recurrence in fp64, and what it keeps."""
+"""The EMA as C++ on CPUs: against the recurrence in fp64, what it saves, and how its library comes to be."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema, native_op
+from mega_scale.ops.ema import EmaCoefficients, damped_ema, native
 
 
 def make_case(batch, length, channels, averages, seed=0):
@@ -37,7 +40,7 @@ def run(tensors, resets, impl, dtype=torch.float32):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_awkward_sizes_match_the_recurrence_in_fp64(batch, length, channels, averages, documents, threads, monkeypatch):
-    monkeypatch.setattr(native_op, "_threads", lambda x: threads)
+    monkeypatch.setattr(native, "_threads", lambda x: threads)
     tensors, resets = make_case(batch, length, channels, averages)
     resets = resets if documents else None
     truth = run(tensors, resets, "recurrent", torch.float64)
@@ -50,7 +53,7 @@ def test_bits_do_not_depend_on_threads(monkeypatch):
     tensors, resets = make_case(2, 100, 80, 16)
     results = []
     for threads in (1, 2, 5, 64):
-        monkeypatch.setattr(native_op, "_threads", lambda x, threads=threads: threads)
+        monkeypatch.setattr(native, "_threads", lambda x, threads=threads: threads)
         results.append(run(tensors, resets, "native"))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
@@ -125,3 +128,52 @@ def test_what_it_does_not_take_is_refused():
         damped_ema(x, coefficients, truncation=3, impl="native")
     with pytest.raises(ValueError, match=r"fp32 on a CPU.*blocked"):
         damped_ema(x.double(), EmaCoefficients(*(c.double() for c in coefficients)), impl="native")
+
+
+SOURCE = Path(native.__file__).with_name("native.cpp")
+
+
+def test_many_processes_may_compile_at_once(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(lambda _: native.load(SOURCE, tmp_path), range(4)))
+    assert {library.mega_ema_padding() for library in libraries} == {8}
+    (file,) = tmp_path.iterdir()
+    before = file.stat().st_mtime_ns
+    native.load(SOURCE, tmp_path)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_a_change_of_the_source_makes_another_library(tmp_path):
+    source = tmp_path / "own.cpp"
+    for number in (1, 2):
+        source.write_text(f'extern "C" int number() {{ return {number}; }}\n')
+        assert native.load(source, tmp_path / "kept").number() == number
+
+
+@pytest.fixture
+def without_compiler(tmp_path, monkeypatch):
+    load = native.load
+    monkeypatch.setattr(native, "load", lambda source: load(source, tmp_path))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def test_without_a_compiler_it_warns_once_and_takes_the_blocked_form(without_compiler):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 50, 20, generator=generator)
+    coefficients = EmaCoefficients(-torch.rand(20, 16, generator=generator), torch.ones(20, 16), torch.ones(20, 16))
+    with pytest.warns(RuntimeWarning, match=r"slower: there is no C\+\+ compiler '/no/such/compiler'.*CXX") as warned:
+        first, second = (damped_ema(x, coefficients)[0] for _ in range(2))
+    assert len(warned) == 1 and torch.equal(first, second)
+    assert torch.equal(first, damped_ema(x, coefficients, impl="blocked")[0])
+    with pytest.raises(ValueError, match="could not be compiled"):
+        damped_ema(x, coefficients, impl="native")
+
+
+def test_what_a_compiler_says_is_told(tmp_path):
+    (tmp_path / "broken.cpp").write_text("int main( {\n")
+    with pytest.raises(ValueError, match=r"ended with 1: .*broken.cpp"):
+        native.load(tmp_path / "broken.cpp", tmp_path / "kept")
+    assert not list((tmp_path / "kept").iterdir())

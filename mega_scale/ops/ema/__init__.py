@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops.ema.blocked import BlockedEma
-from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.ema.fft import fft_ema
-from mega_scale.ops.ema.native_op import native_ema
-from mega_scale.ops.ema.recurrent import recurrent_ema
-from mega_scale.ops.ema.scan import scan_ema
+from mega_scale.ops.ema.native import library, native_ema, shipped
+from mega_scale.ops.ema.reference import EmaCoefficients, fft_ema, recurrent_ema, scan_ema
 from mega_scale.ops.modes import in_memory, traced, without_autocast, written_out
-from mega_scale.ops.native.library import library, shipped
 
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "triton_walk", "native")
 
@@ -129,7 +125,7 @@ class _TwiceWalked:
     """The Triton form where the state comes late: its kernels need it from the first token on."""
 
     def __init__(self, *direction: Any) -> None:
-        from mega_scale.ops.ema.triton_op import triton_ema  # noqa: PLC0415
+        from mega_scale.ops.ema.triton_blocks import triton_ema  # noqa: PLC0415
 
         self._direction = _Direction(*direction)
         x, coefficients, _, resets = self._direction
@@ -155,11 +151,11 @@ def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Te
         return fft_ema(x, coefficients, None, truncation)
     if impl == "triton":
         # Not before it is needed: triton may not be installed.
-        from mega_scale.ops.ema.triton_op import triton_ema  # noqa: PLC0415
+        from mega_scale.ops.ema.triton_blocks import triton_ema  # noqa: PLC0415
 
         return triton_ema(x, coefficients, state, resets)
     if impl == "triton_walk":
-        from mega_scale.ops.ema.walk_op import walk_ema  # noqa: PLC0415
+        from mega_scale.ops.ema.triton_walk import walk_ema  # noqa: PLC0415
 
         return walk_ema(x, coefficients, state, resets)
     if impl == "native":

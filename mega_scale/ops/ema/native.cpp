@@ -6,11 +6,46 @@
 // so rounding counts blocks and not tokens.
 //
 // Legend: B batch, L length, D channels, N averages per channel, padded to a multiple of PADDING; G groups, M blocks.
-#include "lanes.h"
-
-using namespace lanes;
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 namespace {
+
+constexpr int W = WIDTH;  // floats of a register
+
+typedef float Lane __attribute__((vector_size(W * sizeof(float))));
+typedef float Unaligned __attribute__((vector_size(W * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+inline Lane load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
+inline void store(float *to, Lane lane) { *reinterpret_cast<Unaligned *>(to) = lane; }
+
+// Where a row ends within a register.
+inline Lane load(const float *from, int64_t numbers) {
+    Lane lane{};
+    std::memcpy(&lane, from, numbers * sizeof(float));
+    return lane;
+}
+inline void store(float *to, Lane lane, int64_t numbers) { std::memcpy(to, &lane, numbers * sizeof(float)); }
+
+// Threads share the groups: none writes what another reads, so results don't depend on their number.
+template <typename Function>
+void share(int64_t groups, int64_t threads, Function of_groups) {
+    threads = std::max<int64_t>(1, std::min(threads, groups));
+    std::vector<std::thread> others;
+    int64_t begun = 1;
+    try {
+        for (; begun < threads; begun++)
+            others.emplace_back(of_groups, groups * begun / threads, groups * (begun + 1) / threads);
+    } catch (const std::system_error &) {  // the system gives no more threads
+        of_groups(groups * begun / threads, groups);
+    }
+    of_groups(int64_t{0}, groups / threads);
+    for (auto &other : others) other.join();
+}
 
 // Long enough that keeping a state a block costs little, short enough that a block's rows share few pages of memory.
 constexpr int TOKENS = 32;
@@ -156,8 +191,8 @@ int mega_ema_tokens() { return TOKENS; }
 int mega_ema_padding() { return PADDING; }
 
 // x and y (B, L, D); coefficients (5, G, N, W): rate, gain, projection, what a whole block and what the last one leaves of
-// a state; resets (B, L) or null; state (B, G, N, W), from
-// before x to after it; befores (B, M, G, N, W), states before every block, or null.
+// a state; resets (B, L) or null; state (B, G, N, W), from before x to after it; befores (B, M, G, N, W), states before
+// every block, or null.
 void mega_ema_forward(const float *x, const float *coefficients, const uint8_t *resets, float *state, float *y,
                       float *befores, int64_t batch, int64_t length, int64_t channels, int64_t averages,
                       int64_t threads) {

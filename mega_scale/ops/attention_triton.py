@@ -1,11 +1,17 @@
-"""Causal softmax attention of whole chunks in half precision: large matrix products, and a kernel for what is between.
+"""Causal softmax attention of whole chunks on a GPU: large matrix products, and Triton kernels for what is between.
 
 Values of Mega are thousands of channels wide, wider than fused attention kernels hold in a multiprocessor. So products
 are the vendor's, in blocks of queries that each meet only the keys up to their end; scores are in fp32, and one kernel
-makes weights of them. The weights are kept for the backward pass: C numbers a token, as
-many as its values or fewer.
+makes weights of them. The weights are saved for the backward pass: C numbers a token, as many as its values or fewer.
 
-Legend: G chunks of all sequences, C chunk, Z width of queries and keys, E width of values, J keys that a block meets.
+Legend: G chunks of all sequences, C chunk, Z width of queries and keys, E width of values, R queries of a block, from
+`first` on, J the keys that they meet, from the chunk's first on. WIDTH is J padded to a power of two.
+
+    scores, d_weights    (G, R, J) fp32, contiguous
+    weights, d_scores    (G, C, C), any floating dtype; only the block's queries and keys are written
+    bias                 (2C - 1,) fp32: its entry m belongs to key minus query m - (C - 1)
+    since                (G, C) int32: the first key that a query sees; read with DOCUMENTS only
+    d_bias               (splits, C, C) fp32: its entry (s, i, a) belongs to query i and the key a before it
 """
 
 from collections.abc import Iterator
@@ -14,14 +20,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops.attention.triton_softmax import scores_gradient_kernel, weights_kernel
-from mega_scale.ops.ema.triton_kernels import interpreted
 from mega_scale.ops.modes import once_differentiable, without_autocast
+
+try:
+    # In a `try`, as transformers demands every other import of a model's own files to be installed.
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    raise ImportError("attention by Triton kernels needs triton: pip install 'mega_scale[triton]'") from missing
 
 _LEAST_BLOCK = 128
 _BLOCKS = 8
 # Enough of the gradients' programs for a GPU.
 _PROGRAMS = 1024
+
+
+@triton.jit
+def weights_kernel(
+    scores, bias, since, weights, first, keys, chunk, scale, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr
+):  # fmt: skip
+    """Weights of one query, zero where it does not see; program (i, j) has query i of the block in group j."""
+    query = first + tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    key = tl.arange(0, WIDTH)
+    visible = key <= query
+    if DOCUMENTS:
+        visible = visible & (key >= tl.load(since + group * chunk + query))
+    at = (group * tl.num_programs(0) + tl.program_id(0)) * keys + key
+    score = tl.load(scores + at, mask=visible, other=0.0) * scale
+    score += tl.load(bias + (chunk - 1 - query) + key, mask=visible, other=0.0)
+    score = tl.where(visible, score, float("-inf"))
+    # Each query sees itself, so the largest score is a number.
+    power = tl.exp(score - tl.max(score, 0))
+    weight = power / tl.sum(power, 0)
+    row = (group * chunk + query) * chunk
+    tl.store(weights + row + key, weight.to(weights.dtype.element_ty), mask=key < keys)
+
+
+@triton.jit
+def scores_gradient_kernel(
+    d_weights, weights, d_scores, d_bias, first, keys, chunk, groups, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Gradients by scaled scores, and by the bias summed over groups; program (i, j) has query i in every n-th group,
+    n being the number of programs along j."""
+    query = first + tl.program_id(0)
+    key = tl.arange(0, WIDTH)
+    met = key < keys
+    total = tl.zeros((WIDTH,), tl.float32)
+    for group in range(tl.program_id(1), groups, tl.num_programs(1)):
+        at = (tl.cast(group, tl.int64) * tl.num_programs(0) + tl.program_id(0)) * keys + key
+        row = (tl.cast(group, tl.int64) * chunk + query) * chunk
+        weight = tl.load(weights + row + key, mask=met, other=0.0).to(tl.float32)
+        slope = tl.load(d_weights + at, mask=met, other=0.0)
+        slope = weight * (slope - tl.sum(weight * slope, 0))
+        tl.store(d_scores + row + key, slope.to(d_scores.dtype.element_ty), mask=met)
+        total += slope
+    own = (tl.program_id(1).to(tl.int64) * chunk + query) * chunk
+    tl.store(d_bias + own + (query - key), total, mask=key <= query)
+    for begin in range(query + 1, chunk, WIDTH):
+        tl.store(d_bias + own + begin + key, tl.zeros((WIDTH,), tl.float32), mask=begin + key < chunk)
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, numbers: Tensor | None = None) -> Tensor:
@@ -43,7 +100,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, numbers: Ten
     Raises:
         ValueError: v is not on a GPU and kernels are not interpreted, or there is no kernel for its dtype.
     """
-    if not v.is_cuda and not interpreted():
+    if not v.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(
             f"impl='triton' needs a GPU and v is on {v.device}: use impl='causal', or 'sdpa' for documents"
         )

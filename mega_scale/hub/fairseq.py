@@ -228,9 +228,6 @@ def mega_to_fairseq(
 
     Args:
         tensors: state dict of the model that the layout names; of tied names one is enough.
-        config: its configuration.
-        layout: see `fairseq_to_mega`.
-        ema_input: see `fairseq_to_mega`.
 
     Returns:
         The state dict that fairseq loads strictly (of an "lra" model: all but its classifier).

@@ -88,13 +88,9 @@ CHECKPOINT_LAYOUTS = tuple(_SIDES)
 
 
 def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
-    """Read a checkpoint that fairseq saved (`model` and `args`), or a bare state dict.
+    """Read a checkpoint that fairseq saved (`model` and `args`), or a bare state dict: a file of `torch.save`.
 
-    Args:
-        path: a file of `torch.save`; it is mapped into memory, and nothing in it is executed.
-
-    Returns:
-        Tensors and options.
+    It is mapped into memory, and nothing in it is executed.
 
     Raises:
         ValueError: the file is not readable so, or holds no model.
@@ -118,16 +114,10 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
 
 
 def find_layout(state: Mapping[str, Tensor]) -> str:
-    """The layout of a state dict, told by the name of its word embedding.
-
-    Args:
-        state: fairseq's state dict.
-
-    Returns:
-        A name of `LAYOUTS`.
+    """Which of `LAYOUTS` a state dict has, told by the name of its word embedding.
 
     Raises:
-        ValueError: it has none, or several.
+        ValueError: none, or several.
     """
     found = [name for name, layout in LAYOUTS.items() if layout.embedding in state]
     if len(found) == 1:
@@ -150,9 +140,6 @@ def config_from_args(
         checkpoint: see `read_fairseq`.
         layout: one of `CHECKPOINT_LAYOUTS`, see `fairseq_to_mega`.
         changes: fields that replace what the options say, or stand in for options that the checkpoint lacks.
-
-    Returns:
-        The configuration.
 
     Raises:
         ValueError: an option is absent and not replaced, or no model here has it.
@@ -245,19 +232,14 @@ def convert_checkpoint(
     changes: dict[str, Any],
     overwrite: bool,
 ) -> str:
-    """Write a fairseq checkpoint's model as a Hugging Face folder.
+    """Write the model of fairseq's file `checkpoint` as a Hugging Face folder `out`; returns its layout.
 
     Args:
-        checkpoint: fairseq's file.
-        out: the folder to create.
         tokenizer: saved with the model; a language model needs one.
         layout: kind of model, see `fairseq_to_mega`; none means to tell it by the names.
         ema_input: see `fairseq_to_mega`.
         changes: fields of MegaConfig that replace what the checkpoint says.
         overwrite: whether an earlier export is replaced.
-
-    Returns:
-        The layout.
 
     Raises:
         ValueError: the checkpoint is not readable, has parts without counterpart, or the destination is taken.

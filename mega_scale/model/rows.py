@@ -289,15 +289,15 @@ def find_document_starts(
     """Where documents begin, by `document_starts` and by what transformers' flattened batches say (`DOCUMENT_KEYS`).
 
     Args:
-        starts: (B, L) bool, true where a document begins; none: not given.
+        starts: `document_starts`, (B, L) bool, or none.
         extras: keyword arguments, see `MegaModel`.
-        mask: (B, at least L) bool, true for valid columns; none where all are.
-        pads: padding before each row's first token, (B,); none where no row has any.
+        mask: as from `mask_and_pads`; so are `pads`.
+        pads: padding before each row's first token, (B,).
         cache: of the tokens before.
         x: the new tokens, (B, L, D).
 
     Returns:
-        (B, L) bool; none where every row holds, or goes on with, one document.
+        (B, L) bool, true where a document begins; none where every row holds, or goes on with, one document.
 
     Raises:
         ValueError: values of another shape or meaning, or that contradict each other.

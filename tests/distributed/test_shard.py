@@ -1,4 +1,4 @@
-"""Initial values and filling, in one process."""
+"""Which part of a tensor a rank holds, and initial values and filling, in one process."""
 
 import pytest
 import tiny_run
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mega_scale.checkpoint.state import open_weights
 from mega_scale.parallel import seeded_values
-from mega_scale.parallel.shard import fill
+from mega_scale.parallel.shard import Shard, Sharding, fill
 
 CPU = torch.device("cpu")
 
@@ -50,3 +50,24 @@ def test_refuses_values_of_another_shape():
 def test_refuses_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"index\.json cannot be read"):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "ranks", "sizes"), [(6, 2, [3, 3]), (5, 4, [2, 2, 1, 0]), (3, 4, [1, 1, 1, 0])])
+def test_shards_cover_a_tensor_once_and_join_to_it(rows, ranks, sizes):
+    whole = torch.arange(2.0 * rows).view(rows, 2)
+    sharding = Sharding("table", None, 0, rows)
+    shards = [sharding.shard(whole.shape, rank, ranks) for rank in range(ranks)]
+    assert [shard.sizes[0] for shard in shards] == sizes
+    assert torch.equal(torch.cat([shard.of(whole) for shard in shards]), whole)
+    padded = [sharding.local(whole, rank, ranks) for rank in range(ranks)]
+    assert all(tensor.shape == padded[0].shape for tensor in padded)
+    assert torch.equal(sharding.join(padded), whole)
+    assert sharding.whole_shape(padded[0].shape, ranks) == whole.shape
+
+
+def test_a_shard_along_columns_of_some_rows():
+    packed = torch.arange(24.0).view(6, 4)
+    sharding = Sharding("packed", (2, 5), 1)
+    assert torch.equal(sharding.local(packed, 1, 2), packed[2:5, 2:])
+    assert sharding.shard((3, 4), 1, 2) == Shard((0, 2), (3, 2)) and sharding.shard((3, 4), 1, 2).numel == 6
+    assert sharding.shard((3, 4), 0, 1) == Shard((0, 0), (3, 4))

@@ -1,4 +1,4 @@
-"""An encoder whose rows are cut over ranks: both directions of the average, padding, and what cannot be cut."""
+"""Rows that ranks share: how they are cut, and an encoder in parts against the whole; what cannot be cut."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from mega_scale.model import MegaForCausalLM, MegaForMaskedLM
 from mega_scale.parallel import ParallelConfig, Place, World, seeded_values
 from mega_scale.parallel.activation_checkpoint import ActivationCheckpointing
 from mega_scale.parallel.model_parallel import apply_model_parallelism
+from mega_scale.parallel.sequence_parallel import START, RowSlice
 from mega_scale.parallel.shard import assemble, by_source, fill, shardings
 from mega_scale.parallel.world import ALONE, Axis
 
@@ -108,3 +109,37 @@ def test_what_cannot_be_spread_is_refused(axes, changes, message):
     axis = {"sp": ALONE, "tp": ALONE} | {axes: Axis(None, 0, 2)}
     with pytest.raises(ValueError, match=message):
         apply_model_parallelism(model, **axis, checkpointing=ActivationCheckpointing(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "parts", "chunk", "each"), [(64, 2, 16, 32), (61, 2, 16, 32), (65, 4, 16, 32), (8, 8, 1, 1)]
+)
+def test_parts_are_whole_chunks_and_lose_nothing(length, parts, chunk, each):
+    inputs = torch.arange(2 * length).view(2, length)
+    labels = inputs + 1
+    taken = [RowSlice(part, parts, chunk).take(START, inputs, labels) for part in range(parts)]
+    for parts_taken, whole, padding in zip(zip(*taken, strict=True), (inputs, labels), (0, -100), strict=True):
+        assert all(part.shape == (2, each) and part.is_contiguous() for part in parts_taken)
+        joined = torch.cat(parts_taken, 1)
+        assert torch.equal(joined[:, :length], whole)
+        assert (joined[:, length:] == padding).all()
+
+
+def test_alone_rows_stay_as_they_are():
+    inputs = torch.arange(7).view(1, 7)
+    assert RowSlice().take(START, inputs, inputs)[0] is inputs
+
+
+def test_knows_its_place_only_inside():
+    window = RowSlice(part=2, parts=4, chunk=8)
+    inputs = torch.zeros(1, 64, dtype=torch.int64)
+    window.take(Place(5, 12), inputs, inputs)
+    assert not window.cut and window.place == START
+    with window:
+        assert window.cut and window.first_token == 32 and window.place == Place(5, 12)
+    assert not window.cut and window.first_token == 0 and window.place == START
+    with pytest.raises(KeyError), window:
+        raise KeyError
+    assert not window.cut
+    with window:  # the backward pass of the same micro-batch
+        assert window.first_token == 32

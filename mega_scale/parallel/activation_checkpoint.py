@@ -134,8 +134,8 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
 class SegmentedBlock(MegaBlock):
     """A block that is computed, and in the backward pass recomputed, a segment of its rows at a time.
 
-    Attention stays in chunks, so that only the state of the moving average crosses from segment to segment: what is
-    kept of a row are its inputs, outputs, and one state a segment, and what is alive at once is one segment's.
+    Attention stays in chunks, so that only the state of the moving average crosses from segment to segment: a row saves
+    its inputs, outputs, and one state a segment, and only one segment's activations are alive at once.
     """
 
     def __init__(self, block: MegaBlock, segment: int, row_slice: RowSlice, recompute: Callable[..., Any]) -> None:

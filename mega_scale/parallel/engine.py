@@ -73,13 +73,12 @@ class Engine(ABC):
         module: the model; call it on all ranks alike for evaluation and generation, under `no_grad`.
     """
 
-    module: nn.Module
+    module: MegaPreTrainedModel
 
     def __init__(
         self, model: MegaPreTrainedModel, parallelism: ModelParallelism, config: EngineConfig, world: World
     ) -> None:
         self.module = model
-        self._model = model
         self._parallelism, self._world = parallelism, world
         self._max_grad_norm = config.max_grad_norm
         self._parameters: dict[str, Any] = {}
@@ -88,9 +87,9 @@ class Engine(ABC):
 
     def _fill(self, values: Values, place: Placer) -> None:
         tp = self._parallelism.tp
-        fill(self._model, values, place, self._world.device, template=self._parallelism.template, tp=tp)
-        self._parameters = dict(self._model.named_parameters())
-        table = shardings(self._model)
+        fill(self.module, values, place, self._world.device, template=self._parallelism.template, tp=tp)
+        self._parameters = dict(self.module.named_parameters())
+        table = shardings(self.module)
         # What every rank of tp holds counts once in the gradient's norm, on the first.
         self._counted = [p for name, p in self._parameters.items() if tp.rank == 0 or table[name].dim is not None]
 
@@ -171,10 +170,10 @@ class Engine(ABC):
             Views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
         steps = self._optimizer_steps()
-        table, ties = untied(self._model)
+        table, ties = untied(self.module)
         tp = self._world.axis("tp")
         tensors = {name: self._local(name, sharding) for name, sharding in table.items()}
-        return EngineState(table, ties, tp.size, tp.rank, tensors, steps, persistent_buffers(self._model))
+        return EngineState(table, ties, tp.size, tp.rank, tensors, steps, persistent_buffers(self.module))
 
     def _local(self, name: str, sharding: Sharding) -> LocalTensor:
         found, tp = self._range(name), self._world.axis("tp")

@@ -260,7 +260,7 @@ def _norm(model: Any) -> _Rule:
 
 
 def _cross_attention(model: Any) -> _Rule:
-    why = "what attends to an encoder is not spread over ranks"
+    why = "what attends to an encoder is not shared by ranks"
     return _Rule(model.add_cross_attention, "model.add_cross_attention=True", why, "model.add_cross_attention=false")
 
 

@@ -147,9 +147,9 @@ class ReceivedStates:
 class StateExchange:
     """Brings every part of a row the state before it: the `carry` of `damped_ema`, over the ranks that share a row."""
 
-    def __init__(self, axis: Axis, kept: ReceivedStates | None = None) -> None:
+    def __init__(self, axis: Axis, received: ReceivedStates | None = None) -> None:
         self._axis = axis
-        self._kept = kept or ReceivedStates()
+        self._received = received or ReceivedStates()
 
     def __call__(
         self, end: Tensor, log_fade: Tensor, passes: Tensor | None, bidirectional: bool
@@ -159,8 +159,8 @@ class StateExchange:
         flags = None
         if passes is not None:
             # One collective more, of one byte a row, where documents begin inside of rows.
-            flags = self._kept.gather(passes.to(torch.uint8), self._axis)
-        buffer = _Send.apply(end, self._axis, self._kept, box, bidirectional)
+            flags = self._received.gather(passes.to(torch.uint8), self._axis)
+        buffer = _Send.apply(end, self._axis, self._received, box, bidirectional)
 
         def arrive() -> Tensor:
             through = None if flags is None else flags.wait().bool()
@@ -172,11 +172,11 @@ class StateExchange:
 class _Send(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, end: Tensor, axis: Axis, kept: ReceivedStates, box: list[Pending], bidirectional: bool
+        ctx: Any, end: Tensor, axis: Axis, received: ReceivedStates, box: list[Pending], bidirectional: bool
     ) -> Tensor:
         """Starts to send (B, R, N); hands out the buffer (P, B, R, N) before it is full."""
         ctx.axis, ctx.box, ctx.bidirectional = axis, box, bidirectional
-        box.append(kept.gather(end, axis))
+        box.append(received.gather(end, axis))
         return box[0].buffer
 
     @staticmethod

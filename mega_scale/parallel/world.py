@@ -202,7 +202,7 @@ class World:
         size: number of processes.
         local_rank: number of this process on its machine.
         device: where this process computes.
-        shape: how many ranks stand along each axis.
+        shape: ranks along each dimension of the mesh.
         mesh: process groups along dp_replicate, fsdp (dp_shard and sp together) and tp; parameters are laid out on it.
         sp_group: the ranks along sp.
         monitor: watches the other ranks; none where there are none.
@@ -287,7 +287,7 @@ class World:
 
     @property
     def at(self) -> Coordinates:
-        """Where this rank stands along each axis."""
+        """The index of this rank along each dimension of the mesh."""
         return self.shape.coordinates(self.rank)
 
     def axis(self, name: str) -> Axis:

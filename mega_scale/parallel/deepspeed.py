@@ -81,7 +81,7 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients, see `Engine.backward`."""
         self._engine.set_gradient_accumulation_boundary(last)
-        with self._parallelism.row_slice:
+        with self.row_slice:
             self._engine.backward(loss * self._partitions, scale_wrt_gas=False)
 
     def step(self, lr: float, skip: bool = False) -> float:

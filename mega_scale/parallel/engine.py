@@ -71,6 +71,7 @@ class Engine(ABC):
 
     Attributes:
         module: the model; call it on all ranks alike for evaluation and generation, under `no_grad`.
+        row_slice: inside a `with` statement of it, the model computes this rank's part of the rows last taken.
     """
 
     module: MegaPreTrainedModel
@@ -79,6 +80,7 @@ class Engine(ABC):
         self, model: MegaPreTrainedModel, parallelism: ModelParallelism, config: EngineConfig, world: World
     ) -> None:
         self.module = model
+        self.row_slice = parallelism.row_slice
         self._parallelism, self._world = parallelism, world
         self._max_grad_norm = config.max_grad_norm
         self._parameters: dict[str, Any] = {}
@@ -115,10 +117,9 @@ class Engine(ABC):
             Scalar fp32, nats. The loss of the global batch is the sum over micro-batches and over ranks, of which those
             along `tp` hold the same.
         """
-        row_slice = self._parallelism.row_slice
-        inputs, labels = row_slice.take(place, input_ids, shift_labels)
-        starts = None if document_starts is None else row_slice.split(document_starts, False)
-        with row_slice:
+        inputs, labels = self.row_slice.take(place, input_ids, shift_labels)
+        starts = None if document_starts is None else self.row_slice.split(document_starts, False)
+        with self.row_slice:
             loss: Tensor = self._call(
                 input_ids=inputs,
                 shift_labels=labels,

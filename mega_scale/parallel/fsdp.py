@@ -55,7 +55,7 @@ class FsdpEngine(Engine):
             assert isinstance(root, FSDPModule)
             root.set_requires_gradient_sync(last)
             root.set_reshard_after_backward(last)
-        with self._parallelism.row_slice:
+        with self.row_slice:
             loss.backward()
 
     @torch.no_grad()

@@ -42,7 +42,6 @@ class Placement(NamedTuple):
     rank: int
     size: int
     local_rank: int
-    launched: bool  # false: no launcher, one process alone
     local_size: int  # processes on this machine; all, where the launcher does not say
 
 
@@ -50,7 +49,7 @@ def placement() -> Placement:
     """Read what a launcher or a job scheduler says about this process; without one, it is alone.
 
     Returns:
-        Rank, number of ranks, rank on this machine, whether there is a launcher, and number of ranks on this machine.
+        Rank, number of ranks, rank on this machine, and number of ranks there; 0, 1, 0 and 1 of a process alone.
 
     Raises:
         ValueError: variables are missing, are no numbers, or contradict each other; names them, and the remedy.
@@ -58,7 +57,7 @@ def placement() -> Placement:
     place = _place()
     if place is None:
         _check_alone()
-        return Placement(0, 1, 0, False, 1)
+        return Placement(0, 1, 0, 1)
     said = os.environ.get("WORLD_SIZE", str(place.size))
     if "RANK" not in os.environ and said != str(place.size):
         raise ValueError(
@@ -224,7 +223,7 @@ def _read(rank: str, size: str, local_rank: str, local_size: str | None, local: 
         here = _number(local_size, env[local_size], 1, ranks, f"{size}={ranks}; {_START}")
     number = _number(rank, env[rank], 0, ranks - 1, f"{size}={ranks}; {_START}")
     at = _number(local_rank, env[local_rank], 0, here - 1, f"{here} ranks are on this machine; {_START}")
-    return Placement(number, ranks, at, True, here)
+    return Placement(number, ranks, at, here)
 
 
 def _number(name: str, text: str, least: int, most: int | None, remedy: str) -> int:

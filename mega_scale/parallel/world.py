@@ -226,7 +226,7 @@ class World:
                 CUDA devices than local ranks.
             SystemExit: the ranks cannot meet within the timeout; standard error has one line that says who is missing.
         """
-        rank, size, local_rank, _, local_size = placement()
+        rank, size, local_rank, local_size = placement()
         share_cores(local_size)
         device = _device(config.device, local_rank)
         shape = config.mesh(size)

@@ -55,9 +55,8 @@ def run(world: World, engine: str, changes: dict[str, Any], activation_checkpoin
         length = documents_alone.LENGTH // world.shape.sp
         part = slice(world.at.sp * length, (world.at.sp + 1) * length)
         made.module.eval()
-        window = made._window
-        window.take(Place(), tokens, labels)
-        with window:
+        made.row_slice.take(Place(), tokens, labels)
+        with made.row_slice:
             logits = made.module(
                 input_ids=tokens[:, part].contiguous(), document_starts=starts[:, part].contiguous(), use_cache=False
             ).logits

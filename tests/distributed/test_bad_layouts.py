@@ -160,7 +160,7 @@ def changed(config: RunConfig, words: list[str]) -> RunConfig:
 
 def attempt(config: RunConfig, ranks: int, local: int) -> Trainer:
     """Prepare the last rank."""
-    return Trainer(config, Placement(ranks - 1, ranks, local - 1, True, local), StopSignals())
+    return Trainer(config, Placement(ranks - 1, ranks, local - 1, local), StopSignals())
 
 
 def named(change: str, message: str) -> bool:

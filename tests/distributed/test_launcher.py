@@ -16,7 +16,7 @@ SRUN = {
 OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in
             {"RANK": 1, "SIZE": 2, "LOCAL_RANK": 1, "LOCAL_SIZE": 2}.items()}  # fmt: skip
 HYDRA = {"PMI_RANK": 3, "PMI_SIZE": 4, "MPI_LOCALRANKID": 1, "MPI_LOCALNRANKS": 2, "MASTER_ADDR": "node0"}
-ALONE = Placement(0, 1, 0, False, 1)
+ALONE = Placement(0, 1, 0, 1)
 
 
 @pytest.fixture
@@ -42,24 +42,24 @@ def told(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "place"),
     [
-        (SRUN, Placement(5, 6, 1, True, 2)),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,2,1", "SLURM_LOCALID": 0}, Placement(5, 6, 0, True, 1)),
-        (OPEN_MPI, Placement(1, 2, 1, True, 2)),
-        (HYDRA, Placement(3, 4, 1, True, 2)),
-        ({name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()}, Placement(1, 2, 1, True, 2)),
-        ({"PMI_RANK": 1, "PMI_SIZE": 2, "PMI_LOCAL_RANK": 1, "PMI_LOCAL_SIZE": 2}, Placement(1, 2, 1, True, 2)),
+        (SRUN, Placement(5, 6, 1, 2)),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,2,1", "SLURM_LOCALID": 0}, Placement(5, 6, 0, 1)),
+        (OPEN_MPI, Placement(1, 2, 1, 2)),
+        (HYDRA, Placement(3, 4, 1, 2)),
+        ({name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()}, Placement(1, 2, 1, 2)),
+        ({"PMI_RANK": 1, "PMI_SIZE": 2, "PMI_LOCAL_RANK": 1, "PMI_LOCAL_SIZE": 2}, Placement(1, 2, 1, 2)),
         # An inner launcher wins: torchrun or mpirun in a step of Slurm, torchrun under mpirun.
-        (SRUN | TORCHRUN, Placement(1, 2, 1, True, 2)),
-        (OPEN_MPI | TORCHRUN | {"RANK": 0, "LOCAL_RANK": 0}, Placement(0, 2, 0, True, 2)),
-        (SRUN | OPEN_MPI | {"SLURM_PROCID": 0}, Placement(1, 2, 1, True, 2)),
+        (SRUN | TORCHRUN, Placement(1, 2, 1, 2)),
+        (OPEN_MPI | TORCHRUN | {"RANK": 0, "LOCAL_RANK": 0}, Placement(0, 2, 0, 2)),
+        (SRUN | OPEN_MPI | {"SLURM_PROCID": 0}, Placement(1, 2, 1, 2)),
         # Slurm's own PMI knows no places on hosts.
-        (SRUN | {"PMI_RANK": 5, "PMI_SIZE": 6, "PMIX_RANK": 5}, Placement(5, 6, 1, True, 2)),
+        (SRUN | {"PMI_RANK": 5, "PMI_SIZE": 6, "PMIX_RANK": 5}, Placement(5, 6, 1, 2)),
         # A script that exports what it knows, and leaves the rank to srun.
-        (SRUN | {"WORLD_SIZE": 6, "MASTER_ADDR": "gpu001", "MASTER_PORT": 29500}, Placement(5, 6, 1, True, 2)),
+        (SRUN | {"WORLD_SIZE": 6, "MASTER_ADDR": "gpu001", "MASTER_PORT": 29500}, Placement(5, 6, 1, 2)),
         # What the versions of Slurm, or the way to the process, may leave out.
-        ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1, "SLURM_STEP_ID": 3}, Placement(1, 2, 1, True, 2)),
-        ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1}, Placement(1, 2, 1, True, 2)),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_STEP_NODELIST": "a[1-3]"}, Placement(5, 6, 1, True, 2)),
+        ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1, "SLURM_STEP_ID": 3}, Placement(1, 2, 1, 2)),
+        ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1}, Placement(1, 2, 1, 2)),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_STEP_NODELIST": "a[1-3]"}, Placement(5, 6, 1, 2)),
     ],
 )  # fmt: skip
 def test_a_process_learns_its_place_from_what_started_it(told, variables, place):

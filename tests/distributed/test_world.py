@@ -107,7 +107,7 @@ def test_placement_without_launcher(no_launcher):
     # accelerate sets these two even when it starts a single process
     no_launcher.setenv("MASTER_ADDR", "127.0.0.1")
     no_launcher.setenv("MASTER_PORT", "29500")
-    assert placement() == Placement(0, 1, 0, False, 1)
+    assert placement() == Placement(0, 1, 0, 1)
 
 
 def test_placement_of_a_launcher(no_launcher):
@@ -119,12 +119,12 @@ def test_placement_of_a_launcher(no_launcher):
         "MASTER_PORT": "1",
     }.items():
         no_launcher.setenv(name, value)
-    assert placement() == Placement(5, 8, 1, True, local_size=8)
+    assert placement() == Placement(5, 8, 1, local_size=8)
     no_launcher.setenv("LOCAL_SIZE", "4")  # deepspeed
-    assert placement() == Placement(5, 8, 1, True, local_size=4)
+    assert placement() == Placement(5, 8, 1, local_size=4)
     no_launcher.delenv("LOCAL_SIZE")
     no_launcher.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun, accelerate
-    assert placement() == Placement(5, 8, 1, True, local_size=2)
+    assert placement() == Placement(5, 8, 1, local_size=2)
 
 
 def test_placement_of_half_a_launcher(no_launcher):

@@ -1,0 +1,47 @@
+"""A rank that cannot run, alone among its ranks: it says why in one line, and the others end with that reason."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import warm
+from launching import ROOT, TINY
+
+from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.process import REFUSED
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("alone", "says"),
+    [
+        (
+            {"ACCELERATE_MIXED_PRECISION": "fp16"},
+            "error: accelerate launch --mixed_precision",
+        ),  # before it meets others
+        ({"DS_ACCELERATOR": "cuda"}, "error: rank 1: DeepSpeed computes on cuda, parallel.device asks for cpu"),
+    ],
+)
+def test_it_is_named_with_its_reason(tmp_path, text_file, alone, says):
+    port = warm.free_port()
+    command = [sys.executable, "launch/pretrain.py", *TINY, f"data.path={text_file}", f"run_dir={tmp_path / 'run'}"]
+    command += ["data.source=jsonl", "parallel.device=cpu", "parallel.engine=deepspeed", "train.steps=2"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **warm.variables(rank, 2, port), **(alone if rank == 1 else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [PEER_LOST, REFUSED], outputs
+    assert f"rank 1 ({socket.gethostname()})" in outputs[0] and says.removeprefix("error: ")[:40] in outputs[0], outputs
+    assert [line for line in outputs[1].splitlines() if says in line], outputs
+    assert not any("Traceback" in output for output in outputs), outputs

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,53 +61,25 @@ def rank_tensors(state: EngineState, rank: int) -> tuple[dict[str, Tensor], dict
 
 def build_index(state: EngineState, ranges: list[dict[str, StoredRange]]) -> dict[str, Any]:
     """What `index.json` holds, from any rank's state and from what each rank wrote, in their order."""
-    return _index(
-        state.shardings,
-        state.ties,
-        state.tp,
-        int(state.steps[0]) if state.steps else 0,
-        {name: local.shape for name, local in state.tensors.items()},
-        [name for name, local in state.tensors.items() if len(local.tensors) > 1],
-        state.buffers,
-        ranges,
-    )
-
-
-def _index(
-    shardings: Mapping[str, Sharding],
-    ties: Mapping[str, str],
-    tp: int,
-    optimizer_steps: int,
-    shapes: Mapping[str, torch.Size],
-    trained: Iterable[str],
-    buffers: Iterable[str],
-    ranges: list[dict[str, StoredRange]],
-) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "optimizer_steps": optimizer_steps,
-        "table": shardings,
-        "ties": ties,
-        "tp": tp,
-        "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "trained": sorted(trained),
-        "buffers": list(buffers),
+        "optimizer_steps": int(state.steps[0]) if state.steps else 0,
+        "table": state.shardings,
+        "ties": state.ties,
+        "tp": state.tp,
+        "shapes": {name: list(local.shape) for name, local in state.tensors.items()},
+        "trained": sorted(name for name, local in state.tensors.items() if len(local.tensors) > 1),
+        "buffers": list(state.buffers),
         "parts": ranges,
     }
 
 
 class FileContents(NamedTuple):
-    """What one file of a state that is rewritten has to hold.
+    """What one file of a state that is rewritten has to hold."""
 
-    Args:
-        like: tensors by their name in the file, on the meta device.
-        ranges: of each parameter.
-        read: gives a tensor of that name.
-    """
-
-    like: dict[str, Tensor]
-    ranges: dict[str, StoredRange]
-    read: Callable[[str], Tensor]
+    like: dict[str, Tensor]  # by their name in the file, on the meta device
+    ranges: dict[str, StoredRange]  # of each parameter
+    read: Callable[[str], Tensor]  # gives a tensor of a name in the file
 
 
 class StateReader:
@@ -125,6 +97,7 @@ class StateReader:
         self._files = _StateFiles(folder)
         try:
             found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            self._index: dict[str, Any] = found
             if found["format"] != FORMAT:
                 raise ValueError(f"it has format {found['format']}, this version reads {FORMAT}")
             self.shardings = {
@@ -219,7 +192,7 @@ class StateReader:
     def index(self, ranges: list[dict[str, StoredRange]]) -> dict[str, Any]:
         """What `index.json` holds if the same state lies in other files, whole along tp."""
         whole = {name: sharding._replace(dim=None, length=None) for name, sharding in self.shardings.items()}
-        return _index(whole, self.ties, 1, self.optimizer_steps, self.shapes, self.trained, self.buffers, ranges)
+        return self._index | {"table": whole, "tp": 1, "parts": ranges}
 
     def _shards(self, name: str) -> list[Shard]:
         """The shards in which a parameter is stored."""

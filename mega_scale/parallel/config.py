@@ -13,17 +13,11 @@ POLICIES = ("full", "save_matmuls")
 
 
 class ActivationCheckpointing(NamedTuple):
-    """Which blocks are recomputed in the backward pass, and how.
+    """Which blocks are recomputed in the backward pass, and how."""
 
-    Args:
-        every: 0 for no block, 1 for every block, n for the n-th, the 2n-th, ... block.
-        policy: full recomputes everything; save_matmuls saves matmul outputs and recomputes what is cheap.
-        segment: tokens that are computed and recomputed at a time, whole chunks; 0 for whole rows.
-    """
-
-    every: int = 0
-    policy: str = "full"
-    segment: int = 0
+    every: int = 0  # 0 for no block, 1 for every block, n for the n-th, the 2n-th, ... block
+    policy: str = "full"  # recomputes everything; save_matmuls saves matmul outputs and recomputes what is cheap
+    segment: int = 0  # tokens that are computed and recomputed at a time, whole chunks; 0 for whole rows
 
 
 @dataclass
@@ -152,25 +146,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine has to know of its run.
-
-    Args:
-        parallel: engine, stage, mesh, activation checkpointing.
-        dtype: fp32 or bf16, the number format of forward and backward.
-        micro_batch_size: sequences in one forward pass of one rank.
-        accumulation: forward passes in one optimizer step.
-        max_grad_norm: norm to which gradients are clipped, 0 for not at all.
-        seed: of dropout.
-        compile: whether elementwise arithmetic between matrix products is compiled.
-    """
+    """What an engine has to know of its run."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    dtype: str = "fp32"
-    micro_batch_size: int = 1
-    accumulation: int = 1
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    compile: bool = False
+    dtype: str = "fp32"  # or bf16, the number format of forward and backward
+    micro_batch_size: int = 1  # sequences in one forward pass of one rank
+    accumulation: int = 1  # forward passes in one optimizer step
+    max_grad_norm: float = 1.0  # norm to which gradients are clipped, 0 for not at all
+    seed: int = 0  # of dropout
+    compile: bool = False  # whether elementwise arithmetic between matrix products is compiled
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse what cannot run, before any process group starts; see `ParallelConfig.validate`."""

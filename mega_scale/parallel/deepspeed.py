@@ -226,17 +226,11 @@ class DeepSpeedEngine(Engine):
 
 
 class _Stepped(NamedTuple):
-    """Where the optimizer's numbers of a parameter lie on this rank.
+    """Where the optimizer's numbers of a parameter lie on this rank."""
 
-    Args:
-        owner: what the optimizer steps.
-        numbers: which of its numbers, flattened; none where this rank has none of the parameter.
-        start: the first of them in the parameter, flattened.
-    """
-
-    owner: Tensor
-    numbers: slice
-    start: int
+    owner: Tensor  # what the optimizer steps
+    numbers: slice  # which of its numbers, flattened; none where this rank has none of the parameter
+    start: int  # the first of them in the parameter, flattened
 
 
 class _MeshUnit:
@@ -250,31 +244,24 @@ class _MeshUnit:
         self._partitions, self._tp = partitions, tp
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        """The ranks over which gradients are averaged, and states partitioned."""
         return self._partitions.group
 
     def get_data_parallel_rank(self) -> int:
-        """This rank among them."""
         return self._partitions.rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Their number."""
         return self._partitions.size
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their numbers among all ranks."""
         return dist.get_process_group_ranks(self._partitions.group)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share every layer."""
         return self._tp.group
 
     def get_model_parallel_rank(self) -> int:
-        """This rank among them."""
         return self._tp.rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Their number."""
         return self._tp.size
 
     get_tensor_model_parallel_group = get_model_parallel_group

@@ -10,52 +10,36 @@ from mega_scale.parallel.mesh import MeshShape
 
 # Keys of DeepSpeed, or sections of them, that say what another setting of ours says, and that setting. Two answers to
 # one question would be settled by DeepSpeed without a word.
-OWNERS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
-    "elasticity": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "optimizer.max_grad_norm",
-    "gradient_allreduce_op": "train.global_batch_size (losses are sums over tokens divided by their number)",
-    "gradient_predivide_factor": "train.global_batch_size (losses are sums over tokens divided by their number)",
-    "prescale_gradients": "train.global_batch_size (losses are sums over tokens divided by their number)",
-    "optimizer": "the optimizer section",
-    "zero_allow_untested_optimizer": "the optimizer section",
-    "zero_force_ds_cpu_optimizer": "the optimizer section",
-    "scheduler": "the schedule section",
-    "bf16": "train.dtype",
-    "bfloat16": "train.dtype",
-    "fp16": "train.dtype",
-    "amp": "train.dtype",
-    "torch_autocast": "train.dtype",
-    "data_types": "train.dtype",
-    "communication_data_type": "train.dtype (gradients are reduced in fp32)",
-    "seq_parallel_communication_data_type": "train.dtype (gradients are reduced in fp32)",
-    "data_parallel_size": "parallel.dp_shard",
-    "sequence_parallel_size": "parallel.sp",
-    "tensor_parallel": "parallel.tp",
-    "vocabulary_size": "model.vocab_size",
-    "activation_checkpointing": "parallel.activation_checkpoint",
-    "compile": "train.compile",
-    "checkpoint": "the checkpoint section",
-    "nebula": "the checkpoint section",
-    "datastates": "the checkpoint section",
-    "dataloader_drop_last": "the data section",
-    "data_efficiency": "the data section",
-    "curriculum_learning": "data.length_schedule",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "zero_optimization.mics_shard_size": "parallel.dp_shard and parallel.dp_replicate",
-    "zero_optimization.mics_hierarchical_params_gather": "parallel.dp_shard and parallel.dp_replicate",
-    "zero_optimization.zero_hpz_partition_size": "parallel.dp_shard and parallel.dp_replicate",
-    "zero_optimization.compute_grad_norm": "optimizer.max_grad_norm",
-    "zero_optimization.load_from_fp32_weights": "the checkpoint section",
-    "zero_optimization.elastic_checkpoint": "the checkpoint section",
-    "zero_optimization.pipeline_loading_checkpoint": "the checkpoint section",
-    "zero_optimization.gather_16bit_weights_on_model_save": "the checkpoint section",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "the checkpoint section",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "the checkpoint section",
+_OWNED = {
+    "train.global_batch_size": "train_batch_size",
+    "train.micro_batch_size": "train_micro_batch_size_per_gpu",
+    "train.global_batch_size and train.micro_batch_size": """gradient_accumulation_steps managed_gradient_accumulation
+        elasticity""",
+    "optimizer.max_grad_norm": "gradient_clipping zero_optimization.compute_grad_norm",
+    "train.global_batch_size (losses are sums over tokens divided by their number)": """gradient_allreduce_op
+        gradient_predivide_factor prescale_gradients""",
+    "the optimizer section": "optimizer zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
+    "the schedule section": "scheduler",
+    "train.dtype": "bf16 bfloat16 fp16 amp torch_autocast data_types",
+    "train.dtype (gradients are reduced in fp32)": "communication_data_type seq_parallel_communication_data_type",
+    "parallel.dp_shard": "data_parallel_size",
+    "parallel.sp": "sequence_parallel_size",
+    "parallel.tp": "tensor_parallel",
+    "model.vocab_size": "vocabulary_size",
+    "parallel.activation_checkpoint": "activation_checkpointing",
+    "train.compile": "compile",
+    "the checkpoint section": """checkpoint nebula datastates zero_optimization.load_from_fp32_weights
+        zero_optimization.elastic_checkpoint zero_optimization.pipeline_loading_checkpoint
+        zero_optimization.gather_16bit_weights_on_model_save
+        zero_optimization.stage3_gather_16bit_weights_on_model_save
+        zero_optimization.stage3_gather_fp16_weights_on_model_save""",
+    "the data section": "dataloader_drop_last data_efficiency",
+    "data.length_schedule": "curriculum_learning",
+    "parallel.zero_stage": "zero_optimization.stage",
+    "parallel.dp_shard and parallel.dp_replicate": """zero_optimization.mics_shard_size
+        zero_optimization.mics_hierarchical_params_gather zero_optimization.zero_hpz_partition_size""",
 }
+OWNERS = {key: owner for owner, keys in _OWNED.items() for key in keys.split()}
 
 # What is computed stays, and where it lies is compared with one process: tests/distributed/test_native_keys.py.
 _ZERO = {

@@ -31,33 +31,20 @@ BuildOptimizer = Callable[[nn.Module], Optimizer]
 
 
 class ModelParallelism(NamedTuple):
-    """What engines need to know of a model to which model parallelism was applied.
+    """What engines need to know of a model to which model parallelism was applied."""
 
-    Args:
-        template: the model as it was, on the meta device.
-        row_slice: tells the model which part of the global batch it computes.
-        tp: the ranks that share every layer.
-    """
-
-    template: nn.Module
-    row_slice: RowSlice
-    tp: Axis
+    template: nn.Module  # the model as it was, on the meta device
+    row_slice: RowSlice  # tells the model which part of the global batch it computes
+    tp: Axis  # the ranks that share every layer
 
 
 class Range(NamedTuple):
-    """Where an engine keeps the numbers of a parameter that this rank's optimizer steps.
+    """Where an engine keeps the numbers of a parameter that this rank's optimizer steps."""
 
-    Args:
-        shape: of this rank's tensor along `tp`, padding included.
-        start: first number, in that tensor flattened.
-        tensors: see `LocalTensor`; may end in padding.
-        copied: whether all ranks of `fsdp` have the same range.
-    """
-
-    shape: Sequence[int]
-    start: int
-    tensors: dict[str, Tensor]
-    copied: bool
+    shape: Sequence[int]  # of this rank's tensor along `tp`, padding included
+    start: int  # first number, in that tensor flattened
+    tensors: dict[str, Tensor]  # see `LocalTensor`; may end in padding
+    copied: bool  # whether all ranks of `fsdp` have the same range
 
 
 class Engine(ABC):

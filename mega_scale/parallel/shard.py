@@ -38,19 +38,13 @@ class Shard(NamedTuple):
 
 
 class Sharding(NamedTuple):
-    """How a parameter is sharded over `tp`, and of which tensor it is a part.
+    """How a parameter is sharded over `tp`, and of which tensor it is a part."""
 
-    Args:
-        source: name of a tensor of the Hugging Face state dict.
-        rows: its rows that the parameter is, [first, end); None means all.
-        dim: dimension along which ranks of `tp` divide it; None where each has the whole.
-        length: of that dimension, 0, where ranks need not divide it: the last ranks' tensors are then padded with rows
-            of zeros, which get no gradient and are in no checkpoint. None where ranks divide it.
-    """
-
-    source: str
-    rows: tuple[int, int] | None = None
-    dim: int | None = None
+    source: str  # name of a tensor of the Hugging Face state dict
+    rows: tuple[int, int] | None = None  # its rows that the parameter is, [first, end); None means all
+    dim: int | None = None  # dimension along which ranks of `tp` divide it; None where each has the whole
+    # Of that dimension, 0, where ranks need not divide it: the last ranks' tensors are then padded with rows of zeros,
+    # which get no gradient and are in no checkpoint. None where ranks divide it.
     length: int | None = None
 
     def shard(self, shape: Sequence[int], rank: int, size: int) -> Shard:
@@ -130,46 +124,28 @@ def assemble(names: Sequence[str], read: Callable[[str], Tensor]) -> Tensor:
 
 
 class LocalTensor(NamedTuple):
-    """What this rank holds of one parameter, and of its moments.
+    """What this rank holds of one parameter, and of its moments."""
 
-    Args:
-        shape: of the whole parameter.
-        shard: what this rank of `tp` has of it.
-        start: first number, in the flattened shard.
-        tensors: `weight`, and `exp_avg` and `exp_avg_sq` where it is trained, by these names: 1-D fp32, all of one
-            length; views of the engine's memory, so that what is written into them is loaded.
-        copies: ranks that hold the same numbers.
-        copy: number of this rank among them.
-    """
-
-    shape: torch.Size
-    shard: Shard
-    start: int
+    shape: torch.Size  # of the whole parameter
+    shard: Shard  # what this rank of `tp` has of it
+    start: int  # first number, in the flattened shard
+    # `weight`, and `exp_avg` and `exp_avg_sq` where it is trained, by these names: 1-D fp32, all of one length; views
+    # of the engine's memory, so that what is written into them is loaded.
     tensors: dict[str, Tensor]
-    copies: int
-    copy: int
+    copies: int  # ranks that hold the same numbers
+    copy: int  # number of this rank among them
 
 
 class EngineState(NamedTuple):
-    """Model and optimizer as one rank holds them.
+    """Model and optimizer as one rank holds them."""
 
-    Args:
-        shardings: of the parameters; tied names are left out.
-        ties: further names of the state dict, each with the name whose tensor it shares.
-        tp: ranks over which parameters are sharded.
-        tp_rank: this rank among them.
-        tensors: by parameter, the same names in the same order on all ranks.
-        steps: the optimizer's counters of steps, all equal; scalar tensors of the engine.
-        buffers: persistent buffers by name of the state dict, the same on all ranks; tensors of the engine.
-    """
-
-    shardings: dict[str, Sharding]
-    ties: dict[str, str]
-    tp: int
-    tp_rank: int
-    tensors: dict[str, LocalTensor]
-    steps: list[Tensor]
-    buffers: dict[str, Tensor]
+    shardings: dict[str, Sharding]  # of the parameters; tied names are left out
+    ties: dict[str, str]  # further names of the state dict, each with the name whose tensor it shares
+    tp: int  # ranks over which parameters are sharded
+    tp_rank: int  # this rank among them
+    tensors: dict[str, LocalTensor]  # by parameter, the same names in the same order on all ranks
+    steps: list[Tensor]  # the optimizer's counters of steps, all equal; scalar tensors of the engine
+    buffers: dict[str, Tensor]  # persistent ones by name of the state dict, the same on all ranks
 
 
 def untied(model: nn.Module) -> tuple[dict[str, Sharding], dict[str, str]]:

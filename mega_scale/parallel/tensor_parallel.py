@@ -71,6 +71,13 @@ class TensorParallel(ShardedModule):
         return sum_gradient(value, axis)
 
 
+def _along(axis: Axis, kind: type[TensorParallel], *args: Any, **kwargs: Any) -> Any:
+    """Make a module on the meta device, and tell it the ranks that share it."""
+    module = on_meta(kind, *args, **kwargs)
+    module.axis = axis
+    return module
+
+
 class ColumnParallelLinear(TensorParallel, MegaLinear):
     """A linear layer of which a rank has some outputs, and all inputs: (B, L, D) to (B, L, W / T)."""
 
@@ -128,10 +135,6 @@ class RowParallelLinear(TensorParallel, MegaLinear):
 
 class ReplicatedLinear(TensorParallel, MegaLinear):
     """A linear layer that every rank computes alike."""
-
-    def __init__(self, inputs: int, outputs: int, axis: Axis) -> None:
-        super().__init__(inputs, outputs)
-        self.axis = axis
 
 
 class SegmentedLinear(ShardedModule):
@@ -218,8 +221,9 @@ class TensorParallelAttention(TensorParallel, SegmentedAttention):
         packed: Any = whole.mx_proj
         layers: dict[str, nn.Module] = {}
         for key, layer in packed.named_children():
-            kind = ReplicatedLinear if key == _REPLICATED_SEGMENT else ColumnParallelLinear
-            layers[key] = kind(layer.in_features, layer.out_features, axis)
+            widths = layer.in_features, layer.out_features
+            replicated = key == _REPLICATED_SEGMENT
+            layers[key] = _along(axis, ReplicatedLinear, *widths) if replicated else ColumnParallelLinear(*widths, axis)
         gathering = GatherSegments(layers, packed.rows, axis)
         self.add_module("mx_proj", gathering)
         self.v_proj = GatherLinear(whole.v_proj.in_features, whole.v_proj.out_features, axis)
@@ -227,7 +231,7 @@ class TensorParallelAttention(TensorParallel, SegmentedAttention):
         average: Any = whole.ema_gate
         self.ema_gate = TensorParallelEma(config, average, axis)
         rotary = isinstance(whole.rel_pos_bias, MegaRotaryRelativePositionalBias)
-        self.rel_pos_bias = (ReplicatedRotaryBias if rotary else ReplicatedSimpleBias)(config, axis)
+        self.rel_pos_bias = _along(axis, ReplicatedRotaryBias if rotary else ReplicatedSimpleBias, config)
         # The stream's channels travel while the average is computed, the average's while values are.
         self.ema_gate.register_forward_pre_hook(lambda module, args: self.v_proj.expect(args[0]))
         self.ema_dropout.register_forward_hook(lambda module, args, output: gathering.expect(output))
@@ -236,17 +240,9 @@ class TensorParallelAttention(TensorParallel, SegmentedAttention):
 class ReplicatedRotaryBias(TensorParallel, MegaRotaryRelativePositionalBias):
     """A positional bias that every rank holds."""
 
-    def __init__(self, config: MegaConfig, axis: Axis) -> None:
-        super().__init__(config)
-        self.axis = axis
-
 
 class ReplicatedSimpleBias(TensorParallel, MegaSimpleRelativePositionalBias):
     """A positional bias that every rank holds."""
-
-    def __init__(self, config: MegaConfig, axis: Axis) -> None:
-        super().__init__(config)
-        self.axis = axis
 
 
 class _Normalize(torch.autograd.Function):
@@ -334,23 +330,19 @@ def channel_parallel_norm(norm: nn.Module, axis: Axis) -> nn.Module:
     Raises:
         ValueError: its statistics are over the batch.
     """
-    found: Any
     if isinstance(norm, nn.LayerNorm):
         [channels] = norm.normalized_shape
         affine = norm.elementwise_affine
-        found = on_meta(ChannelParallelLayerNorm, channels // axis.size, norm.eps, elementwise_affine=affine)
-    elif isinstance(norm, MegaRMSNorm):
+        return _along(axis, ChannelParallelLayerNorm, channels // axis.size, norm.eps, elementwise_affine=affine)
+    if isinstance(norm, MegaRMSNorm):
         channels = norm.weight.shape[0] if norm.weight is not None else axis.size
-        found = on_meta(ChannelParallelRMSNorm, channels // axis.size, norm.eps, norm.weight is not None)
-    elif isinstance(norm, MegaScaleNorm):
-        found = on_meta(ChannelParallelScaleNorm, norm.eps, norm.scalar is not None)
-    else:
-        raise ValueError(
-            f"parallel.tp={axis.size} shards channels, which {type(norm).__name__} does not support: "
-            "choose model.normalization_type=layernorm, scalenorm or rmsnorm"
-        )
-    found.axis = axis
-    return found
+        return _along(axis, ChannelParallelRMSNorm, channels // axis.size, norm.eps, norm.weight is not None)
+    if isinstance(norm, MegaScaleNorm):
+        return _along(axis, ChannelParallelScaleNorm, norm.eps, norm.scalar is not None)
+    raise ValueError(
+        f"parallel.tp={axis.size} shards channels, which {type(norm).__name__} does not support: "
+        "choose model.normalization_type=layernorm, scalenorm or rmsnorm"
+    )
 
 
 class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
@@ -386,10 +378,6 @@ class ChannelParallelEmbedding(TensorParallel, nn.Embedding):
     """Token type embeddings, of which every rank has its channels."""
 
     shard_dims: ClassVar[dict[str, int]] = {"weight": 1}
-
-    def __init__(self, types: int, channels: int, axis: Axis) -> None:
-        super().__init__(types, channels // axis.size)
-        self.axis = axis
 
 
 class VocabularyParallelHead(GatherLinear, LanguageModelHead):
@@ -458,11 +446,12 @@ def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
             module.fc2 = on_meta(RowParallelLinear, module.fc2.in_features, module.fc2.out_features, axis)
         elif isinstance(module, MegaEmbeddings):
             words, types = module.word_embeddings, module.token_type_embeddings
-            sizes = words.num_embeddings, words.embedding_dim, words.padding_idx
-            module.word_embeddings = on_meta(VocabularyParallelEmbedding, *sizes, axis)
+            module.word_embeddings = on_meta(
+                VocabularyParallelEmbedding, words.num_embeddings, words.embedding_dim, words.padding_idx, axis
+            )
             if types is not None:
-                kind = ChannelParallelEmbedding
-                module.token_type_embeddings = on_meta(kind, types.num_embeddings, types.embedding_dim, axis)
+                sizes = types.num_embeddings, types.embedding_dim // axis.size
+                module.token_type_embeddings = _along(axis, ChannelParallelEmbedding, *sizes)
     if isinstance(model, MegaForCausalLM):
         head: Any = model.lm_head
         if model.dense is not None:

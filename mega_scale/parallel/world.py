@@ -196,26 +196,16 @@ class World:
     Use it in a `with` statement: when a rank fails, its connections close, and the ranks that wait for it end at once
     rather than after the timeout. They end with exit code 75 and one line that names it, as they do when it is killed
     or cannot be reached.
-
-    Args:
-        rank: number of this process, 0 to size - 1.
-        size: number of processes.
-        local_rank: number of this process on its machine.
-        device: where this process computes.
-        shape: ranks along each dimension of the mesh.
-        mesh: process groups along dp_replicate, fsdp (dp_shard and sp together) and tp; parameters are laid out on it.
-        sp_group: the ranks along sp.
-        monitor: watches the other ranks; none where there are none.
     """
 
-    rank: int
+    rank: int  # 0 to size - 1
     size: int
-    local_rank: int
+    local_rank: int  # on this machine
     device: torch.device
-    shape: MeshShape
-    mesh: DeviceMesh
+    shape: MeshShape  # ranks along each dimension of the mesh
+    mesh: DeviceMesh  # groups along dp_replicate, fsdp (dp_shard and sp together) and tp: parameters are laid out on it
     sp_group: dist.ProcessGroup
-    monitor: PeerMonitor | None
+    monitor: PeerMonitor | None  # watches the other ranks; None where there are none
 
     @classmethod
     def start(cls, config: ParallelConfig) -> "World":

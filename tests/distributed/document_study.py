@@ -26,6 +26,14 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+# Every pair of layout and model, of layout and engine, and of model and engine.
+RUNS = [
+    (layout, ("fsdp", "deepspeed")[(row + column) % 2], model)
+    for row, layout in enumerate(LAYOUTS)
+    for column, model in enumerate(MODELS)
+]
+
+
 def config(changes: dict[str, Any]) -> MegaConfig:
     return layout_study.config(max_positions=documents_alone.CHUNK, **changes)
 
@@ -72,13 +80,10 @@ def run(world: World, engine: str, changes: dict[str, Any], activation_checkpoin
 
 
 def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Every layout of so many ranks, engine and model."""
+    """Every layout of so many ranks."""
     found = {}
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
-        for layout, shape in LAYOUTS.items():
-            if shape.size == size:
-                world = ranks.lay_out(shape)
-                for engine in ("fsdp", "deepspeed"):
-                    for name, settings in MODELS.items():
-                        found[layout, engine, name] = run(world, engine, *settings)
+        for layout, engine, model in RUNS:
+            if LAYOUTS[layout].size == size:
+                found[layout, engine, model] = run(ranks.lay_out(LAYOUTS[layout]), engine, *MODELS[model])
     return found

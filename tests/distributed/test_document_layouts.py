@@ -6,7 +6,7 @@ from typing import Any
 import documents_alone
 import pytest
 import torch
-from document_study import LAYOUTS, MODELS, config, study
+from document_study import MODELS, RUNS, config, study
 from ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -27,15 +27,13 @@ def alone(found) -> dict[str, tuple[Any, ...]]:
     """Logits, loss and gradients of every document run alone, in one process, from the same weights."""
     expected = {}
     for name, (changes, _) in MODELS.items():
-        weights = found["sp2", "fsdp", name][0]["start"]
+        weights = found[next(run for run in RUNS if run[2] == name)][0]["start"]
         expected[name] = documents_alone.all_alone(documents_alone.without_chunks(config(changes), weights))
     return expected
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "engine", "model"), RUNS)
 def test_documents_compute_what_each_computes_alone(found, alone, layout, engine, model):
     logits, loss, gradients = alone[model]
     ranks = found[layout, engine, model]

@@ -1,27 +1,25 @@
 """The `loader`, `prepare` and `reset` commands: text to tokens, tokens to batches, and documents kept apart."""
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import datasets
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mega_scale import MegaForCausalLM
 from mega_scale.data import DataConfig, Loader, PackedDataset, load_tokenizer
@@ -53,7 +51,6 @@ PREPARE = {
     "megabytes": Option(200, "text to tokenise, MB"),
     "vocab-size": Option(16_000, "of the BPE tokenizer trained for it"),
     "shard-mb": Option(16, "text of one shard, MB"),
-    "processes": Option(2, "of the interrupted preparation"),
 }
 RESET = {
     "batch": Option(4, "sequences"),
@@ -109,12 +106,7 @@ def write_sparse(folder: Path, megabytes: int) -> None:
 
 
 class Reading:
-    """Reads a folder of prepared data as a run does; in a worker, whose memory nothing else has used.
-
-    Args:
-        folder: of prepared data.
-        options: of the command.
-    """
+    """Reads a folder of prepared data as a run does; in a worker, whose memory nothing else has used."""
 
     def __init__(self, folder: str, options: dict[str, Any]) -> None:
         self._folder, self._options = Path(folder), options
@@ -144,42 +136,38 @@ class Reading:
 
 
 def run_prepare(args: argparse.Namespace) -> None:
-    """MB/s of one core against `datasets.map`, and the same bytes after a kill.
-
-    Raises:
-        ValueError: the preparation that was killed and resumed gave other files.
-    """
+    """MB/s of one core against `datasets.map`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = write_corpus(folder / "text.jsonl", args.megabytes * 10**6)
-        with (folder / "text.jsonl").open(encoding="utf-8") as file:
-            sample = [json.loads(line)["text"] for _, line in zip(range(1000), file, strict=False)]
+        text = folder / "text.jsonl"
+        size = write_corpus(text, args.megabytes * 10**6)
+        with text.open(encoding="utf-8") as file:
+            sample = [json.loads(line)["text"] for line in itertools.islice(file, 1000)]
         train_bpe(sample, args.vocab_size).save_pretrained(folder / "tokenizer")
-        config = DataConfig("json", [str(folder / "text.jsonl")], tokenizer=str(folder / "tokenizer"))
+        config = DataConfig("json", [str(text)], tokenizer=str(folder / "tokenizer"))
         tokenizer = load_tokenizer(config.tokenizer)
+        rows = datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder / "arrow"))
+        options: dict[str, Any] = {"batched": True, "remove_columns": ["text"], "load_from_cache_file": False}
 
-        def ours() -> float:
-            shutil.rmtree(folder / "whole", ignore_errors=True)
-            return milliseconds(lambda: _prepare(folder / "whole", config, tokenizer, args, 1)) / 1e3
+        def ours() -> None:
+            shutil.rmtree(folder / "prepared", ignore_errors=True)
+            preparation = Preparation(folder / "prepared", config, tokenizer, shard_bytes=args.shard_mb * 10**6)
+            for _ in prepare(preparation, 1, config.max_bad_share):
+                pass
+            preparation.finish()
 
-        contenders = {
-            "launch/prepare.py, 1 process": ours,
-            "datasets.map, 1 process": lambda: _seconds_of_map(folder, tokenizer),
+        def tokenise(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+            return {"input_ids": tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]}
+
+        contenders: dict[str, Callable[[], float]] = {
+            "launch/prepare.py": partial(milliseconds, ours),
+            "datasets.map": partial(milliseconds, lambda: rows.map(tokenise, **options)),
         }
-        seconds = in_turns(contenders, args.repeats, args.warmup)
-        shards = kill_half_way(folder / "killed", config, tokenizer, args)
-        _prepare(folder / "killed", config, tokenizer, args, args.processes)
-        equal = _contents(folder / "killed") == _contents(folder / "whole")
-    rows = [[name, f"{min(times):.1f}", f"{size / 1e6 / min(times):.2f}"] for name, times in seconds.items()]
-    text = [
-        f"{size / 1e6:.0f} MB of Python sources and documentation, BPE of {args.vocab_size} ids, in turns.",
-        table(["", "seconds", "MB/s per core"], rows),
-        f"Killed after {shards[0]} of {shards[1]} shards, and resumed: files equal to the byte: {equal}.",
-    ]
-    report(args, text, {"bytes": size, "seconds": seconds, "killed_after": shards, "equal": equal})
-    if not equal:
-        raise ValueError("the resumed preparation gave other files")
+        times = in_turns(contenders, args.repeats, args.warmup)
+    lines = [[name, f"{min(each) / 1e3:.1f}", f"{size / 1e3 / min(each):.2f}"] for name, each in times.items()]
+    words = f"{size / 1e6:.0f} MB of Python sources and documentation, BPE of {args.vocab_size} ids, one process each."
+    report(args, [words, table(["", "seconds", "MB/s"], lines)], {"bytes": size, "milliseconds": times})
 
 
 def write_corpus(path: Path, size: int) -> int:
@@ -187,73 +175,16 @@ def write_corpus(path: Path, size: int) -> int:
     roots = [Path(os.__file__).parent, *(Path(place) for place in sys.path if place.endswith("site-packages"))]
     patterns = ("*.py", "*.md", "*.rst", "*.txt")
     files = sorted({file for root in roots for pattern in patterns for file in root.rglob(pattern)})
-    written = copy = 0
+    written = 0
     with path.open("w", encoding="utf-8") as out:
-        while written < size:
-            for text in _texts(files):
-                marked = text if copy == 0 else f"{copy}\n{text}"
-                out.write(json.dumps({"text": marked}, ensure_ascii=False) + "\n")
-                written += len(marked.encode())
-                if written >= size:
-                    break
-            copy += 1
+        for copy, file in ((copy, file) for copy in itertools.count() for file in files):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                text = f"{copy}\n{file.read_text(encoding='utf-8')}"
+                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                written += len(text.encode())
+            if written >= size:
+                break
     return written
-
-
-def kill_half_way(
-    folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
-) -> tuple[int, int]:
-    """Kill a preparation with all its processes when half its shards are done; shards done, and all of them."""
-    process = multiprocessing.get_context("fork").Process(
-        target=_prepare, args=(folder, config, tokenizer, args, args.processes)
-    )
-    process.start()
-    total = -(-(Path(config.path[0]).stat().st_size if config.path else 0) // (args.shard_mb * 10**6))
-    while len(list(folder.glob("[0-9]*.json"))) < total // 2:
-        if process.exitcode is not None:
-            raise ValueError("the preparation ended before half of it was done")
-        time.sleep(0.01)
-    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        member.send_signal(signal.SIGKILL)
-    process.join()
-    return len(list(folder.glob("[0-9]*.json"))), total
-
-
-def _texts(files: list[Path]) -> Iterator[str]:
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text:
-            yield text
-
-
-def _prepare(
-    folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, processes: int
-) -> None:
-    preparation = Preparation(folder, config, tokenizer, shard_bytes=args.shard_mb * 10**6)
-    for _ in prepare(preparation, processes, config.max_bad_share):
-        pass
-    preparation.finish()
-
-
-def _seconds_of_map(folder: Path, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Tokenise with `datasets.map`; reading the text into Arrow is not counted."""
-    cache = folder / "map"
-    text = datasets.load_dataset("json", data_files=str(folder / "text.jsonl"), split="train", cache_dir=str(cache))
-
-    def tokenise(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]}
-
-    options: dict[str, Any] = {"batched": True, "remove_columns": ["text"], "load_from_cache_file": False}
-    seconds = milliseconds(lambda: text.map(tokenise, **options)) / 1e3
-    shutil.rmtree(cache)
-    return seconds
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def run_reset(args: argparse.Namespace) -> None:
@@ -332,6 +263,8 @@ def _require_apart(model: MegaForCausalLM, inputs: Tensor, starts: Tensor) -> No
 
 COMMANDS = {
     "loader": Command(LOADER, run_loader),
-    "prepare": Command(PREPARE, run_prepare, repeats=1),
+    "prepare": Command(
+        PREPARE, run_prepare, repeats=1, replaced={"--processes": "tests/data/test_prepare.py kills a preparation"}
+    ),
     "reset": Command(RESET, run_reset, repeats=15, warmup=2),
 }

@@ -58,12 +58,7 @@ class OurDecoding(Decoding):
 
 
 def cache_bytes(config: MegaConfig, element_size: int) -> int:
-    """Bytes of the cache of one sequence of a chunked model by the formula in README.md.
-
-    Args:
-        config: of the model.
-        element_size: of keys and values, bytes.
-    """
+    """Bytes of a chunked model's cache of one sequence by README.md's formula; keys have `element_size` bytes."""
     averages = 4 * config.hidden_size * config.ema_projection_size
     widths = config.shared_representation_size + config.intermediate_size
     return config.num_hidden_layers * (averages + element_size * config.chunk_size * widths)
@@ -71,13 +66,7 @@ def cache_bytes(config: MegaConfig, element_size: int) -> int:
 
 @torch.no_grad()
 def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, seed: int) -> list[OurDecoding]:
-    """Read one text, and keep the cache where each window begins.
-
-    Args:
-        model: the decoder, in eval mode.
-        contexts: ascending, tokens at the windows' middles.
-        window: tokens.
-        seed: of the text.
+    """Read one text, and keep the cache where each window of so many tokens begins, about ascending contexts.
 
     Raises:
         ValueError: the cache's size is not that of the formula.
@@ -100,11 +89,6 @@ def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, se
 def time_windows(contenders: Sequence[OurDecoding | Worker], window: int, rounds: int) -> list[list[float]]:
     """Decode windows in turns, a short segment of one after a segment of the next, so that load meets all alike.
 
-    Args:
-        contenders: what decodes them.
-        window: tokens of each.
-        rounds: how often each is decoded.
-
     Returns:
         For each contender the milliseconds per token of its rounds.
     """
@@ -122,11 +106,7 @@ def time_windows(contenders: Sequence[OurDecoding | Worker], window: int, rounds
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, time and print.
-
-    Raises:
-        ValueError: what is decoded is wrong, the cache has not the size that it should, or options do not fit.
-    """
+    """Check, time and print. Raises ValueError where what is decoded is wrong, or options do not fit."""
     contexts = sorted(set(args.contexts))
     if contexts[0] <= args.chunk // 2:
         raise ValueError(f"windows of --chunk {args.chunk} are centred: contexts must exceed {args.chunk // 2} tokens")

@@ -44,12 +44,7 @@ OPTIONS = {
 
 
 class OurEma:
-    """`damped_ema`, coefficients from parameters included.
-
-    Args:
-        impl: its implementation.
-        problem: see `ema_problem`.
-    """
+    """An implementation of `damped_ema` on a problem, see `ema_problem`; coefficients from parameters included."""
 
     def __init__(self, impl: str, problem: dict[str, Tensor]) -> None:
         self._impl = impl
@@ -75,32 +70,21 @@ class OurEma:
 
 
 class TheirEma:
-    """transformers', in a worker.
+    """`PeerEma` in a worker, as `OurEma`; tensors come through a file."""
 
-    Args:
-        worker: of `PeerEma`.
-        folder: where tensors are exchanged.
-    """
-
-    def __init__(self, worker: Worker, folder: Path) -> None:
-        self._worker, self._file = worker, folder / "results.safetensors"
+    def __init__(self, worker: Worker, file: Path) -> None:
+        self._worker, self._file = worker, file
 
     def results(self) -> dict[str, Tensor]:
-        """See `OurEma`."""
         self._worker.call("write_results", str(self._file))
         return load_file(self._file)
 
     def time(self) -> float:
-        """See `OurEma`."""
         return float(self._worker.call("time"))
 
 
 class EmaMemory:
-    """Measures how much memory ours needs; in a worker that gives freed memory back.
-
-    Args:
-        problem: safetensors, see `ema_problem`.
-    """
+    """Measures how much memory ours needs for a problem in a file; in a worker that gives freed memory back."""
 
     def __init__(self, problem: str) -> None:
         # Copied, as the pages of a mapped file would count when they are first read.
@@ -139,11 +123,7 @@ def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, time and print.
-
-    Raises:
-        ValueError: an implementation is wrong, or the peer cannot be run.
-    """
+    """Check, time and print. Raises ValueError where an implementation is wrong, or the peer cannot be run."""
     problem = ema_problem(args.batch, args.length, args.hidden, args.states, args.seed)
     contenders: dict[str, OurEma | TheirEma] = {impl: OurEma(impl, problem) for impl in FORMS}
     versions: dict[str, str] = {}
@@ -160,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
             peer = worker("peers:PeerEma", f"--peer-python {args.peer_python}", python=args.peer_python)
             theirs = peer.call("describe")
             versions = {f"peer's {package}": version for package, version in theirs.items()}
-            contenders[f"transformers {theirs['transformers']}"] = TheirEma(peer, folder)
+            contenders[f"transformers {theirs['transformers']}"] = TheirEma(peer, folder / "results.safetensors")
         truth = OurEma("recurrent", {name: tensor.double() for name, tensor in problem.items()}).results()
         errors = {name: compare(name, each.results(), truth, TOLERANCE) for name, each in contenders.items()}
         times = in_turns({name: each.time for name, each in contenders.items()}, args.repeats, args.warmup)

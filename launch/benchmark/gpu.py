@@ -119,11 +119,7 @@ def copy_bandwidth() -> float:
 
 
 def run_bandwidth(args: argparse.Namespace) -> None:
-    """Time forward and backward, and print a table.
-
-    Raises:
-        ValueError: there is no GPU, or an implementation computes something else than the recurrence.
-    """
+    """Time forward and backward, and print a table. Raises ValueError where an implementation is wrong."""
     require_gpu("bandwidth")
     ceiling = copy_bandwidth()
     found = [_bandwidth(impl, dtype, args, ceiling) for dtype in args.dtypes for impl in args.impls]
@@ -187,11 +183,7 @@ def _ema_error(x: Tensor, dy: Tensor, coefficients: EmaCoefficients, results: li
 
 
 def run_kernels(args: argparse.Namespace) -> None:
-    """Compile Triton kernels, and print what they take.
-
-    Raises:
-        ValueError: triton is not installed, or interprets kernels in this process.
-    """
+    """Compile Triton kernels, and print what they take. Raises ValueError where triton is missing or interprets."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
     from mega_scale.ops.triton_report import compile_kernels, compiler_version
@@ -294,12 +286,7 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class GpuTraining:
-    """One contender of `mfu`, in a worker: training steps at several lengths.
-
-    Args:
-        kind: ours or llama.
-        options: those of the command.
-    """
+    """One contender of `mfu`, ours or llama, in a worker: training steps at several lengths."""
 
     def __init__(self, kind: str, options: dict[str, Any]) -> None:
         self._kind, self._options = kind, options
@@ -371,11 +358,7 @@ def _release() -> None:
 
 
 def run_mfu(args: argparse.Namespace) -> None:
-    """Train some steps, and print a table.
-
-    Raises:
-        ValueError: there is no GPU, options do not fit each other, or a contender fails.
-    """
+    """Train some steps, and print a table. Raises ValueError where options do not fit, or a contender fails."""
     require_gpu("mfu")
     for name in ("recompute", "segment"):
         if len(getattr(args, name)) != len(args.lengths):

@@ -40,37 +40,22 @@ _PRODUCT_RUNS = 8
 
 
 class Option(NamedTuple):
-    """An option of a command; its type is that of its default.
+    """An option of a command; its type is that of its default."""
 
-    Args:
-        default: a number, a text, none for a text that may be left out, a list for several, or False for a flag.
-        help: for `--help`.
-        choices: what it may be.
-        least: smallest number that is allowed.
-    """
-
-    default: Any
+    default: Any  # a number, a text, none for a text that may be left out, a list for several, or False for a flag
     help: str
     choices: Sequence[str] | None = None
-    least: int = 1
+    least: int = 1  # number that is allowed
 
 
 class Command(NamedTuple):
-    """A command: its own options by name, and the function that measures and prints.
-
-    Args:
-        options: without their dashes.
-        run: is given all options.
-        repeats: default of `--repeats`; 0 for a command without `--repeats` and `--warmup`.
-        warmup: default of `--warmup`.
-        replaced: options that it had once: what to use instead.
-    """
+    """A command: its own options by name, and the function that measures and prints."""
 
     options: Mapping[str, Option]
     run: Callable[[argparse.Namespace], None]
-    repeats: int = 0
+    repeats: int = 0  # default of --repeats; 0 for a command without --repeats and --warmup
     warmup: int = 0
-    replaced: Mapping[str, str] = MappingProxyType({})
+    replaced: Mapping[str, str] = MappingProxyType({})  # what to use instead of options that it had once
 
 
 def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -101,12 +86,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 class WorkerError(ValueError):
-    """A worker ended without an answer.
-
-    Args:
-        message: who ended how, with the last line that it printed.
-        status: its exit status.
-    """
+    """A worker ended without an answer, with an exit status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -209,13 +189,8 @@ def serve(target: str, arguments: str, threads: str) -> None:
 def in_turns(contenders: Mapping[str, Callable[[], T]], repeats: int, warmup: int) -> dict[str, list[T]]:
     """Run contenders in turns (A B C A B C ...), so that a change in the machine's load meets all of them.
 
-    Args:
-        contenders: by name, what one run of each is and returns, such as its milliseconds.
-        repeats: runs of each that count.
-        warmup: runs of each before them.
-
     Returns:
-        By name, what the runs returned.
+        By name, what the runs after the warm-up returned, such as their milliseconds.
     """
     found: dict[str, list[T]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
@@ -240,19 +215,7 @@ def relative_error(found: Tensor | float, truth: Tensor | float) -> float:
 
 
 def check_errors(name: str, errors: Mapping[str, float], tolerance: float) -> float:
-    """Refuse to report what is wrong.
-
-    Args:
-        name: whose results they are.
-        errors: relative errors by result.
-        tolerance: the error that is allowed.
-
-    Returns:
-        The largest error.
-
-    Raises:
-        ValueError: an error is larger than allowed, or NaN; names whose it is, and of what.
-    """
+    """The largest of some relative errors. Raises ValueError where one is larger than allowed, or NaN."""
     wrong = [f"{what} by {error:.1e}" for what, error in errors.items() if not error <= tolerance]
     if wrong:
         raise ValueError(f"{name} is not reported: it is wrong in {', '.join(wrong)}; {tolerance:.0e} is allowed")

@@ -78,38 +78,22 @@ LONG = {
 
 
 class Needs(NamedTuple):
-    """What one optimizer step needed on one rank.
+    """What one optimizer step needed on one rank."""
 
-    Args:
-        loss: of the whole sequence, nats per token.
-        gradient_norm: L2 norm of the whole gradient.
-        saved: bytes that the forward pass left for the backward pass; each storage once, parameters not counted.
-        before: bytes of the process in memory before the step.
-        growth: bytes by which it was larger at its peak, somewhere in the step.
-        seconds: that it took.
-    """
-
-    loss: float
-    gradient_norm: float
-    saved: int
-    before: int
-    growth: int
+    loss: float  # of the whole sequence, nats per token
+    gradient_norm: float  # L2 norm of the whole gradient
+    saved: int  # bytes that forward left for backward; each storage once, parameters not counted
+    before: int  # bytes of the process in memory before the step
+    growth: int  # bytes by which it was larger at its peak, somewhere in the step
     seconds: float
 
 
 class Row(NamedTuple):
-    """One length on so many ranks.
+    """One length on so many ranks."""
 
-    Args:
-        length: L, tokens.
-        sp: P.
-        tokens: of one rank, padding included.
-        ranks: what each of them needed.
-    """
-
-    length: int
-    sp: int
-    tokens: int
+    length: int  # L, tokens
+    sp: int  # P
+    tokens: int  # of one rank, padding included
     ranks: list[Needs]
 
     def most(self, what: str) -> int:
@@ -222,11 +206,7 @@ def tokens_per_rank(length: int, sp: int, chunk: int) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be measured, before any process starts.
-
-    Raises:
-        ValueError: names the option, its value and what would work.
-    """
+    """Refuse what cannot be measured, before any process starts: ValueError names option, value and what works."""
     PeakMemory()  # which not every system counts
     if args.port >= 2**16:
         raise ValueError(f"--port {args.port} is no port: choose one of 1 to 65535, or 0 for a free one")
@@ -242,11 +222,6 @@ def check(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, length: int, sp: int) -> Row:
     """Train one sequence on new processes, which find each other as under any launcher.
-
-    Args:
-        args: the command line.
-        length: L, tokens.
-        sp: P.
 
     Raises:
         ValueError: a rank failed; with its exit status and the last line that it printed.
@@ -303,11 +278,7 @@ def _free_port() -> int:
 
 
 def run_memory(args: argparse.Namespace) -> None:
-    """Measure, check, print.
-
-    Raises:
-        ValueError: what is asked for cannot be measured, or a layout computes something else than one process.
-    """
+    """Measure, check, print. Raises ValueError where a layout computes something else than one process."""
     args.lengths, args.sp = sorted(set(args.lengths)), sorted({1, *args.sp})
     check(args)
     rows: list[Row] = []
@@ -353,11 +324,7 @@ def memory_table(rows: Sequence[Row]) -> str:
 
 
 def run_long(args: argparse.Namespace) -> None:
-    """Take one step in a process of its own, and print what it needed.
-
-    Raises:
-        ValueError: the model cannot be trained like this, or the step needed more memory than is allowed.
-    """
+    """Take one step in a process of its own, and print what it needed; ValueError where that is more than allowed."""
     recipe = load_config(args.config)
     config = run_model_config(recipe.model, load_tokenizer(recipe.data.tokenizer))
     check_segments(config, args.segment, 1, 1)

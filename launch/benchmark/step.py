@@ -70,11 +70,7 @@ OPTIONS = {
 
 
 def run(args: argparse.Namespace) -> None:
-    """Time training steps, and print a table.
-
-    Raises:
-        ValueError: transformers' Mega computes something else, a contender fails, or what is asked for cannot be done.
-    """
+    """Check, time and print. Raises ValueError where Mega computes something else, or a contender fails."""
     if args.plot:
         check_plot(args.plot)
     sizes = {name: value for name, value in vars(args).items() if isinstance(value, int)}
@@ -188,11 +184,7 @@ def _exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def exponent(times: Mapping[int, float]) -> float:
-    """The power of the length that time grows as: slope of log time over log length, by least squares.
-
-    Args:
-        times: by length, of at least two lengths, in any unit.
-    """
+    """The power of the length that times by length grow as: slope of log time over log length, by least squares."""
     x, y = [math.log(length) for length in times], [math.log(time) for time in times.values()]
     x_mean, y_mean = statistics.fmean(x), statistics.fmean(y)
     slope = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
@@ -200,11 +192,7 @@ def exponent(times: Mapping[int, float]) -> float:
 
 
 def check_plot(file: str) -> None:
-    """Refuse a picture that could not be drawn, before anything is timed for it.
-
-    Raises:
-        ValueError: matplotlib is missing, or the name is of no format or folder that there is.
-    """
+    """Refuse a picture that could not be drawn, before anything is timed for it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"--plot {file} needs matplotlib, which is not installed: install mega_scale[plot]")
     if Path(file).suffix not in _PICTURES:
@@ -219,7 +207,7 @@ def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], ti
     Args:
         file: a name that `check_plot` allows.
         costs: by contender and length: median, least and greatest microseconds a token.
-        title: above it.
+        title: above the picture.
     """
     from matplotlib.figure import Figure
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,41 +70,6 @@ def test_pieces_of_a_file_have_every_line_once_and_count_lines_from_its_start(si
     rows = [row for piece in pieces for row in read_range(piece, "json", TextColumn("text", LONGEST))]
     assert [row for row in rows if isinstance(row, str)] == good
     assert [row.line for row in rows if isinstance(row, BadRow)] == sorted(i + 1 for i in bad)
-
-
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_cut_file_keeps_what_is_before_the_cut(suffix, tmp_path):
-    draw = random.Random(0)  # what compresses badly, so that there are several blocks
-    texts = [f"{i} {draw.randbytes(100).hex()}" for i in range(4000)]
-    content = b"\n".join(line_of(text) for text in texts) + b"\n"
-    packed = gzip.compress(content) if suffix == "gz" else pa.compress(content, codec="zstd", asbytes=True)
-    whole, cut = tmp_path / f"a.jsonl.{suffix}", tmp_path / f"b.jsonl.{suffix}"
-    whole.write_bytes(packed)
-    assert list(load_documents(config_of(whole))) == texts
-    cut.write_bytes(packed[: len(packed) // 2])
-    documents = load_documents(config_of(cut, max_bad_share=1.0))
-    found = list(documents)
-    assert found == texts[: len(found)] and 1000 < len(found) < 4000
-    assert documents.tally.to_json()["bad"] == {str(cut): {"truncated_file": 1}}
-    assert documents.tally.last.startswith(f"{cut}, line {len(found) + 1}: ")
-    for share in (0.0, 0.01, 0.9):  # of a file that was cut, nobody knows how much is missing
-        with pytest.raises(ValueError, match=f"truncated_file.*b.jsonl.{suffix}"):
-            list(load_documents(config_of(cut, max_bad_share=share)))
-
-
-def test_corrupt_page_of_parquet_costs_the_rows_of_its_group(tmp_path):
-    path = tmp_path / "a.parquet"
-    settings = {"compression": "none", "use_dictionary": False, "write_page_checksum": True, "row_group_size": 100}
-    pq.write_table(pa.table({"text": GOOD}), path, **settings)
-    content = bytearray(path.read_bytes())
-    content[content.index(GOOD[450].encode())] ^= 1
-    path.write_bytes(content)
-    documents = load_documents(config_of(path, "parquet", max_bad_share=0.1))
-    assert list(documents) == GOOD[:400] + GOOD[500:]
-    assert documents.tally.to_json()["bad"] == {str(path): {"corrupt": 100}} and documents.tally.rows == ROWS
-    assert f"{path}, line 401" in documents.tally.last
-    with pytest.raises(ValueError, match=r"100 corrupt.*a.parquet, line 401"):
-        list(load_documents(config_of(path, "parquet", max_bad_share=0.09)))
 
 
 @pytest.mark.parametrize("kind", ["file", "stream", "parquet"])

@@ -12,8 +12,8 @@ from mega_scale.data import LengthSchedule, Loader, Mixture, PackedDataset, vali
 
 L = 64
 GLOBAL = 24
-LENGTHS = np.random.default_rng(0).lognormal(3, 1, 10_000).astype(int) + 1
-SPLIT = 7_000  # documents of the first source
+LENGTHS = np.random.default_rng(0).lognormal(3, 1, 3_000).astype(int) + 1
+SPLIT = 2_000  # documents of the first source
 STAGES = [[0, 16], [11, 32], [40, 64], [90, 16]]
 WAYS = {
     "in_order": {},
@@ -26,7 +26,7 @@ def mixture_of(way: str) -> Mixture:
     """Two sources, read once and twice; a token is its document's number times 4096 plus its offset."""
     tokens = np.concatenate([4096 * i + np.arange(length) for i, length in enumerate(LENGTHS)])
     place = int(LENGTHS[:SPLIT].sum())
-    first = PackedDataset(store_of(tokens[:place], LENGTHS[:SPLIT], cuts=[1000, 6000]), L, "reset", **WAYS[way])
+    first = PackedDataset(store_of(tokens[:place], LENGTHS[:SPLIT], cuts=[300, 1800]), L, "reset", **WAYS[way])
     second = PackedDataset(store_of(tokens[place:], LENGTHS[SPLIT:]), L, "reset", **WAYS[way])
     return Mixture({"first": first, "second": second}, {"first": len(first), "second": 2 * len(second)})
 
@@ -162,3 +162,68 @@ def test_validation_is_packed_alike(way):
     assert sorted(labels[counted].tolist()) == [i + 1 for i in range(4000) if i % 40]
     assert torch.equal(labels[counted], inputs[counted] + 1)
     assert starts.dtype == torch.bool and starts.sum() >= len(data) and not starts[(inputs == 0)].any()
+
+
+SHORT = 8
+# Ends on, before and after the borders of rows, documents of one and two tokens, and one longer than three rows.
+CUT_LENGTHS = [8, 7, 1, 9, 2, 2, 30, 5, 8, 8, 1, 1, 15]
+
+
+def naive_rows(lengths: list[int], packing: str) -> list[list[tuple[int, int]]]:
+    """(document, offset) of every place of every row."""
+    documents = [[(i, offset) for offset in range(length)] for i, length in enumerate(lengths)]
+    streams = documents if packing == "none" else [[place for document in documents for place in document]]
+    return [stream[start : start + SHORT + 1] for stream in streams for start in range(0, len(stream) - 1, SHORT)]
+
+
+def batches(packing: str, cuts: list[int], shuffle: bool) -> list[tuple[dict, torch.Tensor]]:
+    tokens = np.concatenate([100 * i + np.arange(length) for i, length in enumerate(CUT_LENGTHS)])
+    dataset = PackedDataset(store_of(tokens, CUT_LENGTHS, cuts), SHORT, packing)
+    loader = Loader(dataset, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1, shuffle=shuffle)
+    pairs = []
+    for step in range(12):
+        rows = [range(first, first + 2) for first in (4 * step, 4 * step + 2)]
+        starts = [torch.from_numpy(loader.dataset.document_starts(numbers, 0, shuffle)) for numbers in rows]
+        pairs += zip(loader.batches(step), starts, strict=True)
+    return pairs
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [3, 4, 9]])
+@pytest.mark.parametrize("packing", ["concat", "none"])
+def test_starts_are_where_documents_start(packing, cuts):
+    rows = naive_rows(CUT_LENGTHS, packing)
+    found = batches(packing, cuts, shuffle=False)
+    flat = [
+        (row, starts) for batch, marks in found for row, starts in zip(batch["input_ids"], marks, strict=True)
+    ]  # fmt: skip
+    assert len(flat) > 2 * len(rows)
+    for k, (row, starts) in enumerate(flat):
+        expected = rows[k % len(rows)]
+        assert row[: len(expected) - 1].tolist() == [100 * i + offset for i, offset in expected[: len(expected) - 1]]
+        assert starts.tolist() == [offset == 0 for _, offset in expected] + [False] * (SHORT + 1 - len(expected))
+
+
+def test_batches_keep_documents_apart():
+    tokens = np.concatenate([100 * i + np.arange(length) for i, length in enumerate(CUT_LENGTHS)])
+    dataset = PackedDataset(store_of(tokens, CUT_LENGTHS, [2, 7]), SHORT, "reset")
+    loader = Loader(dataset, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+    for batch in [batch for step in range(12) for batch in loader.batches(step)]:
+        inputs, labels, starts = batch["input_ids"], batch["shift_labels"], batch["document_starts"]
+        there = inputs > 0
+        assert torch.equal(starts[there], (inputs % 100 == 0)[there])
+        # A label is of its input's document, and is its next token.
+        kept = labels != -100
+        assert torch.equal(labels[kept], inputs[kept] + 1)
+        ends = torch.tensor([100 * i + length - 1 for i, length in enumerate(CUT_LENGTHS)])
+        assert torch.equal(~kept[there], torch.isin(inputs, ends)[there])
+
+
+def test_rows_of_separate_documents_are_counted_across_blocks():
+    lengths = np.random.default_rng(1).integers(1, 40, size=3000)
+    tokens = np.concatenate([64 * i + np.arange(length) for i, length in enumerate(lengths)])
+    dataset = PackedDataset(store_of(tokens, lengths, [500, 2500]), SHORT, "none")
+    assert len(dataset) == sum(-(-(length - 1) // SHORT) for length in lengths)
+    assert dataset.labels == lengths.sum() - 3000
+    rows = dataset.rows(np.arange(len(dataset)))
+    labels = rows[:, 1:][rows[:, 1:] >= 0]
+    assert labels.tolist() == [64 * i + offset for i, length in enumerate(lengths) for offset in range(1, length)]

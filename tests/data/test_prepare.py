@@ -1,11 +1,13 @@
 """Prepared data is the same to the byte however it was made, is whole or refused, and trains like the text itself."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
-from mega_scale.data.prepare import Preparation, run
+from mega_scale.data.prepare import Preparation, run, run_on_cluster
 from mega_scale.data.sources import stdlib_documents
 from mega_scale.data.tokens import check_content, open_part, read_manifest
 from mega_scale.files import FileLock
@@ -79,7 +81,7 @@ def test_files_do_not_depend_on_processes_or_interruptions(corpus, whole, tmp_pa
 @pytest.mark.launch
 def test_killed_command_goes_on_and_gives_the_same_files(tmp_path):
     with (tmp_path / "text.jsonl").open("w") as file:
-        for text in stdlib_documents():
+        for text in islice(stdlib_documents(), 300):
             file.write(json.dumps({"text": text}) + "\n")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"x": 0, "</s>": 1}, unk_token="x")), eos_token="</s>"
@@ -220,3 +222,59 @@ def test_validation_text_of_its_own_is_a_part(corpus, tmp_path):
     prepare(tmp_path / "made", config)
     manifest = read_manifest(tmp_path / "made")
     assert {part: manifest.totals(part)["documents"] for part in manifest.parts} == {"train": 200, "validation": 100}
+
+
+SBATCH = """#!/bin/bash
+# Runs the tasks of an array one after the other, and answers with the number of the job.
+script="${@: -1}"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+for ((i = 0; i <= ${last:-0}; i++)); do
+    export SLURM_ARRAY_TASK_ID=$i SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_NODELIST=node0 SLURM_NODEID=0
+    bash "$script" >> "$0.log" 2>&1
+done
+echo 7
+"""
+
+
+SRUN = """#!/bin/bash
+shift 3  # -l -n 1
+"$@"
+"""
+
+
+@pytest.fixture
+def one_file(tmp_path) -> DataConfig:
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return DataConfig("json", [str(tmp_path / "text.jsonl")], validation_fraction=0.2)
+
+
+@pytest.mark.distributed
+def test_local_executor_makes_the_same_files(one_file, tmp_path):
+    pytest.importorskip("datatrove")
+    prepare(tmp_path / "own", one_file)
+    run_on_cluster(tmp_path / "local", one_file, 3000, tasks=3, processes=1, slurm={})
+    assert contents(tmp_path / "local") == contents(tmp_path / "own")
+    lost = tmp_path / "local/00002.json"
+    lost.unlink()
+    run_on_cluster(tmp_path / "local", one_file, 3000, tasks=2, processes=1, slurm={})
+    assert contents(tmp_path / "local") == contents(tmp_path / "own")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_slurm_jobs_make_the_same_files(one_file, tmp_path, monkeypatch):
+    pytest.importorskip("datatrove")
+    prepare(tmp_path / "own", one_file)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, script in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", "#!/bin/bash\necho node0\n")):
+        (commands / name).write_text(script)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    keys = {"partition": "cpu", "time": "00:10:00"}
+    run_on_cluster(tmp_path / "slurm", one_file, 3000, tasks=2, processes=None, slurm=keys)
+    log = commands / "sbatch.log"
+    assert (tmp_path / "slurm/manifest.json").exists(), log.read_text() if log.exists() else "nothing was submitted"
+    assert contents(tmp_path / "slurm") == contents(tmp_path / "own")
+    with pytest.raises(ValueError, match="partition and time"):
+        run_on_cluster(tmp_path / "slurm", one_file, 3000, tasks=2, processes=None, slurm={})

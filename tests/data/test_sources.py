@@ -1,15 +1,22 @@
-"""Documents of every source are what was written, and the held-out part shares no text with the rest."""
+"""Documents of every source are what was written, in an order that is fixed, and the held-out part shares no text."""
 
 import gzip
 import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import tokenize
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mega_scale.data.config import DataConfig, find_on_hub
-from mega_scale.data.sources import is_held_out, load_corpus, load_documents
+from mega_scale.data.sources import is_held_out, load_corpus, load_documents, shuffled, stdlib_documents
 
 TEXTS = [f"document {i}: ünïcode 😀 {'x' * i}\nsecond line" for i in range(200)]
 
@@ -160,3 +167,77 @@ def test_offline_hub_data_set_that_was_never_fetched_is_refused(tmp_path):
     config = DataConfig(source="hub", hub_name="no/such", cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"data.hub_name='no/such'.*cannot be loaded"):
         load_documents(config)
+
+
+DIGEST = """
+import hashlib
+from mega_scale.data.sources import stdlib_documents
+print(hashlib.sha256("\\0".join(stdlib_documents()).encode()).hexdigest())
+"""
+
+
+def test_sources_and_built_in_documentation_are_there():
+    documents = list(stdlib_documents())
+    assert sum(len(text.encode()) for text in documents) > 5e6
+    with tokenize.open(textwrap.__file__) as file:
+        assert file.read() in documents
+    documented = "\n".join(text for text in documents if text.startswith(("math\n", "itertools\n")))
+    assert "math.hypot" in documented and "itertools.chain" in documented
+    assert not any("site-packages" in text[:200] for text in documents)
+
+
+def test_every_process_sees_the_same():
+    command = [sys.executable, "-c", DIGEST]
+    found = [
+        subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE)
+        for seed in ("1", "2")
+    ]
+    one, other = (process.communicate()[0] for process in found)
+    assert one == other and len(one) == 65
+
+
+def test_documentation_shows_no_addresses():
+    documented = [text for text in stdlib_documents() if re.match(r"\w+\n", text)]
+    assert documented
+    assert not any(re.search(r" at 0x[0-9a-f]{6,}>", text) for text in documented)
+
+
+def test_split_is_disjoint():
+    corpus = load_corpus(DataConfig())
+    train, validation = set(corpus.train), set(corpus.validation or [])
+    assert len(validation) > 10 and not train & validation
+    assert train | validation == {text for text in stdlib_documents() if text}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097, 100_003])
+def test_every_row_occurs_once(length):
+    found = shuffled(np.arange(length), length, seed=3, epoch=1)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(found), np.arange(length))
+
+
+def test_places_can_be_looked_up_on_their_own():
+    whole = shuffled(np.arange(1000), 1000, seed=7, epoch=2)
+    places = np.array([999, 0, 500, 500])
+    np.testing.assert_array_equal(shuffled(places, 1000, seed=7, epoch=2), whole[places])
+
+
+def test_order_is_fixed_for_ever():
+    """Another order would make every checkpoint of before continue on other rows."""
+    assert shuffled(np.arange(10), 10, seed=0, epoch=0).tolist() == [3, 7, 4, 6, 5, 2, 1, 0, 9, 8]
+
+
+def test_seeds_and_epochs_differ():
+    orders = [shuffled(np.arange(1000), 1000, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for i, order in enumerate(orders):
+        for other in [np.arange(1000), *orders[:i]]:
+            assert (order == other).mean() < 0.02  # one in a thousand by chance
+
+
+def test_rows_go_everywhere():
+    """Over many epochs each of 10 rows stands at each of 10 places about equally often."""
+    counts = np.zeros((10, 10))
+    for epoch in range(2000):
+        counts[np.arange(10), shuffled(np.arange(10), 10, seed=5, epoch=epoch)] += 1
+    chi_square = ((counts - 200) ** 2 / 200).sum()
+    assert chi_square < 130  # 81 degrees of freedom: above this once in 2,000 tries

@@ -5,7 +5,6 @@ A wrong reduction shows as a factor between gradients, on some ranks or paramete
 Legend: T ranks that share channels, P ranks that share a row.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,10 +63,10 @@ def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World) ->
     tokens = torch.randint(2, tiny.vocab_size, (2 * world.shape.dp, length + 1), generator=generator)
     inputs, labels = tokens[:, :-1].to(world.device), tokens[:, 1:].to(world.device)
     expected_loss, expected = _alone(tiny, inputs, labels, world.device)
-    loss, found = _in_layout(tiny, inputs, labels, parallel, world)
+    loss, compared = _in_layout(tiny, inputs, labels, parallel, world, expected)
 
     worst, name = 0.0, ""
-    for key, (gradient, reference, largest) in found(expected).items():
+    for key, (gradient, reference, largest) in compared.items():
         error = float((gradient - reference).abs().max()) if gradient.numel() else 0.0
         # The gradient of the keys' bias is zero under softmax but for rounding.
         error /= max(largest, 1e-3 * max(float(tensor.abs().max()) for tensor in expected.values()))
@@ -118,15 +117,15 @@ def _alone(config: MegaConfig, inputs: Tensor, labels: Tensor, device: torch.dev
     return float(output.loss.detach()), {name: assemble(parts, gradients.__getitem__) for name, parts in table.items()}
 
 
-_Pairs = Callable[[dict[str, Tensor]], dict[str, tuple[Tensor, Tensor, float]]]
-"""Expected gradients by name of the state dict -> by own name: this rank's gradient, its part of the expected one, and
-the largest number in the whole of that."""
-
-
 def _in_layout(
-    config: MegaConfig, inputs: Tensor, labels: Tensor, parallel: ParallelConfig, world: World
-) -> tuple[float, _Pairs]:
-    """Loss in the layout, and a function that pairs this rank's gradients with its parts of expected ones."""
+    config: MegaConfig,
+    inputs: Tensor,
+    labels: Tensor,
+    parallel: ParallelConfig,
+    world: World,
+    expected: dict[str, Tensor],
+) -> tuple[float, dict[str, tuple[Tensor, Tensor, float]]]:
+    """Loss in the layout; by parameter, this rank's gradient, its part of the expected one, and the largest of that."""
     engine = parallelize(
         _meta(config),
         seeded_values(config, _SEED),
@@ -142,17 +141,11 @@ def _in_layout(
     loss = engine.forward(inputs[rows], labels[rows], _ITEMS, Place(0, first))
     engine.backward(loss, last=True)
     engine.step(1.0)
-    after = {name: engine.local_tensor(name).clone() for name in before}
-    table = shardings(engine.module)
-
-    def pair(expected: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
-        paired = {}
-        for name, old in before.items():
-            whole = expected[table[name].source]
-            part = engine.local_shard(name, table[name].local(whole, world.at.tp, world.shape.tp))
-            paired[name] = (old - after[name], part, float(whole.abs().max()))
-        return paired
-
+    table, compared = shardings(engine.module), {}
+    for name, old in before.items():
+        whole = expected[table[name].source]
+        part = engine.local_shard(name, table[name].local(whole, world.at.tp, world.shape.tp))
+        compared[name] = (old - engine.local_tensor(name), part, float(whole.abs().max()))
     total = float(world.sum(loss, alike=("tp",)))
     engine.close()
-    return total, pair
+    return total, compared

@@ -28,7 +28,13 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 def test_it_is_named_with_its_reason(tmp_path, text_file, alone, says):
     port = warm.free_port()
     command = [sys.executable, "launch/pretrain.py", *TINY, f"data.path={text_file}", f"run_dir={tmp_path / 'run'}"]
-    command += ["data.source=json", "parallel.device=cpu", "parallel.engine=deepspeed", "train.steps=2"]
+    command += [
+        "data.source=json",
+        "parallel.device=cpu",
+        "parallel.engine=deepspeed",
+        "train.steps=2",
+        "schedule.warmup_steps=1",
+    ]
     ranks = [
         subprocess.Popen(
             command,

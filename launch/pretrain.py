@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(error)
     config = parse(sys.argv[1:] if arguments is None else arguments, quiet=place.rank != 0)
     # These take seconds, which help and refused keys do without.
+    from mega_scale.parallel.model_parallel import ParallelizeError
     from mega_scale.parallel.monitor import tell_refusal
-    from mega_scale.training.trainer import SetUpError, Trainer
+    from mega_scale.training.trainer import Trainer
 
     try:
         trainer = Trainer(config, place, SIGNALS)
@@ -44,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(error, quiet=place.rank != 0 and not tell_refusal(place.rank, error, SIGNALS.asked))
     try:
         code = trainer.run()
-    except SetUpError as error:
-        refuse(error)
+    except ParallelizeError as error:  # of this rank, perhaps alone
+        refuse(f"rank {place.rank}: {error}")
     if code:
         raise SystemExit(code)
 

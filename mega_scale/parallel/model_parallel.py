@@ -20,6 +20,10 @@ from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism, separa
 from mega_scale.parallel.world import Axis, World
 
 
+class ParallelizeError(ValueError):
+    """Settings contradict each other, or model or values do not fit the mesh or the engine, perhaps on one rank."""
+
+
 def parallelize(
     model: MegaPreTrainedModel, values: Values, config: EngineConfig, world: World, build_optimizer: BuildOptimizer
 ) -> Engine:
@@ -36,19 +40,22 @@ def parallelize(
         The engine that trains the model.
 
     Raises:
-        ValueError: the settings contradict each other, or model or values do not fit the mesh or the engine.
+        ParallelizeError: the settings contradict each other, or model or values do not fit the mesh or the engine.
     """
-    config.validate(world.size)
-    parallelism = apply_model_parallelism(
-        model,
-        sp=world.axis("sp"),
-        tp=world.axis("tp"),
-        checkpointing=config.parallel.checkpointing,
-        seed=config.seed,
-        compile=config.compile,
-    )
-    kind = FsdpEngine if config.parallel.engine == "fsdp" else DeepSpeedEngine
-    return kind(model, values, parallelism, config, world, build_optimizer)
+    try:
+        config.validate(world.size)
+        parallelism = apply_model_parallelism(
+            model,
+            sp=world.axis("sp"),
+            tp=world.axis("tp"),
+            checkpointing=config.parallel.checkpointing,
+            seed=config.seed,
+            compile=config.compile,
+        )
+        kind = FsdpEngine if config.parallel.engine == "fsdp" else DeepSpeedEngine
+        return kind(model, values, parallelism, config, world, build_optimizer)
+    except ValueError as error:
+        raise ParallelizeError(str(error)) from error
 
 
 def apply_model_parallelism(

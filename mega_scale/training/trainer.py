@@ -61,10 +61,6 @@ class RefusedError(Exception):
     """The ranks, which have met, cannot run together, or not from the checkpoint that there is."""
 
 
-class SetUpError(Exception):
-    """A rank, perhaps alone, cannot build its engine."""
-
-
 class NotSavedError(OSError):
     """The last checkpoint could not be written."""
 
@@ -327,16 +323,13 @@ class Trainer:
         with torch.device("meta"):
             model = MegaForCausalLM(self.model_config)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        try:
-            self.engine = parallelize(
-                model,
-                self.values,
-                config.engine_config(world.size),
-                world,
-                lambda sharded: build_optimizer(sharded, config.optimizer),
-            )
-        except ValueError as error:
-            raise SetUpError(f"rank {self.rank}: {error}") from error
+        self.engine = parallelize(
+            model,
+            self.values,
+            config.engine_config(world.size),
+            world,
+            lambda sharded: build_optimizer(sharded, config.optimizer),
+        )
         self.watchdog.beat("starting")
         self.engine.module.train()
         # Whatever was drawn until here, for workers or by libraries, is none of the run's.

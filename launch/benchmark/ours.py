@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.ops.elementwise import compile_gates
@@ -46,14 +45,9 @@ class OurTraining(TrainingStep):
             how = ActivationCheckpointing(every=1, segment=sizes["segment"])
             checkpoint_activations(model, how, ReceivedStates(), RowSlice())
         if kind == "ours compiled":
-            _compile(model)
+            compile_gates(model)  # as train.compile does
         mixed = partial(torch.autocast, "cpu", torch.bfloat16) if kind == "ours bf16" else contextlib.nullcontext
         super().__init__(model, sizes["vocabulary"], {"skip_logits": True}, mixed)
-
-
-def _compile(model: nn.Module) -> None:
-    """As `train.compile` does."""
-    compile_gates(model)
 
 
 def build_engine(

@@ -24,7 +24,7 @@ from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths
 from mega_scale.training.evaluate import evaluate, loss_of
-from mega_scale.training.restore import load_model, say_to_stderr
+from mega_scale.training.trained_model import load_model, log_to_stderr
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if args.batch_size < 1:
             raise ValueError(f"--batch-size {args.batch_size} is not possible: give at least 1")
-        say = say_to_stderr if rank == 0 else lambda line: None
-        model, tokenizer, folder = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file), say=say)
+        log = log_to_stderr if rank == 0 else lambda line: None
+        model, tokenizer, folder = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file), log=log)
         dataset = load_whole(replace(settings, add_bos=adds_bos(tokenizer)), tokenizer)
         batches = validation_batches(dataset, len(dataset), args.batch_size, rank, size)
     except (ValueError, OSError) as error:

@@ -19,7 +19,7 @@ from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths
 from mega_scale.training.evaluate import check_sample, generate_text
-from mega_scale.training.restore import load_model, say_to_stderr
+from mega_scale.training.trained_model import load_model, log_to_stderr
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_sample(model.config, tokenizer, args.prompt, args.max_new_tokens)
     except (ValueError, OSError) as error:
         refuse(error)
-    say_to_stderr(f"text by {folder}")
+    log_to_stderr(f"text by {folder}")
     print(
         generate_text(
             model,

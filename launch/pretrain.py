@@ -31,23 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         refuse(error)
     config = parse(sys.argv[1:] if arguments is None else arguments, quiet=place.rank != 0)
-    # These take seconds, which help and refused keys do without.
-    from mega_scale.parallel.model_parallel import ParallelizeError
-    from mega_scale.parallel.monitor import tell_refusal
-    from mega_scale.training.trainer import Trainer
-
     try:
+        config.validate(place.size, place.local_size)
+        from mega_scale.training.trainer import Trainer  # takes seconds, which help and most refusals do without
+
         trainer = Trainer(config, place, SIGNALS)
         if __name__ == "__main__":
             # Only now are the values known to be good; until here, a signal is remembered in any case.
             SIGNALS.listen(config.train.stop_signals)
     except (ValueError, OSError) as error:
+        from mega_scale.parallel.monitor import tell_refusal
+
         refuse(error, quiet=place.rank != 0 and not tell_refusal(place.rank, error, SIGNALS.asked))
-    try:
-        code = trainer.run()
-    except ParallelizeError as error:  # of this rank, perhaps alone
-        refuse(f"rank {place.rank}: {error}")
-    if code:
+    if code := trainer.run():
         raise SystemExit(code)
 
 

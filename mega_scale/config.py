@@ -20,7 +20,7 @@ import torch
 
 from mega_scale.checkpoint.folder import CheckpointConfig, find_checkpoint
 from mega_scale.checkpoint.manifest import read_key
-from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder, to_go_on_from
+from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder, resume_path
 from mega_scale.data.config import DataConfig
 from mega_scale.files import local_path, replace_text
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
@@ -111,9 +111,6 @@ def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | No
         section: the `model` section of a run.
         tokenizer: gives the vocabulary size and the special token ids that the section leaves open; without one they
             keep MegaConfig's defaults.
-
-    Returns:
-        The configuration, checked for combinations that no model can have.
 
     Raises:
         ValueError: a value or combination is impossible or cannot be trained, `model.vocab_size` is smaller than the
@@ -354,7 +351,7 @@ def _check_folders(config: RunConfig) -> None:
             find_checkpoint(run_dir if config.resume == "latest" else Path(config.resume), key)
         except (ValueError, OSError) as error:
             raise ValueError(f"resume={config.resume!r}: {error}") from None
-    starts = to_go_on_from(run_dir, config.resume) is None
+    starts = resume_path(run_dir, config.resume) is None
     if starts and config.init_from is not None and not os.path.isfile(f"{config.init_from}/config.json"):
         raise ValueError(
             f"init_from={config.init_from!r} has no config.json: give the folder of a Hugging Face model or an export "
@@ -390,7 +387,7 @@ class Described(NamedTuple):
     Args:
         source: the key that names the folder, with its value.
         config: of the model.
-        tokenizer: that lies beside it; none where there is none that can be loaded.
+        tokenizer: that lies beside it; None where none can be loaded.
         tokenizer_name: by which a run loads that one.
     """
 
@@ -400,11 +397,7 @@ class Described(NamedTuple):
     tokenizer_name: str
 
     def require_model(self, model: Any, names: Collection[str]) -> None:
-        """Refuse a model, given by the keys of `model`, that is another function by some of them.
-
-        Raises:
-            ValueError: names all that differ.
-        """
+        """Refuse a model, given by the keys of `model`, that is another function by some of them. Raises ValueError."""
         wrong = [
             f"model.{name}={getattr(model, name)!r} (there: {getattr(self.config, name)!r})"
             for name in names
@@ -425,7 +418,7 @@ def described_by(config: RunConfig, checkpoint: Path | None) -> Described | None
     if checkpoint is None and config.init_from is None:
         return None
     from mega_scale.hub.folder import read_config
-    from mega_scale.training.restore import read_model, read_own_tokenizer, read_tokenizer
+    from mega_scale.training.trained_model import read_model, read_own_tokenizer, read_tokenizer
 
     tokenizer = None
     if checkpoint is not None:
@@ -446,12 +439,9 @@ def require_same(
 
     Args:
         config: the run.
-        checkpoint: that it goes on from, verified; none where it starts anew.
+        checkpoint: that it goes on from, verified; None where it starts anew.
         model: of the run.
         tokenizer: of the run.
-
-    Raises:
-        ValueError: names what differs.
     """
     described = described_by(config, checkpoint)
     if described is None:
@@ -476,7 +466,7 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
         ValueError: a key that was given contradicts the folder.
     """
     try:
-        path = to_go_on_from(Path(config.run_dir), config.resume)
+        path = resume_path(Path(config.run_dir), config.resume)
         key = read_key(config.checkpoint.key_file)
         described = described_by(config, None if path is None else find_checkpoint(path, key)[0])
     except (ValueError, OSError):
@@ -498,21 +488,18 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
 
 
 def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
-    """Say which keys that decide the numbers differ from those of a checkpoint that a run goes on from.
+    """Say in one line which keys that decide the numbers differ from those of a checkpoint; empty where none does.
 
     Args:
-        config: the run.
+        config: the run that goes on from it.
         checkpoint: the folder, verified.
         step: optimizer steps that it has done.
-
-    Returns:
-        One line, with the learning rate of the next step where that differs; empty where nothing does.
     """
     try:
         there = _flat(read_yaml(checkpoint / "config.yaml"))
     except ValueError as error:
         return f"the keys of the checkpoint cannot be compared: {error}"
-    from mega_scale.training.restore import read_model
+    from mega_scale.training.trained_model import read_model
 
     model = read_model(checkpoint)
     there |= {key: getattr(model, key.removeprefix("model.")) for key in there if key.startswith("model.")}
@@ -549,12 +536,12 @@ def _short(value: Any) -> str:
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read a run from one YAML file over the defaults, as `save_config` writes it or shorter.
+    """Read a run from one YAML file over the defaults, as `save_config` writes it, or wrote it, or shorter.
 
     Raises:
         ValueError: the file cannot be read, or a key or value in it is refused.
     """
-    config: RunConfig = resolve(RunConfig, [str(path)], [])[0]
+    config: RunConfig = resolve(RunConfig, [str(path)], [], stored=True)[0]
     return config
 
 

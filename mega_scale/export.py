@@ -18,7 +18,7 @@ from mega_scale.hub.model_card import TrainingFacts, model_card, without_folder
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse
 from mega_scale.settings import local_paths
-from mega_scale.training.restore import open_checkpoint
+from mega_scale.training.trained_model import open_checkpoint
 
 ALLOW_OLDER = "where the newest checkpoint of a run folder is damaged or gone, take an older one"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -31,11 +31,8 @@ def local_path(path: str, key: str) -> str:
         path: of a file or folder, a glob, or a name that is no path.
         key: what it was given as, for messages.
 
-    Returns:
-        The path.
-
     Raises:
-        ValueError: It is empty, or begins with a scheme (`s3://`, or what is left of one, `s3:/`) or an unknown user.
+        ValueError: it is empty, or begins with a scheme (`s3://`, or what is left of one, `s3:/`) or an unknown user.
     """
     if not path.strip():
         raise ValueError(f"{key}={path!r} names nothing: give a path, or leave {key} out")
@@ -51,11 +48,7 @@ def local_path(path: str, key: str) -> str:
 
 
 def flush(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder.
-
-    Raises:
-        OSError: it cannot.
-    """
+    """Have the disk keep a file, or the names in a folder. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -64,26 +57,14 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON as `replace_text` does.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write JSON as `replace_text` does."""
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_regular(path: Path, limit: int) -> bytes:
     """Read a file of which nobody knows yet what it is: no link is followed, no pipe waited for.
 
-    Args:
-        path: of the file.
-        limit: most that is read (bytes).
-
-    Returns:
-        All of it.
-
-    Raises:
-        OSError: it is missing, cannot be read, is no regular file, or is larger than the limit.
+    Raises OSError where it is missing, unreadable, no regular file, or larger than `limit` bytes.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(handle, "rb") as file:
@@ -96,11 +77,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file; where there is no room for all of it, none of it stays.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Append a line to a file; where there is no room for all of it, none of it stays. Raises OSError."""
     data = (line + "\n").encode()
     with open(path, "ab", buffering=0) as file:
         size, written = file.tell(), 0
@@ -113,11 +90,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete what lies at a path, if anything; of a link the link alone, never what it points to.
-
-    Raises:
-        OSError: some of it stays.
-    """
+    """Delete what lies at a path, if anything; of a link the link alone. Raises OSError where some of it stays."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -132,11 +105,7 @@ def reason(error: OSError) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give a file another content at once: whoever reads it finds all of the old or all of the new.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Give a file another content at once: whoever reads it finds all of the old or all of the new. Raises OSError."""
     fresh = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     try:
         fresh.write_text(text, encoding="utf-8")
@@ -222,11 +191,7 @@ def new_hash(key: bytes | None) -> Hash:
 
 
 def hash_file(path: Path, key: bytes | None) -> Record:
-    """Read a file and hash it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Size and hash of a file; with a secret, an HMAC. Raises OSError."""
     found, size = new_hash(key), 0
     buffer = bytearray(_READ_BYTES)
     view = memoryview(buffer)

@@ -33,12 +33,7 @@ _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def refuse(message: object, *, quiet: bool = False) -> NoReturn:
-    """End the program with exit code 2 and one line, `error: ...`, on standard error.
-
-    Args:
-        message: what is wrong and what to do; line breaks become spaces.
-        quiet: leave the line out, as ranks other than the first do.
-    """
+    """End the program with exit code 2 and one line, `error: ...`, on standard error; `quiet` leaves the line out."""
     if not quiet:
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(REFUSED)
@@ -48,9 +43,6 @@ def run_command(main: Callable[[], Any]) -> None:
     """Run a command whose output is what it is for: one that could not be written is an error, in one line.
 
     Ctrl-C ends it in one line too, with exit code 130; it is unblocked here, see above.
-
-    Args:
-        main: the command.
     """
     output, code = keep_streams(), None
     try:
@@ -123,8 +115,7 @@ class Stream:
 def keep_streams() -> Stream:
     """Have this process print through such streams; where it was started without one, to nowhere.
 
-    Returns:
-        Standard output.
+    Returns standard output.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -160,11 +151,7 @@ class StopSignals:
     def listen(self, names: Sequence[str] = STOP_SIGNALS) -> None:
         """Take note of these signals from now on; those of an earlier call that are not among them get their default.
 
-        Args:
-            names: of signals, SIGTERM and the like. One that came already and is not among them takes effect now.
-
-        Raises:
-            ValueError: not in the main thread.
+        One that came already and is not among them takes effect now. Raises ValueError outside the main thread.
         """
         wanted = {signal.Signals[name] for name in names}
         for number in wanted:

@@ -1,7 +1,7 @@
 """Settings as nested dataclasses: defaults < YAML files < the command line, and refusals that name key, value, remedy.
 
-Knows nothing of the settings themselves: the keys are the fields, their types say which values are allowed, and the
-string below a field is its help.
+Knows nothing of the settings themselves but names that some had: the keys are the fields, their types say which values
+are allowed, and the string below a field is its help.
 """
 
 import argparse
@@ -145,7 +145,9 @@ def _convert_text(text: str, hint: Any) -> Any:
     """
     plain = [member for member in members(hint) if member is str or get_origin(member) is Literal]
     others = [member for member in members(hint) if member not in plain]
-    if others and text:
+    if plain and text != "null" and types.NoneType in others:
+        others.remove(types.NoneType)  # ~ is a home folder, and Null a name
+    if others and text.strip():
         try:
             return convert(yaml.load(text, Loader=_StrictLoader), Union[tuple(others)])  # noqa: UP007  known only here
         except (yaml.YAMLError, ValueError, RecursionError, TypeError):
@@ -153,23 +155,37 @@ def _convert_text(text: str, hint: Any) -> Any:
     return convert(text, hint)
 
 
-RENAMED = {
-    "parallel.activation_checkpoint_keeps": "parallel.activation_checkpoint_policy (nothing is full, products is "
-    "save_matmuls)",
+RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
+    "parallel.activation_checkpoint_keeps": (
+        "parallel.activation_checkpoint_policy",
+        {"nothing": "full", "products": "save_matmuls"},
+    ),
 }
-"""Keys of earlier versions, and what they are now."""
+"""Keys of earlier versions: their names and values now. Users are told; files that a run wrote are read as they are."""
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """The refusal of an unknown key, with its new name or the known one most like it."""
     if key in RENAMED:
-        return f"{key} is now {RENAMED[key]}: set that one"
+        name, values = RENAMED[key]
+        now = ", ".join(f"{old} is {new}" for old, new in values.items())
+        return f"{key} is now {name}: set that one ({now})"
 
     def likeness(candidate: str) -> float:
         pairs = ((key, candidate), (key.rpartition(".")[2], candidate.rpartition(".")[2]))
         return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     return f"{key} is not a key: the nearest known one is {max(known, key=likeness)}; --help lists all"
+
+
+def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
+    """A file of an earlier version with the keys and values of this one."""
+    found = copy.deepcopy(layer)
+    for old, (new, values) in RENAMED.items():
+        section, _, name = old.partition(".")
+        if isinstance(there := found.get(section), dict) and name in there:
+            there[new.partition(".")[2]] = values[there.pop(name)]
+    return found
 
 
 def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -344,7 +360,7 @@ def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> Arguments:
 
 
 def resolve(
-    section: type, configs: Sequence[str], overrides: Sequence[tuple[str, str | None]]
+    section: type, configs: Sequence[str], overrides: Sequence[tuple[str, str | None]], stored: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """Build a dataclass from its defaults, files, and the command line, each over the one before.
 
@@ -352,6 +368,7 @@ def resolve(
         section: the dataclass.
         configs: YAML files.
         overrides: keys with their values, as `split_arguments` finds them.
+        stored: whether the files were written by a run, perhaps of an earlier version.
 
     Returns:
         The dataclass, and the values of the keys that were given.
@@ -364,7 +381,7 @@ def resolve(
     for path in configs:
         layer = read_yaml(path)
         try:
-            for key, value in _flatten(layer, known).items():
+            for key, value in _flatten(_renamed(layer) if stored else layer, known).items():
                 try:
                     values[key] = convert(value, known[key])
                 except TypeError:

@@ -60,6 +60,14 @@ def test_home_folders_are_meant_in_every_key(user, capsys):
     assert "no such user" in refusal(capsys, lambda: parse(["run_dir=~nobody-of-this-name/x"]))
 
 
+def test_a_home_folder_alone_is_no_null():
+    for key in KEYS:
+        section, _, name = key.rpartition(".")
+        config = parse([f"{key}=~"])
+        assert getattr(getattr(config, section) if section else config, name) == os.path.expanduser("~")
+    assert parse(["data.cache_dir=null"]).data.cache_dir is None
+
+
 def test_names_and_strange_local_names_stay():
     config = parse(["run_dir=./s3://b", "data.tokenizer=owner/name", "data.hub_name=owner/name", "resume=latest"])
     assert (config.run_dir, config.data.tokenizer, config.data.hub_name) == ("./s3://b", "owner/name", "owner/name")

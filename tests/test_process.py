@@ -19,7 +19,7 @@ RUN = """
 import sys
 from mega_scale.process import keep_streams
 keep_streams()
-for step in range(1000):
+for step in range(5000):  # more than a pipe holds
     print(f"step {step} | sample: 'é \\u4e2d \\U0001f600 \\ud800'", flush=True)
 print("the run went on", file=sys.stderr)
 open(sys.argv[1], "w").write("saved")
@@ -120,7 +120,7 @@ def test_ctrl_c_ends_a_command_in_one_line(light, what):
 # Signals
 
 
-def test_a_signal_is_noted_once_and_the_first_counts():
+def test_a_signal_is_noted_once_and_the_first_counts(light):
     script = """
 import os, signal
 from mega_scale.process import StopSignals
@@ -138,7 +138,9 @@ os.kill(os.getpid(), signal.SIGTERM)
 signals.listen(["SIGTERM"])  # USR1 came, and is not among them
 print("not reached")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=light, cwd=light["PYTHONPATH"]
+    )
     assert done.returncode == -signal.SIGUSR1 and done.stdout == "", done.stderr
 
 
@@ -146,7 +148,7 @@ def test_what_is_listened_to_before_the_settings_are_read_is_what_they_say_by_de
     assert list(STOP_SIGNALS) == TrainConfig().stop_signals
 
 
-def test_the_second_interrupt_ends_at_once_whatever_the_main_thread_does_and_an_echo_is_none():
+def test_the_second_interrupt_ends_at_once_whatever_the_main_thread_does_and_an_echo_is_none(light):
     """The main thread is in C, where no handler of Python's runs; a loader worker beside it gets every Ctrl-C too."""
     script = """
 import ctypes, os, sys, time
@@ -164,7 +166,8 @@ while True:
     for does in ("waits", "computes"):
         process = subprocess.Popen(
             [sys.executable, "-c", script, does], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env=os.environ | ({"TORCHELASTIC_RUN_ID": "1"} if does == "computes" else {}),
+            start_new_session=True, cwd=light["PYTHONPATH"],
+            env=light | ({"TORCHELASTIC_RUN_ID": "1"} if does == "computes" else {}),
         )  # fmt: skip
         process.stdout.readline()
         for pause in (0.3, 0.3, 1.0):  # to the whole group, as a terminal and a launcher do

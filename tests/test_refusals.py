@@ -1,6 +1,6 @@
 """What cannot run is refused in one line that names key, value and remedy: one table, run in one process.
 
-That launchers pass on the exit code, and that no rank is left behind, is in tests/launch/test_refusals.py.
+That launchers pass on the exit code, and that no rank is left behind, is in tests/launch/test_refused_runs.py.
 """
 
 import shlex
@@ -12,7 +12,7 @@ from mega_scale.parallel import World
 
 TINY = [
     "data.sequence_length=64", "model.chunk_size=16", "train.global_batch_size=8", "train.micro_batch_size=2",
-    "train.steps=10", "schedule.warmup_steps=0", "parallel.engine=fsdp",
+    "train.steps=10", "train.eval_every=0", "train.sample_every=0", "schedule.warmup_steps=0",
 ]  # fmt: skip
 
 

@@ -130,14 +130,14 @@ def verify(folder: Path, key: bytes | None = None) -> Manifest:
     Raises:
         CheckpointError: it does not; names the folder and the first file that differs.
     """
-    manifest = look(folder, key)
+    manifest = verify_quickly(folder, key)
     problem = content_problem(folder, manifest, manifest.files, key)
     if problem is not None:
         raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
     return manifest
 
 
-def look(folder: Path, key: bytes | None = None) -> Manifest:
+def verify_quickly(folder: Path, key: bytes | None = None) -> Manifest:
     """Verify manifest, names, sizes, and what is small: all but the state. Raises CheckpointError as `verify` does."""
     try:
         manifest = read_manifest(folder, key)
@@ -154,7 +154,7 @@ def look(folder: Path, key: bytes | None = None) -> Manifest:
 
 
 def large_files(manifest: Manifest) -> list[str]:
-    """The files that `look` leaves out, largest first."""
+    """The files that `verify_quickly` leaves out, largest first."""
     return sorted(filter(_is_large, manifest.files), key=lambda name: (-manifest.files[name].size, name))
 
 
@@ -174,7 +174,7 @@ def find_checkpoint(
     key: bytes | None = None,
     *,
     older: bool = True,
-    proof: Callable[[Path, bytes | None], Manifest] = look,
+    proof: Callable[[Path, bytes | None], Manifest] = verify_quickly,
 ) -> tuple[Path, list[str]]:
     """The checkpoint that a path means: itself, or the newest of a run folder that is proven.
 
@@ -182,7 +182,7 @@ def find_checkpoint(
         path: of a checkpoint or run folder.
         key: see `verify`.
         older: whether an older one may be taken where the newest of a run folder is damaged or gone.
-        proof: `look`, or `verify`, which reads the state too.
+        proof: `verify_quickly`, or `verify`, which reads the state too.
 
     Returns:
         Its folder, and what is to be said: what is wrong with newer ones or with `latest`, and strays, a sentence each.
@@ -252,6 +252,22 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{folder / TRAINER} cannot be read ({error!r}): choose another checkpoint") from None
     return found
+
+
+def summary(folder: Path, key: bytes | None = None) -> dict[str, Any]:
+    """Facts about a checkpoint, whose state is not read.
+
+    Returns:
+        `folder`, `serial` and `problem` (a text, or None); of one without a problem also `step`, `bytes`, `tokens`,
+        `loss` on the validation text (or None) and `layout`.
+    """
+    found: dict[str, Any] = {"folder": str(folder), "serial": claimed_serial(folder), "problem": None}
+    try:
+        manifest, state = verify_quickly(folder, key), read_state(folder)
+    except ValueError as error:
+        return found | {"problem": str(error)}
+    found |= {"step": manifest.step, "bytes": manifest.bytes, "tokens": state["tokens"]}
+    return found | {"loss": state.get("validation", {}).get("loss"), "layout": state["layout"]}
 
 
 # Which are deleted; the last valid one never is
@@ -366,7 +382,7 @@ def _others(path: Path, key: bytes | None) -> str:
     for folder in newest_first(path.parent.parent):
         if folder.name != path.name:
             try:
-                look(folder, key)
+                verify_quickly(folder, key)
             except CheckpointError:
                 continue
             return f"resume from {folder} instead"

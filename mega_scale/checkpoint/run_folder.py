@@ -2,11 +2,17 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mega_scale.checkpoint.folder import checkpoints, make_newest, run_lock
+from mega_scale.files import STALE_S
 from mega_scale.settings import require
+
+if TYPE_CHECKING:
+    from mega_scale.parallel import World
 
 # What a run writes, beside its status and its lock; whatever else lies in its folder is its user's.
 _WRITTEN = ("checkpoints/step-*", "checkpoints/latest*", "tensorboard/events.out.tfevents.*", "metrics.jsonl*")
@@ -21,7 +27,7 @@ def is_overwritten(run_dir: Path) -> bool:
     return (run_dir / _OVERWRITING).exists()
 
 
-def to_go_on_from(run_dir: Path, resume: str | None) -> Path | None:
+def resume_path(run_dir: Path, resume: str | None) -> Path | None:
     """Run or checkpoint folder that a run goes on from; None where it starts afresh.
 
     Args:
@@ -82,10 +88,41 @@ class RunFolder:
         self._run_dir, self._resume, self._overwrite = run_dir, resume, overwrite
         self._lock = run_lock(run_dir, lost)
 
-    @property
-    def owner(self) -> str:
-        """Who holds the folder, in words."""
-        return self._lock.owner
+    def take(self, world: "World", afresh: bool, log: Callable[[str], None]) -> str | None:
+        """Take the folder on rank 0, waiting for an owner of whom it is not known whether it lives; collective.
+
+        Args:
+            world: all ranks.
+            afresh: see `attempt`.
+            log: is given a line, on rank 0, when this has to wait.
+
+        Returns:
+            Why this job cannot have it, the same on all ranks; None where it has it.
+        """
+        waited = False
+        while True:
+            taken, problem = False, None
+            if world.rank == 0:
+                try:
+                    taken = self.attempt(afresh)
+                except ValueError as error:
+                    problem = str(error)
+                except OSError as error:
+                    problem = (
+                        f"run_dir={str(self._run_dir)!r} cannot be written ({error.strerror or error}): choose a "
+                        "folder that can be written"
+                    )
+                if not (taken or problem or waited):
+                    log(
+                        f"{self._run_dir} is held by another job ({self._lock.owner}): waiting for up to "
+                        f"{STALE_S:.0f} s to see whether it lives"
+                    )
+            # The others take part in every attempt, so that none of them waits for longer than it may.
+            taken, problem = world.broadcast([taken, problem])
+            if taken or problem:
+                return problem
+            waited = True
+            time.sleep(1.0)
 
     def attempt(self, afresh: bool) -> bool:
         """Take the folder; nothing in it changes yet, but that one to overwrite is marked as such.
@@ -103,7 +140,7 @@ class RunFolder:
         if not self._lock.attempt():
             return False
         check_run_folder(self._run_dir, self._resume, self._overwrite)
-        if afresh != (to_go_on_from(self._run_dir, self._resume) is None):
+        if afresh != (resume_path(self._run_dir, self._resume) is None):
             raise ValueError(f"another job has changed {self._run_dir} while this one started: start it again")
         # From now on, --resume auto never goes on with what is to be overwritten, whenever this job is killed.
         if self._overwrite and _holds_run(self._run_dir):

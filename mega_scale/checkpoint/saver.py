@@ -215,7 +215,7 @@ class Saver:
         """Go on with a checkpoint that all ranks have written by now; call it after every step."""
         if self._save is None or not self._world.all_agree(self._save.done):
             return []
-        return self._go_on()
+        return self._advance()
 
     def finish(self) -> list[Saved]:
         """Wait for the checkpoint that is being written, if there is one, and complete it."""
@@ -226,10 +226,10 @@ class Saver:
                 if task is not None:
                     task.join()
             self._save.stall_s += time.perf_counter() - began
-            ended = self._go_on()
+            ended = self._advance()
         return ended
 
-    def _go_on(self) -> list[Saved]:
+    def _advance(self) -> list[Saved]:
         """From written to being completed, or from there to the end; all ranks' tasks are done."""
         save = self._save
         assert save is not None and save.writing is not None

@@ -1,1 +1,1 @@
-
+"""The training of a run: `trainer` first; see README.md."""

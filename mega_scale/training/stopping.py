@@ -1,8 +1,6 @@
 """Ending a run before its end: a signal or the clock asks, all ranks agree, and `status.json` says how it ended."""
 
-import contextlib
 import json
-import os
 import signal
 import sys
 import threading
@@ -15,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from mega_scale.files import replace_text
 from mega_scale.parallel import World
 
 STOPPED = 85
@@ -155,13 +154,9 @@ class RunStatus:
         with self._lock:
             if not self._active:
                 return
-            beside = self._path.with_name(f"status-{os.getpid()}.unfinished")
             content = {"state": state, "step": step, "reason": " ".join(reason.split())}
             try:
-                beside.write_text(json.dumps(content) + "\n")
-                os.replace(beside, self._path)
+                replace_text(self._path, json.dumps(content) + "\n")
             except OSError as error:
-                with contextlib.suppress(OSError):
-                    beside.unlink(missing_ok=True)
                 print(f"mega_scale | {self._path} is not written: {error.strerror}", file=sys.stderr, flush=True)
             self._active = not last

@@ -20,7 +20,7 @@ from torch import Tensor
 from mega_scale.checkpoint.folder import find_checkpoint, read_state
 from mega_scale.checkpoint.manifest import read_key
 from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
-from mega_scale.checkpoint.run_folder import RunFolder, to_go_on_from
+from mega_scale.checkpoint.run_folder import RunFolder, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver
 from mega_scale.config import RunConfig, changes, model_config, require_same, save_config
 from mega_scale.data import (
@@ -32,7 +32,6 @@ from mega_scale.data import (
     unlike_training,
     validation_batches,
 )
-from mega_scale.files import STALE_S
 from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
@@ -45,15 +44,16 @@ from mega_scale.parallel import (
     run_self_test,
     seeded_values,
 )
+from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.parallel.monitor import PEER_LOST, write_stderr
-from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals
+from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals, refuse
 from mega_scale.training.bad_steps import DIVERGED, BadStepsError, Progress, rows_of
 from mega_scale.training.config import seconds_of
 from mega_scale.training.evaluate import check_sample, evaluate, generate_text
 from mega_scale.training.metrics import Reporter, Throughput, memory_bytes, peak_flops
 from mega_scale.training.optimizer import build_optimizer, learning_rate
-from mega_scale.training.restore import describe_model, values_from
 from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun, TimeLimit
+from mega_scale.training.trained_model import describe_model, values_from
 from mega_scale.training.watchdog import SlowRanks, Watchdog
 
 
@@ -95,7 +95,7 @@ class Trainer:
     """A run: making it checks all that a rank can check alone; `run` joins the other ranks, and trains.
 
     Args:
-        config: everything that the run is told.
+        config: everything that the run is told, validated.
         placement: where this process stands among its ranks.
         signals: the signals that ask it to stop.
 
@@ -109,13 +109,12 @@ class Trainer:
     stopping: Stopping
 
     def __init__(self, config: RunConfig, placement: Placement, signals: StopSignals) -> None:
-        config.validate(placement.size, placement.local_size)
         self.config, self.rank, self.signals = config, placement.rank, signals
         self.run_dir = Path(config.run_dir)
         self.mesh = config.parallel.mesh(placement.size)
         self.key = read_key(config.checkpoint.key_file)
         self.checkpoint: Path | None = None
-        if (path := to_go_on_from(self.run_dir, config.resume)) is not None:
+        if (path := resume_path(self.run_dir, config.resume)) is not None:
             self.checkpoint, _ = find_checkpoint(path, self.key)
         tokenizer = load_tokenizer(config.data.tokenizer)
         self.model_config = model_config(config.model, tokenizer)
@@ -162,45 +161,24 @@ class Trainer:
     # From joining the ranks to the exit code
 
     def run(self) -> int:
-        """Join the other ranks, take the run folder, and train; returns the exit code, the same on all ranks."""
-        with World.start(self.config.parallel) as self.world:
-            self.folder = RunFolder(self.run_dir, self.config.resume, self.config.overwrite, _end_without_folder)
-            try:
-                problem = self.take_folder()
-                code = REFUSED if problem else self.run_with_watchdog()
-            finally:
-                self.folder.release()
+        """Join the other ranks, take the run folder, and train; returns the exit code, the same on all ranks.
+
+        Raises SystemExit where this rank, perhaps alone, cannot build its engine.
+        """
+        try:
+            with World.start(self.config.parallel) as self.world:
+                self.folder = RunFolder(self.run_dir, self.config.resume, self.config.overwrite, _end_without_folder)
+                try:
+                    problem = self.folder.take(self.world, self.checkpoint is None, self.log)
+                    code = REFUSED if problem else self.run_with_watchdog()
+                finally:
+                    self.folder.release()
+        except ParallelizeError as error:
+            refuse(f"rank {self.rank}: {error}")
         self.signals.ignore()
         if problem:
             self._print_error(problem)
         return code
-
-    def take_folder(self) -> str | None:
-        """Take the run folder for this job; collective. Returns why this job cannot have it, the same on all ranks."""
-        waited = False
-        while True:
-            taken, problem = False, None
-            if self.rank == 0:
-                try:
-                    taken = self.folder.attempt(afresh=self.checkpoint is None)
-                except ValueError as error:
-                    problem = str(error)
-                except OSError as error:
-                    problem = (
-                        f"run_dir={self.config.run_dir!r} cannot be written ({error.strerror or error}): choose a "
-                        "folder that can be written"
-                    )
-                if not (taken or problem or waited):
-                    self.log(
-                        f"{self.config.run_dir} is held by another job ({self.folder.owner}): waiting for up to "
-                        f"{STALE_S:.0f} s to see whether it lives"
-                    )
-            # The others take part in every attempt, so that none of them waits for longer than it may.
-            taken, problem = self.world.broadcast([taken, problem])
-            if taken or problem:
-                return problem
-            waited = True
-            time.sleep(1.0)
 
     def run_with_watchdog(self) -> int:
         """Train on all ranks, watch the progress, and keep `status.json`; collective. Returns the exit code."""
@@ -306,7 +284,7 @@ class Trainer:
         """Set the run up, and train; collective. Returns why it stopped before its end. Raises as both do."""
         self.check_ranks_agree()
         if self.checkpoint is not None:
-            path = to_go_on_from(self.run_dir, self.config.resume)
+            path = resume_path(self.run_dir, self.config.resume)
             assert path is not None
             self.checkpoint = self.choose_checkpoint(path)
         self.set_up()
@@ -392,28 +370,28 @@ class Trainer:
             NotSavedError: the last checkpoint could not be written.
             BadStepsError: too many bad steps in a row; nothing is saved from the first of them on.
         """
-        now, steps = self.progress, self.config.train.steps
+        progress, steps = self.progress, self.config.train.steps
         stopped = None
         try:
-            while now.step < steps:
+            while progress.step < steps:
                 flops_per_token = self.flops_per_token()
                 result = self.train_step()
                 self.throughput.add(result.tokens, result.waited, flops_per_token)
                 self.reporter.advance()
                 self.after_step(result)
-            if now.evaluation is None:  # it was asked to stop in its last evaluation
+            if progress.evaluation is None:  # it was asked to stop in its last evaluation
                 self.evaluate()
         except StopRun:
             stopped = self.stopping.reason()
-            self.reporter.log(f"step {now.step} | asked to stop: {stopped}")
-        if now.saved != now.step:
+            self.reporter.log(f"step {progress.step} | asked to stop: {stopped}")
+        if progress.saved != progress.step:
             self.save()
         self.log_saves(self.saver.finish())
         self.reporter.close()
-        if now.saved != now.step:
+        if progress.saved != progress.step:
             raise NotSavedError(
-                f"the checkpoint of step {now.step} could not be written; "
-                + (f"the last one is {now.folder}" if now.folder is not None else "there is none")
+                f"the checkpoint of step {progress.step} could not be written; "
+                + (f"the last one is {progress.folder}" if progress.folder is not None else "there is none")
             )
         return stopped
 
@@ -425,12 +403,12 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """Do the next optimizer step, unless it is bad; collective. Raises StopRun before it computes."""
-        world, shape, now = self.world, self.world.shape, self.progress
-        step = now.step + 1
+        world, shape, progress = self.world, self.world.shape, self.progress
+        step = progress.step + 1
         lr = learning_rate(step - 1, self.config.schedule, self.config.optimizer.lr, self.config.train.steps)
         self.watchdog.beat("waiting for data", step)
         began = time.perf_counter()
-        batches = self.loader.batches(now.position)
+        batches = self.loader.batches(progress.position)
         waited = time.perf_counter() - began
         self.watchdog.beat("computing")
         labelled = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
@@ -449,7 +427,7 @@ class Trainer:
             shares.append(share.detach())
             loss += shares[-1]
         total = float(world.sum(loss, alike=("tp",)))
-        problem = now.bad.problem(total)
+        problem = progress.bad.problem(total)
         self.saver.wait_copied()
         norm = self.engine.step(lr, skip=problem is not None)
         if problem is None and not math.isfinite(norm):
@@ -464,23 +442,23 @@ class Trainer:
             BadStepsError: see `train`.
             StopRun: the run is to stop; what was due is not complete.
         """
-        now, train = self.progress, self.config.train
-        position = now.position
-        now.step, now.tokens, now.evaluation = now.step + 1, now.tokens + result.tokens, None
+        progress, train = self.progress, self.config.train
+        position = progress.position
+        progress.step, progress.tokens, progress.evaluation = progress.step + 1, progress.tokens + result.tokens, None
         if result.problem is None:
-            now.bad.good(result.loss)
+            progress.bad.good(result.loss)
         elif self.after_bad_step(result, position):
             return  # rolled back: nothing to log
-        if now.step % train.log_every == 0 or now.step == train.steps:
+        if progress.step % train.log_every == 0 or progress.step == train.steps:
             self.log_step(result)
         paused = time.perf_counter()
         self.log_saves(self.saver.poll())
-        if _due(now.step, train.eval_every) or now.step == train.steps:
+        if _due(progress.step, train.eval_every) or progress.step == train.steps:
             self.evaluate()
-        if _due(now.step, train.sample_every):
+        if _due(progress.step, train.sample_every):
             self.sample()
         # A state whose last steps were bad is none to go back to.
-        if _due(now.step, self.config.checkpoint.every) and now.bad.row == 0:
+        if _due(progress.step, self.config.checkpoint.every) and progress.bad.row == 0:
             self.save()
         self.throughput.skip(time.perf_counter() - paused)
 
@@ -494,29 +472,31 @@ class Trainer:
         Returns:
             Whether the run went back to its last checkpoint.
         """
-        now = self.progress
-        now.bad.bad()
+        progress = self.progress
+        progress.bad.bad()
         shares = self.world.all_gather(result.shares)
         rows, where = rows_of(position, shares, self.world.shape, self.config.train.micro_batch_size)
-        self.reporter.bad_step(now.step, str(result.problem), rows, where, result.loss, result.norm, now.bad.total)
-        if not now.bad.too_many:
+        self.reporter.bad_step(
+            progress.step, str(result.problem), rows, where, result.loss, result.norm, progress.bad.total
+        )
+        if not progress.bad.too_many:
             return False
         self.log_saves(self.saver.finish())
-        what = f"{now.bad.row} bad steps in a row up to step {now.step}: {result.problem}"
-        if now.folder is None or now.bad.rollbacks >= now.bad.config.rollbacks:
+        what = f"{progress.bad.row} bad steps in a row up to step {progress.step}: {result.problem}"
+        if progress.folder is None or progress.bad.rollbacks >= progress.bad.config.rollbacks:
             last = (
                 "there is no checkpoint before them"
-                if now.folder is None
-                else f"the last good checkpoint is {now.folder}"
+                if progress.folder is None
+                else f"the last good checkpoint is {progress.folder}"
             )
             raise BadStepsError(f"{what}; {last}; look at those rows, lower optimizer.lr, or set bad_steps.rollbacks")
-        bad, row = now.step, rows[1] - rows[0]
+        bad, row = progress.step, rows[1] - rows[0]
         self.watchdog.beat("going back")
-        skipped = now.go_back(now.folder, load_checkpoint(now.folder, self.engine, self.world))
-        self.reporter.rewind(now.step)
+        skipped = progress.go_back(progress.folder, load_checkpoint(progress.folder, self.engine, self.world))
+        self.reporter.rewind(progress.step)
         self.reporter.log(
-            f"step {bad} | {what}; went back to step {now.step}, and leave out rows {skipped[0] * row} to "
-            f"{skipped[1] * row - 1} ({now.bad.rollbacks} of {now.bad.config.rollbacks} rollbacks)"
+            f"step {bad} | {what}; went back to step {progress.step}, and leave out rows {skipped[0] * row} to "
+            f"{skipped[1] * row - 1} ({progress.bad.rollbacks} of {progress.bad.config.rollbacks} rollbacks)"
         )
         return True
 
@@ -524,20 +504,20 @@ class Trainer:
 
     def log_step(self, result: StepResult) -> None:
         """Report the steps since the last report; collective."""
-        now = self.progress
+        progress = self.progress
         for line in self.slow_ranks.report(*self.throughput.per_step()):
-            self.reporter.log(f"step {now.step} | {line}")
+            self.reporter.log(f"step {progress.step} | {line}")
         values = {
             "loss": result.loss,
             "grad_norm": result.norm,
             "lr": result.lr,
             "memory_bytes": memory_bytes(self.world.device),
-            "tokens": now.tokens,
-            "bad_steps": now.bad.total,
-            **self.throughput.report(self.config.train.steps - now.step),
-            **self.loader.report(now.position),
+            "tokens": progress.tokens,
+            "bad_steps": progress.bad.total,
+            **self.throughput.report(self.config.train.steps - progress.step),
+            **self.loader.report(progress.position),
         }
-        self.reporter.step(now.step, values)
+        self.reporter.step(progress.step, values)
 
     def evaluate(self) -> None:
         """Compute the loss on the validation text, if there is one; collective. Raises StopRun."""
@@ -570,27 +550,27 @@ class Trainer:
     def save(self) -> None:
         """Begin a checkpoint, or write it where saves are not asynchronous; collective."""
         self.watchdog.beat("saving")
-        now = self.progress
+        progress = self.progress
         state = {
-            **now.state_dict(),
-            "data": self.loader.state_dict(now.position),
+            **progress.state_dict(),
+            "data": self.loader.state_dict(progress.position),
             "layout": self.config.parallel.layout(self.world.size),
         }
-        now.saved = now.step
-        self.log_saves(self.saver.save(now.step, state))
+        progress.saved = progress.step
+        self.log_saves(self.saver.save(progress.step, state))
 
     def log_saves(self, ended: list[Saved]) -> None:
         """Say how saves ended, and remember the last checkpoint."""
-        now = self.progress
+        progress = self.progress
         for saved in ended:
             if saved.folder is None:
-                if now.saved == saved.step:
-                    now.saved = None
+                if progress.saved == saved.step:
+                    progress.saved = None
                 self.reporter.log(
                     f"step {saved.step} | checkpoint not written, older ones are untouched: {saved.problem}"
                 )
                 continue
-            now.folder = saved.folder
+            progress.folder = saved.folder
             self.stopping.save(saved.write_s)
             self.reporter.log(
                 f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "

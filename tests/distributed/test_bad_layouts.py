@@ -160,6 +160,7 @@ def changed(config: RunConfig, words: list[str]) -> RunConfig:
 
 def attempt(config: RunConfig, ranks: int, local: int) -> Trainer:
     """Prepare the last rank."""
+    config.validate(ranks, local)
     return Trainer(config, Placement(ranks - 1, ranks, local - 1, local), StopSignals())
 
 

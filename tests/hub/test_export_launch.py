@@ -10,8 +10,8 @@ from mega_scale import export
 from mega_scale.checkpoint.manifest import Manifest, write_manifest
 from mega_scale.files import hash_file
 from mega_scale.hub.folder import open_folder
-from mega_scale.training import restore
-from mega_scale.training.restore import describe_model
+from mega_scale.training import trained_model
+from mega_scale.training.trained_model import describe_model
 
 RUN = """
 data:
@@ -55,7 +55,7 @@ def weights(make_model, monkeypatch):
         model.opened.append(folder)
         return model.state_dict()
 
-    monkeypatch.setattr(restore, "open_weights", open_weights)
+    monkeypatch.setattr(trained_model, "open_weights", open_weights)
     return model
 
 

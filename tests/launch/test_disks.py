@@ -63,7 +63,7 @@ def test_a_run_goes_on_while_its_disks_are_full_and_then_read_only(disks, text_f
     assert saved(disks) == [2, 10, 12] and status(disks)["state"] == "finished"
     for folder in checkpoints.glob("step-*"):
         verify(folder)
-    # What happens to lines and events is in tests/training/test_failing_disk.py: here the last page of a file has room.
+    # Of lines and events see tests/checkpoint/test_failing_disk.py: here the last page of a file has room.
     assert {1, 2, 3, 9, 10, 11, 12} <= metrics(disks).keys(), "no line is half a line"
 
 

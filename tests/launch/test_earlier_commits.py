@@ -20,7 +20,7 @@ from mega_scale.checkpoint.state import StateReader
 from mega_scale.data import DataConfig, load_datasets, load_tokenizer
 from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaConfig
-from mega_scale.training.restore import open_checkpoint
+from mega_scale.training.trained_model import open_checkpoint
 
 WRITTEN = launching.ROOT / "tests" / "golden" / "earlier" / "d1596f7.tar.xz"
 RUNS = ("fsdp", "zero3", "zero1")

@@ -9,7 +9,7 @@ import pytest
 from mega_scale.checkpoint import run_folder
 from mega_scale.checkpoint.folder import checkpoints, find_checkpoint
 from mega_scale.checkpoint.manifest import Manifest, write_manifest
-from mega_scale.checkpoint.run_folder import RunFolder, check_run_folder, to_go_on_from
+from mega_scale.checkpoint.run_folder import RunFolder, check_run_folder, resume_path
 from mega_scale.files import hash_file
 
 
@@ -67,7 +67,7 @@ def test_a_folder_in_which_nothing_was_done_is_free(tmp_path, left):
         (tmp_path / name).touch()
     for resume in (None, "auto", "/elsewhere"):
         check_run_folder(tmp_path, resume, overwrite=False)
-        assert to_go_on_from(tmp_path, "auto") is None
+        assert resume_path(tmp_path, "auto") is None
 
 
 def killed(act):
@@ -120,7 +120,7 @@ def test_a_kill_before_the_new_run_begins_never_leads_back_to_the_old_one(run_di
     """None: it had not begun, and so nothing of the old one is lost."""
     before = content(run_dir)
     killed(lambda: overwrite(run_dir, begin=deletions is not None, deletions=deletions))
-    assert to_go_on_from(run_dir, "auto") is None
+    assert resume_path(run_dir, "auto") is None
     for resume, match in (("latest", r"start that run with --resume auto, or delete .*/overwriting"), (None, "holds")):
         with pytest.raises(ValueError, match=match):
             check_run_folder(run_dir, resume, overwrite=False)

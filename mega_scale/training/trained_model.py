@@ -43,31 +43,31 @@ class Opened(NamedTuple):
     folder: Path
 
 
-def say_to_stderr(line: str) -> None:
+def log_to_stderr(line: str) -> None:
     """Print a line beside what a command prints."""
     print(f"mega_scale | {line}", file=sys.stderr, flush=True)
 
 
-def open_model(path: Path, key: bytes | None = None, *, say: Callable[[str], None] = say_to_stderr) -> Opened:
+def open_model(path: Path, key: bytes | None = None, *, log: Callable[[str], None] = log_to_stderr) -> Opened:
     """Open a model without reading its weights.
 
     Args:
         path: an export or Hugging Face folder (it has config.json), a checkpoint, or a run folder (its newest valid
             one).
         key: secret with which the checkpoint must be signed, if there is one.
-        say: see `open_checkpoint`.
+        log: see `open_checkpoint`.
 
     Raises:
         ValueError: the path is none of these, the checkpoint is damaged, or the weights do not fit the configuration.
     """
     if not is_export(path):
-        return open_checkpoint(path, key, say=say)
+        return open_checkpoint(path, key, log=log)
     config, tensors = open_folder(path)
     return _fitting(Opened(config, tensors, read_tokenizer(path), path))
 
 
 def open_checkpoint(
-    path: Path, key: bytes | None = None, *, older: bool = True, say: Callable[[str], None] = say_to_stderr
+    path: Path, key: bytes | None = None, *, older: bool = True, log: Callable[[str], None] = log_to_stderr
 ) -> Opened:
     """Open the model of a checkpoint, every byte of which is verified first.
 
@@ -75,14 +75,14 @@ def open_checkpoint(
         path: a checkpoint, or a run folder (its newest valid one).
         key: secret with which it must be signed, if there is one.
         older: whether an older one may be taken where the newest of the run is damaged or gone.
-        say: is given one line where there is something to know: which checkpoint is taken, and why none that is newer.
+        log: is given one line where there is something to know: which checkpoint is taken, and why none that is newer.
 
     Raises:
         ValueError: it is damaged, or there is none.
     """
     folder, notes = find_checkpoint(path, key, older=older, proof=verify)
     if notes:
-        say(f"{folder} is taken: {'; '.join(notes)}")
+        log(f"{folder} is taken: {'; '.join(notes)}")
     return _fitting(Opened(read_model(folder), open_weights(folder / STATE), read_own_tokenizer(folder), folder))
 
 
@@ -162,7 +162,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     key: bytes | None = None,
-    say: Callable[[str], None] = say_to_stderr,
+    log: Callable[[str], None] = log_to_stderr,
 ) -> tuple[MegaForCausalLM, PreTrainedTokenizerBase, Path]:
     """Load a model for inference on one device, one tensor at a time.
 
@@ -171,12 +171,12 @@ def load_model(
         device: where it goes.
         dtype: of the weights; those of the moving average stay fp32.
         key: see `open_model`.
-        say: see `open_checkpoint`.
+        log: see `open_checkpoint`.
 
     Returns:
         The model in eval mode, its tokenizer, and the folder that it was loaded from.
     """
-    config, tensors, tokenizer, folder = open_model(path, key, say=say)
+    config, tensors, tokenizer, folder = open_model(path, key, log=log)
     with torch.device("meta"):
         model = MegaForCausalLM(config)
     full = values_from(tensors)

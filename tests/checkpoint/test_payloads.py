@@ -16,7 +16,7 @@ from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
 from mega_scale.config import load_config
 from mega_scale.files import Record, hash_file
 from mega_scale.parallel import ParallelConfig, World
-from mega_scale.training import restore
+from mega_scale.training import trained_model
 
 KEY = b"a secret of twenty-four "
 WATCHED = {"pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork"}
@@ -85,7 +85,7 @@ def use(ours, folder: Path, file: str) -> list[str]:
 
     readers = [go_on, lambda: read_state(folder)]
     if file.startswith(("model/", "state/")):
-        readers.append(lambda: dict(restore.open_model(folder, ours.key)[1]))
+        readers.append(lambda: dict(trained_model.open_model(folder, ours.key)[1]))
     if file == "config.yaml":
         readers.append(lambda: load_config(folder / file))
     refused = []
@@ -154,9 +154,9 @@ def test_behind_an_untouched_manifest_nothing_is_even_parsed(ours, tmp_path, mon
     for file in damage.files(newest(ours.target)):
         with poisoned(ours, file, content) as folder, monkeypatch.context() as patched:
             for reader in ("AutoTokenizer.from_pretrained", "MegaConfig.from_pretrained", "open_weights"):
-                patched.setattr(f"mega_scale.training.restore.{reader}", parsed)
+                patched.setattr(f"mega_scale.training.trained_model.{reader}", parsed)
             with nothing_runs(marker, folder):
-                for act in (lambda f: choose_checkpoint(f, ours.world), restore.open_model):
+                for act in (lambda f: choose_checkpoint(f, ours.world), trained_model.open_model):
                     with pytest.raises(CheckpointError, match="is no valid checkpoint"):
                         act(folder)
                 lines = []
@@ -207,7 +207,7 @@ def test_with_a_key_a_forged_manifest_is_refused(signed, tmp_path, name):
                     with pytest.raises(CheckpointError, match=r"not signed with a secret|signed with another secret"):
                         choose_checkpoint(folder, signed.world, KEY)
                     with pytest.raises(CheckpointError, match=r"not signed with a secret|signed with another secret"):
-                        restore.open_model(folder, KEY)
+                        trained_model.open_model(folder, KEY)
                 assert signed.unchanged()
 
 
@@ -222,7 +222,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(ours, name):
         write_manifest(folder, Manifest(6, 2, {**records, name: Record(1, "0" * 32)}), None)
     except UnicodeEncodeError:
         pytest.skip("cannot be written")
-    for act in (lambda: choose_checkpoint(folder, ours.world), lambda: restore.open_model(folder)):
+    for act in (lambda: choose_checkpoint(folder, ours.world), lambda: trained_model.open_model(folder)):
         with pytest.raises(CheckpointError):
             act()
 

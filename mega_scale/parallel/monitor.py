@@ -497,7 +497,9 @@ def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s:
     while time.monotonic() < deadline and not hurry():
         try:
             store = store or connect(_LONGEST_BEAT_S).store
-            store.wait(["host/0"], timedelta(seconds=_LONGEST_BEAT_S))
+            if not store.check(["host/0"]):  # waiting for it would print warnings
+                time.sleep(_FIRST_PAUSE_S)
+                continue
             store.compare_set("news", "", WELL)
             reason = " ".join(str(why).split())[:_REASON_LENGTH]
             store.compare_set("news", WELL, f"rank {rank} ({socket.gethostname()}) was refused: {reason}")

@@ -23,7 +23,7 @@ from mega_scale.model.layers import (
     apply_linear,
     positional_bias,
 )
-from mega_scale.model.rows import DocumentBorders, Slots, align
+from mega_scale.model.rows import DocumentBorders, LeftPadding, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.elementwise import EAGER, recomputed
 from mega_scale.ops.modes import any_length, chunk_count, join_chunks, split_chunks
@@ -100,19 +100,18 @@ class MegaMovingAverageGatedAttention(nn.Module):
             else:
                 mask = align(mask, seen + length)
             kept = None
-            if pads is None:
-                documents = None if borders is None else borders.chunks
-                if return_state and self._fits_open_chunk(state, length):
-                    assert state is not None and self.chunk is not None
-                    kept = remember(state, k, v, self.chunk)
-                attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
-            else:
+            if pads is not None:
                 remembered = 0 if state is None else state.keys.shape[1]
-                slots = Slots.lay(pads, seen, remembered, length, self.chunk)
-                attended, weights, kept = self._attend_in_slots(
-                    q, k, v, slots.valid(mask, seen + length), state, slots, return_weights
-                )
-
+                padding = LeftPadding.lay(pads, seen, remembered, length, self.chunk)
+                valid = padding.valid(mask, seen + length)
+                attended, weights, kept = self._attend_left_padded(q, k, v, valid, state, padding, return_weights)
+            else:
+                if return_state and self._fits_open_chunk(state, length):
+                    kept = remember(state, k, v, self.chunk)
+                documents = None if borders is None else borders.chunks
+                attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
+                if return_state and kept is None:
+                    kept = remember(state, k, v, self.chunk)
         with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + apply_linear(self.h_proj, gated)
         if self.config.activation == "silu" and not self.dropout.drops:
@@ -123,8 +122,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
             out = self.norm(out, new_mask)
         if not return_state or ema_state is None:
             return out, weights, None
-        if kept is None:
-            kept = remember(state, k, v, self.chunk)
+        assert kept is not None
         return out, weights, LayerState(ema_state, *kept, seen + length)
 
     def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
@@ -171,7 +169,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         total = seen + length
         key_mask = None if mask is None else mask[:, -total:]
         if self.chunk is None or (not any_length() and total <= self.chunk):
-            out, weights = self._core(q, k, v, key_mask, seen, return_weights, documents)
+            out, weights = self._attend_in_chunks(q, k, v, key_mask, seen, return_weights, documents)
             return out[:, 0], weights
         # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
         pad = chunk_count(total, self.chunk) * self.chunk - total
@@ -181,34 +179,36 @@ class MegaMovingAverageGatedAttention(nn.Module):
             key_mask = F.pad(valid, (0, pad), value=False)
         if seen or more:  # padding by nothing would copy
             q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
-        out, weights = self._core(q, k, v, key_mask, 0, return_weights, documents)
+        out, weights = self._attend_in_chunks(q, k, v, key_mask, 0, return_weights, documents)
         return join_chunks(out, seen, total), weights
 
-    def _attend_in_slots(
+    def _attend_left_padded(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         valid: Tensor,
         state: LayerState | None,
-        slots: Slots,
+        padding: LeftPadding,
         return_weights: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         """The same for left-padded rows; also returns the keys and values to remember."""
-        k = slots.keys(None if state is None else state.keys, k)
-        v = slots.keys(None if state is None else state.values, v)
-        kept = (k, v) if self.chunk is None else (slots.open_chunk(k, self.chunk), slots.open_chunk(v, self.chunk))
-        if slots.length == 1:
-            out, weights = self._core(q, k, v, valid, slots.shift, return_weights)
+        k = padding.keys(None if state is None else state.keys, k)
+        v = padding.keys(None if state is None else state.values, v)
+        kept = (k, v)
+        if self.chunk is not None:
+            kept = padding.open_chunk(k, self.chunk), padding.open_chunk(v, self.chunk)
+        if padding.length == 1:
+            out, weights = self._attend_in_chunks(q, k, v, valid, padding.shift, return_weights)
             out = out[:, 0]
         else:
-            out, weights = self._core(slots.queries(q), k, v, valid, 0, return_weights)
-            out = slots.back(out.flatten(1, 2))
+            out, weights = self._attend_in_chunks(padding.queries(q), k, v, valid, 0, return_weights)
+            out = padding.back(out.flatten(1, 2))
         if weights is not None and self.chunk is None:
-            weights = slots.by_column(weights)
+            weights = padding.by_column(weights)
         return out, weights, kept
 
-    def _core(
+    def _attend_in_chunks(
         self,
         q: Tensor,
         k: Tensor,

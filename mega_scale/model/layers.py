@@ -19,6 +19,9 @@ from mega_scale.ops.ema import EmaCoefficients, damped_ema
 from mega_scale.ops.linear import linear
 from mega_scale.ops.modes import in_memory
 
+_EPSILON = 1e-5  # of all norms
+INDICES = (torch.int64, torch.int32)  # dtypes of token ids
+
 
 class MegaLinear(nn.Linear):
     """`x weight^T + bias`, by whichever library is fastest on a CPU whatever hooks it has: what trainers make of it."""
@@ -83,9 +86,6 @@ class MegaAttentionDropout(nn.Module):
     def rule(self) -> float | Callable[[Tensor], Tensor]:
         """A probability, or a function of weights (B, K, I, J)."""
         return self.p if self.training else 0.0
-
-
-_EPSILON = 1e-5
 
 
 class MegaScaleNorm(nn.Module):
@@ -252,9 +252,6 @@ class MegaMultiDimensionDampedEma(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The average itself, without omega and silu: x (B, L, D) and h before it to y, and h after it."""
         return damped_ema(x, coefficients, state, resets, bidirectional=self.bidirectional, truncation=self.truncation)
-
-
-INDICES = (torch.int64, torch.int32)
 
 
 class MegaEmbeddings(nn.Module):

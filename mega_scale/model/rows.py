@@ -23,8 +23,10 @@ def leading_pads(mask: Tensor) -> Tensor:
     return torch.where(mask.any(1), mask.int().argmax(1), mask.shape[1])
 
 
-class Slots(NamedTuple):
-    """Rows laid out so that slot 0 is the first position of the chunk that is open before the new tokens.
+class LeftPadding(NamedTuple):
+    """Left-padded rows, moved so that each has its first token at the start of a chunk.
+
+    Slot 0 of a row is the first position of the chunk that is open before its new tokens.
 
     Args:
         shift: slot of the first new token, (B,); negative while a row is still padding.
@@ -41,7 +43,7 @@ class Slots(NamedTuple):
     length: int
 
     @classmethod
-    def lay(cls, pads: Tensor, seen: int | Tensor, remembered: int, length: int, chunk: int | None) -> "Slots":
+    def lay(cls, pads: Tensor, seen: int | Tensor, remembered: int, length: int, chunk: int | None) -> "LeftPadding":
         """Lay out L tokens after `seen` columns, where `pads` (B,) columns come before each row's first token.
 
         Without chunks all `seen` columns are remembered; with them, any number says that there is an open chunk.

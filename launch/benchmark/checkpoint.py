@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.checkpoint.folder import CheckpointConfig, verify
 from mega_scale.checkpoint.saver import Saver
-from mega_scale.parallel import Engine, ParallelConfig, World
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World
 from mega_scale.parallel.deepspeed import DeepSpeedEngine
 
 from .harness import Command, Option, in_turns, milliseconds, report, spread, table
@@ -118,8 +118,8 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as name, World.start(ParallelConfig()) as world:
         folder = Path(name)
         config = model_of_size(args.megabytes * 10**6)
-        engine = build_engine(config, ParallelConfig(engine="fsdp"), world)
-        zero = build_engine(config, ParallelConfig(engine="deepspeed", zero_stage=3), world)
+        engine = build_engine(config, EngineConfig(ParallelConfig(engine="fsdp")), world)
+        zero = build_engine(config, EngineConfig(ParallelConfig(engine="deepspeed", zero_stage=3)), world)
         assert isinstance(zero, DeepSpeedEngine)
         saves = Saves(engine, zero, folder, world)
         stalls = in_turns(saves.contenders(), args.repeats, args.warmup)

@@ -26,7 +26,7 @@ from mega_scale.config import model_config as run_model_config
 from mega_scale.model.flops import training_flops_per_token
 from mega_scale.ops.cross_entropy import linear_cross_entropy
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.parallel import ParallelConfig, World, seeded_values
+from mega_scale.parallel import EngineConfig, ParallelConfig, World, seeded_values
 from mega_scale.parallel.shard import Values
 from mega_scale.training.metrics import peak_flops
 
@@ -210,8 +210,8 @@ class OurSteps:
         parallel = ParallelConfig(
             engine="fsdp", activation_checkpoint=recompute, activation_checkpoint_segment=segment, device="cuda"
         )
-        options: dict[str, Any] = {"values": repeated_values(config), "compiled": compiled}
-        self._config, self._engine = config, build_engine(config, parallel, world, dtype="bf16", **options)
+        how = EngineConfig(parallel, dtype="bf16", compile=compiled)
+        self._config, self._engine = config, build_engine(config, how, world, repeated_values(config))
         self.parameters = parameter_count(self._engine.module)
 
     def step(self, tokens: Tensor) -> float:

@@ -29,7 +29,7 @@ from mega_scale import MegaConfig
 from mega_scale.config import load_config
 from mega_scale.config import model_config as run_model_config
 from mega_scale.data import load_tokenizer
-from mega_scale.parallel import Engine, ParallelConfig, World
+from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, seeded_values
 from mega_scale.parallel.mesh import check_segments
 from mega_scale.parallel.monitor import PEER_LOST
 from mega_scale.training.optimizer import OptimizerConfig
@@ -137,16 +137,7 @@ class SavedBytes(TorchDispatchMode):
 
 
 class Rank:
-    """One rank, in a worker, of a run on random tokens, as only sizes matter; the launcher's variables say which.
-
-    Args:
-        config: of the model, as JSON has it.
-        parallel: settings of `ParallelConfig`.
-        optimizer: settings of `OptimizerConfig`.
-        dtype: of forward and backward.
-        length: L.
-        seed: of weights and tokens.
-    """
+    """One rank, in a worker, of a run on random tokens, as only sizes matter; the launcher's variables say which."""
 
     def __init__(
         self,
@@ -172,9 +163,10 @@ class Rank:
         return self._measure(warm_up=False)
 
     def _measure(self, warm_up: bool) -> dict[str, float]:
-        options: dict[str, Any] = {"dtype": self._dtype, "optimizer": self._optimizer, "seed": self._seed}
+        how = EngineConfig(self._parallel, dtype=self._dtype, max_grad_norm=self._optimizer.max_grad_norm)
+        values = seeded_values(self._config, self._seed)
         with World.start(self._parallel) as world:
-            engine = build_engine(self._config, self._parallel, world, **options)
+            engine = build_engine(self._config, how, world, values, self._optimizer)
             try:
                 if warm_up:
                     # Without a learning rate it makes the optimizer's state and changes no weight.

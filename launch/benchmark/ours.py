@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.ops.elementwise import compile_gates
-from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.parallel import Engine, EngineConfig, World, parallelize, seeded_values
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ActivationCheckpointing
 from mega_scale.parallel.sequence_parallel import ReceivedStates, RowSlice
@@ -52,37 +52,17 @@ class OurTraining(TrainingStep):
 
 def build_engine(
     config: MegaConfig,
-    parallel: ParallelConfig,
+    how: EngineConfig,
     world: World,
-    *,
-    dtype: str = "fp32",
-    optimizer: OptimizerConfig | None = None,
-    seed: int = 0,
     values: Values | None = None,
-    compiled: bool = False,
+    optimizer: OptimizerConfig | None = None,
 ) -> Engine:
-    """The trainer's engine, for one sequence a step.
-
-    Args:
-        config: of the model.
-        parallel: engine, layout, activation checkpointing.
-        world: ranks and device.
-        dtype: of forward and backward: fp32 or bf16.
-        optimizer: AdamW's settings and the clipping norm; defaults if not given.
-        seed: of initial weights.
-        values: initial weights that are not drawn from a seed.
-        compiled: as `train.compile`.
-    """
-    settings = optimizer or OptimizerConfig()
+    """The trainer's engine of a model, ready to train; with values from seed 0 and AdamW's defaults if not given."""
     with torch.device("meta"):
         model = MegaForCausalLM(config)
-    how = EngineConfig(parallel, dtype=dtype, max_grad_norm=settings.max_grad_norm, compile=compiled)
+    settings = optimizer or OptimizerConfig()
     engine = parallelize(
-        model,
-        values or seeded_values(config, seed),
-        how,
-        world,
-        lambda sharded: build_optimizer(sharded, settings),
+        model, values or seeded_values(config, 0), how, world, lambda sharded: build_optimizer(sharded, settings)
     )
     engine.module.train()
     return engine

@@ -74,10 +74,7 @@ class TrainingStep:
     """A training step of one sequence: forward, loss, backward, AdamW.
 
     Args:
-        model: causal; takes `input_ids` and `labels`.
-        vocabulary: V.
-        forward_options: more arguments of its forward pass.
-        context: what forward runs in.
+        model: causal; takes `input_ids`, `labels` and `forward_options`, and runs in `context`.
     """
 
     def __init__(
@@ -126,14 +123,7 @@ class TrainingStep:
 
 
 class PeerTraining(TrainingStep):
-    """A training step of one of transformers' models.
-
-    Args:
-        kind: mega, llama or mamba2.
-        sizes: of the models.
-        length: the longest sequence.
-        weights: safetensors with initial weights of ours, which mega gets.
-    """
+    """A training step of mega, llama or mamba2; `weights` is a file with initial weights of ours, which mega gets."""
 
     def __init__(self, kind: str, sizes: dict[str, Any], length: int, weights: str) -> None:
         torch.manual_seed(0)

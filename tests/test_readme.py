@@ -28,11 +28,15 @@ NOT_RUN = {
     "lm_eval ": "no dependency of this project, and its tasks are downloaded",
     "python -c 'import mega_scale; from lm_eval": "no dependency of this project, and its tasks are downloaded",
     "source .venv/bin/activate": "the tests' own environment is used",
+    "pip install": "the tests' own environment is used",
+    "pytest": "runs tests, this one included",
 }
 # Those for several hosts or GPUs: their run is resolved and printed, and their launcher knows its options.
 CLUSTER = ("deepspeed --hostfile", "torchrun --nnodes", "sbatch ", "srun ", "mpirun ", "accelerate launch")
 # Those that measure for minutes: their command takes its options, and tests/launch/test_benchmark_commands.py runs it.
-MEASURES = ("python launch/benchmark", "python tests/")
+MEASURES = ("python launch/benchmark",)
+# Those that take minutes: they start, and say what their options are.
+CAMPAIGNS = "PYTHONPATH=tests/support python tests/campaigns"
 
 
 def printed(language):
@@ -64,10 +68,10 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def run(folder, words):
+def run(folder, words, **variables):
     """As in a shell where the environment is activated; returns what it prints."""
     own = {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own | variables
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
     return done.stdout
@@ -94,7 +98,11 @@ def test_every_command_of_the_readme_runs_in_order(checkout):
     for line in LINES:
         if line.startswith(tuple(NOT_RUN)) or line.startswith((*CLUSTER, *MEASURES)):
             continue
-        run(checkout, shortened(line))
+        if line.startswith(CAMPAIGNS):
+            variable, *command = shlex.split(line)[:3]
+            run(checkout, [*command, "--help"], **dict([variable.split("=")]))
+        else:
+            run(checkout, shortened(line))
     for block in printed("python"):
         run(checkout, [sys.executable, "-c", block])
 

@@ -5,6 +5,7 @@ record batches of an arrow file; else the whole file. A damage costs as few rows
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -169,7 +170,7 @@ def _is_list(head: bytes) -> bool:
 
 
 def _read_json(part: FileRange, column: TextColumn) -> Rows:
-    line, before = 0, _LinesBefore(part)
+    line, before = 0, functools.cache(lambda: _lines_before(part))  # counted only when a line has to be named
     try:
         with FileBytes(part.file, part.size if part.stop < 0 else None) as opened:
             head = b"" if part.start else opened.peek(64)
@@ -180,9 +181,9 @@ def _read_json(part: FileRange, column: TextColumn) -> Rows:
             else:
                 for found in _read_lines(opened, part, column):
                     line += 1
-                    yield found._replace(line=before.count() + line) if isinstance(found, BadRow) else found
+                    yield found._replace(line=before() + line) if isinstance(found, BadRow) else found
     except DamageError as damage:
-        row = _damaged(part.file, before.count() + line + 1, damage)
+        row = _damaged(part.file, before() + line + 1, damage)
         could_not_open = damage.lost == 0 and not damage.complete
         yield row._replace(lost=part.size) if could_not_open else row
 
@@ -219,23 +220,18 @@ def _read_line(opened: FileBytes, longest: int) -> tuple[bytes | None, int]:
     return None, size
 
 
-class _LinesBefore:
-    """How many lines a file has before a range, counted only when one has to be named."""
-
-    def __init__(self, part: FileRange) -> None:
-        self._part = part
-        self._count = 0 if part.start == 0 else None
-
-    def count(self) -> int:
-        if self._count is None:
-            self._count, left = 0, self._part.start - 1
-            with contextlib.suppress(OSError), open(self._part.file, "rb") as opened:
-                while left and (content := opened.read(min(1 << 20, left))):
-                    self._count += content.count(b"\n")
-                    left -= len(content)
-                opened.seek(self._part.start - 1)
-                self._count += opened.readline().endswith(b"\n")
-        return self._count
+def _lines_before(part: FileRange) -> int:
+    """How many lines a file has before a range; 0 if it is gone."""
+    if not part.start:
+        return 0
+    found, left = 0, part.start - 1
+    with contextlib.suppress(OSError), open(part.file, "rb") as opened:
+        while left and (content := opened.read(min(1 << 20, left))):
+            found += content.count(b"\n")
+            left -= len(content)
+        opened.seek(part.start - 1)
+        found += opened.readline().endswith(b"\n")
+    return found
 
 
 def _parse(content: bytes, column: TextColumn, file: str) -> str | BadRow:

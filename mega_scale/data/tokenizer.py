@@ -310,7 +310,11 @@ class Encoded(NamedTuple):
 
 
 def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) -> Iterator[Encoded]:
-    """Tokenise documents in order, many at once, and end each with the separator."""
+    """Tokenise documents in order, many at once, and end each with the separator.
+
+    Raises:
+        ValueError: The tokenizer has no tokens for a text.
+    """
     start, end, dtype = document_start(tokenizer, add_bos), separator_id(tokenizer), token_type(tokenizer)
     by_bytes = not start and is_byte_tokenizer(tokenizer)
     for texts in batched(documents):
@@ -319,7 +323,13 @@ def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, add_bos
         if by_bytes:
             yield Encoded(encode_bytes(raw), np.cumsum(sizes + 1), np.cumsum(sizes))
             continue
-        found = _token_lists(texts, tokenizer)
+        try:
+            found = _token_lists(texts, tokenizer)
+        except Exception as error:  # `tokenizers` raises nothing more special
+            raise ValueError(
+                f"data.tokenizer={tokenizer.name_or_path!r} cannot read the text ({error}): name a tokenizer that has "
+                "tokens for all of it, such as one with an unk token"
+            ) from None
         lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found)) + len(start) + 1
         whole = chain.from_iterable((*start, *ids, end) for ids in found)
         tokens = np.fromiter(whole, dtype=dtype, count=lengths.sum())

@@ -308,6 +308,18 @@ def test_several_ends_stay_where_the_tokenizers_is_one_of_them():
     assert [end_ids(tokenizer, given) for given in (None, 7, [2, 7], [7, 8])] == [2, 2, [2, 7], 2]
 
 
+def test_text_that_the_tokenizer_has_no_tokens_for_is_refused(tmp_path):
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    (tmp_path / "text.txt").write_text("a b a")
+    config = DataConfig(
+        "text", [str(tmp_path / "text.txt")], validation_fraction=0.0, cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(ValueError, match=r"data\.tokenizer=.* cannot read the text .*unk token"):
+        load_datasets(config, tokenizer)
+
+
 def test_prompts_that_cannot_be_read_are_refused():
     for text in ("\ud800", "no such words"):
         with pytest.raises(ValueError, match="cannot read the prompt"):

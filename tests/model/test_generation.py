@@ -171,3 +171,16 @@ def test_cache_bytes_follow_the_formula(dtype, tmp_path):
             with torch.no_grad():
                 cache = model(make_ids(batch, length), use_cache=True).past_key_values
             assert cache.nbytes == cache_bytes(model.config, batch, dtype.itemsize)
+
+
+@pytest.mark.slow
+def test_16384_tokens_in_a_constant_cache():
+    model = make_model(seed=3, chunk_size=128, num_hidden_layers=1)
+    token, cache, sizes = make_ids(1, 1), None, set()
+    with torch.no_grad():
+        for _ in range(16384):
+            out = model(token, past_key_values=cache, use_cache=True)
+            cache, token = out.past_key_values, out.logits.argmax(-1)
+            sizes.add(cache.nbytes)
+    assert cache.get_seq_length() == 16384
+    assert sizes == {cache_bytes(model.config, 1, 4)}

@@ -135,8 +135,11 @@ def test_masked_keys_stay_masked_in_cached_steps():
     torch.testing.assert_close(rest, want[:, 16:], atol=2e-5, rtol=1e-4)
 
 
-def test_nineteen_chunks_equal_uncached_greedy_decoding_in_a_constant_cache():
-    model = make_model(seed=3, chunk_size=16)
+@pytest.mark.parametrize(
+    ("tokens", "chunk"), [(300, 16), pytest.param(1000, 64, marks=pytest.mark.slow, id="a-thousand")]
+)
+def test_many_tokens_equal_uncached_greedy_decoding_in_a_constant_cache(tokens, chunk):
+    model = make_model(seed=3, chunk_size=chunk)
     prompt = make_ids(1, 5, seed=4)
     sizes = []
 
@@ -145,12 +148,12 @@ def test_nineteen_chunks_equal_uncached_greedy_decoding_in_a_constant_cache():
 
     handle = model.register_forward_hook(watch, with_kwargs=True)
     with torch.no_grad():
-        got = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=300, do_sample=False,
+        got = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
                              eos_token_id=None)  # fmt: skip
     handle.remove()
-    assert got.shape == (1, 305) and len(sizes) == 300
+    assert got.shape == (1, 5 + tokens) and len(sizes) == tokens
     assert len(set(sizes)) == 1
-    uncached = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=300, do_sample=False,
+    uncached = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
                               eos_token_id=None, use_cache=False)  # fmt: skip
     assert torch.equal(got, uncached)
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     SIGNALS.listen()  # before all other imports
     keep_streams()
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -40,9 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Only now are the values known to be good; until here, a signal is remembered in any case.
             SIGNALS.listen(config.train.stop_signals)
     except (ValueError, OSError) as error:
+        if place.rank == 0:
+            refuse(error)
+        # The first rank, if it is not refused, comes to meet the others after the same imports.
+        importlib.import_module("mega_scale.training.trainer")
         from mega_scale.parallel.monitor import tell_refusal
 
-        refuse(error, quiet=place.rank != 0 and not tell_refusal(place.rank, error, SIGNALS.asked))
+        refuse(error, quiet=not tell_refusal(place.rank, error, SIGNALS.asked))
     if code := trainer.run():
         raise SystemExit(code)
 

@@ -45,6 +45,9 @@ class DeepSpeedEngine(Engine):
         self._copies = world.axis("dp_replicate")
         self._stage: int = config.parallel.zero_stage
         native = config.native_deepspeed(world.shape.fsdp)
+        # DeepSpeed reads it even where there is no launcher; others take it for a launcher's word, so close removes it.
+        self._names_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         deepspeed = _start_deepspeed(world)
         unit = _MeshUnit(world.axis("fsdp"), world.axis("tp"))
         self._fill(values, _partitioner(deepspeed, native, unit) if self._stage == 3 else _placer(world.device))
@@ -223,6 +226,9 @@ class DeepSpeedEngine(Engine):
         self._engine.destroy()
         # zero.Init replaces it for the whole process, and nothing of DeepSpeed puts it back.
         nn.functional.linear = _linear
+        if self._names_local_rank:
+            os.environ.pop("LOCAL_RANK", None)
+            self._names_local_rank = False
 
 
 class _Stepped(NamedTuple):
@@ -297,8 +303,6 @@ def import_deepspeed(device: str) -> ModuleType:
 def _start_deepspeed(world: World) -> Any:
     """Import DeepSpeed and let it adopt the process group."""
     deepspeed: Any = import_deepspeed(world.device.type)
-    # DeepSpeed reads it even where there is no launcher.
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     # A shared-memory all-reduce for inference would be compiled at first start, and need a compiler; training does not
     # call it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

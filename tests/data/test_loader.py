@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import psutil
@@ -159,18 +160,26 @@ def test_text_shorter_than_a_row_makes_one_that_is_not_full():
         validation_batches(dataset(rows=0, extra=0), 1000, 2, 0, 1)
 
 
-def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+@pytest.fixture
+def workers() -> Callable[[], list[psutil.Process]]:
+    """Tells the processes that this one has started since the test began, and that live."""
+    before = set(psutil.Process().children())
+
+    def living() -> list[psutil.Process]:
+        found = set(psutil.Process().children()) - before
+        return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
+
+    return living
 
 
-def test_steps_come_in_order_and_any_step_can_be_next():
+def test_steps_come_in_order_and_any_step_can_be_next(workers):
     feed = ReadAhead(lambda step: (step, os.getpid()), workers=2, prefetch=2, pin_memory=False)
     found = [feed.take(step) for step in range(6)]
     assert [step for step, _ in found] == list(range(6))
     assert len({process for _, process in found}) == 2 and os.getpid() not in {process for _, process in found}
     assert feed.take(100)[0] == 100 and feed.take(3)[0] == 3 and feed.take(4)[0] == 4
     feed.close()
-    assert not children()
+    assert not workers()
 
 
 def test_batches_are_those_of_the_process_itself():
@@ -204,7 +213,7 @@ def test_error_of_a_worker_has_its_traceback():
 
 
 @pytest.mark.parametrize("how", ["killed", "exits"])
-def test_worker_that_dies_is_an_error_and_no_hang(how):
+def test_worker_that_dies_is_an_error_and_no_hang(how, workers):
     def read(step: int) -> int:
         if step == 5:
             if how == "exits":
@@ -215,13 +224,13 @@ def test_worker_that_dies_is_an_error_and_no_hang(how):
     feed = ReadAhead(read, workers=1, prefetch=1, pin_memory=False)
     assert [feed.take(step) for step in range(5)] == list(range(5))
     if how == "killed":
-        (worker,) = children()
+        (worker,) = workers()
         threading.Timer(0.5, worker.send_signal, [signal.SIGKILL]).start()
     began = time.monotonic()
     words = r"before step 5 was read: DataLoader worker .*(killed by signal: Killed|exited unexpectedly|exit code 3)"
     with pytest.raises(RuntimeError, match=words):
         feed.take(5)
-    assert time.monotonic() - began < 20 and not children()
+    assert time.monotonic() - began < 20 and not workers()
 
 
 def test_workers_leave_the_runs_signals_to_the_run():

@@ -1,5 +1,6 @@
 """Both engines in every stage at two ranks, against plain PyTorch in one process."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ def alone() -> dict[str, tuple[list[float], list[float]]]:
             found[key] = tiny_run.train(engine, world, range(tiny_run.STEPS))
             engine.close()
             engine.close()
+            assert "LOCAL_RANK" not in os.environ, "accelerate would take the process for one that a launcher started"
     return found
 
 

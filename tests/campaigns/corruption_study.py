@@ -112,9 +112,9 @@ def study(count: int, seed: int, folder: Path, plain: bool = True, trained: bool
         for make in (
             (lambda: Dcp(folder / "dcp", ours.saved), lambda: DeepSpeed(folder / "deepspeed", world)) if plain else ()
         ):
-            contender = make()
-            place = folder / f"{contender.name}-trials"
-            found[contender.name] = list(trials(partial(plain_trial, contender, place), count, seed))
+            with contextlib.closing(make()) as contender:
+                place = folder / f"{contender.name}-trials"
+                found[contender.name] = list(trials(partial(plain_trial, contender, place), count, seed))
     return found
 
 

@@ -31,6 +31,9 @@ class Dcp:
         dcp.load(tensors, checkpoint_id=run / f"step-{NEWER:08d}")
         return tensors
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 class DeepSpeed:
     """The same model under ZeRO-1, saved and loaded by DeepSpeed as it comes."""
@@ -53,6 +56,10 @@ class DeepSpeed:
         restore(self._engine, self._known)
         path, _ = self._plain.load_checkpoint(str(run))
         return None if path is None else snapshot(self._engine)
+
+    def close(self) -> None:
+        """Undo what DeepSpeed changed in this process."""
+        self._engine.close()
 
 
 def plain_trial(contender: Dcp | DeepSpeed, folder: Path, draw: random.Random) -> Trial | None:

@@ -22,6 +22,8 @@ from launching import ROOT, TINY, _kill_all, _popen, write_sources
 
 STEPS = 100_000
 BUSY = ["train.eval_every=3", "train.sample_every=4", "checkpoint.every=5", "checkpoint.keep=2", "train.log_every=1"]
+# Before the first step; how long it takes is nothing that a step or a save could bound.
+START_UP = ("imports", "start-up", "testing the layout", "building the model", "starting", "loading")
 # What one step, one batch of an evaluation, or one token may cost, and one save.
 PIECES = ("waiting for data", "computing", "evaluating", "generating text")
 # For polls between two beats, and for leaving.
@@ -76,7 +78,7 @@ def one(number, folder, text_file, rng):
     step_s = longest["waiting for data"] + longest["computing"]
     allowed = max(step_s, longest["evaluating"], longest["generating text"]) + longest["saving"] + SLACK_S
     took = max(report["ended"] for report in reports) - first["at"]
-    started = first["phase"] not in ("imports", "start-up")
+    started = first["phase"] not in START_UP
     state = status(run_dir)
     good = state["state"] == "stopped" and saved(run_dir)[-1] == state["step"] and (not started or took <= allowed)
     return {

@@ -5,14 +5,11 @@ import io
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
+import damage
 import pytest
 from safetensors.torch import load_file
-
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-import damage
 
 from launch import checkpoint, evaluate, generate
 from launch.pretrain import main as pretrain

@@ -1,7 +1,7 @@
 """Tokenises a corpus into a folder of prepared data, in parallel; run again, it goes on where it was interrupted.
 
 python launch/prepare.py prepared/code data.source=json 'data.path=corpus/*.jsonl.zst' data.tokenizer=tokenizers/code
-python launch/pretrain.py data.source=prepared data.path=prepared/code data.tokenizer=tokenizers/code
+python launch/pretrain.py run_dir=runs/code data.source=prepared data.path=prepared/code data.tokenizer=tokenizers/code
 python launch/prepare.py prepared/code --verify
 python launch/prepare.py prepared/web --executor slurm --tasks 500 --slurm partition=cpu time=12:00:00 data.source=...
 

@@ -27,6 +27,8 @@ _MATMULS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
+    # Half precision into fp32, as attention on GPUs has its scores; older releases of PyTorch lack it.
+    *([torch.ops.aten.bmm.dtype] if "dtype" in torch.ops.aten.bmm.overloads() else []),
     torch.ops.aten.baddbmm.default,
     *ONEDNN_PRODUCTS,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

@@ -35,10 +35,12 @@ PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *ONEDNN_PRO
 class Products(TorchDispatchMode):
     """Counts matrix products."""
 
-    count = 0
+    def __init__(self, operators=PRODUCTS):
+        super().__init__()
+        self.operators, self.count = operators, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in PRODUCTS
+        self.count += function in self.operators
         return function(*args, **(kwargs or {}))
 
 
@@ -83,6 +85,21 @@ def test_gradients_are_those_of_a_step_without_recomputation(model, documents):
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=f"{how}: {name}")
         if how.segment == 0:
             assert products == least if how.policy == "save_matmuls" else products > least
+
+
+def test_half_precision_products_into_fp32_are_saved():
+    """Attention on a GPU has its scores from them; without one, the meta device computes their shapes."""
+    with torch.device("meta"):
+        model = MegaForCausalLM(tiny_run.tiny_config())
+        x = torch.randn(2, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+    counts = {}
+    for policy in ("full", "save_matmuls"):
+        apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=ActivationCheckpointing(1, policy, 0), seed=1)
+        checkpoint: Any = model.mega.layers[0]._gradient_checkpointing_func
+        with Products((torch.ops.aten.bmm.dtype,)) as products:
+            checkpoint(lambda x: torch.bmm(x.detach(), x.detach(), out_dtype=torch.float32) * x, x).sum().backward()
+        counts[policy] = products.count
+    assert counts == {"full": 2, "save_matmuls": 1}
 
 
 class Widest(TorchDispatchMode):

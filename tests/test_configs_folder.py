@@ -16,7 +16,7 @@ RECIPES = [
     ("debug.yaml", 2, 0.667, True),
     ("enwik8-39m.yaml", 8, 39, True),
     ("wikitext103-252m.yaml", 24, 252, True),
-    ("megalodon-1.3b.yaml", 16, 1300, False),
+    ("mega-1.3b.yaml", 16, 1300, False),
 ]
 
 
@@ -58,6 +58,6 @@ def test_the_long_context_layout_of_the_readme_can_start(tmp_path, monkeypatch):
         path.read_text(encoding="utf-8") for path in (FOLDER.parent / "README.md", *FOLDER.parent.glob("*/README.md"))
     ]
     assert any(all(change in text for change in changes) for text in readmes)
-    config = parse(["--config", str(FOLDER / "megalodon-1.3b.yaml"), *changes])
+    config = parse(["--config", str(FOLDER / "mega-1.3b.yaml"), *changes])
     config.validate(world_size=64, local_size=8)
     assert config.parallel.mesh(64) == (1, 4, 8, 2)

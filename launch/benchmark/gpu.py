@@ -66,7 +66,7 @@ KERNELS = {
     "keys": Option([4096], "of a chunk of attention"),
 }
 MFU = {
-    "config": Option(str(ROOT / "configs/megalodon-1.3b.yaml"), "run whose model is trained"),
+    "config": Option(str(ROOT / "configs/mega-1.3b.yaml"), "run whose model is trained"),
     "lengths": Option([4096, 32768, 131072], "tokens a sequence"),
     "tokens": Option(32768, "of a step; one sequence where it is longer"),
     "recompute": Option([2, 2, 1], "for each length, every n-th block; 0 for none", least=0),

@@ -10,11 +10,11 @@ import inspect
 import os
 import re
 import shutil
-import types
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -49,10 +49,16 @@ _DESCRIPTION = """Every key below can stand in a YAML file (as sections) and on 
 --train.steps=200 or --train.steps 200. Command line beats files, a later file beats an earlier one, files beat the
 defaults shown here. A key that is unknown is refused."""
 _OPTIONS = {
-    "--config": ("YAML file of keys; may be given several times; without it, configs/debug.yaml (path)", "FILE"),
-    "--print-config": ("Print the resolved run as YAML, which runs again as it is, and exit", ""),
-    "--max-time": ("The same as train.max_time=TIME (seconds, or H:MM:SS)", "TIME"),
-    "--local-rank": ("Accepted from launchers, and ignored", "N"),
+    "--config": {
+        "metavar": "FILE",
+        "help": "YAML file of keys; may be given several times; without it, configs/debug.yaml (path)",
+    },
+    "--print-config": {
+        "action": "store_true",
+        "help": "Print the resolved run as YAML, which runs again as it is, and exit",
+    },
+    "--max-time": {"metavar": "TIME", "help": "The same as train.max_time=TIME (seconds, or H:MM:SS)"},
+    "--local-rank": {"metavar": "N", "help": "Accepted from launchers, and ignored"},
 }
 _COMPILERS = ("c++", "g++", "clang++")
 
@@ -65,36 +71,17 @@ FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 CAUSAL = {"is_decoder": True, "bidirectional": False}
 
 
-def _section_type(name: str, declared: Any) -> Any:
-    """Give the type of a key on the command line: `float | int` is float, and what a tokenizer fills in may be null."""
-    members = list(get_args(declared)) if get_origin(declared) in (Union, types.UnionType) else [declared]
-    if float in members and int in members:
-        members.remove(int)
-    if name in FROM_TOKENIZER and types.NoneType not in members:
-        members.append(types.NoneType)
-    return Union[tuple(members)]  # noqa: UP007  the members are known only here
-
-
-def _documented() -> dict[str, str]:
-    """Read the sentence on every key out of MegaConfig's docstring."""
-    entry = re.compile(r"^    (\w+): (.*\n(?:        .*\n)*)", re.MULTILINE)
-    text = inspect.cleandoc(MegaConfig.__doc__ or "") + "\n"
-    return {name: " ".join(body.split()) for name, body in entry.findall(text)}
-
-
 def _make_section() -> type:
-    documented = _documented()
-    defaults = {field.name: field.default for field in dataclasses.fields(MegaConfig)}
+    """The keys of MegaConfig as a dataclass; their sentences come from its docstring."""
+    entries = re.compile(r"^    (\w+): (.*\n(?:        .*\n)*)", re.MULTILINE)
+    sentences = dict(entries.findall(inspect.cleandoc(MegaConfig.__doc__ or "") + "\n"))
+    defaults = {field.name: field.default for field in dataclasses.fields(MegaConfig)} | CAUSAL
     fields = []
     for name, declared in inspect.get_annotations(MegaConfig, eval_str=True).items():
-        if name not in defaults:  # a ClassVar
-            continue
-        default = None if name in FROM_TOKENIZER else CAUSAL.get(name, defaults[name])
-        sentence = documented[name]
+        hint, default, sentence = declared, defaults[name], " ".join(sentences[name].split())
         if name in FROM_TOKENIZER:
-            sentence = sentence.rstrip(".") + "; null takes the tokenizer's."
-        own = dataclasses.field(default=default, metadata={"help": sentence})
-        fields.append((name, _section_type(name, declared), own))
+            hint, default, sentence = declared | None, None, sentence.rstrip(".") + "; null takes the tokenizer's."
+        fields.append((name, hint, field(default=default, metadata={"help": sentence})))
     return dataclasses.make_dataclass("ModelSection", fields, namespace={"__module__": __name__})
 
 
@@ -107,10 +94,8 @@ else:
 def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | None" = None) -> MegaConfig:
     """Turn the `model` section into the configuration of a model.
 
-    Args:
-        section: the `model` section of a run.
-        tokenizer: gives the vocabulary size and the special token ids that the section leaves open; without one they
-            keep MegaConfig's defaults.
+    A tokenizer gives the vocabulary size and the special token ids that the section leaves open; without one they keep
+    MegaConfig's defaults.
 
     Raises:
         ValueError: a value or combination is impossible or cannot be trained, `model.vocab_size` is smaller than the
@@ -238,126 +223,100 @@ class RunConfig:
         self.checkpoint.validate()
         self.bad_steps.validate(self.checkpoint.every)
         dp = self.parallel.mesh(world_size).dp
-        _check_compiler(self)
-        _check_model(self)
-        _check_spread(self)
-        _check_batches(self, dp)
-        _check_reports(self)
+        self._check_model()
+        self._check_training(dp)
         engine = self.engine_config(world_size)
         engine.validate(world_size, local_size)
         check_accelerate(engine, world_size)
-        _check_folders(self)
+        self._check_folders()
 
-
-# Combinations with which no run can start
-
-
-def _check_compiler(config: RunConfig) -> None:
-    on_cpu = config.parallel.device == "cpu" or not torch.cuda.is_available()
-    if config.train.compile and on_cpu and not any(map(shutil.which, _COMPILERS)):
-        raise ValueError(
-            f"train.compile=True needs a C++ compiler on a CPU, and the PATH has none of {', '.join(_COMPILERS)}: "
-            "install one, or set train.compile=false"
-        )
-
-
-def _check_model(config: RunConfig) -> None:
-    model, length = config.model, config.data.sequence_length
-    require(model.is_decoder, "model.is_decoder", False, "a causal language model is trained, set it to true")
-    if model.bidirectional:
-        raise ValueError(
-            "model.bidirectional=True with model.is_decoder=True would let every position see the future: "
-            "set model.bidirectional=false"
-        )
-    remedy = "pretraining on text has no encoder to attend to, set it to false"
-    require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
-    model_config(model)
-    if config.data.packing == "reset" and model.truncation is not None:
-        raise ValueError(
-            f"data.packing='reset' with model.truncation={model.truncation}: a truncated moving average cannot begin "
-            "anew inside a sequence; set model.truncation=null, or data.packing=none or concat"
-        )
-    _check_lengths(config)
-    # Over several sp ranks, a length that is not whole chunks is padded.
-    chunk = model.chunk_size
-    if model.use_chunking and length % chunk and config.parallel.sp == 1:
-        raise ValueError(
-            f"model.chunk_size={chunk} does not divide data.sequence_length={length}: use a sequence_length of "
-            f"{multiples(chunk, length)}, or a chunk_size of {nearest(divisors(length), chunk)}"
-        )
-    if model.relative_positional_bias == "simple":
-        key, reach = ("model.chunk_size", model.chunk_size) if model.use_chunking else ("data.sequence_length", length)
-        if reach > model.max_positions:
+    def _check_model(self) -> None:
+        model, length, tp, sp = self.model, self.data.sequence_length, self.parallel.tp, self.parallel.sp
+        require(model.is_decoder, "model.is_decoder", False, "a causal language model is trained, set it to true")
+        if model.bidirectional:
             raise ValueError(
-                f"{key}={reach} is more than model.max_positions={model.max_positions}, the reach of "
-                f"model.relative_positional_bias='simple': set max_positions to at least {reach}, or take the rotary"
+                "model.bidirectional=True with model.is_decoder=True would let every position see the future: "
+                "set model.bidirectional=false"
             )
-    if model.truncation is not None and config.train.sample_every:
-        raise ValueError(
-            f"model.truncation={model.truncation} leaves the moving average without a state to generate from, but "
-            f"train.sample_every={config.train.sample_every}: set sample_every=0, or truncation=null"
-        )
-
-
-def _check_lengths(config: RunConfig) -> None:
-    """Lengths of a schedule have whole chunks on every rank, so that nothing is padded."""
-    model, sp = config.model, config.parallel.sp
-    if config.data.lengths is None or not model.use_chunking:
-        return
-    whole = sp * model.chunk_size
-    for length in config.data.lengths.lengths:
-        if length % whole:
+        remedy = "pretraining on text has no encoder to attend to, set it to false"
+        require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
+        model_config(model)
+        if self.data.packing == "reset" and model.truncation is not None:
             raise ValueError(
-                f"data.length_schedule={config.data.length_schedule!r}: a length of {length} is not a multiple of "
-                f"parallel.sp={sp} x model.chunk_size={model.chunk_size} = {whole}: use {multiples(whole, length)}"
+                f"data.packing='reset' with model.truncation={model.truncation}: a truncated moving average cannot "
+                "begin anew inside a sequence; set model.truncation=null, or data.packing=none or concat"
+            )
+        chunk, whole = model.chunk_size, sp * model.chunk_size
+        # In a schedule, every rank has whole chunks, so that nothing is padded.
+        for short in self.data.lengths.lengths if model.use_chunking and self.data.lengths else ():
+            if short % whole:
+                raise ValueError(
+                    f"data.length_schedule={self.data.length_schedule!r}: a length of {short} is not a multiple of "
+                    f"parallel.sp={sp} x model.chunk_size={chunk} = {whole}: use {multiples(whole, short)}"
+                )
+        if model.use_chunking and length % chunk and sp == 1:  # over several ranks, it is padded
+            raise ValueError(
+                f"model.chunk_size={chunk} does not divide data.sequence_length={length}: use a sequence_length of "
+                f"{multiples(chunk, length)}, or a chunk_size of {nearest(divisors(length), chunk)}"
+            )
+        if model.relative_positional_bias == "simple":
+            key, reach = ("model.chunk_size", chunk) if model.use_chunking else ("data.sequence_length", length)
+            if reach > model.max_positions:
+                raise ValueError(
+                    f"{key}={reach} is more than model.max_positions={model.max_positions}, the reach of "
+                    f"model.relative_positional_bias='simple': set max_positions to at least {reach}, or take the "
+                    "rotary"
+                )
+        check_tensor_parallel(model, tp)
+        checkpointing = self.parallel.checkpointing
+        check_segments(model, checkpointing.segment, checkpointing.every, sp)
+        check_sequence_parallel(model, length, sp)
+
+    def _check_training(self, dp: int) -> None:
+        train = self.train
+        on_cpu = self.parallel.device == "cpu" or not torch.cuda.is_available()
+        if train.compile and on_cpu and not any(map(shutil.which, _COMPILERS)):
+            raise ValueError(
+                f"train.compile=True needs a C++ compiler on a CPU, and the PATH has none of {', '.join(_COMPILERS)}: "
+                "install one, or set train.compile=false"
+            )
+        if self.model.truncation is not None and train.sample_every:
+            raise ValueError(
+                f"model.truncation={self.model.truncation} leaves the moving average without a state to generate from, "
+                f"but train.sample_every={train.sample_every}: set sample_every=0, or truncation=null"
+            )
+        batch, micro = train.global_batch_size, train.micro_batch_size
+        if batch % (dp * micro):
+            remedy = multiples(dp * micro, batch)
+            if batch % dp == 0:
+                remedy += f", or a micro_batch_size of {nearest(divisors(batch // dp), micro, count=3)}"
+            raise ValueError(
+                f"train.global_batch_size={batch} is not a multiple of {dp} data-parallel ranks x "
+                f"train.micro_batch_size={micro} = {dp * micro} sequences: use a global_batch_size of {remedy}"
+            )
+        if train.eval_every and not self.data.validates:
+            raise ValueError(
+                f"train.eval_every={train.eval_every} needs validation text, but data.validation_fraction=0 and no "
+                "other is named: set data.validation_fraction, validation_path or validation_split, or "
+                "train.eval_every=0"
             )
 
-
-def _check_spread(config: RunConfig) -> None:
-    check_tensor_parallel(config.model, config.parallel.tp)
-    how = config.parallel.checkpointing
-    check_segments(config.model, how.segment, how.every, config.parallel.sp)
-    check_sequence_parallel(config.model, config.data.sequence_length, config.parallel.sp)
-
-
-def _check_batches(config: RunConfig, dp: int) -> None:
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    at_once = dp * micro
-    if batch % at_once == 0:
-        return
-    remedy = multiples(at_once, batch)
-    if batch % dp == 0:
-        remedy += f", or a micro_batch_size of {nearest(divisors(batch // dp), micro, count=3)}"
-    raise ValueError(
-        f"train.global_batch_size={batch} is not a multiple of {dp} data-parallel ranks x "
-        f"train.micro_batch_size={micro} = {at_once} sequences: use a global_batch_size of {remedy}"
-    )
-
-
-def _check_reports(config: RunConfig) -> None:
-    if config.train.eval_every and not config.data.validates:
-        raise ValueError(
-            f"train.eval_every={config.train.eval_every} needs validation text, but data.validation_fraction=0 and no "
-            "other is named: set data.validation_fraction, validation_path or validation_split, or train.eval_every=0"
-        )
-
-
-def _check_folders(config: RunConfig) -> None:
-    run_dir = Path(config.run_dir)
-    create_run_folder(run_dir)
-    key = read_key(config.checkpoint.key_file)
-    if config.resume is not None and config.resume != "auto":
-        try:
-            find_checkpoint(run_dir if config.resume == "latest" else Path(config.resume), key)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"resume={config.resume!r}: {error}") from None
-    starts = resume_path(run_dir, config.resume) is None
-    if starts and config.init_from is not None and not os.path.isfile(f"{config.init_from}/config.json"):
-        raise ValueError(
-            f"init_from={config.init_from!r} has no config.json: give the folder of a Hugging Face model or an export "
-            "(a run is exported by python launch/export.py RUN FOLDER)"
-        )
-    check_run_folder(run_dir, config.resume, config.overwrite)
+    def _check_folders(self) -> None:
+        run_dir = Path(self.run_dir)
+        create_run_folder(run_dir)
+        key = read_key(self.checkpoint.key_file)
+        if self.resume is not None and self.resume != "auto":
+            try:
+                find_checkpoint(run_dir if self.resume == "latest" else Path(self.resume), key)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"resume={self.resume!r}: {error}") from None
+        starts = resume_path(run_dir, self.resume) is None
+        if starts and self.init_from is not None and not os.path.isfile(f"{self.init_from}/config.json"):
+            raise ValueError(
+                f"init_from={self.init_from!r} has no config.json: give the folder of a Hugging Face model or an "
+                "export (a run is exported by python launch/export.py RUN FOLDER)"
+            )
+        check_run_folder(run_dir, self.resume, self.overwrite)
 
 
 # What a run takes from the folder that it goes on from or starts from
@@ -382,22 +341,15 @@ _LONGEST = 80  # characters of a value in a line
 
 
 class Described(NamedTuple):
-    """A model as a folder describes it.
+    """A model as a folder describes it."""
 
-    Args:
-        source: the key that names the folder, with its value.
-        config: of the model.
-        tokenizer: that lies beside it; None where none can be loaded.
-        tokenizer_name: by which a run loads that one.
-    """
-
-    source: str
+    source: str  # the key that names the folder, with its value
     config: MegaConfig
-    tokenizer: "PreTrainedTokenizerBase | None"
-    tokenizer_name: str
+    tokenizer: "PreTrainedTokenizerBase | None"  # None where none can be loaded
+    tokenizer_name: str  # by which a run loads it
 
     def require_model(self, model: Any, names: Collection[str]) -> None:
-        """Refuse a model, given by the keys of `model`, that is another function by some of them. Raises ValueError."""
+        """Refuse a model, given by the keys of `model`, that is another function by some of them."""
         wrong = [
             f"model.{name}={getattr(model, name)!r} (there: {getattr(self.config, name)!r})"
             for name in names
@@ -411,7 +363,7 @@ class Described(NamedTuple):
 
 
 def described_by(config: RunConfig, checkpoint: Path | None) -> Described | None:
-    """What the folder describes that a run takes its weights from; none where it draws them.
+    """What the folder describes that a run takes its weights from; None where it draws them.
 
     Raises ValueError where the folder describes no model.
     """
@@ -437,11 +389,7 @@ def require_same(
 ) -> None:
     """Refuse a model or tokenizer that is not that of the folder from which the weights are taken, if there is one.
 
-    Args:
-        config: the run.
-        checkpoint: that it goes on from, verified; None where it starts anew.
-        model: of the run.
-        tokenizer: of the run.
+    `checkpoint`, verified, is that which the run goes on from; None where it starts anew.
     """
     described = described_by(config, checkpoint)
     if described is None:
@@ -458,12 +406,8 @@ def require_same(
 def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
     """Take model and tokenizer from the folder that a run takes its weights from.
 
-    Args:
-        config: the run; unchanged where it starts from nothing, or where `validate` refuses what it starts from.
-        given: the keys that its user gave, which the folder must agree with.
-
-    Raises:
-        ValueError: a key that was given contradicts the folder.
+    A run stays as it is where it starts from nothing, or where `validate` refuses what it starts from. A key in
+    `given`, which its user gave, is refused where it contradicts the folder.
     """
     try:
         path = resume_path(Path(config.run_dir), config.resume)
@@ -490,46 +434,25 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
 def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
     """Say in one line which keys that decide the numbers differ from those of a checkpoint; empty where none does.
 
-    Args:
-        config: the run that goes on from it.
-        checkpoint: the folder, verified.
-        step: optimizer steps that it has done.
+    `checkpoint` is verified; `step` is the number of optimizer steps that it has done.
     """
-    try:
-        there = _flat(read_yaml(checkpoint / "config.yaml"))
-    except ValueError as error:
-        return f"the keys of the checkpoint cannot be compared: {error}"
     from mega_scale.training.trained_model import read_model
 
-    model = read_model(checkpoint)
-    there |= {key: getattr(model, key.removeprefix("model.")) for key in there if key.startswith("model.")}
-    here = _flat(dataclasses.asdict(config))
-    keys = [key for key in known_keys(type(config)) if key in there and key.startswith(_NUMBERS) and key not in _SILENT]
-    differing = [f"{key}={_short(here[key])} (was {_short(there[key])})" for key in keys if here[key] != there[key]]
+    try:
+        before = dataclasses.replace(load_config(checkpoint / "config.yaml"), model=read_model(checkpoint))
+    except ValueError as error:
+        return f"the keys of the checkpoint cannot be compared: {error}"
+    differing = []
+    for key in known_keys(RunConfig):
+        now, then = (attrgetter(key)(run) for run in (config, before))
+        if key.startswith(_NUMBERS) and key not in _SILENT and now != then:
+            texts = (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in (str(now), str(then)))
+            differing.append("{}={} (was {})".format(key, *texts))
     if not differing:
         return ""
     line = f"resumed with other keys: {', '.join(differing)}"
-    now, then = (_learning_rate(values, step) for values in (here, here | there))
+    now, then = (learning_rate(step, run.schedule, run.optimizer.lr, run.train.steps) for run in (config, before))
     return line if now == then else f"{line}; the learning rate of step {step + 1} is {now:.4g} (was {then:.4g})"
-
-
-def _learning_rate(values: dict[str, Any], step: int) -> float:
-    schedule = ScheduleConfig(**{f.name: values[f"schedule.{f.name}"] for f in dataclasses.fields(ScheduleConfig)})
-    return learning_rate(step, schedule, values["optimizer.lr"], values["train.steps"])
-
-
-def _flat(sections: dict[str, Any]) -> dict[str, Any]:
-    """Values by dotted key, of one or two words."""
-    found: dict[str, Any] = {}
-    for name, value in sections.items():
-        nested = value if isinstance(value, dict) else {}
-        found |= {f"{name}.{key}": inner for key, inner in nested.items()} if nested else {name: value}
-    return found
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 # From files and the command line
@@ -538,19 +461,14 @@ def _short(value: Any) -> str:
 def load_config(path: str | Path) -> RunConfig:
     """Read a run from one YAML file over the defaults, as `save_config` writes it, or wrote it, or shorter.
 
-    Raises:
-        ValueError: the file cannot be read, or a key or value in it is refused.
+    Raises ValueError where the file cannot be read, or a key or value in it is refused.
     """
     config: RunConfig = resolve(RunConfig, [str(path)], [], stored=True)[0]
     return config
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write a run to a YAML file that `load_config` reads back exactly, as a whole.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a run, at once, to a YAML file that `load_config` reads back exactly. Raises OSError."""
     replace_text(path, to_yaml(config))
 
 
@@ -559,27 +477,22 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
 
     Without `--config` the run is that of `configs/debug.yaml`, the default job. A run that goes on from a checkpoint or
     starts from an export has its model and tokenizer, and keys that contradict it are refused. `--help` and
-    `--print-config` print and exit with code 0; whatever is refused is said in one line, and exits with code 2.
-
-    Args:
-        argv: the words after the program's name.
-        quiet: print nothing, as ranks other than the first do.
-
-    Returns:
-        The run, its keys and types checked, its combinations not: see `RunConfig.validate`.
+    `--print-config` print and exit with code 0; whatever is refused is said in one line, and exits with code 2. Ranks
+    other than the first print nothing (`quiet`). Keys and types are checked, combinations not: see
+    `RunConfig.validate`.
     """
     try:
-        arguments = split_arguments(argv, (section.name for section in dataclasses.fields(RunConfig)))
-        if arguments.help:
+        configs, overrides, options = split_arguments(argv, (field.name for field in dataclasses.fields(RunConfig)))
+        if "help" in options:
             if not quiet:
                 print(format_help(RunConfig, _DESCRIPTION, _OPTIONS), end="", flush=True)
             raise SystemExit(0)
-        config, given = resolve(RunConfig, arguments.configs or [str(DEFAULT_CONFIG)], arguments.overrides)
+        config, given = resolve(RunConfig, configs or [str(DEFAULT_CONFIG)], overrides)
         # The keys of the default job are nobody's.
-        config = adopt(config, given if arguments.configs else {key for key, _ in arguments.overrides})
+        config = adopt(config, given if configs else {key for key, _ in overrides})
     except ValueError as error:
         refuse(error, quiet=quiet)
-    if arguments.print_config:
+    if "print_config" in options:
         if not quiet:
             print(to_yaml(config), end="", flush=True)
         raise SystemExit(0)

@@ -1,7 +1,6 @@
 """Settings as nested dataclasses: defaults < YAML files < the command line, and refusals that name key, value, remedy.
 
-Knows nothing of the settings themselves but names that some had: the keys are the fields, their types say which values
-are allowed, and the string below a field is its help.
+The keys are the fields, their types say which values are allowed, and the string below a field is its help.
 """
 
 import argparse
@@ -11,13 +10,14 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import json
 import math
 import re
 import textwrap
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -30,16 +30,20 @@ _SHORT = {"max_time": "train.max_time"}
 # Arguments of commands that are paths, or may be.
 _PATHS = ("key_file", "new_key_file", "tokenizer", "json", "plot", "peer_python", "folder")
 
+# Keys of earlier versions: their names and values now. Users are told; files that a run wrote are read as they are.
+RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
+    "parallel.activation_checkpoint_keeps": (
+        "parallel.activation_checkpoint_policy",
+        {"nothing": "full", "products": "save_matmuls"},
+    ),
+}
+
 
 # Checks of values
 
 
 def require(good: bool, key: str, value: object, remedy: str) -> None:
-    """Refuse a value.
-
-    Raises:
-        ValueError: `good` is false.
-    """
+    """Refuse a value: raise ValueError unless `good`."""
     if not good:
         raise ValueError(f"{key}={value!r} is not possible: {remedy}")
 
@@ -52,11 +56,7 @@ def require_ranges(
     not_negative: Iterable[str] = (),
     shares: Iterable[str] = (),
 ) -> None:
-    """Refuse fields of a section that lie outside their range: above 0, 0 or above, or 0 to below 1; all finite.
-
-    Raises:
-        ValueError: names key, value and range.
-    """
+    """Refuse fields of a section that are not above 0, 0 or above, or 0 to below 1; all are finite."""
     for names, low, high, remedy in (
         (positive, math.nextafter(0, 1), math.inf, "it must be above 0"),
         (not_negative, 0, math.inf, "it must be 0 or above"),
@@ -68,11 +68,7 @@ def require_ranges(
 
 
 def local_paths(args: argparse.Namespace) -> None:
-    """Apply `local_path` to every file and folder that a command was given, in place.
-
-    Raises:
-        ValueError: one of them is no local path.
-    """
+    """Apply `local_path` to every file and folder that a command was given, in place."""
     for name, value in vars(args).items():
         if isinstance(value, Path) or (isinstance(value, str) and name in _PATHS):
             setattr(args, name, type(value)(local_path(str(value), f"--{name.replace('_', '-')}")))
@@ -81,16 +77,13 @@ def local_paths(args: argparse.Namespace) -> None:
 # Keys and types
 
 
-def known_keys(section: type, prefix: str = "") -> dict[str, Any]:
+def known_keys(section: Any, prefix: str = "") -> dict[str, Any]:
     """Types by dotted key of a dataclass and of the dataclasses in it, in the order of declaration."""
     keys: dict[str, Any] = {}
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            keys |= known_keys(hint, f"{prefix}{field.name}.")
-        else:
-            keys[prefix + field.name] = hint
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        keys |= known_keys(hint, f"{key}.") if dataclasses.is_dataclass(hint) else {key: hint}
     return keys
 
 
@@ -109,23 +102,22 @@ def describe(hint: Any) -> str:
             words.append(f"a list of {describe(get_args(member)[0]).removeprefix('an ').removeprefix('a ')} items")
         elif get_origin(member) is dict:
             words.append("a mapping")
-        else:
+        elif not (member is int and _WORDS[float] in words):  # float | int is any number
             words.append(_WORDS.get(member, str(member)))
     return " or ".join(words)
 
 
-def convert(value: Any, hint: Any) -> Any:
+def _convert(value: Any, hint: Any) -> Any:
     """A value as a type has it: integers become numbers where numbers are expected, and texts lists of one.
 
-    Raises:
-        TypeError: it is no value of the type.
+    Raises TypeError if it is no value of the type.
     """
     for member in members(hint):
         origin = get_origin(member)
         if origin is Literal and value in get_args(member):
             return value
         if origin is list and isinstance(value, list):
-            return [convert(item, get_args(member)[0]) for item in value]
+            return [_convert(item, get_args(member)[0]) for item in value]
         if origin is dict and isinstance(value, dict):
             return value
         if member is float and type(value) in (int, float):
@@ -138,33 +130,28 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_text(text: str, hint: Any) -> Any:
-    """A value as the command line has it: text is taken as it is, and anything else is YAML.
-
-    Raises:
-        TypeError: it is no value of the type.
-    """
+    """A value as the command line has it: text is taken as it is, and anything else is YAML."""
     plain = [member for member in members(hint) if member is str or get_origin(member) is Literal]
     others = [member for member in members(hint) if member not in plain]
     if plain and text != "null" and types.NoneType in others:
         others.remove(types.NoneType)  # ~ is a home folder, and Null a name
     if others and text.strip():
         try:
-            return convert(yaml.load(text, Loader=_StrictLoader), Union[tuple(others)])  # noqa: UP007  known only here
+            return _convert(yaml.load(text, Loader=_StrictLoader), Union[tuple(others)])  # noqa: UP007  known only here
         except (yaml.YAMLError, ValueError, RecursionError, TypeError):
             pass  # a text, if that is allowed
-    return convert(text, hint)
+    return _convert(text, hint)
 
 
-RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
-    "parallel.activation_checkpoint_keeps": (
-        "parallel.activation_checkpoint_policy",
-        {"nothing": "full", "products": "save_matmuls"},
-    ),
-}
-"""Keys of earlier versions: their names and values now. Users are told; files that a run wrote are read as they are."""
+def _allowed(key: str, value: Any, hint: Any, convert: Callable[[Any, Any], Any]) -> Any:
+    try:
+        return convert(value, hint)
+    except TypeError:
+        shown = "null" if value in (None, "null") else repr(value)
+        raise ValueError(f"{key}={shown} is not allowed: expected {describe(hint)}") from None
 
 
-def unknown_key(key: str, known: Iterable[str]) -> str:
+def _unknown_key(key: str, known: Iterable[str]) -> str:
     """The refusal of an unknown key, with its new name or the known one most like it."""
     if key in RENAMED:
         name, values = RENAMED[key]
@@ -176,40 +163,6 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
         return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     return f"{key} is not a key: the nearest known one is {max(known, key=likeness)}; --help lists all"
-
-
-def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
-    """A file of an earlier version with the keys and values of this one."""
-    found = copy.deepcopy(layer)
-    for old, (new, values) in RENAMED.items():
-        section, _, name = old.partition(".")
-        if isinstance(there := found.get(section), dict) and name in there:
-            there[new.partition(".")[2]] = values[there.pop(name)]
-    return found
-
-
-def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn the sections of a file into dotted keys; an unknown key, or one that is given twice, is refused."""
-    flat: dict[str, Any] = {}
-    for name, value in layer.items():
-        key = f"{prefix}{name}"
-        if key in known:
-            if value is None and types.NoneType not in members(known[key]):
-                raise ValueError(f"{key}=null is not allowed: expected {describe(known[key])}")
-            found = {key: value}
-        elif not any(path.startswith(f"{key}.") for path in known):
-            sections = {path.rpartition(".")[0] for path in known} - {""}
-            raise ValueError(unknown_key(key, sections if isinstance(value, dict) else known))
-        elif isinstance(value, dict):
-            found = _flatten(value, known, f"{key}.")
-        elif value is None:
-            continue
-        else:
-            raise ValueError(f"{key}={value!r} is not allowed: {key} is a section, set the keys in it")
-        if twice := flat.keys() & found.keys():
-            raise ValueError(f"{min(twice)} is given twice: keep one")
-        flat |= found
-    return flat
 
 
 # YAML
@@ -269,11 +222,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read the sections and keys of a YAML file; empty for an empty file.
-
-    Raises:
-        ValueError: the file is missing, unreadable, no YAML, or not a mapping of keys.
-    """
+    """Read the sections and keys of a YAML file; empty for an empty file. Raises ValueError if it is no such file."""
     path = local_path(str(path), "--config")
     try:
         layer = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
@@ -297,50 +246,34 @@ def to_yaml(config: Any) -> str:
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-# The command line
+# Layers
+
+Overrides = list[tuple[str, str | None]]
 
 
-class Arguments(NamedTuple):
-    """A command line sorted by what its words are, none of them understood yet.
-
-    Args:
-        configs: files.
-        overrides: keys with their values, none where a key has no value.
-        help: whether `--help` is among them.
-        print_config: whether `--print-config` is among them.
-    """
-
-    configs: list[str]
-    overrides: list[tuple[str, str | None]]
-    help: bool
-    print_config: bool
-
-
-def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> Arguments:
+def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> tuple[list[str], Overrides, set[str]]:
     """Sort the words of a command line: KEY=VALUE, --KEY=VALUE, --KEY VALUE, --config FILE and the other options.
 
     Args:
         argv: the words after the program's name.
         sections: first words of the known keys, by which `--resume train.steps=4` is told from `--resume FOLDER`.
 
-    Raises:
-        ValueError: a word is none of these.
+    Returns:
+        The files, the keys with their values (None where a key has none), and which of "help" and "print_config" are
+        among the words.
     """
     sections = set(sections)
     configs: list[str] = []
-    overrides: list[tuple[str, str | None]] = []
-    wants_help = prints = False
+    overrides: Overrides = []
+    options = set()
     rest = list(argv)
     while rest:
         token = rest.pop(0)
         name, equals, text = token.partition("=")
         dashed = name.startswith("--")
         key = name[2:].replace("-", "_") if dashed else name
-        if token in ("-h", "--help"):
-            wants_help = True
-            continue
-        if dashed and key == "print_config" and not equals:
-            prints = True
+        if token in ("-h", "--help", "--print-config", "--print_config"):
+            options.add("help" if token == "-h" else key)
             continue
         if (name.startswith("-") and not dashed) or not (dashed or equals):
             raise ValueError(f"{token!r} is not understood: write KEY=VALUE, as in train.steps=200")
@@ -349,18 +282,17 @@ def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> Arguments:
             starts_a_key = "=" in rest[0] and re.split(r"[.=]", rest[0])[0] in sections
             if value is None or not starts_a_key:
                 value = rest.pop(0)
-        key = _SHORT.get(key, key)
         if key == "config":
             if value is None:
                 raise ValueError("--config has no value: write --config FILE")
             configs.append(value)
         elif key != "local_rank":  # which launchers add
-            overrides.append((key, value))
-    return Arguments(configs, overrides, wants_help, prints)
+            overrides.append((_SHORT.get(key, key), value))
+    return configs, overrides, options
 
 
 def resolve(
-    section: type, configs: Sequence[str], overrides: Sequence[tuple[str, str | None]], stored: bool = False
+    section: type, configs: Sequence[str], overrides: Overrides, *, stored: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """Build a dataclass from its defaults, files, and the command line, each over the one before.
 
@@ -382,10 +314,7 @@ def resolve(
         layer = read_yaml(path)
         try:
             for key, value in _flatten(_renamed(layer) if stored else layer, known).items():
-                try:
-                    values[key] = convert(value, known[key])
-                except TypeError:
-                    raise ValueError(_not_allowed(key, value, known[key])) from None
+                values[key] = _allowed(key, value, known[key], _convert)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     inside = []
@@ -395,49 +324,72 @@ def resolve(
         if mapping is None and key not in known:
             if any(path.startswith(f"{key}.") for path in known):
                 raise ValueError(f"{key}={text} is not allowed: {key} is a section, set {key}.KEY=VALUE")
-            raise ValueError(unknown_key(key, known))
+            raise ValueError(_unknown_key(key, known))
         if text is None:
             raise ValueError(f"{key} has no value: write {key}=VALUE")
-        if mapping is not None:
-            inside.append((mapping, key.removeprefix(f"{mapping}."), text))
-            continue
-        if text == "null" and not {types.NoneType, str} & set(members(known[key])):
-            raise ValueError(f"{key}=null is not allowed: expected {describe(known[key])}")
-        try:
-            values[key] = _convert_text(text, known[key])
-        except TypeError:
-            raise ValueError(_not_allowed(key, text, known[key])) from None
-    for mapping, path, text in inside:
-        _set_inside(values, mapping, path, text)
+        if mapping is None:
+            values[key] = _allowed(key, text, known[key], _convert_text)
+        else:
+            inside.append((mapping, key, text))
+    for mapping, key, text in inside:
+        _set_inside(values, mapping, key, text)
     return _build(section, values), values
 
 
-def _not_allowed(key: str, value: object, hint: Any) -> str:
-    return f"{key}={value!r} is not allowed: expected {describe(hint)}"
+def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
+    """A file of an earlier version with the keys and values of this one."""
+    found = copy.deepcopy(layer)
+    for old, (new, values) in RENAMED.items():
+        section, _, name = old.partition(".")
+        if isinstance(there := found.get(section), dict) and name in there:
+            there[new.partition(".")[2]] = values[there.pop(name)]
+    return found
 
 
-def _set_inside(values: dict[str, Any], mapping: str, path: str, text: str) -> None:
+def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn the sections of a file into dotted keys; an unknown key, or one that is given twice, is refused."""
+    flat: dict[str, Any] = {}
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if key in known:
+            found = {key: value}
+        elif not any(path.startswith(f"{key}.") for path in known):
+            sections = {path.rpartition(".")[0] for path in known} - {""}
+            raise ValueError(_unknown_key(key, sections if isinstance(value, dict) else known))
+        elif isinstance(value, dict):
+            found = _flatten(value, known, f"{key}.")
+        elif value is None:
+            continue
+        else:
+            raise ValueError(f"{key}={value!r} is not allowed: {key} is a section, set the keys in it")
+        if twice := flat.keys() & found.keys():
+            raise ValueError(f"{min(twice)} is given twice: keep one")
+        flat |= found
+    return flat
+
+
+def _set_inside(values: dict[str, Any], mapping: str, key: str, text: str) -> None:
     """Set one entry of a mapping key, of any depth, as in parallel.ds_config.zero_optimization.stage3_prefetch=0."""
     root = copy.deepcopy(values.get(mapping) or {})
-    *parents, last = path.split(".")
+    *parents, last = key.removeprefix(f"{mapping}.").split(".")
     at = root
     for parent in parents:
         at = at.setdefault(parent, {})
         if not isinstance(at, dict):
-            raise ValueError(f"{mapping}.{path}={text} is not allowed: {parent} already holds the value {at!r}")
+            raise ValueError(f"{key}={text} is not allowed: {parent} already holds the value {at!r}")
     try:
         at[last] = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{mapping}.{path}={text} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{key}={text} is not YAML: {' '.join(str(error).split())}") from None
     values[mapping] = root
 
 
-def _build(section: type, values: dict[str, Any], prefix: str = "") -> Any:
+def _build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
     found = {}
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
         key, hint = f"{prefix}{field.name}", hints[field.name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if dataclasses.is_dataclass(hint):
             found[field.name] = _build(hint, values, f"{key}.")
         elif key in values:
             found[field.name] = values[key]
@@ -447,56 +399,34 @@ def _build(section: type, values: dict[str, Any], prefix: str = "") -> Any:
 # Help
 
 
-def format_help(section: type, description: str, options: dict[str, tuple[str, str]]) -> str:
-    """What `--help` prints: options, and every key with its sentence, type and default.
-
-    Args:
-        section: the dataclass.
-        description: what the keys are, and how they are set.
-        options: sentence and metavar of options that are no keys, by name.
-    """
+def format_help(section: type, description: str, options: dict[str, dict[str, Any]]) -> str:
+    """What `--help` prints: options, with argparse's arguments, and every key with its sentence, type and default."""
     usage = (
         "%(prog)s [--config FILE] [KEY=VALUE ...] [--resume [CHECKPOINT]] [--overwrite] [--max-time TIME] "
         "[--print-config] [--help]"
     )
     parser = argparse.ArgumentParser(usage=usage, description=description)
-    for name, (sentence, metavar) in options.items():
-        if metavar:
-            parser.add_argument(name, metavar=metavar, help=sentence)
-        else:
-            parser.add_argument(name, action="store_true", help=sentence)
+    for name, arguments in options.items():
+        parser.add_argument(name, **arguments)
     _add_keys(parser, section, "The run", "")
     return parser.format_help()
 
 
-def _add_keys(parser: argparse.ArgumentParser, section: type, title: str, prefix: str) -> None:
-    hints, sentences = get_type_hints(section), _sentences(section)
+def _add_keys(parser: argparse.ArgumentParser, section: Any, title: str, prefix: str) -> None:
+    hints, defaults = get_type_hints(section), section()
+    sentences = {field.name: field.metadata.get("help") for field in dataclasses.fields(section)}
+    if None in sentences.values():  # they stand below the fields
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+        assert isinstance(definition, ast.ClassDef)
+        for node, below in itertools.pairwise(definition.body):
+            if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
+                sentences[ast.unparse(node.target)] = " ".join(ast.literal_eval(below.value).split())
     group = parser.add_argument_group(title)
-    defaults = section()
-    for field in dataclasses.fields(section):
-        hint, sentence = hints[field.name], sentences[field.name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            _add_keys(parser, hint, sentence, f"{prefix}{field.name}.")
+    for name, sentence in sentences.items():
+        hint, default = hints[name], getattr(defaults, name)
+        if dataclasses.is_dataclass(hint):
+            _add_keys(parser, hint, str(sentence), f"{prefix}{name}.")
             continue
-        default = getattr(defaults, field.name)
-        default = {None: "null", True: "true", False: "false"}.get(default, default) if _is_word(default) else default
+        default = json.dumps(default) if default is None or isinstance(default, bool) else default
         text = f"{sentence} (type: {describe(hint)}, default: {default})".replace("%", "%%")
-        group.add_argument(f"--{prefix}{field.name}", metavar="VALUE", help=text)
-
-
-def _is_word(value: object) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _sentences(section: type) -> dict[str, str]:
-    """What is said of every field: its `help` metadata, or the string below it."""
-    fields = {field.name: field for field in dataclasses.fields(section)}
-    if all("help" in field.metadata for field in fields.values()):
-        return {name: field.metadata["help"] for name, field in fields.items()}
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for field_node, below in itertools.pairwise(definition.body):
-        if isinstance(field_node, ast.AnnAssign) and isinstance(below, ast.Expr):
-            found[ast.unparse(field_node.target)] = " ".join(ast.literal_eval(below.value).split())
-    return found
+        group.add_argument(f"--{prefix}{name}", metavar="VALUE", help=text)

@@ -46,7 +46,7 @@ def prepare() -> None:
     """
     os.environ.update(SETTINGS)
     sys.path.insert(0, str(ROOT))
-    for name in ("deepspeed", "launch.pretrain", "mega_scale.training.trainer"):
+    for name in warm.IMPORTED:
         importlib.import_module(name)
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:

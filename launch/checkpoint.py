@@ -15,20 +15,11 @@ if __name__ == "__main__":
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mega_scale import export
-from mega_scale.checkpoint.folder import (
-    checkpoints,
-    find_checkpoint,
-    is_checkpoint,
-    others,
-    prune,
-    summary,
-    verify,
-)
+from mega_scale.checkpoint.folder import checkpoints, find_checkpoint, is_checkpoint, others, prune, summary, verify
 from mega_scale.checkpoint.manifest import CheckpointError, read_key, strays
 from mega_scale.checkpoint.saver import convert
 from mega_scale.parallel import check_single
@@ -79,47 +70,6 @@ def run_verify(args: argparse.Namespace, key: bytes | None) -> int:
     return int(damaged > 0)
 
 
-def run_convert(args: argparse.Namespace, key: bytes | None) -> int:
-    """Rewrite a checkpoint."""
-    folder, notes = find_checkpoint(args.path, key, older=args.allow_older, proof=verify)
-    if notes:
-        log_to_stderr(f"{folder} is taken: {'; '.join(notes)}")
-    print(f"wrote {convert(folder, args.out, args.parts, key, read_key(args.new_key_file))}")
-    return 0
-
-
-def run_prune(args: argparse.Namespace, key: bytes | None) -> int:
-    """Delete checkpoints."""
-    if args.keep < 1 and not args.damaged:
-        raise ValueError("nothing to do: give --keep with at least 1, or --damaged")
-    for folder in prune(args.path, args.keep, args.keep_every, damaged=args.damaged, key=key, dry=args.dry_run):
-        print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
-    return 0
-
-
-_RUN, _ANY = "run folder", "checkpoint folder, or run folder (all of its checkpoints)"
-_ONE = "checkpoint folder, or run folder (its newest checkpoint)"
-# What each command does, its help, its path, and its own arguments.
-COMMANDS: dict[str, tuple[Callable[..., int], str, str, dict[str, dict[str, Any]]]] = {
-    "list": (run_list, "a line for each checkpoint of a run; hashes of the state are not read", _RUN, {
-        "--json": {"action": "store_true", "help": "a JSON object for each"},
-    }),
-    "verify": (run_verify, "read every byte, and compare it with the manifest", _ANY, {}),
-    "convert": (run_convert, "write a checkpoint in more or fewer files, or with a secret", _ONE, {
-        "out": {"type": Path, "help": "run folder to write it to, which can be resumed from"},
-        "--allow-older": {"action": "store_true", "help": export.ALLOW_OLDER},
-        "--parts": {"type": int, "default": 1, "help": "files for the state (default: 1)"},
-        "--new-key-file": {"help": "secret to sign the new checkpoint with"},
-    }),
-    "prune": (run_prune, "delete old or damaged checkpoints; the last valid one stays", _RUN, {
-        "--keep": {"type": int, "default": 0, "help": "newest valid checkpoints to keep; 0 keeps all"},
-        "--keep-every": {"type": int, "default": 0, "help": "keep those of steps that this divides"},
-        "--damaged": {"action": "store_true", "help": "delete damaged ones too"},
-        "--dry-run": {"action": "store_true", "help": "only say what would be deleted"},
-    }),
-}  # fmt: skip
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what is refused is said in one line, with exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -128,18 +78,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, help_text, path, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text)
-        command.add_argument("path", type=Path, help=path)
-        for option, settings in options.items():
-            command.add_argument(option, **settings)
-        command.add_argument("--key-file", help="secret with which the checkpoints are signed")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("path", type=Path, help="run folder; for verify and convert, or checkpoint folder")
+    shared.add_argument("--key-file", help="secret with which the checkpoints are signed")
+    words = "a line for each checkpoint of a run; hashes of the state are not read"
+    command = commands.add_parser("list", help=words, parents=[shared])
+    command.add_argument("--json", action="store_true", help="a JSON object for each")
+    words = "read every byte, and compare it with the manifest; of a run, all of its checkpoints"
+    commands.add_parser("verify", help=words, parents=[shared])
+    words = "write a checkpoint, of a run the newest, in more or fewer files, or with a secret"
+    command = commands.add_parser("convert", help=words, parents=[shared])
+    command.add_argument("out", type=Path, help="run folder to write it to, which can be resumed from")
+    command.add_argument("--allow-older", action="store_true", help=export.ALLOW_OLDER)
+    command.add_argument("--parts", type=int, default=1, help="files for the state (default: 1)")
+    command.add_argument("--new-key-file", help="secret to sign the new checkpoint with")
+    words = "delete old or damaged checkpoints; the last valid one stays"
+    command = commands.add_parser("prune", help=words, parents=[shared])
+    command.add_argument("--keep", type=int, default=0, help="newest valid checkpoints to keep; 0 keeps all")
+    command.add_argument("--keep-every", type=int, default=0, help="keep those of steps that this divides")
+    command.add_argument("--damaged", action="store_true", help="delete damaged ones too")
+    command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     commands.add_parser("export", help="write a Hugging Face folder; takes what launch/export.py takes", add_help=False)
     args = parser.parse_args(given)
     try:
         check_single("launch/checkpoint.py")
         local_paths(args)
-        code = COMMANDS[args.command][0](args, read_key(args.key_file))
+        code, key = 0, read_key(args.key_file)
+        match args.command:
+            case "list":
+                code = run_list(args, key)
+            case "verify":
+                code = run_verify(args, key)
+            case "convert":
+                folder, notes = find_checkpoint(args.path, key, older=args.allow_older, proof=verify)
+                if notes:
+                    log_to_stderr(f"{folder} is taken: {'; '.join(notes)}")
+                print(f"wrote {convert(folder, args.out, args.parts, key, read_key(args.new_key_file))}")
+            case "prune":
+                if args.keep < 1 and not args.damaged:
+                    raise ValueError("nothing to do: give --keep with at least 1, or --damaged")
+                newest = args.keep, args.keep_every
+                for folder in prune(args.path, *newest, damaged=args.damaged, key=key, dry=args.dry_run):
+                    print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
     except (ValueError, OSError) as error:
         refuse(error)
     raise SystemExit(code)

@@ -35,12 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", choices=("text", "json", "parquet", "arrow"), default="text", help="kind of file")
     parser.add_argument("--text-column", default="text", help="column that holds the text, in json, parquet and arrow")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens read at once (default: 1024)")
-    parser.add_argument(
-        "--packing",
-        choices=("concat", "reset", "none"),
-        default="concat",
-        help="how documents share sequences, as in data.packing (default: concat)",
-    )
+    words = "how documents share sequences, as in data.packing (default: concat)"
+    parser.add_argument("--packing", choices=("concat", "reset", "none"), default="concat", help=words)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in one forward of one rank (default: 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")

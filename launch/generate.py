@@ -41,32 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_single("launch/generate.py")
         local_paths(args)
-        for name, value, good in (
-            ("max-new-tokens", args.max_new_tokens, args.max_new_tokens > 0),
-            ("temperature", args.temperature, args.temperature >= 0),
-            ("top-p", args.top_p, 0 < args.top_p <= 1),
-        ):
-            if not good:
-                raise ValueError(f"--{name} {value} is not possible: see --help")
-        model, tokenizer, folder = load_model(
-            args.model, torch.device(args.device), DTYPES[args.dtype], read_key(args.key_file)
-        )
+        good = {"max_new_tokens": args.max_new_tokens > 0, "temperature": args.temperature >= 0}
+        for name, possible in (good | {"top_p": 0 < args.top_p <= 1}).items():
+            if not possible:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not possible: see --help")
+        device, key = torch.device(args.device), read_key(args.key_file)
+        model, tokenizer, folder = load_model(args.model, device, DTYPES[args.dtype], key)
         check_sample(model.config, tokenizer, args.prompt, args.max_new_tokens)
     except (ValueError, OSError) as error:
         refuse(error)
     log_to_stderr(f"text by {folder}")
-    print(
-        generate_text(
-            model,
-            tokenizer,
-            args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            stop_at_eos=args.stop_at_eos,
-        )
-    )
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "temperature", "top_p", "stop_at_eos")}
+    print(generate_text(model, tokenizer, args.prompt, **sampling))
 
 
 if __name__ == "__main__":

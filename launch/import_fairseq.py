@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mega_scale.hub.fairseq import EMA_INPUTS
-from mega_scale.hub.fairseq_checkpoint import CHECKPOINT_LAYOUTS, convert_checkpoint, tokenizer_from_dictionary
+from mega_scale.hub.fairseq import CHECKPOINT_LAYOUTS, EMA_INPUTS, convert_checkpoint, tokenizer_from_dictionary
 from mega_scale.model import MegaConfig
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
@@ -42,28 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = parser.add_mutually_exclusive_group()
     words.add_argument("--dictionary", type=Path, help="fairseq's dict.txt, to make a tokenizer of")
     words.add_argument("--tokenizer", help="folder or name of a Hugging Face tokenizer, in place of --dictionary")
-    parser.add_argument(
-        "--layout",
-        choices=CHECKPOINT_LAYOUTS,
-        help="lm (mega_lm, or an encoder-decoder's decoder), encoder (of an encoder-decoder), lra (sentence encoder); "
-        "default: told by the names",
+    text = (
+        "lm (mega_lm, or an encoder-decoder's decoder), encoder (of an encoder-decoder), lra (sentence encoder); "
+        "default: told by the names"
     )
-    parser.add_argument(
-        "--ema-input",
-        choices=EMA_INPUTS,
-        default="delta",
-        help="what weighs the moving average's input in the code that trained the model: delta in the version of the "
-        "published checkpoints, alpha in the last one (default: delta)",
+    parser.add_argument("--layout", choices=CHECKPOINT_LAYOUTS, help=text)
+    text = (
+        "what weighs the moving average's input in the code that trained the model: delta in the version of the "
+        "published checkpoints, alpha in the last one (default: delta)"
     )
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        type=field_value,
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="field of MegaConfig that replaces what the checkpoint says, such as truncation=null; may be repeated",
-    )
+    parser.add_argument("--ema-input", choices=EMA_INPUTS, default="delta", help=text)
+    text = "field of MegaConfig that replaces what the checkpoint says, such as truncation=null; may be repeated"
+    parser.add_argument("--set", dest="changes", type=field_value, action="append", metavar="FIELD=VALUE", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(arguments)
     try:
@@ -74,15 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokenizer = tokenizer_from_dictionary(args.dictionary)
         elif args.tokenizer is not None:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
-        layout = convert_checkpoint(
-            args.checkpoint,
-            args.out,
-            tokenizer,
-            layout=args.layout,
-            ema_input=args.ema_input,
-            changes=dict(args.changes),
-            overwrite=args.overwrite,
-        )
+        how = {"layout": args.layout, "ema_input": args.ema_input, "overwrite": args.overwrite}
+        layout = convert_checkpoint(args.checkpoint, args.out, tokenizer, changes=dict(args.changes or ()), **how)
     except (ValueError, OSError) as error:
         refuse(error)
     print(f"converted {args.checkpoint} ({layout}) to {args.out}")

@@ -46,28 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_single("launch/prepare.py")
         local_paths(args)
-        if args.verify:
-            verify(args.folder)
-        else:
+        if not args.verify:
             prepare(args, rest)
+            return
+        from mega_scale.data.tokens import check_content
+
+        for name in check_content(args.folder):
+            print(f"{name} is good", flush=True)
     except (ValueError, OSError) as error:
         refuse(error)
-
-
-def verify(folder: Path) -> None:
-    """Compare all files with their checksums."""
-    from mega_scale.data.tokens import check_content
-
-    for name in check_content(folder):
-        print(f"{name} is good", flush=True)
 
 
 def prepare(args: argparse.Namespace, rest: list[str]) -> None:
     """Make the folder, and say in one line what it holds and what was left out."""
     for option in ("processes", "shard_mb", "tasks"):
-        if getattr(args, option) < 1:
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} {getattr(args, option)} is not possible: give at least 1")
+        if (value := getattr(args, option)) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {value} is not possible: give at least 1")
     keys = [word for word in args.slurm if word.startswith("data.")]
     slurm = dict(word.split("=", 1) for word in args.slurm if "=" in word and word not in keys)
     config = parse([*keys, *rest]).data

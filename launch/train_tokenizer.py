@@ -45,14 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         documents = load_corpus(config).train
         tokenizer = train_bpe(documents, args.vocab_size)
-
-        def write(folder: Path) -> None:
-            tokenizer.save_pretrained(folder)
-
-        write_folder(args.folder, write)
-        print(
-            json.dumps({"vocab_size": len(tokenizer), "rows": documents.tally.rows}), *documents.tally.lines(), sep="\n"
-        )
+        write_folder(args.folder, tokenizer.save_pretrained)
+        made = {"vocab_size": len(tokenizer), "rows": documents.tally.rows}
+        print(json.dumps(made), *documents.tally.lines(), sep="\n")
     except (ValueError, OSError) as error:
         refuse(error)
 

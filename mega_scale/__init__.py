@@ -5,35 +5,12 @@ from typing import TYPE_CHECKING, Any
 from mega_scale import model
 
 if TYPE_CHECKING:
-    from mega_scale.model import (
-        MegaCache,
-        MegaConfig,
-        MegaForCausalLM,
-        MegaForMaskedLM,
-        MegaForMultipleChoice,
-        MegaForQuestionAnswering,
-        MegaForSequenceClassification,
-        MegaForTokenClassification,
-        MegaModel,
-        MegaPreTrainedModel,
-    )
+    from mega_scale.model import *  # noqa: F403
+
+__all__ = model.__all__
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(model, name)
-
-
-__all__ = [
-    "MegaCache",
-    "MegaConfig",
-    "MegaForCausalLM",
-    "MegaForMaskedLM",
-    "MegaForMultipleChoice",
-    "MegaForQuestionAnswering",
-    "MegaForSequenceClassification",
-    "MegaForTokenClassification",
-    "MegaModel",
-    "MegaPreTrainedModel",
-]

@@ -13,8 +13,7 @@ from mega_scale.checkpoint.manifest import read_key
 from mega_scale.config import RunConfig, load_config
 from mega_scale.data import as_trained
 from mega_scale.files import check_destination
-from mega_scale.hub.export import DEFAULT_SHARD_BYTES, write_export
-from mega_scale.hub.model_card import TrainingFacts, model_card, without_folder
+from mega_scale.hub.export import DEFAULT_SHARD_BYTES, TrainingFacts, model_card, without_folder, write_export
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse
 from mega_scale.settings import local_paths
@@ -35,8 +34,7 @@ def byte_size(text: str) -> int:
 
 
 def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text: str) -> TrainingFacts:
-    """What the model card called `name` tells about a run: a checkpoint's trainer.json, and the configuration, also as
-    YAML text."""
+    """What the card of the model `name` tells: of a checkpoint's trainer.json, and of the run, also given as YAML."""
     data = run.data
     source = f"{without_folder(data.hub_name or '')} ({data.hub_split})" if data.source == "hub" else data.source
     if data.mixture is not None:
@@ -57,84 +55,37 @@ def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text:
     )
 
 
-def export(
-    checkpoint: Path,
-    out: Path,
-    *,
-    max_shard_bytes: int,
-    dtype: str,
-    overwrite: bool,
-    with_code: bool = False,
-    key: bytes | None = None,
-    allow_older: bool = False,
-) -> Path:
-    """Write a checkpoint's model as a Hugging Face folder; other arguments as in `write_export`.
-
-    Args:
-        checkpoint: a run folder (its newest checkpoint is taken) or a checkpoint folder.
-        out: the folder to create.
-        key: the secret with which the checkpoint must be signed, if there is one.
-        allow_older: whether an older one is taken where the newest of a run folder is damaged or gone.
-
-    Returns:
-        The checkpoint folder that was exported.
-
-    Raises:
-        ValueError: there is no checkpoint, the destination is taken, or the weights do not fit the configuration.
-    """
-    check_destination(out, overwrite=overwrite)
-    config, tensors, tokenizer, folder = open_checkpoint(checkpoint, key, older=allow_older)
-    run_file = folder / "config.yaml"
-    run = load_config(run_file)
-    tokenizer = as_trained(tokenizer, run.data.add_bos)
-    facts = training_facts(out.resolve().name, read_state(folder), run, run_file.read_text(encoding="utf-8"))
-    card = model_card(facts, config, dtype=dtype, with_code=with_code, tokenizer=tokenizer)
-    write_export(
-        out,
-        tensors,
-        config,
-        tokenizer,
-        card,
-        max_shard_bytes=max_shard_bytes,
-        dtype=dtype,
-        overwrite=overwrite,
-        with_code=with_code,
-    )
-    return folder
-
-
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the command; what is refused is said in one line, with exit code 2. The help calls the program `prog`."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to create")
-    parser.add_argument(
-        "--max-shard-size", type=byte_size, default=DEFAULT_SHARD_BYTES, help="largest weight file (default: 5GB)"
-    )
+    words = "largest weight file (default: 5GB)"
+    parser.add_argument("--max-shard-size", type=byte_size, default=DEFAULT_SHARD_BYTES, help=words)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters (default: fp32)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument(
-        "--remote-code",
-        action="store_true",
-        help="add the model's Python files, so that the folder loads with torch and transformers alone: "
-        "from_pretrained(folder, trust_remote_code=True)",
+    words = (
+        "add the model's Python files, so that the folder loads with torch and transformers alone: "
+        "from_pretrained(folder, trust_remote_code=True)"
     )
+    parser.add_argument("--remote-code", action="store_true", help=words)
     parser.add_argument("--allow-older", action="store_true", help=ALLOW_OLDER)
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     args = parser.parse_args(arguments)
     try:
         check_single("launch/export.py")
         local_paths(args)
-        folder = export(
-            args.checkpoint,
-            args.out,
-            max_shard_bytes=args.max_shard_size,
-            dtype=args.dtype,
-            overwrite=args.overwrite,
-            with_code=args.remote_code,
-            key=read_key(args.key_file),
-            allow_older=args.allow_older,
-        )
+        check_destination(args.out, overwrite=args.overwrite)
+        key = read_key(args.key_file)
+        config, tensors, tokenizer, folder = open_checkpoint(args.checkpoint, key, older=args.allow_older)
+        run_file = folder / "config.yaml"
+        run = load_config(run_file)
+        tokenizer = as_trained(tokenizer, run.data.add_bos)
+        facts = training_facts(args.out.resolve().name, read_state(folder), run, run_file.read_text(encoding="utf-8"))
+        how = {"dtype": args.dtype, "with_code": args.remote_code}
+        card = model_card(facts, config, tokenizer=tokenizer, **how)
+        how |= {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
+        write_export(args.out, tensors, config, tokenizer, card, **how)
     except (ValueError, OSError) as error:
         refuse(error)
     print(f"exported {folder} to {args.out}")

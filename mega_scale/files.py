@@ -140,7 +140,7 @@ def check_destination(folder: Path, *, overwrite: bool, kind: str = "export", ho
         raise ValueError(f"{folder} holds no {holds}, so it is no {kind} and stays: choose another folder")
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Create or replace a folder as a whole, so that it appears under its name only when it is complete.
 
     Args:

@@ -226,19 +226,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = local_path(str(path), "--config")
     try:
         layer = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+        if layer is None or isinstance(layer, dict):
+            return layer or {}
+        problem = f"holds a {type(layer).__name__}: write sections and keys, as in train:"
     except FileNotFoundError:
-        raise ValueError(f"--config {path}: there is no such file (looked from {Path.cwd()})") from None
+        problem = f"there is no such file (looked from {Path.cwd()})"
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: cannot be read as text: {error}") from None
+        problem = f"cannot be read as text: {error}"
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from None
+        problem = f"is not YAML: {' '.join(str(error).split())}"
     except RecursionError:
-        raise ValueError(f"--config {path}: is nested too deeply") from None
+        problem = "is nested too deeply"
     except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from None
-    if layer is not None and not isinstance(layer, dict):
-        raise ValueError(f"--config {path}: holds a {type(layer).__name__}: write sections and keys, as in train:")
-    return layer or {}
+        problem = str(error)
+    raise ValueError(f"--config {path}: {problem}")
 
 
 def to_yaml(config: Any) -> str:

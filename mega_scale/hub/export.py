@@ -1,4 +1,4 @@
-"""Writes a model as one Hugging Face folder, tensor by tensor, with its tokenizer and, if wanted, its own Python files.
+"""Writes a model as one Hugging Face folder, tensor by tensor, with tokenizer, model card and, if wanted, its own code.
 
 transformers copies such Python files into one folder and imports them as one package, so they are flat: a module of
 mega_scale.model keeps its name, one of mega_scale.ops carries that name too, and imports between them become relative.
@@ -8,13 +8,18 @@ import ast
 import copy
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -65,7 +70,7 @@ def write_export(
     Memory stays below one shard and one tensor. The folder appears under its name only when it is complete.
 
     Args:
-        folder: the folder to create.
+        folder: the folder to create, which is returned.
         tensors: name to full tensor of the model's state dict; each is read once. Of tied names one is enough.
         config: the model's configuration.
         tokenizer: saved beside the weights; its special tokens end generation.
@@ -75,9 +80,6 @@ def write_export(
         overwrite: whether an export that is already there is replaced.
         with_code: whether the folder holds the model's Python files too, by which it loads without mega_scale when
             `trust_remote_code=True` is given.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: the destination is taken, an argument is out of range, or tensors do not fit the configuration.
@@ -103,33 +105,9 @@ def write_export(
         _write_configs(target, config, tokenizer, DTYPES[dtype], with_code)
         write_tokenizer(target, tokenizer)
         _write_weights(target, tensors, spec, max_shard_bytes, DTYPES[dtype])
-        for file in target.glob("*.safetensors"):
-            # safetensors makes its files private; they are to be as readable as the rest.
-            shutil.copymode(target / "README.md", file)
 
     write_folder(folder, write)
     return folder
-
-
-def plan_shards(spec: StateDictSpec, max_shard_bytes: int, dtype: torch.dtype) -> list[list[str]]:
-    """Distribute a model's tensors, in its order, over files of at most `max_shard_bytes` of data; returns their names.
-
-    A tensor that is larger gets a file of its own.
-    """
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in spec.stored():
-        size = _stored_bytes(spec, name, dtype)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _stored_bytes(spec: StateDictSpec, name: str, dtype: torch.dtype) -> int:
-    return spec.tensors[name].numel() * spec.stored_dtype(name, dtype).itemsize
 
 
 def _write_weights(
@@ -137,28 +115,25 @@ def _write_weights(
 ) -> None:
     # Only iterate over the tensors: `in` reads one, of a mapping that defines no `in` of its own.
     source_of = spec.complete({name: name for name in tensors})
-    shards = plan_shards(spec, max_shard_bytes, dtype)
-    weight_map = {}
-    for number, part in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    # On the meta device, so that files are planned before anything is read.
+    stored = {name: spec.tensors[name].to(spec.stored_dtype(name, dtype)) for name in spec.stored()}
+    plan = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_bytes)
+    for file, names in plan.filename_to_tensors.items():
         shard = {}
-        for name in part:
-            shard[name] = _tensor_to_store(name, tensors[source_of[name]], spec, spec.stored_dtype(name, dtype))
-            weight_map[name] = file
+        for name in names:
+            tensor, expected = tensors[source_of[name]], stored[name]
+            if tensor.shape != expected.shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+            tensor = tensor.detach().to("cpu", expected.dtype).contiguous()
+            # A view would keep its whole storage in memory, and safetensors refuses storage shared between tensors.
+            shard[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
         # Readers of both transformers lines refuse a file that does not name its framework.
         save_file(shard, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(_stored_bytes(spec, name, dtype) for name in spec.stored())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _tensor_to_store(name: str, tensor: Tensor, spec: StateDictSpec, dtype: torch.dtype) -> Tensor:
-    if tensor.shape != spec.tensors[name].shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(spec.tensors[name].shape)}")
-    tensor = tensor.detach().to("cpu", dtype).contiguous()
-    # A view would keep its whole storage in memory, and safetensors refuses storage shared between tensors.
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        # safetensors makes its files private; they are to be as readable as the rest.
+        shutil.copymode(folder / "README.md", folder / file)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_configs(
@@ -167,7 +142,7 @@ def _write_configs(
     config = copy.deepcopy(config)
     config.architectures = ["MegaForCausalLM"]
     config.dtype = dtype
-    setattr(config, SAVED_BY, "mega_scale")
+    setattr(config, SAVED_BY, _PACKAGE)
     # A configuration that was read from a folder with code may point to files that this one lacks.
     vars(config).pop("auto_map", None)
     if with_code:
@@ -188,6 +163,9 @@ def _write_configs(
     generation.save_pretrained(folder)
 
 
+# Tokenizers
+
+
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save a tokenizer for transformers 4.37.2 and 5; a fast one as the general class, which reads tokenizer.json."""
     # 4.37.2 reads a chat template in the settings only, 5 there too.
@@ -203,30 +181,29 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     _write_json(path, settings)
     path = folder / "tokenizer.json"
     definition = json.loads(path.read_text(encoding="utf-8"))
-    merges = definition["model"].get("merges")
-    if merges and not _has_spaces(merges):
-        definition["model"]["merges"] = [" ".join(pair) for pair in _pairs(merges)]
+    merges = _merges(definition)
+    if merges and not any(" " in piece for pair in merges for piece in pair):
+        definition["model"]["merges"] = [" ".join(pair) for pair in merges]
     for part in _parts(definition, ("pre_tokenizer", "decoder")):
         if part["type"] == "Metaspace":
             part["add_prefix_space"] = part["prepend_scheme"] != "never"
     _write_json(path, definition)
 
 
-def tokenizer_beyond_transformers_4(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _tokenizer_beyond_transformers_4(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What of a tokenizer transformers 4.37.2 does not read, in lines; none when it gives the same ids there."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return [f"the tokenizer is of the class `{type(tokenizer).__name__}`, which was not tried there"]
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = definition["model"]
     lines = [
         f"the tokenizer's {room.replace('_', '-')} `{part['type']}` is not known there"
         for room, known in _KINDS.items()
         for part in _parts(definition, (room,))
         if part["type"] not in known
     ]
-    if _has_spaces(model.get("merges") or []):
+    if any(" " in piece for pair in _merges(definition) for piece in pair):
         lines.append("the tokenizer merges pieces with spaces in them, which its files cannot hold there")
-    if model.get("ignore_merges"):
+    if definition["model"].get("ignore_merges"):
         lines.append("the tokenizer takes a whole word before its merges (`ignore_merges`), which it does not do there")
     if any(part["type"] == "Metaspace" and not part.get("split", True) for part in _parts(definition, _KINDS)):
         lines.append("the tokenizer does not split at spaces (`Metaspace` with `split=false`), which it does there")
@@ -245,17 +222,16 @@ def _parts(definition: dict[str, Any], rooms: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _pairs(merges: list[Any]) -> list[list[str]]:
+def _merges(definition: dict[str, Any]) -> list[list[str]]:
+    merges = definition["model"].get("merges") or []
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-
-
-def _has_spaces(merges: list[Any]) -> bool:
-    return any(" " in piece for pair in _pairs(merges) for piece in pair)
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+
+# The model's own code
 
 _PACKAGE = "mega_scale"
 _ROOMS = ("model", "ops")
@@ -277,13 +253,9 @@ def auto_map(classes: dict[str, type]) -> dict[str, str]:
 
 
 def remote_code(classes: dict[str, type]) -> dict[str, str]:
-    """Collect the modules that classes need, through all their imports within the project, as flat files.
+    """The modules that classes need, through all their imports within the project, as text by the name of a flat file.
 
-    Returns:
-        File name to source text.
-
-    Raises:
-        ValueError: a module imports from elsewhere than model and ops, or in a form that cannot be made relative.
+    Raises ValueError where one imports from elsewhere than model and ops, or in a form that cannot be made relative.
     """
     files: dict[str, str] = {}
     waiting = sorted({found.__module__ for found in classes.values()})
@@ -293,21 +265,21 @@ def remote_code(classes: dict[str, type]) -> dict[str, str]:
         if module in done:
             continue
         done.add(module)
-        path, text, imported = _flatten(module)
-        name = f"{flat_name(module)}.py"
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"{module} has no source file")
+        name, path = f"{flat_name(module)}.py", module.replace(".", "/")
+        path += "/__init__.py" if spec.submodule_search_locations else ".py"
         if name in files:
             raise ValueError(f"two modules would become {name}, one of them {module}: rename it")
+        text, imported = _flatten(module, Path(spec.origin).read_text(encoding="utf-8"))
         files[name] = f"# Made by {_PACKAGE} from its own {path}; edits belong there.\n{text}"
         waiting.extend(imported)
     return dict(sorted(files.items()))
 
 
 def flat_name(module: str) -> str:
-    """Name of a module in a flat folder: attention for `mega_scale.model.attention`, ops_ema for `mega_scale.ops.ema`.
-
-    Raises:
-        ValueError: the module lies in another room.
-    """
+    """Name of a module in a flat folder: attention for mega_scale.model.attention, ops_ema for mega_scale.ops.ema."""
     package, *parts = module.split(".")
     if package != _PACKAGE or not parts or parts[0] not in _ROOMS:
         raise ValueError(
@@ -316,36 +288,178 @@ def flat_name(module: str) -> str:
     return "_".join(parts[1:] if parts[0] == "model" and len(parts) > 1 else parts)
 
 
-def _flatten(module: str) -> tuple[str, str, set[str]]:
-    """A module's path in the project, its text with relative imports, and the modules of the project it imports."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"{module} has no source file")
-    source = Path(spec.origin).read_text(encoding="utf-8")
+def _flatten(module: str, source: str) -> tuple[str, set[str]]:
+    """A module's text with relative imports, and the modules of the project that it imports."""
     lines = source.splitlines(keepends=True)
     imported = set()
     for node in ast.walk(ast.parse(source)):
+        where = f"{module}, line {getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
             if any(alias.name.split(".")[0] == _PACKAGE for alias in node.names):
-                raise ValueError(f"{module}, line {node.lineno}: write `from {_PACKAGE}... import ...`")
-        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == _PACKAGE):
-            target = node.module or ""
-            _check(module, node, target)
-            imported.add(target)
-            # Columns count bytes, of which the keyword's are one a character.
-            start = lines[node.lineno - 1].encode()[: node.col_offset].decode()
-            rest = lines[node.lineno - 1][len(start) :]
-            lines[node.lineno - 1] = start + rest.replace(f"from {target} ", f"from .{flat_name(target)} ", 1)
-    path = "/".join(module.split(".")) + ("/__init__.py" if spec.submodule_search_locations else ".py")
-    return path, "".join(lines), imported
+                raise ValueError(f"{where}: write `from {_PACKAGE}... import ...`")
+            continue
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        target = node.module or ""
+        if node.level:
+            raise ValueError(f"{where}: relative imports stay within one folder: write `from {_PACKAGE}... import ...`")
+        if target.split(".")[0] != _PACKAGE:
+            continue
+        spec = importlib.util.find_spec(target)
+        is_package = spec is not None and spec.submodule_search_locations is not None
+        for alias in node.names:
+            if alias.name == "*" or (is_package and importlib.util.find_spec(f"{target}.{alias.name}") is not None):
+                raise ValueError(
+                    f"{where}: name what {target} holds, not {alias.name!r}: a flat folder has no packages"
+                )
+        imported.add(target)
+        # Columns count bytes, of which the keyword's are one a character.
+        start = lines[node.lineno - 1].encode()[: node.col_offset].decode()
+        rest = lines[node.lineno - 1][len(start) :]
+        lines[node.lineno - 1] = start + rest.replace(f"from {target} ", f"from .{flat_name(target)} ", 1)
+    return "".join(lines), imported
 
 
-def _check(module: str, node: ast.ImportFrom, target: str) -> None:
-    where = f"{module}, line {node.lineno}"
-    spec = None if node.level else importlib.util.find_spec(target)
-    is_package = spec is not None and spec.submodule_search_locations is not None
-    if node.level:
-        raise ValueError(f"{where}: relative imports stay within one folder: write `from {_PACKAGE}... import ...`")
-    for alias in node.names:
-        if alias.name == "*" or (is_package and importlib.util.find_spec(f"{target}.{alias.name}") is not None):
-            raise ValueError(f"{where}: name what {target} holds, not {alias.name!r}: a flat folder has no packages")
+# The model card
+
+_HOW_TO_LOAD = """\
+```python
+import mega_scale  # registers the Mega classes with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer("def ", return_tensors="pt", add_special_tokens=False)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
+```
+"""
+_WITH_CODE = """\
+The folder holds the model's own Python files. Without mega_scale, in an environment with only torch and transformers 5,
+leave out its import and allow them to run:
+
+```python
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+```
+"""
+# Absolute, of a home or variable, above a folder, on a Windows drive or host, or a file URL.
+_OF_A_MACHINE = re.compile(r"[/~$\\]|\.\.[/\\]|[A-Za-z]:[/\\]|file:")
+_TEXTS = ("sample_prompt",)  # are no paths, whatever they begin with
+_NOT_IN_HF = {
+    "scale_embeddings": (False, "it does not scale embeddings by sqrt(hidden_size)"),
+    "final_norm": (False, "it has no norm after the last block"),
+    "embedding_dropout_prob": (0.0, "it has no embedding dropout; this matters in training only"),
+    "lm_head_bias": (True, "its head always has a bias, which it would initialise to zero"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a card reports about a run; None and "not recorded" where nothing is known."""
+
+    name: str  # title of the model
+    step: int  # optimizer steps taken
+    tokens: int  # training tokens seen
+    validation_loss: float | None = None  # of the last evaluation, nats/token
+    bits_per_byte: float | None = None  # of the same evaluation, bits per byte of its text
+    data: str = "not recorded"  # what the model was trained on, in words
+    layout: str = "not recorded"  # engine and number of ranks, in words
+    run_config: str = ""  # the run's resolved configuration, YAML
+    versions: Mapping[str, str] = field(default_factory=dict)  # by package
+
+
+def model_card(
+    facts: TrainingFacts,
+    config: MegaConfig,
+    *,
+    dtype: str = "fp32",
+    with_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
+    """Markdown text of an export's README.md, with the metadata block that model hubs read; arguments as in
+    `write_export`. Of paths on this machine it tells only the last part."""
+    attention = "Attention spans the whole sequence."
+    if config.use_chunking:
+        attention = (
+            f"Attention stays inside chunks of {config.chunk_size} tokens; the moving average carries information "
+            "across them, so the cost is linear in the length."
+        )
+    spec = state_dict_spec(config)
+    parameters = sum(spec.tensors[name].numel() for name in spec.stored() if name not in spec.buffers)
+    model = {
+        "parameters": f"{parameters:,}",
+        "blocks": str(config.num_hidden_layers),
+        "hidden size": str(config.hidden_size),
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "weights stored in": "fp32" if dtype == "fp32" else f"{dtype}; the moving average's parameters in fp32",
+    }
+    training = {"steps": f"{facts.step:,}", "tokens seen": f"{facts.tokens:,}"}
+    if (loss := facts.validation_loss) is not None:
+        # Beyond e^100 the figure says nothing, and exp overflows at 710.
+        perplexity = f"{math.exp(loss):.2f}" if loss < 100 else "beyond measure"
+        training["validation loss"] = f"{loss:.4f} nats/token (perplexity {perplexity})"
+    if facts.bits_per_byte is not None:
+        training["validation text"] = f"{facts.bits_per_byte:.4f} bits/byte"
+    training |= {"data": facts.data, "layout": facts.layout}
+    sections = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mega\n- mega_scale\n---",
+        f"# {_inline(facts.name)}",
+        f"A Mega causal language model (arXiv 2209.10655), pretrained with mega_scale. {attention}",
+        "## Load",
+        _HOW_TO_LOAD,
+        *([_WITH_CODE] if with_code else []),
+        _in_transformers_4(config, tokenizer),
+        f"## Model\n\n{_table(model)}",
+        f"## Training\n\n{_table(training)}",
+    ]
+    if facts.run_config.strip():
+        values = yaml.safe_load(facts.run_config)
+        cleaned, text = _without_folders(values), facts.run_config.strip()
+        if cleaned != values:
+            text = yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True).strip()
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        sections.append(f"The run's configuration:\n\n{fence}yaml\n{text}\n{fence}")
+    if facts.versions:
+        sections.append(f"## Versions\n\n{_table(facts.versions)}")
+    return "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+def _in_transformers_4(config: MegaConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    beyond = [
+        f"`{key}={getattr(config, key)!r}`: {effect}"
+        for key, (default, effect) in _NOT_IN_HF.items()
+        if getattr(config, key) != default
+    ]
+    if config.normalization_type == "rmsnorm":
+        beyond.append("`normalization_type='rmsnorm'`: its RMSNorm returns the scaled input without normalising it")
+    if tokenizer is not None:
+        beyond += _tokenizer_beyond_transformers_4(tokenizer)
+    if not beyond:
+        spelt = " Its tokenizer reads a special token that a text spells out as that token, here as characters."
+        note = spelt if getattr(tokenizer, "split_special_tokens", False) else ""
+        return f"The folder also loads in transformers 4.37.2, with its own `MegaForCausalLM`.{note}"
+    lines = "\n".join(f"* {line}" for line in beyond)
+    return f"transformers 4.37.2 has a `MegaForCausalLM` too, but lacks part of this model:\n\n{lines}"
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_inline(value)} |" for name, value in rows.items())])
+
+
+def _inline(text: str) -> str:
+    """A text as one line of Markdown that shows it as it is, in a table's cell too."""
+    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def without_folder(text: str) -> str:
+    """The last part of a path that names places of one machine (absolute, of a home, above a folder), else the text."""
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if _OF_A_MACHINE.match(text) else text
+
+
+def _without_folders(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {_without_folders(name): _without_folders(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return without_folder(value) if isinstance(value, str) and key not in _TEXTS else value

@@ -1,4 +1,4 @@
-"""Weights between the original fairseq Mega models and ours: tables of names that run both ways, and what else differs.
+"""The original fairseq Mega models and ours: weights by tables of names that run both ways, checkpoints, dictionaries.
 
 fairseq calls the moving average `move`; in the layout of its published checkpoints `delta` weighs the input and `alpha`
 damps the past, which is the reverse of the paper. Its last version weighs the input with `alpha`; names and shapes are
@@ -6,13 +6,24 @@ the same. Its q/k affine is called `gamma` and `beta`, as is a part of the movin
 the rotary bias.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import argparse
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mega_scale.files import check_destination, write_folder
+from mega_scale.hub.export import write_export, write_tokenizer
 from mega_scale.hub.folder import StateDictSpec, state_dict_spec
 from mega_scale.model import MegaConfig, MegaForCausalLM, MegaForMaskedLM, MegaModel
 
@@ -57,31 +68,18 @@ _BLOCK = {
 
 
 class FairseqLayout(NamedTuple):
-    """How one kind of fairseq model names its tensors.
+    """How one kind of fairseq model names its tensors."""
 
-    Args:
-        build: makes the model here that holds the same weights.
-        base: prefix of the backbone in its names.
-        embedding: fairseq's name of the word embedding.
-        blocks: fairseq's prefix of the list of blocks.
-        final_norm: fairseq's prefix of the norm after the last block; none where the model has none.
-        final_affine: whether that norm always has parameters (in language models it is an option).
-        head: fairseq's names of the head to ours.
-        version: fairseq's name of a buffer that holds the format's number, 3; none where the model has none.
-        can_scale: whether embeddings may be multiplied by sqrt(hidden_size).
-        others: prefixes of names that belong to another model in the same checkpoint, with what they are.
-    """
-
-    build: Callable[[MegaConfig], nn.Module]
-    base: str
-    embedding: str
-    blocks: str
-    final_norm: str | None = None
-    final_affine: bool = False
-    head: Mapping[str, str] = MappingProxyType({})
-    version: str | None = None
-    can_scale: bool = False
-    others: Mapping[str, str] = MappingProxyType({})
+    build: Callable[[MegaConfig], nn.Module]  # makes the model here that holds the same weights
+    base: str  # prefix of the backbone in its names
+    embedding: str  # fairseq's name of the word embedding
+    blocks: str  # fairseq's prefix of the list of blocks
+    final_norm: str | None = None  # fairseq's prefix of the norm after the last block; None where the model has none
+    final_affine: bool = False  # whether that norm always has parameters (in language models it is an option)
+    head: Mapping[str, str] = MappingProxyType({})  # fairseq's names of the head to ours
+    version: str | None = None  # fairseq's name of a buffer that holds the format's number, 3
+    can_scale: bool = False  # whether embeddings may be multiplied by sqrt(hidden_size)
+    others: tuple[str, ...] = ()  # prefixes of names of another model in the same checkpoint, which are left out
 
 
 def _backbone(config: MegaConfig) -> MegaModel:
@@ -98,7 +96,7 @@ LAYOUTS = {
         head={"decoder.output_projection.weight": "lm_head.weight"},
         version="decoder.version",
         can_scale=True,
-        others={"encoder.": "the encoder beside this decoder: convert it with layout='encoder'"},
+        others=("encoder.",),  # beside this decoder: layout="encoder" converts it
     ),
     "encoder": FairseqLayout(
         build=_backbone,
@@ -109,7 +107,7 @@ LAYOUTS = {
         final_affine=True,
         version="encoder.version",
         can_scale=True,
-        others={"decoder.": "the decoder beside this encoder: convert it with layout='lm'"},
+        others=("decoder.",),  # beside this encoder: layout="lm" converts it
     ),
     "lra": FairseqLayout(
         build=_backbone,
@@ -118,10 +116,7 @@ LAYOUTS = {
         blocks="encoder.encoder.layers.",
         final_norm="encoder.encoder.final_norm.",
         final_affine=True,
-        others={
-            "classifier.": "the classifier over mean-pooled states, which no head here computes",
-            "sentence_projection_layer.": "the classifier over mean-pooled states, which no head here computes",
-        },
+        others=("classifier.", "sentence_projection_layer."),  # over mean-pooled states, which no head here computes
     ),
     "mlm": FairseqLayout(
         build=MegaForMaskedLM,
@@ -163,17 +158,13 @@ def name_table(layout: FairseqLayout, blocks: int) -> dict[str, str]:
     return table
 
 
-def why_not(name: str) -> str:
-    """Why a fairseq name has no counterpart, in words."""
-    return next(
-        (reason for piece, reason in NO_COUNTERPART.items() if piece in name), "a model of this configuration has none"
-    )
+# Weights
 
 
 def fairseq_to_mega(
     state: Mapping[str, Tensor], config: MegaConfig, *, layout: str = "lm", ema_input: str = "delta"
 ) -> dict[str, Tensor]:
-    """Convert a fairseq model's state dict.
+    """Convert a fairseq model's state dict to that of the model here, tied names included, in a new model's dtypes.
 
     Left out, because nothing here computes with them: the number of the format (`version`), the other half of an
     encoder-decoder, the mean-pooling classifier of `lra`, and parameters of a final norm that change nothing.
@@ -186,9 +177,6 @@ def fairseq_to_mega(
             model that transformers 4.37.2 converts: `mega.encoders`, `mlm_head`) to `MegaForMaskedLM`.
         ema_input: what weighs the input of the moving average: "delta" or "alpha".
 
-    Returns:
-        The whole state dict of that model, tied names included, in the dtypes of a new model.
-
     Raises:
         ValueError: a name without counterpart, a missing one, a shape that differs, tied weights that differ, or a
             configuration that no fairseq model of this kind computes; all names are listed.
@@ -196,17 +184,35 @@ def fairseq_to_mega(
     kind, ours = _prepare(config, layout, ema_input)
     table = name_table(kind, config.num_hidden_layers)
     same = _unit_final_norm(kind, ours, config)
-    state = {
-        name: tensor
-        for name, tensor in state.items()
-        if not _left_out(name, kind) and not (name in same and torch.equal(tensor.to(same[name].dtype), same[name]))
-    }
-    unknown = [name for name in state if table.get(name) not in ours.tensors]
+    found: dict[str, Tensor] = {}
+    unknown: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        if name == kind.version or name.startswith(kind.others):
+            continue
+        if name in same and torch.equal(tensor.to(same[name].dtype), same[name]):
+            continue
+        if table.get(name) in ours.tensors:
+            found[table[name]] = tensor
+        else:
+            reasons = (reason for piece, reason in NO_COUNTERPART.items() if piece in name)
+            unknown.setdefault(next(reasons, "a model of this configuration has none"), []).append(name)
     if unknown:
-        raise ValueError(f"no counterpart in this configuration: {_with_reasons(unknown)}")
-    found = {table[name]: tensor for name, tensor in state.items()}
+        lines = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in unknown.items())
+        raise ValueError(f"no counterpart in this configuration: {lines}")
+    centre = config.chunk_size if config.use_chunking else config.max_positions
     for name in [name for name in found if name.endswith(_BIAS_TABLE)]:
-        found[name] = _to_our_table(name, found[name], ours.tensors[name].shape[0], config)
+        # A table of 2M - 1 biases about distance 0; ours is as long without chunks, and not shorter with them.
+        bias, length = found[name], ours.tensors[name].shape[0]
+        if tuple(bias.shape) != (2 * centre - 1,):
+            field = "chunk_size" if config.use_chunking else "max_positions"
+            raise ValueError(
+                f"{name} is {tuple(bias.shape)}, but {field}={centre} needs {(2 * centre - 1,)}: "
+                f"set it to {(bias.numel() + 1) // 2}"
+            )
+        if length < bias.shape[0]:
+            raise ValueError(f"max_positions={config.max_positions} must be at least chunk_size={centre}")
+        # The table here begins at the same distance; what follows lies beyond a chunk and is never read.
+        found[name] = torch.cat([bias, bias.new_zeros(length - bias.shape[0])])
     unused = [name for name in ours.tensors if name.endswith(_UNUSED_BUFFER)]
     wrong = ours.differences({name: tensor.shape for name, tensor in found.items()}, optional=unused)
     if wrong:
@@ -226,11 +232,7 @@ def mega_to_fairseq(
 ) -> dict[str, Tensor]:
     """Convert a model's state dict to fairseq's names and shapes: the reverse of `fairseq_to_mega`.
 
-    Args:
-        tensors: state dict of the model that the layout names; of tied names one is enough.
-
-    Returns:
-        The state dict that fairseq loads strictly (of an "lra" model: all but its classifier).
+    Of tied names one is enough. fairseq loads the result strictly (of an "lra" model: all but its classifier).
 
     Raises:
         ValueError: the tensors do not fit the configuration, or fairseq has no such model; all names are listed.
@@ -249,8 +251,17 @@ def mega_to_fairseq(
     whole = ours.complete(tensors)
     if ema_input == "alpha":
         whole = _other_ema_input(whole, config, omega_sign=1)
+    centre = config.chunk_size if config.use_chunking else config.max_positions
+    length = 2 * centre - 1
     for name in [name for name in whole if name.endswith(_BIAS_TABLE)]:
-        whole[name] = _to_their_table(name, whole[name], config)
+        bias = whole[name]
+        # Cross-attention reaches beyond a chunk: only the attention inside a chunk may lose what lies outside it.
+        if bias.shape[0] < length or (bias.shape[0] > length and "cross_attn." in name):
+            raise ValueError(
+                f"{name} is {tuple(bias.shape)}, fairseq's with chunk_size={config.chunk_size} is {(length,)}: "
+                f"set max_positions={centre}"
+            )
+        whole[name] = bias[:length]
     state = {} if kind.version is None else {kind.version: torch.tensor([_VERSION])}
     state |= _unit_final_norm(kind, ours, config) if kind.final_affine or config.add_cross_attention else {}
     return state | {table[name]: tensor for name, tensor in whole.items()}
@@ -278,10 +289,6 @@ def _prepare(config: MegaConfig, layout: str, ema_input: str) -> tuple[FairseqLa
     return kind, state_dict_spec(config, kind.build)
 
 
-def _left_out(name: str, kind: FairseqLayout) -> bool:
-    return name == kind.version or name.startswith(tuple(kind.others))
-
-
 def _unit_final_norm(kind: FairseqLayout, ours: StateDictSpec, config: MegaConfig) -> dict[str, Tensor]:
     """Parameters with which fairseq's final norm computes what one without parameters does; none if ours has them."""
     if kind.final_norm is None or not config.final_norm:
@@ -291,43 +298,6 @@ def _unit_final_norm(kind: FairseqLayout, ours: StateDictSpec, config: MegaConfi
     named = parameters.get(config.normalization_type, {"weight": ones, "bias": zeros})
     prefix = f"{kind.base}final_norm.norm."
     return {f"{kind.final_norm}norm.{name}": unit for name, unit in named.items() if prefix + name not in ours.tensors}
-
-
-def _with_reasons(names: Iterable[str]) -> str:
-    reasons: dict[str, list[str]] = {}
-    for name in names:
-        reasons.setdefault(why_not(name), []).append(name)
-    return "; ".join(f"{', '.join(group)} ({reason})" for reason, group in reasons.items())
-
-
-def _centre(config: MegaConfig) -> int:
-    return config.chunk_size if config.use_chunking else config.max_positions
-
-
-def _to_our_table(name: str, table: Tensor, length: int, config: MegaConfig) -> Tensor:
-    """A table of 2M - 1 biases about distance 0; ours is as long without chunks, and not shorter with them."""
-    centre = _centre(config)
-    if tuple(table.shape) != (2 * centre - 1,):
-        field = "chunk_size" if config.use_chunking else "max_positions"
-        raise ValueError(
-            f"{name} is {tuple(table.shape)}, but {field}={centre} needs {(2 * centre - 1,)}: "
-            f"set it to {(table.numel() + 1) // 2}"
-        )
-    if length < table.shape[0]:
-        raise ValueError(f"max_positions={config.max_positions} must be at least chunk_size={centre}")
-    # The table here begins at the same distance; what follows lies beyond a chunk and is never read.
-    return torch.cat([table, table.new_zeros(length - table.shape[0])])
-
-
-def _to_their_table(name: str, table: Tensor, config: MegaConfig) -> Tensor:
-    length = 2 * _centre(config) - 1
-    # Cross-attention reaches beyond a chunk: only the attention inside a chunk may lose what lies outside it.
-    if table.shape[0] < length or (table.shape[0] > length and "cross_attn." in name):
-        raise ValueError(
-            f"{name} is {tuple(table.shape)}, fairseq's with chunk_size={config.chunk_size} is {(length,)}: "
-            f"set max_positions={_centre(config)}"
-        )
-    return table[:length]
 
 
 def _other_ema_input(tensors: Mapping[str, Tensor], config: MegaConfig, omega_sign: int) -> dict[str, Tensor]:
@@ -350,3 +320,214 @@ def _other_ema_input(tensors: Mapping[str, Tensor], config: MegaConfig, omega_si
             omega = tensors[f"{gate}.residual_weight"]
             out[f"{gate}.residual_weight"] = (omega.double() + omega_sign * reverse).to(omega.dtype)
     return out
+
+
+# Checkpoints and dictionaries
+
+
+class FairseqCheckpoint(NamedTuple):
+    """What a checkpoint file holds of a model."""
+
+    state: dict[str, Tensor]  # tensors stay in the mapped file until they are used
+    args: dict[str, Any]  # the command line's options, such as decoder_embed_dim; empty for a bare state dict
+
+
+# Field of MegaConfig to fairseq option; {side} is encoder or decoder.
+_SHARED_OPTIONS = {
+    "hidden_size": "{side}_embed_dim",
+    "intermediate_size": "{side}_hidden_dim",
+    "nffn_hidden_size": "{side}_ffn_embed_dim",
+    "num_hidden_layers": "{side}_layers",
+    "activation": "activation_fn",
+    "attention_activation": "attention_activation_fn",
+    "dropout_prob": "dropout",
+    "embedding_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "use_feature_dropout": "feature_dropout",
+    "relative_positional_bias": "rel_pos_bias",
+    "truncation": "truncation_length",
+}
+_TRANSLATION_OPTIONS = {
+    **_SHARED_OPTIONS,
+    "shared_representation_size": "{side}_z_dim",
+    "ema_projection_size": "{side}_n_dim",
+    "chunk_size": "{side}_chunk_size",
+    "hidden_dropout_prob": "hidden_dropout",
+    "nffn_activation_dropout_prob": "activation_dropout",
+    "normalization_type": "normalization_type",
+    "normalize_before_mega": "normalize_before",
+    "scale_embeddings": "no_scale_embedding",
+}
+_OPTIONS = {
+    "lm": {
+        **_TRANSLATION_OPTIONS,
+        "max_positions": "max_target_positions",
+        "tie_word_embeddings": "share_decoder_input_output_embed",
+    },
+    "encoder": {**_TRANSLATION_OPTIONS, "max_positions": "max_source_positions"},
+    "lra": {
+        **_SHARED_OPTIONS,
+        "shared_representation_size": "z_dim",
+        "ema_projection_size": "n_dim",
+        "chunk_size": "chunk_size",
+        "hidden_dropout_prob": "act_dropout",
+        "nffn_activation_dropout_prob": "act_dropout",
+        "normalization_type": "norm_type",
+        "normalize_before_mega": "encoder_normalize_before",
+        "max_positions": "max_positions",
+    },
+}
+_SIDES = {"lm": "decoder", "encoder": "encoder", "lra": "encoder"}
+CHECKPOINT_LAYOUTS = tuple(_SIDES)
+
+
+def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
+    """Read a checkpoint that fairseq saved (`model` and `args`), or a bare state dict: a file of `torch.save`.
+
+    It is mapped into memory, and nothing in it is executed. Raises ValueError where it cannot be, or holds no model.
+    """
+    try:
+        # The options are a Namespace, which holds values and runs nothing when it is read.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())[:300] or repr(error)
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain values ({reason}): open it where you trust it, and save "
+            '{"model": checkpoint["model"], "args": checkpoint["args"]} with a torch of 1.6 or newer'
+        ) from error
+    whole = isinstance(content, dict) and "model" in content
+    state = content["model"] if whole else content
+    args = content.get("args") if whole else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no model: expected named tensors, or a fairseq checkpoint with them in 'model'")
+    return FairseqCheckpoint(dict(state), {} if args is None else dict(vars(args)))
+
+
+def find_layout(state: Mapping[str, Tensor]) -> str:
+    """Which of `LAYOUTS` a state dict has, told by its word embedding. Raises ValueError for none, or several."""
+    found = [name for name, layout in LAYOUTS.items() if layout.embedding in state]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"the checkpoint holds several models: choose --layout {' or --layout '.join(found)}")
+    expected = ", ".join(layout.embedding for layout in LAYOUTS.values())
+    raise ValueError(
+        f"no word embedding among the names (looked for {expected}): an adaptive input, an input of numbers, and "
+        "models other than Mega cannot be converted"
+    )
+
+
+def config_from_args(
+    checkpoint: FairseqCheckpoint, layout: str, changes: Mapping[str, Any] | None = None
+) -> MegaConfig:
+    """The configuration of a fairseq model of a layout (one of `CHECKPOINT_LAYOUTS`), from its checkpoint's options.
+
+    `changes` are fields that replace what the options say, or stand in for options that the checkpoint lacks. Raises
+    ValueError where an option is absent and not replaced, or no model here has it.
+    """
+    kind = layout_named(layout)
+    if layout not in _OPTIONS:
+        raise ValueError(f"a checkpoint of layout={layout!r} names no options: build its MegaConfig by hand")
+    changes = dict(changes or {})
+    options = {field: name.format(side=_SIDES[layout]) for field, name in _OPTIONS[layout].items()}
+    absent = [
+        f"{field} ({name})" for field, name in options.items() if field not in changes and name not in checkpoint.args
+    ]
+    if absent:
+        raise ValueError(f"the checkpoint does not say {', '.join(absent)}: give the fields with --set FIELD=VALUE")
+    values = {field: checkpoint.args[name] for field, name in options.items() if name in checkpoint.args}
+    if "scale_embeddings" in values:
+        values["scale_embeddings"] = not values["scale_embeddings"]
+    values |= changes
+    # What follows from other options, in fairseq's code.
+    if kind.embedding in checkpoint.state:
+        values.setdefault("vocab_size", checkpoint.state[kind.embedding].shape[0])
+    values["use_chunking"] = changes.get("use_chunking", values["chunk_size"] > 0)
+    if "max_positions" not in changes and values["use_chunking"]:
+        values["max_positions"] = values["chunk_size"]
+    if values["truncation"] is not None and values["truncation"] < 1:
+        values["truncation"] = None
+    values["use_normalized_ffn"] = values["nffn_hidden_size"] > 0
+    if not values["use_normalized_ffn"]:
+        del values["nffn_hidden_size"]
+    before = values["normalize_before_mega"]
+    derived = {"normalize_before_ffn": before, "final_norm": before, "add_lm_hidden_dense_layer": False}
+    learned = any(name.startswith(f"{kind.final_norm}norm.") for name in checkpoint.state)
+    derived["final_norm_affine"] = before and learned
+    if layout == "lm":
+        cross = any(".cross_attn." in name for name in checkpoint.state)
+        derived |= {"is_decoder": True, "bidirectional": False, "lm_head_bias": False, "add_cross_attention": cross}
+    try:
+        return MegaConfig(**derived | values)
+    except StrictDataclassError as error:
+        # The strict dataclass wraps what its validators raise.
+        raise ValueError(str(error.__cause__ or error)) from None
+
+
+# fairseq puts these before the words of the file, in this order.
+_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def tokenizer_from_dictionary(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Read a dictionary, a word and its count a line, as a tokenizer that splits at white space, as fairseq does.
+
+    It has fairseq's ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then the words in order. Raises ValueError where a
+    line is not a word and a count, or a word comes twice.
+    """
+    vocabulary = {word: number for number, word in enumerate(_SPECIAL)}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        word, _, count = line.rpartition(" ")
+        if not word or not count.isdecimal():
+            raise ValueError(f"{path}, line {number} is {line!r}: expected a word, a space and a count")
+        if word in vocabulary:
+            raise ValueError(f"{path}, line {number} repeats the word {word!r}: remove the line")
+        vocabulary[word] = len(vocabulary)
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    bos, pad, eos, unknown = _SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, pad_token=pad, eos_token=eos, unk_token=unknown
+    )
+
+
+def convert_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    layout: str | None,
+    ema_input: str,
+    changes: dict[str, Any],
+    overwrite: bool,
+) -> str:
+    """Write the model of fairseq's file `checkpoint` as a Hugging Face folder `out`; returns its layout.
+
+    A language model needs a tokenizer. Without a layout, the names tell it; for `layout` and `ema_input` see
+    `fairseq_to_mega`. `changes` are fields of MegaConfig that replace what the checkpoint says.
+
+    Raises:
+        ValueError: the checkpoint is not readable, has parts without counterpart, or the destination is taken.
+    """
+    check_destination(out, overwrite=overwrite)
+    read = read_fairseq(checkpoint)
+    layout = find_layout(read.state) if layout is None else layout
+    config = config_from_args(read, layout, changes)
+    tensors = fairseq_to_mega(read.state, config, layout=layout, ema_input=ema_input)
+    card = f"# {out.resolve().name}\n\nA Mega model (arXiv 2209.10655), converted from fairseq's `{checkpoint.name}`.\n"
+    if layout == "lm":
+        if tokenizer is None:
+            raise ValueError("a language model needs a tokenizer: give --dictionary dict.txt, or --tokenizer")
+        write_export(out, tensors, config, tokenizer, card, overwrite=overwrite)
+        return layout
+    model = MegaModel(config, add_pooling_layer=False)
+    model.load_state_dict(tensors, strict=True)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer)
+
+    write_folder(out, write)
+    return layout

@@ -11,7 +11,7 @@ import torch
 from fairseq_equations import Model, Options, random_state
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from mega_scale.hub.fairseq_checkpoint import (
+from mega_scale.hub.fairseq import (
     FairseqCheckpoint,
     config_from_args,
     find_layout,

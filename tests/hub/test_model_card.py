@@ -9,8 +9,7 @@ from tokenizers_at_hand import TEXTS, bert_like, byte_level, merges_with_spaces,
 
 from mega_scale.data import load_tokenizer
 from mega_scale.data.tokenizer import train_bpe
-from mega_scale.hub.export import write_export
-from mega_scale.hub.model_card import TrainingFacts, model_card
+from mega_scale.hub.export import TrainingFacts, model_card, write_export
 
 FACTS = TrainingFacts(
     name="stdlib-tiny",

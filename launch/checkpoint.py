@@ -19,8 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mega_scale import export
-from mega_scale.checkpoint.folder import checkpoints, find_checkpoint, is_checkpoint, others, prune, summary, verify
-from mega_scale.checkpoint.manifest import CheckpointError, read_key, strays
+from mega_scale.checkpoint.folder import (
+    CheckpointError,
+    checkpoints,
+    find_checkpoint,
+    is_checkpoint,
+    others,
+    prune,
+    read_key,
+    strays,
+    summary,
+    verify,
+)
 from mega_scale.checkpoint.saver import convert
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mega_scale.checkpoint.manifest import read_key
+from mega_scale.checkpoint.folder import read_key
 from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.process import refuse, run_command

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mega_scale.checkpoint.manifest import read_key
+from mega_scale.checkpoint.folder import read_key
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mega_scale.checkpoint.folder import CheckpointConfig, find_checkpoint
-from mega_scale.checkpoint.manifest import read_key
+from mega_scale.checkpoint.folder import CheckpointConfig, find_checkpoint, read_key
 from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder, resume_path
 from mega_scale.data.config import DataConfig
-from mega_scale.files import local_path, replace_text
+from mega_scale.files import local_path
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.launcher import check_accelerate
@@ -459,17 +458,12 @@ def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read a run from one YAML file over the defaults, as `save_config` writes it, or wrote it, or shorter.
+    """Read a run from one YAML file over the defaults, as `to_yaml` writes it, or wrote it, or shorter.
 
     Raises ValueError where the file cannot be read, or a key or value in it is refused.
     """
     config: RunConfig = resolve(RunConfig, [str(path)], [], stored=True)[0]
     return config
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write a run, at once, to a YAML file that `load_config` reads back exactly. Raises OSError."""
-    replace_text(path, to_yaml(config))
 
 
 def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:

@@ -8,8 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mega_scale.checkpoint.folder import read_state
-from mega_scale.checkpoint.manifest import read_key
+from mega_scale.checkpoint.folder import read_key, read_state
 from mega_scale.config import RunConfig, load_config
 from mega_scale.data import as_trained
 from mega_scale.files import check_destination

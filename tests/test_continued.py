@@ -11,7 +11,7 @@ import yaml
 
 from launch.pretrain import main as pretrain
 from mega_scale import export
-from mega_scale.checkpoint.manifest import read_manifest, write_manifest
+from mega_scale.checkpoint.folder import read_manifest, write_manifest
 from mega_scale.config import load_config
 from mega_scale.files import hash_file
 from mega_scale.training.optimizer import learning_rate

@@ -56,9 +56,9 @@ class Saves:
         self.beside: list[float] = []
         self._engine, self._zero, self._folder = engine, zero, folder
         self._step = 0
-        options = (engine, world, lambda path: None)
+        described: dict[str, bytes] = {}
         self._synchronous, self._asynchronous = (
-            Saver(folder / f"ours-{which}", *options, CheckpointConfig(asynchronous=which, keep=1))
+            Saver(folder / f"ours-{which}", engine, world, described, CheckpointConfig(asynchronous=which, keep=1))
             for which in (False, True)
         )
 

@@ -1,47 +1,37 @@
-"""The checkpoints of a run: which there are, which is the newest that holds what was written.
+"""The checkpoints of a run: their manifests, which are whole, which is the newest that holds what was written.
 
-`run_dir/checkpoints/step-00000030` holds
-
-    manifest.json   size and hash of every other file, written last
-    trainer.json    step, tokens, position in the data, layout, counters: plain JSON
-    state/          model and optimizer in canonical form, see `mega_scale.checkpoint.state`
-    random/         random state of each rank
-    config.yaml     the run
-    model/          the model's configuration and tokenizer
-
-and bears its name only when all of it lies on the disk. `checkpoints/latest` names the last one written, for people and
-other programs; what is resumed from is the newest that is proven, whatever `latest` says.
+README.md draws the folder. It bears its name only when all of it lies on the disk. `latest` is for people and other
+programs: what is resumed from is the newest checkpoint that is proven, whatever `latest` says.
 """
 
 import contextlib
+import hmac
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mega_scale.checkpoint.manifest import (
-    MANIFEST,
-    CheckpointError,
-    Manifest,
-    claimed_serial,
-    content_problem,
-    list_problem,
-    read_manifest,
-    strays,
-    write_manifest,
-)
-from mega_scale.files import FileLock, discard, local_path, read_regular, replace_text
+from mega_scale.files import FileLock, Record, discard, hash_file, local_path, new_hash, read_regular
 from mega_scale.settings import require_ranges
 
-STATE, RANDOM, TRAINER, LATEST = "state", "random", "trainer.json", "latest"
-_COUNTS, _OBJECTS = ("step", "tokens"), ("data", "layout")  # that every `trainer.json` has
-_NAME = re.compile(r"step-[0-9]{8,}")
-_POINTER_BYTES = 2**16
-_NAMED = 3  # strays in a line
+if TYPE_CHECKING:
+    from mega_scale.parallel import World
+
+MANIFEST, STATE, RANDOM, TRAINER, LATEST = "manifest.json", "state", "random", "trainer.json", "latest"
 DELETED = ".deleted"
 """What follows the name of a checkpoint that is being deleted."""
+
+_FORMAT = 1
+_PLAIN, _SIGNED = "xxh3_128", "hmac-sha256"
+_SHORTEST_KEY = 16
+_MOST_BYTES = 2**28  # of a manifest; some 100 a file
+_POINTER_BYTES = 2**16
+_NAME = re.compile(r"step-[0-9]{8,}")
+_LARGE = f"{STATE}/part-"
+_NAMED = 3  # strays in a line
 
 
 @dataclass
@@ -73,6 +63,247 @@ class CheckpointConfig:
         require_ranges("checkpoint", self, not_negative=("every", "keep", "keep_every"))
 
 
+class CheckpointError(ValueError):
+    """A checkpoint is not what was written; the message says what is wrong with which file."""
+
+
+# The manifest: size and hash of every file, written last, verified before anything is read
+#
+# A file system may lose or flip what it was given, and loaders do not notice: with one flipped bit, plain checkpoints
+# load as if nothing had happened. xxh3 finds accidents; against somebody who edits files on purpose a secret is
+# needed, with which every hash is an HMAC. `key` is that secret, None where there is none, in all functions here.
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint consists of."""
+
+    step: int  # optimizer steps done
+    serial: int  # among all checkpoints of its run: the newest is known after going on from an older one
+    files: dict[str, Record]  # by path relative to the folder, with slashes
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(record.size for record in self.files.values())
+
+
+def read_key(path: str | None) -> bytes | None:
+    """Read the secret of `checkpoint.key_file`. Raises ValueError where it cannot be read or is too short."""
+    if path is None:
+        return None
+    try:
+        key = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint.key_file={path!r} cannot be read ({error.strerror}): name a readable file"
+        ) from None
+    if len(key) < _SHORTEST_KEY:
+        raise ValueError(
+            f"checkpoint.key_file={path!r} holds {len(key)} bytes: give a secret of {_SHORTEST_KEY} or more"
+        )
+    return key
+
+
+def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
+    """Write or replace `manifest.json`, as a whole, and have the disk keep it. Raises OSError."""
+    beside = folder.with_name(f"{folder.name}.{MANIFEST}")  # inside, it would be a file that does not belong there
+    with open(beside, "wb") as file:
+        file.write(_manifest_text(manifest, key))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, folder / MANIFEST)
+
+
+def read_manifest(folder: Path, key: bytes | None) -> Manifest:
+    """Read `manifest.json`, and verify that it is the one that was written.
+
+    Raises:
+        CheckpointError: there is none, it was changed, belongs to another folder, or is not signed with the secret.
+    """
+    try:
+        text = read_regular(folder / MANIFEST, _MOST_BYTES)
+        content = json.loads(text)
+        if content["format"] != _FORMAT:
+            raise CheckpointError(f"{MANIFEST} has format {content['format']!r}, this version reads {_FORMAT}")
+        algorithm = content["hash"]
+        if algorithm != (_PLAIN if key is None else _SIGNED):
+            needed = "it is signed: set checkpoint.key_file" if key is None else "it is not signed with a secret"
+            raise CheckpointError(f"{MANIFEST} has hashes of kind {algorithm!r}: {needed}")
+        files = {path: Record(size, found) for path, (size, found) in content["files"].items()}
+        manifest = Manifest(content["step"], content["serial"], files)
+        # To the byte: what JSON reads alike, as a key given twice, was not written by us either.
+        if not hmac.compare_digest(_manifest_text(manifest, key), text):
+            changed = "it was changed after it was written" + ("" if key is None else ", or signed with another secret")
+            raise CheckpointError(f"{MANIFEST} does not have its own hash: {changed}")
+        for number in (manifest.step, manifest.serial, *(record.size for record in files.values())):
+            if type(number) is not int or number < 0:
+                raise CheckpointError(f"{MANIFEST} has {str(number)[:40]} where a count belongs")
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read ({' '.join(repr(error).split())[:200]})") from None
+    if folder.name.startswith("step-") and folder.name != f"step-{manifest.step:08d}":
+        raise CheckpointError(f"{MANIFEST} is of step {manifest.step}, not of this folder")
+    return manifest
+
+
+def _manifest_text(manifest: Manifest, key: bytes | None) -> bytes:
+    content: dict[str, Any] = {
+        "format": _FORMAT,
+        "step": manifest.step,
+        "serial": manifest.serial,
+        "hash": _PLAIN if key is None else _SIGNED,
+        "files": dict(sorted(manifest.files.items())),
+    }
+    found = new_hash(key)
+    found.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    return (json.dumps({**content, "digest": found.hexdigest()}, indent=1) + "\n").encode()
+
+
+def claimed_serial(folder: Path) -> int:
+    """Serial to sort by; 0 where the manifest is damaged. Not verified where it is signed: this needs no secret."""
+    try:
+        return read_manifest(folder, None).serial
+    except CheckpointError:
+        pass
+    try:
+        content = json.loads(read_regular(folder / MANIFEST, _MOST_BYTES))
+        return max(int(content["serial"]), 0) if content["hash"] == _SIGNED else 0
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
+
+
+def own_files(folder: Path) -> set[str]:
+    """Names of the files of a checkpoint that has been verified; whatever else lies there is none of it."""
+    return set(json.loads(read_regular(folder / MANIFEST, _MOST_BYTES))["files"])
+
+
+# What lies in a checkpoint's folder, compared with its manifest
+
+
+def verify(folder: Path, key: bytes | None = None) -> Manifest:
+    """Verify that a checkpoint holds what was written: names, sizes and hashes of all files.
+
+    Raises CheckpointError, which names the folder and the first file that differs.
+    """
+    manifest = verify_quickly(folder, key)
+    if problem := _content_problem(folder, manifest, manifest.files, key):
+        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
+    return manifest
+
+
+def verify_quickly(folder: Path, key: bytes | None = None) -> Manifest:
+    """Verify manifest, names, sizes, and what is small: all but the state. Raises CheckpointError as `verify` does."""
+    try:
+        manifest = read_manifest(folder, key)
+        small = [name for name in manifest.files if not name.startswith(_LARGE)]
+        problem = _list_problem(folder, manifest) or _content_problem(folder, manifest, small, key)
+    except CheckpointError as error:
+        problem = str(error)
+    except OSError as error:  # of a disk that fails, or a folder that may not be looked into
+        problem = f"{error.filename or folder} cannot be read ({error.strerror or error})"
+    if problem is not None:
+        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
+    return manifest
+
+
+def verify_together(folder: Path, world: "World", key: bytes | None = None) -> str | None:
+    """Verify a checkpoint, each rank some of its files; collective. Returns what is wrong, the same on all ranks."""
+    problem = None
+    try:
+        manifest = verify_quickly(folder, key)
+        large = [name for name in manifest.files if name.startswith(_LARGE)]
+        large.sort(key=lambda name: (-manifest.files[name].size, name))
+        if problem := _content_problem(folder, manifest, large[world.rank :: world.size], key):
+            problem = f"{folder} is no valid checkpoint: {problem}"
+    except CheckpointError as error:
+        problem = str(error)
+    first: str | None = world.first(problem)
+    return first
+
+
+def _list_problem(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with names and sizes, without reading the files."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    for name in _around(manifest) & found.keys():
+        # A link to a folder is none of the checkpoint's own, and its files are not looked through.
+        if found[name].is_symlink() or found[name].is_dir() == (name == MANIFEST):
+            return f"{name} is a link, or no longer what it was"
+        del found[name]
+    if missing := manifest.files.keys() - found.keys():
+        return f"{min(missing)} is missing"
+    for name, record in manifest.files.items():
+        if found[name].is_symlink() or not found[name].is_file():
+            return f"{name} is no regular file"
+        size = found[name].stat().st_size
+        if size != record.size:
+            return f"{name} has {size} bytes, {record.size} were written"
+    return None
+
+
+def _content_problem(folder: Path, manifest: Manifest, names: Iterable[str], key: bytes | None) -> str | None:
+    """Which of some files does not hold what was written."""
+    for name in names:
+        try:
+            found = hash_file(folder / name, key)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        size, expected = manifest.files[name]
+        if not hmac.compare_digest(found.hash, str(expected)) or found.size != size:
+            return f"{name} does not hold what was written (its hash differs)"
+    return None
+
+
+def _around(manifest: Manifest) -> set[str]:
+    """Names that a checkpoint has beside its files: their folders, and the manifest."""
+    return {parent.as_posix() for name in manifest.files for parent in PurePosixPath(name).parents} | {MANIFEST}
+
+
+def strays(folder: Path, manifest: Manifest) -> list[str]:
+    """What lies in a checkpoint's folder and is none of it, such as `.nfs...` or `.DS_Store`; nobody reads it.
+
+    Of a stray folder, only the folder itself.
+    """
+    found = {path.relative_to(folder) for path in folder.rglob("*")}
+    found -= {Path(name) for name in manifest.files.keys() | _around(manifest)}
+    return sorted(path.as_posix() for path in found if path.parent not in found)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read `trainer.json` of a checkpoint. Raises ValueError where it holds something else than a trainer writes."""
+    try:
+        found = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+        for name in ("step", "tokens"):
+            if type(found[name]) is not int or found[name] < 0:
+                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
+        for name in ("data", "layout"):
+            if not isinstance(found[name], dict):
+                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{folder / TRAINER} cannot be read ({error!r}): choose another checkpoint") from None
+    return found
+
+
+def summary(folder: Path, key: bytes | None = None) -> dict[str, Any]:
+    """Facts about a checkpoint, whose state is not read.
+
+    `folder`, `serial` and `problem` (a text, or None); of one without a problem also `step`, `bytes`, `tokens`, `loss`
+    on the validation text (or None) and `layout`.
+    """
+    found: dict[str, Any] = {"folder": str(folder), "serial": claimed_serial(folder), "problem": None}
+    try:
+        manifest, state = verify_quickly(folder, key), read_state(folder)
+    except ValueError as error:
+        return found | {"problem": str(error)}
+    found |= {"step": manifest.step, "bytes": manifest.bytes, "tokens": state["tokens"]}
+    return found | {"loss": state.get("validation", {}).get("loss"), "layout": state["layout"]}
+
+
+# The checkpoints of a run
+
+
 def run_lock(run_dir: Path, lost: Callable[[str], None] = lambda _: None) -> FileLock:
     """The lock by which one job at a time has a run folder, which exists; for `lost` see `FileLock`."""
     return FileLock(run_dir / "run.lock", lost)
@@ -83,8 +314,7 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def step_of(folder: Path) -> int:
-    """Step that a checkpoint folder's name says."""
+def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
@@ -94,8 +324,16 @@ def checkpoints(run_dir: Path) -> list[Path]:
     A link is one of them, though it may lead to a disk that is not there.
     """
     named = [path for path in run_dir.glob("checkpoints/step-*") if _NAME.fullmatch(path.name)]
-    found = [path for path in named if path.is_dir() or path.is_symlink()]
-    return sorted(found, key=_age)
+    return sorted((path for path in named if path.is_dir() or path.is_symlink()), key=_age)
+
+
+def _age(folder: Path) -> tuple[int, int]:
+    step, serial = _step_of(folder), claimed_serial(folder)
+    if not serial:
+        # One whose manifest cannot be read stands where its step would have put it: it is named when it was the newest.
+        beside = (path for path in folder.parent.glob("step-*") if _NAME.fullmatch(path.name))
+        serial = max((claimed_serial(path) for path in beside if _step_of(path) < step), default=0) + 1
+    return serial, step
 
 
 def others(run_dir: Path) -> list[Path]:
@@ -109,64 +347,10 @@ def next_serial(run_dir: Path) -> int:
     return max((_age(folder)[0] for folder in checkpoints(run_dir)), default=0) + 1
 
 
-def make_newest(folder: Path, key: bytes | None = None) -> None:
-    """Have a verified checkpoint count as written last: its run goes on from it, not from those written after it.
-
-    Raises OSError where it cannot be written.
-    """
-    run_dir = folder.parent.parent
-    if checkpoints(run_dir)[-1].name != folder.name:
-        write_manifest(folder, read_manifest(folder, key)._replace(serial=next_serial(run_dir)), key)
-        replace_text(folder.parent / LATEST, folder.name + "\n")
-
-
-def verify(folder: Path, key: bytes | None = None) -> Manifest:
-    """Verify that a checkpoint holds what was written: names, sizes and hashes of all files.
-
-    Args:
-        folder: of the checkpoint.
-        key: secret with which it must be signed, if there is one; so in all functions here.
-
-    Raises:
-        CheckpointError: it does not; names the folder and the first file that differs.
-    """
-    manifest = verify_quickly(folder, key)
-    problem = content_problem(folder, manifest, manifest.files, key)
-    if problem is not None:
-        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
-    return manifest
-
-
-def verify_quickly(folder: Path, key: bytes | None = None) -> Manifest:
-    """Verify manifest, names, sizes, and what is small: all but the state. Raises CheckpointError as `verify` does."""
-    try:
-        manifest = read_manifest(folder, key)
-        problem = list_problem(folder, manifest)
-        if problem is None:
-            problem = content_problem(folder, manifest, [n for n in manifest.files if not _is_large(n)], key)
-    except CheckpointError as error:
-        problem = str(error)
-    except OSError as error:  # of a disk that fails, or a folder that may not be looked into
-        problem = f"{error.filename or folder} cannot be read ({error.strerror or error})"
-    if problem is not None:
-        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
-    return manifest
-
-
-def large_files(manifest: Manifest) -> list[str]:
-    """The files that `verify_quickly` leaves out, largest first."""
-    return sorted(filter(_is_large, manifest.files), key=lambda name: (-manifest.files[name].size, name))
-
-
 def is_checkpoint(path: Path) -> bool:
     """Whether a path means a checkpoint's folder rather than a run's, whatever else lies there."""
     looks_so = (path / MANIFEST).exists() or (path / TRAINER).exists()
     return bool(_NAME.fullmatch(path.name)) or (looks_so and not checkpoints(path))
-
-
-def newest_first(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, those that were written last first."""
-    return checkpoints(run_dir)[::-1]
 
 
 def find_checkpoint(
@@ -180,7 +364,7 @@ def find_checkpoint(
 
     Args:
         path: of a checkpoint or run folder.
-        key: see `verify`.
+        key: secret with which it must be signed, if there is one.
         older: whether an older one may be taken where the newest of a run folder is damaged or gone.
         proof: `verify_quickly`, or `verify`, which reads the state too.
 
@@ -193,21 +377,28 @@ def find_checkpoint(
     """
     if is_checkpoint(path):
         try:
-            return path, stray_notes(path, proof(path, key))
+            return path, _stray_notes(path, proof(path, key))
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; {_others(path, key)}") from None
+            remedy = "there is no other valid one beside it"
+            for folder in reversed(checkpoints(path.parent.parent)):
+                if folder.name != path.name:
+                    with contextlib.suppress(CheckpointError):
+                        verify_quickly(folder, key)
+                        remedy = f"resume from {folder} instead"
+                        break
+            raise CheckpointError(f"{error}; {remedy}") from None
     problems = []
-    for folder in newest_first(path):
+    for folder in reversed(checkpoints(path)):
         try:
             manifest = proof(folder, key)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        pointer = pointer_problem(path, folder)
-        newer = problems + ([pointer] if pointer and _names_missing(path) else [])
+        pointer, gone = _pointer_problem(path, folder)
+        newer = [*problems, *(pointer if gone else [])]
         if newer and not older:
             raise CheckpointError(f"{'; '.join(newer)}: to take {folder} instead, give that folder, or --allow-older")
-        return folder, [*problems, *([pointer] if pointer else []), *stray_notes(folder, manifest)]
+        return folder, [*problems, *pointer, *_stray_notes(folder, manifest)]
     if problems:
         raise CheckpointError(f"none of the {len(problems)} checkpoints in {path} is valid: {'; '.join(problems)}")
     raise ValueError(
@@ -216,58 +407,63 @@ def find_checkpoint(
     )
 
 
-def pointer_problem(run_dir: Path, newest: Path) -> str | None:
-    """What is wrong with `latest`, whose word nobody takes; none where it names the newest valid checkpoint."""
+def choose_checkpoint(path: Path, world: "World", key: bytes | None = None, log: Callable[[str], None] = print) -> Path:
+    """The checkpoint to go on from, proven whole by all ranks, which share the reading; collective.
+
+    Of a run folder the newest valid checkpoint is taken, and every newer one that is not valid is reported; a
+    checkpoint that was named itself is taken or refused.
+
+    Args:
+        path: of a checkpoint or run folder, the same on all ranks.
+        world: all ranks.
+        key: secret with which it must be signed, if there is one.
+        log: is given, on rank 0, what is wrong with newer ones.
+
+    Raises:
+        ValueError: there is none; CheckpointError: the named one is damaged, or all of the run are.
+    """
+    named = is_checkpoint(path)
+    candidates = [path] if named else checkpoints(path)[::-1]
+    names = world.broadcast([str(folder) for folder in candidates])
+    if not names:
+        find_checkpoint(path, key)  # says why
+    problems: list[str] = []
+    for folder in map(Path, names):
+        problem = verify_together(folder, world, key)
+        if problem is None:
+            pointer = [] if problems or named else _pointer_problem(path, folder)[0]
+            if world.rank == 0:
+                for line in (*pointer, *_stray_notes(folder, read_manifest(folder, key))):
+                    log(line)
+            return folder
+        problems.append(problem)
+        if world.rank == 0 and not named:
+            log(f"{problem}; an older one is tried")
+    raise CheckpointError("; ".join(problems) + ": no valid checkpoint is left to go on from")
+
+
+def _pointer_problem(run_dir: Path, newest: Path) -> tuple[list[str], bool]:
+    """What is wrong with `latest`, whose word nobody takes, and whether it names a checkpoint that is gone."""
     pointer = run_dir / "checkpoints" / LATEST
     try:
-        named = _named(run_dir)
+        text = read_regular(pointer, _POINTER_BYTES).decode(errors="replace")
     except OSError as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
-        return f"{pointer} {what}, {newest.name} is the newest valid checkpoint"
-    if named == newest.name + "\n":
-        return None
-    if named.strip() == newest.name:
-        return f"{pointer} was changed after it was written, but names the newest valid checkpoint"
-    return f"{pointer} names {named.strip()[:40]!r}, {newest.name} is the newest valid checkpoint"
+        return [f"{pointer} {what}, {newest.name} is the newest valid checkpoint"], False
+    if text == newest.name + "\n":
+        return [], False
+    name = text.strip()
+    if name == newest.name:
+        return [f"{pointer} was changed after it was written, but names the newest valid checkpoint"], False
+    gone = bool(_NAME.fullmatch(name)) and not pointer.with_name(name).is_dir()
+    return [f"{pointer} names {name[:40]!r}, {newest.name} is the newest valid checkpoint"], gone
 
 
-def stray_notes(folder: Path, manifest: Manifest) -> list[str]:
-    """A sentence on what lies in a checkpoint's folder and is none of it, if anything does."""
+def _stray_notes(folder: Path, manifest: Manifest) -> list[str]:
     found = strays(folder, manifest)
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     names = ", ".join(map(repr, found[:_NAMED]))
     return [f"{folder} also holds {names}{more}, which nobody reads"] if found else []
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Read `trainer.json` of a checkpoint. Raises ValueError where it holds something else than a trainer writes."""
-    try:
-        found = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
-        for name in _COUNTS:
-            if type(found[name]) is not int or found[name] < 0:
-                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
-        for name in _OBJECTS:
-            if not isinstance(found[name], dict):
-                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{folder / TRAINER} cannot be read ({error!r}): choose another checkpoint") from None
-    return found
-
-
-def summary(folder: Path, key: bytes | None = None) -> dict[str, Any]:
-    """Facts about a checkpoint, whose state is not read.
-
-    Returns:
-        `folder`, `serial` and `problem` (a text, or None); of one without a problem also `step`, `bytes`, `tokens`,
-        `loss` on the validation text (or None) and `layout`.
-    """
-    found: dict[str, Any] = {"folder": str(folder), "serial": claimed_serial(folder), "problem": None}
-    try:
-        manifest, state = verify_quickly(folder, key), read_state(folder)
-    except ValueError as error:
-        return found | {"problem": str(error)}
-    found |= {"step": manifest.step, "bytes": manifest.bytes, "tokens": state["tokens"]}
-    return found | {"loss": state.get("validation", {}).get("loss"), "layout": state["layout"]}
 
 
 # Which are deleted; the last valid one never is
@@ -292,18 +488,13 @@ def sweep(run_dir: Path) -> None:
             discard(path)
 
 
-def surplus(run_dir: Path, newest: Path, keep: int, keep_every: int) -> list[Path]:
-    """The checkpoints that are not to be kept, oldest first.
+def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
+    """Which of some checkpoints, oldest first, are not among the last `keep`, nor of steps that `keep_every` divides.
 
-    Args:
-        run_dir: folder of the run.
-        newest: the checkpoint just written, which stays: a damaged one may seem to be newer.
-        keep: newest checkpoints to keep; 0 keeps all.
-        keep_every: checkpoints of steps that this divides are kept; 0 means none of them.
+    0 keeps all, or none for its step.
     """
-    others = [folder for folder in checkpoints(run_dir) if folder != newest]
-    old = others[: max(len(others) + 1 - keep, 0)] if keep > 0 else []
-    return [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
+    old = folders[:-keep] if keep > 0 else []
+    return [folder for folder in old if not (keep_every > 0 and _step_of(folder) % keep_every == 0)]
 
 
 def prune(
@@ -319,7 +510,7 @@ def prune(
         keep: newest valid checkpoints to keep; 0 keeps all.
         keep_every: valid checkpoints of steps that this divides are kept; 0 means none of them.
         damaged: delete damaged ones too.
-        key: see `verify`.
+        key: secret with which they are signed, if there is one.
         dry: only say what would be deleted.
 
     Returns:
@@ -328,62 +519,20 @@ def prune(
     Raises:
         ValueError: no checkpoint of the run is valid, or a job has the folder.
     """
-    if not dry and checkpoints(run_dir):
-        with run_lock(run_dir):
-            chosen = prune(run_dir, keep, keep_every, damaged=damaged, key=key, dry=True)
+    valid, broken = [], []
+    with contextlib.nullcontext() if dry or not checkpoints(run_dir) else run_lock(run_dir):
+        for folder in checkpoints(run_dir):
+            try:
+                verify(folder, key)
+            except CheckpointError:
+                broken.append(folder)
+            else:
+                valid.append(folder)
+        if not valid:
+            raise ValueError(f"{run_dir} has no valid checkpoint ({len(broken)} damaged ones): nothing is deleted")
+        chosen = surplus(valid, keep, keep_every) + (broken if damaged else [])
+        if not dry:
             for folder in chosen:
                 delete(folder)
             sweep(run_dir)
-        return chosen
-    valid, broken = [], []
-    for folder in checkpoints(run_dir):
-        try:
-            verify(folder, key)
-        except CheckpointError:
-            broken.append(folder)
-        else:
-            valid.append(folder)
-    if not valid:
-        raise ValueError(f"{run_dir} has no valid checkpoint ({len(broken)} damaged ones): nothing is deleted")
-    old = valid[:-keep] if keep > 0 else []
-    chosen = [folder for folder in old if not (keep_every > 0 and step_of(folder) % keep_every == 0)]
-    return chosen + (broken if damaged else [])
-
-
-def _age(folder: Path) -> tuple[int, int]:
-    step = step_of(folder)
-    # One whose manifest cannot be read stands where its step would have put it, so that it is named when it was newest.
-    return (claimed_serial(folder) or _serial_before(folder, step) + 1, step)
-
-
-def _serial_before(folder: Path, step: int) -> int:
-    older = [path for path in folder.parent.glob("step-*") if _NAME.fullmatch(path.name) and step_of(path) < step]
-    return max((claimed_serial(path) for path in older), default=0)
-
-
-def _named(run_dir: Path) -> str:
-    return read_regular(run_dir / "checkpoints" / LATEST, _POINTER_BYTES).decode(errors="replace")
-
-
-def _names_missing(run_dir: Path) -> bool:
-    """Whether `latest` names a checkpoint that is no longer there."""
-    try:
-        name = _named(run_dir).strip()
-    except OSError:
-        return False
-    return bool(_NAME.fullmatch(name)) and not (run_dir / "checkpoints" / name).is_dir()
-
-
-def _is_large(name: str) -> bool:
-    return name.startswith(f"{STATE}/part-")
-
-
-def _others(path: Path, key: bytes | None) -> str:
-    for folder in newest_first(path.parent.parent):
-        if folder.name != path.name:
-            try:
-                verify_quickly(folder, key)
-            except CheckpointError:
-                continue
-            return f"resume from {folder} instead"
-    return "there is no other valid one beside it"
+    return chosen

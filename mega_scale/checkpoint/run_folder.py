@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mega_scale.checkpoint.folder import checkpoints, make_newest, run_lock
-from mega_scale.files import STALE_S
+from mega_scale.checkpoint.folder import LATEST, checkpoints, next_serial, read_manifest, run_lock, write_manifest
+from mega_scale.files import STALE_S, replace_text
 from mega_scale.settings import require
 
 if TYPE_CHECKING:
@@ -158,7 +158,11 @@ class RunFolder:
             key: secret with which checkpoints are signed, if there is one.
         """
         if checkpoint is not None and self._resume not in ("latest", "auto") and _lies_in(checkpoint, self._run_dir):
-            make_newest(checkpoint, key)
+            its_run = checkpoint.parent.parent
+            if checkpoints(its_run)[-1].name != checkpoint.name:
+                newest = read_manifest(checkpoint, key)._replace(serial=next_serial(its_run))
+                write_manifest(checkpoint, newest, key)
+                replace_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
         if self._overwrite or (self._resume == "auto" and is_overwritten(self._run_dir)):
             for path in [path for pattern in _WRITTEN for path in self._run_dir.glob(pattern)]:
                 if path.is_dir() and not path.is_symlink():

@@ -7,11 +7,15 @@ moves `latest`, and deletes what is not to be kept. Until then the folder has an
 """
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,113 +28,64 @@ from mega_scale.checkpoint.folder import (
     STATE,
     TRAINER,
     CheckpointConfig,
+    Manifest,
+    checkpoints,
     delete,
     folder_of,
-    newest_first,
     next_serial,
     run_lock,
     surplus,
     sweep,
     verify,
+    write_manifest,
 )
-from mega_scale.checkpoint.manifest import Manifest, write_manifest
-from mega_scale.checkpoint.state import (
-    INDEX,
-    StateReader,
-    StoredRange,
-    as_bytes,
-    build_index,
-    rank_tensors,
-    state_file,
-    write_tensors,
-)
+from mega_scale.checkpoint.state import BUFFER, FORMAT, INDEX, StateReader, StoredRange, random_file, state_file
 from mega_scale.files import Record, discard, flush, hash_file, new_hash, reason, replace_text, write_json
 from mega_scale.parallel import Engine, World
+from mega_scale.parallel.shard import MOMENTS, WEIGHT, EngineState
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
 _NAMED = 4  # ranks whose problem is told
 _ALIGNMENT = 64  # bytes; every dtype can begin there
+_CHUNK_BYTES = 16 * 2**20
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Saved(NamedTuple):
-    """How a save ended.
+    """How a save ended."""
 
-    Args:
-        step: of the checkpoint.
-        folder: where it lies; none if it could not be written.
-        problem: why not, or what went wrong beside it.
-        stall_s: for how long training stood still (seconds).
-        write_s: from the beginning until all was written and read back (seconds).
-        bytes: size of all files.
-    """
+    step: int  # of the checkpoint
+    folder: Path | None  # where it lies; None if it could not be written
+    problem: str  # why not, or what went wrong beside it
+    stall_s: float  # for how long training stood still (seconds)
+    write_s: float  # from the beginning until all was written and read back (seconds)
+    bytes: int  # size of all files
+
+
+@dataclass
+class _Save:
+    """A checkpoint under way: copied where saves are asynchronous, written by all ranks, then completed by rank 0."""
 
     step: int
-    folder: Path | None
-    problem: str
-    stall_s: float
-    write_s: float
-    bytes: int
-
-
-class _Task:
-    """Work on a thread of its own, or on this one."""
-
-    def __init__(self, name: str, work: Callable[[], Any], background: bool) -> None:
-        self.result: Any = None
-        self.error: Exception | None = None
-        self.ended = 0.0
-        self._work = work
-        # A daemon: a run that fails does not wait for a checkpoint that can no longer be completed.
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True) if background else None
-        if self._thread is None:
-            self._run()
-        else:
-            self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.result = self._work()
-        except Exception as error:  # whatever it is, the run goes on and says it
-            self.error = error
-        self.ended = time.perf_counter()
-
-    @property
-    def done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
-
-    @property
-    def problem(self) -> str:
-        return "" if self.error is None else _text(self.error)
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def wait(self) -> Any:
-        """What the work returned; raises what it raised."""
-        self.join()
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-
-class _Save:
-    """A checkpoint under way: written by all ranks, then completed by rank 0."""
-
-    def __init__(self, step: int, folder: Path, index: dict[str, Any], spans: dict[str, StoredRange]) -> None:
-        self.step, self.folder, self.index, self.spans = step, folder, index, spans
-        self.began, self.stall_s = time.perf_counter(), 0.0
-        self.copying: _Task | None = None
-        self.writing: _Task | None = None
-        self.completing: _Task | None = None
-        self.problem = ""
-
-    @property
-    def done(self) -> bool:
-        task = self.completing or self.writing
-        return task is None or task.done
+    folder: Path
+    index: dict[str, Any]
+    ranges: dict[str, StoredRange]
+    began: float
+    copying: Future[Any] | None
+    writing: Future[Any]
+    completing: Future[Any] | None = None
+    stall_s: float = 0.0
 
 
 class Saver:
@@ -140,9 +95,12 @@ class Saver:
         run_dir: folder of the run, shared by all ranks.
         engine: what is saved.
         world: all ranks.
-        describe: writes `config.yaml` and `model/` into a folder.
+        described: contents of `config.yaml` and of the files in `model/`, by path; of the first rank.
         config: how, and how many are kept.
         key: secret to sign with, if there is one.
+
+    Attributes:
+        under_way: the checkpoint that is being written, if any, on all ranks alike.
     """
 
     def __init__(
@@ -150,17 +108,25 @@ class Saver:
         run_dir: Path,
         engine: Engine,
         world: World,
-        describe: Callable[[Path], None],
+        described: Mapping[str, bytes],
         config: CheckpointConfig,
         key: bytes | None = None,
     ) -> None:
-        self._run_dir, self._engine, self._world, self._describe = run_dir, engine, world, describe
+        self._run_dir, self._engine, self._world, self._described = run_dir, engine, world, described
         self._config, self._key = config, key
         self._staging = Staging(world.device) if config.asynchronous else None
-        self._save: _Save | None = None
-        self._serial = 1
+        self.under_way: _Save | None = None
         if world.rank == 0:
-            self._tidy()
+            # Remove what a killed run left half written, and restore what it was about to replace.
+            for path in run_dir.glob(f"checkpoints/step-*{_REPLACED}"):
+                original = path.with_name(path.name.removesuffix(_REPLACED))
+                with contextlib.suppress(OSError):
+                    if not original.exists():
+                        path.rename(original)
+                _forget(path)
+            for path in run_dir.glob(f"checkpoints/step-*{_UNFINISHED}"):
+                _forget(path)
+            sweep(run_dir)
             self._serial = next_serial(run_dir)
 
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:
@@ -177,86 +143,83 @@ class Saver:
         began = time.perf_counter()
         folder = folder_of(self._run_dir, step)
         unfinished = _unfinished(folder)
-        state = self._engine.state()
-        tensors, spans = rank_tensors(state, self._world.rank)
-        problem = self._prepare(unfinished, tensors)
-        if problem:
+        rank, state = self._world.rank, self._engine.state()
+        tensors, ranges = rank_tensors(state, rank)
+        if problem := self._prepare(unfinished, tensors):
             return [*ended, Saved(step, None, problem, time.perf_counter() - began, 0.0, 0)]
-        rank, random, copying = self._world.rank, _random_state(), self._copy(tensors)
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        copying = None
+        if (staging := self._staging) is not None:
+            staging.mark()
+            copying = _start("copy", lambda: staging.copy(tensors))
 
         def write() -> dict[str, Record]:
-            state = tensors if copying is None else copying.wait()
-            names = {f"{STATE}/{state_file(rank)}": state, f"{RANDOM}/rank-{rank:05d}.safetensors": random}
-            found = {name: _write_and_prove(unfinished / name, content, self._key) for name, content in names.items()}
+            state = tensors if copying is None else copying.result()
+            found = {
+                name: _write_and_prove(unfinished / name, content, self._key)
+                for name, content in {f"{STATE}/{state_file(rank)}": state, random_file(rank): random}.items()
+            }
             if rank == 0:
-                write_json(unfinished / TRAINER, trainer)
-                self._describe(unfinished)
-                small = [p for p in unfinished.rglob("*") if p.is_file() and p.parent.name not in (STATE, RANDOM)]
-                small = [p for p in small if not p.name.startswith(".")]  # of NFS or a desktop, and soon gone
-                found |= {path.relative_to(unfinished).as_posix(): _hash_and_flush(path, self._key) for path in small}
+                texts = {TRAINER: (json.dumps(trainer, indent=1) + "\n").encode(), **self._described}
+                for name, text in texts.items():
+                    (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                    (unfinished / name).write_bytes(text)
+                    found[name] = _flush_and_hash(unfinished / name, self._key)
             return found
 
         # The index says how many steps the optimizer has done: now, since training goes on before it is written.
-        self._save = _Save(step, folder, build_index(state, []), spans)
-        self._save.began, self._save.copying = began, copying
-        self._save.writing = self._task("write", write)
-        self._save.stall_s = time.perf_counter() - began
-        return [*ended, *([] if self._staging is not None else self.finish())]
+        index = build_index(state, [])
+        writing = _start("write", write, background=staging is not None)
+        self.under_way = _Save(step, folder, index, ranges, began, copying, writing)
+        self.under_way.stall_s = time.perf_counter() - began
+        return [*ended, *([] if staging is not None else self.finish())]
 
     def wait_copied(self) -> None:
         """Wait until the state has been copied; call it before anything changes the state. Not collective."""
-        if self._save is not None and self._save.copying is not None:
+        save = self.under_way
+        if save is not None and save.copying is not None:
             began = time.perf_counter()
-            self._save.copying.join()
-            self._save.copying = None
-            self._save.stall_s += time.perf_counter() - began
+            wait([save.copying])
+            save.copying = None
+            save.stall_s += time.perf_counter() - began
 
     def poll(self) -> list[Saved]:
         """Go on with a checkpoint that all ranks have written by now; call it after every step."""
-        if self._save is None or not self._world.all_agree(self._save.done):
+        save = self.under_way
+        if save is None or not self._world.all_agree((save.completing or save.writing).done()):
             return []
-        return self._advance()
+        return self._advance(save)
 
     def finish(self) -> list[Saved]:
         """Wait for the checkpoint that is being written, if there is one, and complete it."""
         ended: list[Saved] = []
-        while self._save is not None and not ended:
+        while (save := self.under_way) is not None:
             began = time.perf_counter()
-            for task in (self._save.writing, self._save.completing):
-                if task is not None:
-                    task.join()
-            self._save.stall_s += time.perf_counter() - began
-            ended = self._advance()
+            wait([save.completing or save.writing])
+            save.stall_s += time.perf_counter() - began
+            ended = self._advance(save)
         return ended
 
-    def _advance(self) -> list[Saved]:
+    def _advance(self, save: _Save) -> list[Saved]:
         """From written to being completed, or from there to the end; all ranks' tasks are done."""
-        save = self._save
-        assert save is not None and save.writing is not None
         began = time.perf_counter()
         if save.completing is None:
-            reports = self._world.gather([save.writing.result, save.spans, save.writing.problem])
-            save.completing = self._task("complete", lambda: self._complete(save, reports))
+            problem = _problem(save.writing)
+            reports = self._world.gather([None if problem else save.writing.result(), save.ranges, problem])
+            complete = self._staging is not None
+            save.completing = _start("complete", lambda: self._complete(save, reports), background=complete)
             save.stall_s += time.perf_counter() - began
             return []
-        outcome = [save.completing.problem, save.completing.result, save.completing.ended - save.began]
-        problem, size, write_s, remark = self._world.broadcast([*outcome, save.problem])
+        problem = _problem(save.completing)
+        outcome = [problem, *((0, 0.0, "") if problem else save.completing.result())]
+        problem, size, write_s, remark = self._world.broadcast(outcome)
         if problem and self._world.rank == 0:
             _forget(_unfinished(save.folder))
-        self._save = None
+        self.under_way = None
         stall_s = save.stall_s + time.perf_counter() - began
-        return [Saved(save.step, None if problem else save.folder, problem or remark, stall_s, write_s, size or 0)]
-
-    def _copy(self, tensors: dict[str, Tensor]) -> _Task | None:
-        """Begin to copy, where that is needed."""
-        staging = self._staging
-        if staging is None:
-            return None
-        staging.mark()
-        return self._task("copy", lambda: staging.copy(tensors))
-
-    def _task(self, name: str, work: Callable[[], Any]) -> _Task:
-        return _Task(f"{name} checkpoint", work, background=self._staging is not None)
+        return [Saved(save.step, None if problem else save.folder, problem or remark, stall_s, write_s, size)]
 
     def _prepare(self, unfinished: Path, tensors: dict[str, Tensor]) -> str:
         """Make the folder, and see whether there is room; returns what is wrong, the same on all ranks."""
@@ -277,57 +240,69 @@ class Saver:
         # Also tells the others that the folder is there.
         return str(self._world.broadcast(problem))
 
-    def _complete(self, save: _Save, reports: list[Any] | None) -> int:
-        """Write what says that all is there, and give the folder its name; returns the size of all files.
+    def _complete(self, save: _Save, reports: list[Any] | None) -> tuple[int, float, str]:
+        """On rank 0, write what says that all is there, and give the folder its name. Raises OSError.
 
-        Raises OSError.
+        Returns the size of all files, the seconds since the save began, and what went wrong beside it.
         """
         if reports is None:
-            return 0
+            return 0, 0.0, ""
         problems = [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(reports) if problem]
         if problems:
             raise OSError("; ".join(problems[:_NAMED]))
-        unfinished = _unfinished(save.folder)
-        write_json(unfinished / STATE / INDEX, save.index | {"parts": [spans for _, spans, _ in reports]})
+        unfinished, replaced = _unfinished(save.folder), save.folder.with_name(save.folder.name + _REPLACED)
+        index = save.index | {"parts": [ranges for _, ranges, _ in reports]}
         files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
-        files[f"{STATE}/{INDEX}"] = _hash_and_flush(unfinished / STATE / INDEX, self._key)
-        manifest = Manifest(save.step, self._serial, files)
-        write_manifest(unfinished, manifest, self._key)
-        for folder in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
-            flush(folder)
-        replaced = save.folder.with_name(save.folder.name + _REPLACED)
+        manifest = _write_index_and_manifest(unfinished, index, Manifest(save.step, self._serial, files), self._key)
         if os.path.lexists(save.folder):  # a run that was continued from before this step writes it anew
             discard(replaced)
             save.folder.rename(replaced)
         unfinished.rename(save.folder)
         flush(save.folder.parent)
         self._serial += 1
+        remark = ""
         try:
             replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
         except OSError as error:  # nobody resumes by its word
-            save.problem = f"{LATEST} still names another: {_text(error)}"
+            remark = f"{LATEST} still names another: {_text(error)}"
         _forget(replaced)
-        self._delete_old(save.folder)
-        return manifest.bytes
-
-    def _delete_old(self, newest: Path) -> None:
-        """Delete the oldest; the one just written stays in any case, and it was read back."""
-        for folder in surplus(self._run_dir, newest, self._config.keep, self._config.keep_every):
+        # The one just written stays in any case: it was read back, and a damaged one may seem to be newer.
+        others = [folder for folder in checkpoints(self._run_dir) if folder != save.folder]
+        for folder in surplus([*others, save.folder], self._config.keep, self._config.keep_every):
             with contextlib.suppress(OSError):
                 delete(folder)
         sweep(self._run_dir)
+        return manifest.bytes, time.perf_counter() - save.began, remark
 
-    def _tidy(self) -> None:
-        """Remove what a killed run left half written, and restore what it was about to replace."""
-        for path in self._run_dir.glob(f"checkpoints/step-*{_REPLACED}"):
-            original = path.with_name(path.name.removesuffix(_REPLACED))
-            with contextlib.suppress(OSError):
-                if not original.exists():
-                    path.rename(original)
-            _forget(path)
-        for path in self._run_dir.glob(f"checkpoints/step-*{_UNFINISHED}"):
-            _forget(path)
-        sweep(self._run_dir)
+
+def _start(name: str, work: Callable[[], Any], background: bool = True) -> Future[Any]:
+    """Work on a thread of its own, or on this one."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # whatever it is, the run goes on and says it
+            future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+
+    if background:
+        # A daemon: a run that fails does not wait for a checkpoint that can no longer be completed.
+        threading.Thread(target=run, name=f"{name} checkpoint", daemon=True).start()
+    else:
+        run()
+    return future
+
+
+def _problem(done: Future[Any]) -> str:
+    error = done.exception()
+    return "" if error is None else _text(error)
+
+
+def _text(error: BaseException) -> str:
+    named = reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return " ".join(named.split())[:300]
 
 
 def _unfinished(folder: Path) -> Path:
@@ -340,41 +315,8 @@ def _forget(path: Path) -> None:
         discard(path)
 
 
-def _write_and_prove(path: Path, tensors: dict[str, Tensor], key: bytes | None) -> Record:
-    """Write a file, flush it, and read it back. Raises OSError where it does not come back as it was."""
-    found = new_hash(key)
-    try:
-        record = Record(write_tensors(path, tensors, found.update), found.hexdigest())
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it was
-        raise
-    if hash_file(path, key) != record:
-        raise OSError(f"{path} does not read back as it was written: look at the disk")
-    return record
-
-
-def _hash_and_flush(path: Path, key: bytes | None) -> Record:
-    flush(path)
-    return hash_file(path, key)
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _text(error: BaseException) -> str:
-    named = reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return " ".join(named.split())[:300]
-
-
-# A copy of the state in host memory
-
-
 class Staging:
-    """One buffer, made at the first copy and used again: new memory costs more than the copy.
+    """A copy of the state in host memory: one buffer, made at the first copy, as new memory costs more than the copy.
 
     Args:
         device: of the state. From a GPU, copies go into locked memory, beside what else it computes.
@@ -402,11 +344,137 @@ class Staging:
         with torch.cuda.stream(self._stream):
             for name, tensor in tensors.items():
                 room = self._buffer[places[name]]
-                room.copy_(as_bytes(tensor), non_blocking=True)
+                room.copy_(_as_bytes(tensor), non_blocking=True)
                 copies[name] = room.view(tensor.dtype).view(tensor.shape)
         if self._stream is not None:
             self._stream.synchronize()
         return copies
+
+
+# The canonical form, written
+
+
+def rank_tensors(state: EngineState, rank: int) -> tuple[dict[str, Tensor], dict[str, StoredRange]]:
+    """What a rank writes of its engine's state; rank 0 writes the buffers.
+
+    Returns:
+        1-D tensors by their name in the file, views of the engine's memory, which only a step changes; buffers are
+        copies, since a forward pass may change them; and the range of each parameter.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranges: dict[str, StoredRange] = {}
+    for name, local in state.tensors.items():
+        length = len(local.tensors[WEIGHT])
+        first, last = (length * number // local.copies for number in (local.copy, local.copy + 1))
+        if last > first:
+            sharded = state.shardings[name].dim is not None
+            ranges[name] = (state.tp_rank if sharded else 0, local.start + first, local.start + last)
+            tensors |= {f"{kind}/{name}": tensor[first:last] for kind, tensor in local.tensors.items()}
+    if rank == 0:
+        tensors |= {f"{BUFFER}/{name}": buffer.clone() for name, buffer in state.buffers.items()}
+    return tensors, ranges
+
+
+def build_index(state: EngineState, ranges: list[dict[str, StoredRange]]) -> dict[str, Any]:
+    """What `index.json` holds, from any rank's state and from what each rank wrote, in their order."""
+    return {
+        "format": FORMAT,
+        "optimizer_steps": int(state.steps[0]) if state.steps else 0,
+        "table": state.shardings,
+        "ties": state.ties,
+        "tp": state.tp,
+        "shapes": {name: list(local.shape) for name, local in state.tensors.items()},
+        "trained": sorted(name for name, local in state.tensors.items() if len(local.tensors) > 1),
+        "buffers": list(state.buffers),
+        "parts": ranges,
+    }
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    update: Callable[[bytes | memoryview], None],
+    read: Callable[[str], Tensor] | None = None,
+) -> int:
+    """Write tensors as a safetensors file, hashing on the way, and have the disk keep them.
+
+    Tensors are copied from their device one at a time. The interpreter's lock is free while the system writes.
+    Format: https://github.com/huggingface/safetensors#format.
+
+    Args:
+        path: file to create.
+        tensors: by name, of any device and shape, contiguous.
+        update: is given every byte of the file, in order.
+        read: gives each tensor when it is its turn, where `tensors` has only their shapes, on the meta device.
+
+    Returns:
+        Size of the file, bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + math.prod(tensor.shape) * tensor.element_size()
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb", buffering=0) as file:
+
+        def write(content: memoryview) -> int:
+            # In chunks, which are still in the processor's cache when they are hashed.
+            for start in range(0, len(content), _CHUNK_BYTES):
+                chunk = content[start : start + _CHUNK_BYTES]
+                update(chunk)
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+            return len(content)
+
+        total = write(memoryview(len(header).to_bytes(8, "little") + header))
+        for name, like in tensors.items():
+            if like.numel():
+                tensor = like if read is None else read(name)
+                total += write(_as_bytes(tensor.cpu()).numpy().data)
+        os.fsync(file.fileno())
+    return total
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, uint8 (bytes,), a view."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _write_and_prove(
+    path: Path, tensors: Mapping[str, Tensor], key: bytes | None, read: Callable[[str], Tensor] | None = None
+) -> Record:
+    """Write a file, flush it, and read it back. Raises OSError where it does not come back as it was."""
+    found = new_hash(key)
+    try:
+        size = write_tensors(path, tensors, found.update, *([] if read is None else [read]))
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        raise
+    record = Record(size, found.hexdigest())
+    if hash_file(path, key) != record:
+        raise OSError(f"{path} does not read back as it was written: look at the disk")
+    return record
+
+
+def _flush_and_hash(path: Path, key: bytes | None) -> Record:
+    flush(path)
+    return hash_file(path, key)
+
+
+def _write_index_and_manifest(folder: Path, index: dict[str, Any], manifest: Manifest, key: bytes | None) -> Manifest:
+    """Write the last two files of a checkpoint, and flush its folders: then it may get its name."""
+    write_json(folder / STATE / INDEX, index)
+    manifest.files[f"{STATE}/{INDEX}"] = _flush_and_hash(folder / STATE / INDEX, key)
+    write_manifest(folder, manifest, key)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        flush(path)
+    return manifest
 
 
 # Checkpoints rewritten in another number of files, or with another signature; memory for one parameter
@@ -433,39 +501,57 @@ def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, n
     manifest = verify(folder, key)
     run_dir.mkdir(parents=True, exist_ok=True)
     with run_lock(run_dir):
-        return _rewrite(folder, manifest, run_dir, parts, new_key)
-
-
-def _rewrite(folder: Path, manifest: Manifest, run_dir: Path, parts: int, new_key: bytes | None) -> Path:
-    final = folder_of(run_dir, manifest.step)
-    if final.exists():
-        raise ValueError(f"{final} exists: choose another folder")
-    if newest_first(run_dir):
-        raise ValueError(f"{run_dir} holds a run already, which the new checkpoint would join: choose another folder")
-    fresh = final.with_name(final.name + ".unfinished")
-    discard(fresh)
-    (fresh / STATE).mkdir(parents=True)
-    small = [name for name in manifest.files if not name.startswith(f"{STATE}/")]  # what else lies there is not ours
-    for name in small:
-        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, fresh / name)
-    reader = StateReader(folder / STATE)
-    files: dict[str, Record] = {}
-    spans = []
-    for part in range(parts):
-        own, hashed = reader.file_contents(part, parts), new_hash(new_key)
-        size = write_tensors(fresh / STATE / state_file(part), own.like, hashed.update, own.read)
-        files[f"{STATE}/{state_file(part)}"] = Record(size, hashed.hexdigest())
-        spans.append(own.ranges)
-    write_json(fresh / STATE / INDEX, reader.index(spans))
-    for name in (*small, f"{STATE}/{INDEX}"):
-        flush(fresh / name)
-        files[name] = hash_file(fresh / name, new_key)
-    write_manifest(fresh, Manifest(manifest.step, manifest.serial, files), new_key)
-    for path in (*(path for path in fresh.rglob("*") if path.is_dir()), fresh):
-        flush(path)
-    fresh.rename(final)
-    flush(final.parent)
-    if newest_first(run_dir)[0] == final:
+        final = folder_of(run_dir, manifest.step)
+        if final.exists():
+            raise ValueError(f"{final} exists: choose another folder")
+        if checkpoints(run_dir):
+            raise ValueError(
+                f"{run_dir} holds a run already, which the new checkpoint would join: choose another folder"
+            )
+        fresh = _unfinished(final)
+        discard(fresh)
+        (fresh / STATE).mkdir(parents=True)
+        files: dict[str, Record] = {}
+        for name in manifest.files:  # what else lies there is not ours
+            if not name.startswith(f"{STATE}/"):
+                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, fresh / name)
+                files[name] = _flush_and_hash(fresh / name, new_key)
+        reader, ranges = StateReader(folder / STATE), []
+        for part in range(parts):
+            name = f"{STATE}/{state_file(part)}"
+            files[name], found = _rewrite_part(reader, fresh / name, part, parts, new_key)
+            ranges.append(found)
+        # Whole along tp.
+        table = {name: sharding._replace(dim=None, length=None) for name, sharding in reader.shardings.items()}
+        index = reader.index | {"table": table, "tp": 1, "parts": ranges}
+        _write_index_and_manifest(fresh, index, Manifest(manifest.step, manifest.serial, files), new_key)
+        fresh.rename(final)
+        flush(final.parent)
         replace_text(final.parent / LATEST, final.name + "\n")
     return final
+
+
+def _rewrite_part(
+    reader: StateReader, path: Path, part: int, parts: int, key: bytes | None
+) -> tuple[Record, dict[str, StoredRange]]:
+    """Write one of `parts` files, each of which has its share of every parameter."""
+    like: dict[str, Tensor] = {}
+    ranges: dict[str, StoredRange] = {}
+    for name, shape in reader.shapes.items():
+        first, last = (shape.numel() * number // parts for number in (part, part + 1))
+        if last > first:
+            ranges[name] = (0, first, last)
+            kinds = (WEIGHT, *MOMENTS) if name in reader.trained else (WEIGHT,)
+            like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in kinds}
+    if part == 0:
+        like |= {f"{BUFFER}/{name}": reader.buffer(name).to("meta") for name in reader.buffers}
+
+    def read(stored: str) -> Tensor:
+        kind, name = stored.split("/", 1)
+        if kind == BUFFER:
+            return reader.buffer(name)
+        _, first, last = ranges[name]
+        return reader.whole(name, kind).view(-1)[first:last]
+
+    return _write_and_prove(path, like, key, read), ranges

@@ -1,4 +1,4 @@
-"""Model and optimizer as files, in one canonical form for both engines: a safetensors file a rank, and an index.
+"""Model and optimizer as files, in one canonical form for both engines, and how they are read.
 
     index.json              shape and sharding of every parameter, and which numbers of which one lie in which file
     part-00000.safetensors  `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`, each a range of numbers, fp32
@@ -8,23 +8,24 @@ Every engine keeps of each parameter, and of its moments, one contiguous range o
 needs: the ranges that overlap with its own, or, where `tp` differs, whole parameters, one at a time.
 """
 
+import functools
 import json
-import math
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mega_scale.parallel.shard import MOMENTS, WEIGHT, EngineState, Shard, Sharding, assemble, by_source
+from mega_scale.checkpoint.folder import RANDOM, STATE, own_files, read_state
+from mega_scale.parallel import Engine, World
+from mega_scale.parallel.shard import WEIGHT, EngineState, Shard, Sharding, assemble, by_source
 
 INDEX = "index.json"
 FORMAT = 1
-_BUFFER = "buffer"
+BUFFER = "buffer"
 _MOST_STEPS = 2**53  # what every kind of number that counts steps can hold
 _OPEN_FILES = 64
 _DTYPE = "F32"
@@ -38,48 +39,39 @@ def state_file(rank: int) -> str:
     return f"part-{rank:05d}.safetensors"
 
 
-def rank_tensors(state: EngineState, rank: int) -> tuple[dict[str, Tensor], dict[str, StoredRange]]:
-    """What a rank writes of its engine's state; rank 0 writes the buffers.
+def random_file(rank: int) -> str:
+    """Path of a rank's random state in a checkpoint."""
+    return f"{RANDOM}/rank-{rank:05d}.safetensors"
 
-    Returns:
-        1-D tensors by their name in the file, views of the engine's memory, which only a step changes; buffers are
-        copies, since a forward pass may change them; and the range of each parameter.
+
+def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
+    """Bring engine and random state to where a verified checkpoint left them, whichever layout wrote it; collective.
+
+    Returns what `trainer.json` holds. Raises ValueError where it holds another model, or what no trainer wrote; nothing
+    was changed then.
     """
-    tensors: dict[str, Tensor] = {}
-    ranges: dict[str, StoredRange] = {}
-    for name, local in state.tensors.items():
-        length = len(local.tensors[WEIGHT])
-        first, last = (length * number // local.copies for number in (local.copy, local.copy + 1))
-        if last > first:
-            sharded = state.shardings[name].dim is not None
-            ranges[name] = (state.tp_rank if sharded else 0, local.start + first, local.start + last)
-            tensors |= {f"{kind}/{name}": tensor[first:last] for kind, tensor in local.tensors.items()}
-    if rank == 0:
-        tensors |= {f"{_BUFFER}/{name}": buffer.clone() for name, buffer in state.buffers.items()}
-    return tensors, ranges
-
-
-def build_index(state: EngineState, ranges: list[dict[str, StoredRange]]) -> dict[str, Any]:
-    """What `index.json` holds, from any rank's state and from what each rank wrote, in their order."""
-    return {
-        "format": FORMAT,
-        "optimizer_steps": int(state.steps[0]) if state.steps else 0,
-        "table": state.shardings,
-        "ties": state.ties,
-        "tp": state.tp,
-        "shapes": {name: list(local.shape) for name, local in state.tensors.items()},
-        "trained": sorted(name for name, local in state.tensors.items() if len(local.tensors) > 1),
-        "buffers": list(state.buffers),
-        "parts": ranges,
-    }
-
-
-class FileContents(NamedTuple):
-    """What one file of a state that is rewritten has to hold."""
-
-    like: dict[str, Tensor]  # by their name in the file, on the meta device
-    ranges: dict[str, StoredRange]  # of each parameter
-    read: Callable[[str], Tensor]  # gives a tensor of a name in the file
+    state = read_state(folder)
+    # Nothing in training draws from it that ranks do not draw alike, so other ranks than before go on without.
+    random: dict[str, Tensor] = {}
+    if random_file(world.rank) in own_files(folder):
+        path = folder / random_file(world.rank)
+        try:
+            random = load_file(path)
+            torch.Generator().set_state(random["cpu"])
+            if torch.cuda.is_available() and "cuda" in random:
+                torch.Generator("cuda").set_state(random["cuda"])
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(repr(error).split())[:200]
+            raise ValueError(f"{path} holds no random state ({reason}): choose another checkpoint") from None
+    with torch.no_grad():
+        StateReader(folder / STATE).load(engine.state())
+    engine.loaded(state["step"])
+    if random:
+        torch.set_rng_state(random["cpu"])
+        if torch.cuda.is_available() and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+    world.barrier()
+    return state
 
 
 class StateReader:
@@ -94,12 +86,12 @@ class StateReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = _StateFiles(folder)
+        self._file = functools.lru_cache(_OPEN_FILES)(functools.partial(_open, folder))
         try:
-            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            self._index: dict[str, Any] = found
+            found: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             if found["format"] != FORMAT:
                 raise ValueError(f"it has format {found['format']}, this version reads {FORMAT}")
+            self.index = found
             self.shardings = {
                 name: Sharding(source, None if rows is None else tuple(rows), *rest)
                 for name, (source, rows, *rest) in found["table"].items()
@@ -108,10 +100,36 @@ class StateReader:
             self.tp, self.optimizer_steps = found["tp"], found["optimizer_steps"]
             self.shapes = {name: torch.Size(shape) for name, shape in found["shapes"].items()}
             self.trained, self.buffers = set(found["trained"]), list(found["buffers"])
-            self._require_sense()
+            self._check_counts()
             self._stored = self._stored_shards(found["parts"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
             raise ValueError(f"{folder / INDEX} cannot be read ({error!r}): choose another checkpoint") from None
+
+    def _check_counts(self) -> None:
+        """See that counts are counts, so that nothing is looped over that no model has."""
+        if type(self.optimizer_steps) is not int or not 0 <= self.optimizer_steps < _MOST_STEPS:
+            raise ValueError(f"it says that the optimizer has done {self.optimizer_steps!r} steps")
+        if type(self.tp) is not int or self.tp < 1:
+            raise ValueError(f"it says that layers are cut in {self.tp!r}")
+        if missing := self.shardings.keys() - self.shapes.keys():
+            raise ValueError(f"it has no shape of {min(missing)}")
+        for name, sharding in self.shardings.items():
+            if sharding.dim is not None:
+                length = self.shapes[name][sharding.dim]
+                if sharding.length not in (None, length) or (sharding.length is None and length % self.tp):
+                    raise ValueError(f"{name} cannot be cut in {self.tp}")
+
+    def _stored_shards(self, files: list[dict[str, Any]]) -> dict[tuple[str, Shard], list[tuple[int, int, int]]]:
+        """By parameter and shard, which ranges of its numbers lie where: file, first and end, in order."""
+        found: dict[tuple[str, Shard], list[tuple[int, int, int]]] = {}
+        for file, ranges in enumerate(files):
+            for name, (tp_rank, start, stop) in ranges.items():
+                integers = all(type(number) is int for number in (tp_rank, start, stop))
+                if not integers or not 0 <= start <= stop or not 0 <= tp_rank < self.tp:
+                    raise ValueError(f"part {file} has {(tp_rank, start, stop)} as its range of {name}")
+                shard = self.shardings[name].shard(self.shapes[name], tp_rank, self.tp)
+                found.setdefault((name, shard), []).append((file, start, stop))
+        return {key: sorted(ranges, key=lambda one: one[1]) for key, ranges in found.items()}
 
     def load(self, state: EngineState) -> None:
         """Write what the files hold into an engine's memory, which is changed only if all of it fits.
@@ -119,19 +137,32 @@ class StateReader:
         Raises:
             ValueError: the files hold another model; nothing was changed.
         """
-        self._require(state)
+        here = {name: local.shape for name, local in state.tensors.items()}
+        there = {name: self.shapes.get(name) for name in self.shardings}
+        if names := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+            shapes = (found.get(names[0]) for found in (there, here))
+            texts = ["missing" if shape is None else str(tuple(shape)) for shape in shapes]
+            raise ValueError(
+                f"{self._folder} holds another model: {names[0]} is {texts[0]} there and {texts[1]} here "
+                f"({len(names)} such parameters): set the checkpoint's model.* keys"
+            )
+        trained = {name for name, local in state.tensors.items() if len(local.tensors) > 1}
+        if missing := trained - self.trained:
+            raise ValueError(f"{self._folder} has no moments of {min(missing)}, which is trained here")
+        buffers = {name: self.buffer(name) for name in state.buffers}
+        for name, buffer in state.buffers.items():
+            if buffers[name].shape != buffer.shape:
+                texts = [str(tuple(one.shape)) for one in (buffers[name], buffer)]
+                raise ValueError(
+                    f"{self._folder} holds another model: buffer {name} is {texts[0]} there and {texts[1]} here"
+                )
         wanted = [
             (tensor, (name, kind, local.shard, local.start, local.start + len(tensor)))
             for name, local in state.tensors.items()
             for kind, tensor in local.tensors.items()
         ]
-        buffers = {name: self.buffer(name) for name in state.buffers}
-        for name, buffer in state.buffers.items():
-            if buffers[name].shape != buffer.shape:
-                found, here = tuple(buffers[name].shape), tuple(buffer.shape)
-                raise ValueError(f"{self._folder} holds another model: buffer {name} is {found} there and {here} here")
         for _, numbers in wanted:
-            self._look_for(*numbers)
+            self._find(*numbers)
         for tensor, numbers in wanted:
             tensor.copy_(self.read(*numbers))
         for step in state.steps:
@@ -152,9 +183,9 @@ class StateReader:
         Returns:
             (stop - start,) on the CPU.
         """
-        if start == stop or (name, shard) in self._stored:
-            return self._range(name, kind, shard, start, stop)
-        return shard.of(self.whole(name, kind)).reshape(-1)[start:stop]
+        if start < stop and (name, shard) not in self._stored:
+            return shard.of(self.whole(name, kind)).reshape(-1)[start:stop]
+        return self._range(name, kind, shard, start, stop)
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole parameter or moment, on the CPU."""
@@ -165,34 +196,11 @@ class StateReader:
 
     def buffer(self, name: str) -> Tensor:
         """A buffer, on the CPU; raises ValueError where there is none of that name."""
-        return self._files.tensor(0, f"{_BUFFER}/{name}")
-
-    def file_contents(self, file: int, files: int) -> FileContents:
-        """What one of `files` files has to hold, if each has its share of every parameter, whole along tp."""
-        like: dict[str, Tensor] = {}
-        ranges: dict[str, StoredRange] = {}
-        for name, shape in self.shapes.items():
-            first, last = (shape.numel() * number // files for number in (file, file + 1))
-            if last > first:
-                ranges[name] = (0, first, last)
-                kinds = (WEIGHT, *MOMENTS) if name in self.trained else (WEIGHT,)
-                like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in kinds}
-        if file == 0:
-            like |= {f"{_BUFFER}/{name}": self.buffer(name).to("meta") for name in self.buffers}
-
-        def read(stored: str) -> Tensor:
-            kind, name = stored.split("/", 1)
-            if kind == _BUFFER:
-                return self.buffer(name)
-            _, first, last = ranges[name]
-            return self.whole(name, kind).view(-1)[first:last]
-
-        return FileContents(like, ranges, read)
-
-    def index(self, ranges: list[dict[str, StoredRange]]) -> dict[str, Any]:
-        """What `index.json` holds if the same state lies in other files, whole along tp."""
-        whole = {name: sharding._replace(dim=None, length=None) for name, sharding in self.shardings.items()}
-        return self._index | {"table": whole, "tp": 1, "parts": ranges}
+        try:
+            found: Tensor = self._file(0).get_tensor(f"{BUFFER}/{name}")
+        except SafetensorError as error:
+            raise self._lacks(0, f"{BUFFER}/{name}", error) from None
+        return found
 
     def _shards(self, name: str) -> list[Shard]:
         """The shards in which a parameter is stored."""
@@ -200,98 +208,32 @@ class StateReader:
         ranks = 1 if sharding.dim is None else self.tp
         return [sharding.shard(self.shapes[name], rank, ranks) for rank in range(ranks)]
 
-    def _stored_shards(self, files: list[dict[str, Any]]) -> dict[tuple[str, Shard], list[tuple[int, int, int]]]:
-        """By parameter and shard, which ranges of its numbers lie where: file, first and end, in order."""
-        found: dict[tuple[str, Shard], list[tuple[int, int, int]]] = {}
-        for file, ranges in enumerate(files):
-            for name, (tp_rank, start, stop) in ranges.items():
-                integers = all(type(number) is int for number in (tp_rank, start, stop))
-                if not integers or not 0 <= start <= stop or not 0 <= tp_rank < self.tp:
-                    raise ValueError(f"part {file} has {(tp_rank, start, stop)} as its range of {name}")
-                shard = self.shardings[name].shard(self.shapes[name], tp_rank, self.tp)
-                found.setdefault((name, shard), []).append((file, start, stop))
-        return {key: sorted(ranges, key=lambda one: one[1]) for key, ranges in found.items()}
-
-    def _find(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> list[tuple[Any, slice]]:
-        """Stored tensors, in order, and which of their numbers make up a range of a stored shard; reads nothing."""
-        found: list[tuple[Any, slice]] = []
-        at = start
-        for file, begin, end in self._stored.get((name, shard), []):
-            first, last = max(begin, at), min(end, stop)
-            if first == at and last > first:
-                stored = self._files.slice(file, f"{kind}/{name}", end - begin)
-                found.append((stored, slice(first - begin, last - begin)))
-                at = last
-        if at < stop:
-            raise ValueError(f"{self._folder} lacks numbers {at} to {stop} of {kind} {name}: choose another checkpoint")
-        return found
-
-    def _look_for(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> None:
-        """Raise as `read` would, without reading."""
-        if start == stop or (name, shard) in self._stored:
-            self._find(name, kind, shard, start, stop)
-        else:
-            for other in self._shards(name):
-                self._find(name, kind, other, 0, other.numel)
-
     def _range(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> Tensor:
         parts = [stored[numbers] for stored, numbers in self._find(name, kind, shard, start, stop)]
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def _require_sense(self) -> None:
-        """See that counts are counts, so that nothing is looped over that no model has."""
-        if type(self.optimizer_steps) is not int or not 0 <= self.optimizer_steps < _MOST_STEPS:
-            raise ValueError(f"it says that the optimizer has done {self.optimizer_steps!r} steps")
-        if type(self.tp) is not int or self.tp < 1:
-            raise ValueError(f"it says that layers are cut in {self.tp!r}")
-        if missing := self.shardings.keys() - self.shapes.keys():
-            raise ValueError(f"it has no shape of {min(missing)}")
-        for name, sharding in self.shardings.items():
-            if sharding.dim is None:
-                continue
-            length = self.shapes[name][sharding.dim]
-            if sharding.length not in (None, length) or (sharding.length is None and length % self.tp):
-                raise ValueError(f"{name} cannot be cut in {self.tp}")
-
-    def _require(self, state: EngineState) -> None:
-        wanted = {name: local.shape for name, local in state.tensors.items()}
-        found = {name: self.shapes.get(name) for name in self.shardings}
-        if wanted != found:
-            names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-            first = names[0]
-            raise ValueError(
-                f"{self._folder} holds another model: {first} is {_text(found.get(first))} there and "
-                f"{_text(wanted.get(first))} here ({len(names)} such parameters): set the checkpoint's model.* keys"
-            )
-        trained = {name for name, local in state.tensors.items() if len(local.tensors) > 1}
-        if trained - self.trained:
-            raise ValueError(
-                f"{self._folder} has no moments of {sorted(trained - self.trained)[0]}, which is trained here"
-            )
-
-
-def _text(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(tuple(shape))
-
-
-class _StateFiles:
-    """The safetensors files of a folder, of which some are kept open; tensors are read when asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: OrderedDict[int, Any] = OrderedDict()
-
-    def tensor(self, file: int, name: str) -> Tensor:
-        """A tensor, read."""
-        try:
-            found: Tensor = self._file(file).get_tensor(name)
-        except SafetensorError as error:
-            raise self._lacks(file, name, error) from None
+    def _find(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> list[tuple[Any, slice]]:
+        """Stored tensors, in order, and which of their numbers make up a range, or what it is cut from; reads none."""
+        wanted = [(shard, start, stop)]
+        if start < stop and (name, shard) not in self._stored:
+            wanted = [(other, 0, other.numel) for other in self._shards(name)]
+        found: list[tuple[Any, slice]] = []
+        for one, first, last in wanted:
+            at = first
+            for file, begin, end in self._stored.get((name, one), []):
+                if begin <= at < min(end, last):
+                    stored = self._slice(file, f"{kind}/{name}", end - begin)
+                    found.append((stored, slice(at - begin, min(end, last) - begin)))
+                    at = min(end, last)
+            if at < last:
+                raise ValueError(
+                    f"{self._folder} lacks numbers {at} to {last} of {kind} {name}: choose another checkpoint"
+                )
         return found
 
-    def slice(self, file: int, name: str, length: int) -> Any:
+    def _slice(self, file: int, name: str, length: int) -> Any:
         """A tensor (length,) of the format that states are stored in, of which slices can be read."""
         try:
             stored = self._file(file).get_slice(name)
@@ -305,18 +247,13 @@ class _StateFiles:
     def _lacks(self, file: int, name: str, reason: object) -> ValueError:
         return ValueError(f"{self._folder / state_file(file)} lacks {name} ({reason}): choose another checkpoint")
 
-    def _file(self, file: int) -> Any:
-        if file in self._open:
-            self._open.move_to_end(file)
-        else:
-            path = self._folder / state_file(file)
-            try:
-                self._open[file] = safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path} cannot be read ({error}): choose another checkpoint") from None
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        return self._open[file]
+
+def _open(folder: Path, file: int) -> Any:
+    path = folder / state_file(file)
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): choose another checkpoint") from None
 
 
 class LazyWeights(Mapping[str, Tensor]):
@@ -344,84 +281,6 @@ class LazyWeights(Mapping[str, Tensor]):
 def open_weights(folder: Path) -> LazyWeights:
     """Open the weights of a state, the folder of `index.json`; memory is bounded by one tensor.
 
-    Returns:
-        A mapping from state-dict name to full tensor, floating ones in fp32.
-
-    Raises:
-        ValueError: the folder holds no such files, or not all of them.
+    Returns full tensors by state-dict name, floating ones in fp32. Raises ValueError where files are missing.
     """
     return LazyWeights(StateReader(folder))
-
-
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_CHUNK_BYTES = 16 * 2**20
-
-
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    update: Callable[[bytes | memoryview], None],
-    read: Callable[[str], Tensor] | None = None,
-) -> int:
-    """Write tensors as a safetensors file, hashing on the way, and have the disk keep them.
-
-    Tensors are copied from their device one at a time. The interpreter's lock is free while the system writes.
-
-    Args:
-        path: file to create.
-        tensors: by name, of any device and shape, contiguous.
-        update: is given every byte of the file, in order.
-        read: gives each tensor when it is its turn, where `tensors` has only their shapes, on the meta device.
-
-    Returns:
-        Size of the file, bytes.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    header = _header(tensors)
-    with open(path, "wb", buffering=0) as file:
-        total = _write(file.fileno(), memoryview(header), update)
-        for name, like in tensors.items():
-            if like.numel():
-                tensor = like if read is None else read(name)
-                total += _write(file.fileno(), as_bytes(tensor.cpu()).numpy().data, update)
-        os.fsync(file.fileno())
-    return total
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor, uint8 (bytes,), a view."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def _write(file: int, content: memoryview, update: Callable[[bytes | memoryview], None]) -> int:
-    # In chunks, which are still in the processor's cache when they are hashed.
-    for start in range(0, len(content), _CHUNK_BYTES):
-        chunk = content[start : start + _CHUNK_BYTES]
-        update(chunk)
-        while chunk:
-            chunk = chunk[os.write(file, chunk) :]
-    return len(content)
-
-
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Length and JSON that stand before the numbers: https://github.com/huggingface/safetensors#format."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + math.prod(tensor.shape) * tensor.element_size()
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

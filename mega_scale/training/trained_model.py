@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, verify
-from mega_scale.checkpoint.manifest import own_files
+from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
 from mega_scale.checkpoint.state import open_weights
 from mega_scale.data import vocabulary_size
 from mega_scale.hub.folder import open_folder
@@ -21,10 +20,14 @@ from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import Values, fill
 
 
-def describe_model(folder: Path, config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what a checkpoint needs beside weights to be a model again: its configuration and tokenizer."""
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def describe_model(config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Files of a checkpoint by path that make weights a model again: its configuration and tokenizer."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 class Opened(NamedTuple):

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.checkpoint.folder import find_checkpoint, read_state
-from mega_scale.checkpoint.manifest import read_key
-from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
+from mega_scale.checkpoint.folder import choose_checkpoint, find_checkpoint, read_key, read_state
 from mega_scale.checkpoint.run_folder import RunFolder, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver
-from mega_scale.config import RunConfig, changes, model_config, require_same, save_config
+from mega_scale.checkpoint.state import load_checkpoint
+from mega_scale.config import RunConfig, changes, model_config, require_same
 from mega_scale.data import (
     Loader,
     as_trained,
@@ -32,6 +31,7 @@ from mega_scale.data import (
     unlike_training,
     validation_batches,
 )
+from mega_scale.files import replace_text
 from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
@@ -47,6 +47,7 @@ from mega_scale.parallel import (
 from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals, refuse
+from mega_scale.settings import to_yaml
 from mega_scale.training.bad_steps import DIVERGED, BadStepsError, Progress, rows_of
 from mega_scale.training.config import seconds_of
 from mega_scale.training.evaluate import check_sample, evaluate, generate_text
@@ -317,10 +318,13 @@ class Trainer:
             self.watchdog.beat("loading")
             state = load_checkpoint(self.checkpoint, self.engine, world)
             self.progress = Progress.resume(self.checkpoint, state, config.bad_steps)
+        described: dict[str, bytes] = {}  # what a checkpoint holds beside its state: settings, model and tokenizer
         if self.rank == 0:
+            text = to_yaml(replace(config, resume=None, overwrite=False))
+            described = {"config.yaml": text.encode(), **describe_model(self.model_config, self.tokenizer)}
             self.folder.begin(self.checkpoint, self.key)
             try:
-                self._save_config(self.run_dir)
+                replace_text(self.run_dir / "config.yaml", text)
             except OSError as error:
                 self.log(f"{self.run_dir / 'config.yaml'} is not written: {error.strerror}")
             self.print_header(parameters)
@@ -328,15 +332,7 @@ class Trainer:
         self.reporter = Reporter(self.run_dir, self.rank, self.progress.step, train.steps, train.tensorboard)
         self.throughput = Throughput(self.peak_flops, world.size)
         self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
-        self.saver = Saver(self.run_dir, self.engine, world, self._describe, config.checkpoint, self.key)
-
-    def _save_config(self, folder: Path) -> None:
-        save_config(replace(self.config, resume=None, overwrite=False), folder / "config.yaml")
-
-    def _describe(self, folder: Path) -> None:
-        """Write what a checkpoint needs beside its state: settings, model and tokenizer."""
-        self._save_config(folder)
-        describe_model(folder / "model", self.model_config, self.tokenizer)
+        self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key)
 
     def print_header(self, parameters: int) -> None:
         """Say in a few lines what runs, in which layout; first rank."""

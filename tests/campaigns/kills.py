@@ -12,8 +12,7 @@ import forks
 from launching import TINY
 from same_runs import metric_problems, rows, state_problems
 
-from mega_scale.checkpoint.folder import checkpoints, verify
-from mega_scale.checkpoint.manifest import CheckpointError
+from mega_scale.checkpoint.folder import CheckpointError, checkpoints, verify
 from mega_scale.parallel.monitor import PEER_LOST
 
 STEPS, KEEP, KILLS_IN_A_CHAIN = 12, 2, 5

@@ -11,15 +11,17 @@ import torch
 from mega_scale.checkpoint import saver
 from mega_scale.checkpoint.folder import (
     CheckpointConfig,
+    CheckpointError,
     checkpoints,
+    choose_checkpoint,
     find_checkpoint,
-    newest_first,
+    read_key,
     read_state,
+    strays,
     verify,
 )
-from mega_scale.checkpoint.manifest import CheckpointError, read_key, strays
-from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
 from mega_scale.checkpoint.saver import Saver
+from mega_scale.checkpoint.state import load_checkpoint
 from mega_scale.parallel.shard import EngineState, LocalTensor, Shard, Sharding
 from mega_scale.parallel.world import ALONE
 
@@ -75,10 +77,7 @@ class TinyEngine:
         self.told = step
 
 
-def describe(folder):
-    (folder / "config.yaml").write_text("run_dir: here\n")
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text("{}")
+DESCRIBED = {"config.yaml": b"run_dir: here\n", "model/config.json": b"{}"}
 
 
 def trainer(step):
@@ -86,7 +85,7 @@ def trainer(step):
 
 
 def make_saver(run_dir, engine=None, key=None, **settings):
-    return Saver(run_dir, engine or TinyEngine(1), OneRank(), describe, CheckpointConfig(**settings), key)
+    return Saver(run_dir, engine or TinyEngine(1), OneRank(), DESCRIBED, CheckpointConfig(**settings), key)
 
 
 def save(run_dir, step, value=1.0, key=None, **settings):
@@ -131,7 +130,7 @@ def test_newest_is_found_and_unfinished_ones_are_not(tmp_path):
 def test_the_newest_is_the_last_one_written_even_by_a_run_that_went_back(tmp_path):
     for step in (100, 200, 300, 150):
         save(tmp_path, step)
-    assert newest_first(tmp_path)[0].name == "step-00000150"
+    assert checkpoints(tmp_path)[-1].name == "step-00000150"
     assert choose_checkpoint(tmp_path, OneRank()).name == "step-00000150"
 
 
@@ -342,7 +341,7 @@ def test_a_run_that_went_on_beside_a_damaged_checkpoint_resumes_from_its_own(tmp
     save(tmp_path, 3)
     damaged = save(tmp_path, 6)
     (damaged / "manifest.json").write_text("{")
-    assert newest_first(tmp_path)[0] == damaged
+    assert checkpoints(tmp_path)[-1] == damaged
     save(tmp_path, 5)
     assert choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
 

@@ -10,9 +10,15 @@ import payloads
 import pytest
 import verified_run
 
-from mega_scale.checkpoint.folder import read_state
-from mega_scale.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, write_manifest
-from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
+from mega_scale.checkpoint.folder import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    choose_checkpoint,
+    read_state,
+    write_manifest,
+)
+from mega_scale.checkpoint.state import load_checkpoint
 from mega_scale.config import load_config
 from mega_scale.files import Record, hash_file
 from mega_scale.parallel import ParallelConfig, World

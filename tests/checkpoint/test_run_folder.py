@@ -7,8 +7,7 @@ import signal
 import pytest
 
 from mega_scale.checkpoint import run_folder
-from mega_scale.checkpoint.folder import checkpoints, find_checkpoint
-from mega_scale.checkpoint.manifest import Manifest, write_manifest
+from mega_scale.checkpoint.folder import Manifest, checkpoints, find_checkpoint, write_manifest
 from mega_scale.checkpoint.run_folder import RunFolder, check_run_folder, resume_path
 from mega_scale.files import hash_file
 

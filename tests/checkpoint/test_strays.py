@@ -4,12 +4,12 @@ import os
 import shutil
 
 import pytest
-from test_checkpoint import OneRank, TinyEngine, describe, make_saver, names, save, trainer
+from test_checkpoint import DESCRIBED, OneRank, TinyEngine, make_saver, names, save, trainer
 
-from mega_scale.checkpoint.folder import CheckpointConfig, find_checkpoint, prune, verify
-from mega_scale.checkpoint.manifest import strays
-from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
+from mega_scale.checkpoint import saver
+from mega_scale.checkpoint.folder import CheckpointConfig, choose_checkpoint, find_checkpoint, prune, strays, verify
 from mega_scale.checkpoint.saver import Saver, convert
+from mega_scale.checkpoint.state import load_checkpoint
 
 STRAYS = [
     ".nfs000000000a1b2c3d00000001", ".DS_Store", "notes.txt", "._trainer.json", "Thumbs.db", "state/desktop.ini",
@@ -74,14 +74,17 @@ def test_strays_beside_checkpoints_and_in_the_run_folder_void_nothing(tmp_path):
     assert save(tmp_path, 9).is_dir() and names(tmp_path) == ["step-00000003", "step-00000009"]
 
 
-def test_what_a_file_system_leaves_while_a_save_runs_is_none_of_the_checkpoint(tmp_path):
-    def describe_meanwhile(folder):
-        describe(folder)
-        leave(folder, ".DS_Store")
-        leave(folder, "model/._config.json")
+def test_what_a_file_system_leaves_while_a_save_runs_is_none_of_the_checkpoint(tmp_path, monkeypatch):
+    write = saver.write_tensors
 
+    def write_meanwhile(path, *args):
+        for name in (".DS_Store", "model/._config.json"):
+            leave(path.parents[1], name)
+        return write(path, *args)
+
+    monkeypatch.setattr(saver, "write_tensors", write_meanwhile)
     config = CheckpointConfig(asynchronous=False)
-    (ended,) = Saver(tmp_path, TinyEngine(1), OneRank(), describe_meanwhile, config).save(3, trainer(3))
+    (ended,) = Saver(tmp_path, TinyEngine(1), OneRank(), DESCRIBED, config).save(3, trainer(3))
     assert {".DS_Store", "model/._config.json"} <= set(strays(ended.folder, verify(ended.folder)))
 
 

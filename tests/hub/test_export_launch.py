@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mega_scale import export
-from mega_scale.checkpoint.manifest import Manifest, write_manifest
+from mega_scale.checkpoint.folder import Manifest, write_manifest
 from mega_scale.files import hash_file
 from mega_scale.hub.folder import open_folder
 from mega_scale.training import trained_model
@@ -26,7 +26,9 @@ def run_folder(tmp_path, make_model, tokenizer):
     """A run folder with checkpoints of steps 20 and 100, and one that is still being written."""
     for step in (20, 100):
         folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
-        describe_model(folder / "model", make_model().config, tokenizer)
+        for name, content in describe_model(make_model().config, tokenizer).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
         (folder / "config.yaml").write_text(RUN)
         state = {
             "step": step,

@@ -10,13 +10,13 @@ import tiny_run
 import torch
 from torch import Tensor
 
-from mega_scale.checkpoint.folder import CheckpointConfig
-from mega_scale.checkpoint.manifest import CheckpointError
-from mega_scale.checkpoint.restore import choose_checkpoint, load_checkpoint
+from mega_scale.checkpoint.folder import CheckpointConfig, CheckpointError, choose_checkpoint
 from mega_scale.checkpoint.saver import Saver
-from mega_scale.config import RunConfig, load_config, model_config, save_config
+from mega_scale.checkpoint.state import load_checkpoint
+from mega_scale.config import RunConfig, load_config, model_config
 from mega_scale.data import load_tokenizer
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
+from mega_scale.settings import to_yaml
 from mega_scale.training.trained_model import describe_model
 
 OLDER, NEWER = 3, 6
@@ -69,10 +69,10 @@ def trainer_state(step: int) -> dict[str, Any]:
     return {"step": step, "tokens": 1000 * step, "data": data, "layout": {"engine": "fsdp", "world_size": 1}}
 
 
-def describe(folder: Path) -> None:
+def described() -> dict[str, bytes]:
     """A real `config.yaml` and `model/`."""
-    save_config(RunConfig(), folder / "config.yaml")
-    describe_model(folder / "model", tiny_run.tiny_config(**SIZES), load_tokenizer("byte"))
+    model = describe_model(tiny_run.tiny_config(**SIZES), load_tokenizer("byte"))
+    return {"config.yaml": to_yaml(RunConfig()).encode(), **model}
 
 
 def train_two_ranks(run: Path, *changes: str) -> str:
@@ -124,7 +124,7 @@ class Ours:
 
     def _train(self) -> None:
         self.engine = tiny_run.make_engine(self.world, {"engine": "fsdp"}, **SIZES)
-        saver = Saver(self.run, self.engine, self.world, describe, CheckpointConfig(asynchronous=False), self.key)
+        saver = Saver(self.run, self.engine, self.world, described(), CheckpointConfig(asynchronous=False), self.key)
         for step in (OLDER, NEWER):
             tiny_run.train(self.engine, self.world, range(2))
             torch.manual_seed(step)

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from mega_scale.config import parse
-from mega_scale.parallel.launcher import placement
+from mega_scale.parallel.mesh import placement
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,8 +23,7 @@ from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder
 from mega_scale.data.config import DataConfig
 from mega_scale.files import local_path
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
-from mega_scale.parallel.config import EngineConfig, ParallelConfig
-from mega_scale.parallel.launcher import check_accelerate
+from mega_scale.parallel.config import EngineConfig, ParallelConfig, check_accelerate
 from mega_scale.parallel.mesh import (
     check_segments,
     check_sequence_parallel,

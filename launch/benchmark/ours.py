@@ -12,8 +12,8 @@ from mega_scale.ops.elementwise import compile_gates
 from mega_scale.parallel import Engine, EngineConfig, World, parallelize, seeded_values
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ActivationCheckpointing
-from mega_scale.parallel.sequence_parallel import ReceivedStates, RowSlice
-from mega_scale.parallel.shard import Values
+from mega_scale.parallel.sequence_parallel import ReceivedStates
+from mega_scale.parallel.shard import RowSlice, Values
 from mega_scale.training.optimizer import OptimizerConfig, build_optimizer
 
 from .peers import TrainingStep, mega_arguments

@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mega_scale.parallel.config import EngineConfig, ParallelConfig, layout_changes
     from mega_scale.parallel.engine import BuildOptimizer, Engine
-    from mega_scale.parallel.launcher import Placement, check_single, placement
+    from mega_scale.parallel.mesh import Placement, check_single, placement
     from mega_scale.parallel.model_parallel import parallelize
     from mega_scale.parallel.monitor import Standing
     from mega_scale.parallel.self_test import SelfTest, run_self_test
-    from mega_scale.parallel.sequence_parallel import Place
-    from mega_scale.parallel.shard import EngineState, Values, fill, seeded_values
+    from mega_scale.parallel.shard import EngineState, Place, Values, fill, seeded_values
     from mega_scale.parallel.world import World
 
 _MODULES = {
     "config": ("EngineConfig", "ParallelConfig", "layout_changes"),
     "engine": ("BuildOptimizer", "Engine"),
-    "launcher": ("Placement", "check_single", "placement"),
+    "mesh": ("Placement", "check_single", "placement"),
     "monitor": ("Standing",),
     "model_parallel": ("parallelize",),
     "self_test": ("SelfTest", "run_self_test"),
-    "sequence_parallel": ("Place",),
-    "shard": ("EngineState", "Values", "fill", "seeded_values"),
+    "shard": ("EngineState", "Place", "Values", "fill", "seeded_values"),
     "world": ("World",),
 }
 
@@ -39,22 +37,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "BuildOptimizer",
-    "Engine",
-    "EngineConfig",
-    "EngineState",
-    "ParallelConfig",
-    "Place",
-    "Placement",
-    "SelfTest",
-    "Standing",
-    "Values",
-    "World",
-    "check_single",
-    "fill",
-    "layout_changes",
-    "parallelize",
-    "placement",
-    "run_self_test",
-    "seeded_values",
-]
+    "BuildOptimizer", "Engine", "EngineConfig", "EngineState", "ParallelConfig", "Place", "Placement", "SelfTest",
+    "Standing", "Values", "World", "check_single", "fill", "layout_changes", "parallelize", "placement",
+    "run_self_test", "seeded_values",
+]  # fmt: skip

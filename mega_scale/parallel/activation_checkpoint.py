@@ -3,6 +3,7 @@
 Legend: B batch, L length, D channels, C chunk.
 """
 
+import inspect
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,8 +21,8 @@ from mega_scale.model.cache import LayerState
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.config import ActivationCheckpointing
-from mega_scale.parallel.sequence_parallel import ReceivedStates, RowSlice
-from mega_scale.parallel.shard import on_meta
+from mega_scale.parallel.sequence_parallel import ReceivedStates
+from mega_scale.parallel.shard import RowSlice, on_meta
 
 _MATMULS = [
     torch.ops.aten.mm.default,
@@ -37,28 +38,30 @@ _MATMULS = [
 ]
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a `MegaForCausalLM`, first to last."""
-    return list(model.get_submodule("mega.layers").children())
-
-
 def checkpoint_activations(
     model: nn.Module, how: ActivationCheckpointing, received: ReceivedStates, row_slice: RowSlice
 ) -> None:
-    """Turn checkpointing on for every n-th block; names of parameters stay as they are.
+    """Turn checkpointing on for every n-th block of a model on the meta device; names of parameters stay as they are.
 
     Blocks are transformers' GradientCheckpointingLayer, which checkpoints its `forward` when training, with the
     function set here. Dropout depends on positions, so no random numbers have to be replayed.
 
     Args:
-        model: a `MegaForCausalLM` on the meta device, changed in place.
+        model: a `MegaForCausalLM`, changed in place.
         how: which blocks, and what is saved.
         received: states that blocks receive from other ranks of `sp`.
         row_slice: which part of the global batch the model computes, on which dropout depends.
     """
-    recompute = partial(
-        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, how.policy, received)
-    )
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Contexts of a block's forward and of its recomputation."""
+        states = received.contexts()
+        if how.policy == "full":
+            return states
+        results: _Results = defaultdict(deque)
+        return _both(states[0], _SaveMatmuls(results)), _both(states[1], _ReplayMatmuls(results))
+
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     layers: Any = model.get_submodule("mega.layers")
     for index in range(how.every - 1, len(layers), how.every) if how.every else ():
         block = layers[index]
@@ -69,20 +72,14 @@ def checkpoint_activations(
             block._gradient_checkpointing_func = recompute
 
 
-_Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-
-
-def _contexts(policy: str, received: ReceivedStates) -> _Contexts:
-    """Contexts of a block's forward and of its recomputation."""
-    states = received.contexts()
-    if policy == "full":
-        return states
-    results: _Results = defaultdict(deque)
-    return _both(states[0], _SaveMatmuls(results)), _both(states[1], _ReplayMatmuls(results))
-
-
 _Results = defaultdict[Any, deque[list[tuple[Any, int]]]]
 """By operator, in the order of its calls: what it returned, leaf by leaf, each with the tensor's version."""
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 class _SaveMatmuls(TorchDispatchMode):
@@ -127,12 +124,6 @@ def _version(leaf: Any) -> int:
     return leaf._version if isinstance(leaf, Tensor) else 0
 
 
-@contextmanager
-def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    with outer, inner:
-        yield
-
-
 class SegmentedBlock(MegaBlock):
     """A block that is computed, and in the backward pass recomputed, a segment of its rows at a time.
 
@@ -148,13 +139,10 @@ class SegmentedBlock(MegaBlock):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BlockOutput:
         """See `MegaBlock.forward`; anything but training on plain rows is computed whole."""
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        borders: DocumentBorders | None = given.pop("borders", None)
-        if (
-            not self.training
-            or not torch.is_grad_enabled()
-            or any(value not in (None, False) for value in given.values())
-        ):
+        given = _SIGNATURE.bind(self, x, *args, **kwargs).arguments
+        borders: DocumentBorders | None = given.get("borders")
+        more = any(given[name] not in (None, False) for name in given.keys() - {"self", "x", "borders"})
+        if more or not self.training or not torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)
         outputs, state, begin = [], None, 0
         # Split in one go: the gradient of each slice taken alone would be as long as the row.
@@ -179,6 +167,4 @@ class SegmentedBlock(MegaBlock):
         return out.x, None if out.state is None else out.state.ema
 
 
-_ARGUMENTS = (
-    "mask", "pads", "encoder_output", "encoder_mask", "state", "encoder", "return_state", "return_weights", "borders",
-)  # fmt: skip
+_SIGNATURE = inspect.signature(MegaBlock.forward)

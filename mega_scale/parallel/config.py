@@ -1,10 +1,19 @@
-"""Settings of how a run is laid out on processes, and what an engine has to know of its run."""
+"""Settings of how a run is laid out on processes, and what an engine has to know of its run.
 
+DeepSpeed's native keys are merged over ours, and what accelerate launch was told about training is held against them.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from math import gcd
 from typing import Any, Literal, NamedTuple
 
-from mega_scale.parallel.deepspeed_config import check_mesh, native_config
+import torch
+
+from mega_scale.files import local_path
 from mega_scale.parallel.mesh import MeshShape
 
 ENGINES = ("fsdp", "deepspeed")
@@ -88,8 +97,14 @@ class ParallelConfig:
         Raises:
             ValueError: a field has a value that cannot run; names the field, the value and the remedy.
         """
-        if self.engine not in ENGINES:
-            raise ValueError(f"parallel.engine={self.engine!r} is unknown: choose one of {', '.join(ENGINES)}")
+        name = "parallel.activation_checkpoint_policy"
+        for key, value, choices in (
+            ("parallel.engine", self.engine, ENGINES),
+            (name, self.activation_checkpoint_policy, POLICIES),
+            ("parallel.device", self.device, DEVICES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(choices)}")
         if self.zero_stage not in range(4):
             raise ValueError(f"parallel.zero_stage={self.zero_stage} is unknown: choose 0, 1, 2 or 3")
         if self.engine == "fsdp" and self.zero_stage == 0:
@@ -97,51 +112,36 @@ class ParallelConfig:
                 "parallel.zero_stage=0 splits nothing, which parallel.engine=fsdp cannot do: "
                 "choose a stage of 1 to 3, or parallel.engine=deepspeed"
             )
-        self._check_checkpointing()
+        if self.activation_checkpoint < 0:
+            raise ValueError(
+                f"parallel.activation_checkpoint={self.activation_checkpoint} is negative: "
+                "choose 0 for no block, 1 for every block, n for every n-th"
+            )
+        saving = self.activation_checkpoint_policy == "save_matmuls"
+        if saving and self.engine == "deepspeed" and self.zero_stage == 3:
+            raise ValueError(
+                f"{name}='save_matmuls' with parallel.engine=deepspeed and zero_stage=3: its linear layers change "
+                "matmul outputs after they were saved: use parallel.engine=fsdp, a zero_stage below 3, or "
+                f"{name}=full"
+            )
         if self.timeout_s < 1:
             raise ValueError(f"parallel.timeout_s={self.timeout_s} leaves no time: choose at least 1 second")
-        self._check_device()
         if self.engine == "fsdp" and self.ds_config:
             raise ValueError(
                 f"parallel.ds_config={self.ds_config} has no effect with parallel.engine=fsdp: "
                 "remove it, or choose parallel.engine=deepspeed"
             )
         self.mesh(world_size)
-        self._check_hosts(local_size or world_size)
-
-    def _check_checkpointing(self) -> None:
-        name, policy = "parallel.activation_checkpoint_policy", self.activation_checkpoint_policy
-        if self.activation_checkpoint < 0:
+        here = local_size or world_size
+        if here % self.tp:
+            # The collectives of tensor parallelism run several times a layer.
+            also = "" if self.dp_shard == -1 else " with parallel.dp_shard=-1"
             raise ValueError(
-                f"parallel.activation_checkpoint={self.activation_checkpoint} is negative: "
-                "choose 0 for no block, 1 for every block, n for every n-th"
+                f"parallel.tp={self.tp} does not divide the {here} ranks of this host, and ranks that share channels "
+                f"must share a host: use parallel.tp={gcd(here, self.tp)}{also}"
             )
-        if policy not in POLICIES:
-            raise ValueError(f"{name}={policy!r} is unknown: choose one of {', '.join(POLICIES)}")
-        if policy == "save_matmuls" and self.engine == "deepspeed" and self.zero_stage == 3:
-            raise ValueError(
-                f"{name}='save_matmuls' with parallel.engine=deepspeed and zero_stage=3: its linear layers change "
-                "matmul outputs after they were saved: use parallel.engine=fsdp, a zero_stage below 3, or "
-                f"{name}=full"
-            )
-
-    def _check_device(self) -> None:
-        import torch  # noqa: PLC0415  so that --help and refusals of other keys need not wait for it
-
-        if self.device not in DEVICES:
-            raise ValueError(f"parallel.device={self.device!r} is unknown: choose one of {', '.join(DEVICES)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("parallel.device='cuda', but PyTorch sees no CUDA device: choose cpu or auto")
-
-    def _check_hosts(self, local_size: int) -> None:
-        """Refuse tensor parallelism between hosts: its collectives run several times a layer."""
-        if local_size % self.tp == 0:
-            return
-        also = "" if self.dp_shard == -1 else " with parallel.dp_shard=-1"
-        raise ValueError(
-            f"parallel.tp={self.tp} does not divide the {local_size} ranks of this host, and ranks that share channels "
-            f"must share a host: use parallel.tp={gcd(local_size, self.tp)}{also}"
-        )
 
 
 @dataclass(frozen=True)
@@ -161,29 +161,322 @@ class EngineConfig:
         self.parallel.validate(world_size, local_size)
         if self.parallel.engine == "deepspeed":
             mesh = self.parallel.mesh(world_size)
-            check_mesh(self.native_deepspeed(mesh.fsdp), mesh)
+            _check_native(self.native_deepspeed(mesh.fsdp)["zero_optimization"], mesh)
 
     def native_deepspeed(self, ranks: int) -> dict[str, Any]:
-        """DeepSpeed's own configuration, for `ranks` over which parameters are partitioned; see `native_config`."""
-        return native_config(
-            self.parallel.ds_config,
-            zero_stage=self.parallel.zero_stage,
-            dtype=self.dtype,
-            micro_batch_size=self.micro_batch_size,
-            accumulation=self.accumulation,
-            max_grad_norm=self.max_grad_norm,
-            world_size=ranks,
-        )
+        """DeepSpeed's own configuration, for `ranks` over which parameters are partitioned.
+
+        Raises:
+            ValueError: a key of `parallel.ds_config` contradicts a setting of ours, is none of `KEYS`, or has a value
+                of another type; names the key, its value and a remedy.
+        """
+        stage = self.parallel.zero_stage
+        ours: dict[str, Any] = {
+            "train_batch_size": self.micro_batch_size * self.accumulation * ranks,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            # Stage 0 has no norm to report after clipping, so the engine clips there itself.
+            "gradient_clipping": self.max_grad_norm if stage > 0 else 0.0,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            # bf16 by autocast: DeepSpeed's own bf16 mode rounds every parameter, those of the EMA included. Without
+            # modules listed here, weights are gathered and gradients are reduced in fp32.
+            "torch_autocast": {
+                "enabled": self.dtype == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []
+            },
+        }  # fmt: skip
+        return _merge(ours, self.parallel.ds_config)
 
 
-_OWNERS = {"engine": "parallel.engine", "zero_stage": "parallel.zero_stage", "world_size": "processes"}
+_LAYOUT_KEYS = {"engine": "parallel.engine", "zero_stage": "parallel.zero_stage", "world_size": "processes"}
 
 
 def layout_changes(saved: dict[str, Any], here: dict[str, Any]) -> str:
     """Say in which settings the layout of this run differs from that of a checkpoint; empty where they are the same."""
     changed = [
-        f"{_OWNERS.get(key, f'parallel.{key}')} {saved.get(key)} -> {value}"
+        f"{_LAYOUT_KEYS.get(key, f'parallel.{key}')} {saved.get(key)} -> {value}"
         for key, value in here.items()
         if saved.get(key) != value
     ]
     return ", ".join(changed)
+
+
+# Keys of DeepSpeed, or sections of them, that say what another setting of ours says, and that setting. Two answers to
+# one question would be settled by DeepSpeed without a word.
+_OWNED = {
+    "train.global_batch_size": "train_batch_size",
+    "train.micro_batch_size": "train_micro_batch_size_per_gpu",
+    "train.global_batch_size and train.micro_batch_size": """gradient_accumulation_steps managed_gradient_accumulation
+        elasticity""",
+    "optimizer.max_grad_norm": "gradient_clipping zero_optimization.compute_grad_norm",
+    "train.global_batch_size (losses are sums over tokens divided by their number)": """gradient_allreduce_op
+        gradient_predivide_factor prescale_gradients""",
+    "the optimizer section": "optimizer zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
+    "the schedule section": "scheduler",
+    "train.dtype": "bf16 bfloat16 fp16 amp torch_autocast data_types",
+    "train.dtype (gradients are reduced in fp32)": "communication_data_type seq_parallel_communication_data_type",
+    "parallel.dp_shard": "data_parallel_size",
+    "parallel.sp": "sequence_parallel_size",
+    "parallel.tp": "tensor_parallel",
+    "model.vocab_size": "vocabulary_size",
+    "parallel.activation_checkpoint": "activation_checkpointing",
+    "train.compile": "compile",
+    "the checkpoint section": """checkpoint nebula datastates zero_optimization.load_from_fp32_weights
+        zero_optimization.elastic_checkpoint zero_optimization.pipeline_loading_checkpoint
+        zero_optimization.gather_16bit_weights_on_model_save
+        zero_optimization.stage3_gather_16bit_weights_on_model_save
+        zero_optimization.stage3_gather_fp16_weights_on_model_save""",
+    "the data section": "dataloader_drop_last data_efficiency",
+    "data.length_schedule": "curriculum_learning",
+    "parallel.zero_stage": "zero_optimization.stage",
+    "parallel.dp_shard and parallel.dp_replicate": """zero_optimization.mics_shard_size
+        zero_optimization.mics_hierarchical_params_gather zero_optimization.zero_hpz_partition_size""",
+}
+OWNERS = {key: owner for owner, keys in _OWNED.items() for key in keys.split()}
+
+# What is computed stays, and where it lies is compared with one process: tests/distributed/test_native_keys.py.
+_ZERO = {
+    bool: """contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm
+        round_robin_gradients parameter_alignment ignore_unused_parameters stage3_use_all_reduce_for_fetch_params
+        stage3_allgather_sequential memory_efficient_linear override_module_apply log_trace_cache_warnings
+        enable_sanity_checks cpu_offload cpu_offload_param cpu_offload_use_pin_memory
+        offload_optimizer.pin_memory offload_param.pin_memory
+        zero_quantized_gradients""",  # the last is refused in words of its own
+    int: """reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
+        stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
+        stage3_max_reuse_distance offload_optimizer.buffer_count offload_param.buffer_count""",
+    str: "offload_optimizer.device offload_optimizer.nvme_path offload_param.device offload_param.nvme_path",
+}
+_REPORTS = {
+    bool: """wall_clock_breakdown memory_breakdown dump_state timers.throughput.enabled timers.throughput.synchronized
+        flops_profiler.enabled flops_profiler.detailed comms_logger.enabled comms_logger.prof_all comms_logger.verbose
+        comms_logger.debug tensorboard.enabled csv_monitor.enabled wandb.enabled""",
+    int: "steps_per_print flops_profiler.profile_step flops_profiler.module_depth flops_profiler.top_modules",
+    float: "flops_profiler.recompute_fwd_factor",
+    str: """flops_profiler.output_file tensorboard.output_path tensorboard.job_name csv_monitor.output_path
+        csv_monitor.job_name wandb.group wandb.team wandb.project""",
+    list: "comms_logger.prof_ops",
+}
+KEYS: dict[str, type] = {key: kind for kind, keys in _REPORTS.items() for key in keys.split()} | {
+    f"zero_optimization.{key}": kind for kind, keys in _ZERO.items() for key in keys.split()
+}
+"""Native keys that are passed on to DeepSpeed, with the type of their values; every other one is refused."""
+
+_SECTIONS = {path[:end] for path in KEYS for end, letter in enumerate(path) if letter == "."}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+_FROM_ONE = ("steps_per_print", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "buffer_count")
+_PATHS = ("nvme_path", "output_path", "output_file")
+_MAY_BE_NEGATIVE = ("flops_profiler.module_depth",)
+# Further names under which DeepSpeed reads a key.
+_ALIASES = {key.replace("stage3_", ""): key for key in KEYS if "stage3_" in key}
+_SUPERSEDED = {
+    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "zero_optimization.offload_param",
+}
+# Keys of DeepSpeed that no setting of ours stands for, by the reason why they are not passed on.
+_REFUSED = {
+    "it changes what is computed": """zero_optimization.zero_quantized_weights
+        zero_optimization.zero_quantized_nontrainable_weights zero_optimization.zeropp_loco_param weight_quantization
+        quantize_training compression_training eigenvalue sparse_attention sparse_gradients progressive_layer_drop""",
+    "weights and moments would lie where checkpoints do not look for them": """zero_optimization.zenflow
+        zero_optimization.legacy_stage1 zero_optimization.save_muon_momentum_buffer_in_memory
+        zero_optimization.offload_optimizer.ratio zero_optimization.offload_optimizer.super_offload
+        zero_optimization.offload_optimizer.cpuadam_cores_perc""",
+    "DeepSpeed fails with it in this model's first step": """zero_optimization.stage3_module_granularity_threshold
+        zero_optimization.module_granularity_threshold zero_optimization.leaf_module""",
+    "this trainer does not use it": """pipeline hybrid_engine expert_parallel use_data_before_expert_parallelism
+        autotuning graph_harvesting aio comet disable_allgather disable_python_gc log_level""",
+}
+
+# Keys of zero_optimization that move gradients or weights away from the device.
+_OFFLOADS = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
+
+
+def _check_native(zero: dict[str, Any], mesh: MeshShape) -> None:
+    """Refuse native keys of the section zero_optimization with which DeepSpeed cannot train on a mesh."""
+    copies = f"parallel.dp_replicate={mesh.dp_replicate}"
+    if mesh.dp_replicate > 1 and zero["stage"] < 3:
+        raise ValueError(
+            f"{copies} with parallel.engine=deepspeed makes copies of a sharded model, but parallel.zero_stage="
+            f"{zero['stage']} does not shard its weights: use parallel.zero_stage=3, or parallel.engine=fsdp"
+        )
+    for key in _OFFLOADS:
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            raise ValueError(
+                f"parallel.ds_config.zero_optimization.{key}.device='nvme' keeps state out of memory, from which "
+                "checkpoints are written: use 'cpu'"
+            )
+        if _offloads(zero.get(key)) and zero["stage"] < (3 if "param" in key else 1):
+            raise ValueError(
+                f"parallel.ds_config.zero_optimization.{key}={zero[key]!r} moves what parallel.zero_stage="
+                f"{zero['stage']} does not split: remove that key, or use parallel.zero_stage=3"
+            )
+        if mesh.dp_replicate > 1 and _offloads(zero.get(key)):
+            raise ValueError(
+                f"{copies} sums gradients between copies on the device, which "
+                f"parallel.ds_config.zero_optimization.{key}={zero[key]!r} takes them away from: remove that key, or "
+                "use parallel.dp_replicate=1, or parallel.engine=fsdp without ds_config"
+            )
+    if zero.get("zero_quantized_gradients"):
+        raise ValueError(
+            "parallel.ds_config.zero_optimization.zero_quantized_gradients=true rounds gradients to 4 bits and reduces "
+            f"them over all ranks, whatever {copies} and parallel.tp={mesh.tp}: remove that key"
+        )
+
+
+def _offloads(value: Any) -> bool:
+    return value.get("device", "none") != "none" if isinstance(value, dict) else bool(value)
+
+
+def _leaves(user: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths and values; a section without keys is a value."""
+    for key, value in user.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _within(path: str, paths: Iterable[str]) -> str | None:
+    """The one of some paths that a path is, or lies in."""
+    return next((outer for outer in paths if path == outer or path.startswith(f"{outer}.")), None)
+
+
+def _merge(ours: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:
+    own, given = dict(_leaves(ours)), dict[str, Any]()
+    for written, value in _leaves(user):
+        if written in given:
+            raise ValueError(f"parallel.ds_config.{written}={value!r} is given twice, nested and with dots: keep one")
+        given[written] = value
+    merged = copy.deepcopy(ours)
+    for written, value in given.items():
+        name, path = f"parallel.ds_config.{written}", _ALIASES.get(written, written)
+        if owner := _within(path, OWNERS):
+            if path not in own or own[path] != value or isinstance(own[path], bool) != isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} contradicts {OWNERS[owner]}: set it there and remove it here")
+            continue
+        _refuse_unknown(name, path, value)
+        if path in _SECTIONS or value is None or (value == "auto" and path.startswith("zero_optimization.")):
+            continue  # as if it was not there
+        twin = _SUPERSEDED.get(path, path)
+        if twin != written and any(_within(other, [twin]) for other in given):
+            raise ValueError(f"{name}={value!r} is an older name of parallel.ds_config.{twin}: remove one of the two")
+        place = merged
+        *sections, last = path.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = _typed(name, path, value)
+    return merged
+
+
+def _refuse_unknown(name: str, path: str, value: Any) -> None:
+    for why, keys in _REFUSED.items():
+        if _within(path, keys.split()):
+            raise ValueError(f"{name}={value!r} is not passed on to DeepSpeed: {why}; remove it")
+    if path in _SECTIONS:
+        off = value in ({}, None) or (value is False and path.startswith("zero_optimization.offload_"))
+        if not off:
+            raise ValueError(f"{name}={value!r}: DeepSpeed expects a section of keys there")
+    elif path not in KEYS:
+        if outer := _within(path, KEYS):
+            raise ValueError(f"{name}={value!r}: DeepSpeed expects a single value as {outer}")
+        known = [*KEYS, *_ALIASES, *_SECTIONS]
+        nearest = max(known, key=lambda key: SequenceMatcher(None, path, key).ratio())
+        near = f"parallel.ds_config.{nearest}"
+        raise ValueError(f"{name}={value!r} is no key that is passed on to DeepSpeed: the nearest one is {near}")
+
+
+def _typed(name: str, path: str, value: Any) -> Any:
+    kind, key = KEYS[path], path.rpartition(".")[2]
+    expected = _WORDS[kind]
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # as in 5e8
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if kind is int and path not in _MAY_BE_NEGATIVE:
+        least = int(key in _FROM_ONE)
+        expected += f" of at least {least}"
+        fits = fits and value >= least
+    elif key == "device":
+        expected, fits = "none or cpu", value in ("none", "cpu", "nvme")  # of nvme, `check_mesh` says more
+    if not fits:
+        raise ValueError(f"{name}={value!r} is not allowed: expected {expected}")
+    return local_path(value, name) if key in _PATHS else value
+
+
+def check_accelerate(config: EngineConfig, world_size: int) -> None:
+    """Refuse a run that does something else than accelerate launch, or its configuration file, was told.
+
+    Raises:
+        ValueError: names the variable, the option, our key and its value.
+    """
+    parallel, mesh, stage = config.parallel, config.parallel.mesh(world_size), config.parallel.zero_stage
+    accumulation, clip, every = config.accumulation, config.max_grad_norm, config.parallel.activation_checkpoint
+    cpu = parallel.device == "cpu" or not torch.cuda.is_available()
+    engine, zero = f"parallel.engine={parallel.engine}", f"parallel.zero_stage={stage}"
+    # Variable, option, values that agree with the run or that it has when nobody sets it, and our key for it.
+    options: list[tuple[str, str, tuple[Any, ...], str]] = [
+        ("ACCELERATE_USE_CPU", "cpu", ("false", str(cpu)), f"parallel.device={parallel.device}"),
+        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", ("no", config.dtype), f"train.dtype={config.dtype}"),
+        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", ("no", "inductor" if config.compile else "no"),
+         f"train.compile={config.compile}"),
+        ("ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", ("false",), engine),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", (accumulation,),
+         f"train.global_batch_size and train.micro_batch_size, which make {accumulation}"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", (clip,), f"optimizer.max_grad_norm={clip:g}"),
+        ("ACCELERATE_USE_DEEPSPEED", "use_deepspeed", ("false", str(parallel.engine == "deepspeed")), engine),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "deepspeed_config_file", (),
+         "parallel.ds_config, where its keys belong"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "zero_stage", (stage,), zero),
+    ]  # fmt: skip
+    native = parallel.ds_config.get("zero_optimization")
+    for what in ("optimizer", "param"):
+        section = native.get(f"offload_{what}") if isinstance(native, dict) else None
+        device = section.get("device", "none") if isinstance(section, dict) else "none"
+        ours = f"parallel.ds_config.zero_optimization.offload_{what}.device={device}"
+        variable = f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE"
+        options.append((variable, f"offload_{what}_device", (str(device),), ours))
+    if _is_set("ACCELERATE_USE_FSDP"):
+        # FULL_SHARD, false and the like are accelerate's own defaults, so they may not be what anybody said.
+        below = ("shard_grad_op", "2") if stage < 3 else ()
+        strategies = ("full_shard", "1", *below, *(("hybrid_shard", "4") if mesh.dp_replicate > 1 else ()))
+        recompute = f"parallel.activation_checkpoint={every}"
+        options += [
+            ("ACCELERATE_USE_FSDP", "use_fsdp", (str(parallel.engine == "fsdp"),), engine),
+            ("FSDP_SHARDING_STRATEGY", "fsdp_sharding_strategy", strategies,
+             f"{zero} with parallel.dp_replicate={mesh.dp_replicate}"),
+            ("FSDP_RESHARD_AFTER_FORWARD", "fsdp_reshard_after_forward",
+             ("true", *strategies, *(("false",) if stage < 3 else ())), zero),
+            ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params", ("false",), engine),
+            ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing", ("false", str(every > 0)), recompute),
+            ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "fsdp_activation_checkpointing_offload", ("false",), recompute),
+            ("FSDP_IGNORED_MODULES", "fsdp_ignored_modules", (), f"{engine}, which shards all"),
+        ]  # fmt: skip
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = {axis: (size, f"parallel.{axis}={size}") for axis, size in mesh._asdict().items()}
+        sizes["cp"] = (1, f"parallel.sp={mesh.sp}, which shares sequences here")
+        for axis, (size, ours) in sizes.items():
+            variable = f"PARALLELISM_CONFIG_{axis.upper()}_SIZE"
+            options.append((variable, f"parallelism_config_{axis}_size", (size,), ours))
+    for variable, name, fits, ours in options:
+        value = os.environ.get(variable, "").strip().lower()
+        if value not in ("", "none", "auto") and not any(_same(value, good) for good in fits):
+            raise ValueError(
+                f"accelerate launch --{name} ({variable}={value}) contradicts {ours}: say there what you want, and "
+                f"take --{name} out of accelerate's command, or {name} out of its configuration file"
+            )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes", "on")
+
+
+def _same(said: str, ours: Any) -> bool:
+    if isinstance(ours, str):
+        return said == ours.lower()
+    try:
+        return float(said) == float(ours)
+    except ValueError:
+        return False

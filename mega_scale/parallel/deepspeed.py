@@ -6,7 +6,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mega_scale.model import MegaPreTrainedModel
 from mega_scale.parallel.config import EngineConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, ModelParallelism, Range, ensure_moments, flat
-from mega_scale.parallel.shard import MOMENTS, WEIGHT, Placer, Values
+from mega_scale.parallel.shard import MOMENTS, WEIGHT, Values
 from mega_scale.parallel.world import Axis, World
 
 _linear = nn.functional.linear
@@ -41,16 +42,21 @@ class DeepSpeedEngine(Engine):
         build_optimizer: BuildOptimizer,
     ) -> None:
         super().__init__(model, parallelism, config, world)
-        self._partitions = world.shape.fsdp
-        self._copies = world.axis("dp_replicate")
+        self._fsdp, self._copies = world.axis("fsdp"), world.axis("dp_replicate")
         self._stage: int = config.parallel.zero_stage
-        native = config.native_deepspeed(world.shape.fsdp)
+        native = config.native_deepspeed(self._fsdp.size)
         # DeepSpeed reads it even where there is no launcher; others take it for a launcher's word, so close removes it.
         self._names_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-        deepspeed = _start_deepspeed(world)
-        unit = _MeshUnit(world.axis("fsdp"), world.axis("tp"))
-        self._fill(values, _partitioner(deepspeed, native, unit) if self._stage == 3 else _placer(world.device))
+        deepspeed, unit = _start_deepspeed(world.device.type), _mesh_unit(self._fsdp, world.axis("tp"))
+        if self._stage == 3:
+            init = partial(
+                deepspeed.zero.Init, config_dict_or_path=native, data_parallel_group=self._fsdp.group, mpu=unit
+            )
+            self._fill(values, partial(self._partition, init))
+        else:
+            # A copy of its own: a shard is a view of the whole value.
+            self._fill(values, lambda old, value: nn.Parameter(value.to(world.device, copy=True).contiguous()))
         counted = {id(parameter) for parameter in self._counted}
         for parameter in self._parameters.values():
             # In the gradient's norm, DeepSpeed counts other parameters on the first rank of tp only.
@@ -61,16 +67,10 @@ class DeepSpeedEngine(Engine):
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model), config=native, mpu=unit, dist_init_required=False
         )
-        self._call = self._engine
-        self._require_own_numbers()
-
-    def _require_own_numbers(self) -> None:
-        """See that what the optimizer steps under each name is what the model computes with under it.
-
-        Raises:
-            RuntimeError: it is not; checkpoints would hold other parameters' numbers under that name.
-        """
+        self._call, self._optimizer = self._engine, self._engine.optimizer
+        self._adam: torch.optim.Optimizer = self._optimizer if self._stage == 0 else self._optimizer.optimizer
         for name, parameter in self._parameters.items():
+            # What the optimizer steps under each name has to be what the model computes with under it.
             stepped = self._stepped(parameter)
             numbers = flat(stepped.owner)[stepped.numbers]
             begin = 0 if self._stage == 3 else stepped.start
@@ -81,38 +81,45 @@ class DeepSpeedEngine(Engine):
                     "would be wrong: remove keys of parallel.ds_config.zero_optimization, or use parallel.engine=fsdp"
                 )
 
+    def _partition(self, init: Any, old: nn.Parameter, value: Tensor) -> nn.Parameter:
+        parameter: Any = nn.Parameter(value.contiguous())
+        # Partitions what the module holds in place, so the same parameter then serves in the model.
+        init(module=nn.ParameterList([parameter]))
+        # Where ranks do not divide a parameter, the last partition ends in memory that DeepSpeed leaves as it found it,
+        # and that would go into optimizer and checkpoints.
+        partition = parameter.ds_tensor.data
+        partition[max(parameter.ds_numel - self._fsdp.rank * partition.numel(), 0) :] = 0
+        return parameter
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients, see `Engine.backward`."""
         self._engine.set_gradient_accumulation_boundary(last)
         with self.row_slice:
-            self._engine.backward(loss * self._partitions, scale_wrt_gas=False)
+            self._engine.backward(loss * self._fsdp.size, scale_wrt_gas=False)
 
     def step(self, lr: float, skip: bool = False) -> float:
         """Clip, step, forget gradients, see `Engine.step`."""
-        for group in self._engine.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self._copies.size > 1:
             # Of stage 3, which copies require: all gradient partitions lie in one buffer.
-            dist.all_reduce(self._engine.optimizer.grad_partitions_flat_buffer, group=self._copies.group)
+            dist.all_reduce(self._optimizer.grad_partitions_flat_buffer, group=self._copies.group)
         if self._stage == 0:
-            return self._step_whole(skip)
+            # Without ZeRO, DeepSpeed has no norm of its own, and would step with any gradient.
+            counted = [p.grad for p in self._counted if p.grad is not None]
+            norm = self._norm(counted, alike=("dp_replicate", "dp_shard", "sp"))
+            if skip or not norm.isfinite():
+                self._optimizer.zero_grad(set_to_none=True)
+            else:
+                self._clip([p.grad for p in self.module.parameters() if p.grad is not None], norm)
+                self._engine.step()
+            return float(norm)
         if skip:
             with self._discarded_step() as norms:
                 self._engine.step()
             return float(norms[0])
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
-
-    def _step_whole(self, skip: bool) -> float:
-        """Step without ZeRO, which has no norm of its own, and would step with any gradient."""
-        counted = [p.grad for p in self._counted if p.grad is not None]
-        norm = self._norm(counted, alike=("dp_replicate", "dp_shard", "sp"))
-        if skip or not norm.isfinite():
-            self._engine.optimizer.zero_grad(set_to_none=True)
-        else:
-            self._clip([p.grad for p in self.module.parameters() if p.grad is not None], norm)
-            self._engine.step()
-        return float(norm)
 
     @contextmanager
     def _discarded_step(self) -> Iterator[list[Tensor]]:
@@ -124,9 +131,9 @@ class DeepSpeedEngine(Engine):
         Yields:
             Will have the true norm, which ZeRO then does not keep.
         """
-        from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415  see import_deepspeed
+        from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415  see _start_deepspeed
 
-        optimizer = self._engine.optimizer
+        optimizer = self._optimizer
         norms: list[Tensor] = []
         # What each class asks for the norm, or for those of its groups, just before it decides.
         name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
@@ -143,20 +150,13 @@ class DeepSpeedEngine(Engine):
         finally:
             delattr(optimizer, name)
 
-    @property
-    def _adam(self) -> torch.optim.Optimizer:
-        optimizer = self._engine.optimizer
-        found: torch.optim.Optimizer = optimizer if self._stage == 0 else optimizer.optimizer
-        return found
-
     def _optimizer_steps(self) -> list[Tensor]:
-        optimizer = self._engine.optimizer
         if self._stage == 0:
             stepped = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
         elif self._stage < 3:
-            stepped = optimizer.single_partition_of_fp32_groups
+            stepped = self._optimizer.single_partition_of_fp32_groups
         else:
-            stepped = optimizer.fp32_partitioned_groups_flat
+            stepped = self._optimizer.fp32_partitioned_groups_flat
         return ensure_moments(self._adam, stepped)
 
     def _range(self, name: str) -> Range:
@@ -166,11 +166,10 @@ class DeepSpeedEngine(Engine):
         if parameter.requires_grad:
             moments = self._adam.state[stepped.owner]
             tensors |= {moment: flat(moments[moment])[stepped.numbers] for moment in MOMENTS}
-        shape = parameter.ds_shape if self._stage == 3 else parameter.shape
-        return Range(shape, stepped.start, tensors, copied=stepped.owner is parameter)
+        return Range(stepped.start, tensors, copied=stepped.owner is parameter)
 
     def _stepped(self, parameter: Any) -> "_Stepped":
-        optimizer, fsdp = self._engine.optimizer, self._world.axis("fsdp")
+        optimizer, fsdp = self._optimizer, self._fsdp
         if self._stage == 3:
             group, first, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = min(fsdp.rank * length, parameter.ds_numel)
@@ -192,7 +191,7 @@ class DeepSpeedEngine(Engine):
     def loaded(self, step: int) -> None:
         """Have DeepSpeed's other copies of the weights follow, see `Engine.loaded`."""
         self._engine.global_steps = step
-        optimizer = self._engine.optimizer
+        optimizer = self._optimizer
         if self._stage in (1, 2):
             optimizer.update_lp_params()
         elif self._stage == 3:
@@ -211,14 +210,14 @@ class DeepSpeedEngine(Engine):
             found: Tensor = parameter.detach().flatten()
             return found
         partition: Tensor = parameter.ds_tensor.data.flatten()
-        return partition[: max(parameter.ds_numel - self._world.axis("fsdp").rank * partition.numel(), 0)]
+        return partition[: max(parameter.ds_numel - self._fsdp.rank * partition.numel(), 0)]
 
     def local_shard(self, name: str, value: Tensor) -> Tensor:
         """This rank's partition of a value, see `Engine.local_shard`."""
         if self._stage < 3:
             return value.flatten()
         parameter = self._parameters[name]
-        numbers, rank = parameter.ds_tensor.numel(), self._world.axis("fsdp").rank
+        numbers, rank = parameter.ds_tensor.numel(), self._fsdp.rank
         return value.flatten()[rank * numbers : (rank + 1) * numbers]
 
     def close(self) -> None:
@@ -239,44 +238,21 @@ class _Stepped(NamedTuple):
     start: int  # the first of them in the parameter, flattened
 
 
-class _MeshUnit:
+def _mesh_unit(partitions: Axis, tp: Axis) -> Any:
     """The mesh as DeepSpeed asks for it, its `mpu`: ranks that partition one copy are data-parallel ones.
 
     DeepSpeed knows sequence parallelism too, but divides gradients by its size in some ZeRO stages and not in others.
     To it, ranks that share a row are ranks that have different tokens, which they are.
     """
-
-    def __init__(self, partitions: Axis, tp: Axis) -> None:
-        self._partitions, self._tp = partitions, tp
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._partitions.group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._partitions.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._partitions.size
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self._partitions.group)
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._tp.group
-
-    def get_model_parallel_rank(self) -> int:
-        return self._tp.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._tp.size
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    unit = SimpleNamespace(get_data_parallel_group_ranks=lambda: dist.get_process_group_ranks(partitions.group))
+    for name, axis in {"data_parallel": partitions, "model_parallel": tp, "tensor_model_parallel": tp}.items():
+        for fact, value in {"group": axis.group, "rank": axis.rank, "world_size": axis.size}.items():
+            setattr(unit, f"get_{name}_{fact}", partial(lambda value: value, value))
+    return unit
 
 
-def import_deepspeed(device: str) -> ModuleType:
-    """Import DeepSpeed for a kind of device (cpu or cuda), with warnings and errors only in its log.
+def _start_deepspeed(device: str) -> Any:
+    """Import DeepSpeed for a kind of device (cpu or cuda), with warnings and errors only; it adopts the process group.
 
     It chooses its device, logs and warns as it is imported, so this has to happen in one place.
 
@@ -297,38 +273,8 @@ def import_deepspeed(device: str) -> ModuleType:
             f"DeepSpeed computes on {chosen}, parallel.device asks for {device}: "
             "unset the environment variable DS_ACCELERATOR, or change parallel.device"
         )
-    return deepspeed
-
-
-def _start_deepspeed(world: World) -> Any:
-    """Import DeepSpeed and let it adopt the process group."""
-    deepspeed: Any = import_deepspeed(world.device.type)
     # A shared-memory all-reduce for inference would be compiled at first start, and need a compiler; training does not
     # call it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-def _partitioner(deepspeed: Any, native: dict[str, Any], unit: _MeshUnit) -> Placer:
-    def place(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-        parameter: Any = nn.Parameter(value.contiguous())
-        # Partitions what the module holds in place, so the same parameter then serves in the model.
-        deepspeed.zero.Init(
-            module=nn.ParameterList([parameter]),
-            config_dict_or_path=native,
-            data_parallel_group=unit.get_data_parallel_group(),
-            mpu=unit,
-        )
-        # Where ranks do not divide a parameter, the last partition ends in memory that DeepSpeed leaves as it found it,
-        # and that would go into optimizer and checkpoints.
-        partition = parameter.ds_tensor.data
-        partition[max(parameter.ds_numel - unit.get_data_parallel_rank() * partition.numel(), 0) :] = 0
-        return parameter
-
-    return place
-
-
-def _placer(device: torch.device) -> Placer:
-    # A copy of its own: a shard is a view of the whole value.
-    return lambda old, value: nn.Parameter(value.to(device, copy=True).contiguous())

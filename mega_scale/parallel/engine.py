@@ -1,28 +1,33 @@
-"""What both engines share: the forward pass, gradient norm and clipping, and the state that checkpoints read."""
+"""What both engines share: forward, gradient norm and clipping, the state of checkpoints. And the engine of FSDP2."""
 
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mega_scale.model import MegaPreTrainedModel
 from mega_scale.parallel.config import EngineConfig
-from mega_scale.parallel.sequence_parallel import START, Place, RowSlice
 from mega_scale.parallel.shard import (
     MOMENTS,
+    START,
+    WEIGHT,
     EngineState,
     LocalTensor,
+    Place,
     Placer,
-    Sharding,
+    RowSlice,
     Values,
     fill,
-    persistent_buffers,
     shardings,
-    untied,
 )
 from mega_scale.parallel.world import Axis, World
 
@@ -41,8 +46,7 @@ class ModelParallelism(NamedTuple):
 class Range(NamedTuple):
     """Where an engine keeps the numbers of a parameter that this rank's optimizer steps."""
 
-    shape: Sequence[int]  # of this rank's tensor along `tp`, padding included
-    start: int  # first number, in that tensor flattened
+    start: int  # first number, in this rank's tensor along `tp` flattened
     tensors: dict[str, Tensor]  # see `LocalTensor`; may end in padding
     copied: bool  # whether all ranks of `fsdp` have the same range
 
@@ -70,17 +74,29 @@ class Engine(ABC):
         self.row_slice = parallelism.row_slice
         self._parallelism, self._world = parallelism, world
         self._max_grad_norm = config.max_grad_norm
-        self._parameters: dict[str, Any] = {}
-        self._counted: list[Any] = []
         self._call: Callable[..., Any] = model
 
     def _fill(self, values: Values, place: Placer) -> None:
-        tp = self._parallelism.tp
-        fill(self.module, values, place, self._world.device, template=self._parallelism.template, tp=tp)
-        self._parameters = dict(self.module.named_parameters())
-        table = shardings(self.module)
+        """Give the model its values, and note what follows from its parameters for good."""
+        model, template, tp = self.module, self._parallelism.template, self._parallelism.tp
+        fill(model, values, place, self._world.device, template=template, tp=tp)
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
         # What every rank of tp holds counts once in the gradient's norm, on the first.
-        self._counted = [p for name, p in self._parameters.items() if tp.rank == 0 or table[name].dim is not None]
+        self._table, self._ties = shardings(model), dict[str, str]()
+        self._counted: list[Any] = [
+            p for name, p in self._parameters.items() if tp.rank == 0 or self._table[name].dim is not None
+        ]
+        first: dict[nn.Parameter, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if first.setdefault(parameter, name) != name:
+                self._ties[self._table.pop(name).source] = self._table[first[parameter]].source
+        sources = dict(template.named_parameters(remove_duplicate=False))
+        self._shards = {}
+        for name, sharding in self._table.items():
+            shape = sources[sharding.source].shape
+            if sharding.rows is not None:
+                shape = torch.Size((sharding.rows[1] - sharding.rows[0], *shape[1:]))
+            self._shards[name] = shape, sharding.shard(shape, tp.rank, tp.size)
 
     def forward(
         self,
@@ -119,23 +135,14 @@ class Engine(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of the loss of all ranks.
-
-        Args:
-            loss: what `forward` returned.
-            last: whether this is the last micro-batch of the step.
-        """
+        """Add the gradient of the loss of all ranks, as `forward` returned it; `last`: of the step."""
 
     @abstractmethod
     def step(self, lr: float, skip: bool = False) -> float:
-        """Clip the gradients, take one AdamW step, and forget the gradients.
+        """Clip the gradients, take one AdamW step at an absolute learning rate, and forget the gradients.
 
-        Where the norm is not finite, on all ranks alike, none of them takes the step: the gradients are forgotten, and
-        weights, moments and counts of steps stay as they are, to the bit.
-
-        Args:
-            lr: learning rate of this step, absolute.
-            skip: do not take the step, whatever the norm; the same on all ranks.
+        Where the norm is not finite, on all ranks alike, or with `skip`, the same on all ranks, none takes the step:
+        gradients are forgotten; weights, moments and counts of steps stay as they are, to the bit.
 
         Returns:
             L2 norm of the whole gradient before clipping; inf or NaN where it is not finite.
@@ -157,24 +164,25 @@ class Engine(ABC):
         Returns:
             Views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
-        steps = self._optimizer_steps()
-        table, ties = untied(self.module)
-        tp = self._world.axis("tp")
-        tensors = {name: self._local(name, sharding) for name, sharding in table.items()}
-        return EngineState(table, ties, tp.size, tp.rank, tensors, steps, persistent_buffers(self.module))
-
-    def _local(self, name: str, sharding: Sharding) -> LocalTensor:
-        found, tp = self._range(name), self._world.axis("tp")
-        shape = sharding.whole_shape(found.shape, tp.size)
-        shard = sharding.shard(shape, tp.rank, tp.size)
-        count = max(shard.numel - found.start, 0)
-        copies, copy = 1, 0
-        alike = [self._world.axis("dp_replicate")]
-        alike += [tp] * (sharding.dim is None) + [self._world.axis("fsdp")] * found.copied
-        for axis in alike:
-            copies, copy = copies * axis.size, copy * axis.size + axis.rank
-        tensors = {kind: tensor[:count] for kind, tensor in found.tensors.items()}
-        return LocalTensor(shape, shard, found.start, tensors, copies, copy)
+        steps, axes = self._optimizer_steps(), self._world.axes
+        tensors = {}
+        for name, sharding in self._table.items():
+            found, (shape, shard) = self._range(name), self._shards[name]
+            count = max(math.prod(shard.sizes) - found.start, 0)
+            copies, copy = 1, 0
+            alike = {"dp_replicate": True, "tp": sharding.dim is None, "fsdp": found.copied}
+            for axis in (axes[name] for name, same in alike.items() if same):
+                copies, copy = copies * axis.size, copy * axis.size + axis.rank
+            parts = {kind: tensor[:count] for kind, tensor in found.tensors.items()}
+            tensors[name] = LocalTensor(shape, shard, found.start, parts, copies, copy)
+        # Buffers that belong to the state dict.
+        buffers = {
+            f"{name}.{local_name}": buffer
+            for name, owner in self.module.named_modules()
+            for local_name, buffer in owner.named_buffers(recurse=False)
+            if local_name not in owner._non_persistent_buffers_set
+        }
+        return EngineState(self._table, self._ties, axes["tp"].size, axes["tp"].rank, tensors, steps, buffers)
 
     @abstractmethod
     def _optimizer_steps(self) -> list[Tensor]:
@@ -185,11 +193,7 @@ class Engine(ABC):
 
     @abstractmethod
     def loaded(self, step: int) -> None:
-        """Have whatever depends on the state follow after it was written; settings stay this run's.
-
-        Args:
-            step: optimizer steps of the run before.
-        """
+        """Have what depends on the state follow after it was written, `step` optimizer steps into the run."""
 
     @abstractmethod
     def local_tensor(self, name: str) -> Tensor:
@@ -205,11 +209,7 @@ class Engine(ABC):
 
 
 def ensure_moments(optimizer: Optimizer, tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Have AdamW keep state for some of its tensors even before its first step, as the first step would make it.
-
-    Returns:
-        Its counters of steps.
-    """
+    """Have AdamW keep state for some of its tensors before its first step, as that would; returns counters of steps."""
     on_device = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
     steps = []
     for tensor in tensors:
@@ -226,3 +226,125 @@ def ensure_moments(optimizer: Optimizer, tensors: Iterable[Tensor]) -> list[Tens
 def flat(tensor: Tensor) -> Tensor:
     """This rank's numbers of a tensor, as a 1-D view."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().view(-1)
+
+
+class FsdpEngine(Engine):
+    """A model sharded by PyTorch's `fully_shard`, in the three stages that DeepSpeed calls ZeRO.
+
+    Stage 3 gathers a block for its forward and again for its backward; stage 2 keeps it from forward to backward;
+    stage 1 keeps weights and gradients whole until the last micro-batch, and reduces gradients once a step. Gradients
+    are summed over ranks in fp32, as the loss is already divided by the tokens of the global batch. Parameters are
+    sharded over dp_shard and sp together, within what tp leaves of them, and copied along dp_replicate. Parameters, EMA
+    and optimizer are fp32 whatever the number format of forward and backward.
+    """
+
+    def __init__(
+        self,
+        model: MegaPreTrainedModel,
+        values: Values,
+        parallelism: ModelParallelism,
+        config: EngineConfig,
+        world: World,
+        build_optimizer: BuildOptimizer,
+    ) -> None:
+        super().__init__(model, parallelism, config, world)
+        self._stage = config.parallel.zero_stage
+        self._fsdp = world.axis("fsdp")
+        self._shard_modules(config.dtype)
+        model.to_empty(device=world.device)
+
+        def place(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+            """Copy this rank's rows of a value into a sharded parameter, without communication."""
+            with torch.no_grad():
+                flat(parameter).copy_(self._rows(value).flatten())
+            return parameter
+
+        self._fill(values, place)
+        self._optimizer = build_optimizer(model)
+
+    def _shard_modules(self, dtype: str) -> None:
+        """Make every block a unit, the EMA in it one of its own where its precision differs, and the rest the root."""
+        model, world = self.module, self._world
+        # Ranks of this one's tp, (dp_replicate, fsdp); without copies, (fsdp,).
+        ranks = torch.arange(world.size, device="cpu").view(*world.shape)[..., world.at.tp].flatten(1)
+        names = ("dp_replicate", "fsdp") if len(ranks) > 1 else ("fsdp",)
+        groups: list[Any] = [world.axis(name).group for name in names]
+        mesh = DeviceMesh.from_group(groups, world.device.type, ranks.squeeze(0), mesh_dim_names=names)
+        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": self._stage == 3}
+        policy, blocks = MixedPrecisionPolicy(), list(model.get_submodule("mega.layers").children())
+        if dtype == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            exact = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
+            for block in blocks:
+                fully_shard(block.get_submodule("mega_layer.ema_gate"), mp_policy=exact, **options)
+        for block in blocks:
+            fully_shard(block, mp_policy=policy, **options)
+        # A cache that is given to the model keeps its states in fp32; blocks round what they compute with themselves.
+        fully_shard(model, mp_policy=replace(policy, cast_forward_inputs=False), **options)
+        # Nothing edits the logits in place, of which the root warns because they are a view.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+        self._units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+        for unit in self._units:
+            unit.set_gradient_divide_factor(1.0)
+            # A factor would otherwise be multiplied in by the reduction itself, which gloo cannot do.
+            unit.set_force_sum_reduction_for_comms(True)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add gradients, see `Engine.backward`."""
+        if self._stage == 1:
+            root: Any = self.module
+            root.set_requires_gradient_sync(last)
+            root.set_reshard_after_backward(last)
+        with self.row_slice:
+            loss.backward()
+
+    @torch.no_grad()
+    def step(self, lr: float, skip: bool = False) -> float:
+        """Clip, step, forget gradients, see `Engine.step`."""
+        self._drop_gathered()
+        norm = self._norm([flat(p.grad) for p in self._counted if p.grad is not None], alike=("dp_replicate",))
+        if not skip and norm.isfinite():
+            self._clip([flat(p.grad) for p in self.module.parameters() if p.grad is not None], norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def _optimizer_steps(self) -> list[Tensor]:
+        self._drop_gathered()
+        return ensure_moments(self._optimizer, [p for p in self.module.parameters() if p.requires_grad])
+
+    def _range(self, name: str) -> Range:
+        parameter = self._parameters[name]
+        tensors = {WEIGHT: flat(parameter)}
+        if parameter.requires_grad:
+            tensors |= {moment: flat(self._optimizer.state[parameter][moment]) for moment in MOMENTS}
+        rows, *rest = parameter.shape
+        # As in _rows: every rank has as many rows as the first, as long as there are some left.
+        first = min(self._fsdp.rank * -(-rows // self._fsdp.size), rows)
+        return Range(first * math.prod(rest), tensors, copied=False)
+
+    def loaded(self, step: int) -> None:
+        """Nothing else depends on the state, see `Engine.loaded`."""
+
+    def local_tensor(self, name: str) -> Tensor:
+        """This rank's rows, see `Engine.local_tensor`."""
+        return flat(self._parameters[name])
+
+    def local_shard(self, name: str, value: Tensor) -> Tensor:
+        """This rank's rows of a value, see `Engine.local_shard`."""
+        return self._rows(value).flatten()
+
+    def close(self) -> None:
+        """Nothing outside the module to free, see `Engine.close`."""
+
+    def _rows(self, value: Tensor) -> Tensor:
+        """The rows of a value that FSDP keeps on this rank; the last ranks have none where there are fewer chunks."""
+        rows = value.chunk(self._fsdp.size)
+        return rows[self._fsdp.rank] if self._fsdp.rank < len(rows) else value[:0]
+
+    def _drop_gathered(self) -> None:
+        """Free weights that a forward without backward left gathered: they stand in for the sharded ones until then."""
+        for unit in self._units:
+            unit.reshard()

@@ -1,11 +1,216 @@
-"""The device mesh as arithmetic: ranks along each dimension, and which models and lengths fit; starts nothing."""
+"""Ranks before any process group: what launchers tell a process, the mesh as arithmetic, which models fit it.
 
+deepspeed, torchrun and accelerate set RANK and its like, which win wherever they are set. srun and the mpirun of Open
+MPI, MVAPICH2, MPICH and Intel MPI number the processes that they start in variables of their own.
+"""
+
+import os
+import re
+import zlib
 from collections.abc import Iterable
 from math import gcd, prod
 from typing import Any, NamedTuple, NoReturn
 
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PORT_OPTIONS = (
+    "deepspeed --master_port, torchrun --master-port, accelerate launch --main_process_port, else MASTER_PORT"
+)
 # Outermost to innermost: tp ranks are neighbours, so they share a host.
 AXES = ("dp_replicate", "dp_shard", "sp", "tp")
+
+_START = "start the script with deepspeed, torchrun, accelerate launch, srun, mpirun or plain python"
+# Variables for the rank, the number of ranks, and the same two on one machine. What mpirun starts may itself run in a
+# Slurm step, so mpirun's are looked at first.
+_MPI = (
+    tuple(f"OMPI_COMM_WORLD_{fact}" for fact in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    tuple(f"MV2_COMM_WORLD_{fact}" for fact in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # Cray's
+    ("PMI_RANK", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
+)
+_SLURM_HOSTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+_FIRST_SPECIAL_STEP = 2**32 - 16  # Slurm's numbers for batch scripts, interactive shells and the like
+_JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID")
+_FIRST_PORT, _PORTS = 20_000, 10_000  # below those that Linux gives to connections
+
+
+class Placement(NamedTuple):
+    """Where a process stands among those that a launcher started."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # processes on this machine; all, where the launcher does not say
+
+
+def placement() -> Placement:
+    """Read what a launcher or a job scheduler says about this process; without one, it is alone: 0, 1, 0, 1.
+
+    Raises:
+        ValueError: variables are missing, are no numbers, or contradict each other; names them, and the remedy.
+    """
+    env, place = os.environ, _place()
+    if place is None:
+        if "WORLD_SIZE" in env:
+            _require(VARIABLES)
+        # accelerate says where ranks meet if it was asked for several, even when it starts one.
+        if "ACCELERATE_USE_CPU" in env and "MASTER_ADDR" in env and "MASTER_PORT" in env:
+            raise ValueError(
+                "accelerate launch was asked for several processes and started one, as it does with --cpu, and without "
+                "--multi_gpu where there are no GPUs: write accelerate launch --multi_gpu --num_processes N, which "
+                "starts them on CPUs too, or --num_processes 1 with MASTER_ADDR and MASTER_PORT unset"
+            )
+        return Placement(0, 1, 0, 1)
+    said = env.get("WORLD_SIZE", str(place.size))
+    if "RANK" not in env and said != str(place.size):
+        raise ValueError(
+            f"WORLD_SIZE={said!r} contradicts the {place.size} processes that srun or mpirun started: unset it, or "
+            "start as many"
+        )
+    if place.size > 1:
+        meeting_point(place)
+    return place
+
+
+def meeting_point(place: Placement) -> tuple[str, int]:
+    """Host and port where the ranks of a run meet: MASTER_ADDR and MASTER_PORT, or what follows from the job.
+
+    Raises:
+        ValueError: a variable has no such value, or nothing says on which host rank 0 is.
+    """
+    env = os.environ
+    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
+    if host is None:
+        host = "127.0.0.1" if place.local_size == place.size else next(iter(_hosts()), None)
+    if not (host or "").strip():
+        raise ValueError(
+            f"MASTER_ADDR={host!r} names no host, and {place.size} ranks have to know where rank 0 is: export "
+            "MASTER_ADDR=HOST (mpirun of Open MPI: -x MASTER_ADDR=HOST; of MPICH and Intel MPI: -genv MASTER_ADDR HOST)"
+        )
+    if port is None:
+        job = ".".join(env.get(name, "") for name in _JOBS)
+        return str(host), _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
+    return str(host), _number("MASTER_PORT", port, 1, 65_535, f"choose a free port ({PORT_OPTIONS})")
+
+
+def check_single(command: str) -> None:
+    """Refuse to run a script of one process, `command`, once a rank, all in one folder.
+
+    Raises:
+        ValueError: a launcher started several processes, of which this is one.
+    """
+    place = _place()
+    if place is not None and place.size > 1:
+        raise ValueError(
+            f"{command} is one process, and this is rank {place.rank} of {place.size} that a launcher started: start "
+            "it with plain python, under Slurm with srun --ntasks=1"
+        )
+
+
+def _place() -> Placement | None:
+    """What a launcher, mpirun or srun say, in this order; None where none of them started this process."""
+    env = os.environ
+    if "RANK" in env:
+        _require(VARIABLES)
+        local_size = "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # torchrun; deepspeed
+        return _read(*VARIABLES[:3], local_size)
+    mpi = [names for names in _MPI if names[0] in env]
+    complete = next((names for names in mpi if all(name in env for name in names)), None)
+    if complete is not None:
+        rank, size, local_rank, local_size = complete
+        return _read(rank, size, local_rank, local_size)
+    # Batch scripts and shells of salloc have the job's variables too, and are alone.
+    step = env.get("SLURM_STEP_ID", "")
+    in_step = int(step) < _FIRST_SPECIAL_STEP if step.isdecimal() else env.get("SLURM_PROCID", "0") != "0"
+    if "SLURM_STEP_NUM_TASKS" in env or in_step:
+        rank, local_rank = "SLURM_PROCID", "SLURM_LOCALID"
+        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+        _require((rank, size, local_rank))
+        for other in {names[0] for names in mpi}:  # Slurm's own PMI numbers tasks as Slurm does
+            if env[other] != env[rank]:
+                raise ValueError(
+                    f"{other}={env[other]!r} contradicts {rank}={env[rank]!r}: unset one of them, or {_START}"
+                )
+        return _read(rank, size, local_rank, None, _slurm_local_size(size))
+    if mpi:
+        _require(mpi[0])
+    if "PMIX_RANK" in env:
+        _require(("PMIX_RANK", *VARIABLES))
+    return None
+
+
+def _slurm_local_size(size: str) -> int | None:
+    """Tasks of this step on this node; None where Slurm does not say."""
+    env, name = os.environ, "SLURM_STEP_TASKS_PER_NODE"
+    if name not in env:
+        return None if len(_hosts()) < 2 or not env[size].isdecimal() else -(-int(env[size]) // len(_hosts()))
+    counts: list[int] = []
+    for part in env[name].split(","):
+        form = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if form is None:
+            raise ValueError(f"{name}={env[name]!r} is not a list of numbers such as 2(x3),1: {_START}")
+        counts += [int(form[1])] * int(form[2] or 1)
+    return counts[_number("SLURM_NODEID", env.get("SLURM_NODEID", "0"), 0, len(counts) - 1, f"{name}={env[name]!r}")]
+
+
+def _hosts() -> list[str]:
+    """The hosts of Slurm's step or job, in their order; none outside of one."""
+    name = next((name for name in _SLURM_HOSTS if name in os.environ), None)
+    return [] if name is None else expand_hosts(name, os.environ[name])
+
+
+def expand_hosts(name: str, text: str) -> list[str]:
+    """Write out Slurm's list of hosts in a variable: `gpu[001-004,7],login1` is gpu001, gpu002 and so on, in order.
+
+    Raises:
+        ValueError: it is not such a list.
+    """
+    bracket = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
+    if not re.fullmatch(rf"(?:[^\[\],\s]|{bracket})+(?:,(?:[^\[\],\s]|{bracket})+)*", text):
+        raise ValueError(
+            f"{name}={text!r} is not a list of hosts such as gpu[001-004,7]: export MASTER_ADDR, or {_START}"
+        )
+    hosts: list[str] = []
+    for entry in re.findall(rf"(?:[^\[\],]|{bracket})+", text):
+        names = [""]
+        for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", entry):
+            ends = [plain] if plain else []
+            for part in ranges.split(",") if ranges else ():
+                first, _, last = part.partition("-")
+                # As wide as the first number: 001-003.
+                ends += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
+            names = [begin + end for begin in names for end in ends]
+        hosts += names
+    return hosts
+
+
+def _require(names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        given = ", ".join(f"{name}={os.environ[name]!r}" for name in names if name in os.environ)
+        raise ValueError(
+            f"environment variables {', '.join(missing)} are missing while others of a launcher are set ({given}): "
+            f"{_START}"
+        )
+
+
+def _read(rank: str, size: str, local_rank: str, local_size: str | None, local: int | None = None) -> Placement:
+    """Numbers from the variables of these names, which have to fit each other."""
+    env = os.environ
+    ranks = _number(size, env[size], 1, None, _START)
+    here = local or ranks
+    if local_size is not None and env.get(local_size):
+        here = _number(local_size, env[local_size], 1, ranks, f"{size}={ranks}; {_START}")
+    number = _number(rank, env[rank], 0, ranks - 1, f"{size}={ranks}; {_START}")
+    at = _number(local_rank, env[local_rank], 0, here - 1, f"{here} ranks are on this machine; {_START}")
+    return Placement(number, ranks, at, here)
+
+
+def _number(name: str, text: str, least: int, most: int | None, remedy: str) -> int:
+    bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
+    if not re.fullmatch(r"-?[0-9]+", text) or int(text) < least or (most is not None and int(text) > most):
+        raise ValueError(f"{name}={text!r} is not possible, it has to be a whole number {bounds}: {remedy}")
+    return int(text)
 
 
 class Coordinates(NamedTuple):
@@ -18,19 +223,12 @@ class Coordinates(NamedTuple):
 
 
 class MeshShape(NamedTuple):
-    """The number of ranks along each dimension; ranks are numbered row-major over AXES, tp fastest.
+    """The number of ranks along each dimension; ranks are numbered row-major over AXES, tp fastest."""
 
-    Args:
-        dp_replicate: copies of the sharded model.
-        dp_shard: ranks of a copy that read different rows.
-        sp: ranks that share one sequence.
-        tp: ranks that share the channels of every layer.
-    """
-
-    dp_replicate: int
-    dp_shard: int
-    sp: int
-    tp: int
+    dp_replicate: int  # copies of the sharded model
+    dp_shard: int  # ranks of a copy that read different rows
+    sp: int  # ranks that share one sequence
+    tp: int  # ranks that share the channels of every layer
 
     @classmethod
     def resolve(
@@ -50,7 +248,7 @@ class MeshShape(NamedTuple):
         fixed = {axis: size for axis, size in asked.items() if size != -1}
         taken = prod(fixed.values())
         if world_size % taken or (dp_shard != -1 and taken != world_size):
-            _refuse(fixed, world_size)
+            _refuse_mesh(fixed, world_size)
         return cls(dp_replicate, world_size // (dp_replicate * sp * tp), sp, tp)
 
     @property
@@ -79,15 +277,7 @@ class MeshShape(NamedTuple):
 
     def dp_rank(self, rank: int) -> int:
         """The number of a rank among those that read different rows, 0 to dp - 1."""
-        at = self.coordinates(rank)
-        return at.dp_replicate * self.dp_shard + at.dp_shard
-
-    def lines(self, axis: str) -> list[list[int]]:
-        """The groups of ranks that differ along one dimension only, each in the order of their index along it."""
-        found: dict[Coordinates, list[int]] = {}
-        for rank in range(self.size):
-            found.setdefault(self.coordinates(rank)._replace(**{axis: 0}), []).append(rank)
-        return list(found.values())
+        return rank // (self.sp * self.tp)
 
 
 def divisors(number: int) -> list[int]:
@@ -106,7 +296,7 @@ def multiples(unit: int, wanted: int) -> str:
     return nearest([max(wanted // unit, 1) * unit, -(-wanted // unit) * unit], wanted)
 
 
-def _refuse(fixed: dict[str, int], world_size: int) -> NoReturn:
+def _refuse_mesh(fixed: dict[str, int], world_size: int) -> NoReturn:
     """Say which of the axes that have a size could have another, or how many processes would fill them."""
     names = " x ".join(f"parallel.{axis}={size}" for axis, size in fixed.items())
     taken = prod(fixed.values())
@@ -129,18 +319,8 @@ def _refuse(fixed: dict[str, int], world_size: int) -> NoReturn:
     raise ValueError(f"{names} = {taken} {relation}, {world_size}: {', or '.join(remedies)}")
 
 
-class _Rule(NamedTuple):
-    broken: bool
-    setting: str
-    why: str
-    remedy: str
-
-
 def check_tensor_parallel(model: Any, tp: int) -> None:
-    """Refuse a model whose channels `tp` ranks cannot share.
-
-    Args:
-        model: a MegaConfig, or the `model` section of a run, which has its keys.
+    """Refuse a model, a MegaConfig or the `model` section of a run, whose channels `tp` ranks cannot share.
 
     Raises:
         ValueError: names the keys, their values and what would work.
@@ -148,8 +328,8 @@ def check_tensor_parallel(model: Any, tp: int) -> None:
     if tp == 1:
         return
     why = "only the causal moving average shares its channels"
-    both_ways = _Rule(model.bidirectional, "model.bidirectional=True", why, "model.bidirectional=false")
-    _refuse_broken(f"parallel.tp={tp}", [_norm(model), both_ways, _cross_attention(model)])
+    both_ways = (model.bidirectional, "model.bidirectional=True", why, "model.bidirectional=false")
+    _refuse_broken(f"parallel.tp={tp}", [*_norm_and_encoder(model), both_ways])
     widths = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
     if model.use_normalized_ffn:
         widths["nffn_hidden_size"] = model.nffn_hidden_size
@@ -162,44 +342,41 @@ def check_tensor_parallel(model: Any, tp: int) -> None:
 
 
 def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
-    """Refuse a model or a length of which not every rank can have some whole chunks.
+    """Refuse a model, or a length in tokens, of which not every one of `sp` ranks can have some whole chunks.
 
     A length that does not fill the ranks is no obstacle: its end is padded.
-
-    Args:
-        model: a MegaConfig, or the `model` section of a run, which has its keys.
-        length: of one sequence, in tokens.
-        sp: ranks that share it.
 
     Raises:
         ValueError: names the keys, their values and what would work.
     """
     if sp == 1:
         return
-    truncation = _truncation(model, "rank to rank")
-    unchunked = _Rule(
-        not model.use_chunking,
-        "model.use_chunking=False",
-        "attention would reach over all ranks",
-        f"model.use_chunking=true with model.chunk_size={_chunk_that_fits(length, sp, model.max_positions)}",
-    )
-    _refuse_broken(f"parallel.sp={sp}", [_norm(model), _cross_attention(model), truncation, unchunked])
-    if _reaches_last_rank(length, model.chunk_size, sp):
-        return
-    padded = _share(length, model.chunk_size, sp) * sp
-    raise ValueError(
-        f"data.sequence_length={length} is too short for parallel.sp={sp} with model.chunk_size={model.chunk_size}: "
-        f"the last rank's whole chunks would hold only padding; use data.sequence_length={padded}, or model.chunk_size="
-        f"{_chunk_that_fits(length, sp, model.chunk_size)}"
-    )
+
+    def share(chunk: int) -> int:
+        """Tokens of a rank: the fewest whole chunks with which all ranks hold the sequence."""
+        return -(-length // (sp * chunk)) * chunk
+
+    def chunk_that_fits(at_most: int) -> int:
+        """The longest chunk of which every rank has some tokens; 1 where no chunk is that short."""
+        lengths = range(min(at_most, -(-length // sp)), 0, -1)
+        return next((chunk for chunk in lengths if length > (sp - 1) * share(chunk)), 1)
+
+    remedy = f"model.use_chunking=true with model.chunk_size={chunk_that_fits(model.max_positions)}"
+    why = "attention would reach over all ranks"
+    unchunked = (not model.use_chunking, "model.use_chunking=False", why, remedy)
+    _refuse_broken(f"parallel.sp={sp}", [*_norm_and_encoder(model), _truncation(model, "rank to rank"), unchunked])
+    if length <= (sp - 1) * share(model.chunk_size):
+        raise ValueError(
+            f"data.sequence_length={length} is too short for parallel.sp={sp} with model.chunk_size="
+            f"{model.chunk_size}: the last rank's whole chunks would hold only padding; use data.sequence_length="
+            f"{share(model.chunk_size) * sp}, or model.chunk_size={chunk_that_fits(model.chunk_size)}"
+        )
 
 
 def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
-    """Refuse a model whose blocks cannot be computed a segment at a time.
+    """Refuse a model whose recomputed blocks cannot be computed `segment` tokens at a time; 0 is for whole rows.
 
     Args:
-        model: a MegaConfig, or the `model` section of a run, which has its keys.
-        segment: tokens; 0 for whole rows.
         every: which blocks are recomputed, 0 for none.
         sp: ranks that share a row.
 
@@ -217,14 +394,13 @@ def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
             "use parallel.activation_checkpoint=1, or parallel.activation_checkpoint_segment=0"
         )
     rules = [
-        _norm(model),
-        _cross_attention(model),
+        *_norm_and_encoder(model),
         _truncation(model, "segment to segment"),
-        _Rule(not model.use_chunking, "model.use_chunking=False", "attention would reach over all segments",
-              "model.use_chunking=true"),
-        _Rule(model.bidirectional, "model.bidirectional=True", "states would cross segments in both directions",
-              "model.bidirectional=false"),
-        _Rule(sp > 1, f"parallel.sp={sp}", "ranks pass one state for their whole part of a row", "parallel.sp=1"),
+        (not model.use_chunking, "model.use_chunking=False", "attention would reach over all segments",
+         "model.use_chunking=true"),
+        (model.bidirectional, "model.bidirectional=True", "states would cross segments in both directions",
+         "model.bidirectional=false"),
+        (sp > 1, f"parallel.sp={sp}", "ranks pass one state for their whole part of a row", "parallel.sp=1"),
     ]  # fmt: skip
     _refuse_broken(name, rules, off=0)
     if segment % model.chunk_size:
@@ -234,46 +410,27 @@ def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
         )
 
 
-def _refuse_broken(axis: str, rules: list[_Rule], off: int = 1) -> None:
-    for rule in rules:
-        if rule.broken:
-            name = axis.partition("=")[0]
-            raise ValueError(f"{axis} with {rule.setting}: {rule.why}; use {rule.remedy}, or {name}={off}")
+_Rule = tuple[bool, str, str, str]
+"""Whether it is broken, by which setting, why that is one, and the remedy."""
+
+
+def _norm_and_encoder(model: Any) -> list[_Rule]:
+    norm = model.normalization_type
+    return [
+        (norm in ("batchnorm", "syncbatchnorm"), f"model.normalization_type={norm!r}",
+         "its statistics run over the tokens of a batch, which differ between ranks",
+         "model.normalization_type=scalenorm, layernorm or rmsnorm"),
+        (model.add_cross_attention, "model.add_cross_attention=True",
+         "what attends to an encoder is not shared by ranks", "model.add_cross_attention=false"),
+    ]  # fmt: skip
 
 
 def _truncation(model: Any, way: str) -> _Rule:
-    return _Rule(
-        model.truncation is not None,
-        f"model.truncation={model.truncation}",
-        f"a truncated moving average has no state to pass from {way}",
-        "model.truncation=null",
-    )
+    why = f"a truncated moving average has no state to pass from {way}"
+    return (model.truncation is not None, f"model.truncation={model.truncation}", why, "model.truncation=null")
 
 
-def _norm(model: Any) -> _Rule:
-    return _Rule(
-        model.normalization_type in ("batchnorm", "syncbatchnorm"),
-        f"model.normalization_type={model.normalization_type!r}",
-        "its statistics run over the tokens of a batch, which differ between ranks",
-        "model.normalization_type=scalenorm, layernorm or rmsnorm",
-    )
-
-
-def _cross_attention(model: Any) -> _Rule:
-    why = "what attends to an encoder is not shared by ranks"
-    return _Rule(model.add_cross_attention, "model.add_cross_attention=True", why, "model.add_cross_attention=false")
-
-
-def _share(length: int, chunk: int, sp: int) -> int:
-    """Tokens of a rank: the fewest whole chunks with which all ranks hold the sequence."""
-    return -(-length // (sp * chunk)) * chunk
-
-
-def _reaches_last_rank(length: int, chunk: int, sp: int) -> bool:
-    return length > (sp - 1) * _share(length, chunk, sp)
-
-
-def _chunk_that_fits(length: int, sp: int, at_most: int) -> int:
-    """Find the longest chunk of which every rank has some tokens; 1 where no chunk is that short."""
-    lengths = range(min(at_most, -(-length // sp)), 0, -1)
-    return next((chunk for chunk in lengths if _reaches_last_rank(length, chunk, sp)), 1)
+def _refuse_broken(axis: str, rules: list[_Rule], off: int = 1) -> None:
+    for broken, setting, why, remedy in rules:
+        if broken:
+            raise ValueError(f"{axis} with {setting}: {why}; use {remedy}, or {axis.partition('=')[0]}={off}")

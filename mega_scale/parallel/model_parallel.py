@@ -1,22 +1,30 @@
-"""How a model on one meta device becomes a model on all ranks: the order, stated once."""
+"""How a model on one meta device becomes a model on all ranks: the order, stated once.
+
+Dropout of a parallel model depends on the position in the global batch only, so that every layout drops the same.
+
+Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I queries, J keys.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mega_scale.model import MegaPreTrainedModel
-from mega_scale.model.layers import MegaLinear
+from mega_scale.model.attention import MegaMovingAverageGatedAttention
+from mega_scale.model.layers import MegaAttentionDropout, MegaDropout, MegaLinear, MegaMultiDimensionDampedEma
 from mega_scale.model.losses import LanguageModelHead
-from mega_scale.ops.elementwise import compile_gates
+from mega_scale.ops.elementwise import compile_gates, positional_dropout
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig
 from mega_scale.parallel.deepspeed import DeepSpeedEngine
-from mega_scale.parallel.dropout import make_dropout_positional
-from mega_scale.parallel.engine import BuildOptimizer, Engine, ModelParallelism
-from mega_scale.parallel.fsdp import FsdpEngine
+from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine, ModelParallelism
 from mega_scale.parallel.mesh import check_segments, check_sequence_parallel
-from mega_scale.parallel.sequence_parallel import ReceivedStates, RowSlice, StateExchange, apply_sequence_parallelism
-from mega_scale.parallel.shard import Values, on_meta, replace_modules
-from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism, separate_segments
+from mega_scale.parallel.sequence_parallel import ReceivedStates, SequenceParallelEma, StateExchange
+from mega_scale.parallel.shard import RowSlice, SegmentedAttention, Values, on_meta, replace_modules
+from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism
 from mega_scale.parallel.world import Axis, World
 
 
@@ -80,17 +88,35 @@ def apply_model_parallelism(
     Raises:
         ValueError: the model does not fit the mesh.
     """
-    with torch.device("meta"):
-        template = type(model)(model.config)
     config = model.config
+    template: MegaPreTrainedModel = on_meta(type(model), config)
     check_segments(config, checkpointing.segment, checkpointing.every, sp.size)
     check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1)
     received = ReceivedStates()
-    separate_segments(model)
-    _keep_products_fast(model)
-    make_dropout_positional(model, seed, row_slice, tp)
-    apply_sequence_parallelism(model, config, row_slice, StateExchange(sp, received))
+    exchange, head = StateExchange(sp, received), model.get_output_embeddings()
+
+    def separate_segments(name: str, module: nn.Module) -> nn.Module | None:
+        # Whatever T is: checkpoints then bear the same names.
+        return on_meta(SegmentedAttention, config) if type(module) is MegaMovingAverageGatedAttention else None
+
+    def replace(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is nn.Linear:
+            # Products stay fast, whatever hooks engines put on linear layers.
+            kind = LanguageModelHead if module is head else MegaLinear
+            new: nn.Linear = on_meta(kind, module.in_features, module.out_features, module.bias is not None)
+            new.weight, new.bias = module.weight, module.bias  # ties stay
+            return new
+        if isinstance(module, MegaDropout | MegaAttentionDropout) and module.p > 0:
+            drop = partial(_drop, f"{seed}:{{step}}:{name}", row_slice, tp)
+            kinds = PositionalDropout, PositionalAttentionDropout
+            return kinds[0](module, drop) if isinstance(module, MegaDropout) else kinds[1](module, drop)
+        if type(module) is MegaMultiDimensionDampedEma and sp.size * tp.size > 1:
+            return on_meta(SequenceParallelEma, config, row_slice, exchange)
+        return None
+
+    replace_modules(model, separate_segments)
+    replace_modules(model, replace)
     if tp.size > 1:
         apply_tensor_parallelism(model, tp)
     checkpoint_activations(model, checkpointing, received, row_slice)
@@ -99,16 +125,46 @@ def apply_model_parallelism(
     return ModelParallelism(template, row_slice, tp)
 
 
-def _keep_products_fast(model: MegaPreTrainedModel) -> None:
-    """Whatever hooks engines put on linear layers."""
-    head = model.get_output_embeddings()
+def _drop(key: str, row_slice: RowSlice, tp: Axis, x: Tensor, p: float, featurewise: bool, sharded: bool) -> Tensor:
+    """Drop elements of x (B, L, D) by their positions; featurewise: one draw for a feature of a row.
 
-    def build(name: str, layer: nn.Module) -> nn.Module | None:
-        if type(layer) is not nn.Linear:
-            return None
-        kind = LanguageModelHead if layer is head else MegaLinear
-        new: nn.Linear = on_meta(kind, layer.in_features, layer.out_features, layer.bias is not None)
-        new.weight, new.bias = layer.weight, layer.bias  # ties stay
-        return new
+    Args:
+        key: of the module that drops in this run, with a gap for the step.
+        sharded: whether D are this rank's columns of more.
+    """
+    place = row_slice.place
+    digest = hashlib.blake2b(key.format(step=place.step).encode(), digest_size=4).digest()
 
-    replace_modules(model, build)
+    def count(first: int, number: int) -> Tensor:
+        return torch.arange(first, first + number, device=x.device)
+
+    rows = count(place.first_row, x.shape[0])
+    positions = count(0, 1) if featurewise else count(row_slice.first_token, x.shape[1])
+    columns = count(tp.rank * x.shape[2] if sharded else 0, x.shape[2])
+    return positional_dropout(x, p, int.from_bytes(digest, "little"), rows, positions, columns)
+
+
+class PositionalDropout(MegaDropout):
+    """`MegaDropout` by position."""
+
+    def __init__(self, whole: MegaDropout, drop: Callable[..., Tensor]) -> None:
+        super().__init__(whole.p, whole.featurewise)
+        self._drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D)."""
+        return self._drop(x, self.p, self.featurewise, sharded=True) if self.training else x
+
+
+class PositionalAttentionDropout(MegaAttentionDropout):
+    """`MegaAttentionDropout` by position; fused attention cannot do it, so weights are then computed one by one."""
+
+    def __init__(self, whole: MegaAttentionDropout, drop: Callable[..., Tensor]) -> None:
+        super().__init__(whole.p)
+        self._drop = drop
+
+    def rule(self) -> float | Callable[[Tensor], Tensor]:
+        """A function of weights (B, K, I, J), or 0."""
+        if not self.training:
+            return 0.0
+        return lambda weights: self._drop(weights.flatten(1, 2), self.p, False, sharded=False).view_as(weights)

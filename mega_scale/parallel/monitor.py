@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from mega_scale.parallel.launcher import PORT_OPTIONS, meeting_point, placement
+from mega_scale.parallel.mesh import PORT_OPTIONS, meeting_point, placement
 
 PEER_LOST = 75
 """Exit code of a rank that ends because of another one (EX_TEMPFAIL: nothing is wrong with the run, start it again)."""

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig, ParallelConfig
 from mega_scale.parallel.model_parallel import apply_model_parallelism, parallelize
-from mega_scale.parallel.sequence_parallel import Place
-from mega_scale.parallel.shard import assemble, by_source, fill, seeded_values, shardings
+from mega_scale.parallel.shard import Place, assemble, by_source, fill, seeded_values, shardings
 from mega_scale.parallel.world import ALONE, World
 
 _SEED = 11

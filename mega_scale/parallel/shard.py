@@ -1,24 +1,99 @@
-"""Which part of which tensor a rank holds, and how a model on the meta device gets its values.
+"""Which part of the batch and of each tensor a rank has, and how a model on the meta device gets its values.
 
 A parameter of a parallel model is some rows of a tensor of the Hugging Face state dict (a segment of a packed layer),
 sharded over the ranks of `tp` along one dimension: its `Sharding`. What one of these ranks holds of it is a box, its
 `Shard`. FSDP (rows) and ZeRO (flat partitions) divide that further, and either leaves a rank one contiguous range of
 the flattened box: a `LocalTensor`. Checkpoints store the same facts, so that any layout reads any other.
+
+Legend: B rows, L length of a whole row, C chunk, P ranks that share a row, D channels.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mega_scale.model import MegaConfig, MegaPreTrainedModel
+from mega_scale.model.attention import MegaMovingAverageGatedAttention
+from mega_scale.model.layers import MegaLinear
 from mega_scale.model.modeling_mega import initial_tensor
 from mega_scale.parallel.world import ALONE, Axis
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+class Place(NamedTuple):
+    """Where a micro-batch lies in the run."""
+
+    step: int = 0  # optimizer steps before it
+    first_row: int = 0  # number of its first row in the global batch of its step
+
+
+START = Place()
+
+
+class RowSlice:
+    """Which part of the global batch this rank computes: its whole chunks of rows that the ranks of `sp` share.
+
+    One object serves a whole model. Inside a `with` statement the model computes this rank's part of the micro-batch
+    last taken; outside, whole rows.
+
+    Args:
+        part: which part is this rank's, 0 to parts - 1.
+        parts: P.
+        chunk: C, tokens; may be 1 where P = 1.
+
+    Attributes:
+        place: of the micro-batch under way.
+        first_token: position of this rank's first token in its rows.
+        cut: whether the model is given this rank's part of its rows.
+    """
+
+    def __init__(self, part: int = 0, parts: int = 1, chunk: int = 1) -> None:
+        self.part, self.parts = part, parts
+        self.place, self.first_token, self.cut = START, 0, False
+        self._multiple = parts * chunk if parts > 1 else 1
+        self._taken = (START, 0)
+
+    def split(self, tensor: Tensor, fill: int) -> Tensor:
+        """This rank's part of whole rows, (B, L, ...) to (B, ceil(L / P C) C, ...); rows are filled up at their end."""
+        if self.parts == 1:
+            return tensor
+        missing = -tensor.shape[1] % self._multiple
+        if missing:
+            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing), value=fill)
+        return tensor.chunk(self.parts, dim=1)[self.part].contiguous()
+
+    def take(self, place: Place, input_ids: Tensor, shift_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Begin a micro-batch: this rank's part of its inputs and next tokens, (B, L) int64 each.
+
+        What fills rows up has no labels. A causal model needs no mask for it: nothing before it sees it.
+        """
+        inputs = self.split(input_ids, 0)
+        self._taken = (place, inputs.shape[1])
+        return inputs, self.split(shift_labels, -100)
+
+    @contextmanager
+    def shifted(self, tokens: int) -> Iterator[None]:
+        """Shift positions by `tokens` inside the context."""
+        before = self.first_token
+        self.first_token = before + tokens
+        try:
+            yield
+        finally:
+            self.first_token = before
+
+    def __enter__(self) -> None:
+        self.place, length = self._taken
+        self.first_token, self.cut = self.part * length, self.parts > 1
+
+    def __exit__(self, *error: object) -> None:
+        self.place, self.first_token, self.cut = START, 0, False
 
 
 class Shard(NamedTuple):
@@ -29,7 +104,6 @@ class Shard(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Numbers in it."""
         return prod(self.sizes)
 
     def of(self, whole: Tensor) -> Tensor:
@@ -67,13 +141,6 @@ class Sharding(NamedTuple):
         """The whole parameter from the tensors of all ranks, padded or not."""
         return shards[0] if self.dim is None else torch.cat(list(shards), self.dim)[: self.length]
 
-    def whole_shape(self, local: Sequence[int], size: int) -> torch.Size:
-        """Shape of the whole parameter, from that of a rank's padded tensor."""
-        shape = list(local)
-        if self.dim is not None:
-            shape[self.dim] = self.length or shape[self.dim] * size
-        return torch.Size(shape)
-
 
 class ShardedModule(nn.Module):
     """A module whose parameters are shards: what `shardings` asks modules for.
@@ -87,6 +154,39 @@ class ShardedModule(nn.Module):
     shard_dims: ClassVar[dict[str, int]] = {}
     length: int | None = None
     rows: Mapping[str, tuple[int, int]] = {}
+
+
+class SegmentedLinear(ShardedModule):
+    """A packed linear layer with a layer for each segment, so that each can be sharded, or not, in its own way.
+
+    Args:
+        segments: layer of every segment, in order.
+        rows: where each segment lies in the packed weight.
+    """
+
+    def __init__(self, segments: dict[str, nn.Module], rows: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.rows = rows
+        for name, layer in segments.items():
+            self.add_module(name, layer)
+
+
+class SegmentedAttention(MegaMovingAverageGatedAttention):
+    """Gated attention whose `mx_proj` is a `SegmentedLinear`."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config)
+        layers: dict[str, nn.Module] = {}
+        rows: dict[str, tuple[int, int]] = {}
+        end = 0
+        for key, width in self.segments.items():
+            layers[key], rows[key] = MegaLinear(config.hidden_size, width), (end, end + width)
+            end += width
+        self.add_module("mx_proj", SegmentedLinear(layers, rows))
+
+    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
+        """The average (B, L, D) to one tensor a segment."""
+        return tuple(layer(averaged) for layer in self.mx_proj.children())
 
 
 def shard_length(length: int, ranks: int) -> int:
@@ -148,38 +248,11 @@ class EngineState(NamedTuple):
     buffers: dict[str, Tensor]  # persistent ones by name of the state dict, the same on all ranks
 
 
-def untied(model: nn.Module) -> tuple[dict[str, Sharding], dict[str, str]]:
-    """`shardings` and `ties` of a model's `EngineState`."""
-    table = shardings(model)
-    first: dict[nn.Parameter, str] = {}
-    ties = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(parameter, name) != name:
-            ties[table.pop(name).source] = table[first[parameter]].source
-    return table, ties
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the state dict, by name."""
-    return {
-        _join(name, local_name): buffer
-        for name, owner in model.named_modules()
-        for local_name, buffer in owner.named_buffers(recurse=False)
-        if local_name not in owner._non_persistent_buffers_set
-    }
-
-
 Values = Callable[[str, nn.Module, str], Tensor]
 """(full name, owner module, name in the owner) -> full fp32 CPU tensor of a parameter or buffer of a whole model."""
 
 Placer = Callable[[nn.Parameter, Tensor], nn.Parameter]
 """(parameter as the engine left it, fp32 CPU value of this rank of `tp`) -> parameter with what this rank keeps."""
-
-
-class _Slot(NamedTuple):
-    name: str
-    owner: nn.Module
-    local_name: str
 
 
 def seeded_values(config: MegaConfig, seed: int) -> Values:
@@ -218,46 +291,44 @@ def fill(
     Raises:
         ValueError: a value has another shape than the model's tensor.
     """
-    table = shardings(model)
-    whole = {slot.name: slot for slot in _slots(template or model)}
-    tied: dict[nn.Parameter, list[_Slot]] = {}
-    for slot in _slots(model):
-        parameter = slot.owner._parameters[slot.local_name]
+    whole = {_join(name, local_name): (owner, local_name) for name, owner, local_name in _slots(template or model)}
+    tied: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
+    for name, owner, local_name in _slots(model):
+        parameter = owner._parameters[local_name]
         if parameter is not None:
-            tied.setdefault(parameter, []).append(slot)
+            tied.setdefault(parameter, []).append((_join(name, local_name), owner, local_name))
+    table = shardings(model)
     drawn: dict[str, Tensor] = {}  # one tensor at most: the next parameter may be more rows of it
-    for parameter, (first, *others) in tied.items():
-        sharding = table[first.name]
+    for parameter, slots in tied.items():
+        sharding = table[slots[0][0]]
         if sharding.source not in drawn:
             drawn.clear()
-            source = whole[sharding.source]
-            target = source.owner._parameters[source.local_name]
-            assert target is not None, f"{source.name} is not a parameter of the template"
-            drawn[sharding.source] = _checked(values, source, target)
+            owner, local_name = whole[sharding.source]
+            target = owner._parameters[local_name]
+            assert target is not None, f"{sharding.source} is not a parameter of the template"
+            drawn[sharding.source] = _checked(values, sharding.source, owner, local_name, target)
         placed = place(parameter, sharding.local(drawn[sharding.source], tp.rank, tp.size))
-        for slot in (first, *others):
-            slot.owner._parameters[slot.local_name] = placed
+        for _, owner, local_name in slots:
+            owner._parameters[local_name] = placed
     drawn.clear()
     constants = seeded_values(model.config, 0)
     for name, owner in model.named_modules():
         for local_name, buffer in owner.named_buffers(recurse=False):
-            slot = _Slot(_join(name, local_name), owner, local_name)
             # A buffer outside checkpoints is a constant of the configuration.
-            buffer_values = constants if local_name in owner._non_persistent_buffers_set else values
-            owner._buffers[local_name] = _checked(buffer_values, slot, buffer).to(device, buffer.dtype)
+            own = constants if local_name in owner._non_persistent_buffers_set else values
+            value = _checked(own, _join(name, local_name), owner, local_name, buffer)
+            owner._buffers[local_name] = value.to(device, buffer.dtype)
 
 
-def _slots(model: nn.Module) -> Iterator[_Slot]:
-    for name, owner in model.named_modules():
-        for local_name in owner._parameters:
-            yield _Slot(_join(name, local_name), owner, local_name)
+def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    return ((name, owner, local_name) for name, owner in model.named_modules() for local_name in owner._parameters)
 
 
-def _checked(values: Values, slot: _Slot, target: Tensor) -> Tensor:
-    value = values(*slot)
+def _checked(values: Values, name: str, owner: nn.Module, local_name: str, target: Tensor) -> Tensor:
+    value = values(name, owner, local_name)
     if value.shape != target.shape:
         raise ValueError(
-            f"the value of {slot.name} has shape {tuple(value.shape)}, the model needs {tuple(target.shape)}: "
+            f"the value of {name} has shape {tuple(value.shape)}, the model needs {tuple(target.shape)}: "
             "give the configuration that the values were made with"
         )
     return value

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mega_scale.model import MegaConfig, MegaForCausalLM, MegaPreTrainedModel
-from mega_scale.model.attention import MegaMovingAverageGatedAttention
 from mega_scale.model.layers import (
     MegaEmbeddings,
     MegaLinear,
@@ -38,17 +37,15 @@ from mega_scale.ops.linear import linear
 from mega_scale.ops.modes import autocast_dtype, once_differentiable
 from mega_scale.parallel.mesh import check_tensor_parallel
 from mega_scale.parallel.sequence_parallel import SequenceParallelEma
-from mega_scale.parallel.shard import ShardedModule, on_meta, replace_modules, shard_length
-from mega_scale.parallel.world import (
-    Axis,
-    Gather,
-    gather_replicated,
-    reduce_scatter,
-    start_gather,
-    sum_gradient,
+from mega_scale.parallel.shard import (
+    SegmentedAttention,
+    SegmentedLinear,
+    ShardedModule,
+    on_meta,
+    replace_modules,
+    shard_length,
 )
-
-_REPLICATED_SEGMENT = "shared"  # queries and keys, which every rank computes
+from mega_scale.parallel.world import Axis, Gather, gather_replicated, reduce_scatter, start_gather, sum_gradient
 
 
 class TensorParallel(ShardedModule):
@@ -96,24 +93,22 @@ class _Gathering:
 
     def expect(self, x: Tensor) -> None:
         """Start before the layer is called with x."""
-        self._coming = self._start(x)
+        # As a matrix product will see it, so that under autocast only 16 bits of a number travel.
+        self._coming = Gather(x.to(autocast_dtype(x.device) or x.dtype), self.axis)
 
     def gathered(self, x: Tensor) -> Tensor:
         """All channels of x, which is what was given to `expect` if anything was."""
-        coming = self._coming or self._start(x)
-        self._coming = None
+        if self._coming is None:
+            self.expect(x)
+        coming, self._coming = self._coming, None
+        assert coming is not None
         return coming.wait()
-
-    def _start(self, x: Tensor) -> Gather:
-        # As a matrix product will see it, so that under autocast only 16 bits of a number travel.
-        return Gather(x.to(autocast_dtype(x.device) or x.dtype), self.axis)
 
 
 class GatherLinear(_Gathering, ColumnParallelLinear):
     """`ColumnParallelLinear` of an input whose channels are sharded: (B, L, D / T) to (B, L, W / T)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D / T)."""
         return super().forward(self.gathered(x))
 
 
@@ -128,7 +123,6 @@ class RowParallelLinear(TensorParallel, MegaLinear):
         self.bias = nn.Parameter(torch.empty(outputs // axis.size, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, W / T) to (B, L, D / T)."""
         out = reduce_scatter(linear(x, self.weight), self.axis)
         return out + self.bias.to(out.dtype)
 
@@ -137,35 +131,12 @@ class ReplicatedLinear(TensorParallel, MegaLinear):
     """A linear layer that every rank computes alike."""
 
 
-class SegmentedLinear(ShardedModule):
-    """A packed linear layer with a layer for each segment, so that each can be sharded, or not, in its own way.
-
-    Args:
-        segments: layer of every segment, in order.
-        rows: where each segment lies in the packed weight.
-    """
-
-    def __init__(self, segments: dict[str, nn.Module], rows: Mapping[str, tuple[int, int]]) -> None:
-        super().__init__()
-        self.rows = rows
-        for name, layer in segments.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (B, L, D) to one tensor a segment."""
-        return tuple(layer(x) for layer in self.children())
-
-
 class GatherSegments(_Gathering, SegmentedLinear):
     """`SegmentedLinear` of an input whose channels are sharded: they are gathered once for all segments."""
 
     def __init__(self, segments: dict[str, nn.Module], rows: Mapping[str, tuple[int, int]], axis: Axis) -> None:
         super().__init__(segments, rows)
         self.axis = axis
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (B, L, D / T)."""
-        return super().forward(self.gathered(x))
 
 
 class TensorParallelEma(TensorParallel, SequenceParallelEma):
@@ -187,23 +158,6 @@ class TensorParallelEma(TensorParallel, SequenceParallelEma):
             setattr(self, name, nn.Parameter(parameter.detach()[: parameter.shape[0] // axis.size]))
 
 
-class SegmentedAttention(MegaMovingAverageGatedAttention):
-    """Gated attention whose `mx_proj` is a `SegmentedLinear`."""
-
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        layers: dict[str, nn.Module] = {
-            key: MegaLinear(config.hidden_size, width) for key, width in self.segments.items()
-        }
-        ends = torch.tensor(list(self.segments.values()), device="cpu").cumsum(0).tolist()
-        rows = {key: (end - width, end) for (key, width), end in zip(self.segments.items(), ends, strict=True)}
-        self.add_module("mx_proj", SegmentedLinear(layers, rows))
-
-    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
-        """See `MegaMovingAverageGatedAttention.project`."""
-        return self.mx_proj(averaged)
-
-
 class TensorParallelAttention(TensorParallel, SegmentedAttention):
     """Gated attention with this rank's values; queries and keys are everyone's.
 
@@ -222,8 +176,9 @@ class TensorParallelAttention(TensorParallel, SegmentedAttention):
         layers: dict[str, nn.Module] = {}
         for key, layer in packed.named_children():
             widths = layer.in_features, layer.out_features
-            replicated = key == _REPLICATED_SEGMENT
-            layers[key] = _along(axis, ReplicatedLinear, *widths) if replicated else ColumnParallelLinear(*widths, axis)
+            # Every rank computes queries and keys.
+            shared = key == "shared"
+            layers[key] = _along(axis, ReplicatedLinear, *widths) if shared else ColumnParallelLinear(*widths, axis)
         gathering = GatherSegments(layers, packed.rows, axis)
         self.add_module("mx_proj", gathering)
         self.v_proj = GatherLinear(whole.v_proj.in_features, whole.v_proj.out_features, axis)
@@ -235,6 +190,11 @@ class TensorParallelAttention(TensorParallel, SegmentedAttention):
         # The stream's channels travel while the average is computed, the average's while values are.
         self.ema_gate.register_forward_pre_hook(lambda module, args: self.v_proj.expect(args[0]))
         self.ema_dropout.register_forward_hook(lambda module, args, output: gathering.expect(output))
+
+    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
+        """The average (B, L, D / T) to this rank's part of each segment."""
+        segments: Any = self.mx_proj
+        return super().project(segments.gathered(averaged))
 
 
 class ReplicatedRotaryBias(TensorParallel, MegaRotaryRelativePositionalBias):
@@ -284,12 +244,13 @@ class _Normalize(torch.autograd.Function):
 class _ChannelParallelNorm(TensorParallel):
     """A norm over channels that are sharded: one or two statistics a token travel."""
 
-    center = False
+    center, gain = False, "weight"
     eps: float
 
-    def normalize(self, x: Tensor, gain: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D / T); the gain is a number, or one a channel."""
         out = _Normalize.apply(x, self.axis, self.center, self.eps)
+        gain, bias = getattr(self, self.gain), getattr(self, "bias", None)
         out = out if gain is None else out * gain
         out = out if bias is None else out + bias
         return out.to(x.dtype)
@@ -301,27 +262,17 @@ class ChannelParallelLayerNorm(_ChannelParallelNorm, nn.LayerNorm):
     shard_dims: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
     center = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D / T)."""
-        return self.normalize(x, self.weight, self.bias)
-
 
 class ChannelParallelRMSNorm(_ChannelParallelNorm, MegaRMSNorm):
     """RMSNorm over sharded channels."""
 
     shard_dims: ClassVar[dict[str, int]] = {"weight": 0}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D / T)."""
-        return self.normalize(x, self.weight)
-
 
 class ChannelParallelScaleNorm(_ChannelParallelNorm, MegaScaleNorm):
     """ScaleNorm over sharded channels; its one number is everyone's."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D / T)."""
-        return self.normalize(x, self.scalar)
+    gain = "scalar"
 
 
 def channel_parallel_norm(norm: nn.Module, axis: Axis) -> nn.Module:
@@ -348,11 +299,7 @@ def channel_parallel_norm(norm: nn.Module, axis: Axis) -> nn.Module:
 class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
     """Word embeddings of this rank's ids; ranks sum what they found, each keeping its channels.
 
-    Args:
-        vocabulary: V.
-        channels: D.
-        padding: id whose vector gets no gradient; may be None.
-        axis: the ranks.
+    `padding` is the id whose vector gets no gradient.
     """
 
     shard_dims: ClassVar[dict[str, int]] = {"weight": 0}
@@ -405,27 +352,8 @@ def vocabulary_part(rows: int, axis: Axis, vocabulary: int | None = None) -> Voc
     return VocabularyPart(first, rows if vocabulary is None else min(max(vocabulary - first, 0), rows), reduce)
 
 
-def separate_segments(model: MegaPreTrainedModel) -> None:
-    """Give every segment of packed layers a layer of its own, whatever T is: checkpoints then bear the same names.
-
-    Args:
-        model: on the meta device, changed in place.
-    """
-
-    def build(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) is not MegaMovingAverageGatedAttention:
-            return None
-        return on_meta(SegmentedAttention, model.config)
-
-    replace_modules(model, build)
-
-
 def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
-    """Replace the modules of a model by this rank's part of them.
-
-    Args:
-        model: on the meta device, after `separate_segments` and `apply_sequence_parallelism`; changed in place.
-        axis: the ranks that share every layer.
+    """Replace the modules of a model on the meta device, with separate segments, by this rank's part of them.
 
     Raises:
         ValueError: T does not divide a width, or the model has modules that cannot be sharded.

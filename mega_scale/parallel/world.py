@@ -1,8 +1,8 @@
 """The processes of a run: their groups along the dimensions of the mesh, and collectives with and without gradients.
 
-Collectives with gradients start early and are awaited late. A tensor that is on its way is wrapped in `Pending`;
-whoever needs it waits. In the backward pass the same happens in reverse: the gradient's collective starts where the
-forward waited, and is awaited where the forward started, so that what lies between the two hides it in both passes.
+Collectives with gradients start early and are awaited late: whoever needs a tensor that is on its way (`Pending`) waits
+for it. Backward, the gradient's collective starts where the forward waited and is awaited where the forward started, so
+that what lies between the two hides it in both passes.
 
 Legend: T ranks of the group, D width of the whole, (...) any leading sizes.
 """
@@ -10,21 +10,21 @@ Legend: T ranks of the group, D width of the whole, (...) any leading sizes.
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cached_property
+from itertools import count
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mega_scale.ops.modes import once_differentiable
 from mega_scale.parallel.config import ParallelConfig
-from mega_scale.parallel.launcher import placement
-from mega_scale.parallel.mesh import Coordinates, MeshShape
+from mega_scale.parallel.mesh import Coordinates, MeshShape, placement
 from mega_scale.parallel.monitor import PeerMonitor
 
 _LET_GLOO_FINISH_S = 0.1
@@ -45,8 +45,7 @@ class Pending:
     """A tensor on its way into a buffer, and the work to wait for."""
 
     def __init__(self, buffer: Tensor, work: Any) -> None:
-        self.buffer = buffer
-        self._work = work
+        self.buffer, self._work = buffer, work
 
     def wait(self) -> Tensor:
         """The tensor, arrived."""
@@ -179,11 +178,10 @@ def sum_gradient(x: Tensor, axis: Axis) -> Tensor:
 
 
 def share_cores(local_size: int) -> None:
-    """Compute with no more threads than cores are left for each rank of this machine.
+    """Compute with no more threads than cores are left for each rank of this machine, unless OMP_NUM_THREADS is set.
 
     A process takes as many threads as there are cores, and deepspeed's launcher lets it: the ranks' threads then wait
-    for each other, and a step on CPUs takes several times as long. OMP_NUM_THREADS says otherwise where it is set;
-    torchrun and accelerate set it to 1.
+    for each other, and a step on CPUs takes several times as long. torchrun and accelerate set the variable to 1.
     """
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // local_size)))
@@ -203,9 +201,11 @@ class World:
     local_rank: int  # on this machine
     device: torch.device
     shape: MeshShape  # ranks along each dimension of the mesh
-    mesh: DeviceMesh  # groups along dp_replicate, fsdp (dp_shard and sp together) and tp: parameters are laid out on it
-    sp_group: dist.ProcessGroup
+    axes: dict[str, Axis]  # dp_replicate, fsdp (dp_shard and sp together), sp and tp, as this rank sees them
     monitor: PeerMonitor | None  # watches the other ranks; None where there are none
+    timeout_s: float  # longest wait of one rank for the others
+    store: dist.Store  # keys and values that all ranks share
+    _gathers: Iterator[int] = field(default_factory=count)  # numbers them
 
     @classmethod
     def start(cls, config: ParallelConfig) -> "World":
@@ -223,28 +223,28 @@ class World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         monitor = PeerMonitor.start(rank, size, config.timeout_s) if size > 1 else None
+        # Alone, a process needs no port that another could hold.
+        store = dist.HashStore() if monitor is None else monitor.store
         try:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=config.timeout_s),
-                # Alone, a process needs no port that another could hold.
-                store=monitor.store if monitor is not None else dist.HashStore(),
+                store=store,
                 device_id=device if device.type == "cuda" else None,
             )
-            mesh, sp_group = _groups(shape, device)
+            axes = join_axes(shape, rank, config.timeout_s)
         except Exception as error:
             if monitor is not None:
                 monitor.fail(error)
                 monitor.linger()
             raise
-        return cls(rank, size, local_rank, device, shape, mesh, sp_group, monitor)
+        return cls(rank, size, local_rank, device, shape, axes, monitor, config.timeout_s, store)
 
     def lay_out(self, shape: MeshShape) -> "World":
         """The same ranks on another mesh."""
-        mesh, sp_group = _groups(shape, self.device)
-        return replace(self, shape=shape, mesh=mesh, sp_group=sp_group)
+        return replace(self, shape=shape, axes=join_axes(shape, self.rank, self.timeout_s))
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group; may be called twice. The rank that keeps the ranks' store waits for all to leave.
@@ -275,19 +275,19 @@ class World:
         if self.monitor is not None and error is not None:
             self.monitor.linger()
 
-    @property
+    @cached_property
     def at(self) -> Coordinates:
         """The index of this rank along each dimension of the mesh."""
         return self.shape.coordinates(self.rank)
 
-    def axis(self, name: str) -> Axis:
-        """The ranks along one axis, as this rank sees them.
+    @cached_property
+    def dp(self) -> Axis:
+        """The ranks that read different rows, which have no group of their own."""
+        return Axis(None, self.shape.dp_rank(self.rank), self.shape.dp)
 
-        Args:
-            name: dp_replicate, fsdp (dp_shard and sp together), sp or tp.
-        """
-        group = self.sp_group if name == "sp" else self.mesh.get_group(name)
-        return Axis(group, dist.get_rank(group), dist.get_world_size(group))
+    def axis(self, name: str) -> Axis:
+        """The ranks along one axis: dp_replicate, fsdp (dp_shard and sp together), sp or tp; not collective."""
+        return self.axes[name]
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -322,12 +322,10 @@ class World:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on all ranks, as JSON gives it back (a tuple comes as a list): no code travels."""
-        payload = list(json.dumps(value).encode()) if self.rank == 0 else []
+        payload = torch.tensor(list(json.dumps(value).encode()) if self.rank == 0 else [], dtype=torch.uint8)
         length = torch.tensor(len(payload), device=self.device)
         dist.broadcast(length, src=0)
-        data = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        if self.rank == 0:
-            data.copy_(torch.tensor(payload, dtype=torch.uint8))
+        data = payload.to(self.device) if self.rank == 0 else payload.new_zeros(int(length), device=self.device)
         dist.broadcast(data, src=0)
         return json.loads(bytes(data.tolist()))
 
@@ -337,23 +335,40 @@ class World:
         return self.broadcast(found and next((other for other in found if other is not None), None))
 
     def gather(self, value: Any) -> list[Any] | None:
-        """On rank 0, the values of all ranks in their order, as JSON gives them back; None on the others."""
-        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = self.sum(torch.nn.functional.one_hot(torch.tensor(self.rank), self.size) * len(payload)).tolist()
-        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
-        padded[: len(payload)] = payload
-        found = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(padded, found, dst=0)
-        if found is None:
+        """On rank 0, the values of all ranks in their order, as JSON gives them back; None on the others.
+
+        By the store: NCCL would connect rank 0 to every other rank for it, and keep those connections.
+        """
+        number = next(self._gathers)
+        keys = [f"gather/{number}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], json.dumps(value))
+        if self.rank > 0:
             return None
-        return [json.loads(data[:length].cpu().numpy().tobytes()) for data, length in zip(found, lengths, strict=True)]
+        found = [json.loads(self.store.get(key)) for key in keys]
+        for key in keys:
+            self.store.delete_key(key)
+        return found
 
 
-def _groups(shape: MeshShape, device: torch.device) -> tuple[DeviceMesh, dist.ProcessGroup]:
-    sizes = {"dp_replicate": shape.dp_replicate, "fsdp": shape.fsdp, "tp": shape.tp}
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    sp_group, _ = dist.new_subgroups_by_enumeration(shape.lines("sp"))
-    return mesh, sp_group
+def join_axes(shape: MeshShape, rank: int, timeout_s: float) -> dict[str, Axis]:
+    """Make the groups of one rank, one call an axis however many ranks there are; collective.
+
+    An axis of one rank has no group, except fsdp: engines shard over one rank as over several.
+    """
+    ranks = torch.arange(shape.size, device="cpu").view(tuple(shape))
+    found: dict[str, Axis] = {}
+    for name, dims in {"dp_replicate": [0], "fsdp": [1, 2], "sp": [2], "tp": [3]}.items():
+        lines = ranks.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2)
+        own = next(line for line in lines.tolist() if rank in line)
+        group, timeout = None, timedelta(seconds=timeout_s)
+        if len(lines) == 1:
+            group = dist.group.WORLD
+        elif dist.get_backend() == "nccl" and (len(own) > 1 or name == "fsdp"):
+            group = dist.split_group(split_ranks=lines.tolist(), timeout=timeout, group_desc=name)
+        elif len(own) > 1 or name == "fsdp":
+            group = dist.new_group(own, timeout=timeout, use_local_synchronization=True, group_desc=name)
+        found[name] = Axis(group, own.index(rank), len(own))
+    return found
 
 
 def _device(choice: str, local_rank: int) -> torch.device:

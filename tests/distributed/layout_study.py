@@ -123,7 +123,7 @@ def train(engine: Engine, world: World, steps: range, vocabulary: int = 68) -> t
 def whole_weights(engine: Engine, world: World) -> dict[str, Tensor]:
     """The state dict's tensors, whole and on every rank, by their Hugging Face names; collective."""
     table, local = shardings(engine.module), engine_study.parts(engine.module)
-    for name, sharding in table.items():
+    for name, sharding in table.items() if world.shape.tp > 1 else ():
         shards = [torch.empty_like(local[name]) for _ in range(world.shape.tp)]
         torch.distributed.all_gather(shards, local[name].contiguous(), group=world.axis("tp").group)
         local[name] = sharding.join(shards)

@@ -6,7 +6,7 @@ import pytest
 
 from mega_scale.config import RunConfig
 from mega_scale.parallel import Placement, check_single, placement
-from mega_scale.parallel.launcher import expand_hosts, meeting_point
+from mega_scale.parallel.mesh import expand_hosts, meeting_point
 
 TORCHRUN = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "node0", "MASTER_PORT": 29500}
 SRUN = {

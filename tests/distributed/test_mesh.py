@@ -68,14 +68,3 @@ def test_numbers_for_remedies():
     assert nearest([7], 2) == "7"
     assert multiples(16, 30) == "16 or 32"
     assert multiples(16, 7) == multiples(16, 16) == "16"
-
-
-@pytest.mark.parametrize("axis", AXES)
-def test_lines_differ_along_one_axis_only(axis):
-    shape = MeshShape(2, 3, 2, 2)
-    lines = shape.lines(axis)
-    assert sorted(rank for line in lines for rank in line) == list(range(shape.size))
-    for line in lines:
-        along = [shape.coordinates(rank)._asdict() for rank in line]
-        assert [at.pop(axis) for at in along] == list(range(getattr(shape, axis)))
-        assert all(at == along[0] for at in along)

@@ -12,7 +12,7 @@ from continued_study import NATIVE, STEPS
 from ranks import run_ranks
 
 from mega_scale.parallel import ParallelConfig, World
-from mega_scale.parallel.deepspeed_config import KEYS
+from mega_scale.parallel.config import KEYS
 
 pytestmark = pytest.mark.distributed
 

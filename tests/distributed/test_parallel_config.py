@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mega_scale.parallel import EngineConfig, ParallelConfig
-from mega_scale.parallel.deepspeed_config import KEYS, OWNERS, native_config
+from mega_scale.parallel.config import KEYS, OWNERS
 
 RUN: dict[str, Any] = {
     "dtype": "fp32",
@@ -15,6 +15,10 @@ RUN: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "world_size": 4,
 }
+
+
+def native_config(user: dict[str, Any], *, zero_stage: int, world_size: int, **run: Any) -> dict[str, Any]:
+    return EngineConfig(ParallelConfig(zero_stage=zero_stage, ds_config=user), **run).native_deepspeed(world_size)
 
 
 def validate(parallel: ParallelConfig, local_size: int | None = None) -> None:

@@ -12,8 +12,7 @@ from mega_scale.model import MegaForCausalLM, MegaForMaskedLM
 from mega_scale.parallel import ParallelConfig, Place, World, seeded_values
 from mega_scale.parallel.activation_checkpoint import ActivationCheckpointing
 from mega_scale.parallel.model_parallel import apply_model_parallelism
-from mega_scale.parallel.sequence_parallel import START, RowSlice
-from mega_scale.parallel.shard import assemble, by_source, fill, shardings
+from mega_scale.parallel.shard import START, RowSlice, assemble, by_source, fill, shardings
 from mega_scale.parallel.world import ALONE, Axis
 
 pytestmark = pytest.mark.distributed

@@ -62,7 +62,6 @@ def test_shards_cover_a_tensor_once_and_join_to_it(rows, ranks, sizes):
     padded = [sharding.local(whole, rank, ranks) for rank in range(ranks)]
     assert all(tensor.shape == padded[0].shape for tensor in padded)
     assert torch.equal(sharding.join(padded), whole)
-    assert sharding.whole_shape(padded[0].shape, ranks) == whole.shape
 
 
 def test_a_shard_along_columns_of_some_rows():

@@ -3,13 +3,18 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import RankFailedError, run_ranks
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mega_scale.parallel import ParallelConfig, Placement, World, layout_changes, placement
+from mega_scale.parallel.mesh import MeshShape
+from mega_scale.parallel.world import join_axes
 
 # One rank of as many on this machine.
 THREADS = """
@@ -40,6 +45,58 @@ def collectives() -> dict[str, Any]:
         world.barrier()
     world.close()
     return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "calls"),
+    [
+        (MeshShape(1, 1024, 1, 1), 0),
+        (MeshShape(1, 64, 16, 1), 1),
+        (MeshShape(1, 128, 1, 8), 2),
+        (MeshShape(4, 16, 2, 8), 4),
+        (MeshShape(1024, 1, 1, 1), 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rank", [0, 700, 1023])
+def test_a_rank_makes_its_own_groups_only(shape, calls, rank, monkeypatch):
+    """One call an axis, and none where nobody shares it, at any number of ranks."""
+    made = []
+    new_group = dist.new_group
+    monkeypatch.setattr(dist, "new_group", lambda *args, **options: made.append(options) or new_group(*args, **options))
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=shape.size)
+    try:
+        axes = join_axes(shape, rank, 1234)
+        assert len(made) == calls and all(options["timeout"] == timedelta(seconds=1234) for options in made)
+        at = shape.coordinates(rank)._asdict()
+        for name, along in {
+            "dp_replicate": ["dp_replicate"],
+            "fsdp": ["dp_shard", "sp"],
+            "sp": ["sp"],
+            "tp": ["tp"],
+        }.items():
+            fixed = {axis: index for axis, index in at.items() if axis not in along}
+            ranks = [r for r in range(shape.size) if shape.coordinates(r)._asdict().items() >= fixed.items()]
+            assert (axes[name].rank, axes[name].size) == (ranks.index(rank), len(ranks))
+            if len(ranks) > 1:
+                assert dist.get_process_group_ranks(axes[name].group) == ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def timeouts() -> dict[str, float]:
+    with World.start(ParallelConfig(timeout_s=77, dp_replicate=2, tp=2)) as world:
+        groups = {name: axis.group for name, axis in world.axes.items() if axis.group is not None}
+        return {
+            name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+            for name, group in groups.items()
+        }
+
+
+@pytest.mark.distributed
+def test_the_timeout_holds_in_every_group(tmp_path):
+    for found in run_ranks(timeouts, 4, tmp_path, timeout_s=120):
+        assert found == dict.fromkeys(("dp_replicate", "fsdp", "tp"), 77)
 
 
 CORES = len(os.sched_getaffinity(0))

@@ -111,7 +111,7 @@ def arm():
     from mega_scale.checkpoint.saver import Saver  # noqa: PLC0415
     from mega_scale.data import Loader  # noqa: PLC0415
     from mega_scale.parallel.deepspeed import DeepSpeedEngine  # noqa: PLC0415
-    from mega_scale.parallel.fsdp import FsdpEngine  # noqa: PLC0415
+    from mega_scale.parallel.engine import FsdpEngine  # noqa: PLC0415
     from mega_scale.training.evaluate import EveryToken  # noqa: PLC0415
 
     def batches(original, self, step):

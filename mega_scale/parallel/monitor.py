@@ -35,6 +35,8 @@ PEER_LOST = 75
 WELL, ALARM, HANG, LEFT = "well", "alarm", "hang", "left"
 
 _LONGEST_BEAT_S = 1.0
+# A silent rank is given up, however long collectives may take: a process that lives beats whatever it computes.
+_PATIENCE_S = 30.0
 # In beats. A rank is given up at 30 of the timeout's 40, so that all ranks have ended when the timeout is over.
 _TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _VICTIM_WAITS, _NEWS_SPREAD, _LOOKS = 40, 30, 5, 12, 2, 3
 _ANSWERS_TAKE = 5
@@ -76,95 +78,70 @@ def connect(timeout_s: float) -> Rendezvous:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     hosted = place.rank == 0 and not agent
     deadline = time.monotonic() + timeout_s
-    _resolve(host, port, min(deadline, time.monotonic() + _NAMES_TAKE_S))
-    if not hosted:
-        _reach(host, port, deadline)
+    _reach(host, port, deadline, listens=not hosted)
     left = max(deadline - time.monotonic(), 1.0)
+    found: list[list[dist.Store] | dist.DistError] = []
 
-    def build() -> list[dist.Store]:
+    def build() -> None:
         timeout = timedelta(seconds=left / 2)  # the constructor tries twice
-        return [
-            dist.TCPStore(
-                host, port, is_master=hosted and first, timeout=timeout, wait_for_workers=False, multi_tenant=True
-            )
-            for first in (True, False)
-        ]
+        try:
+            stores = [
+                dist.TCPStore(
+                    host, port, is_master=hosted and first, timeout=timeout, wait_for_workers=False, multi_tenant=True
+                )
+                for first in (True, False)
+            ]
+        except dist.DistError as error:
+            found.append(error)
+        else:
+            found.append(list(stores))
 
-    try:
-        stores = _within(left if hosted or agent else min(left, _ANSWERS_TAKE_S), build)
-    except TimeoutError:
-        raise ConnectionError(
-            f"what listens at {address} is no key-value store of this run: {_OTHER_ADDRESS}"
-        ) from None
-    except dist.DistError as error:
+    # In another thread, as a program that accepts a connection and says nothing is waited for forever.
+    thread = threading.Thread(target=build, daemon=True)
+    thread.start()
+    thread.join(left if hosted or agent else min(left, _ANSWERS_TAKE_S))
+    if not found:
+        raise ConnectionError(f"what listens at {address} is no key-value store of this run: {_OTHER_ADDRESS}")
+    if isinstance(found[0], dist.DistError):
         problem = "this rank cannot keep the key-value store" if hosted else "the key-value store does not answer"
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConnectionError(f"{problem} at {address}: {reason}; {_OTHER_ADDRESS}") from None
-    for store in stores:
+        reason = (str(found[0]).splitlines() or [""])[0]
+        raise ConnectionError(f"{problem} at {address}: {reason}; {_OTHER_ADDRESS}")
+    for store in found[0]:
         store.set_timeout(timedelta(seconds=timeout_s))
     # torchrun's store outlives a restart of its workers.
     prefix = f"mega_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    main, watch = (dist.PrefixStore(prefix, store) for store in stores)
+    main, watch = (dist.PrefixStore(prefix, store) for store in found[0])
     if hosted:
         main.set("size", str(place.size))
     elif not agent:
-        _check_ours(main, place.rank, place.size, address)
+        # Where rank 0 of this run could not listen, that of another run may be there.
+        try:
+            main.wait(["size"], timedelta(seconds=_ANSWERS_TAKE_S))
+        except dist.DistError:
+            raise ConnectionError(f"the key-value store at {address} is another program's: {_OTHER_ADDRESS}") from None
+        if main.get("size").decode() != str(place.size) or main.add(f"came/{place.rank}", 1) > 1:
+            raise ConnectionError(f"another run meets at {address}: {_OTHER_ADDRESS}")
     return Rendezvous(main, watch, f"{host}:{port}", agent, hosted)
 
 
-def _within(longest_s: float, build: Callable[[], list[dist.Store]]) -> list[dist.Store]:
-    """Build stores in another thread, as a program that accepts a connection and says nothing is waited for forever.
+def _reach(host: str, port: int, deadline: float, listens: bool) -> None:
+    """Wait until the host's name is known, and until something listens there if it has to.
 
-    Raises:
-        TimeoutError: it takes longer.
+    TCPStore would wait too, but for up to twice its timeout, and with pages of traces.
     """
-    found: list[list[dist.Store] | dist.DistError] = []
-
-    def work() -> None:
-        try:
-            found.append(build())
-        except dist.DistError as error:
-            found.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(longest_s)
-    if not found:
-        raise TimeoutError
-    if isinstance(found[0], dist.DistError):
-        raise found[0]
-    return found[0]
-
-
-def _check_ours(store: dist.Store, rank: int, size: int, address: str) -> None:
-    """See that rank 0 of this run keeps the store: where it could not listen, that of another run may be there."""
-    try:
-        store.wait(["size"], timedelta(seconds=_ANSWERS_TAKE_S))
-    except dist.DistError:
-        raise ConnectionError(f"the key-value store at {address} is another program's: {_OTHER_ADDRESS}") from None
-    if store.get("size").decode() != str(size) or store.add(f"came/{rank}", 1) > 1:
-        raise ConnectionError(f"another run meets at {address}: {_OTHER_ADDRESS}")
-
-
-def _resolve(host: str, port: int, deadline: float) -> None:
-    """Wait until the name of the host is known."""
+    names_known, pause = min(deadline, time.monotonic() + _NAMES_TAKE_S), _FIRST_PAUSE_S
     while True:
         try:
             socket.getaddrinfo(host, port)
-            return
+            break
         except (OSError, UnicodeError) as error:
-            if time.monotonic() + _LONGEST_PAUSE_S > deadline:
+            if time.monotonic() + _LONGEST_PAUSE_S > names_known:
                 raise ConnectionError(
                     f"MASTER_ADDR={host!r} cannot be resolved on this host ({error}): give an address of rank 0's "
                     "host, or a name that every host resolves"
                 ) from None
         time.sleep(_LONGEST_PAUSE_S)
-
-
-def _reach(host: str, port: int, deadline: float) -> None:
-    """Wait until something listens. TCPStore would too, but for up to twice its timeout, and with pages of traces."""
-    pause = _FIRST_PAUSE_S
-    while True:
+    while listens:
         try:
             with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), _FIRST_PAUSE_S)):
                 return
@@ -192,13 +169,13 @@ class PeerMonitor:
     """One rank's watch over the others; see the file's head.
 
     Two threads: one talks to the store, and hangs if the store's host cannot be reached; the other one notices that.
-    When a rank is lost, all others have ended within `timeout_s`.
+    When a rank is lost, all others have ended within a minute, and within `timeout_s`.
     """
 
     def __init__(self, rendezvous: Rendezvous, rank: int, size: int, timeout_s: float) -> None:
         self._rendezvous, self._rank, self._size, self._timeout_s = rendezvous, rank, size, timeout_s
         self._beat_s = min(_LONGEST_BEAT_S, timeout_s / _TIMEOUT)
-        self._long = _PATIENCE * timeout_s / _TIMEOUT
+        self._long = min(_PATIENCE_S, _PATIENCE * timeout_s / _TIMEOUT)
         self._short = min(_PATIENCE_IN_ALARM * self._beat_s, self._long)
         self._name = f"rank {rank} ({socket.gethostname()})"
         self._keeper = "the launcher" if rendezvous.launchers else "rank 0"
@@ -216,7 +193,7 @@ class PeerMonitor:
         self._sample: tuple[float, list[str]] | None = None
 
         # What is known of hangs: how to answer, whether to declare one, when this rank answered, and whether it judges.
-        self._standing: Callable[[], Standing] | None = None
+        self._standing: Callable[[], Standing] = lambda: Standing(0, 0, "start-up", 0.0)
         self._before_end: Callable[[str], None] | None = None
         self._hang = self._judge = False
         self._answered: float | None = None
@@ -239,7 +216,10 @@ class PeerMonitor:
             _say(f"rank {rank} ({socket.gethostname()})", str(error))
             raise SystemExit(PEER_LOST) from None
         monitor = cls(rendezvous, rank, size, timeout_s)
-        monitor._meet(deadline)
+        if verdict := monitor._meet(deadline):
+            monitor._report = verdict
+            monitor._tell(_VICTIM_WAITS * monitor._beat_s)
+            monitor._end(verdict)
         return monitor
 
     @property
@@ -254,7 +234,7 @@ class PeerMonitor:
             standing: called once, in another thread, when some rank declares a hang: prints this rank's stacks, and
                 says where it stands.
             before_end: called with the verdict in another thread, before this process ends because of another rank; it
-                is not waited for longer than news take to spread. None where there is no more to do.
+                is not waited for longer than news take to spread.
         """
         self._standing, self._before_end = standing, before_end
 
@@ -299,7 +279,8 @@ class PeerMonitor:
         time.sleep(_NEWS_SPREAD * self._beat_s)
         self._stop()
 
-    def _meet(self, deadline: float) -> None:
+    def _meet(self, deadline: float) -> str | None:
+        """Wait for all ranks; says why, if they do not come."""
         store, address = self.store, self._rendezvous.address
         store.compare_set("news", "", WELL)
         store.set(f"host/{self._rank}", socket.gethostname())
@@ -311,12 +292,10 @@ class PeerMonitor:
         try:
             store.wait(["all arrived"], timedelta(seconds=max(deadline - time.monotonic(), self._beat_s)))
         except dist.DistNetworkError:
-            self._give_up(
-                f"the key-value store at {address} was lost while the ranks met; see the output of {self._keeper}"
-            )
+            return f"the key-value store at {address} was lost while the ranks met; see the output of {self._keeper}"
         except dist.DistError:
             missing = [rank for rank in range(self._size) if not store.check([f"host/{rank}"])]
-            self._give_up(
+            return (
                 f"of {self._size} ranks, {_ranks(missing)} did not come to {address} within {self._timeout_s:g} s; see "
                 "whether every host was started, with the same address and number of hosts, and what they printed"
             )
@@ -324,16 +303,12 @@ class PeerMonitor:
             self._keeper = f"rank 0 ({_texts(store, ['host/0'])[0]})"
         self._heard = time.monotonic()
         self._met = True
+        return None
 
     def _tell(self, longest_s: float) -> None:
         """Have the talking thread say at once what there is to say."""
         self._wake.set()
         self._told.wait(longest_s)
-
-    def _give_up(self, verdict: str) -> None:
-        self._report = verdict
-        self._tell(_VICTIM_WAITS * self._beat_s)
-        self._end(verdict)
 
     def _stop(self) -> None:
         # A thread that comes back from the store while the interpreter ends aborts the process.
@@ -374,23 +349,18 @@ class PeerMonitor:
             self._told.set()
         if news == ALARM:
             self._alarm = True
+        elif news == HANG and self._answered is None:
+            # Say where this rank stands; the first to do so waits for the others, and names those that are behind.
+            store.set(f"standing/{self._rank}", json.dumps(self._standing()))
+            self._judge = store.add("answers", 1) == 1
+            self._answered = time.monotonic()
         elif news == HANG:
-            self._answer()
+            if self._judge and time.monotonic() - (self._answered or 0.0) > _ANSWERS_TAKE * self._beat_s:
+                self._publish(self._judgement(), HANG)
         elif news != WELL and not self._failed:
             self._end(news)
         if beats:
             self._look(beats[0])
-
-    def _answer(self) -> None:
-        """Say where this rank stands; the first to do so waits for the others, and names those that are behind."""
-        store = self._rendezvous.watch
-        if self._answered is None:
-            standing = self._standing() if self._standing is not None else Standing(0, 0, "start-up", 0.0)
-            store.set(f"standing/{self._rank}", json.dumps(standing))
-            self._judge = store.add("answers", 1) == 1
-            self._answered = time.monotonic()
-        elif self._judge and time.monotonic() - self._answered > _ANSWERS_TAKE * self._beat_s:
-            self._publish(self._judgement(), HANG)
 
     def _judgement(self) -> str:
         store = self._rendezvous.watch
@@ -422,22 +392,24 @@ class PeerMonitor:
         patience = self._short if self._alarm else self._long
         if beat == LEFT:
             self._next, self._next_beat, self._heard, self._sample = (self._next + 1) % self._size, "", now, None
-        elif beat != self._next_beat:
+            return
+        if beat != self._next_beat:
             self._next_beat, self._heard, self._sample = beat, now, None
-        elif now - self._heard > patience / 2 and self._sample is None:
-            self._sample = now, self._beats()
-        elif self._sample is not None and now - self._heard > patience and now - self._sample[0] > patience / 2:
-            both = enumerate(zip(self._sample[1], self._beats(), strict=True))
+            return
+        sampling = self._sample is None and now - self._heard > patience / 2
+        judging = self._sample is not None and now - self._heard > patience and now - self._sample[0] > patience / 2
+        if not sampling and not judging:
+            return
+        beats = _texts(self._rendezvous.watch, [f"beat/{rank}" for rank in range(self._size)])
+        earlier, self._sample = self._sample, (now, beats) if sampling else None
+        if earlier is not None:
+            both = enumerate(zip(earlier[1], beats, strict=True))
             silent = [rank for rank, (old, new) in both if old == new != LEFT and rank != self._rank]
-            self._sample = None
             if self._next in silent:
                 self._publish(
                     f"{self._where(silent)} gave no sign of life for {now - self._heard:.0f} s: died, or cannot be "
                     f"reached; {_REMEDY}"
                 )
-
-    def _beats(self) -> list[str]:
-        return _texts(self._rendezvous.watch, [f"beat/{rank}" for rank in range(self._size)])
 
     def _where(self, ranks: list[int]) -> str:
         """Ranks by host."""
@@ -481,14 +453,8 @@ class PeerMonitor:
 def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s: float = _REFUSAL_S) -> bool:
     """Tell the ranks that have come to meet that this one is refused before it does; they end, and print why.
 
-    A refusal is mostly that of all ranks, and the first one prints it. So a rank other than the first looks for a while
-    whether that one has come, which it does only if it is not refused.
-
-    Args:
-        rank: of this process, 1 or more.
-        why: what is wrong and what to do.
-        hurry: whether to give up, as when the launcher has sent a signal.
-        longest_s: time to look for the first rank (seconds).
+    A refusal is mostly that of all ranks, and the first one prints it. So a rank other than the first looks for
+    `longest_s`, or until `hurry` says to give up, whether that one has come, which it does only if it is not refused.
 
     Returns:
         Whether the first rank had come, so that this one has to print the refusal.
@@ -512,8 +478,7 @@ def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s:
 def write_stderr(line: str) -> None:
     """Write a line to standard error past Python's buffer, whose lock the main thread may hold.
 
-    It is cut where it is too long to be whole among others' lines. One that cannot be written is lost: what the process
-    does next is more than the line.
+    It is cut where it is too long to be whole among others' lines, and lost where it cannot be written.
     """
     with contextlib.suppress(OSError):
         os.write(2, line.rstrip("\n").encode(errors="replace")[: _WHOLE_WRITE - 1] + b"\n")
@@ -540,6 +505,4 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _say(name: str, verdict: str) -> None:
-    # One write, past Python's buffer: lines of ranks do not mix, and the main thread may hold the buffer's lock.
-    line = f"error: {name} ends with exit code {PEER_LOST}: {' '.join(verdict.split())}\n"
-    write_stderr(line)
+    write_stderr(f"error: {name} ends with exit code {PEER_LOST}: {' '.join(verdict.split())}\n")

@@ -1,8 +1,6 @@
 """Before a run: does this layout compute the gradients of one process? A tiny model with the run's options answers it.
 
 A wrong reduction shows as a factor between gradients, on some ranks or parameters only, and in no loss.
-
-Legend: T ranks that share channels, P ranks that share a row.
 """
 
 from typing import NamedTuple
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig, ParallelConfig
 from mega_scale.parallel.model_parallel import apply_model_parallelism, parallelize
-from mega_scale.parallel.shard import Place, assemble, by_source, fill, seeded_values, shardings
+from mega_scale.parallel.shard import Place, assemble, by_source, fill, on_meta, seeded_values, shardings
 from mega_scale.parallel.world import ALONE, World
 
 _SEED = 11
@@ -62,45 +60,60 @@ def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World) ->
     tokens = torch.randint(2, tiny.vocab_size, (2 * world.shape.dp, length + 1), generator=generator)
     inputs, labels = tokens[:, :-1].to(world.device), tokens[:, 1:].to(world.device)
     expected_loss, expected = _alone(tiny, inputs, labels, world.device)
-    loss, compared = _in_layout(tiny, inputs, labels, parallel, world, expected)
 
-    worst, name = 0.0, ""
-    for key, (gradient, reference, largest) in compared.items():
+    engine = parallelize(
+        on_meta(MegaForCausalLM, tiny),
+        seeded_values(tiny, _SEED),
+        EngineConfig(parallel, micro_batch_size=2, max_grad_norm=0.0, seed=_SEED),
+        world,
+        # One step at rate 1 moves every weight by its gradient, whatever an engine calls it.
+        lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
+    )
+    engine.module.train()
+    before = {name: engine.local_tensor(name).clone() for name, _ in engine.module.named_parameters()}
+    first = 2 * world.dp.rank
+    rows = slice(first, first + 2)
+    share = engine.forward(inputs[rows], labels[rows], _ITEMS, Place(0, first))
+    engine.backward(share, last=True)
+    engine.step(1.0)
+    table = shardings(engine.module)
+    least = 1e-3 * max(float(tensor.abs().max()) for tensor in expected.values())
+    worst, worst_name = 0.0, ""
+    for name, old in before.items():
+        whole = expected[table[name].source]
+        reference = engine.local_shard(name, table[name].local(whole, world.at.tp, world.shape.tp))
+        gradient = old - engine.local_tensor(name)
         error = float((gradient - reference).abs().max()) if gradient.numel() else 0.0
         # The gradient of the keys' bias is zero under softmax but for rounding.
-        error /= max(largest, 1e-3 * max(float(tensor.abs().max()) for tensor in expected.values()))
+        error /= max(float(whole.abs().max()), least)
         if not error <= worst:  # a NaN is the worst
-            worst, name = error, key
+            worst, worst_name = error, name
+    loss = float(world.sum(share, alike=("tp",)))
+    engine.close()
+
     worst = max(worst, abs(loss - expected_loss) / abs(expected_loss))
     errors = world.sum(torch.nn.functional.one_hot(torch.tensor(world.rank), world.size).double() * worst)
     if not bool((errors <= _TOLERANCE).all()):
         raise RuntimeError(
             f"self-test: gradients of rank {int(errors.argmax())} of {world.shape} differ from those of one process by "
-            f"{float(errors.max()):.1e} (rank {world.rank}: {worst:.1e}, in {name or 'loss'}; loss {loss:.6f}, "
+            f"{float(errors.max()):.1e} (rank {world.rank}: {worst:.1e}, in {worst_name or 'loss'}; loss {loss:.6f}, "
             f"of one process {expected_loss:.6f}), so those of the run would be wrong: choose another layout, or set "
             "parallel.self_test=false only if you know better"
         )
     return SelfTest(len(expected), float(errors.max()))
 
 
-def _meta(config: MegaConfig) -> MegaForCausalLM:
-    with torch.device("meta"):
-        return MegaForCausalLM(config)
-
-
 def _alone(config: MegaConfig, inputs: Tensor, labels: Tensor, device: torch.device) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by name of the state dict, of the whole batch in this process."""
-    model = _meta(config)
+    model = on_meta(MegaForCausalLM, config)
     parallelism = apply_model_parallelism(
         model, sp=ALONE, tp=ALONE, checkpointing=ActivationCheckpointing(), seed=_SEED
     )
-    fill(
-        model,
-        seeded_values(config, _SEED),
-        lambda old, value: nn.Parameter(value.to(device, copy=True)),
-        device,
-        template=parallelism.template,
-    )
+
+    def place(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.to(device, copy=True))
+
+    fill(model, seeded_values(config, _SEED), place, device, template=parallelism.template)
     model.train()
     parallelism.row_slice.take(Place(), inputs, labels)
     with parallelism.row_slice:
@@ -114,37 +127,3 @@ def _alone(config: MegaConfig, inputs: Tensor, labels: Tensor, device: torch.dev
     }
     table = by_source(shardings(model))
     return float(output.loss.detach()), {name: assemble(parts, gradients.__getitem__) for name, parts in table.items()}
-
-
-def _in_layout(
-    config: MegaConfig,
-    inputs: Tensor,
-    labels: Tensor,
-    parallel: ParallelConfig,
-    world: World,
-    expected: dict[str, Tensor],
-) -> tuple[float, dict[str, tuple[Tensor, Tensor, float]]]:
-    """Loss in the layout; by parameter, this rank's gradient, its part of the expected one, and the largest of that."""
-    engine = parallelize(
-        _meta(config),
-        seeded_values(config, _SEED),
-        EngineConfig(parallel, micro_batch_size=2, max_grad_norm=0.0, seed=_SEED),
-        world,
-        # One step at rate 1 moves every weight by its gradient, whatever an engine calls it.
-        lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
-    )
-    engine.module.train()
-    before = {name: engine.local_tensor(name).clone() for name in dict(engine.module.named_parameters())}
-    first = 2 * world.shape.dp_rank(world.rank)
-    rows = slice(first, first + 2)
-    loss = engine.forward(inputs[rows], labels[rows], _ITEMS, Place(0, first))
-    engine.backward(loss, last=True)
-    engine.step(1.0)
-    table, compared = shardings(engine.module), {}
-    for name, old in before.items():
-        whole = expected[table[name].source]
-        part = engine.local_shard(name, table[name].local(whole, world.at.tp, world.shape.tp))
-        compared[name] = (old - engine.local_tensor(name), part, float(whole.abs().max()))
-    total = float(world.sum(loss, alike=("tp",)))
-    engine.close()
-    return total, compared

@@ -20,7 +20,7 @@ from mega_scale.model.layers import MegaMultiDimensionDampedEma
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 from mega_scale.ops.modes import once_differentiable
 from mega_scale.parallel.shard import RowSlice
-from mega_scale.parallel.world import Axis, Pending, start_gather
+from mega_scale.parallel.world import Axis, Pending, start_gather, with_backward
 
 
 class ReceivedStates:
@@ -63,37 +63,27 @@ class StateExchange:
     def __call__(
         self, end: Tensor, log_fade: Tensor, passes: Tensor | None, bidirectional: bool
     ) -> Callable[[], Tensor]:
-        """See `Carry`."""
+        """See `Carry`: starts to send this part's end state (B, R, N); returns what waits for the state before it."""
         box: list[Pending] = []
-        flags = None
-        if passes is not None:
-            # One collective more, of one byte a row, where documents begin inside of rows.
-            flags = self._received.gather(passes.to(torch.uint8), self._axis)
-        buffer = _Send.apply(end, self._axis, self._received, box, bidirectional)
+        # One collective more, of one byte a row, where documents begin inside of rows.
+        flags = None if passes is None else self._received.gather(passes.to(torch.uint8), self._axis)
+
+        def send(end: Tensor) -> Tensor:
+            box.append(self._received.gather(end, self._axis))
+            return box[0].buffer  # (P, B, R, N), before it is full
+
+        def gradient_of_end(gradient: Tensor) -> Tensor:
+            # What comes along the graph only stands in for the gradients of all ranks, which are on their way.
+            gathered, weights = box.pop().wait(), box.pop()
+            return torch.einsum("pbrn,pbrn->brn", gathered, weights.buffer)
+
+        buffer = with_backward(end, send, gradient_of_end)
 
         def arrive() -> Tensor:
             through = None if flags is None else flags.wait().bool()
             return _Receive.apply(buffer, log_fade, through, self._axis, box, bidirectional)
 
         return arrive
-
-
-class _Send(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, end: Tensor, axis: Axis, received: ReceivedStates, box: list[Pending], bidirectional: bool
-    ) -> Tensor:
-        """Starts to send (B, R, N); hands out the buffer (P, B, R, N) before it is full."""
-        ctx.axis, ctx.box, ctx.bidirectional = axis, box, bidirectional
-        box.append(received.gather(end, axis))
-        return box[0].buffer
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        # What comes along the graph only stands in for the gradients of all ranks, which are on their way.
-        gathered, weights = ctx.box.pop().wait(), ctx.box.pop()
-        return torch.einsum("pbrn,pbrn->brn", gathered, weights.buffer), None, None, None, None
 
 
 class _Receive(torch.autograd.Function):

@@ -40,23 +40,15 @@ START = Place()
 class RowSlice:
     """Which part of the global batch this rank computes: its whole chunks of rows that the ranks of `sp` share.
 
-    One object serves a whole model. Inside a `with` statement the model computes this rank's part of the micro-batch
-    last taken; outside, whole rows.
-
-    Args:
-        part: which part is this rank's, 0 to parts - 1.
-        parts: P.
-        chunk: C, tokens; may be 1 where P = 1.
-
-    Attributes:
-        place: of the micro-batch under way.
-        first_token: position of this rank's first token in its rows.
-        cut: whether the model is given this rank's part of its rows.
+    One object serves a whole model. Inside a `with` statement the model computes part `part` of P `parts`, in multiples
+    of `chunk` tokens, of the micro-batch last taken; outside, whole rows.
     """
 
     def __init__(self, part: int = 0, parts: int = 1, chunk: int = 1) -> None:
         self.part, self.parts = part, parts
-        self.place, self.first_token, self.cut = START, 0, False
+        self.place = START  # of the micro-batch under way
+        self.first_token = 0  # position of this rank's first token in its rows
+        self.cut = False  # whether the model is given this rank's part of its rows
         self._multiple = parts * chunk if parts > 1 else 1
         self._taken = (START, 0)
 
@@ -143,26 +135,16 @@ class Sharding(NamedTuple):
 
 
 class ShardedModule(nn.Module):
-    """A module whose parameters are shards: what `shardings` asks modules for.
+    """A module whose parameters are shards: what `shardings` asks modules for."""
 
-    Attributes:
-        shard_dims: dimension along which a parameter is sharded, by its name; one that is not named is whole.
-        length: of that dimension in the whole, where ranks need not divide it; None where they do.
-        rows: rows of this module's weight and bias that each child's are, where it replaces one packed layer.
-    """
-
-    shard_dims: ClassVar[dict[str, int]] = {}
-    length: int | None = None
+    shard_dims: ClassVar[dict[str, int]] = {}  # along which a parameter is sharded, by its name; others are whole
+    length: int | None = None  # of that dimension in the whole, where ranks need not divide it
+    # Rows of this module's weight and bias that each child's are, where it replaces one packed layer.
     rows: Mapping[str, tuple[int, int]] = {}
 
 
 class SegmentedLinear(ShardedModule):
-    """A packed linear layer with a layer for each segment, so that each can be sharded, or not, in its own way.
-
-    Args:
-        segments: layer of every segment, in order.
-        rows: where each segment lies in the packed weight.
-    """
+    """A packed linear layer with a layer for each segment, so that each can be sharded, or not, in its own way."""
 
     def __init__(self, segments: dict[str, nn.Module], rows: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
@@ -345,12 +327,7 @@ def on_meta(module: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
 
 
 def replace_modules(model: nn.Module, build: Callable[[str, nn.Module], nn.Module | None]) -> None:
-    """Put other modules in the place of some of a model's.
-
-    Args:
-        model: changed in place.
-        build: (name, module) -> what takes its place; None leaves it, and the modules inside are then asked for.
-    """
+    """Replace modules by what `build(name, module)` gives; None leaves one, and those inside are then asked for."""
     for name, parent in list(model.named_modules()):
         for local_name, module in list(parent.named_children()):
             if (new := build(_join(name, local_name), module)) is not None:

@@ -49,12 +49,11 @@ from mega_scale.parallel.world import Axis, Gather, gather_replicated, reduce_sc
 
 
 class TensorParallel(ShardedModule):
-    """A module whose parameters are this rank's shards; reading one gives what the module's arithmetic needs.
+    """A module whose parameters are this rank's shards; reading one gives what the module's arithmetic needs."""
 
-    Mixed into a module of the model, it leaves that module's forward as it is. A parameter that every rank holds needs
-    its gradient summed between its use and the engine's reduction. FSDP2 and ZeRO-3 gather parameters just before the
-    forward and have no hook there, and torch's parametrizations would rename them: hence on reading.
-    """
+    # A parameter that every rank holds needs its gradient summed between its use and the engine's reduction. FSDP2 and
+    # ZeRO-3 gather parameters just before the forward and have no hook there, and torch's parametrizations would rename
+    # them: hence on reading, which leaves the forward of the module that this is mixed into as it is.
 
     axis: Axis
 
@@ -159,13 +158,7 @@ class TensorParallelEma(TensorParallel, SequenceParallelEma):
 
 
 class TensorParallelAttention(TensorParallel, SegmentedAttention):
-    """Gated attention with this rank's values; queries and keys are everyone's.
-
-    Args:
-        config: of the model.
-        whole: the layer that every rank would have alone.
-        axis: the ranks.
-    """
+    """Gated attention with this rank's values; queries and keys are everyone's."""
 
     def __init__(self, config: MegaConfig, whole: SegmentedAttention, axis: Axis) -> None:
         super().__init__(config)
@@ -297,10 +290,7 @@ def channel_parallel_norm(norm: nn.Module, axis: Axis) -> nn.Module:
 
 
 class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
-    """Word embeddings of this rank's ids; ranks sum what they found, each keeping its channels.
-
-    `padding` is the id whose vector gets no gradient.
-    """
+    """Word embeddings of this rank's ids; ranks sum what they found, each keeping its channels."""
 
     shard_dims: ClassVar[dict[str, int]] = {"weight": 0}
 
@@ -328,7 +318,7 @@ class ChannelParallelEmbedding(TensorParallel, nn.Embedding):
 
 
 class VocabularyParallelHead(GatherLinear, LanguageModelHead):
-    """See `LanguageModelHead`; of an input whose channels are sharded, with this rank's words."""
+    """`LanguageModelHead` of an input whose channels are sharded, with this rank's words."""
 
     def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool) -> None:
         super().__init__(inputs, outputs, axis, bias)

@@ -10,12 +10,11 @@ Legend: T ranks of the group, D width of the whole, (...) any leading sizes.
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import count
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +47,6 @@ class Pending:
         self.buffer, self._work = buffer, work
 
     def wait(self) -> Tensor:
-        """The tensor, arrived."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -79,110 +77,89 @@ def _join(parts: Tensor) -> Tensor:
     return parts.movedim(0, -2).flatten(-2)
 
 
-class _StartGather(torch.autograd.Function):
-    """Hands out a buffer that is still being filled; its gradient arrives likewise."""
-
+class _WithBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, box: list[Pending]) -> Tensor:
-        ctx.box = box
-        box.append(start_gather(x, axis))
-        return box[0].buffer
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        # What comes along the graph is an empty stand-in of the buffer's shape.
-        return ctx.box.pop().wait(), None, None
-
-
-class _FinishGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, buffer: Tensor, axis: Axis, box: list[Pending]) -> Tensor:
-        ctx.axis, ctx.box = axis, box
-        box.pop().wait()
-        return _join(buffer)
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.turned = backward
+        return forward(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        parts = _cut(gradient, ctx.axis)
-        ctx.box.append(start_reduce_scatter(parts, ctx.axis))
-        return parts, None, None
+        return ctx.turned(gradient), None, None
+
+
+def with_backward(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+    """`forward(x)`, whose gradient is `backward` of its output's."""
+    return _WithBackward.apply(x, forward, backward)
 
 
 class Gather:
     """The columns of all ranks side by side: (..., D / T) to (..., D); gradients are summed and scattered."""
 
     def __init__(self, x: Tensor, axis: Axis) -> None:
-        self._axis = axis
-        self._box: list[Pending] = []
-        self._buffer = _StartGather.apply(x, axis, self._box)
+        box: list[Pending] = []
+
+        def start(x: Tensor) -> Tensor:
+            box.append(start_gather(x, axis))
+            return box[0].buffer  # still being filled
+
+        # What comes along the graph is an empty stand-in of the buffer's shape; the gradient is on its way.
+        self._buffer = with_backward(x, start, lambda gradient: box.pop().wait())
+        self._axis, self._box = axis, box
 
     def wait(self) -> Tensor:
         """(..., D); to be called once."""
-        return _FinishGather.apply(self._buffer, self._axis, self._box)
+        axis, box = self._axis, self._box  # a graph that refers to this object, which refers to it, is never freed
 
+        def finish(buffer: Tensor) -> Tensor:
+            box.pop().wait()
+            return _join(buffer)
 
-class _GatherReplicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _join(start_gather(x, axis).wait())
+        def start(gradient: Tensor) -> Tensor:
+            parts = _cut(gradient, axis)
+            box.append(start_reduce_scatter(parts, axis))
+            return parts
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.unflatten(-1, (ctx.axis.size, -1))[..., ctx.axis.rank, :].contiguous(), None
+        return with_backward(self._buffer, finish, start)
 
 
 def gather_replicated(x: Tensor, axis: Axis) -> Tensor:
     """The columns of all ranks side by side, of which every rank computes the same: gradients are not summed."""
-    return _GatherReplicated.apply(x, axis)
 
+    def own(gradient: Tensor) -> Tensor:
+        return gradient.unflatten(-1, (axis.size, -1))[..., axis.rank, :].contiguous()
 
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return start_reduce_scatter(_cut(x, axis), axis).wait()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _join(start_gather(gradient, ctx.axis).wait()), None
+    return with_backward(x, lambda x: _join(start_gather(x, axis).wait()), own)
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """Sum over ranks, each keeping its columns: (..., D) to (..., D / T); gradients are gathered."""
-    return _ReduceScatter.apply(x, axis)
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous()
-        total = total.clone() if total is gradient else total  # others may hold it too
-        dist.all_reduce(total, group=ctx.axis.group)
-        return total, None
+    return with_backward(
+        x,
+        lambda x: start_reduce_scatter(_cut(x, axis), axis).wait(),
+        lambda gradient: _join(start_gather(gradient, axis).wait()),
+    )
 
 
 def sum_gradient(x: Tensor, axis: Axis) -> Tensor:
     """x as it is, every rank holding the same; its gradient, of which every rank has a part, is summed."""
-    return _SumGradient.apply(x, axis)
+
+    def summed(gradient: Tensor) -> Tensor:
+        total = gradient.contiguous()
+        total = total.clone() if total is gradient else total  # others may hold it too
+        dist.all_reduce(total, group=axis.group)
+        return total
+
+    return with_backward(x, lambda x: x.view_as(x), summed)
 
 
 def share_cores(local_size: int) -> None:
-    """Compute with no more threads than cores are left for each rank of this machine, unless OMP_NUM_THREADS is set.
-
-    A process takes as many threads as there are cores, and deepspeed's launcher lets it: the ranks' threads then wait
-    for each other, and a step on CPUs takes several times as long. torchrun and accelerate set the variable to 1.
-    """
+    """Compute with no more threads than cores are left for each rank of this machine, unless OMP_NUM_THREADS is set."""
+    # Deepspeed's launcher lets a process take as many threads as there are cores: the ranks' threads then wait for each
+    # other, and a step on CPUs takes several times as long. torchrun and accelerate set the variable to 1.
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // local_size)))
 
@@ -247,31 +224,25 @@ class World:
         return replace(self, shape=shape, axes=join_axes(shape, self.rank, self.timeout_s))
 
     def close(self, failed: bool = False) -> None:
-        """Leave the process group; may be called twice. The rank that keeps the ranks' store waits for all to leave.
-
-        Args:
-            failed: whether this rank leaves because of an error. NCCL would wait for collectives that never end, so
-                then the end of the process has to close its connections.
-        """
+        """Leave the process group; may be called twice. The rank that keeps the ranks' store waits for all to leave."""
         if self.monitor is not None and not failed:
             self.monitor.leave()
+        # After an error NCCL would wait for collectives that never end: the end of the process closes its connections.
         if not dist.is_initialized() or (failed and dist.get_backend() == "nccl"):
             return
         if dist.get_backend() == "gloo":
-            # gloo's threads take the interpreter's lock to drop the tensors of their last collective. One that asks for
-            # it when the interpreter is already ending aborts the process, so they are given the lock here.
+            # gloo's threads take the interpreter's lock to drop the tensors of their last collective, and abort the
+            # process if they ask for it when the interpreter is already ending.
             time.sleep(_LET_GLOO_FINISH_S)
         dist.destroy_process_group()
 
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.monitor is not None and error is not None:
             self.monitor.fail(error)
-        self.close(failed=kind is not None)
+        self.close(failed=error is not None)
         if self.monitor is not None and error is not None:
             self.monitor.linger()
 
@@ -294,14 +265,11 @@ class World:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum(self, value: Tensor, alike: Sequence[str] = ()) -> Tensor:
-        """Sum of a tensor over all ranks.
+        """Sum of a tensor over all ranks, on this rank's device.
 
         Args:
             value: any shape and dtype, the same on all ranks; left as it is.
             alike: axes along which ranks hold the same value, which is to count once.
-
-        Returns:
-            The sum, on this rank's device, in the same shape and dtype.
         """
         total = value.detach().to(self.device, copy=True)
         if any(getattr(self.at, name) for name in alike):

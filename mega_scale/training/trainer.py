@@ -399,7 +399,7 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """Do the next optimizer step, unless it is bad; collective. Raises StopRun before it computes."""
-        world, shape, progress = self.world, self.world.shape, self.progress
+        world, progress = self.world, self.progress
         step = progress.step + 1
         lr = learning_rate(step - 1, self.config.schedule, self.config.optimizer.lr, self.config.train.steps)
         self.watchdog.beat("waiting for data", step)
@@ -417,7 +417,7 @@ class Trainer:
             given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
             inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
             # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
-            place = Place(step - 1, (i * shape.dp + shape.dp_rank(world.rank)) * len(inputs))
+            place = Place(step - 1, (i * world.dp.size + world.dp.rank) * len(inputs))
             share = self.engine.forward(inputs, labels, seen, place, starts)
             self.engine.backward(share, last=i == len(batches) - 1)
             shares.append(share.detach())

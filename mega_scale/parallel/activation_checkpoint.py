@@ -45,12 +45,6 @@ def checkpoint_activations(
 
     Blocks are transformers' GradientCheckpointingLayer, which checkpoints its `forward` when training, with the
     function set here. Dropout depends on positions, so no random numbers have to be replayed.
-
-    Args:
-        model: a `MegaForCausalLM`, changed in place.
-        how: which blocks, and what is saved.
-        received: states that blocks receive from other ranks of `sp`.
-        row_slice: which part of the global batch the model computes, on which dropout depends.
     """
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -95,8 +89,7 @@ class _SaveMatmuls(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Matmuls are outside of what is compiled."""
-        return True
+        return True  # matmuls are outside of what is compiled
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -138,7 +131,7 @@ class SegmentedBlock(MegaBlock):
         self._segment_length, self._row_slice, self._recompute = segment, row_slice, recompute
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BlockOutput:
-        """See `MegaBlock.forward`; anything but training on plain rows is computed whole."""
+        """Anything but training on plain rows is computed whole."""
         given = _SIGNATURE.bind(self, x, *args, **kwargs).arguments
         borders: DocumentBorders | None = given.get("borders")
         more = any(given[name] not in (None, False) for name in given.keys() - {"self", "x", "borders"})

@@ -92,13 +92,11 @@ class DeepSpeedEngine(Engine):
         return parameter
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients, see `Engine.backward`."""
         self._engine.set_gradient_accumulation_boundary(last)
         with self.row_slice:
             self._engine.backward(loss * self._fsdp.size, scale_wrt_gas=False)
 
     def step(self, lr: float, skip: bool = False) -> float:
-        """Clip, step, forget gradients, see `Engine.step`."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self._copies.size > 1:
@@ -128,8 +126,7 @@ class DeepSpeedEngine(Engine):
         ZeRO's optimizers have no call that drops accumulated gradients: `zero_grad` leaves partitions and buckets as
         they are. They do drop them when the norm is infinite, so for one step the function that computes it says so.
 
-        Yields:
-            Will have the true norm, which ZeRO then does not keep.
+        Yields a list that will have the true norm, which ZeRO then does not keep.
         """
         from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415  see _start_deepspeed
 
@@ -189,7 +186,6 @@ class DeepSpeedEngine(Engine):
         return _Stepped(parameter, slice(None), 0)
 
     def loaded(self, step: int) -> None:
-        """Have DeepSpeed's other copies of the weights follow, see `Engine.loaded`."""
         self._engine.global_steps = step
         optimizer = self._optimizer
         if self._stage in (1, 2):
@@ -204,7 +200,6 @@ class DeepSpeedEngine(Engine):
             optimizer.checkpoint_event_epilogue()
 
     def local_tensor(self, name: str) -> Tensor:
-        """This rank's partition without its padding, see `Engine.local_tensor`."""
         parameter = self._parameters[name]
         if self._stage < 3:
             found: Tensor = parameter.detach().flatten()
@@ -213,7 +208,6 @@ class DeepSpeedEngine(Engine):
         return partition[: max(parameter.ds_numel - self._fsdp.rank * partition.numel(), 0)]
 
     def local_shard(self, name: str, value: Tensor) -> Tensor:
-        """This rank's partition of a value, see `Engine.local_shard`."""
         if self._stage < 3:
             return value.flatten()
         parameter = self._parameters[name]
@@ -221,7 +215,6 @@ class DeepSpeedEngine(Engine):
         return value.flatten()[rank * numbers : (rank + 1) * numbers]
 
     def close(self) -> None:
-        """Undo what DeepSpeed changed in this process, see `Engine.close`."""
         self._engine.destroy()
         # zero.Init replaces it for the whole process, and nothing of DeepSpeed puts it back.
         nn.functional.linear = _linear

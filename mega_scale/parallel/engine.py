@@ -54,24 +54,15 @@ class Range(NamedTuple):
 class Engine(ABC):
     """A sharded model with its optimizer; every method is collective unless it says otherwise.
 
-    Args:
-        model: `MegaForCausalLM` on the meta device, with model parallelism applied; becomes `module`.
-        parallelism: how it was applied.
-        config: number format, clipping and so on.
-        world: ranks and device.
-
     Attributes:
         module: the model; call it on all ranks alike for evaluation and generation, under `no_grad`.
         row_slice: inside a `with` statement of it, the model computes this rank's part of the rows last taken.
     """
 
-    module: MegaPreTrainedModel
-
     def __init__(
         self, model: MegaPreTrainedModel, parallelism: ModelParallelism, config: EngineConfig, world: World
     ) -> None:
-        self.module = model
-        self.row_slice = parallelism.row_slice
+        self.module, self.row_slice = model, parallelism.row_slice
         self._parallelism, self._world = parallelism, world
         self._max_grad_norm = config.max_grad_norm
         self._call: Callable[..., Any] = model
@@ -233,9 +224,8 @@ class FsdpEngine(Engine):
 
     Stage 3 gathers a block for its forward and again for its backward; stage 2 keeps it from forward to backward;
     stage 1 keeps weights and gradients whole until the last micro-batch, and reduces gradients once a step. Gradients
-    are summed over ranks in fp32, as the loss is already divided by the tokens of the global batch. Parameters are
-    sharded over dp_shard and sp together, within what tp leaves of them, and copied along dp_replicate. Parameters, EMA
-    and optimizer are fp32 whatever the number format of forward and backward.
+    are summed over ranks in fp32, as the loss is already divided by the tokens of the global batch. Parameters, EMA and
+    optimizer are fp32 whatever the number format of forward and backward.
     """
 
     def __init__(
@@ -290,7 +280,6 @@ class FsdpEngine(Engine):
             unit.set_force_sum_reduction_for_comms(True)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients, see `Engine.backward`."""
         if self._stage == 1:
             root: Any = self.module
             root.set_requires_gradient_sync(last)
@@ -300,7 +289,6 @@ class FsdpEngine(Engine):
 
     @torch.no_grad()
     def step(self, lr: float, skip: bool = False) -> float:
-        """Clip, step, forget gradients, see `Engine.step`."""
         self._drop_gathered()
         norm = self._norm([flat(p.grad) for p in self._counted if p.grad is not None], alike=("dp_replicate",))
         if not skip and norm.isfinite():
@@ -326,18 +314,16 @@ class FsdpEngine(Engine):
         return Range(first * math.prod(rest), tensors, copied=False)
 
     def loaded(self, step: int) -> None:
-        """Nothing else depends on the state, see `Engine.loaded`."""
+        """Nothing else depends on the state."""
 
     def local_tensor(self, name: str) -> Tensor:
-        """This rank's rows, see `Engine.local_tensor`."""
         return flat(self._parameters[name])
 
     def local_shard(self, name: str, value: Tensor) -> Tensor:
-        """This rank's rows of a value, see `Engine.local_shard`."""
         return self._rows(value).flatten()
 
     def close(self) -> None:
-        """Nothing outside the module to free, see `Engine.close`."""
+        """Nothing outside the module is to be freed."""
 
     def _rows(self, value: Tensor) -> Tensor:
         """The rows of a value that FSDP keeps on this rank; the last ranks have none where there are fewer chunks."""

@@ -15,8 +15,6 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PORT_OPTIONS = (
     "deepspeed --master_port, torchrun --master-port, accelerate launch --main_process_port, else MASTER_PORT"
 )
-# Outermost to innermost: tp ranks are neighbours, so they share a host.
-AXES = ("dp_replicate", "dp_shard", "sp", "tp")
 
 _START = "start the script with deepspeed, torchrun, accelerate launch, srun, mpirun or plain python"
 # Variables for the rank, the number of ranks, and the same two on one machine. What mpirun starts may itself run in a
@@ -223,7 +221,7 @@ class Coordinates(NamedTuple):
 
 
 class MeshShape(NamedTuple):
-    """The number of ranks along each dimension; ranks are numbered row-major over AXES, tp fastest."""
+    """The number of ranks along each dimension; ranks are numbered row-major, tp fastest so that they share a host."""
 
     dp_replicate: int  # copies of the sharded model
     dp_shard: int  # ranks of a copy that read different rows
@@ -253,7 +251,6 @@ class MeshShape(NamedTuple):
 
     @property
     def size(self) -> int:
-        """All ranks."""
         return prod(self)
 
     @property

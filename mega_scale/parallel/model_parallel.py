@@ -40,12 +40,6 @@ def parallelize(
     Args:
         model: `MegaForCausalLM` on the meta device, changed in place.
         values: full values of its parameters and persistent buffers, such as `seeded_values(model.config, seed)`.
-        config: engine, number format, batches.
-        world: ranks and device.
-        build_optimizer: makes AdamW over the sharded model.
-
-    Returns:
-        The engine that trains the model.
 
     Raises:
         ParallelizeError: the settings contradict each other, or model or values do not fit the mesh or the engine.
@@ -77,16 +71,7 @@ def apply_model_parallelism(
 ) -> ModelParallelism:
     """Share rows over `sp` and channels over `tp`, make dropout independent of both, and checkpoint activations.
 
-    Args:
-        model: on the meta device, changed in place.
-        sp: the ranks that share a row.
-        tp: the ranks that share every layer.
-        checkpointing: which blocks are recomputed, and how.
-        seed: of dropout.
-        compile: whether elementwise arithmetic between matrix products is compiled.
-
-    Raises:
-        ValueError: the model does not fit the mesh.
+    Changes a model on the meta device in place; raises ValueError where it does not fit the mesh.
     """
     config = model.config
     template: MegaPreTrainedModel = on_meta(type(model), config)
@@ -126,12 +111,7 @@ def apply_model_parallelism(
 
 
 def _drop(key: str, row_slice: RowSlice, tp: Axis, x: Tensor, p: float, featurewise: bool, sharded: bool) -> Tensor:
-    """Drop elements of x (B, L, D) by their positions; featurewise: one draw for a feature of a row.
-
-    Args:
-        key: of the module that drops in this run, with a gap for the step.
-        sharded: whether D are this rank's columns of more.
-    """
+    """Drop elements of x (B, L, D) by position; featurewise: one draw a feature of a row; sharded: D is a part."""
     place = row_slice.place
     digest = hashlib.blake2b(key.format(step=place.step).encode(), digest_size=4).digest()
 

@@ -268,7 +268,6 @@ def fill(
         place: puts this rank's value where the engine wants it.
         device: of the buffers.
         template: the same model before it was made parallel, on the meta device; None: it was not.
-        tp: the ranks that share every layer.
 
     Raises:
         ValueError: a value has another shape than the model's tensor.

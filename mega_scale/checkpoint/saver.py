@@ -340,6 +340,9 @@ class Staging:
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
         if len(self._buffer) < end:
             self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self._stream is not None)
+        if self._stream is not None:
+            # A thread begins on the first GPU, where leaving the stream would make a context of this process.
+            torch.cuda.set_device(self._stream.device)
         copies = {}
         with torch.cuda.stream(self._stream):
             for name, tensor in tensors.items():

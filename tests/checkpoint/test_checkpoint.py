@@ -1,9 +1,11 @@
 """Checkpoint folders: complete and proven or not there, found by run, pruned after a new one is proven."""
 
+import contextlib
 import errno
 import json
 import os
 import time
+import types
 
 import pytest
 import torch
@@ -374,6 +376,24 @@ def test_a_folder_that_is_only_linked_is_refused(tmp_path):
     (folder / "state").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="state is a link"):
         verify(folder)
+
+
+def test_the_thread_that_copies_takes_its_rank_s_gpu_first(monkeypatch):
+    """A thread begins on the first GPU, in which leaving the stream would make a context of every rank of a host."""
+    calls = []
+
+    @contextlib.contextmanager
+    def stream(which):
+        calls.append("stream")
+        yield
+
+    staging = saver.Staging(torch.device("cpu"))
+    staging.copy({"a": torch.zeros(64)})  # the buffer, which would be locked in memory
+    staging._stream = types.SimpleNamespace(device=torch.device("cuda", 3), synchronize=lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    assert torch.equal(staging.copy({"a": torch.ones(64)})["a"], torch.ones(64))
+    assert calls == [torch.device("cuda", 3), "stream", "wait"]
 
 
 def test_what_the_next_step_changes_is_not_in_an_asynchronous_checkpoint(tmp_path, monkeypatch):

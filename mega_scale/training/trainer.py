@@ -242,7 +242,7 @@ class Trainer:
             hurry = True  # a fresh run saves before it ends
         if config.parallel.self_test and not hurry:
             self.watchdog.beat("testing the layout")
-            found = run_self_test(self.model_config, config.parallel, world)
+            found = run_self_test(self.model_config, config.parallel, world, config.train.dtype)
             self.log(
                 f"self-test: loss and {found.parameters} gradients of a tiny model in this layout equal those of one "
                 f"process, largest relative difference {found.error:.1e}"

@@ -16,12 +16,12 @@ from mega_scale.parallel.self_test import run_self_test, tiny_model
 pytestmark = pytest.mark.distributed
 
 
-def attempt(world: World, engine: str, stage: int, **native: Any) -> SelfTest | str:
+def attempt(world: World, engine: str, stage: int, dtype: str = "fp32", **native: Any) -> SelfTest | str:
     config = tiny_run.tiny_config(**DROPOUT)
     ds_config = {"zero_optimization": native} if native else {}
     parallel = ParallelConfig(engine=engine, zero_stage=stage, ds_config=ds_config, **world.shape._asdict())
     try:
-        return run_self_test(config, parallel, world)
+        return run_self_test(config, parallel, world, dtype)
     except RuntimeError as error:
         return str(error)
 
@@ -35,16 +35,28 @@ def broken(module: Any, name: str, wrong: Callable[..., Any], act: Callable[[], 
         setattr(module, name, right)
 
 
-def study() -> dict[Any, SelfTest | str]:
-    found: dict[Any, SelfTest | str] = {}
+def study() -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
     with World.start(ParallelConfig(timeout_s=120)) as ranks:
         for layout in ("dp2", "sp2", "tp2"):
             world = ranks.lay_out(LAYOUTS[layout])
+            for engine in ("fsdp", "deepspeed"):
+                found[layout, engine, "bf16"] = attempt(world, engine, 3, "bf16")
             for engine, stage in [("fsdp", 3), ("fsdp", 2), ("fsdp", 1), *(("deepspeed", stage) for stage in range(4))]:
                 found[layout, engine, stage] = attempt(world, engine, stage)
             # To DeepSpeed, ranks of sp are data-parallel ones: it divides by their number in whatever way it reduces.
             found[layout, "all-reduce", 2] = attempt(world, "deepspeed", 2, reduce_scatter=False)
         sp, tp = ranks.lay_out(LAYOUTS["sp2"]), ranks.lay_out(LAYOUTS["tp2"])
+
+        # Tokens that the moving average of a rank is given.
+        found["tokens"] = {}
+        average = sequence_parallel.damped_ema
+
+        def counted(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+            found["tokens"][len(found["tokens"])] = x.shape[1]
+            return average(x, *args, **options)
+
+        broken(sequence_parallel, "damped_ema", counted, lambda: attempt(sp, "fsdp", 3))
 
         # Ranks that forget to sum the gradient of what all of them hold.
         found["not summed"] = broken(tensor_parallel, "sum_gradient", lambda x, axis: x, lambda: attempt(tp, "fsdp", 3))
@@ -73,10 +85,15 @@ def ranks(tmp_path_factory):
 def test_right_layouts_pass(ranks):
     for rank in ranks:
         passed = {key: value for key, value in rank.items() if isinstance(key, tuple)}
-        assert len(passed) == 24
+        assert len(passed) == 30
         for key, found in passed.items():
             assert isinstance(found, SelfTest), (key, found)
             assert found.parameters > 40 and found.error < 1e-4, (key, found)
+
+
+def test_kernels_of_a_gpu_have_as_many_tokens_as_they_take(ranks):
+    for rank in ranks:
+        assert min(rank["tokens"].values()) >= 64, rank["tokens"]
 
 
 @pytest.mark.parametrize("fault", ["not summed", "no gradient", "one rank"])

@@ -280,8 +280,9 @@ class FsdpEngine(Engine):
             unit.set_force_sum_reduction_for_comms(True)
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        root: Any = self.module
+        root.set_requires_all_reduce(last)  # between copies, once a step
         if self._stage == 1:
-            root: Any = self.module
             root.set_requires_gradient_sync(last)
             root.set_reshard_after_backward(last)
         with self.row_slice:

@@ -34,8 +34,24 @@ def train_once(world: World, engine: str, variant: str, tokens: int) -> tuple[li
     return forward.over(group), backward.over(group)
 
 
-def study() -> dict[Any, tuple[list[Sent], list[Sent]]]:
-    found = {}
+def accumulate(world: World, engine: str) -> tuple[list[int], float]:
+    """How many sums of gradients go between copies in each of three micro-batches, and the norm of the gradient."""
+    made = layout_study.make_engine(world, engine)
+    made.module.train()
+    calls = []
+    for i in range(3):
+        inputs = (torch.arange(2 * 61).view(ROWS, 61) + 7 * i + 100 * world.dp.rank) % 60
+        with Recorder() as recorder:
+            made.backward(made.forward(inputs, inputs + 1, 12 * 61, Place()), last=i == 2)
+        sent = recorder.over(world.axis("dp_replicate").group) if world.shape.dp_replicate > 1 else []
+        calls.append(len([call for call in sent if call.operation == "allreduce_"]))
+    norm = made.step(1e-3)
+    made.close()
+    return calls, norm
+
+
+def study() -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
     # With two copies, no group of an axis is the group of all ranks.
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
         sequence, tensor = ranks.lay_out(MeshShape(2, 1, 2, 1)), ranks.lay_out(LAYOUTS["dp2-tp2"])
@@ -43,6 +59,9 @@ def study() -> dict[Any, tuple[list[Sent], list[Sent]]]:
             for variant in ("plain", "recomputed"):
                 found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
                 found["tp", engine, variant, 61] = train_once(tensor, engine, variant, 61)
+        copies = ranks.lay_out(MeshShape(2, 1, 2, 1)), ranks.lay_out(MeshShape(1, 2, 2, 1))
+        for engine in ("fsdp-3", "fsdp-2", "fsdp-1"):
+            found["copies", engine] = [accumulate(world, engine) for world in copies]
         for tokens in LENGTHS:
             found["sp", "fsdp-3", "plain", tokens] = train_once(sequence, "fsdp-3", "plain", 2 * tokens)
     return found
@@ -69,6 +88,14 @@ def test_sequence_parallel_sends_the_same_at_any_length(ranks):
     short, long = (ranks[0]["sp", "fsdp-3", "plain", tokens] for tokens in LENGTHS)
     assert [[call.bytes for call in calls] for calls in short] == [[call.bytes for call in calls] for calls in long]
     assert sum(call.bytes for call in long[0]) == LAYERS * 4 * ROWS * 3 * 24  # N = 3, D = 24
+
+
+@pytest.mark.parametrize("engine", ["fsdp-3", "fsdp-2", "fsdp-1"])
+def test_copies_sum_their_gradients_once_a_step(ranks, engine):
+    for rank in ranks:
+        (calls, norm), (_, expected) = rank["copies", engine]
+        assert calls[:2] == [0, 0] and calls[2] > 0
+        assert norm == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["fsdp-3", "zero-3"])

@@ -199,6 +199,8 @@ class World:
         shape = config.mesh(size)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            # NCCL's watchdog would abort a victim of another rank before the monitor has named that one.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         monitor = PeerMonitor.start(rank, size, config.timeout_s) if size > 1 else None
         # Alone, a process needs no port that another could hold.
         store = dist.HashStore() if monitor is None else monitor.store

@@ -101,6 +101,23 @@ def test_a_rank_killed_while_nobody_waits_for_it_is_named_within_the_timeout(tmp
         assert ends[rank].seconds < TIMEOUT_S + 4  # and its start
 
 
+def wait_for_ever(world):
+    world.barrier()
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1800)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_under_a_backend_that_never_raises_is_named_within_a_minute(tmp_path):
+    """As NCCL's: the main thread waits for a device, and the timeout of collectives is half an hour."""
+    ends = run(tmp_path, wait_for_ever, timeout_s=1800, deadline=90)
+    for rank in (0, 2):
+        assert ends[rank].code == PEER_LOST
+        assert f"rank 1 ({HOST}) gave no sign of life" in ends[rank].line
+        assert ends[rank].seconds < 60
+
+
 def the_first_dies_in_a_collective(world):
     world.barrier()
     if world.rank == 0:

@@ -92,11 +92,7 @@ class ParallelConfig:
         return {"engine": self.engine, "zero_stage": self.zero_stage, "world_size": world_size, **dimensions}
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
-        """Refuse what cannot run on so many ranks, `local_size` of them on this host (None: all).
-
-        Raises:
-            ValueError: a field has a value that cannot run; names the field, the value and the remedy.
-        """
+        """Refuse (ValueError) what cannot run on so many ranks, `local_size` of them on this host (None: all)."""
         name = "parallel.activation_checkpoint_policy"
         for key, value, choices in (
             ("parallel.engine", self.engine, ENGINES),
@@ -166,9 +162,7 @@ class EngineConfig:
     def native_deepspeed(self, ranks: int) -> dict[str, Any]:
         """DeepSpeed's own configuration, for `ranks` over which parameters are partitioned.
 
-        Raises:
-            ValueError: a key of `parallel.ds_config` contradicts a setting of ours, is none of `KEYS`, or has a value
-                of another type; names the key, its value and a remedy.
+        Refuses keys of `parallel.ds_config` that contradict a setting of ours, or are none of `KEYS`.
         """
         stage = self.parallel.zero_stage
         ours: dict[str, Any] = {
@@ -407,11 +401,7 @@ def _typed(name: str, path: str, value: Any) -> Any:
 
 
 def check_accelerate(config: EngineConfig, world_size: int) -> None:
-    """Refuse a run that does something else than accelerate launch, or its configuration file, was told.
-
-    Raises:
-        ValueError: names the variable, the option, our key and its value.
-    """
+    """Refuse a run that does something else than accelerate launch, or its configuration file, was told."""
     parallel, mesh, stage = config.parallel, config.parallel.mesh(world_size), config.parallel.zero_stage
     accumulation, clip, every = config.accumulation, config.max_grad_norm, config.parallel.activation_checkpoint
     cpu = parallel.device == "cpu" or not torch.cuda.is_available()

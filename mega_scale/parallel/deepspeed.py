@@ -248,9 +248,6 @@ def _start_deepspeed(device: str) -> Any:
     """Import DeepSpeed for a kind of device (cpu or cuda), with warnings and errors only; it adopts the process group.
 
     It chooses its device, logs and warns as it is imported, so this has to happen in one place.
-
-    Raises:
-        ValueError: DeepSpeed has already been told, or has already chosen, to compute elsewhere.
     """
     os.environ.setdefault("DS_ACCELERATOR", device)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -44,8 +44,7 @@ class Placement(NamedTuple):
 def placement() -> Placement:
     """Read what a launcher or a job scheduler says about this process; without one, it is alone: 0, 1, 0, 1.
 
-    Raises:
-        ValueError: variables are missing, are no numbers, or contradict each other; names them, and the remedy.
+    Raises ValueError where variables are missing, are no numbers, or contradict each other.
     """
     env, place = os.environ, _place()
     if place is None:
@@ -71,11 +70,7 @@ def placement() -> Placement:
 
 
 def meeting_point(place: Placement) -> tuple[str, int]:
-    """Host and port where the ranks of a run meet: MASTER_ADDR and MASTER_PORT, or what follows from the job.
-
-    Raises:
-        ValueError: a variable has no such value, or nothing says on which host rank 0 is.
-    """
+    """Host and port where the ranks of a run meet: MASTER_ADDR and MASTER_PORT, or what follows from the job."""
     env = os.environ
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     if host is None:
@@ -92,11 +87,7 @@ def meeting_point(place: Placement) -> tuple[str, int]:
 
 
 def check_single(command: str) -> None:
-    """Refuse to run a script of one process, `command`, once a rank, all in one folder.
-
-    Raises:
-        ValueError: a launcher started several processes, of which this is one.
-    """
+    """Refuse (ValueError) to run a script of one process, `command`, once a rank, all in one folder."""
     place = _place()
     if place is not None and place.size > 1:
         raise ValueError(
@@ -158,11 +149,7 @@ def _hosts() -> list[str]:
 
 
 def expand_hosts(name: str, text: str) -> list[str]:
-    """Write out Slurm's list of hosts in a variable: `gpu[001-004,7],login1` is gpu001, gpu002 and so on, in order.
-
-    Raises:
-        ValueError: it is not such a list.
-    """
+    """Write out Slurm's list of hosts in a variable: `gpu[001-004,7],login1` is gpu001, gpu002 and so on, in order."""
     bracket = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
     if not re.fullmatch(rf"(?:[^\[\],\s]|{bracket})+(?:,(?:[^\[\],\s]|{bracket})+)*", text):
         raise ValueError(
@@ -234,9 +221,7 @@ class MeshShape(NamedTuple):
     ) -> "MeshShape":
         """Lay all ranks of a run out on the mesh; dp_shard=-1 takes what the other dimensions leave.
 
-        Raises:
-            ValueError: a size is impossible, or the mesh does not hold all ranks; names keys, values and what would
-                work.
+        Raises ValueError where a size is impossible, or the mesh does not hold all ranks.
         """
         asked = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "sp": sp, "tp": tp}
         for axis, size in asked.items():
@@ -317,11 +302,7 @@ def _refuse_mesh(fixed: dict[str, int], world_size: int) -> NoReturn:
 
 
 def check_tensor_parallel(model: Any, tp: int) -> None:
-    """Refuse a model, a MegaConfig or the `model` section of a run, whose channels `tp` ranks cannot share.
-
-    Raises:
-        ValueError: names the keys, their values and what would work.
-    """
+    """Refuse a model, a MegaConfig or the `model` section of a run, whose channels `tp` ranks cannot share."""
     if tp == 1:
         return
     why = "only the causal moving average shares its channels"
@@ -342,9 +323,6 @@ def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
     """Refuse a model, or a length in tokens, of which not every one of `sp` ranks can have some whole chunks.
 
     A length that does not fill the ranks is no obstacle: its end is padded.
-
-    Raises:
-        ValueError: names the keys, their values and what would work.
     """
     if sp == 1:
         return
@@ -371,15 +349,7 @@ def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
 
 
 def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
-    """Refuse a model whose recomputed blocks cannot be computed `segment` tokens at a time; 0 is for whole rows.
-
-    Args:
-        every: which blocks are recomputed, 0 for none.
-        sp: ranks that share a row.
-
-    Raises:
-        ValueError: names the keys, their values and what would work.
-    """
+    """Refuse a model whose recomputed blocks (0: none) cannot be computed `segment` tokens (0: a row) at a time."""
     name = f"parallel.activation_checkpoint_segment={segment}"
     if segment < 0:
         raise ValueError(f"{name} is negative: choose 0 for whole rows, or a multiple of model.chunk_size")

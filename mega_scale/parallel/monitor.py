@@ -66,11 +66,8 @@ class Rendezvous:
 def connect(timeout_s: float) -> Rendezvous:
     """Reach the store within a time (seconds): torchrun's agents keep one; under other launchers rank 0 does.
 
-    No other program and no earlier attempt of the launcher shares its keys.
-
-    Raises:
-        ConnectionError: the address cannot be reached in time, rank 0 cannot listen on it, or another program or run
-            does; names the address.
+    No other program and no earlier attempt of the launcher shares its keys. Raises ConnectionError, which names the
+    address, where it cannot be reached in time, rank 0 cannot listen on it, or another program or run does.
     """
     place = placement()
     host, port = meeting_point(place)
@@ -259,11 +256,10 @@ class PeerMonitor:
         self._stop()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this rank ends. Does not return if it is the victim of another one.
+        """Tell the others why this rank ends, with the error of its main thread.
 
-        Args:
-            error: what the main thread raised. If a collective failed, the process ends with the line that names the
-                culprit, if one is found within seconds; else this rank is named as the one that failed.
+        If a collective failed, the process ends with the line that names the culprit, if one is found within seconds;
+        else this rank is named as the one that failed.
         """
         if _failed_by_others(error):
             self._alarm = True

@@ -269,11 +269,7 @@ class ChannelParallelScaleNorm(_ChannelParallelNorm, MegaScaleNorm):
 
 
 def channel_parallel_norm(norm: nn.Module, axis: Axis) -> nn.Module:
-    """The same norm over sharded channels, on the meta device.
-
-    Raises:
-        ValueError: its statistics are over the batch.
-    """
+    """The same norm over sharded channels, on the meta device."""
     if isinstance(norm, nn.LayerNorm):
         [channels] = norm.normalized_shape
         affine = norm.elementwise_affine
@@ -343,11 +339,7 @@ def vocabulary_part(rows: int, axis: Axis, vocabulary: int | None = None) -> Voc
 
 
 def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
-    """Replace the modules of a model on the meta device, with separate segments, by this rank's part of them.
-
-    Raises:
-        ValueError: T does not divide a width, or the model has modules that cannot be sharded.
-    """
+    """Replace the modules of a model on the meta device, with separate segments, by this rank's part of them."""
     check_tensor_parallel(model.config, axis.size)
 
     def build(name: str, module: nn.Module) -> nn.Module | None:

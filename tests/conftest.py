@@ -1,4 +1,4 @@
-"""Settings that every test runs under: one thread a process, and no network."""
+"""Settings that every test runs under: one thread a process, no network, and which tests run, in which order."""
 
 import os
 
@@ -11,10 +11,31 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+# Files that take half a minute and more, longest first.
+LONGEST = [
+    "test_stops", "test_layouts", "test_reshape", "test_readme", "test_pretrain", "test_monitor", "test_killed_ranks",
+    "test_cut_runs", "test_templates", "test_two_hosts", "test_watched_runs", "test_benchmark_commands",
+    "test_damaged_runs", "test_engines", "test_bad_runs", "test_kills", "test_accelerate", "test_packed_runs",
+    "test_disks", "test_hangs", "test_layout_checkpoints", "test_document_layouts", "test_odd_vocabulary",
+    "test_ema_triton", "test_native_keys", "test_readme_program", "test_token_stream", "test_tokenizers",
+]  # fmt: skip
+PLACES = {name: place for place, name in enumerate(LONGEST)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A bare `pytest` leaves out what is slow; files and folders that are named run whole."""
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that start ranks and launchers, so that no worker waits for a long one at the end."""
-    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("distributed", "launch")))
+    """Long files first, and then those that start ranks and launchers: no worker waits for another at the end."""
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        marked = any(item.get_closest_marker(name) for name in ("distributed", "launch"))
+        return PLACES.get(item.path.stem, len(PLACES)), not marked
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,12 +18,14 @@ def found(tmp_path_factory):
     return corruption_study.study(TRIALS, 0, folder, plain=False, trained=False)["mega_scale"]
 
 
+@pytest.mark.slow
 def test_all_are_found_and_the_older_checkpoint_comes_back_bit_for_bit(found):
     assert len(found) == TRIALS
     missed = [trial for trial in found if trial.outcome != corruption_study.FOUND]
     assert not missed, missed[:5]
 
 
+@pytest.mark.slow
 def test_every_file_and_every_kind_had_its_turn(found):
     kinds = {trial.kind for trial in found}
     assert kinds >= {*damage.OF_ONE_FILE, "two files swapped", "file of the older checkpoint", "extra entry", "link"}

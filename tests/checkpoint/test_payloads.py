@@ -198,6 +198,7 @@ def test_what_is_right_but_for_one_thing_is_refused_or_harmless(ours, tmp_path, 
             use(ours, folder, file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", payloads.ANYWHERE)
 def test_with_a_key_a_forged_manifest_is_refused(signed, tmp_path, name):
     marker = tmp_path / "marker"

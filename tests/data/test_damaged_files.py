@@ -255,6 +255,7 @@ def test_a_range_of_a_file_that_is_gone_is_counted(tmp_path):
     assert (row.cause, row.lost) == ("unreadable", last.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gz", "zst", "xz"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "garbage"])
 def test_every_good_row_before_a_damage_is_read(kind, damage, tmp_path):

@@ -233,6 +233,7 @@ def test_worker_that_dies_is_an_error_and_no_hang(how, workers):
     assert time.monotonic() - began < 20 and not workers()
 
 
+@pytest.mark.slow
 def test_workers_leave_the_runs_signals_to_the_run():
     """A launcher, or Slurm, sends them to every process; the run itself still ends its workers at once."""
     script = """

@@ -108,12 +108,14 @@ def test_two_epochs_have_every_document_and_offset_as_often_as_weighted(mixture,
         assert seen == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (1, 2), (2, 2)])
 def test_ranks_and_workers_do_not_change_the_order(world, workers, mixture, reference):
     steps = range(len(reference) // GLOBAL)
     assert torch.equal(rows_of(mixture, world, workers, steps), reference)
 
 
+@pytest.mark.slow
 def test_three_resumes_on_other_numbers_of_ranks_go_on_with_the_next_row(mixture, reference):
     steps, found, state = len(reference) // GLOBAL, [], None
     borders = [0, steps // 5, steps // 2, steps // 2 + 1, steps]

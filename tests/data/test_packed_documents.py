@@ -92,6 +92,7 @@ def test_starts_are_where_the_input_does_not_follow_the_one_before(mixture, refe
     assert torch.equal(starts[:, 1:][there], ~follows[there])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [False, True])
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (2, 2), (4, 0), (4, 2)])
 def test_ranks_workers_and_lengths_do_not_change_the_order(world, workers, schedule, mixture, reference):
@@ -101,6 +102,7 @@ def test_ranks_workers_and_lengths_do_not_change_the_order(world, workers, sched
         assert torch.equal(tensor, reference[name][: len(tensor)]), name
 
 
+@pytest.mark.slow
 def test_three_resumes_on_other_numbers_of_ranks_go_on_with_the_next_row(mixture, reference):
     steps, found, state = len(reference["input_ids"]) // (GLOBAL * L), [], None
     borders = [0, 12, steps // 2, steps // 2 + 1, steps]

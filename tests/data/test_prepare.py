@@ -78,6 +78,7 @@ def test_files_do_not_depend_on_processes_or_interruptions(corpus, whole, tmp_pa
     assert contents(halves) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_killed_command_goes_on_and_gives_the_same_files(tmp_path):
     with (tmp_path / "text.jsonl").open("w") as file:

@@ -186,6 +186,7 @@ def test_sources_and_built_in_documentation_are_there():
     assert not any("site-packages" in text[:200] for text in documents)
 
 
+@pytest.mark.slow
 def test_every_process_sees_the_same():
     command = [sys.executable, "-c", DIGEST]
     found = [

@@ -234,7 +234,7 @@ _SHARDED = {
     for engine in ("fsdp-3", "zero-1", "zero-3")
 }
 LAYOUTS = _DATA_PARALLEL | _SHARDED
-CUT, MORE = 20, 20
+CUT, MORE = 20, 8
 _OTHER_WEIGHTS = 77  # than those that are loaded
 
 

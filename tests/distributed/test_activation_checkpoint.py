@@ -144,6 +144,7 @@ def recomputed(tmp_path_factory):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "model"), recomputation_study.RUNS)
 def test_bf16_is_the_same_however_blocks_are_recomputed(recomputed, engine, model):
     for rank in recomputed:

@@ -12,7 +12,7 @@ from recorder import Recorder, Sent
 from mega_scale.parallel import ParallelConfig, Place, World
 from mega_scale.parallel.mesh import MeshShape
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 LAYERS = 2
 ROWS = 2

@@ -9,7 +9,7 @@ from test_monitor import HOST, run
 from mega_scale.parallel.monitor import PEER_LOST
 from mega_scale.training.watchdog import Watchdog
 
-pytestmark = [pytest.mark.distributed, pytest.mark.alone]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TIMEOUT_S = 20.0  # a beat of the monitor is 0.5 s
 HANG_S = 2.0

@@ -6,7 +6,7 @@ from typing import Any
 import layout_study
 import pytest
 import torch
-from layout_study import MODELS, RUNS, VARIANTS, study, study_models
+from layout_study import MODELS, RUNS, VARIANTS, steps_of, study, study_models
 from ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -47,12 +47,13 @@ def assert_equal_runs(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> 
 @pytest.mark.parametrize(("layout", "engine", "variant"), EXACT)
 def test_trains_as_one_process_does(found, alone, layout, engine, variant):
     expected = alone[variant]
-    assert len(expected["losses"]) == 20 and min(expected["norms"]) > 0.4  # so that clipping takes part
+    assert len(expected["losses"]) == steps_of(variant) and min(expected["norms"]) > 0.4  # so that clipping takes part
     assert_equal_runs(found[layout, engine, variant], expected)
 
 
 def test_dropout_matters(alone):
-    assert alone["dropout-recomputed"]["losses"] != pytest.approx(alone["plain"]["losses"], rel=1e-3)
+    dropped = alone["dropout-recomputed"]["losses"]
+    assert dropped != pytest.approx(alone["plain"]["losses"][: len(dropped)], rel=1e-3)
 
 
 @pytest.mark.parametrize(("layout", "engine", "variant"), ROUNDED)

@@ -15,7 +15,7 @@ import warm
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.monitor import PEER_LOST, tell_refusal
 
-pytestmark = [pytest.mark.distributed, pytest.mark.alone]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TIMEOUT_S = 8.0  # a beat is 0.2 s
 HOST = socket.gethostname()

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.config import KEYS
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

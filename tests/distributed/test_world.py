@@ -102,6 +102,7 @@ def test_the_timeout_holds_in_every_group(tmp_path):
 CORES = len(os.sched_getaffinity(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, given, most", [
     (1, "", CORES), (2, "", max(1, CORES // 2)), (1000, "", 1), (2, str(CORES), CORES),
 ])  # fmt: skip

@@ -216,6 +216,7 @@ MegaModel(config).save_pretrained(folder + "/base")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.skipif(
     "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"

@@ -249,6 +249,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.skipif(
     "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"
@@ -293,6 +294,7 @@ print(json.dumps([
 """
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.skipif(
     "MEGA_SCALE_PEER_PYTHON" not in os.environ, reason="MEGA_SCALE_PEER_PYTHON names no Python with transformers 4.37.2"

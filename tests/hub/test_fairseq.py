@@ -66,6 +66,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_names_and_shapes_run_both_ways_for_every_combination_of_options():
     assert len(COMBINATIONS) > 200
     for options in COMBINATIONS:

@@ -51,6 +51,7 @@ def test_learns_from_labels(width):
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["softmax", "laplace", "relu2"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"do_sample": True}], ids=str)
 def test_generates_alike_with_and_without_cache(options, activation):

@@ -111,6 +111,7 @@ def assert_same(ours, theirs):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_weights_saved_here_load_there(exchange, kind, options):
     root, saved = exchange

@@ -127,6 +127,7 @@ def test_evaluation_returns_logits_and_no_cache(tmp_path):
     np.testing.assert_allclose(prediction.predictions, want.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MegaForMaskedLM", "MegaForTokenClassification", "MegaForQuestionAnswering"])
 def test_trains_the_other_heads(tmp_path, kind):
     model = make_model(kind=kind, spread=0.05, num_labels=2, **ENCODER)

@@ -16,6 +16,7 @@ from launch.benchmark.__main__ import main
 from mega_scale.parallel.monitor import PEER_LOST
 
 
+@pytest.mark.slow
 def test_they_start_from_any_folder_and_write_what_they_print(tmp_path):
     command = [sys.executable, str(ROOT / "launch/benchmark"), "checkpoint", "--megabytes", "1", "--repeats", "1"]
     command += ["--warmup", "0", "--json", "out.json"]
@@ -86,6 +87,7 @@ def test_what_is_not_correct_is_not_reported(wrong):
         harness.compare("bad", {**good, "loss": 3.0 * wrong}, truth, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_import_its_library_says_so(tmp_path):
     arguments = {"problem": str(tmp_path / "none.safetensors")}
     with (

@@ -51,6 +51,7 @@ def test_step_times_ours_beside_a_peer(run):
     assert report["exponents"] == {}  # one length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"segment": 32}, {"kind": "ours compiled"}, {"kind": "ours bf16"}])
 def test_steps_in_segments_and_compiled_ones_are_the_same_step(tmp_path, change):
     sizes = {"vocabulary": 64, "hidden": 32, "layers": 2, "shared": 8, "expanded": 24, "averages": 2, "chunk": 16}
@@ -62,6 +63,7 @@ def test_steps_in_segments_and_compiled_ones_are_the_same_step(tmp_path, change)
     assert all(other[name] == pytest.approx(whole[name], rel=tolerance) for name in ("loss", "norm"))
 
 
+@pytest.mark.slow
 def test_decode_compares_contexts_and_a_llama(run):
     report, _ = run("decode", *DECODE)
     names = list(report["milliseconds"])
@@ -199,6 +201,7 @@ def test_sparse_data_is_what_prepared_data_is(tmp_path):
     assert store is not None and (tmp_path / "data/train-00000.tokens").stat().st_size == 10**6
 
 
+@pytest.mark.slow
 def test_prepare_is_compared(run):
     report, _ = run("prepare", "--megabytes", "2", "--shard-mb", "1", "--vocab-size", "300")
     assert report["bytes"] >= 2e6

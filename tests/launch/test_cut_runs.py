@@ -28,9 +28,9 @@ def assert_same_run(run_dir, expected, steps=range(1, STEPS + 1), rel=1e-5):
             assert got[step][key] == pytest.approx(want[step][key], rel=rel), (step, key)
 
 
-def one_layout(launcher, engine, axis, run_dir, text_file, *changes):
+def one_layout(engine, axis, run_dir, text_file):
     output = pretrain(
-        launcher, run_dir, *settings(text_file, *changes), f"parallel.engine={engine}", f"parallel.{axis}=2",
+        "two forked", run_dir, *settings(text_file), f"parallel.engine={engine}", f"parallel.{axis}=2",
         "parallel.self_test=true",
     )  # fmt: skip
     assert "self-test: loss and" in output
@@ -39,12 +39,13 @@ def one_layout(launcher, engine, axis, run_dir, text_file, *changes):
 
 
 def test_sequence_parallel_zero3_equals_tensor_parallel_fsdp(tmp_path, text_file):
-    """Two layouts, two engines, two launchers: the same losses, validation and samples, with dropout."""
+    """Two layouts, two engines: the same losses, validation and samples, with dropout.
+
+    Under launchers they are in test_packed_runs.py and test_two_hosts.py.
+    """
     text = []
-    for name, launcher, engine, axis in (
-        ("sp", "deepspeed", "deepspeed", "sp"), ("tp", "torchrun", "fsdp", "tp"),
-    ):  # fmt: skip
-        output = one_layout(launcher, engine, axis, tmp_path / name, text_file)
+    for engine, axis in (("deepspeed", "sp"), ("fsdp", "tp")):
+        output = one_layout(engine, axis, tmp_path / axis, text_file)
         text.append([line for line in output.splitlines() if "sample:" in line])
     assert len(text[0]) == 2 and text[0] == text[1]
     assert_same_run(tmp_path / "sp", tmp_path / "tp")
@@ -58,7 +59,7 @@ def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_pat
     common = [*settings(text_file), "parallel.engine=deepspeed", "parallel.tp=2"]
     pretrain("two forked", whole, *common)
     pretrain_until("deepspeed", halves, "step 6 | saved", *common)
-    output = pretrain("deepspeed", halves, *common, "--resume")
+    output = pretrain("two forked", halves, *common, "--resume")  # by launchers: test_killed_ranks.py
     assert 'from_step": 6' in output
     first, second = metrics(whole), metrics(halves)
     for step in range(7, STEPS + 1):

@@ -144,6 +144,7 @@ def hurt(run_dir, draw):
     return f"{kind} of {name}"
 
 
+@pytest.mark.slow
 def test_a_hundred_random_damages_never_give_another_checkpoint_than_named(trained, tmp_path):
     folder, text, truth = trained
     draw, taken = random.Random(0), []

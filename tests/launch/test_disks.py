@@ -15,7 +15,7 @@ from launching import metrics
 from mega_scale.checkpoint.folder import find_checkpoint, verify
 from mega_scale.process import NOT_WRITTEN
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 EVERY = ["checkpoint.every=2", "checkpoint.keep=0", "parallel.self_test=false", "data.validation_fraction=0"]
 
 

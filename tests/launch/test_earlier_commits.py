@@ -79,6 +79,7 @@ def test_an_export_and_prepared_data_are_read(written, capsys):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("run,typed", [("fsdp", False), ("zero3", True), ("zero1", False)])
 def test_a_run_goes_on_as_it_did_then(written, tmp_path, run, typed):
     shutil.copytree(written / run, tmp_path / "run")

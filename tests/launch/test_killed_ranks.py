@@ -16,7 +16,7 @@ from same_runs import metric_problems, state_problems
 
 from mega_scale.checkpoint.folder import checkpoints, verify
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 LIMIT_S = 120
 

@@ -15,7 +15,6 @@ from mega_scale.parallel.shard import EngineState, LocalTensor, Shard, Sharding
 
 @pytest.mark.launch
 @pytest.mark.slow
-@pytest.mark.alone
 def test_runs_killed_at_random_moments_go_on_to_the_bit(tmp_path):
     """Both engines, six kills; tests/campaigns/kill_study.py makes a hundred."""
     arguments = ["--kills", "6", "--cells", "2", "--json", str(tmp_path / "found.json")]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mega_scale.checkpoint.state import open_weights
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = pytest.mark.launch
 
 NO_DROPOUT = [f"model.{name}=0" for name in (
     "dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob", "nffn_activation_dropout_prob",
@@ -51,9 +51,11 @@ def alone(tmp_path_factory, text_file):
     "launcher,engine,stage,more",
     [
         ("deepspeed", "deepspeed", 3, ["parallel.activation_checkpoint_segment=32"]),
-        ("torchrun", "fsdp", 3, ["train.compile=true"]),
-        ("accelerate", "fsdp", 2, ["parallel.activation_checkpoint_policy=save_matmuls"]),
-        ("python", "deepspeed", 1, []),
+        pytest.param("torchrun", "fsdp", 3, ["train.compile=true"], marks=pytest.mark.slow),
+        pytest.param(
+            "accelerate", "fsdp", 2, ["parallel.activation_checkpoint_policy=save_matmuls"], marks=pytest.mark.slow
+        ),
+        pytest.param("python", "deepspeed", 1, [], marks=pytest.mark.slow),
     ],
 )
 def test_every_launcher_and_engine_gives_the_losses_of_one_process(
@@ -75,6 +77,7 @@ def test_every_launcher_and_engine_gives_the_losses_of_one_process(
         torch.testing.assert_close(weights[name], reference[name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher,engine", [("deepspeed", "deepspeed"), ("torchrun", "fsdp")])
 def test_a_run_killed_half_way_resumes_bit_for_bit(tmp_path, text_file, launcher, engine):
     common = [*text(text_file), f"parallel.engine={engine}", "train.steps=60", "checkpoint.every=30"]
@@ -83,7 +86,7 @@ def test_a_run_killed_half_way_resumes_bit_for_bit(tmp_path, text_file, launcher
     pretrain("two forked", whole, *common)
     pretrain_until(launcher, halves, "step 30 | saved", *common)
     assert [folder.name for folder in (halves / "checkpoints").glob("*0")] == ["step-00000030"]
-    output = pretrain(launcher, halves, *common, "--resume")
+    output = pretrain("two forked", halves, *common, "--resume")  # by launchers: test_killed_ranks.py
     assert 'from_step": 30' in output
     first, second = metrics(whole), metrics(halves)
     assert list(second) == list(range(1, 61))
@@ -112,6 +115,7 @@ def trained(tmp_path_factory, text_file):
     return run_dir, output
 
 
+@pytest.mark.slow
 def test_a_run_reports_and_leaves_what_it_should(trained):
     run_dir, output = trained
     assert output.count("validation loss") == 3 and output.count("sample:") == 2
@@ -126,6 +130,7 @@ def test_a_run_reports_and_leaves_what_it_should(trained):
     assert list((run_dir / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_runs_again_as_it_is(trained, tmp_path):
     run_dir, _ = trained
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -139,6 +144,7 @@ def test_the_saved_configuration_runs_again_as_it_is(trained, tmp_path):
     assert losses(tmp_path)[0] == pytest.approx(losses(run_dir)[0], rel=0.01)
 
 
+@pytest.mark.slow
 def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_path):
     run_dir, _ = trained
     export = tmp_path / "export"
@@ -176,11 +182,12 @@ def test_export_generate_evaluate_and_start_again_from_the_export(trained, tmp_p
     assert metrics(tmp_path / "again", "validation")[1]["loss"] == pytest.approx(last, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_trains_like_fp32(tmp_path, text_file, alone):
     for engine in ("deepspeed", "fsdp"):
         run_dir = tmp_path / engine
         pretrain(
-            "python", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=20", f"parallel.engine={engine}",
+            "forked", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=20", f"parallel.engine={engine}",
             "train.dtype=bf16",
         )  # fmt: skip
         assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-2)

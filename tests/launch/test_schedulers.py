@@ -24,6 +24,7 @@ TASKS = {
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", TASKS)
 def test_tasks_of_a_scheduler_train_one_run(tmp_path, text_file, scheduler):
     tasks = [TASKS[scheduler](rank) for rank in range(2)]

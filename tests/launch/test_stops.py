@@ -25,7 +25,7 @@ from faults import (
 )
 from launching import ROOT, TINY, _popen, metrics, start
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 STEPS = 8
 COMMON = [f"train.steps={STEPS}", "checkpoint.every=4", "train.eval_every=4", "train.sample_every=4"]
@@ -258,7 +258,7 @@ def test_an_interrupt_ends_other_commands_in_one_line_and_what_is_half_done_is_n
 def test_python_alone_ends_with_85_and_an_unlisted_signal_does_what_it_did(tmp_path, text_file):
     changes = [*text(text_file), "parallel.engine=fsdp", "train.steps=5"]
     code, output = faulty(
-        "python",
+        "forked",
         tmp_path / "one",
         [at("data", rank=0, steps=[3], do="SIGINT")],
         *changes,
@@ -266,17 +266,18 @@ def test_python_alone_ends_with_85_and_an_unlisted_signal_does_what_it_did(tmp_p
     )
     assert code == 85 and status(tmp_path / "one")["step"] == 3, output
     listed = ["train.stop_signals=SIGUSR1"]
-    for place in (at("data", rank=0, steps=[3]), at("import", rank=0)):
-        code, output = faulty("python", tmp_path / place["at"], [place], *changes, *listed)
+    for launcher, place in (("forked", at("data", rank=0, steps=[3])), ("python", at("import", rank=0))):
+        code, output = faulty(launcher, tmp_path / place["at"], [place], *changes, *listed)
         assert code == -signal.SIGTERM, output
 
 
+@pytest.mark.alone
 def test_max_time_stops_before_the_limit(tmp_path, text_file):
     """Of a process alone, whose start is that of the test; a launcher's own start does not count."""
     began = time.monotonic()
     changes = [*text(text_file), "parallel.engine=fsdp", "train.steps=100000", "train.log_every=100"]
-    code, output = faulty("python", tmp_path, [], *changes, "--max-time=0:40")
-    assert code == 85 and time.monotonic() - began < 40, output
+    code, output = faulty("python", tmp_path, [], *changes, "--max-time=0:25")
+    assert code == 85 and time.monotonic() - began < 25, output
     assert status(tmp_path)["reason"] == "train.max_time is nearly over"
     [step] = saved(tmp_path)
     assert step == status(tmp_path)["step"] > 0

@@ -57,24 +57,10 @@ def slurm(tmp_path, monkeypatch):
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_the_slurm_script_trains_and_goes_on(slurm, tmp_path, text_file):
-    run_dir = tmp_path / "run"
-    settings = [*TINY, "data.source=json", f"data.path={text_file}", "data.validation_fraction=0.2"]
-    for steps in (3, 5):
-        command = ["bash", "launch/slurm.sbatch", str(run_dir), *settings, f"train.steps={steps}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert ('"from_step": 3' in done.stdout) == (steps == 5)
-        assert '"world_size": 2' in done.stdout
-    assert list(metrics(run_dir)) == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.launch
-@pytest.mark.slow
 def test_a_job_whose_time_is_nearly_over_stops_queues_itself_again_and_goes_on(slurm, tmp_path, text_file):
-    run_dir, steps = tmp_path / "run", 200
+    run_dir, steps = tmp_path / "run", 60
     settings = [*TINY, "data.source=json", f"data.path={text_file}", "data.validation_fraction=0.2", "data.workers=1"]
-    command = ["bash", "launch/slurm.sbatch", str(run_dir), *settings, f"train.steps={steps}", "parallel.engine=fsdp"]
+    command = ["bash", "launch/slurm.sbatch", str(run_dir), *settings, f"train.steps={steps}"]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert until_step(5, job)
     job.send_signal(signal.SIGUSR1)  # to the batch shell alone
@@ -86,6 +72,7 @@ def test_a_job_whose_time_is_nearly_over_stops_queues_itself_again_and_goes_on(s
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0 and f'"from_step": {status["step"]}' in done.stdout, done.stderr[-4000:]
+    assert '"world_size": 2' in done.stdout
     assert list(metrics(run_dir)) == list(range(1, steps + 1))
     assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
     assert not (slurm / "requeued").exists()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import mega_scale  # noqa: F401  registers the model
 from mega_scale.data.tokenizer import own_tokens
 
-pytestmark = [pytest.mark.launch]
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 WORDS = {word: 1000 * i for i, word in enumerate(sorted({word for text in TEXTS for word in text.split()}))}
 KINDS = {  # tokenizer, keys, what the export's tokenizer puts before a text, what ends documents
     "sep alone": (bert_like, [], [], 3),

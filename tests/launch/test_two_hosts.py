@@ -14,11 +14,11 @@ import pytest
 from launching import ROOT, TINY, metrics, pretrain
 from test_pretrain import NO_DROPOUT, text
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 PORT = "29621"
-TIMEOUT_S = 30
+TIMEOUT_S = 20
 
 
 def ip(*arguments):
@@ -188,6 +188,7 @@ def test_two_hosts_give_the_losses_of_one_process(hosts, tmp_path, text_file, al
         assert got[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4), step
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["deepspeed", "torchrun"])
 def test_a_cut_cable_ends_all_ranks_and_launchers_with_a_message(hosts, tmp_path, text_file, kind):
     changes = [*text(text_file), "train.steps=100000", f"parallel.timeout_s={TIMEOUT_S}"]

@@ -6,7 +6,7 @@ import pytest
 from faults import ENGINES, faulty, status, text
 from launching import start
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 WATCHED = ["train.steps=8", "train.hang_timeout_s=10", "parallel.timeout_s=60", "parallel.self_test=false"]
 
@@ -66,6 +66,7 @@ def test_work_between_steps_is_progress(tmp_path, text_file):
     assert code == 0, output
 
 
+@pytest.mark.alone
 def test_a_slow_rank_is_named(tmp_path, text_file):
     fault = {"at": "data", "rank": 1, "do": "sleep", "seconds": 0.3}
     changes = [*text(text_file), "train.steps=4", "parallel.engine=fsdp", "parallel.self_test=false"]

@@ -63,6 +63,7 @@ def test_forward_with_padding(changes):
     torch.testing.assert_close(got[:, 5:], want[:, 5:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "changes"),
     [
@@ -84,6 +85,7 @@ def test_decoding_step(backend, changes):
     assert graphs() <= 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_lengths_share_a_few_graphs(batch):
     """One for the first length; then one each for a chunk at most, for whole chunks and for any other length."""

@@ -93,11 +93,8 @@ def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | No
     """Turn the `model` section into the configuration of a model.
 
     A tokenizer gives the vocabulary size and the special token ids that the section leaves open; without one they keep
-    MegaConfig's defaults.
-
-    Raises:
-        ValueError: a value or combination is impossible or cannot be trained, `model.vocab_size` is smaller than the
-            tokenizer's, or a special token lies outside the vocabulary.
+    MegaConfig's defaults. Raises ValueError where a value or combination is impossible or cannot be trained, or does
+    not fit the tokenizer.
     """
     values = {name: value for name, value in dataclasses.asdict(section).items() if value is not None}
     if tokenizer is not None:
@@ -205,14 +202,8 @@ class RunConfig:
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse values and combinations with which no run can start, before any process group does.
 
-        Creates `run_dir`, to see that it can be written.
-
-        Args:
-            world_size: number of ranks of the run.
-            local_size: number of ranks on this host; None where all are on one.
-
-        Raises:
-            ValueError: names the keys, their values and a remedy.
+        Creates `run_dir`, to see that it can be written. `local_size` is the number of ranks on this host, None where
+        all are on one. Raises ValueError, which names keys, values and a remedy.
         """
         self.data.validate()
         self.train.validate(self.parallel.timeout_s)
@@ -231,11 +222,6 @@ class RunConfig:
     def _check_model(self) -> None:
         model, length, tp, sp = self.model, self.data.sequence_length, self.parallel.tp, self.parallel.sp
         require(model.is_decoder, "model.is_decoder", False, "a causal language model is trained, set it to true")
-        if model.bidirectional:
-            raise ValueError(
-                "model.bidirectional=True with model.is_decoder=True would let every position see the future: "
-                "set model.bidirectional=false"
-            )
         remedy = "pretraining on text has no encoder to attend to, set it to false"
         require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
         model_config(model)

@@ -255,13 +255,8 @@ Overrides = list[tuple[str, str | None]]
 def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> tuple[list[str], Overrides, set[str]]:
     """Sort the words of a command line: KEY=VALUE, --KEY=VALUE, --KEY VALUE, --config FILE and the other options.
 
-    Args:
-        argv: the words after the program's name.
-        sections: first words of the known keys, by which `--resume train.steps=4` is told from `--resume FOLDER`.
-
-    Returns:
-        The files, the keys with their values (None where a key has none), and which of "help" and "print_config" are
-        among the words.
+    The first words of the known keys, `sections`, tell `--resume train.steps=4` from `--resume FOLDER`. Returns the
+    files, the keys with their values (None where a key has none), and which of "help" and "print_config" are given.
     """
     sections = set(sections)
     configs: list[str] = []
@@ -295,19 +290,10 @@ def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> tuple[list[
 def resolve(
     section: type, configs: Sequence[str], overrides: Overrides, *, stored: bool = False
 ) -> tuple[Any, dict[str, Any]]:
-    """Build a dataclass from its defaults, files, and the command line, each over the one before.
+    """Build a dataclass from its defaults, YAML files, and the command line, each over the one before.
 
-    Args:
-        section: the dataclass.
-        configs: YAML files.
-        overrides: keys with their values, as `split_arguments` finds them.
-        stored: whether the files were written by a run, perhaps of an earlier version.
-
-    Returns:
-        The dataclass, and the values of the keys that were given.
-
-    Raises:
-        ValueError: a key is unknown, or a value not of its type.
+    `stored` files were written by a run, perhaps of an earlier version. Returns the dataclass, and the values of the
+    keys that were given. Raises ValueError where a key is unknown, or a value not of its type.
     """
     known = known_keys(section)
     values: dict[str, Any] = {}

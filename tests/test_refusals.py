@@ -84,7 +84,7 @@ def refusal(arguments, capsys):
         ("train.global_batch_size=7 train.micro_batch_size=8", ["train.global_batch_size=7", "of 16"]),
         ("model.use_chunking=true model.chunk_size=100", ["model.chunk_size=100", "sequence_length=512", "500 or 600"]),
         ("model.use_chunking=true model.chunk_size=-1", ["model.use_chunking=True", "chunk_size=-1"]),
-        ("model.bidirectional=true", ["model.bidirectional=True", "set model.bidirectional=false"]),
+        ("model.bidirectional=true", ["model.is_decoder=True", "bidirectional=True", "set bidirectional=False"]),
         ("model.is_decoder=false", ["model.is_decoder=False", "set it to true"]),
         ("model.add_cross_attention=true", ["model.add_cross_attention=True", "set it to false"]),
         ("model.shared_representation_size=33", ["shared_representation_size=33", "even"]),

@@ -30,19 +30,18 @@ from mega_scale.model import MegaConfig, MegaForCausalLM, MegaForMaskedLM, MegaM
 EMA_INPUTS = ("delta", "alpha")
 _UNUSED_BUFFER = "rel_pos_bias._float_tensor"
 _BIAS_TABLE = "rel_pos_bias.rel_pos_bias"
-_VERSION = 3.0
 _NORM = ("weight", "bias", "scalar", "running_mean", "running_var", "num_batches_tracked")
-_LINEAR = ("weight", "bias")
 
 # Inside a block: fairseq's name, ours.
-_MOVING_AVERAGE = {
+_MEGA_LAYER = {
+    "gamma": "qk_weight",
+    "beta": "qk_bias",
     "move.delta": "ema_gate.damping_factor",
     "move.alpha": "ema_gate.decay_factor",
     "move.beta": "ema_gate.ema_expansion_matrix",
     "move.gamma": "ema_gate.kernel_projection_matrix",
     "move.omega": "ema_gate.residual_weight",
 }
-_AFFINE = {"gamma": "qk_weight", "beta": "qk_bias"}
 _POSITIONAL_BIAS = {
     "rel_pos_bias.rel_pos_bias": "rel_pos_bias.rel_pos_bias",
     "rel_pos_bias.alpha": "rel_pos_bias.alpha",
@@ -52,7 +51,7 @@ _POSITIONAL_BIAS = {
 
 
 def _linear(*modules: str) -> dict[str, str]:
-    return {f"{module}.{name}": f"{module}.{name}" for module in modules for name in _LINEAR}
+    return {f"{module}.{name}": f"{module}.{name}" for module in modules for name in ("weight", "bias")}
 
 
 def _within(part: str, *tables: dict[str, str]) -> dict[str, str]:
@@ -61,7 +60,7 @@ def _within(part: str, *tables: dict[str, str]) -> dict[str, str]:
 
 
 _BLOCK = {
-    **_within("mega_layer", _MOVING_AVERAGE, _AFFINE, _POSITIONAL_BIAS, _linear("v_proj", "mx_proj", "h_proj")),
+    **_within("mega_layer", _MEGA_LAYER, _POSITIONAL_BIAS, _linear("v_proj", "mx_proj", "h_proj")),
     **_within("cross_attn", _POSITIONAL_BIAS, _linear("q_proj", "k_proj", "v_proj", "h_proj")),
     **_within("nffn", _linear("fc1", "fc2")),
 }
@@ -262,7 +261,7 @@ def mega_to_fairseq(
                 f"set max_positions={centre}"
             )
         whole[name] = bias[:length]
-    state = {} if kind.version is None else {kind.version: torch.tensor([_VERSION])}
+    state = {} if kind.version is None else {kind.version: torch.tensor([3.0])}
     state |= _unit_final_norm(kind, ours, config) if kind.final_affine or config.add_cross_attention else {}
     return state | {table[name]: tensor for name, tensor in whole.items()}
 

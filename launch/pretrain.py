@@ -17,6 +17,7 @@ if __name__ == "__main__":
     SIGNALS.listen()  # before all other imports
     keep_streams()
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -53,4 +54,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what imports made stays: looking through it, in pauses of a run and at the end, takes 0.4 s
     main()

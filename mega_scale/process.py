@@ -6,6 +6,7 @@ and `StopSignals.listen` and `run_command` unblock them. A signal that came mean
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -45,6 +46,7 @@ def run_command(main: Callable[[], Any]) -> None:
     Ctrl-C ends it in one line too, with exit code 130; it is unblocked here, see above.
     """
     output, code = keep_streams(), None
+    gc.freeze()  # what imports made stays: looking through it at the end takes 0.4 s
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         main()

@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
 from mega_scale.checkpoint.state import open_weights
 from mega_scale.data import vocabulary_size
-from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import Values, fill
 
@@ -65,6 +64,8 @@ def open_model(path: Path, key: bytes | None = None, *, log: Callable[[str], Non
     """
     if not is_export(path):
         return open_checkpoint(path, key, log=log)
+    from mega_scale.hub.folder import open_folder
+
     config, tensors = open_folder(path)
     return _fitting(Opened(config, tensors, read_tokenizer(path), path))
 

@@ -32,7 +32,6 @@ from mega_scale.data import (
     validation_batches,
 )
 from mega_scale.files import replace_text
-from mega_scale.hub.folder import open_folder
 from mega_scale.model import MegaForCausalLM
 from mega_scale.model.flops import training_flops_per_token
 from mega_scale.parallel import (
@@ -122,6 +121,8 @@ class Trainer:
         require_same(config, self.checkpoint, self.model_config, tokenizer)
         self.values = seeded_values(self.model_config, config.train.seed)
         if self.checkpoint is None and config.init_from is not None:
+            from mega_scale.hub.folder import open_folder
+
             self.values = values_from(open_folder(config.init_from)[1])
         self.tokenizer = as_trained(tokenizer, config.data.add_bos)
         if config.train.sample_every:

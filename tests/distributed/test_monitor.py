@@ -37,6 +37,7 @@ class Ended(NamedTuple):
 
 def run(folder, work, size=3, *, started=None, timeout_s=TIMEOUT_S, deadline=40.0, port=None):
     """Run `work(world)` on the ranks that are started, as under a launcher; returns how each ended."""
+    warm.start_server()
     port, began = port or warm.free_port(), time.monotonic()
     ranks = list(range(size)) if started is None else started
     processes = {

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def set_variables(environment: dict[str, str]) -> None:
     gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
+
+
+@cache
+def start_server() -> None:
+    """Have the process from which others are forked import what it has to, so that nothing else waits for that."""
+    process = CONTEXT.Process(target=int)
+    process.start()
+    process.join()
 
 
 def free_port() -> int:

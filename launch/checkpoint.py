@@ -19,18 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mega_scale import export
-from mega_scale.checkpoint.folder import (
-    CheckpointError,
-    checkpoints,
-    find_checkpoint,
-    is_checkpoint,
-    others,
-    prune,
-    read_key,
-    strays,
-    summary,
-    verify,
-)
+from mega_scale.checkpoint import folder as store
 from mega_scale.checkpoint.saver import convert
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
@@ -40,7 +29,7 @@ from mega_scale.training.trained_model import log_to_stderr
 
 def run_list(args: argparse.Namespace, key: bytes | None) -> int:
     """Print a line for each checkpoint; 1 if one has a problem. Hashes of the state are not verified."""
-    found = [summary(folder, key) for folder in checkpoints(args.path)]
+    found = [store.summary(folder, key) for folder in store.checkpoints(args.path)]
     if not found:
         raise ValueError(f"{args.path} has no checkpoints: give the run_dir of a run that has saved")
     for row in found:
@@ -60,22 +49,22 @@ def run_list(args: argparse.Namespace, key: bytes | None) -> int:
 
 def run_verify(args: argparse.Namespace, key: bytes | None) -> int:
     """Verify one checkpoint, or all of a run; 1 if one is damaged."""
-    one = is_checkpoint(args.path)
-    folders = [args.path] if one else checkpoints(args.path)
+    one = store.is_checkpoint(args.path)
+    folders = [args.path] if one else store.checkpoints(args.path)
     if not folders:
         raise ValueError(f"{args.path} has no checkpoints: give a checkpoint folder, or a run_dir")
     damaged = 0
     for folder in folders:
         try:
-            manifest = verify(folder, key)
-        except CheckpointError as error:
+            manifest = store.verify(folder, key)
+        except store.CheckpointError as error:
             damaged += 1
             print(f"DAMAGED {error}")
         else:
             print(f"valid   {folder}: {len(manifest.files)} files, {manifest.bytes:,} bytes")
-            for name in strays(folder, manifest):
+            for name in store.strays(folder, manifest):
                 print(f"stray   {folder}: {name!r} is none of its files, and nobody reads it")
-    for path in [] if one else others(args.path):
+    for path in [] if one else store.others(args.path):
         print(f"stray   {path.parent}: {path.name!r} is no checkpoint, and nobody reads it")
     return int(damaged > 0)
 
@@ -113,22 +102,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_single("launch/checkpoint.py")
         local_paths(args)
-        code, key = 0, read_key(args.key_file)
+        code, key = 0, store.read_key(args.key_file)
         match args.command:
             case "list":
                 code = run_list(args, key)
             case "verify":
                 code = run_verify(args, key)
             case "convert":
-                folder, notes = find_checkpoint(args.path, key, older=args.allow_older, proof=verify)
+                folder, notes = store.find_checkpoint(args.path, key, older=args.allow_older, proof=store.verify)
                 if notes:
                     log_to_stderr(f"{folder} is taken: {'; '.join(notes)}")
-                print(f"wrote {convert(folder, args.out, args.parts, key, read_key(args.new_key_file))}")
+                print(f"wrote {convert(folder, args.out, args.parts, key, store.read_key(args.new_key_file))}")
             case "prune":
                 if args.keep < 1 and not args.damaged:
                     raise ValueError("nothing to do: give --keep with at least 1, or --damaged")
                 newest = args.keep, args.keep_every
-                for folder in prune(args.path, *newest, damaged=args.damaged, key=key, dry=args.dry_run):
+                for folder in store.prune(args.path, *newest, damaged=args.damaged, key=key, dry=args.dry_run):
                     print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
     except (ValueError, OSError) as error:
         refuse(error)

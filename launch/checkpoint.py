@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("path", type=Path, help="run folder; for verify and convert, or checkpoint folder")
+    shared.add_argument("path", type=Path, help="run folder; to verify or convert, also a checkpoint folder")
     shared.add_argument("--key-file", help="secret with which the checkpoints are signed")
     words = "a line for each checkpoint of a run; hashes of the state are not read"
     command = commands.add_parser("list", help=words, parents=[shared])

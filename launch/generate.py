@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 
 from mega_scale.checkpoint.folder import read_key
+from mega_scale.hub.export import DTYPES
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths
 from mega_scale.training.evaluate import check_sample, generate_text
 from mega_scale.training.trained_model import load_model, log_to_stderr
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

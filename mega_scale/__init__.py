@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 _collects = gc.isenabled()
 gc.disable()  # what torch and transformers make stays: looking through it, again and again, takes 0.4 s of CPU
-from mega_scale import model  # noqa: E402
-
-if _collects:
-    gc.enable()
+try:
+    from mega_scale import model
+finally:
+    if _collects:
+        gc.enable()
 
 if TYPE_CHECKING:
     from mega_scale.model import *  # noqa: F403

@@ -89,6 +89,7 @@ def test_all_examples_are_here():
     assert kinds == set(mega_scale.__all__) - {"MegaCache", "MegaPreTrainedModel"} and len(EXAMPLES) == 9
 
 
+@pytest.mark.slow
 def test_config(checkpoint):
     found = run("MegaConfig", checkpoint)
     assert type(found["model"]) is mega_scale.MegaModel and found["configuration"].hidden_size == 128

@@ -28,6 +28,7 @@ def loss_and_gradients(call, model, ids):
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "changes"),
     [

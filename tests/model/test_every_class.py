@@ -242,6 +242,7 @@ def test_embeddings_stand_in_for_token_ids(kind):
         model(**inputs)
 
 
+@pytest.mark.slow
 @every_class
 def test_forward_compiles_without_graph_breaks(kind):
     model, inputs = make(kind, num_hidden_layers=1), inputs_of(kind)

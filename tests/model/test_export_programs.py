@@ -47,6 +47,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("masked", "changes"),
     [
@@ -83,6 +84,7 @@ def test_an_encoder():
         assert_close(program(**inputs), model(**inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("masked", "new", "changes"),
     [

@@ -22,6 +22,7 @@ CASES = [("MegaForCausalLM", changes, training) for changes in OPTIONS for train
 CASES += [(kind, OPTIONS[number % 3], number % 2 == 0) for number, kind in enumerate(CLASSES) if kind != CASES[0][0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "changes", "training"), CASES, ids=str)
 def test_forward_and_backward(kind, changes, training):
     changes = {**changes, "dropout_prob": 0.1, "normalization_type": "scalenorm"}

@@ -103,6 +103,7 @@ def assert_close(got, want, mask):
     torch.testing.assert_close(got[valid] / scale, want[valid] / scale, **CLOSE)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, **CHECKS)
 @given(configurations(), texts())
 def test_cached_steps_equal_the_full_forward(options, text):

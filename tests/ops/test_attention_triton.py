@@ -24,6 +24,7 @@ def test_a_cpu_is_refused():
         chunk_attention(q, q, q, torch.zeros(7), causal=True, impl="triton")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_interpreted_kernels_match_the_reference():
     done = subprocess.run(

@@ -30,6 +30,7 @@ def start(*command, **variables):
     )
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("file", ["interpreted_ema.py", "interpreted_ema_walk.py"])
 def test_interpreted_kernels_match_the_recurrence(file):
@@ -38,6 +39,7 @@ def test_interpreted_kernels_match_the_recurrence(file):
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @needs_triton
 def test_compiled_kernels_use_matrix_units_and_do_not_spill(tmp_path):
     command = ("launch/benchmark", "kernels", "--architectures", "90", "--json", tmp_path / "rows.json")

@@ -1,5 +1,6 @@
 """What holds for every model: random configurations, lengths and masks, drawn by hypothesis in a fixed order."""
 
+import pytest
 import torch
 from builders import make_ids, make_model
 from hypothesis import HealthCheck, given, settings

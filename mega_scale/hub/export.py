@@ -190,26 +190,6 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     _write_json(path, definition)
 
 
-def _tokenizer_beyond_transformers_4(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What of a tokenizer transformers 4.37.2 does not read, in lines; none when it gives the same ids there."""
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return [f"the tokenizer is of the class `{type(tokenizer).__name__}`, which was not tried there"]
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    lines = [
-        f"the tokenizer's {room.replace('_', '-')} `{part['type']}` is not known there"
-        for room, known in _KINDS.items()
-        for part in _parts(definition, (room,))
-        if part["type"] not in known
-    ]
-    if any(" " in piece for pair in _merges(definition) for piece in pair):
-        lines.append("the tokenizer merges pieces with spaces in them, which its files cannot hold there")
-    if definition["model"].get("ignore_merges"):
-        lines.append("the tokenizer takes a whole word before its merges (`ignore_merges`), which it does not do there")
-    if any(part["type"] == "Metaspace" and not part.get("split", True) for part in _parts(definition, _KINDS)):
-        lines.append("the tokenizer does not split at spaces (`Metaspace` with `split=false`), which it does there")
-    return lines
-
-
 def _parts(definition: dict[str, Any], rooms: Any) -> list[dict[str, Any]]:
     """Every component in some places of a tokenizer.json, those inside sequences included."""
     waiting, found = [definition.get(room) for room in rooms], []
@@ -433,8 +413,24 @@ def _in_transformers_4(config: MegaConfig, tokenizer: PreTrainedTokenizerBase | 
     ]
     if config.normalization_type == "rmsnorm":
         beyond.append("`normalization_type='rmsnorm'`: its RMSNorm returns the scaled input without normalising it")
-    if tokenizer is not None:
-        beyond += _tokenizer_beyond_transformers_4(tokenizer)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        beyond += [
+            f"the tokenizer's {room.replace('_', '-')} `{part['type']}` is not known there"
+            for room, known in _KINDS.items()
+            for part in _parts(definition, (room,))
+            if part["type"] not in known
+        ]
+        if any(" " in piece for pair in _merges(definition) for piece in pair):
+            beyond.append("the tokenizer merges pieces with spaces in them, which its files cannot hold there")
+        if definition["model"].get("ignore_merges"):
+            words = "the tokenizer takes a whole word before its merges (`ignore_merges`), which it does not do there"
+            beyond.append(words)
+        if any(part["type"] == "Metaspace" and not part.get("split", True) for part in _parts(definition, _KINDS)):
+            words = "the tokenizer does not split at spaces (`Metaspace` with `split=false`), which it does there"
+            beyond.append(words)
+    elif tokenizer is not None:
+        beyond.append(f"the tokenizer is of the class `{type(tokenizer).__name__}`, which was not tried there")
     if not beyond:
         spelt = " Its tokenizer reads a special token that a text spells out as that token, here as characters."
         note = spelt if getattr(tokenizer, "split_special_tokens", False) else ""

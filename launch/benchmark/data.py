@@ -26,7 +26,7 @@ from mega_scale.data import DataConfig, Loader, PackedDataset, load_tokenizer
 from mega_scale.data.config import Packing, PackingOrder
 from mega_scale.data.prepare import Preparation
 from mega_scale.data.prepare import run as prepare
-from mega_scale.data.rows import Tally
+from mega_scale.data.sources import Tally
 from mega_scale.data.tokenizer import train_bpe
 from mega_scale.data.tokens import PreparedManifest, ShardRecord, open_part, read_manifest, write_manifest
 

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 from mega_scale.data.config import DataConfig, LengthSchedule
 
 if TYPE_CHECKING:
-    from mega_scale.data.loader import Loader, validation_batches
-    from mega_scale.data.mixture import Mixture, load_datasets, load_whole
-    from mega_scale.data.packing import PackedDataset
+    from mega_scale.data.loader import Loader, load_datasets, load_whole, validation_batches
+    from mega_scale.data.packing import Mixture, PackedDataset, StreamedDataset
     from mega_scale.data.sources import Corpus, Documents, load_corpus
-    from mega_scale.data.streaming import StreamedDataset
     from mega_scale.data.tokenizer import (
         adds_bos,
         as_trained,
@@ -25,48 +23,19 @@ if TYPE_CHECKING:
         text_size,
         unlike_training,
         vocabulary_size,
-    )  # fmt: skip
-
-_MODULES = {
-    "loader": ("Loader", "validation_batches"),
-    "mixture": ("Mixture", "load_datasets", "load_whole"),
-    "packing": ("PackedDataset",),
-    "sources": ("Corpus", "Documents", "load_corpus"),
-    "streaming": ("StreamedDataset",),
-    "tokenizer": (
-        "adds_bos", "as_trained", "end_ids", "load_tokenizer", "prompt_ids", "separator_id", "text_size",
-        "unlike_training", "vocabulary_size",
-    ),
-}  # fmt: skip
+    )
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    for module in ("tokenizer", "sources", "packing", "loader") if name in __all__ else ():
+        found = importlib.import_module(f"{__name__}.{module}")
+        if hasattr(found, name):
+            return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
-    "Corpus",
-    "DataConfig",
-    "Documents",
-    "LengthSchedule",
-    "Loader",
-    "Mixture",
-    "PackedDataset",
-    "StreamedDataset",
-    "adds_bos",
-    "as_trained",
-    "end_ids",
-    "load_corpus",
-    "load_datasets",
-    "load_tokenizer",
-    "load_whole",
-    "prompt_ids",
-    "separator_id",
-    "text_size",
-    "unlike_training",
-    "validation_batches",
-    "vocabulary_size",
-]
+    "Corpus", "DataConfig", "Documents", "LengthSchedule", "Loader", "Mixture", "PackedDataset", "StreamedDataset",
+    "adds_bos", "as_trained", "end_ids", "load_corpus", "load_datasets", "load_tokenizer", "load_whole", "prompt_ids",
+    "separator_id", "text_size", "unlike_training", "validation_batches", "vocabulary_size",
+]  # fmt: skip

@@ -6,32 +6,21 @@ What a file is compressed with is told by its first bytes, whatever its name say
 import bz2
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from mega_scale.data.rows import Cause
+Damage = Literal["truncated_file", "corrupt", "unreadable"]
 
 _MAGIC = {
-    b"\x1f\x8b": "gz",
-    b"BZh": "bz2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x04\x22\x4d\x18": "lz4",
-    b"\x28\xb5\x2f\xfd": "zst",
-    b"PK\3\4": "zip",
-    b"7z\xbc\xaf\x27\x1c": "7z",
-    b"Rar!\x1a\x07": "rar",
-    b"\x1f\x9d": "Z",
-    b"\x5d\0\0": "lzma",
-    b"LZIP\1": "lzip",
-    b"\x89LZO\0": "lzo",
-    b"\x02\x21\x4c\x18": "old lz4",
-    b"x\x9c": "zlib",
-    b"PAR1\x15": "parquet",
+    b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x04\x22\x4d\x18": "lz4", b"\x28\xb5\x2f\xfd": "zst",
+    b"PK\3\4": "zip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar", b"\x1f\x9d": "Z", b"\x5d\0\0": "lzma",
+    b"LZIP\1": "lzip", b"\x89LZO\0": "lzo", b"\x02\x21\x4c\x18": "old lz4", b"x\x9c": "zlib", b"PAR1\x15": "parquet",
     b"ARROW1\0\0": "arrow",
-}
+}  # fmt: skip
 _READ = ("gz", "zst", "bz2", "xz", "lz4")
 _UNREAD_SUFFIXES = (".br", ".zip", ".7z", ".z", ".lzma", ".lzo", ".snappy", ".rar")  # brotli's has no magic
 _REMEDIES = {"tar": "unpack it", "parquet": "set data.source=parquet", "arrow": "set data.source=arrow"}
@@ -51,16 +40,20 @@ _STEP = 64  # bytes: how closely a damage is located in what pyarrow decompresse
 class DamageError(Exception):
     """A file cannot be read from here on.
 
-    Args:
-        cause: What is wrong.
-        detail: The cause in words.
-        lost: Bytes on disk that cannot be read; None if nobody knows, since the file was cut.
-        complete: Whether all that was compressed has been read, and only what follows it is wrong.
+    `lost` are the bytes on disk that cannot be read, None if nobody knows, since the file was cut. It is `complete` if
+    all that was compressed has been read, and only what follows it is wrong.
     """
 
-    def __init__(self, cause: Cause, detail: str, lost: int | None, *, complete: bool = False) -> None:
+    def __init__(
+        self, cause: Damage | Literal["broken_json"], detail: str, lost: int | None, *, complete: bool = False
+    ) -> None:
         super().__init__(detail)
         self.cause, self.lost, self.complete = cause, lost, complete
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an error and its words."""
+    return f"{type(error).__name__}: {error}"
 
 
 def file_kind(head: bytes) -> str | None:
@@ -74,86 +67,56 @@ def file_kind(head: bytes) -> str | None:
 
 
 class FileBytes(io.BufferedReader):
-    """A file's content, decompressed.
+    """A file's content, decompressed if it has a `kind`; raises DamageError here, or after the last good byte.
 
-    Args:
-        file: Its name.
-        size: Bytes to read of it, its size when it was listed: what is appended later is not read. None reads all.
-
-    Raises:
-        DamageError: Here, or in a read after the last good byte.
+    With the file's `size` when it was listed, what is appended later is not read.
     """
 
     def __init__(self, file: str, size: int | None = None) -> None:
         source = _Source(file, size)
         try:
-            kind = _compression(source, file)
+            kind = _compression(source, file.lower())
         except BaseException:
             source.close()
             raise
-        self._chunks = None if kind is None else _Chunks(source, kind)
+        self.kind, self._chunks = kind, None if kind is None else _Chunks(source, kind)
         super().__init__(source if self._chunks is None else self._chunks, 1 << 20)
         if kind is not None and (inner := file_kind(self.peek(_HEAD))) is not None:
             self.close()
             remedy = "compress it only once" if inner in _READ else _REMEDIES.get(inner, "use .zst or .gz alone")
             raise DamageError("unreadable", f"it is a {inner} file within {kind}: {remedy}", source.size)
 
-    @property
-    def is_compressed(self) -> bool:
-        """Whether its bytes are not those on disk."""
-        return self._chunks is not None
-
     def on_disk(self, size: int) -> int:
         """Bytes on disk of `size` bytes that were read, at the ratio so far, rounded up."""
         chunks = self._chunks
-        return size if chunks is None else -(-size * chunks.source.tell() // max(chunks.produced, size, 1))
+        return size if chunks is None else -(-size * chunks.source.place // max(chunks.produced, size, 1))
 
 
-class _Source(io.RawIOBase):
+class _Source(io.FileIO):
     """The bytes on disk up to a size; says when the file has become shorter, or fails."""
 
+    read = io.RawIOBase.read  # type: ignore[assignment]  # which reads by `readinto`
+
     def __init__(self, file: str, size: int | None) -> None:
-        self.size, self.at_most, self._place = size or 0, _CHUNK * 16, 0
+        self.at_most, self.place = _CHUNK * 16, 0
         try:
-            self._file = open(file, "rb", buffering=0)  # noqa: SIM115  closed with this
-            if size is None:
-                self.size = self._file.seek(0, io.SEEK_END)
-                self._file.seek(0)
+            super().__init__(file)
         except OSError as error:
-            raise self._failed(error) from None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+            raise DamageError("unreadable", describe(error), size or 0) from None
+        self.size = os.fstat(self.fileno()).st_size if size is None else size
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self.at_most, max(self.size - self._place, 0))
+        place = self.tell()
+        wanted = min(len(buffer), self.at_most, max(self.size - place, 0))
         try:
-            got = self._file.readinto(memoryview(buffer)[:wanted]) or 0
+            got = super().readinto(memoryview(buffer)[:wanted]) or 0
         except OSError as error:
-            raise self._failed(error) from None
+            raise DamageError("unreadable", describe(error), self.size - place) from None
         if wanted and not got:
-            detail = f"the file became shorter while it was read: {self._place} bytes of {self.size}"
-            raise DamageError("truncated_file", detail, self.size - self._place)
-        self._place += got
+            detail = f"the file became shorter while it was read: {place} bytes of {self.size}"
+            raise DamageError("truncated_file", detail, self.size - place)
+        self.place = place + got
         return got
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = self._file.seek(offset, whence)
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def close(self) -> None:
-        if not self.closed and hasattr(self, "_file"):
-            self._file.close()
-        super().close()
-
-    def _failed(self, error: OSError) -> DamageError:
-        return DamageError("unreadable", f"{type(error).__name__}: {error}", self.size - self._place)
 
 
 class _Chunks(io.RawIOBase):
@@ -171,7 +134,15 @@ class _Chunks(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         into, done = memoryview(buffer), 0
-        while done < len(into) and (self._rest or self._fetch()):
+        while done < len(into):
+            if not self._rest:
+                try:
+                    self._rest = memoryview(next((chunk for chunk in self._chunks if chunk), b""))
+                except DamageError as damage:
+                    self._damage = damage
+                self.produced += len(self._rest)
+                if not self._rest:
+                    break
             size = min(len(into) - done, len(self._rest))
             into[done : done + size] = self._rest[:size]
             self._rest = self._rest[size:]
@@ -180,25 +151,16 @@ class _Chunks(io.RawIOBase):
             raise self._damage
         return done
 
-    def _fetch(self) -> bool:
-        try:
-            chunk = next((chunk for chunk in self._chunks if chunk), b"")
-        except DamageError as damage:
-            self._damage, chunk = damage, b""
-        self.produced += len(chunk)
-        self._rest = memoryview(chunk)
-        return bool(chunk)
-
     def close(self) -> None:
         self.source.close()
         super().close()
 
 
-def _compression(source: _Source, file: str) -> str | None:
-    """What a file is compressed with; None for plain text."""
+def _compression(source: _Source, name: str) -> str | None:
+    """What a file of a name in small letters is compressed with; None for plain text."""
     head = source.read(_HEAD) or b""
     source.seek(0)
-    kind, name = file_kind(head), file.lower()
+    kind = file_kind(head)
     if kind == "zst" and head[0] >> 4 == 5 and name.endswith(".lz4"):
         kind = "lz4"
     if kind not in _READ and name.endswith(_UNREAD_SUFFIXES):
@@ -264,18 +226,14 @@ def _up_to_damage(source: _Source, make: Callable[[], Any], start: int, place: i
             # A wrong checksum is about anything before it; bz2 and xz do not say what was wrong.
             known = isinstance(error, zlib.error) and "check" not in str(error)
             first = source.tell() - 1 if known else start
-            raise DamageError("corrupt", f"{type(error).__name__}: {error}", source.size - first) from None
+            raise DamageError("corrupt", describe(error), source.size - first) from None
         if chunk:
             yield chunk
 
 
 def _arrow_stream(source: _Source, codec: str) -> Iterator[bytes]:
     """Decompress by pyarrow, which drops what came just before a damage: that is read again in small steps."""
-
-    def opened() -> Any:
-        return pa.CompressedInputStream(pa.PythonFile(source, "r"), codec)
-
-    stream, given = opened(), 0
+    stream, given = pa.CompressedInputStream(pa.PythonFile(source, "r"), codec), 0
     try:
         while chunk := stream.read(_CHUNK):
             given += len(chunk)
@@ -283,7 +241,8 @@ def _arrow_stream(source: _Source, codec: str) -> Iterator[bytes]:
         return
     except _BROKEN:
         source.seek(0)
-    again = opened()  # the first one would close the source if it were dropped
+    # Another one beside the first, which would close the source if it were dropped.
+    again = pa.CompressedInputStream(pa.PythonFile(source, "r"), codec)
     source.at_most = _STEP
     while given:
         given -= len(again.read(min(given, _CHUNK)))
@@ -292,18 +251,14 @@ def _arrow_stream(source: _Source, codec: str) -> Iterator[bytes]:
         try:
             byte = again.read(1)
         except _BROKEN as error:
-            raise _arrow_damage(error, source.size, place) from None
+            words, detail, lost = str(error).lower(), describe(error), source.size - place
+            if "truncated" in words:
+                raise DamageError("truncated_file", detail, None) from None
+            if "memory" in words:
+                detail += "; compress it with a smaller window, as zstd does without --long"
+            if "checksum" in words:  # what is wrong may lie anywhere
+                raise DamageError("corrupt", detail, source.size) from None
+            raise DamageError("corrupt", detail, lost, complete="unknown frame" in words and place > 0) from None
         if not byte:
             return
         yield byte
-
-
-def _arrow_damage(error: Exception, size: int, place: int) -> DamageError:
-    words, detail = str(error).lower(), f"{type(error).__name__}: {error}"
-    if "truncated" in words:
-        return DamageError("truncated_file", detail, None)
-    if "memory" in words:
-        detail += "; compress it with a smaller window, as zstd does without --long"
-    if "checksum" in words:  # what is wrong may lie anywhere
-        return DamageError("corrupt", detail, size)
-    return DamageError("corrupt", detail, size - place, complete="unknown frame" in words and place > 0)

@@ -28,7 +28,6 @@ _SOURCE_KEYS = (
     "validation_fraction", "max_documents", "streaming",
 )  # fmt: skip
 _SHARED_DEFAULTS = ("text_column", "validation_fraction", "streaming")  # which may stand beside a mixture, too
-_SHARES = ("weight", "epochs")
 
 # A rule: whether it is broken, the key, its value, and the remedy.
 _Rule = tuple[object, str, object, str]
@@ -169,11 +168,7 @@ class DataConfig:
         return self.separate_validation or bool(self.validation_fraction)
 
     def validate(self) -> None:
-        """Check every key without reading any text.
-
-        Raises:
-            ValueError: The first key that cannot work, with its value and the remedy.
-        """
+        """Check every key without reading any text. Raises ValueError for the first that cannot work."""
         if self.mixture is not None:
             for name, entry in mixture_entries(self).items():
                 try:
@@ -181,71 +176,49 @@ class DataConfig:
                 except ValueError as error:
                     raise ValueError(f"data.mixture.{name}: {error}") from None
             return
-        _require(self._choice_rules())
-        self._validate_paths()
-        _require(self._hub_rules())
-        _require(self._number_rules())
-        self.lengths  # noqa: B018  refuses what is no schedule
-        _require(self._streaming_rules())
-        is_tokenizer = self.tokenizer == "byte" or os.path.isdir(self.tokenizer) or HUB_NAME.fullmatch(self.tokenizer)
-        remedy = 'no such folder; give "byte", an existing tokenizer folder, or a hub name'
-        is_file = self.cache_dir is not None and os.path.isfile(self.cache_dir)
-        _require(
-            [
-                (not is_tokenizer, "tokenizer", self.tokenizer, remedy),
-                (is_file, "cache_dir", self.cache_dir, "it is a file; name a folder"),
-            ]
-        )
+        for rules in (self._source_rules(), self._hub_rules(), self._number_rules(), self._streaming_rules()):
+            for broken, key, value, remedy in rules:
+                if broken:
+                    raise _refusal(key, value, remedy)
 
-    def _choice_rules(self) -> Iterator[_Rule]:
+    def _source_rules(self) -> Iterator[_Rule]:
         for key, choices in (("source", Source), ("packing", Packing), ("packing_order", PackingOrder)):
             value, names = getattr(self, key), get_args(choices)
             yield value not in names, key, value, f"choose one of {', '.join(names)}"
-        best_fit = self.packing_order == "best_fit"
+        best_fit, alignment = self.packing_order == "best_fit", self.document_alignment
         remedy = (
             f"it is for documents that are kept apart, not for data.packing={self.packing!r}; set data.packing=reset, "
             "or packing_order=in_order"
         )
         yield best_fit and self.packing != "reset", "packing_order", "best_fit", remedy
-        alignment, remedy = self.document_alignment, "only data.packing_order=best_fit has it"
+        remedy = "only data.packing_order=best_fit has it"
         yield alignment != 1 and not best_fit, "document_alignment", alignment, remedy
-
-    def _validate_paths(self) -> None:
-        reads_files = self.source in FILE_SOURCES
         if self.source == "prepared":
-            several = not self.path or len(self.path) != 1
-            _require([(several, "path", self.path, "source prepared needs one folder; several can be a data.mixture")])
-            [folder] = self.path or []
-            remedy = "it has no manifest.json; name a folder that launch/prepare.py has written to its end"
-            _require([(not os.path.isfile(f"{folder}/manifest.json"), "path", folder, remedy)])
-        if reads_files:
-            _require([(not self.path, "path", self.path, f"source {self.source} needs files or globs")])
-            expand_paths(self.path or [], key="path")
-            if self.validation_path is not None:
-                remedy = "name files or globs, or leave it null"
-                _require([(not self.validation_path, "validation_path", self.validation_path, remedy)])
-                expand_paths(self.validation_path, key="validation_path")
-        for key in ("path", "validation_path"):
-            allowed = reads_files or (self.source == "prepared" and key == "path")
-            remedy = (
-                f"source {self.source} reads no files; set data.source to what they are ({', '.join(FILE_SOURCES)}), "
-                f"or {key} to null"
-            )
-            _require([(not allowed and getattr(self, key) is not None, key, getattr(self, key), remedy)])
-        _require([(not self.text_column, "text_column", self.text_column, "name the column that holds the text")])
+            several, remedy = not self.path or len(self.path) != 1, "source prepared needs one folder"
+            yield several, "path", self.path, f"{remedy}; several can be a data.mixture"
+            folder, remedy = (self.path or [""])[0], "name a folder that launch/prepare.py has written to its end"
+            yield not os.path.isfile(f"{folder}/manifest.json"), "path", folder, f"it has no manifest.json; {remedy}"
+        for key, is_needed in (("path", True), ("validation_path", False)):
+            paths = getattr(self, key)
+            if self.source in FILE_SOURCES and (is_needed or paths is not None):
+                remedy = f"source {self.source} needs files or globs"
+                yield not paths, key, paths, remedy if is_needed else "name files or globs, or leave it null"
+                expand_paths(paths, key)
+            elif not (self.source == "prepared" and is_needed):
+                remedy = f"set data.source to what they are ({', '.join(FILE_SOURCES)}), or {key} to null"
+                yield paths is not None, key, paths, f"source {self.source} reads no files; {remedy}"
+        yield not self.text_column, "text_column", self.text_column, "name the column that holds the text"
 
     def _hub_rules(self) -> Iterator[_Rule]:
-        is_hub = self.source == "hub"
+        name, split, is_hub = self.hub_name or "", self.validation_split, self.source == "hub"
         for key in ("hub_name", "hub_config", "validation_split"):
             value, remedy = getattr(self, key), f"only source hub has it, not {self.source}; set it to null"
             yield value is not None and not is_hub, key, value, remedy
-        if is_hub:
-            name = self.hub_name
-            is_name = bool(name) and (HUB_NAME.fullmatch(str(name)) or os.path.isdir(str(name)))
-            yield not is_name, "hub_name", name, 'source hub needs a data set\'s name, such as "owner/name"'
-            yield not self.hub_split, "hub_split", self.hub_split, 'name a split, such as "train"'
-            same, remedy = self.validation_split == self.hub_split, "it is what is trained on; name another split"
-            yield same, "validation_split", self.validation_split, remedy
+        is_name, remedy = HUB_NAME.fullmatch(name) or os.path.isdir(name), "source hub needs a data set's name, such as"
+        yield is_hub and not is_name, "hub_name", self.hub_name, f'{remedy} "owner/name"'
+        yield is_hub and not self.hub_split, "hub_split", self.hub_split, 'name a split, such as "train"'
+        same, remedy = is_hub and split == self.hub_split, "it is what is trained on; name another split"
+        yield same, "validation_split", split, remedy
 
     def _number_rules(self) -> Iterator[_Rule]:
         fraction, length, alignment = self.validation_fraction, self.sequence_length, self.document_alignment
@@ -261,38 +234,35 @@ class DataConfig:
         remedy = f"give a divisor of data.sequence_length={length}"
         yield alignment < 1 or length % alignment, "document_alignment", alignment, remedy
         yield self.seed < 0, "seed", self.seed, "give a whole number, 0 or more"
+        self.lengths  # noqa: B018  refuses what is no schedule
 
     def _streaming_rules(self) -> Iterator[_Rule]:
-        if not self.streaming:
-            return
-        no_stream = self.source in ("python-stdlib", "prepared")
-        yield no_stream, "streaming", True, f"source {self.source} is no stream; set data.streaming=false"
-        remedy = "a stream does not keep where documents start; set data.streaming=false, or prepare the data"
-        yield self.packing == "reset", "packing", "reset", remedy
-        held_out = self.validation_fraction and not self.separate_validation
-        endless = held_out and self.validation_documents is None and not self.max_documents
-        remedy = (
-            "holding out a share of a stream would read it to its end; say after how many documents to stop, give "
-            "validation text of its own, or set data.validation_fraction=0"
-        )
-        yield endless, "validation_documents", None, remedy
+        if self.streaming:
+            no_stream = self.source in ("python-stdlib", "prepared")
+            yield no_stream, "streaming", True, f"source {self.source} is no stream; set data.streaming=false"
+            remedy = "a stream does not keep where documents start; set data.streaming=false, or prepare the data"
+            yield self.packing == "reset", "packing", "reset", remedy
+            held_out = self.validation_fraction and not self.separate_validation
+            endless = held_out and self.validation_documents is None and not self.max_documents
+            remedy = (
+                "holding out a share of a stream would read it to its end; say after how many documents to stop, give "
+                "validation text of its own, or set data.validation_fraction=0"
+            )
+            yield endless, "validation_documents", None, remedy
+        name, remedy = self.tokenizer, 'no such folder; give "byte", an existing tokenizer folder, or a hub name'
+        yield not (name == "byte" or os.path.isdir(name) or HUB_NAME.fullmatch(name)), "tokenizer", name, remedy
+        is_file = self.cache_dir is not None and os.path.isfile(self.cache_dir)
+        yield is_file, "cache_dir", self.cache_dir, "it is a file; name a folder"
 
 
 def _refusal(key: str, value: object, remedy: str) -> ValueError:
     return ValueError(f"data.{key}={value!r}: {remedy}")
 
 
-def _require(rules: "Iterator[_Rule] | Sequence[_Rule]") -> None:
-    for broken, key, value, remedy in rules:
-        if broken:
-            raise _refusal(key, value, remedy)
-
-
 def expand_paths(paths: Sequence[str], key: str) -> list[str]:
-    """Turn files and globs into the files they name: absolute, sorted within each glob, each once.
+    """Turn files and globs, given as `key`, into the files they name: absolute, sorted within each glob, each once.
 
-    Raises:
-        ValueError: A name is no file, or a glob matches none; `key` is what it was given as.
+    Raises ValueError where a name is no file, or a glob matches none.
     """
     files: list[str] = []
     for pattern in paths:
@@ -315,11 +285,7 @@ def expand_paths(paths: Sequence[str], key: str) -> list[str]:
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """Name the folder for tokenised text, by default in the user's cache; creates nothing.
-
-    Raises:
-        ValueError: There is no home folder.
-    """
+    """Name the folder for tokenised text, by default in the user's cache; creates nothing."""
     try:
         return Path("~/.cache/mega_scale" if cache_dir is None else cache_dir).expanduser()
     except RuntimeError:
@@ -329,8 +295,7 @@ def cache_folder(cache_dir: str | None) -> Path:
 def find_on_hub(name: str, kind: Literal["model", "dataset"]) -> Literal["there", "absent", "unreachable"]:
     """Ask the Hugging Face hub once for a name, because the clients' own retries take most of a minute.
 
-    Tokenizers are models there. A name that is hidden from this user is absent; without a network, or offline, all are
-    unreachable.
+    Tokenizers are models there. A name that is hidden from this user is absent; without a network, all are unreachable.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415  a quarter of a second
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError  # noqa: PLC0415
@@ -347,75 +312,57 @@ def find_on_hub(name: str, kind: Literal["model", "dataset"]) -> Literal["there"
 
 
 class MixtureEntry(NamedTuple):
-    """One source of a mixture.
+    """One source of a mixture: the keys under `data:` as they hold for it, and its share.
 
-    Args:
-        config: The keys under `data:` as they hold for this source.
-        weight: Share of the rows; None where `epochs` is given.
-        epochs: How often it is read while a source of `epochs: 1` is read once; None where `weight` is given.
+    That is of the rows, or `by_epochs`, how often it is read while a source of `epochs: 1` is read once.
     """
 
     config: DataConfig
-    weight: Fraction | None
-    epochs: Fraction | None
+    share: Fraction
+    by_epochs: bool
 
 
 def mixture_entries(config: DataConfig) -> dict[str, MixtureEntry]:
-    """Read `data.mixture`: its sources by name, in the order given.
-
-    Raises:
-        ValueError: An entry has an unknown key or an impossible share, or the section names a source too.
-    """
+    """Read `data.mixture`: its sources by name, in the order given; ValueError for what it cannot have."""
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in _SOURCE_KEYS and field.name not in _SHARED_DEFAULTS and value != field.default:
             raise _refusal(field.name, value, "data.mixture names the sources; give the key to one of them")
     if not config.mixture:
         raise _refusal("mixture", {}, "name sources, or set it to null")
-    found = {name: _mixture_entry(config, name, entry) for name, entry in config.mixture.items()}
-    if len({entry.weight is None for entry in found.values()}) > 1:
+    found = {}
+    for name, entry in config.mixture.items():
+        where = f"data.mixture.{name}"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}={entry!r}: give the source's keys, such as source, path and weight")
+        for key in entry:
+            if key not in (*_SOURCE_KEYS, "weight", "epochs"):
+                words = ", ".join((*_SOURCE_KEYS, "weight", "epochs"))
+                raise ValueError(f"{where}.{key} is not a key of a source: it can have {words}")
+        if "weight" in entry and "epochs" in entry:
+            raise ValueError(f"{where} has a weight and epochs: give one of them")
+        kind = "weight" if "weight" in entry else "epochs"
+        share = entry.get(kind, 1)
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
+            raise ValueError(f"{where}.{kind}={share!r}: give a number above 0")
+        keys = {key: value for key, value in entry.items() if key in _SOURCE_KEYS}
+        keys |= {key: [keys[key]] for key in ("path", "validation_path") if isinstance(keys.get(key), str)}
+        try:
+            source = replace(config, mixture=None, **keys)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        found[name] = MixtureEntry(source, Fraction(str(share)), kind == "epochs")
+    if len({entry.by_epochs for entry in found.values()}) > 1:
         raise ValueError("data.mixture: some sources have a weight and some have epochs; give all of them the same")
     return found
 
 
-def _mixture_entry(config: DataConfig, name: str, entry: Any) -> MixtureEntry:
-    where = f"data.mixture.{name}"
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}={entry!r}: give the source's keys, such as source, path and weight")
-    for key in entry:
-        if key not in (*_SOURCE_KEYS, *_SHARES):
-            words = ", ".join(_SOURCE_KEYS + _SHARES)
-            raise ValueError(f"{where}.{key} is not a key of a source: it can have {words}")
-    if all(key in entry for key in _SHARES):
-        raise ValueError(f"{where} has a weight and epochs: give one of them")
-    shares = {key: entry[key] for key in _SHARES if key in entry} or {"epochs": 1}
-    for key, value in shares.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{where}.{key}={value!r}: give a number above 0")
-    exact = {key: Fraction(str(value)) for key, value in shares.items()}
-    keys = {key: value for key, value in entry.items() if key in _SOURCE_KEYS}
-    for key in ("path", "validation_path"):
-        if isinstance(keys.get(key), str):
-            keys[key] = [keys[key]]
-    try:
-        return MixtureEntry(replace(config, mixture=None, **keys), exact.get("weight"), exact.get("epochs"))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
 class LengthSchedule:
-    """Shorter sequences at first: the length of a step's rows, without moving any row of the run.
+    """Shorter sequences at first: from each stage's step on, rows have its length, which divides L.
 
     What a run reads is always rows of L = `data.sequence_length` tokens. At a step of length l, each is read as L / l
     rows, one after the other in the same micro-batch. So a batch has as many tokens at every length, every token is
     read once, and the position stays a function of the step.
-
-    Args:
-        stages: (step, length) pairs: from that step on rows have so many tokens; the first step is 0, steps ascend.
-        sequence_length: L, tokens; every length divides it.
-
-    Raises:
-        ValueError: Names the pair that cannot be.
     """
 
     def __init__(self, stages: Sequence[Any], sequence_length: int) -> None:

@@ -1,46 +1,209 @@
-"""From rows to batches: which rank reads which rows at which step, and where a resumed run continues.
+"""From a configuration to batches: the datasets of a run, and which rank reads which of their rows at which step.
 
 Row g = step * G + i of a run (G global batch size) is the same whatever the ranks: laid side by side, micro-batch by
 micro-batch and in each of them rank by rank, the rows of all ranks are the rows of the global batch in order.
-
-Shapes: B rows of a micro-batch, L sequence length.
 """
 
+import copy
+import functools
+import hashlib
+import json
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from fractions import Fraction
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
-from mega_scale.data.config import LengthSchedule
-from mega_scale.data.mixture import Mixture
-from mega_scale.data.packing import MISSING, PackedDataset
-from mega_scale.data.streaming import StreamedDataset
+from mega_scale.data.config import (
+    FILE_SOURCES,
+    DataConfig,
+    LengthSchedule,
+    MixtureEntry,
+    cache_folder,
+    expand_paths,
+    mixture_entries,
+)
+from mega_scale.data.packing import MISSING, Dataset, Mixture, PackedDataset, StreamedDataset
+from mega_scale.data.sources import Documents, Tally, load_corpus, load_documents
+from mega_scale.data.tokenizer import tokenizer_digest
+from mega_scale.data.tokens import TokenStore, open_part, read_manifest, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _IGNORED = -100  # a label that no loss counts
+
+
+# Datasets of a configuration
+
+
+def load_datasets(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None] = lambda _: None
+) -> tuple[Dataset | Mixture, PackedDataset | None]:
+    """Make what a run trains on and what it validates on, None if the configuration holds out nothing.
+
+    `log` is given one line if this process waits for another one that tokenises the same text. Raises ValueError where
+    a key cannot work, the text cannot be read, a part has less than one row, or prepared data has another tokenizer.
+    """
+    config.validate()
+    entries = {"": MixtureEntry(config, Fraction(1), False)} if config.mixture is None else mixture_entries(config)
+    datasets, weights = dict[str, Dataset](), dict[str, Fraction]()
+    validation, left_out = list[TokenStore](), Tally()
+    for name, (source, share, by_epochs) in entries.items():
+        try:
+            datasets[name], held_out, tally = _load_source(source, tokenizer, log)
+            if not by_epochs:
+                weights[name] = share
+            elif isinstance(dataset := datasets[name], PackedDataset):
+                weights[name] = share * len(dataset)
+            else:
+                raise ValueError("how long a stream is is not known; give it and all others a weight")
+        except ValueError as error:
+            raise ValueError(f"data.mixture.{name}: {error}" if name else str(error)) from None
+        if held_out is not None:
+            validation.append(held_out)
+            left_out.merge(tally)
+    train = Mixture(datasets, weights) if config.mixture is not None else datasets[""]
+    if not validation:
+        return train, None
+    own = "data.validation_split" if config.source == "hub" else "data.validation_path"
+    remedy = (
+        f"whole documents are held out, data.validation_fraction={config.validation_fraction} of them; raise it, give "
+        f"text of its own with {own}, set it to 0, or give a shorter sequence_length"
+    )
+    if config.separate_validation:
+        remedy = "give more validation text, or a shorter sequence_length"
+    return train, _packed(config, TokenStore.joined(validation), left_out, "the text to validate on", remedy)
+
+
+def load_whole(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> PackedDataset:
+    """Make one dataset of all of a configuration's text, which is not prepared, to evaluate on; holds out nothing.
+
+    A text that is shorter than a row makes one that is not full.
+    """
+    config.validate()
+    documents = load_documents(config)
+    store = _tokenise(config, tokenizer, documents, "whole")
+    if not store.tokens:
+        raise ValueError(f"{_source(config)} holds no text: give some")
+    return _packed(config, store, documents.tally)
+
+
+def _load_source(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]
+) -> tuple[Dataset, TokenStore | None, Tally]:
+    """What to train on, and the documents to validate on with what was left out of a text of their own."""
+    fraction = config.validation_fraction
+    held_out = f" (data.validation_fraction={fraction} of the documents is held out)"
+    if config.separate_validation or not fraction:
+        held_out = ""
+    words, remedy = f"the text to train on ({_source(config)})", f"give more text{held_out}, or shorter sequences"
+    if config.source == "prepared":
+        store, validation, tally = _open_prepared(config, tokenizer)
+        return _packed(config, store, tally, words, remedy), validation, Tally()
+    corpus = load_corpus(config)
+    dataset: Dataset
+    if config.streaming:
+        order: dict[str, Any] = {"shuffle": config.shuffle, "seed": config.seed, "buffer": config.shuffle_buffer}
+        length, packing = config.sequence_length, config.packing
+        dataset = StreamedDataset(corpus.train, tokenizer, length, packing, add_bos=config.add_bos, **order)
+    else:
+        store = _tokenise(config, tokenizer, corpus.train, "train", log)
+        # What the reading found, before the next one begins.
+        dataset = _packed(config, store, copy.deepcopy(corpus.train.tally), words, remedy)
+    if corpus.validation is None:
+        return dataset, None, Tally()
+    texts = corpus.validation
+    if config.streaming:  # hashing and tokenising would each read the stream, so its few documents are kept meanwhile
+        kept = functools.cache(lambda: list(corpus.validation or []))
+        texts = Documents(lambda order: iter(kept()), corpus.validation.tally)
+    store = _tokenise(config, tokenizer, texts, "validation", log)
+    return dataset, store, copy.deepcopy(texts.tally) if config.separate_validation else Tally()
+
+
+def _open_prepared(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[TokenStore, TokenStore | None, Tally]:
+    """Documents to train on, to validate on, and what was left out when they were prepared."""
+    assert config.path is not None
+    folder = Path(config.path[0]).expanduser()
+    manifest = read_manifest(folder)
+    if manifest.add_bos != config.add_bos:
+        raise ValueError(
+            f"data.add_bos={config.add_bos}: the data in {str(folder)!r} was prepared with data.add_bos="
+            f"{manifest.add_bos}; set it so, or prepare the data again"
+        )
+    if manifest.tokenizer != (digest := tokenizer_digest(tokenizer, config.add_bos)):
+        raise ValueError(
+            f"data.tokenizer={config.tokenizer!r} (hash {digest}) is not the tokenizer of the data in {str(folder)!r}, "
+            f"{manifest.tokenizer_name!r} (hash {manifest.tokenizer}): set "
+            f"data.tokenizer={str(folder / 'tokenizer')!r}, or prepare the data again"
+        )
+    train = open_part(folder, manifest, "train").first_documents(config.max_documents)
+    if not config.validation_fraction:
+        return train, None, manifest.tally
+    validation = open_part(folder, manifest, "validation").first_documents(config.validation_documents)
+    if not validation.tokens:
+        raise ValueError(
+            f"data.path={str(folder)!r} was prepared without a validation part, but data.validation_fraction="
+            f"{config.validation_fraction}: set it to 0, or prepare the data again"
+        )
+    return train, validation, manifest.tally
+
+
+def _packed(
+    config: DataConfig, store: TokenStore, tally: Tally, words: str | None = None, remedy: str = ""
+) -> PackedDataset:
+    """Rows of a store; refused if it must make a whole row, and does not. Whole documents make one of two tokens."""
+    length, order = config.sequence_length, config.packing_order
+    least = 1 if config.packing == "none" or order == "best_fit" else length
+    if words is not None and store.tokens <= least:
+        raise ValueError(
+            f"{words} has {store.tokens} tokens, less than one row of data.sequence_length={length} + 1: {remedy}"
+        )
+    return PackedDataset(store, length, config.packing, tally, order=order, alignment=config.document_alignment)
+
+
+def _tokenise(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Documents,
+    part: str,
+    log: Callable[[str], None] = lambda _: None,
+) -> TokenStore:
+    """Tokens of documents, under a name that processes agree on without reading text: settings, tokenizer and files."""
+    paths = [*(config.path or []), *(config.validation_path or [])] if config.source in FILE_SOURCES else []
+    files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in expand_paths(paths, "path")]
+    described = json.dumps([part, asdict(config), tokenizer_digest(tokenizer), files])
+    name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+    return tokenise(documents, tokenizer, cache_folder(config.cache_dir), config.add_bos, name, log)
+
+
+def _source(config: DataConfig) -> str:
+    if config.source == "hub":
+        return f"data.hub_name={config.hub_name!r}, data.hub_split={config.hub_split!r}"
+    return f"data.source={config.source!r}" if config.path is None else f"data.path={config.path!r}"
+
+
+# Batches
 
 
 class Loader:
     """Batches of one rank, a pure function of the step; epochs follow each other without end.
 
-    Args:
-        dataset: Rows of tokens.
-        global_batch_size: G, rows a step over all ranks.
-        micro_batch_size: Rows a rank takes at once.
-        rank: This rank, 0 to below world_size; ranks that share a sequence or a layer have the same.
-        world_size: Number of ranks that read different rows.
-        seed: Chooses the orders of the epochs.
-        shuffle: Order every epoch anew.
-        workers: Processes that read ahead; 0 reads when a step asks for it.
-        prefetch: Steps that each of them reads ahead.
-        pin_memory: Put batches in page-locked memory, from which they are copied to a GPU in the background.
-        lengths: Cut the rows of each step to its length; None: all have the dataset's.
+    A step has `global_batch_size` rows over `world_size` ranks that read different ones (ranks that share a sequence or
+    a layer have the same `rank`), `micro_batch_size` of them at once. `seed` orders every epoch anew. `workers`
+    processes read `prefetch` steps ahead each; 0 reads when a step asks for it. `lengths` cuts the rows of each step.
 
     Raises:
         ValueError: The sizes do not fit each other, or there are fewer rows than one global batch.
@@ -48,7 +211,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: PackedDataset | StreamedDataset | Mixture,
+        dataset: Dataset | Mixture,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -61,7 +224,7 @@ class Loader:
         pin_memory: bool = False,
         lengths: LengthSchedule | None = None,
     ) -> None:
-        _require_rank(micro_batch_size, rank, world_size)
+        _check_rank(micro_batch_size, rank, world_size)
         at_once = micro_batch_size * world_size
         if global_batch_size < 1 or global_batch_size % at_once:
             raise ValueError(
@@ -69,42 +232,34 @@ class Loader:
                 f"train.micro_batch_size={micro_batch_size}: use a multiple of {at_once}"
             )
         self.dataset = dataset if isinstance(dataset, Mixture) else Mixture({"text": dataset})
-        _require_rows(self.dataset, global_batch_size, shuffle)
+        self.lengths = lengths
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world = rank, world_size
-        self._seed, self._shuffle, self._pin, self._lengths = seed, shuffle, pin_memory, lengths
-        self._packing = next(iter(self.dataset.datasets.values())).packing
+        self._seed, self._shuffle, self._pin = seed, shuffle, pin_memory
+        self._check_rows()
+        datasets = list(self.dataset.datasets.values())
+        self._packing, self._streams = datasets[0].packing, any(isinstance(d, StreamedDataset) for d in datasets)
         self._bad_rows = self.dataset.tally().figures()
         self._ahead = ReadAhead(self._read, workers, prefetch, pin_memory) if workers else None
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
-        """Read this rank's share of a step, after `step` steps done before.
+        """Read this rank's micro-batches of B rows of a step, after `step` steps done before.
 
-        Returns:
-            One micro-batch after the other: `input_ids` and `shift_labels`, the next tokens, (B, L) int64 each; where
-            there is no token the input is 0 and the label -100. With packing "reset" also `document_starts`, (B, L)
-            bool, True at a document's first token, and the label of a document's last token is -100. Where a schedule
-            says length l, (B L / l, l).
-
-        Raises:
-            ValueError: The text cannot be read, or has too many bad rows.
-            RuntimeError: A worker process ended.
+        Each has `input_ids` and `shift_labels`, the next tokens, (B, L) int64; where there is no token the input is 0
+        and the label -100. With packing "reset" also `document_starts`, (B, L) bool, True at a document's first token,
+        and the label of a document's last token is -100. Where a schedule says length l, (B L / l, l). Raises
+        ValueError where the text cannot be read, or has too many bad rows, RuntimeError where a worker ended.
         """
-        if self._ahead is not None:
-            found, self._bad_rows = self._ahead.take(step)
-            return found
-        found, self._bad_rows = self._read(step)
-        if self._pin:
+        found, self._bad_rows = self._read(step) if self._ahead is None else self._ahead.take(step)
+        if self._pin and self._ahead is None:
             return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in found]
         return found
 
     def report(self, step: int) -> dict[str, float]:
         """Say how far the run is after `step` steps; the same on all ranks, but for bad rows of a stream.
 
-        Returns:
-            `tokens/NAME` and `epochs/NAME` for every source, see `Mixture.progress`; `padding`, the share of places
-            from which nothing is predicted so far; `Tally.figures`; `sequence_length` of the step before, if it
-            follows a schedule. What is not known of a stream is left out.
+        `tokens/NAME` and `epochs/NAME` of every source, see `Mixture.progress`; `padding`, the share of places from
+        which nothing is predicted so far; bad rows; the last step's `sequence_length`, if it follows a schedule.
         """
         found: dict[str, float] = {}
         progress = self.dataset.progress(step * self._global)
@@ -114,26 +269,36 @@ class Loader:
         tokens = [figures["tokens"] for figures in progress.values()]
         if places and None not in tokens:
             found["padding"] = 1 - sum(tokens) / places
-        if self._lengths is not None:
-            found["sequence_length"] = self._lengths.at(max(step - 1, 0))
+        if self.lengths is not None:
+            found["sequence_length"] = self.lengths.at(max(step - 1, 0))
         return found | self._bad_rows
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Describe the position after `step` steps, and the data: plain JSON, the same for any number of ranks."""
+        dataset = next(iter(self.dataset.datasets.values()))
+        order, alignment = (dataset.order, dataset.alignment) if isinstance(dataset, PackedDataset) else ("in_order", 1)
         rows = step * self._global
-        return {"step": step, "rows": rows, "sources": self.dataset.progress(rows), **self._identity()}
+        return {
+            "step": step,
+            "rows": rows,
+            "sources": self.dataset.progress(rows),
+            "sequence_length": self.dataset.sequence_length,
+            "packing": self._packing,
+            "packing_order": order,
+            "document_alignment": alignment,
+            "global_batch_size": self._global,
+            "shuffle": self._shuffle,
+            "seed": self._seed if self._shuffle else None,
+            "fingerprint": self.dataset.fingerprint,
+        }
 
     def check(self, state: dict[str, Any]) -> None:
-        """Refuse to continue a run, whose `state_dict` is given, on other data or in another order.
-
-        Raises:
-            ValueError: Names what differs.
-        """
-        here = self._identity()
+        """Refuse to continue a run, whose `state_dict` is given, on other data or in another order."""
+        here = self.state_dict(0)
         # What older checkpoints do not name.
         there = {"packing_order": "in_order", "document_alignment": 1} | state
         for name, value in here.items():
-            if name == "fingerprint" or there.get(name) == value:
+            if name in ("step", "rows", "sources", "fingerprint") or there.get(name) == value:
                 continue
             key = f"{'train' if name == 'global_batch_size' else 'data'}.{name}"
             raise ValueError(
@@ -152,20 +317,6 @@ class Loader:
         if self._ahead is not None:
             self._ahead.close()
 
-    def _identity(self) -> dict[str, Any]:
-        dataset = next(iter(self.dataset.datasets.values()))
-        order, alignment = (dataset.order, dataset.alignment) if isinstance(dataset, PackedDataset) else ("in_order", 1)
-        return {
-            "sequence_length": self.dataset.sequence_length,
-            "packing": self._packing,
-            "packing_order": order,
-            "document_alignment": alignment,
-            "global_batch_size": self._global,
-            "shuffle": self._shuffle,
-            "seed": self._seed if self._shuffle else None,
-            "fingerprint": self.dataset.fingerprint,
-        }
-
     def _read(self, step: int) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
         """This rank's batches of a step, and the bad rows found so far."""
         first = step * self._global + self._rank * self._micro
@@ -174,8 +325,26 @@ class Loader:
             order = (range(start, start + self._micro), self._seed, self._shuffle)
             starts = self.dataset.document_starts(*order) if self._packing == "reset" else None
             batch = _batch(self.dataset.rows(*order), starts)
-            found.append(batch if self._lengths is None else self._lengths.cut(batch, step))
-        return found, self.dataset.tally().figures()
+            found.append(batch if self.lengths is None else self.lengths.cut(batch, step))
+        return found, self.dataset.tally().figures() if self._streams else self._bad_rows
+
+    def _check_rows(self) -> None:
+        """A dataset that is alone must have a batch; in a mixture, a small one may be read several times in a batch."""
+        for name, dataset in self.dataset.datasets.items():
+            needed = self._global if len(self.dataset.datasets) == 1 else 1
+            if isinstance(dataset, PackedDataset):
+                enough, found = len(dataset) >= needed, str(len(dataset))
+            elif dataset.shuffle != self._shuffle:
+                stream = f"the stream was opened with {dataset.shuffle}: open it so"
+                raise ValueError(f"data.shuffle={self._shuffle}, but {stream}")
+            else:
+                enough, found = dataset.holds(needed), "fewer"
+            if not enough:
+                raise ValueError(
+                    f"train.global_batch_size={self._global} is more than the text to train on has ({name}), {found} "
+                    f"rows of data.sequence_length={dataset.sequence_length} tokens: give more text, a smaller batch, "
+                    "or a shorter sequence_length"
+                )
 
 
 def validation_batches(
@@ -184,32 +353,24 @@ def validation_batches(
     """Split the first rows of a dataset over ranks, with as many batches of the same shape for each.
 
     What is missing in the last batches is filled with rows whose labels are all -100, which no loss counts. Batches are
-    as those of `Loader.batches`.
-
-    Raises:
-        ValueError: There is nothing to predict.
+    as those of `Loader.batches`. Raises ValueError where there is nothing to predict.
     """
-    _require_rank(micro_batch_size, rank, world_size)
+    _check_rank(micro_batch_size, rank, world_size)
     total = min(rows, len(dataset))
     if total < 1:
         raise ValueError(
             f"the text to validate on has {dataset.tokens} tokens, of which none can be predicted: give more text, or "
             "a larger data.validation_fraction"
         )
+
+    def batch(first: int) -> dict[str, Tensor]:
+        there = np.arange(first, min(first + micro_batch_size, total))
+        filled = ((0, micro_batch_size - len(there)), (0, 0))
+        starts = np.pad(dataset.document_starts(there), filled) if dataset.packing == "reset" else None
+        return _batch(np.pad(dataset.rows(there), filled, constant_values=MISSING), starts)
+
     at_once = micro_batch_size * world_size
-    starts = range(rank * micro_batch_size, -(-total // at_once) * at_once, at_once)
-    return (_validation_batch(dataset, start + np.arange(micro_batch_size), total) for start in starts)
-
-
-def _validation_batch(dataset: PackedDataset, indices: np.ndarray, total: int) -> dict[str, Tensor]:
-    rows = np.full((len(indices), dataset.sequence_length + 1), MISSING)
-    there = indices < total
-    rows[there] = dataset.rows(indices[there])
-    if dataset.packing != "reset":
-        return _batch(rows, None)
-    starts = np.zeros(rows.shape, bool)
-    starts[there] = dataset.document_starts(indices[there])
-    return _batch(rows, starts)
+    return map(batch, range(rank * micro_batch_size, -(-total // at_once) * at_once, at_once))
 
 
 def _batch(rows: np.ndarray, starts: np.ndarray | None) -> dict[str, Tensor]:
@@ -226,42 +387,18 @@ def _batch(rows: np.ndarray, starts: np.ndarray | None) -> dict[str, Tensor]:
     return batch
 
 
-def _require_rank(micro_batch_size: int, rank: int, world_size: int) -> None:
+def _check_rank(micro_batch_size: int, rank: int, world_size: int) -> None:
     if micro_batch_size < 1:
         raise ValueError(f"train.micro_batch_size={micro_batch_size}: give at least 1 row")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks: give 0 to {world_size - 1}")
 
 
-def _require_rows(mixture: Mixture, rows: int, shuffle: bool) -> None:
-    """A dataset that is alone must have a batch; in a mixture, a small one may be read several times in a batch."""
-    for name, dataset in mixture.datasets.items():
-        needed = rows if len(mixture.datasets) == 1 else 1
-        if isinstance(dataset, PackedDataset):
-            enough, found = len(dataset) >= needed, str(len(dataset))
-        elif dataset.shuffle != shuffle:
-            raise ValueError(f"data.shuffle={shuffle}, but the stream was opened with {dataset.shuffle}: open it so")
-        else:
-            enough, found = dataset.holds(needed), "fewer"
-        if not enough:
-            raise ValueError(
-                f"train.global_batch_size={rows} is more than the text to train on has ({name}), {found} rows of "
-                f"data.sequence_length={dataset.sequence_length} tokens: give more text, a smaller batch, or a shorter "
-                "sequence_length"
-            )
+# Reading ahead
 
 
 class ReadAhead:
-    """Results of a function of the step, computed ahead by worker processes and delivered in order.
-
-    Steps are dealt out in turns. Which worker computes a step changes nothing, so neither does their number.
-
-    Args:
-        read: Computes a step; forked workers have a copy of everything that it refers to.
-        workers: Number of processes, at least 1.
-        prefetch: Steps that each computes ahead.
-        pin_memory: Put tensors in page-locked memory.
-    """
+    """Results of a function of the step, in order, computed `prefetch` steps ahead by each of some forked workers."""
 
     def __init__(self, read: Callable[[int], Any], workers: int, prefetch: int, pin_memory: bool) -> None:
         self._steps = _Steps(read)
@@ -270,15 +407,24 @@ class ReadAhead:
         self._next = 0
 
     def take(self, step: int) -> Any:
-        """Wait for the result of a step; any but the one after the last starts the workers anew.
-
-        Raises:
-            ValueError: The function refused the step.
-            RuntimeError: The function failed, or a worker ended; says how.
-        """
+        """Wait for the result of a step, or its error; any but the one after the last starts the workers anew."""
         if self._results is None or step != self._next:
             self.close()
-            self._results = self._start(step)
+            loader: DataLoader[Any] = DataLoader(
+                self._steps,
+                batch_size=None,
+                sampler=count(step),
+                num_workers=self._workers,
+                collate_fn=lambda found: found,
+                pin_memory=self._pin,
+                prefetch_factor=self._prefetch,
+                # It draws a seed for its workers, which draw nothing: not from the random state that checkpoints hold.
+                generator=torch.Generator(),
+                # Forked, they share the mapped files and the tokenizer, and start at once.
+                multiprocessing_context="fork",
+                worker_init_fn=_leave_signals_to_the_run,
+            )
+            self._results = iter(loader)
         try:
             found = next(self._results)
         except Exception as error:
@@ -302,25 +448,8 @@ class ReadAhead:
             self._results._shutdown_workers()
         self._results = None
 
-    def _start(self, step: int) -> Any:
-        loader: DataLoader[Any] = DataLoader(
-            self._steps,
-            batch_size=None,
-            sampler=count(step),
-            num_workers=self._workers,
-            collate_fn=_as_it_is,
-            pin_memory=self._pin,
-            prefetch_factor=self._prefetch,
-            # It draws a seed for its workers, which draw nothing: not from the random state that checkpoints hold.
-            generator=torch.Generator(),
-            # Forked, they share the mapped files and the tokenizer, and start at once.
-            multiprocessing_context="fork",
-            worker_init_fn=_leave_signals_to_the_run,
-        )
-        return iter(loader)
 
-
-class _Steps(Dataset[Any]):
+class _Steps(TorchDataset[Any]):
     """The function, as torch's workers call it."""
 
     def __init__(self, read: Callable[[int], Any]) -> None:
@@ -333,26 +462,23 @@ class _Steps(Dataset[Any]):
             return error
 
 
-def _as_it_is(found: Any) -> Any:
-    return found
-
-
 def _leave_signals_to_the_run(worker: int) -> None:
     """Survive the signals that the run itself answers: a terminal, launchers and Slurm send them to all of a job.
 
     A worker that they killed would take the run with it, in the middle of what it does to end well. The run still ends
     its workers by SIGTERM; that one is told from others by its sender.
     """
+    parent = os.getppid()
+
+    def end_by_parent_only() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
     for number in signal.valid_signals() - {signal.SIGCHLD, signal.SIGTERM}:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_IGN)
     if callable(signal.getsignal(signal.SIGTERM)):
         # Blocked before the first thread starts, it is blocked in all of them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent_only, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_by_parent_only(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+        threading.Thread(target=end_by_parent_only, daemon=True).start()

@@ -1,165 +1,190 @@
-"""From documents to rows of a fixed length.
+"""From documents to rows of a fixed length: stored, of a stream, or of several datasets by weight.
 
 Shapes: L sequence length, n rows. A row has L + 1 places: 0..L-1 are read, 1..L are predicted. In order, the next row
 starts with the last token of the one before, so that in an epoch every token but the first is predicted exactly once
 (with packing "reset", every token but the first of its document). Places without a token hold `MISSING`.
 """
 
+import heapq
+import math
 from bisect import bisect_left, insort
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from mega_scale.data.config import Packing, PackingOrder
-from mega_scale.data.rows import Tally
+from mega_scale.data.sources import Documents, Tally, shuffled
+from mega_scale.data.tokenizer import Encoded, encode
 from mega_scale.data.tokens import TokenStore
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MISSING = -1  # no token
-_INDEXED_DOCUMENTS = 1024
-_ROWS_OF_WINDOW = 64
-_LEAST_DOCUMENTS = 64
 _KEPT_SPANS = 1 << 18  # of 24 bytes each
+_FINGERPRINTED = 64  # rows of a stream
 
 
-class Span(NamedTuple):
-    """Tokens `start` to below `stop` of the store, of which the first stands at `place` in a row."""
-
-    place: int
-    start: int
-    stop: int
+# Rows of stored documents
 
 
-class RowIndex(Protocol):
-    """Which tokens each row has."""
+class PackedDataset:
+    """Rows of L + 1 tokens of a store; with packing "reset" a model is to keep the documents of a row apart.
 
-    def __len__(self) -> int:
-        """Number of rows of an epoch."""
+    With `order` "best_fit" rows hold whole documents, see `_Windows`, that start at multiples of `alignment` tokens.
+    `tally` counts the rows of text that the store was made from.
 
-    def spans(self, row: int) -> list[Span]:
-        """What lies in a row, from left to right; in each span but the first, a document begins or goes on afresh."""
-
-
-class Concatenated:
-    """All documents end to end, cut every L tokens."""
-
-    def __init__(self, store: TokenStore, sequence_length: int) -> None:
-        self._tokens, self._length = store.tokens, sequence_length
-
-    def __len__(self) -> int:
-        return int(row_count(self._tokens, self._length))
-
-    def spans(self, row: int) -> list[Span]:
-        """See RowIndex."""
-        start = row * self._length
-        return [Span(0, start, min(start + self._length + 1, self._tokens))]
-
-
-class Separate:
-    """Every document alone, in one row or, if it is longer, in several of its own."""
-
-    def __init__(self, store: TokenStore, sequence_length: int) -> None:
-        self._store, self._length = store, sequence_length
-        # Rows before every 1024th document: the index stays small, and the rest is looked up in the store.
-        counts = [int(self._rows_of(first)[-1]) for first in range(0, store.documents, _INDEXED_DOCUMENTS)]
-        self._before = np.cumsum([0, *counts])
-
-    def __len__(self) -> int:
-        return int(self._before[-1])
-
-    def spans(self, row: int) -> list[Span]:
-        """See RowIndex."""
-        block = int(np.searchsorted(self._before, row, side="right")) - 1
-        first = block * _INDEXED_DOCUMENTS
-        rows, within = self._rows_of(first), row - int(self._before[block])
-        i = int(np.searchsorted(rows, within, side="right")) - 1
-        start, end = self._bounds(first)[i : i + 2].tolist()
-        start += (within - int(rows[i])) * self._length
-        return [Span(0, start, min(start + self._length + 1, end))]
-
-    def _bounds(self, first: int) -> np.ndarray:
-        return self._store.bounds(first, min(first + _INDEXED_DOCUMENTS, self._store.documents))
-
-    def _rows_of(self, first: int) -> np.ndarray:
-        """Rows of these documents up to each one's start, and up to the last one's end."""
-        return np.cumsum(np.concatenate([[0], row_count(np.diff(self._bounds(first)), self._length)]))
-
-
-class _Window(NamedTuple):
-    """Rows of some documents: spans (n,) in the order of rows, and where each row's begin, (rows + 1,)."""
-
-    place: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    first: np.ndarray
-
-
-class BestFit:
-    """Rows of whole documents, each where it fits best: a pure function of the documents' lengths.
-
-    Documents are packed in windows of consecutive ones, longest first, each into the row that it leaves least room in,
-    or into a new one. A window is about 64 rows of text, so that the rows that are not full at its end are few; it is
-    packed again when one of its rows is asked for, unless it was among the last, so that memory does not grow with the
-    corpus. A document of more than L + 1 tokens fills rows of its own, each starting with the last token of the one
-    before, and what is left of it is packed. A document of one token predicts nothing, and is in no row. Documents
-    start at multiples of `alignment` tokens, which divides L.
+    Attributes:
+        tokens: Tokens of all documents and of what ends them.
+        bytes: UTF-8 bytes of the documents' text.
+        labels: Tokens that an epoch predicts.
+        fingerprint: Hash of the tokens and of where documents end.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int, alignment: int = 1) -> None:
-        self._store, self._length, self._alignment = store, sequence_length, alignment
-        # Units of `alignment` places in a row; the last place of a row is one more, which is predicted only.
-        self._capacity = (sequence_length + 1) // alignment
-        of_window = _ROWS_OF_WINDOW * sequence_length * store.documents // max(store.tokens, 1)
-        self._documents = max(of_window, _LEAST_DOCUMENTS)
-        self._kept: dict[int, _Window] = {}  # the first was packed first
-        self._spans = 0
-        counts = [self._rows_in(first) for first in range(0, store.documents, self._documents)]
-        self._before = np.cumsum([0, *counts])
+    def __init__(
+        self,
+        store: TokenStore,
+        sequence_length: int,
+        packing: Packing = "concat",
+        tally: Tally | None = None,
+        *,
+        order: PackingOrder = "in_order",
+        alignment: int = 1,
+    ) -> None:
+        self._store, self._windows = store, None
+        if order == "best_fit" or packing == "none":
+            self._windows = _Windows(store, sequence_length, alignment, best_fit=order == "best_fit")
+        self.sequence_length, self.packing, self.order, self.alignment = sequence_length, packing, order, alignment
+        self.tokens, self.bytes, self.fingerprint = store.tokens, store.bytes, store.fingerprint
+        self.labels = store.tokens - (min(1, store.documents) if packing == "concat" else store.documents)
+        self.tally = tally or Tally()
 
     def __len__(self) -> int:
-        return int(self._before[-1])
+        if self._windows is not None:
+            return int(self._windows.before[-1])
+        return math.ceil(max(self.tokens - 1, 0) / self.sequence_length)
 
-    def spans(self, row: int) -> list[Span]:
-        """See RowIndex."""
-        number = int(np.searchsorted(self._before, row, side="right")) - 1
-        window = self._kept.get(number)
-        if window is None:
-            window = self._kept[number] = self._pack(number * self._documents)
-            self._spans += len(window.place)
-            while self._spans > _KEPT_SPANS and len(self._kept) > 1:
-                self._spans -= len(self._kept.pop(next(iter(self._kept))).place)
-        within = row - int(self._before[number])
-        one = slice(int(window.first[within]), int(window.first[within + 1]))
-        fields = (window.place[one].tolist(), window.start[one].tolist(), window.stop[one].tolist())
-        return [Span(*found) for found in zip(*fields, strict=True)]
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Read rows (n,) by number: (n, L + 1) int64 tokens, and MISSING behind the last one, or to align the next."""
+        found = np.full((len(indices), self.sequence_length + 1), MISSING)
+        for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
+            for place, start, stop in self._spans(index):
+                self._store.read(start, stop, row[place : place + stop - start])
+        return found
 
-    def _cut(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Spans of a window's documents in their order: starts and stops in the store, (n,) each."""
+    def document_starts(self, indices: np.ndarray) -> np.ndarray:
+        """Say where documents start in rows (n,), for a model that keeps them apart: (n, L + 1) bool.
+
+        True where a document's first token stands, or that of what is left of one that was cut, packed behind others.
+        A row that goes on with a document has False at its first place, and places without a token are False.
+        """
+        found = np.zeros((len(indices), self.sequence_length + 1), dtype=bool)
+        for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
+            for place, start, stop in self._spans(index):
+                # Documents end where the next one starts.
+                starts = self._store.bounds(self._store.document_at(start), self._store.document_at(stop - 1))
+                row[place + starts[starts >= start] - start] = True
+                row[place] |= place > 0
+        return found
+
+    def tokens_per_byte(self, rows: int, text_size: Callable[[np.ndarray], int]) -> float:
+        """Tokens, with what ends documents, divided by UTF-8 bytes of the text that the first `rows` rows hold.
+
+        `text_size` gives the bytes of some tokens' text; it is asked of documents that the rows hold in part. Of whole
+        ones, the size of the text that was tokenised is known.
+        """
+        if rows >= len(self):
+            return self.tokens / self.bytes
+        joined: list[list[int]] = []
+        for start, stop in sorted((start, stop) for row in range(rows) for _, start, stop in self._spans(row)):
+            if joined and start <= joined[-1][1]:  # the next row begins with the last token of the one before
+                joined[-1][1] = max(stop, joined[-1][1])
+            else:
+                joined.append([start, stop])
+        size = 0
+        for start, stop in joined:
+            first, last = self._store.document_at(start), self._store.document_at(stop - 1)
+            bounds, text_ends = (
+                self._store.bounds(first, last + 1),
+                self._store.ends(max(first - 1, 0), last + 1, "text_ends"),
+            )
+            sizes = np.diff(np.append(0, text_ends) if first == 0 else text_ends)
+            for i in {0, last - first}:  # only the first and the last document may be cut
+                begin, end = max(int(bounds[i]), start), min(int(bounds[i + 1]), stop)
+                if (begin, end) != (bounds[i], bounds[i + 1]):
+                    tokens = np.empty(end - begin - (end == bounds[i + 1]), np.int64)  # without what ends the document
+                    self._store.read(begin, begin + len(tokens), tokens)
+                    sizes[i] = min(text_size(tokens), sizes[i])
+            size += int(sizes.sum())
+        return sum(stop - start for start, stop in joined) / max(size, 1)
+
+    def _spans(self, row: int) -> Sequence[Sequence[int]]:
+        """What lies in a row, from left to right: a place in it, and the tokens start to below stop of the store.
+
+        In each but the first, a document begins or goes on afresh.
+        """
+        if self._windows is not None:
+            return self._windows.spans(row)
+        start = row * self.sequence_length
+        return [(0, start, min(start + self.sequence_length + 1, self.tokens))]
+
+
+class _Windows:
+    """Rows of whole documents, packed in windows of consecutive ones: a pure function of the documents' lengths.
+
+    A document of more than L + 1 tokens is cut, each part starting with the last token of the one before; one of one
+    token predicts nothing, and is in no row. By best fit, the parts in a window are packed longest first, each into the
+    row that it leaves least room in, or into a new one; else every part is a row.
+
+    A window is packed again when one of its rows is asked for, unless it was among the last, so that memory does not
+    grow with the corpus. It is about 64 rows of text, so that the rows that are not full at its end are few.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int, alignment: int, *, best_fit: bool) -> None:
+        self._store, self._length, self._alignment, self._best_fit = store, sequence_length, alignment, best_fit
+        # Units of `alignment` places in a row; the last place of a row is one more, which is predicted only.
+        self._capacity = (sequence_length + 1) // alignment
+        documents = (64 if best_fit else 1024) * sequence_length * store.documents // max(store.tokens, 1)
+        self._documents = max(documents if best_fit else min(documents, 1024), 64)
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # the first was packed first
+        self._kept_spans = 0
+        counts = [self._fit(first)[2].max(initial=-1) + 1 for first in range(0, store.documents, self._documents)]
+        self.before = np.cumsum([0, *counts])  # rows before each window, and all
+
+    def spans(self, row: int) -> list[list[int]]:
+        """See `PackedDataset._spans`."""
+        number = int(np.searchsorted(self.before, row, side="right")) - 1
+        if number not in self._kept:
+            starts, stops, rows, units = self._fit(number * self._documents)
+            # In a row, documents stand in the order of the corpus.
+            order = rows.argsort(kind="stable")
+            begins = np.searchsorted(rows[order], np.arange(rows.max(initial=-1) + 2))
+            filled = np.cumsum(units[order]) - units[order]
+            places = (filled - filled[begins[:-1]][rows[order]]) * self._alignment
+            self._kept[number] = np.stack([places, starts[order], stops[order]], axis=1), begins
+            self._kept_spans += len(starts)
+            while self._kept_spans > _KEPT_SPANS and len(self._kept) > 1:
+                self._kept_spans -= len(self._kept.pop(next(iter(self._kept)))[0])
+        spans, begins = self._kept[number]
+        within = row - int(self.before[number])
+        found: list[list[int]] = spans[begins[within] : begins[within + 1]].tolist()
+        return found
+
+    def _fit(self, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Spans of a window's documents in their order: start, stop, row and units, (n,) each."""
         bounds = self._store.bounds(first, min(first + self._documents, self._store.documents))
         counts = -(-(np.diff(bounds) - 1) // self._length)
         which = np.repeat(np.arange(len(counts)), counts)
         number = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = bounds[which] + number * self._length
-        return starts, np.minimum(starts + self._length + 1, bounds[which + 1])
-
-    def _rows_in(self, first: int) -> int:
-        starts, stops = self._cut(first)
-        rows = fit(self._units(stops - starts), self._capacity)
-        return max(rows, default=-1) + 1
-
-    def _pack(self, first: int) -> _Window:
-        starts, stops = self._cut(first)
-        units = self._units(stops - starts)
-        rows = np.array(fit(units, self._capacity), np.int64)
-        # In a row, documents stand in the order of the corpus.
-        order = rows.argsort(kind="stable")
-        begins = np.searchsorted(rows[order], np.arange(rows.max(initial=-1) + 2))
-        before = np.cumsum(units[order]) - units[order]
-        place = before - before[begins[:-1]][rows[order]]
-        return _Window(place * self._alignment, starts[order], stops[order], begins)
-
-    def _units(self, tokens: np.ndarray) -> np.ndarray:
-        return np.minimum(-(-tokens // self._alignment), self._capacity)
+        stops = np.minimum(starts + self._length + 1, bounds[which + 1])
+        units = np.minimum(-(-(stops - starts) // self._alignment), self._capacity)
+        rows = np.array(fit(units, self._capacity), np.int64) if self._best_fit else np.arange(len(units))
+        return starts, stops, rows, units
 
 
 def fit(sizes: np.ndarray, capacity: int) -> list[int]:
@@ -185,105 +210,239 @@ def fit(sizes: np.ndarray, capacity: int) -> list[int]:
     return rows
 
 
-def row_count(tokens: int | np.ndarray, sequence_length: int) -> np.ndarray:
-    """Count the rows that so many tokens make, one number or many: every token but the first is predicted."""
-    return -(-np.maximum(tokens - 1, 0) // sequence_length)
+# Rows of a stream
 
 
-class PackedDataset:
-    """Rows of L + 1 tokens of a store.
+class StreamedDataset:
+    """Rows of L + 1 tokens, cut from documents that are read again at every epoch: those that packing would store.
 
-    Args:
-        store: All documents' tokens, each with the token that ends it.
-        sequence_length: L, tokens.
-        packing: "concat", "reset" or "none"; with "reset" a model is to keep the documents of a row apart.
-        tally: Rows of text that the store was made from, and the bad ones.
-        order: "in_order", or for "reset" also "best_fit", see `BestFit`.
-        alignment: Documents start at multiples of this, tokens; best fit only.
-
-    Attributes:
-        tokens: Tokens of all documents and of what ends them.
-        bytes: UTF-8 bytes of the documents' text.
-        labels: Tokens that an epoch predicts.
-        fingerprint: Hash of the tokens and of where documents end.
+    Rows are numbered over all epochs, without end. Reading them in ascending order costs one pass over the text; going
+    back, or resuming far from the start, reads the text again from the epoch's start. `buffer` is the number of texts
+    held in memory to draw from when shuffling. `fingerprint` is a hash of the first rows' tokens in the corpus's own
+    order, `tally` counts the rows of text that this process has read in this epoch.
     """
+
+    tokens: None = None  # how many there are is not known
+    bytes: None = None
 
     def __init__(
         self,
-        store: TokenStore,
+        documents: Documents,
+        tokenizer: "PreTrainedTokenizerBase",
         sequence_length: int,
         packing: Packing = "concat",
-        tally: Tally | None = None,
         *,
-        order: PackingOrder = "in_order",
-        alignment: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        buffer: int = 1,
+        add_bos: bool = False,
     ) -> None:
-        self._store = store
-        self._index: RowIndex
-        if order == "best_fit":
-            self._index = BestFit(store, sequence_length, alignment)
-        else:
-            self._index = (Separate if packing == "none" else Concatenated)(store, sequence_length)
-        self.sequence_length, self.packing, self.order, self.alignment = sequence_length, packing, order, alignment
-        self.tokens, self.bytes, self.fingerprint = store.tokens, store.bytes, store.fingerprint
-        self.labels = store.tokens - (min(1, store.documents) if packing == "concat" else store.documents)
-        self.tally = tally or Tally()
+        self._documents, self._tokenizer, self._add_bos = documents, tokenizer, add_bos
+        self.sequence_length, self.packing = sequence_length, packing
+        self.shuffle, self._seed, self._buffer = shuffle, seed, buffer
+        self.tally = documents.tally
+        self._epoch_rows: int | None = None  # known when the text has been read to its end
+        first = list(islice(self._cut(documents), _FINGERPRINTED))
+        if not first or (packing == "concat" and MISSING in first[0]):
+            raise ValueError(
+                f"the text to train on has less than one row of data.sequence_length={sequence_length} + 1 tokens: "
+                "give more text, or a shorter sequence_length"
+            )
+        self.fingerprint = f"stream-{xxhash.xxh3_128_hexdigest(np.concatenate(first).data)}"
+        self._start(0)
 
-    def __len__(self) -> int:
-        return len(self._index)
+    def holds(self, count: int) -> bool:
+        """Say whether an epoch has at least `count` rows; reads no further than those."""
+        if self._epoch_rows is None:
+            self._start(0)
+            found = sum(1 for _ in islice(self._rows, count))
+            if found < count:
+                self._epoch_rows = found
+            # Begun anew: processes that are forked later must not share the place in an open file.
+            self._start(0)
+        return self._epoch_rows is None or self._epoch_rows >= count
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Read rows (n,) by number: (n, L + 1) int64 tokens, and MISSING where there is none.
+        """Read rows (n,) by number, over all epochs: (n, L + 1) int64 tokens, and MISSING behind the last one."""
+        return np.stack([self._row(index) for index in np.asarray(indices).tolist()])
 
-        None is behind the last token, or a document that the next one's alignment keeps a distance from.
-        """
-        found = np.full((len(indices), self.sequence_length + 1), MISSING)
-        for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
-            for place, start, stop in self._index.spans(index):
-                self._store.read(start, stop, row[place : place + stop - start])
-        return found
+    def _row(self, index: int) -> np.ndarray:
+        epoch, within = (0, index) if self._epoch_rows is None else divmod(index, self._epoch_rows)
+        if epoch != self._epoch or within < self._cursor:
+            self._start(epoch)
+        for found in self._rows:
+            self._cursor += 1
+            if self._cursor > within:
+                return found
+        assert self._epoch_rows is None, "the text became shorter while it was read"
+        self._epoch_rows = self._cursor
+        return self._row(index)
 
-    def document_starts(self, indices: np.ndarray) -> np.ndarray:
-        """Say where documents start in rows (n,), for a model that keeps them apart: (n, L + 1) bool.
+    def _start(self, epoch: int) -> None:
+        """Go to the first row of an epoch."""
+        texts: Iterable[str] = self._documents
+        if self.shuffle:
+            texts = self._documents.shuffled(self._seed, epoch, self._buffer)
+        self._epoch, self._cursor, self._rows = epoch, 0, self._cut(texts)
 
-        True where a document's first token stands, or that of what is left of one that was cut, packed behind others.
-        A row that goes on with a document has False at its first place, and places without a token are False.
-        """
-        found = np.zeros((len(indices), self.sequence_length + 1), dtype=bool)
-        for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
-            for place, start, stop in self._index.spans(index):
-                # Documents end where the next one starts.
-                starts = self._store.bounds(self._store.document_at(start), self._store.document_at(stop - 1))
-                row[place + starts[starts >= start] - start] = True
-                row[place] |= place > 0
-        return found
+    def _cut(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        cut = cut_rows if self.packing == "concat" else cut_documents
+        return cut(encode(texts, self._tokenizer, self._add_bos), self.sequence_length)
 
-    def tokens_per_byte(self, rows: int, text_size: Callable[[np.ndarray], int]) -> float:
-        """Tokens, with what ends documents, divided by UTF-8 bytes of the text that the first `rows` rows hold.
 
-        `text_size` gives the bytes of some tokens' text; it is asked of documents that the rows hold in part. Of whole
-        ones, the size of the text that was tokenised is known.
-        """
-        if rows >= len(self):
-            return self.tokens / self.bytes
-        spans: list[list[int]] = []
-        for start, stop in sorted(span[1:] for row in range(rows) for span in self._index.spans(row)):
-            if spans and start <= spans[-1][1]:  # the next row begins with the last token of the one before
-                spans[-1][1] = max(stop, spans[-1][1])
+def cut_rows(documents: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
+    """Cut documents end to end into rows (L + 1,) int64, each starting with the last token of the one before."""
+    rest = np.empty(0, np.int64)
+    for encoded in documents:
+        tokens = np.concatenate([rest, encoded.tokens.astype(np.int64)])
+        used = max(len(tokens) - 1, 0) // sequence_length * sequence_length
+        for start in range(0, used, sequence_length):
+            yield tokens[start : start + sequence_length + 1]
+        rest = tokens[used:]
+    if len(rest) > 1:
+        yield np.pad(rest, (0, sequence_length + 1 - len(rest)), constant_values=MISSING)
+
+
+def cut_documents(documents: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
+    """Cut each document alone into rows (L + 1,) int64."""
+    for encoded in documents:
+        for document in np.split(encoded.tokens.astype(np.int64), encoded.ends[:-1]):
+            for start in range(0, len(document) - 1, sequence_length):
+                row = document[start : start + sequence_length + 1]
+                yield np.pad(row, (0, sequence_length + 1 - len(row)), constant_values=MISSING)
+
+
+# Rows of several datasets by weight
+
+Dataset = PackedDataset | StreamedDataset
+
+
+class Schedule:
+    """Which source each row comes from, by shares above 0 of the rows, which need not add up to 1.
+
+    It is computed from the number of the row alone, in exact arithmetic. Sources are the leaves of a binary tree; of
+    the first n rows of a node, its left child has floor(n w_left / w + 1/2). So after any number of rows every source
+    is within a few rows of its share, and after as many rows as the (whole) weights add up to, exactly at it.
+    """
+
+    def __init__(self, weights: Sequence[Fraction | int]) -> None:
+        shares = [Fraction(weight) for weight in weights]
+        whole = math.lcm(*(share.denominator for share in shares))
+        # A node is its weight, a number (of a leaf, its source), and its two children. Light sources are joined first,
+        # as in a Huffman code: no source is far from the root for its weight.
+        heap: list[tuple[int, int, Any]] = [(int(share * whole), i, ()) for i, share in enumerate(shares)]
+        heapq.heapify(heap)
+        while len(heap) > 1:
+            right, left = heapq.heappop(heap), heapq.heappop(heap)
+            heapq.heappush(heap, (left[0] + right[0], right[1], (left, right)))
+        self._root, self._sources = heap[0], len(shares)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Find a row of the run: the number of its source, and how many rows of that source come before it."""
+        node = self._root
+        while children := node[2]:
+            before = _rows_on_left(node, row)
+            if _rows_on_left(node, row + 1) > before:
+                node, row = children[0], before
             else:
-                spans.append([start, stop])
-        size = sum(self._bytes_between(start, stop, text_size) for start, stop in spans)
-        return sum(stop - start for start, stop in spans) / max(size, 1)
+                node, row = children[1], row - before
+        return node[1], row
 
-    def _bytes_between(self, start: int, stop: int, text_size: Callable[[np.ndarray], int]) -> int:
-        """UTF-8 bytes of the text from `start` to below `stop`, of which only the first and last document is cut."""
-        first, last = self._store.document_at(start), self._store.document_at(stop - 1)
-        bounds, text_ends = self._store.bounds(first, last + 1), self._store.text_ends(max(first - 1, 0), last + 1)
-        sizes = np.diff(np.append(0, text_ends) if first == 0 else text_ends)
-        for i in {0, last - first}:
-            begin, end = max(int(bounds[i]), start), min(int(bounds[i + 1]), stop)
-            if (begin, end) != (bounds[i], bounds[i + 1]):
-                tokens = np.empty(end - begin - (end == bounds[i + 1]), np.int64)  # without what ends the document
-                self._store.read(begin, begin + len(tokens), tokens)
-                sizes[i] = min(text_size(tokens), sizes[i])
-        return int(sizes.sum())
+    def counts(self, rows: int) -> list[int]:
+        """Count how many of the first rows each source has."""
+        found = [0] * self._sources
+        waiting = [(self._root, rows)]
+        while waiting:
+            node, count = waiting.pop()
+            if node[2]:
+                left = _rows_on_left(node, count)
+                waiting += zip(node[2], (left, count - left), strict=True)
+            else:
+                found[node[1]] = count
+        return found
+
+
+def _rows_on_left(node: tuple[int, int, Any], rows: int) -> int:
+    weight, _, ((left_weight, *_), _) = node
+    found: int = (2 * rows * left_weight + weight) // (2 * weight)
+    return found
+
+
+class Mixture:
+    """Rows of one or more datasets of the same length, numbered over all epochs without end; each has its own epochs.
+
+    `weights` are the shares of the rows by name; None for one dataset. `tokens` counts an epoch of all datasets, None
+    with a stream. `fingerprint` is a hash of all datasets and their weights; a single dataset's own.
+    """
+
+    def __init__(self, datasets: Mapping[str, Dataset], weights: Mapping[str, Fraction | int] | None = None) -> None:
+        self.datasets = dict(datasets)
+        shares = [1 if weights is None else weights[name] for name in self.datasets]
+        self._schedule = Schedule(shares)
+        first, *others = self.datasets.values()
+        self._lengths = [len(found) if isinstance(found, PackedDataset) else None for found in (first, *others)]
+        self.sequence_length, self.fingerprint = first.sequence_length, first.fingerprint
+        sizes = [dataset.tokens for dataset in (first, *others)]
+        self.tokens = None if None in sizes else sum(size for size in sizes if size is not None)
+        if others:
+            named = zip(self.datasets.items(), shares, strict=True)
+            described = " ".join(f"{name} {share} {dataset.fingerprint}" for (name, dataset), share in named)
+            self.fingerprint = f"mixture-{xxhash.xxh3_128_hexdigest(described.encode())}"
+
+    def rows(self, numbers: Sequence[int], seed: int, shuffle: bool) -> np.ndarray:
+        """Read rows (n,) of the run, ascending: (n, L + 1) int64 tokens, and MISSING where there is none.
+
+        Every epoch of a dataset has an order of its own, chosen by `seed`, unless `shuffle` is false; a stream has its
+        own order.
+        """
+        found = np.empty((len(numbers), self.sequence_length + 1), np.int64)
+        for dataset, at, indices in self._located(numbers, seed, shuffle):
+            found[at] = dataset.rows(indices)
+        return found
+
+    def document_starts(self, numbers: Sequence[int], seed: int, shuffle: bool) -> np.ndarray:
+        """Say where documents start in rows (n,) of the run: (n, L + 1) bool, see `PackedDataset.document_starts`."""
+        found = np.empty((len(numbers), self.sequence_length + 1), bool)
+        for dataset, at, indices in self._located(numbers, seed, shuffle):
+            if isinstance(dataset, StreamedDataset):
+                raise ValueError("data.streaming=True: a stream does not keep where documents start; prepare the data")
+            found[at] = dataset.document_starts(indices)
+        return found
+
+    def progress(self, rows: int) -> dict[str, dict[str, Any]]:
+        """Say how far a run has read each dataset after so many rows.
+
+        By name: `rows`, `epochs` (a fraction; None for a stream) and `tokens` predicted, which is exact when an epoch
+        ends and else that share of an epoch (None for a stream whose rows are not full).
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for (name, dataset), count in zip(self.datasets.items(), self._schedule.counts(rows), strict=True):
+            if isinstance(dataset, StreamedDataset):
+                tokens = count * self.sequence_length if dataset.packing == "concat" else None
+                found[name] = {"rows": count, "epochs": None, "tokens": tokens}
+            else:
+                exact = Fraction(count * dataset.labels, len(dataset))
+                found[name] = {"rows": count, "epochs": count / len(dataset), "tokens": round(exact)}
+        return found
+
+    def tally(self) -> Tally:
+        """Count the rows of text that were read, and the bad ones, as far as the text has been read."""
+        total = Tally()
+        for dataset in self.datasets.values():
+            total.merge(dataset.tally)
+        return total
+
+    def _located(
+        self, numbers: Sequence[int], seed: int, shuffle: bool
+    ) -> Iterator[tuple[Dataset, list[int], np.ndarray]]:
+        """Which of the rows each dataset has, and where they stand there; a stream numbers its own without end."""
+        located = [self._schedule.locate(number) for number in numbers]
+        for i, (dataset, length) in enumerate(zip(self.datasets.values(), self._lengths, strict=True)):
+            at = [k for k, (source, _) in enumerate(located) if source == i]
+            indices = np.array([located[k][1] for k in at], np.int64)
+            if length is not None:
+                epochs, indices = np.divmod(indices, length)
+                for epoch in np.unique(epochs).tolist() if shuffle else ():
+                    indices[epochs == epoch] = shuffled(indices[epochs == epoch], length, seed, epoch)
+            if at:
+                yield dataset, at, indices

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mega_scale.data.config import DataConfig
 from mega_scale.data.readers import FileRange
-from mega_scale.data.rows import Tally, usable
-from mega_scale.data.sources import TextSource, is_held_out, open_source
+from mega_scale.data.sources import Tally, is_held_out, open_source, usable
 from mega_scale.data.tokenizer import batched, encode, load_tokenizer, token_type, tokenizer_digest
 from mega_scale.data.tokens import FORMAT, PreparedManifest, ShardRecord, ShardWriter, write_manifest
 from mega_scale.files import FileLock, write_json
@@ -56,17 +55,10 @@ class ShardPlan(NamedTuple):
 
 
 class Preparation:
-    """One folder's preparation: what is to be done, and one shard of it.
+    """One folder's preparation: what is to be done, and one shard of it, of `shard_bytes` bytes of its files.
 
-    Args:
-        folder: Where the files go; created. One that was begun in the same way is gone on with.
-        config: The keys under `data:`, validated.
-        tokenizer: Ends every document with its eos or sep token.
-        shard_bytes: Text of a shard, bytes of its files.
-        overwrite: Whether what was prepared there is deleted, and all is made anew.
-
-    Attributes:
-        shards: What every shard is made of.
+    A folder that was begun in the same way is gone on with; `overwrite` deletes what was prepared there. `shards` says
+    what every shard is made of.
 
     Raises:
         ValueError: A key cannot be prepared, the text cannot be found, the folder holds something else, or what is to
@@ -82,16 +74,30 @@ class Preparation:
         shard_bytes: int,
         overwrite: bool = False,
     ) -> None:
-        _require_preparable(config)
+        apart, here = "prepare each source into a folder of its own", "it holds for training; set it to null here"
+        refusals = {
+            "mixture": (config.mixture is not None, f"{apart}, and mix the folders"),
+            "streaming": (config.streaming, "preparing reads ranges in parallel; set it to false"),
+            "max_documents": (config.max_documents is not None, here),
+            "validation_documents": (config.validation_documents is not None, here),
+            "source": (config.source == "prepared", "it is prepared; name the text"),
+        }
+        for key, (wrong, remedy) in refusals.items():
+            if wrong:
+                raise ValueError(f"data.{key}={getattr(config, key)!r}: {remedy}")
         self._folder, self._config, self._tokenizer = folder, config, tokenizer
-        self._sources: dict[bool, TextSource] = {False: open_source(config)}
+        self._sources = {False: open_source(config)}
         if config.separate_validation:
             self._sources[True] = open_source(config, held_out=True)
-        self.shards = [
-            ShardPlan(held_out, ranges)
-            for held_out, source in self._sources.items()
-            for ranges in _grouped(source.ranges(shard_bytes), shard_bytes)
-        ]
+        self.shards: list[ShardPlan] = []
+        for held_out, source in self._sources.items():
+            held = shard_bytes + 1
+            for part in source.ranges(shard_bytes):  # small ones are joined until they have the size of a shard
+                if held + part.size > shard_bytes:
+                    self.shards.append(ShardPlan(held_out, []))
+                    held = 0
+                self.shards[-1].ranges.append(part)
+                held += part.size
         self._digest = tokenizer_digest(tokenizer, config.add_bos)
         self._plan = self._claim(shard_bytes, overwrite)
 
@@ -113,13 +119,22 @@ class Preparation:
         Raises:
             ValueError: The text cannot be read, or another job has overwritten the folder.
         """
-        shard, tally = self.shards[number], Tally()
+        (held_out, ranges), fraction, tally = self.shards[number], self._config.validation_fraction, Tally()
+        parts = ["train", "validation"] if fraction else ["train"]
+        if True in self._sources:
+            parts = ["validation"] if held_out else ["train"]
         dtype = token_type(self._tokenizer)
-        parts = self._parts(shard)
         writers = {part: ShardWriter(self._folder, f"{part}-{number:05}", dtype) for part in parts}
-        rows = (row for part in shard.ranges for row in self._sources[shard.held_out].read(part))
+        rows = (row for part in ranges for row in self._sources[held_out].read(part))
         for texts in batched(usable(rows, tally)):
-            for part, chosen in self._split(texts, parts).items():
+            split = {parts[0]: texts}
+            if len(parts) > 1:
+                apart = [is_held_out(text, fraction) for text in texts]
+                split = {
+                    part: [text for text, is_apart in zip(texts, apart, strict=True) if is_apart == (part != "train")]
+                    for part in parts
+                }
+            for part, chosen in split.items():
                 for encoded in encode(chosen, self._tokenizer, self._config.add_bos):
                     writers[part].add(encoded)
         self._require_own()
@@ -151,38 +166,12 @@ class Preparation:
         write_manifest(self._folder, manifest)
         return manifest
 
-    def _parts(self, shard: ShardPlan) -> list[str]:
-        if True in self._sources:
-            return ["validation"] if shard.held_out else ["train"]
-        return ["train", "validation"] if self._config.validation_fraction else ["train"]
-
-    def _split(self, texts: list[str], parts: list[str]) -> dict[str, list[str]]:
-        if len(parts) == 1:
-            return {parts[0]: texts}
-        found: dict[str, list[str]] = {part: [] for part in parts}
-        for text in texts:
-            found["validation" if is_held_out(text, self._config.validation_fraction) else "train"].append(text)
-        return found
-
     def _record(self, number: int) -> Path:
         return self._folder / f"{number:05}.json"
 
     def _require_own(self) -> None:
         if _read_json(self._folder / _PLAN) != self._plan:
             raise ValueError(f"{str(self._folder)!r} was overwritten by another job meanwhile: this one ends")
-
-    def _clear(self) -> None:
-        """Delete what was prepared, but for the plan, which is written anew; refused while another job makes it."""
-        tokenizer = self._folder / "tokenizer"
-        if Path(self._config.tokenizer).resolve().is_relative_to(tokenizer.resolve()):
-            raise ValueError(
-                f"data.tokenizer={self._config.tokenizer!r} lies in the folder that is to be overwritten: copy it "
-                "elsewhere"
-            )
-        with FileLock(self._folder / LOCK):
-            for old in [old for pattern in _WRITTEN for old in self._folder.glob(pattern)]:
-                old.unlink(missing_ok=True)
-            shutil.rmtree(tokenizer, ignore_errors=True)
 
     def _claim(self, shard_bytes: int, overwrite: bool) -> Any:
         """Write down what the folder is for, or refuse one that is for something else; gives what is written."""
@@ -197,54 +186,37 @@ class Preparation:
             "units": self.shards,
         }
         plan = json.loads(json.dumps(plan))  # as it is read
-        path = self._folder / _PLAN
+        folder, path = str(self._folder), self._folder / _PLAN
         if path.is_file() and not overwrite:
             there = _read_json(path)
             different = [key for key, value in plan.items() if there.get(key) != value]
             if different:
                 raise ValueError(
-                    f"{str(self._folder)!r} was begun with other {', '.join(different)}: give the same keys, files and "
-                    "tokenizer to go on, replace it with --overwrite, or name another folder"
+                    f"{folder!r} was begun with other {', '.join(different)}: give the same keys, files and tokenizer "
+                    "to go on, replace it with --overwrite, or name another folder"
                 )
             return there
         if not path.is_file() and self._folder.is_dir() and any(self._folder.iterdir()):
-            raise ValueError(f"{str(self._folder)!r} is not empty, and no data was prepared there: name another folder")
+            raise ValueError(f"{folder!r} is not empty, and no data was prepared there: name another folder")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if path.is_file():
                 self._clear()
             write_json(path, plan)
         except OSError as error:
-            reason = error.strerror
-            raise ValueError(f"{str(self._folder)!r} cannot be written ({reason}): name another folder") from None
+            raise ValueError(f"{folder!r} cannot be written ({error.strerror}): name another folder") from None
         return plan
 
-
-def _require_preparable(config: DataConfig) -> None:
-    refusals = {
-        "mixture": (config.mixture is not None, "prepare each source into a folder of its own, and mix the folders"),
-        "streaming": (config.streaming, "preparing reads ranges in parallel; set it to false"),
-        "max_documents": (config.max_documents is not None, "it holds for training; set it to null here"),
-        "validation_documents": (config.validation_documents is not None, "it holds for training; set it to null here"),
-        "source": (config.source == "prepared", "it is prepared; name the text"),
-    }
-    for key, (wrong, remedy) in refusals.items():
-        if wrong:
-            raise ValueError(f"data.{key}={getattr(config, key)!r}: {remedy}")
-
-
-def _grouped(ranges: list[FileRange], size: int) -> Iterator[list[FileRange]]:
-    """Join small ranges until they have the size of a shard."""
-    group: list[FileRange] = []
-    held = 0
-    for part in ranges:
-        if group and held + part.size > size:
-            yield group
-            group, held = [], 0
-        group.append(part)
-        held += part.size
-    if group:
-        yield group
+    def _clear(self) -> None:
+        """Delete what was prepared, but for the plan, which is written anew; refused while another job makes it."""
+        tokenizer = self._folder / "tokenizer"
+        if Path(self._config.tokenizer).resolve().is_relative_to(tokenizer.resolve()):
+            where = "lies in the folder that is to be overwritten: copy it elsewhere"
+            raise ValueError(f"data.tokenizer={self._config.tokenizer!r} {where}")
+        with FileLock(self._folder / LOCK):
+            for old in [old for pattern in _WRITTEN for old in self._folder.glob(pattern)]:
+                old.unlink(missing_ok=True)
+            shutil.rmtree(tokenizer, ignore_errors=True)
 
 
 def _read_json(path: Path) -> Any:
@@ -288,16 +260,16 @@ _inherited: list[Preparation] = []
 
 
 def _begin(preparation: Preparation) -> None:
+    parent = os.getppid()
+
+    def end_with_parent() -> None:  # one that was killed, or this process would wait for work for ever
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
     _inherited[:] = [preparation]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # of Ctrl-C, the parent tells
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it was killed, or it would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _make(number: int) -> Tally:
@@ -337,15 +309,10 @@ class ClusterStep:
 def run_on_cluster(
     folder: Path, config: DataConfig, shard_bytes: int, *, tasks: int, processes: int | None, slurm: dict[str, str]
 ) -> None:
-    """Prepare a folder by datatrove's executors; run again, they go on with what is missing.
+    """Prepare a folder by `tasks` tasks of datatrove's executors; run again, they go on with what is missing.
 
-    Args:
-        folder: Where the files go; its logs go beside it.
-        config: The keys under `data:`, validated.
-        shard_bytes: Text of a shard, bytes.
-        tasks: Number of tasks, each with its share of the shards.
-        processes: At once on this machine; None submits the tasks to Slurm and returns.
-        slurm: Arguments of datatrove's SlurmPipelineExecutor, `partition` and `time` among them.
+    So many `processes` run at once on this machine; None submits the tasks to Slurm and returns, with `slurm` the
+    arguments of datatrove's SlurmPipelineExecutor. Logs go beside the folder.
 
     Raises:
         ValueError: datatrove is not installed, or Slurm's partition or time is not said.

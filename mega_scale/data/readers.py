@@ -1,4 +1,4 @@
-"""Read local files range by range: texts and bad rows in order, never a file as a whole in memory.
+"""Read local files range by range: texts and unusable rows in order, never a file as a whole in memory.
 
 A range is a part of a file that can be read on its own: bytes of a plain jsonl file, row groups of a parquet file,
 record batches of an arrow file; else the whole file. A damage costs as few rows as the format, or pyarrow, allows.
@@ -9,20 +9,22 @@ import functools
 import json
 import os
 import re
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mega_scale.data.compression import DamageError, FileBytes, file_kind
-from mega_scale.data.rows import BadRow, Cause, Rows, TextColumn
+from mega_scale.data.compression import Damage, DamageError, FileBytes, describe, file_kind
 
 BROKEN = (EOFError, OSError, UnicodeError, pa.ArrowException)
 """What pyarrow raises for a file or column that is damaged."""
 
-# JSON writes a byte of text as six characters at most, and a row may have other columns.
-_LINE_PER_TEXT = 8
+Cause = Damage | Literal["not_utf8", "missing_column", "not_text", "empty", "too_long", "broken_json"]
+
+_LINE_PER_TEXT = 8  # JSON writes a byte of text as six characters at most, and a row may have other columns
+_NAMED_COLUMNS = 20
 _MARK = "\ufeff".encode()
 _OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -33,25 +35,93 @@ _CUT = (
 )  # fmt: skip
 
 
-class FileRange(NamedTuple):
-    """A part of a file.
+class BadRow(NamedTuple):
+    """One row, or several with the same cause, that cannot be used.
 
-    Args:
-        file: Absolute name, or the name of what is no file.
-        start: First byte, row group, record batch or row; 0 for a whole file.
-        stop: After the last one; -1 is the end of the file.
-        size: Bytes on disk.
+    `line` is the line, or the number of the row, from 1. `lost` are the bytes of the file that could not be read, None
+    if nobody knows, as the file was cut.
+    """
+
+    cause: Cause
+    file: str
+    line: int
+    detail: str
+    rows: int = 1
+    lost: int | None = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}: {self.detail}"
+
+
+Rows: TypeAlias = Iterator[str | BadRow]
+
+
+class TextColumn(NamedTuple):
+    """The column that holds the text, and the longest text in UTF-8 bytes.
+
+    Dots in the name lead into columns of columns, unless a column has the whole name.
+    """
+
+    name: str
+    max_bytes: int
+
+    def text(self, value: Any, file: str, line: int) -> str | BadRow:
+        """Take a value of the column as text, without a byte order mark; an exception stands for a corrupt row."""
+        if isinstance(value, Exception):
+            return BadRow("corrupt", file, line, f"the row cannot be read ({describe(value)})")
+        if value is None:
+            return BadRow("empty", file, line, "the text is empty")
+        if not isinstance(value, str | bytes):
+            kind = type(value).__name__
+            return BadRow("not_text", file, line, f"data.text_column={self.name!r} holds {kind}, not text")
+        if len(value) > self.max_bytes + 3:
+            return self.too_long(file, line)
+        try:
+            # A str may hold half a surrogate pair, which no UTF-8 has; encoding finds it.
+            text = (value.decode() if isinstance(value, bytes) else value).removeprefix("\ufeff")
+            size = len(text.encode())
+        except UnicodeError as error:
+            return BadRow("not_utf8", file, line, f"the text is not UTF-8 ({error})")
+        if not text:
+            return BadRow("empty", file, line, "the text is empty")
+        return text if size <= self.max_bytes else self.too_long(file, line)
+
+    def too_long(self, file: str, line: int) -> BadRow:
+        """A row whose text is too long."""
+        return BadRow("too_long", file, line, f"the text is longer than data.max_document_bytes={self.max_bytes}")
+
+    def missing(self, columns: Sequence[str], file: str, line: int, rows: int = 1) -> BadRow:
+        """Rows that lack the column, or that have several of its name."""
+        names = ", ".join(columns[:_NAMED_COLUMNS]).encode(errors="backslashreplace").decode() or "none"
+        if len(columns) > _NAMED_COLUMNS:
+            names += f" and {len(columns) - _NAMED_COLUMNS} more"
+        detail = f"there is no column data.text_column={self.name!r}, only {names}"
+        if (same := columns.count(self.name)) > 1:
+            detail = f"{same} columns have the name data.text_column={self.name!r}, of {names}: rename all but one"
+        return BadRow("missing_column", file, line, detail, rows)
+
+    def of_object(self, row: Any, file: str, line: int) -> str | BadRow:
+        """The text of a JSON value that should be an object with this column."""
+        if not isinstance(row, Mapping):
+            return BadRow("broken_json", file, line, f"the row is {type(row).__name__}, not an object")
+        value: Any = row
+        for name in [self.name] if self.name in row else self.name.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                return self.missing(list(row), file, line)
+            value = value[name]
+        return self.text(value, file, line)
+
+
+class FileRange(NamedTuple):
+    """A part of a file: bytes, row groups, record batches or rows from `start` to below `stop`; -1 is the file's end.
+
+    `file` is an absolute name, or the name of what is no file; `size` are bytes on disk.
     """
 
     file: str
     start: int
     stop: int
     size: int
-
-    @property
-    def numbers(self) -> range | None:
-        """Numbers of row groups or record batches; None for all."""
-        return None if self.stop < 0 else range(self.start, self.stop)
 
 
 def split_file(file: str, source: str, size: int | None) -> list[FileRange]:
@@ -63,10 +133,14 @@ def split_file(file: str, source: str, size: int | None) -> list[FileRange]:
     whole = [FileRange(file, 0, -1, total)]
     if size is None or total <= size:
         return whole
-    if source == "json" and _has_lines(file):
-        stops = [*range(size, total, size), total]
-        return [FileRange(file, start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)]
     try:
+        if source == "json":
+            with FileBytes(file) as opened:
+                head = opened.read(64)
+                if opened.kind or _other_encoding(head) or _is_list(head):
+                    return whole
+            stops = [*range(size, total, size), total]
+            return [FileRange(file, start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)]
         if source == "parquet":
             count = pq.ParquetFile(file).num_row_groups
         elif source == "arrow":
@@ -74,7 +148,7 @@ def split_file(file: str, source: str, size: int | None) -> list[FileRange]:
                 count = pa.ipc.open_file(mapped).num_record_batches
         else:
             return whole
-    except BROKEN:
+    except (DamageError, *BROKEN):
         return whole
     step = max(1, count * size // total)
     return [
@@ -85,9 +159,8 @@ def split_file(file: str, source: str, size: int | None) -> list[FileRange]:
 
 def read_range(part: FileRange, source: str, column: TextColumn) -> Rows:
     """Read the rows of a range of `split_file` in order; `source` is text, json, parquet or arrow."""
-    return {"text": _read_text, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}[source](
-        part, column
-    )
+    readers = {"text": _read_text, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}
+    return readers[source](part, column)
 
 
 def _damaged(file: str, line: int, damage: DamageError) -> BadRow:
@@ -96,7 +169,7 @@ def _damaged(file: str, line: int, damage: DamageError) -> BadRow:
     return BadRow(damage.cause, file, line, detail, lost=damage.lost)
 
 
-def _encoding(head: bytes) -> str | None:
+def _other_encoding(head: bytes) -> str | None:
     """The encoding of a file by its byte order mark, unless it is UTF-8."""
     return next((name for mark, name in _OTHER_MARKS.items() if head.startswith(mark)), None)
 
@@ -106,15 +179,15 @@ def _not_utf8(part: FileRange, encoding: str) -> BadRow:
     return BadRow("not_utf8", part.file, 1, detail, lost=part.size)
 
 
-def _read_all(opened: FileBytes, most: int = -1) -> tuple[bytes, DamageError | None]:
+def _read_all(opened: FileBytes, most: int | None = None) -> tuple[bytes, DamageError | None]:
     """What can be read, up to `most` bytes, and what is wrong after it."""
     found = bytearray()
     try:
-        while (most < 0 or len(found) < most) and (content := opened.read1(1 << 20)):
+        while (most is None or len(found) < most) and (content := opened.read1(1 << 20)):
             found += content
     except DamageError as damage:
         return bytes(found), damage
-    return bytes(found if most < 0 else found[:most]), None
+    return bytes(found[:most]), None
 
 
 # Text: one document a file
@@ -129,40 +202,25 @@ def _read_text(part: FileRange, column: TextColumn) -> Rows:
     if damage is not None and not damage.complete:  # half a document is none
         yield _damaged(part.file, 1, damage)._replace(lost=None if damage.lost is None else part.size)
         return
-    yield _one_text(content.removeprefix(_MARK), part, column)
-    if damage is not None:
-        yield _damaged(part.file, 1, damage)
-
-
-def _one_text(content: bytes, part: FileRange, column: TextColumn) -> str | BadRow:
-    if (encoding := _encoding(content)) is not None:
-        return _not_utf8(part, encoding)
-    if content.count(0) * 4 > len(content):
-        detail = "the file is no text: it holds NUL bytes, as UTF-16 without a mark and binary files do"
-        return BadRow("not_utf8", part.file, 1, detail, lost=part.size)
+    content = content.removeprefix(_MARK)
+    found = column.text(content, part.file, 1) if len(content) <= column.max_bytes else column.too_long(part.file, 1)
     try:
         content.decode()
     except UnicodeDecodeError as error:
         if error.start < column.max_bytes - 3:  # else a character may only have been cut
             line = content.count(b"\n", 0, error.start) + 1
-            return BadRow("not_utf8", part.file, line, f"the text is not UTF-8 ({error})", lost=part.size)
-    if len(content) > column.max_bytes:
-        return column.too_long(part.file, 1)
-    found = column.text(content, part.file, 1)
-    return found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
+            found = BadRow("not_utf8", part.file, line, f"the text is not UTF-8 ({error})", lost=part.size)
+    if content.count(0) * 4 > len(content):
+        detail = "the file is no text: it holds NUL bytes, as UTF-16 without a mark and binary files do"
+        found = BadRow("not_utf8", part.file, 1, detail, lost=part.size)
+    if (encoding := _other_encoding(content)) is not None:
+        found = _not_utf8(part, encoding)
+    yield found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
+    if damage is not None:
+        yield _damaged(part.file, 1, damage)
 
 
 # JSON: one object a line, or a list of objects
-
-
-def _has_lines(file: str) -> bool:
-    """Whether a file of JSON can be cut anywhere and read from the next line on."""
-    try:
-        with FileBytes(file) as opened:
-            head = opened.read(64)
-            return not (opened.is_compressed or _encoding(head) or _is_list(head))
-    except DamageError:
-        return False
 
 
 def _is_list(head: bytes) -> bool:
@@ -174,7 +232,7 @@ def _read_json(part: FileRange, column: TextColumn) -> Rows:
     try:
         with FileBytes(part.file, part.size if part.stop < 0 else None) as opened:
             head = b"" if part.start else opened.peek(64)
-            if (encoding := _encoding(head)) is not None:
+            if (encoding := _other_encoding(head)) is not None:
                 yield _not_utf8(part, encoding)
             elif _is_list(head):
                 yield from _read_list(opened, part, column)
@@ -193,31 +251,25 @@ def _read_lines(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
     if part.start:
         opened.seek(part.start - 1)
         opened.readline()  # the line that the start cuts belongs to the range before
-    place = opened.tell() if part.stop >= 0 else 0
+    place, longest = opened.tell() if part.stop >= 0 else 0, _LINE_PER_TEXT * column.max_bytes
     while part.stop < 0 or place < part.stop:
-        content, size = _read_line(opened, _LINE_PER_TEXT * column.max_bytes)
-        if not size:
+        content = opened.readline(longest)
+        if not content:
             if part.stop >= 0:
                 raise DamageError("truncated_file", "the file became shorter while it was read", part.stop - place)
             return
+        size = len(content)
+        if size < longest or content.endswith(b"\n"):
+            row = _parse(content, column, part.file)
+        else:  # not kept in memory
+            while (rest := opened.readline(1 << 20)) and not rest.endswith(b"\n"):
+                size += len(rest)
+            size += len(rest)
+            row = column.too_long(part.file, 0)
         place += size
-        row = _parse(content, column, part.file) if content is not None else column.too_long(part.file, 0)
         if isinstance(row, BadRow) and row.cause in ("broken_json", "not_utf8"):
             row = row._replace(lost=opened.on_disk(size))
         yield row
-
-
-def _read_line(opened: FileBytes, longest: int) -> tuple[bytes | None, int]:
-    """A line and its bytes; None in place of one that is too long to be kept in memory."""
-    line = opened.readline(longest)
-    size = len(line)
-    if size < longest or line.endswith(b"\n"):
-        return line, size
-    while rest := opened.readline(1 << 20):
-        size += len(rest)
-        if rest.endswith(b"\n"):
-            break
-    return None, size
 
 
 def _lines_before(part: FileRange) -> int:
@@ -261,19 +313,19 @@ def _read_list(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
         line = content.count(b"\n", 0, error.start) + 1
         yield BadRow("not_utf8", part.file, line, f"the file is not UTF-8 ({error})", lost=part.size)
         return
-    number, place, decoder = 0, text.index("[") + 1, json.JSONDecoder()
+    number, place, decoder = 0, _skip_space(text, text.index("[") + 1), json.JSONDecoder()
     try:
-        while (place := _skip_space(text, place)) < len(text) and text[place] != "]":
+        while text[place : place + 1] != "]":
+            if place == len(text):
+                raise json.JSONDecodeError("Expecting ']'", text, place)
             row, place = decoder.raw_decode(text, place)
             number += 1
             yield column.of_object(row, part.file, number)
             place = _skip_space(text, place)
             if text[place : place + 1] == ",":
-                place += 1
+                place = _skip_space(text, place + 1)
             elif text[place : place + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
-        if place == len(text):
-            raise json.JSONDecodeError("Expecting ']'", text, place)
         if (place := _skip_space(text, place + 1)) != len(text):
             raise json.JSONDecodeError("Expecting the end of the file", text, place)
     except (ValueError, RecursionError) as error:
@@ -293,6 +345,11 @@ def _skip_space(text: str, place: int) -> int:
 # Parquet and arrow
 
 
+def _numbers(part: FileRange, count: int) -> range:
+    """Row groups or record batches of a range, of so many in the file."""
+    return range(count) if part.stop < 0 else range(part.start, part.stop)
+
+
 def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
     try:
         mapped = pa.memory_map(part.file)
@@ -304,62 +361,51 @@ def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
         yield _broken_file(part.file, 1, error, magic=b"PAR1")
         return
     with opened:
-        for group in part.numbers or range(len(sizes)):
-            first, end = sum(sizes[:group]), sum(sizes[: group + 1])
+        for group in _numbers(part, len(sizes)):
+            row, end = sum(sizes[:group]), sum(sizes[: group + 1])
             if path is None:
-                yield column.missing(schema.names, part.file, first + 1, end - first)
+                yield column.missing(schema.names, part.file, row + 1, end - row)
                 continue
-            for row in _read_group(opened, group, path, column, part.file, first, end):
-                if isinstance(row, BadRow) and row.lost:
-                    row = row._replace(lost=mapped.size() * row.rows // sum(sizes))  # noqa: PLW2901
-                yield row
-
-
-def _read_group(opened: Any, group: int, path: list[str], column: TextColumn, file: str, first: int, end: int) -> Rows:
-    """Rows `first` to below `end` of the file, counted from 0, which are those of a row group."""
-    row, error = first, None
-    for at_once in (_ROWS_AT_ONCE, 1):  # one by one up to the damage, if there is one
-        number = first
-        try:
-            for batch in opened.iter_batches(at_once, row_groups=[group], columns=[".".join(path)]):
-                number += batch.num_rows
-                if number > row:
-                    yield from _texts(batch, path, column, file, row)
-                    row = number
-        except BROKEN as found:
-            error = found
-        else:
-            break
-    if row < end:
-        words = "fewer rows than the file says" if error is None else _words(error)
-        yield BadRow("corrupt", file, row + 1, f"the rows cannot be read from here on ({words})", end - row, lost=1)
+            words = "fewer rows than the file says"
+            for at_once in (_ROWS_AT_ONCE, 1):  # one by one up to the damage, if there is one
+                number = sum(sizes[:group])
+                try:
+                    for batch in opened.iter_batches(at_once, row_groups=[group], columns=[".".join(path)]):
+                        number += batch.num_rows
+                        if number > row:
+                            yield from _texts(batch, path, column, part.file, row)
+                            row = number
+                    break
+                except BROKEN as error:
+                    words = describe(error)
+            if row < end:
+                detail = f"the rows cannot be read from here on ({words})"
+                lost = mapped.size() * (end - row) // sum(sizes)
+                yield BadRow("corrupt", part.file, row + 1, detail, end - row, lost)
 
 
 def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
     """Rows of an arrow file, or of a stream, in which `datasets` keeps its own."""
     try:
         mapped = pa.memory_map(part.file)
-        if mapped.read(6) != b"ARROW1":
-            mapped.seek(0)
-            yield from _read_stream(mapped, column, part.file)
-            return
-        try:
-            opened = pa.ipc.open_file(mapped)
-        except pa.ArrowInvalid:  # cut, so that its index is missing: all before that is a stream
-            mapped.seek(8)
-            yield from _read_stream(mapped, column, part.file)
-            return
+        is_file, opened = mapped.read(6) == b"ARROW1", None
+        if is_file:
+            with contextlib.suppress(pa.ArrowInvalid):  # cut, so that its index is missing: all before is a stream
+                opened = pa.ipc.open_file(mapped)
     except BROKEN as error:
         yield _broken_file(part.file, 1, error)
         return
-    row, wanted = 0, part.numbers or range(opened.num_record_batches)
+    if opened is None:
+        yield from _read_stream(mapped, 8 if is_file else 0, column, part.file)
+        return
+    row, wanted = 0, _numbers(part, opened.num_record_batches)
     for number in range(wanted.stop):
         try:
             batch = opened.get_batch(number)
         except BROKEN as error:
             if number in wanted:
                 lost = mapped.size() // opened.num_record_batches
-                detail = f"a record batch cannot be read ({_words(error)})"
+                detail = f"a record batch cannot be read ({describe(error)})"
                 yield BadRow("corrupt", part.file, row + 1, detail, lost=lost)
             continue
         if number in wanted:
@@ -367,9 +413,10 @@ def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
         row += batch.num_rows
 
 
-def _read_stream(mapped: Any, column: TextColumn, file: str) -> Rows:
+def _read_stream(mapped: Any, begin: int, column: TextColumn, file: str) -> Rows:
     row, place = 0, 0
     try:
+        mapped.seek(begin)
         stream = pa.ipc.open_stream(mapped)
         path = column_path(stream.schema, column)
         while True:
@@ -417,14 +464,13 @@ def column_values(batch: Any, path: list[str]) -> list[Any]:
     try:
         return _plain_values(column)
     except BROKEN:
-        return [_plain_value(column.slice(i, 1)) for i in range(len(column))]
-
-
-def _plain_value(column: Any) -> Any:
-    try:
-        return _plain_values(column)[0]
-    except BROKEN as error:
-        return error
+        found: list[Any] = []
+        for i in range(len(column)):
+            try:
+                found += _plain_values(column.slice(i, 1))
+            except BROKEN as error:
+                found.append(error)
+        return found
 
 
 def _plain_values(column: Any) -> list[Any]:
@@ -434,29 +480,25 @@ def _plain_values(column: Any) -> list[Any]:
         column = pc.run_end_decode(column)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_string(column.type):
-        column = column.view(pa.binary())
-    elif pa.types.is_large_string(column.type):
-        column = column.view(pa.large_binary())
+    if column.type in (pa.string(), pa.large_string()):
+        column = column.view(pa.binary() if column.type == pa.string() else pa.large_binary())
     elif pa.types.is_string_view(column.type):
         column = column.cast(pa.large_binary())
     column.validate(full=True)
-    return column.to_pylist()
+    found: list[Any] = column.to_pylist()
+    return found
 
 
 def _broken_file(file: str, line: int, error: Exception, place: int = 0, magic: bytes = b"") -> BadRow:
     """A file that cannot be read from byte `place` on; one that begins, but does not end, with its `magic` was cut."""
     size, kind, cut = 0, None, any(words in str(error).lower() for words in _CUT)
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(512)
-            size = opened.seek(0, 2)
-            opened.seek(max(size - len(magic), 0))
-            cut = cut or bool(magic and head.startswith(magic) and opened.read() != magic)
-            kind = file_kind(head)
-    except OSError:
-        pass
-    detail = _words(error)
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        head = opened.read(512)
+        size = opened.seek(0, 2)
+        opened.seek(max(size - len(magic), 0))
+        cut = cut or bool(magic and head.startswith(magic) and opened.read() != magic)
+        kind = file_kind(head)
+    detail = describe(error)
     foreign = not place and kind not in (None, "parquet" if magic else "arrow")
     if foreign:
         cut, detail = False, f"it is a {kind} file"
@@ -465,7 +507,3 @@ def _broken_file(file: str, line: int, error: Exception, place: int = 0, magic: 
         cause = "unreadable"
     lost = None if cut or not size else size - place
     return BadRow(cause, file, line, f"the file cannot be read from here on ({detail})", lost=lost)
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Where texts come from: files, data sets of the hub, Python's own library; and which of them are held out."""
+"""Where texts come from, which of them are held out, and how many rows that cannot be used are too many."""
 
 import hashlib
 import importlib
@@ -9,45 +9,164 @@ import random
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
+from mega_scale.data.compression import Damage
 from mega_scale.data.config import DataConfig, cache_folder, expand_paths, find_on_hub
-from mega_scale.data.readers import BROKEN, FileRange, column_path, column_values, read_range, split_file
-from mega_scale.data.rows import BadRow, Rows, Tally, TextColumn, usable
+from mega_scale.data.readers import (
+    BROKEN,
+    BadRow,
+    FileRange,
+    Rows,
+    TextColumn,
+    column_path,
+    column_values,
+    read_range,
+    split_file,
+)
 
+_MIN_JUDGED = 1000  # rows: the share of fewer says little before all have been read
 _HUB_ROWS_AT_ONCE = 64
 _ROUNDS = 8  # of the permutation
 
 
-class TextsHash:
-    """Hash of texts and their order."""
+# Rows that cannot be used
 
-    def __init__(self) -> None:
-        self._total = hashlib.blake2b(digest_size=16)
 
-    def add(self, text: str) -> None:
-        """Append a text."""
-        self._total.update(hashlib.blake2b(text.encode(), digest_size=16).digest())
+@dataclass
+class Tally:
+    """Rows read so far, bad ones too; the bad ones by file and cause; the last one in words; and bytes on disk.
 
-    def digest(self) -> str:
-        """32 hexadecimal digits."""
-        return self._total.hexdigest()
+    `lost` are the bytes by file that could not be read, `bytes` those of all files, read or yet to be read, 0 if
+    unknown.
+    """
+
+    rows: int = 0
+    bad: dict[str, Counter[str]] = field(default_factory=dict)
+    last: str = ""
+    lost: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+
+    def add(self, row: BadRow) -> None:
+        """Count a bad row."""
+        self.rows, self.last = self.rows + row.rows, str(row)
+        self.bad.setdefault(row.file, Counter())[row.cause] += row.rows
+        if row.lost:
+            self.lost[row.file] += row.lost
+
+    def clear(self, size: int = 0) -> None:
+        """Count anew, in files of `size` bytes."""
+        self.rows, self.last, self.bytes = 0, "", size
+        self.bad.clear()
+        self.lost.clear()
+
+    def merge(self, other: "Tally") -> None:
+        """Add the counts of another part of the text."""
+        self.rows += other.rows
+        self.last = other.last or self.last
+        for file, causes in other.bad.items():
+            self.bad.setdefault(file, Counter()).update(causes)
+        self.lost.update(other.lost)
+        self.bytes += other.bytes
+
+    def by_cause(self) -> dict[str, int]:
+        """Bad rows of all files by cause."""
+        found = Counter[str]()
+        for causes in self.bad.values():
+            found.update(causes)
+        return dict(sorted(found.items()))
+
+    def figures(self) -> dict[str, int]:
+        """What a run logs: `bad_rows/CAUSE`, and `lost_bytes` if something could not be read."""
+        found = {f"bad_rows/{cause}": count for cause, count in self.by_cause().items()}
+        return found | ({"lost_bytes": self.lost.total()} if self.lost else {})
+
+    def lines(self, most: int = 20) -> list[str]:
+        """Say what was left out, one line a file, for the `most` files with the most bad rows."""
+        worst = sorted(self.bad, key=lambda file: (-self.bad[file].total(), file))
+        found = []
+        for file in worst[:most]:
+            line = ", ".join(f"{count} {cause}" for cause, count in sorted(self.bad[file].items()))
+            if file in self.lost and not self.bad[file].keys().isdisjoint(get_args(Damage)):
+                line += f", {self.lost[file]:,} bytes lost"
+            found.append(f"left out of {file}: {line}")
+        if len(worst) > most:
+            found.append(f"and rows of {len(worst) - most} more files")
+        return found
+
+    def check(self, share: float, *, ended: bool) -> None:
+        """Refuse text of which more than a share of the rows, or of the bytes, cannot be used.
+
+        Before all rows have been read, rows count as at least a thousand, and bytes only where a part of a file was
+        lost: nobody can count the rows in it.
+
+        Raises:
+            ValueError: Names the last bad row's file and line.
+        """
+        found = self.by_cause()
+        bad, lost = sum(found.values()), min(self.lost.total(), self.bytes)
+        # Quotients, rounded as the share itself was: 0.29 * 100 is less than 29.
+        if bad / max(self.rows, 1 if ended else _MIN_JUDGED) > share:
+            what = f"{bad} of {self.rows} rows"
+        elif lost / max(self.bytes, 1) > share and (ended or not found.keys().isdisjoint(get_args(Damage))):
+            what = f"{lost:,} of {self.bytes:,} bytes"
+        else:
+            return
+        causes = ", ".join(f"{count} {cause}" for cause, count in found.items())
+        raise ValueError(
+            f"{what} cannot be used ({causes}), more than data.max_bad_share={share}; the last one is {self.last}; "
+            "repair them, or raise data.max_bad_share"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; the same rows give the same."""
+        bad = {file: dict(sorted(self.bad[file].items())) for file in sorted(self.bad)}
+        found: dict[str, Any] = {"rows": self.rows, "bad": bad, "last": self.last}
+        return found | ({"lost": dict(sorted(self.lost.items())), "bytes": self.bytes} if self.lost else {})
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Tally":
+        """Read what `to_json` gave; older tallies do not count bytes."""
+        bad = {file: Counter(causes) for file, causes in found["bad"].items()}
+        return cls(found["rows"], bad, found["last"], Counter(found.get("lost", {})), found.get("bytes", 0))
+
+
+def usable(rows: Iterable[str | BadRow], tally: Tally, share: float = 1.0) -> Iterator[str]:
+    """Yield the texts, and count them and the bad rows in `tally`, of which more than `share` are a ValueError."""
+    for row in rows:
+        if isinstance(row, BadRow):
+            tally.add(row)
+            tally.check(share, ended=False)
+        else:
+            tally.rows += 1
+            yield row
+    tally.check(share, ended=True)
+
+
+# Documents
+
+
+def hashed(texts: Iterable[str], total: "hashlib.blake2b") -> Iterator[str]:
+    """Pass texts on, and hash them and their order."""
+    for text in texts:
+        total.update(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        yield text
 
 
 class Documents:
     """Texts that can be read again and again, always the same ones in the same order.
 
-    Args:
-        read: Starts from the first text at every call; is given the seed and epoch of an order of file ranges, or None
-            for the corpus's own.
-        tally: What the last reading found.
+    `read` starts from the first text at every call, and is given the seed and epoch of an order of file ranges, or None
+    for the corpus's own. `tally` is what the last reading found.
     """
 
     def __init__(self, read: Callable[[tuple[int, int] | None], Iterator[str]], tally: Tally | None = None) -> None:
@@ -83,10 +202,10 @@ class Documents:
 
     def digest(self) -> str:
         """Hash all texts and their order (32 hexadecimal digits); reads them once."""
-        total = TextsHash()
-        for text in self:
-            total.add(text)
-        return total.digest()
+        total = hashlib.blake2b(digest_size=16)
+        for _ in hashed(self, total):
+            pass
+        return total.hexdigest()
 
 
 class Corpus(NamedTuple):
@@ -97,11 +216,7 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """Find a run's documents; rows that cannot be used are left out and counted.
-
-    Raises:
-        ValueError: The source cannot be found.
-    """
+    """Find a run's documents; rows that cannot be used are left out and counted."""
     everything, share = load_documents(config), config.validation_fraction
     if config.separate_validation:
         separate = _documents(open_source(config, held_out=True), config.max_bad_share)
@@ -146,47 +261,30 @@ def shuffled(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.nd
     The order depends on the arguments only, not on a library's random generator, so a run can be resumed anywhere.
     """
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
     keys = np.frombuffer(digest, dtype="<u8")
-    found = _permute(np.asarray(positions).astype(np.uint64), half, keys)
-    outside = np.flatnonzero(found >= length)
+    found = np.asarray(positions).astype(np.uint64)
+    outside = np.arange(len(found))
     while outside.size:
-        found[outside] = _permute(found[outside], half, keys)
+        left, right = found[outside] >> half, found[outside] & mask
+        for key in keys:
+            # The finaliser of splitmix64: every bit of the input changes about half the bits of the result.
+            mixed = right ^ key
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed ^= mixed >> np.uint64(31)
+            left, right = right, left ^ (mixed & mask)
+        found[outside] = (left << half) | right
         outside = outside[found[outside] >= length]
     return found.astype(np.int64)
 
 
-def _permute(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = values >> half, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << half) | right
+# Sources: each splits all its text into ranges of about `size` bytes (None splits no file), and reads a range in order
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every bit of the input changes about half the bits of the result."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-class TextSource(Protocol):
-    """Texts in ranges that are read on their own."""
-
-    def ranges(self, size: int | None) -> list[FileRange]:
-        """Split all text into ranges of about `size` bytes; None splits no file."""
-
-    def read(self, part: FileRange) -> Rows:
-        """Read the rows of a range in order."""
-
-
-def open_source(config: DataConfig, *, held_out: bool = False) -> TextSource:
-    """Open `path` or `hub_split`, or with `held_out` `validation_path` or `validation_split`; reads no text.
-
-    Raises:
-        ValueError: It cannot be found.
-    """
+def open_source(config: DataConfig, *, held_out: bool = False) -> "TextSource":
+    """Open `path` or `hub_split`, or with `held_out` `validation_path` or `validation_split`; reads no text."""
     if config.source == "python-stdlib":
         return StdlibSource()
     if config.source == "hub":
@@ -204,18 +302,17 @@ class FileSource:
         self._files, self._kind, self._column = files, kind, column
 
     def ranges(self, size: int | None) -> list[FileRange]:
-        """See TextSource."""
         return [part for file in self._files for part in split_file(file, self._kind, size)]
 
     def read(self, part: FileRange) -> Rows:
-        """See TextSource. A file that was cut is lost as a whole, and counts at least as a file of mean size, since
-        nobody knows how much is missing."""
+        """A file that was cut is lost as a whole, and counts at least as a file of mean size, since nobody knows how
+        much is missing."""
         counted = 0
         for row in read_range(part, self._kind, self._column):
             if isinstance(row, BadRow) and row.lost != 0:
-                sizes, most = self._sizes, part.size
+                most = part.size
                 if row.lost is None:
-                    most = max(sizes.get(part.file, 0), sum(sizes.values()) // len(sizes))
+                    most = max(self._sizes.get(part.file, 0), sum(self._sizes.values()) // len(self._sizes))
                 lost = min(most if row.lost is None else row.lost, most - counted)
                 counted += lost
                 yield row._replace(lost=lost)
@@ -231,11 +328,10 @@ class HubSource:
     """A `datasets.Dataset` or `datasets.IterableDataset`; a stream is one range."""
 
     def __init__(self, dataset: Any, name: str, column: TextColumn, *, streaming: bool) -> None:
-        self._dataset, self._name, self._column, self._stored = dataset, name, column, not streaming
+        self._dataset, self._name, self._column, self._streaming = dataset, name, column, streaming
 
     def ranges(self, size: int | None) -> list[FileRange]:
-        """See TextSource."""
-        if not self._stored or not len(self._dataset):
+        if self._streaming or not len(self._dataset):
             return [FileRange(self._name, 0, -1, 0)]
         count, total = len(self._dataset), self._dataset.size_in_bytes or 0
         step = count if size is None else max(1, min(count, count * size // max(total, 1)))
@@ -243,10 +339,9 @@ class HubSource:
         return [FileRange(self._name, i, min(i + step, count), total * step // count) for i in starts]
 
     def read(self, part: FileRange) -> Rows:
-        """See TextSource."""
-        return self._read_stored(part) if self._stored else self._read_stream()
-
-    def _read_stored(self, part: FileRange) -> Rows:
+        if self._streaming:
+            yield from self._read_stream()
+            return
         rows = self._dataset.with_format("arrow")
         path = column_path(rows.features.arrow_schema, self._column)
         for first in range(part.start, max(part.stop, 0), _HUB_ROWS_AT_ONCE):
@@ -283,7 +378,7 @@ class HubSource:
             yield self._column.of_object(row, self._name, number)
 
 
-def _open_hub(config: DataConfig, held_out: bool) -> TextSource:
+def _open_hub(config: DataConfig, held_out: bool) -> "TextSource":
     import datasets  # noqa: PLC0415  half a second
 
     assert config.hub_name is not None
@@ -350,11 +445,9 @@ class StdlibSource:
     """The text of the Python that runs this, in one range."""
 
     def ranges(self, size: int | None) -> list[FileRange]:
-        """See TextSource."""
         return [FileRange("python-stdlib", 0, -1, 0)]
 
     def read(self, part: FileRange) -> Rows:
-        """See TextSource."""
         return iter(self._texts)
 
     @cached_property
@@ -362,8 +455,11 @@ class StdlibSource:
         return [text for text in stdlib_documents() if text]
 
 
+TextSource: TypeAlias = FileSource | HubSource | StdlibSource
+
+
 def stdlib_documents() -> Iterator[str]:
-    """Read Python's standard library: every module's source, then the documentation of the modules without one.
+    """Read Python's own library: every module's source, then the documentation of the modules without one.
 
     Order and text depend on the Python installation only, so every process of a run sees the same.
     """
@@ -378,22 +474,17 @@ def stdlib_documents() -> Iterator[str]:
             yield file.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
             continue
-    for name in sorted(_compiled_modules()):
+    compiled, shared = set(sys.builtin_module_names), sysconfig.get_config_var("DESTSHARED")
+    if shared and os.path.isdir(shared):
+        suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+        compiled |= {file.split(".")[0] for file in os.listdir(shared) if file.endswith(suffixes)}
+    for name in sorted(name for name in compiled if not _SKIPPED_MODULES.match(name)):
         try:
             module = importlib.import_module(name)
         except ImportError:  # built against a library that this machine lacks
             continue
         if text := _documentation(module):
             yield text
-
-
-def _compiled_modules() -> set[str]:
-    names = set(sys.builtin_module_names)
-    folder = sysconfig.get_config_var("DESTSHARED")
-    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
-    if folder and os.path.isdir(folder):
-        names |= {file.split(".")[0] for file in os.listdir(folder) if file.endswith(suffixes)}
-    return {name for name in names if not _SKIPPED_MODULES.match(name)}
 
 
 def _documentation(module: ModuleType) -> str:

@@ -19,7 +19,6 @@ from mega_scale.data.config import find_on_hub
 _ENCODED_AT_ONCE = 1 << 20  # characters
 # The ids that MegaConfig has for them by default; in the built-in tokenizer, the byte b is the token b + 3.
 _SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
-_FIRST_BYTE = len(_SPECIAL)
 _PROBE = "a"
 _ADDS_BOS = "add_bos"  # in tokenizer_config.json; `add_bos_token` is transformers' own, which it does not save
 
@@ -36,16 +35,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "byte":
         return byte_tokenizer()
     folder = Path(name).expanduser()
-    if os.path.isdir(folder):
-        tokenizer = _from_pretrained(str(folder), "it holds no tokenizer that transformers can load", local=True)
-    else:
-        found = find_on_hub(name, "model")
-        if found == "absent":
-            raise ValueError(f"data.tokenizer={name!r}: neither a folder nor a name on the hub; correct it")
-        remedy = "no such folder, and the hub cannot be reached; give an existing folder"
-        if found == "there":
-            remedy = "the hub has no tokenizer there that transformers can load; name another one"
-        tokenizer = _from_pretrained(name, remedy, local=found == "unreachable")
+    found = "folder" if os.path.isdir(folder) else find_on_hub(name, "model")
+    if found == "absent":
+        raise ValueError(f"data.tokenizer={name!r}: neither a folder nor a name on the hub; correct it")
+    remedy = {
+        "folder": "it holds no tokenizer that transformers can load",
+        "unreachable": "no such folder, and the hub cannot be reached; give an existing folder",
+        "there": "the hub has no tokenizer there that transformers can load; name another one",
+    }[found]
+    name = str(folder) if found == "folder" else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=found != "there", trust_remote_code=False)
+    except Exception as error:  # every format and the hub have errors of their own
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f'data.tokenizer={name!r}: {remedy}, or "byte" ({cause})') from None
     end, token = separator_id(tokenizer), str(tokenizer.eos_token or tokenizer.sep_token)
     same = [other for other, number in tokenizer.get_vocab().items() if number == end and other != token]
     if same:
@@ -55,14 +58,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"{same[0]!r}: give it an id of its own and save it again, or name another tokenizer"
         )
     return tokenizer
-
-
-def _from_pretrained(name: str, remedy: str, *, local: bool) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    except Exception as error:  # every format and the hub have errors of their own
-        cause = str(error).partition("\n")[0]
-        raise ValueError(f'data.tokenizer={name!r}: {remedy}, or "byte" ({cause})') from None
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -85,10 +80,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     """Train a byte-level BPE tokenizer of `vocab_size` ids: three special tokens, the 256 bytes, and merges.
 
     It adds nothing to a text, reads "</s>" in a text as characters, and has fewer ids if the texts have too few pairs
-    to merge.
-
-    Raises:
-        ValueError: The vocabulary has no place for the bytes.
+    to merge. Raises ValueError where the vocabulary has no place for the bytes.
     """
     least = len(_SPECIAL) + 256
     if vocab_size < least:
@@ -137,10 +129,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) -> str:
-    """Hash everything that decides which tokens a text becomes (32 hexadecimal digits).
-
-    It is the same for a tokenizer that was saved and loaded again.
-    """
+    """Hash all that decides which tokens a text becomes (32 hexadecimal digits), alike before and after saving."""
     total, start = hashlib.blake2b(digest_size=16), document_start(tokenizer, add_bos)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         separator = separator_id(tokenizer)
@@ -179,15 +168,10 @@ def text_size(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int:
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Find the id that ends a document, and so stands before the next one: eos, else sep.
-
-    Raises:
-        ValueError: The tokenizer has neither.
-    """
-    if tokenizer.eos_token_id is not None:
-        return int(tokenizer.eos_token_id)
-    if tokenizer.sep_token_id is not None:
-        return int(tokenizer.sep_token_id)
+    """Find the id that ends a document, and so stands before the next one: eos, else sep; ValueError without both."""
+    for found in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if found is not None:
+            return int(found)
     raise ValueError(
         f"data.tokenizer={tokenizer.name_or_path!r} has neither an eos nor a sep token to end documents with; "
         "add one and save it again, or name another tokenizer"
@@ -213,11 +197,7 @@ def own_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> list[int]:
-    """Find the ids that a document begins with: with `add_bos` those of the tokenizer's own call, else its bos.
-
-    Raises:
-        ValueError: They are wanted, and the tokenizer has none.
-    """
+    """Find the ids that a document begins with: with `add_bos` those of the tokenizer's own call, else its bos."""
     if not add_bos:
         return []
     if before := own_tokens(tokenizer)[0]:
@@ -259,10 +239,7 @@ def as_trained(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> PreTrainedT
 
 
 def unlike_training(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> str | None:
-    """Say in one line what a tokenizer adds to a text by itself that documents are trained without.
-
-    None if training is what the tokenizer's own call gives, but for the token that ends documents.
-    """
+    """Say in one line what a tokenizer adds to a text that documents are trained without, but for their end."""
     before, after = own_tokens(tokenizer)
     left_out = [] if add_bos else before
     left_out += after if after != [separator_id(tokenizer)] else []
@@ -278,12 +255,8 @@ def unlike_training(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> str | 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Give the ids that a model continues: a document's beginning as it was trained on.
 
-    Args:
-        tokenizer: Of `as_trained`.
-        text: The beginning; if it is empty, what ended the document before stands for it.
-
-    Raises:
-        ValueError: The tokenizer has no tokens for the text.
+    The tokenizer is one of `as_trained`. In place of an empty text stands what ended the document before. Raises
+    ValueError where the tokenizer has no tokens for the text.
     """
     try:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -296,12 +269,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class Encoded(NamedTuple):
-    """Whole documents as tokens, each with the tokens that begin and the one that ends it.
+    """Whole documents as tokens (T,) of `token_type`, each with the tokens that begin and the one that ends it.
 
-    Args:
-        tokens: (T,) of all of them, of the type that `token_type` names.
-        ends: (n,) int64, the place in `tokens` after each document's last.
-        text_ends: (n,) int64, UTF-8 bytes of their text up to each one's end.
+    `ends` (n,) int64 are the places after each document's last, `text_ends` the UTF-8 bytes of their text up to there.
     """
 
     tokens: np.ndarray
@@ -324,7 +294,16 @@ def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, add_bos
             yield Encoded(encode_bytes(raw), np.cumsum(sizes + 1), np.cumsum(sizes))
             continue
         try:
-            found = _token_lists(texts, tokenizer)
+            if isinstance(tokenizer, PreTrainedTokenizerFast):
+                # What a call would set and do, without where each token stands in the text: a fifth faster.
+                backend = tokenizer.backend_tokenizer
+                backend.no_truncation()
+                backend.no_padding()
+                backend.encode_special_tokens = tokenizer.split_special_tokens
+                found = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            else:  # not verbose, or it would warn of texts that are longer than one sequence
+                plain = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+                found = tokenizer(texts, **plain, verbose=False)["input_ids"]
         except Exception as error:  # `tokenizers` raises nothing more special
             raise ValueError(
                 f"data.tokenizer={tokenizer.name_or_path!r} cannot read the text ({error}): name a tokenizer that has "
@@ -337,32 +316,11 @@ def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, add_bos
 
 
 def encode_bytes(texts: Sequence[bytes]) -> np.ndarray:
-    """Do what the built-in tokenizer does, some hundred times as fast.
-
-    Takes documents in UTF-8; gives (T,) uint16, each document's tokens followed by eos.
-    """
+    """Do what the built-in tokenizer does with documents in UTF-8, some hundred times as fast: (T,) uint16."""
     end = list(_SPECIAL).index("eos_token")
     # The byte 0xff never occurs in UTF-8, so it can stand for the end of a document meanwhile.
     joined = np.frombuffer(b"".join(text + b"\xff" for text in texts), dtype=np.uint8)
-    return np.where(joined == 0xFF, np.uint16(end), joined + np.uint16(_FIRST_BYTE))
-
-
-def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        # What a call would set and do, without where each token stands in the text: a fifth faster.
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    found = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # it would warn of texts that are longer than one sequence
-    )
-    return found["input_ids"]
+    return np.where(joined == 0xFF, np.uint16(end), joined + np.uint16(len(_SPECIAL)))
 
 
 def batched(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -1,14 +1,8 @@
 """Tokens on disk: shards, the corpus they make, folders of prepared data, and the cache of tokenised text.
 
-A shard is a file of tokens and two that index its documents. `NAME.tokens` is the bare array of all documents' tokens,
-each document with the token that ends it. For each document, `NAME.ends` has the place after its last token, and
-`NAME.text_ends` the UTF-8 bytes of all text up to its end (int64). All are little-endian, are written under another
-name, and are renamed when they are whole. They are mapped, and never read as a whole.
-
-A folder of prepared data holds shards and `manifest.json`, which is written last: a folder that has one is whole. The
-manifest has the hash of the tokenizer, the type of the tokens, the shards of every part ("train", "validation"), and
-what was left out. The cache holds such folders, one for each corpus and tokenizer, with one part, "all". A folder is
-made under another name and renamed, so several processes may make the same one at once: the first one's stays.
+A shard is `NAME.tokens`, the bare array of all documents' tokens with what ends each, and two indexes (int64):
+`NAME.ends`, the place after each document's last token, and `NAME.text_ends`, the UTF-8 bytes of all text up to there.
+A folder has shards and `manifest.json`, written last: one that has it is whole. The cache holds such folders.
 """
 
 import hashlib
@@ -22,13 +16,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xxhash
 
-from mega_scale.data.rows import Tally
-from mega_scale.data.sources import Documents, TextsHash
+from mega_scale.data.sources import Documents, Tally, hashed
 from mega_scale.data.tokenizer import Encoded, encode, token_type, tokenizer_digest
 from mega_scale.files import FileLock, LockedError, hash_file, write_json
 
@@ -38,27 +31,16 @@ if TYPE_CHECKING:
 FORMAT = "mega_scale tokens 2"
 _MANIFEST = "manifest.json"
 _CACHED_PART = "all"
-_INDEX_TYPES = {"ends": "<i8", "text_ends": "<i8"}
+_ADVISES = hasattr(mmap.mmap, "madvise")
 # Looking at one token maps 64 KiB into the process, which counts as its memory until it is given back.
 _MAPPED_AT_ONCE = 1 << 16  # bytes
 _RELEASED_AFTER = 1 << 24  # bytes
 _POLL_S = 0.2
 
 
-# Shards
-
-
 @dataclass(frozen=True)
 class ShardRecord:
-    """What a shard must hold.
-
-    Args:
-        name: File name without suffix.
-        tokens: Number of tokens.
-        documents: Number of documents.
-        bytes: UTF-8 bytes of the documents' text.
-        checksums: xxh3 (128 bits, hexadecimal) by suffix of the file.
-    """
+    """What a shard must hold: numbers of tokens, documents and UTF-8 bytes of text, and xxh3 (128 bits) by suffix."""
 
     name: str
     tokens: int
@@ -67,91 +49,57 @@ class ShardRecord:
     checksums: dict[str, str]
 
 
-class MappedFile:
-    """A file as an array of `dtype` that lies in the page cache, shared by all processes of a machine."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        with path.open("rb") as file:
-            empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
-            self._map = None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.array = np.empty(0, dtype) if self._map is None else np.frombuffer(self._map, dtype)
-        # Rows lie anywhere: reading on after one, as systems do, would fetch thirty times what is asked for.
-        self._advise("MADV_RANDOM")
-
-    def slice(self, start: int, stop: int) -> np.ndarray:
-        """Values `start` to below `stop`, a view, fetched from disk at once."""
-        first = start * self.array.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-        self._advise("MADV_WILLNEED", first, stop * self.array.itemsize - first)
-        return self.array[start:stop]
-
-    def release(self) -> None:
-        """Give back the pages that this process looked at; they stay in the page cache while there is room."""
-        self._advise("MADV_DONTNEED")
-
-    def _advise(self, what: str, *place: int) -> None:
-        if self._map is not None and hasattr(mmap, what):  # not every system has them
-            self._map.madvise(getattr(mmap, what), *place)
-
-
 class Shard:
-    """One shard, mapped when it is first read.
-
-    Args:
-        folder: Where its files lie.
-        written: What they must hold.
-        dtype: Of the tokens.
-        documents: Take only so many of its first documents; None takes all.
-
-    Attributes:
-        record: What is taken.
-    """
+    """One shard, or its first `documents`, mapped when it is first read. `record` is what is taken."""
 
     def __init__(self, folder: Path, written: ShardRecord, dtype: str, documents: int | None = None) -> None:
         self._folder, self._written, self._dtype = folder, written, dtype
-        self._types = {"tokens": dtype, **_INDEX_TYPES}
+        self._types = {"tokens": dtype, "ends": "<i8", "text_ends": "<i8"}
+        self._maps: dict[str, mmap.mmap] = {}
         self.record = written
         if documents is not None and documents < written.documents:
-            tokens, size = (int(self.mapped[suffix].array[documents - 1]) for suffix in _INDEX_TYPES)
+            tokens, size = (int(self.arrays[suffix][documents - 1]) for suffix in ("ends", "text_ends"))
             checksums = {suffix: f"{found}[:{documents}]" for suffix, found in written.checksums.items()}
             self.record = ShardRecord(written.name, tokens, documents, size, checksums)
 
     @cached_property
-    def mapped(self) -> dict[str, MappedFile]:
-        """Its files by suffix; mapped at the first use, and readable from then on even if they are removed."""
-        return {suffix: MappedFile(self._path(suffix), dtype) for suffix, dtype in self._types.items()}
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its files by suffix, in the page cache, which processes share; readable from then on even if removed."""
+        found = {}
+        for suffix, dtype in self._types.items():
+            with self._path(suffix).open("rb") as file:
+                if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
+                    found[suffix] = np.empty(0, dtype)
+                    continue
+                mapped = self._maps[suffix] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if _ADVISES:  # rows lie anywhere: reading on after one would fetch thirty times what is asked for
+                mapped.madvise(mmap.MADV_RANDOM)
+            found[suffix] = np.frombuffer(mapped, dtype)
+        return found
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to below `stop`, or to the shard's end: (n,) unsigned integers, a view."""
-        return self.mapped["tokens"].slice(start, min(stop, self.record.tokens))
-
-    @property
-    def ends(self) -> np.ndarray:
-        """(documents,) int64, ascending: the place after each document's last token."""
-        return self.mapped["ends"].array[: self.record.documents]
-
-    @property
-    def text_ends(self) -> np.ndarray:
-        """(documents,) int64, ascending: the UTF-8 bytes of all text up to each document's end."""
-        return self.mapped["text_ends"].array[: self.record.documents]
+        """Tokens `start` to below `stop`, or to the shard's end: (n,) unsigned integers, a view, fetched at once."""
+        array, stop = self.arrays["tokens"], min(stop, self.record.tokens)
+        if _ADVISES:
+            first = start * array.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps["tokens"].madvise(mmap.MADV_WILLNEED, first, stop * array.itemsize - first)
+        return array[start:stop]
 
     def head(self, documents: int) -> "Shard":
         """Keep only so many of its first documents."""
         return Shard(self._folder, self._written, self._dtype, min(documents, self.record.documents))
 
     def release(self) -> None:
-        """Give back the pages that this process looked at."""
-        for file in self.__dict__.get("mapped", {}).values():
-            file.release()
+        """Give back the pages that this process looked at; they stay in the page cache while there is room."""
+        if _ADVISES:
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def check(self, *, content: bool) -> None:
-        """Compare the sizes of the files with what was written, and with `content` also their checksums.
-
-        Raises:
-            ValueError: A file is missing, cut, too long or damaged.
-        """
+        """Refuse a file that is missing, or whose size, or with `content` checksum, is not what was written."""
         for suffix, dtype in self._types.items():
-            path, count = self._path(suffix), self._written.tokens if suffix == "tokens" else self._written.documents
-            size = count * np.dtype(dtype).itemsize
+            path, written = self._path(suffix), self._written
+            size = (written.tokens if suffix == "tokens" else written.documents) * np.dtype(dtype).itemsize
             try:
                 found = path.stat().st_size
             except OSError as error:
@@ -172,15 +120,21 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self._folder, self._name, self._dtype = folder, name, dtype
         self._tokens = self._documents = self._bytes = 0
-        suffixes = ("tokens", *_INDEX_TYPES)
-        self._files: dict[str, Any] = {suffix: self._unfinished(suffix).open("wb") for suffix in suffixes}
+        # Of this process alone: one that lost its parent may still write the same shard.
+        suffixes, mark = ("tokens", "ends", "text_ends"), f"unfinished-{os.getpid()}"
+        self._files: dict[str, Any] = {end: (folder / f"{name}.{end}.{mark}").open("wb") for end in suffixes}
         self._hashes = {suffix: xxhash.xxh3_128() for suffix in suffixes}
 
     def add(self, documents: Encoded) -> None:
         """Append documents."""
-        self._write("tokens", np.ascontiguousarray(documents.tokens, dtype=self._dtype))
-        self._write("ends", (documents.ends + self._tokens).astype("<i8"))
-        self._write("text_ends", (documents.text_ends + self._bytes).astype("<i8"))
+        arrays = {
+            "tokens": np.ascontiguousarray(documents.tokens, dtype=self._dtype),
+            "ends": (documents.ends + self._tokens).astype("<i8"),
+            "text_ends": (documents.text_ends + self._bytes).astype("<i8"),
+        }
+        for suffix, array in arrays.items():
+            self._files[suffix].write(array.data)
+            self._hashes[suffix].update(array.data)
         self._tokens += len(documents.tokens)
         self._documents += len(documents.ends)
         self._bytes += int(documents.text_ends[-1])
@@ -191,20 +145,9 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())  # or a machine that stops may keep the name and lose the content
             file.close()
-            os.replace(self._unfinished(suffix), self._folder / f"{self._name}.{suffix}")
+            os.replace(file.name, self._folder / f"{self._name}.{suffix}")
         checksums = {suffix: total.hexdigest() for suffix, total in self._hashes.items()}
         return ShardRecord(self._name, self._tokens, self._documents, self._bytes, checksums)
-
-    def _unfinished(self, suffix: str) -> Path:
-        # Of this process alone: one that lost its parent may still write the same shard.
-        return self._folder / f"{self._name}.{suffix}.unfinished-{os.getpid()}"
-
-    def _write(self, suffix: str, array: np.ndarray) -> None:
-        self._files[suffix].write(array.data)
-        self._hashes[suffix].update(array.data)
-
-
-# The corpus that shards make
 
 
 class TokenStore:
@@ -220,11 +163,14 @@ class TokenStore:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = [shard for shard in shards if shard.record.tokens]
         records = [shard.record for shard in self._shards]
-        self._starts = np.cumsum([0, *(record.tokens for record in records)])  # (shards + 1,)
-        self._first_documents = np.cumsum([0, *(record.documents for record in records)])
-        self._first_bytes = np.cumsum([0, *(record.bytes for record in records)])
+        self._first_documents = np.cumsum([0, *(record.documents for record in records)])  # (shards + 1,)
+        self._before = {
+            "ends": np.cumsum([0, *(record.tokens for record in records)]),
+            "text_ends": np.cumsum([0, *(record.bytes for record in records)]),
+        }
+        self._starts = self._before["ends"]
         self.tokens, self.documents = int(self._starts[-1]), int(self._first_documents[-1])
-        self.bytes = sum(record.bytes for record in records)
+        self.bytes = int(self._before["text_ends"][-1])
         total = xxhash.xxh3_128()
         for record in records:
             total.update(f"{record.tokens} {sorted(record.checksums.items())} ".encode())
@@ -248,13 +194,18 @@ class TokenStore:
             i += 1
         self._count(out.nbytes)
 
-    def ends(self, first: int, last: int) -> np.ndarray:
-        """The place after the last token of documents `first` to below `last`: (last - first,) int64."""
-        return self._of_documents(first, last, lambda shard: shard.ends, self._starts)
-
-    def text_ends(self, first: int, last: int) -> np.ndarray:
-        """UTF-8 bytes of all text up to the end of documents `first` to below `last`: (last - first,) int64."""
-        return self._of_documents(first, last, lambda shard: shard.text_ends, self._first_bytes)
+    def ends(self, first: int, last: int, suffix: Literal["ends", "text_ends"] = "ends") -> np.ndarray:
+        """Places after the last token of documents `first` to below `last`, or UTF-8 bytes up to there, int64."""
+        found = [np.empty(0, np.int64)]
+        i = int(np.searchsorted(self._first_documents, first, side="right")) - 1
+        while first < last:
+            within, end = first - int(self._first_documents[i]), self._shards[i].record.documents
+            numbers = self._shards[i].arrays[suffix][within : min(within + last - first, end)]
+            found.append(numbers + self._before[suffix][i])
+            first += len(numbers)
+            i += 1
+        self._count(sum(numbers.nbytes for numbers in found))
+        return np.concatenate(found)
 
     def bounds(self, first: int, last: int) -> np.ndarray:
         """Starts of documents `first` to below `last`, and the last one's end: (last - first + 1,) int64."""
@@ -265,7 +216,7 @@ class TokenStore:
         """Find the document that has the token at a place (0 to below `tokens`)."""
         i = int(np.searchsorted(self._starts, place, side="right")) - 1
         self._count(_MAPPED_AT_ONCE)
-        within = np.searchsorted(self._shards[i].ends, place - self._starts[i], side="right")
+        within = np.searchsorted(self._shards[i].arrays["ends"], place - self._starts[i], side="right")
         return int(self._first_documents[i] + within)
 
     def first_documents(self, count: int | None) -> "TokenStore":
@@ -278,20 +229,7 @@ class TokenStore:
     def map(self) -> None:
         """Map all files now, so that they stay readable even if they are removed."""
         for shard in self._shards:
-            shard.mapped  # noqa: B018
-
-    def _of_documents(self, first: int, last: int, of: Callable[[Shard], np.ndarray], before: np.ndarray) -> np.ndarray:
-        """Numbers that shards hold of their documents, counted from the start of the corpus."""
-        found = [np.empty(0, np.int64)]
-        i = int(np.searchsorted(self._first_documents, first, side="right")) - 1
-        while first < last:
-            within = first - int(self._first_documents[i])
-            numbers = of(self._shards[i])[within : within + last - first]
-            found.append(numbers + before[i])
-            first += len(numbers)
-            i += 1
-        self._count(sum(numbers.nbytes for numbers in found))
-        return np.concatenate(found)
+            shard.arrays  # noqa: B018
 
     def _count(self, size: int) -> None:
         """Give back pages when this process has looked at many."""
@@ -307,16 +245,7 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class PreparedManifest:
-    """What a folder of prepared data holds.
-
-    Args:
-        tokenizer: Hash of the tokenizer, see `tokenizer_digest`.
-        tokenizer_name: `data.tokenizer` of the preparation.
-        dtype: Type of the tokens, as numpy writes it.
-        parts: Shards by part, in order.
-        tally: Rows that were read, and the bad ones.
-        add_bos: `data.add_bos` of the preparation.
-    """
+    """What a folder of prepared data holds: `tokenizer` is its digest, `parts` are shards in order, by part."""
 
     tokenizer: str
     tokenizer_name: str
@@ -343,11 +272,7 @@ def write_manifest(folder: Path, manifest: PreparedManifest) -> None:
 
 
 def read_manifest(folder: Path) -> PreparedManifest:
-    """Read what a folder of prepared data holds.
-
-    Raises:
-        ValueError: It is no such folder, was not prepared to the end, or has another format.
-    """
+    """Read what a folder of prepared data holds; ValueError if it is none, is not whole, or has another format."""
     try:
         found = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
@@ -366,11 +291,7 @@ def read_manifest(folder: Path) -> PreparedManifest:
 
 
 def open_part(folder: Path, manifest: PreparedManifest, part: str) -> TokenStore:
-    """Open the documents of a part, none if the folder has no such part; reads none of them.
-
-    Raises:
-        ValueError: A file is missing or has another size than was written.
-    """
+    """Open the documents of a part, none if the folder has no such part; reads none of them."""
     shards = [Shard(folder, record, manifest.dtype) for record in manifest.parts.get(part, [])]
     for shard in shards:
         shard.check(content=False)
@@ -378,11 +299,7 @@ def open_part(folder: Path, manifest: PreparedManifest, part: str) -> TokenStore
 
 
 def check_content(folder: Path) -> Iterator[str]:
-    """Compare all files of a folder with their checksums; names each shard that is good.
-
-    Raises:
-        ValueError: A file is missing or damaged, or the folder is none of prepared data.
-    """
+    """Compare all files of a folder with their checksums, and refuse damaged ones; names each shard that is good."""
     manifest = read_manifest(folder)
     for records in manifest.parts.values():
         for record in records:
@@ -408,8 +325,7 @@ def open_tokens(cache: Path, key: str) -> TokenStore | None:
 def write_tokens(cache: Path, key: str, documents: Iterable[Encoded], dtype: str) -> TokenStore:
     """Write documents to the cache, which is created, as they come, so that they need not fit in memory.
 
-    Raises:
-        ValueError: The folder cannot be written.
+    The folder is renamed when it is whole: of several processes that make the same, the first one's stays.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -446,25 +362,23 @@ def tokenise(
 ) -> TokenStore:
     """Tokenise documents, or find their tokens in the cache; reads them once to see whether they are known.
 
-    Args:
-        documents: Texts.
-        tokenizer: Ends every document with its eos or sep token.
-        cache: Folder for tokens; several processes may use it at once.
-        add_bos: `data.add_bos`.
-        name: Of processes that want documents of one name at the same time, one tokenises them, and the others wait
-            for it; None: this one does.
-        log: Is given one line if this process waits.
-
-    Raises:
-        ValueError: The text cannot be read, by whichever process does it, or the folder cannot be written.
+    Of processes that want documents of one `name` at the same time, one tokenises them, and the others wait for it, and
+    are refused what it is refused; `log` is given one line if this one waits. Without a name, this process does it.
     """
     if name is None:
         return _tokenise(documents, tokenizer, cache, add_bos)[0]
     lock, note, seen = FileLock(cache / f"{name}.lock"), cache / f"{name}.json", set[str]()
     while True:
-        outcome = _read_note(note)
-        if outcome.get("by") in seen and (store := _tokens_of(outcome, documents, cache)) is not None:
-            return store
+        outcome: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            outcome = dict(json.loads(note.read_text(encoding="utf-8")))
+        if outcome.get("by") in seen:  # left by a process that this one has waited for
+            if "error" in outcome:
+                raise ValueError(outcome["error"])
+            if (store := open_tokens(cache, outcome["key"])) is not None:
+                documents.tally.clear()
+                documents.tally.merge(Tally.from_json(outcome["rows"]))
+                return store
         try:
             cache.mkdir(parents=True, exist_ok=True)
             if lock.attempt():
@@ -492,23 +406,6 @@ def tokenise(
             lock.release()
 
 
-def _read_note(note: Path) -> dict[str, Any]:
-    """What the last process left for those that wait for it."""
-    try:
-        return dict(json.loads(note.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def _tokens_of(outcome: dict[str, Any], documents: Documents, cache: Path) -> TokenStore | None:
-    if "error" in outcome:
-        raise ValueError(outcome["error"])
-    store = open_tokens(cache, outcome["key"])
-    documents.tally.clear()
-    documents.tally.merge(Tally.from_json(outcome["rows"]))
-    return store
-
-
 def _tokenise(
     documents: Documents, tokenizer: "PreTrainedTokenizerBase", cache: Path, add_bos: bool
 ) -> tuple[TokenStore, str]:
@@ -516,18 +413,15 @@ def _tokenise(
     digest = documents.digest()
     described = f"{FORMAT} {digest} {tokenizer_digest(tokenizer, add_bos)}"
     key = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+    def unchanged() -> Iterator[str]:
+        """The same texts once more; others than those that were hashed must not be stored under their name."""
+        total = hashlib.blake2b(digest_size=16)
+        yield from hashed(documents, total)
+        if total.hexdigest() != digest:
+            raise ValueError("the text changed while it was read: start again when nobody writes to its files")
+
     store = open_tokens(cache, key)
     if store is None:
-        texts = encode(_unchanged(documents, digest), tokenizer, add_bos)
-        store = write_tokens(cache, key, texts, token_type(tokenizer))
+        store = write_tokens(cache, key, encode(unchanged(), tokenizer, add_bos), token_type(tokenizer))
     return store, key
-
-
-def _unchanged(documents: Documents, digest: str) -> Iterator[str]:
-    """The same texts once more; others than those that were hashed must not be stored under their name."""
-    total = TextsHash()
-    for text in documents:
-        total.add(text)
-        yield text
-    if total.digest() != digest:
-        raise ValueError("the text changed while it was read: start again when nobody writes to its files")

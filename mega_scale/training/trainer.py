@@ -394,8 +394,8 @@ class Trainer:
 
     def flops_per_token(self) -> int:
         """Of forward and backward at the sequence length of the next step."""
-        data = self.config.data
-        length = data.lengths.at(self.progress.position) if data.lengths else data.sequence_length
+        lengths = self.loader.lengths
+        length = lengths.at(self.progress.position) if lengths else self.config.data.sequence_length
         return training_flops_per_token(self.model_config, length)
 
     def train_step(self) -> StepResult:

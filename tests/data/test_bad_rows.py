@@ -10,9 +10,8 @@ import pytest
 
 from mega_scale.data import DataConfig, Loader, load_datasets, load_tokenizer
 from mega_scale.data.prepare import Preparation, run
-from mega_scale.data.readers import read_range, split_file
-from mega_scale.data.rows import BadRow, Tally, TextColumn
-from mega_scale.data.sources import load_documents
+from mega_scale.data.readers import BadRow, TextColumn, read_range, split_file
+from mega_scale.data.sources import Tally, load_documents
 from mega_scale.data.tokens import read_manifest
 
 ROWS = 1000

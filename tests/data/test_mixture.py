@@ -19,7 +19,7 @@ from mega_scale.data import (
     load_tokenizer,
     load_whole,
 )
-from mega_scale.data.mixture import Schedule
+from mega_scale.data.packing import Schedule
 
 L = 16
 LENGTHS = np.random.default_rng(0).integers(2, 40, size=10_000)

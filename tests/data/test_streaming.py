@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from mega_scale.data import DataConfig, Loader, load_datasets, load_tokenizer
-from mega_scale.data.packing import MISSING, PackedDataset
+from mega_scale.data.packing import MISSING, PackedDataset, StreamedDataset, cut_rows
 from mega_scale.data.sources import Documents
-from mega_scale.data.streaming import StreamedDataset, cut_rows
 from mega_scale.data.tokenizer import Encoded
 from mega_scale.data.tokens import tokenise
 

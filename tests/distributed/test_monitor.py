@@ -234,6 +234,7 @@ def one_is_stuck(world):
     world.barrier()
 
 
+@pytest.mark.alone
 def test_a_rank_that_lives_but_is_stuck_ends_when_the_collectives_of_the_others_give_up(tmp_path):
     ends = run(tmp_path, one_is_stuck, timeout_s=4)
     assert ends[1].code == PEER_LOST and ends[1].seconds < 8
@@ -262,6 +263,7 @@ def never(world):
     raise AssertionError
 
 
+@pytest.mark.alone
 def test_ranks_that_never_come_are_named(tmp_path):
     ends = run(tmp_path, never, 4, started=[0, 2], timeout_s=4)
     for rank in (0, 2):
@@ -294,6 +296,7 @@ def test_a_refusal_of_all_ranks_is_left_to_the_first(tmp_path):
     assert (tmp_path / "told").read_text() == "False"
 
 
+@pytest.mark.alone
 def test_a_store_that_cannot_be_reached_is_named(tmp_path):
     [end] = run(tmp_path, never, 2, started=[1], timeout_s=3).values()
     assert end.code == PEER_LOST and end.seconds < 6

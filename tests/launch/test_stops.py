@@ -158,7 +158,7 @@ def _is_rank(process):
         return False
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.alone), "accelerate"])
 def test_sigterm_to_the_launcher_with_data_workers_ends_in_a_checkpoint(tmp_path, text_file, launcher):
     """deepspeed sends it to loader workers too, torchrun to ranks only."""
     engine = "deepspeed" if launcher == "deepspeed" else "fsdp"
@@ -200,7 +200,10 @@ def test_a_signal_to_every_process_of_a_job_ends_in_a_checkpoint(tmp_path, text_
     ]
 
 
-@pytest.mark.parametrize("launcher,again", [("torchrun", False), ("torchrun", True), ("deepspeed", False)])
+@pytest.mark.parametrize(
+    "launcher,again",
+    [("torchrun", False), ("torchrun", True), pytest.param("deepspeed", False, marks=pytest.mark.alone)],
+)
 def test_an_interrupt_at_a_terminal_saves_and_the_next_one_ends_at_once(tmp_path, text_file, launcher, again):
     """The launcher and all that it started get it, loader workers too; torchrun passes it on once more."""
     engine = "deepspeed" if launcher == "deepspeed" else "fsdp"

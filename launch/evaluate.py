@@ -23,8 +23,7 @@ from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths
-from mega_scale.training.evaluate import evaluate, loss_of
-from mega_scale.training.trained_model import load_model, log_to_stderr
+from mega_scale.training.trained_model import evaluate, load_model, log_to_stderr, loss_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

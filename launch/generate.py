@@ -19,8 +19,7 @@ from mega_scale.hub.export import DTYPES
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths
-from mega_scale.training.evaluate import check_sample, generate_text
-from mega_scale.training.trained_model import load_model, log_to_stderr
+from mega_scale.training.trained_model import check_sample, generate_text, load_model, log_to_stderr
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         importlib.import_module("mega_scale.training.trainer")
         from mega_scale.parallel.monitor import tell_refusal
 
-        refuse(error, quiet=not tell_refusal(place.rank, error, SIGNALS.asked))
+        refuse(error, quiet=not tell_refusal(place.rank, error, lambda: SIGNALS.asked))
     if code := trainer.run():
         raise SystemExit(code)
 

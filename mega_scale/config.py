@@ -35,8 +35,7 @@ from mega_scale.parallel.mesh import (
 from mega_scale.process import refuse
 from mega_scale.settings import format_help, known_keys, read_yaml, require, resolve, split_arguments, to_yaml
 from mega_scale.training.bad_steps import BadStepsConfig
-from mega_scale.training.config import TrainConfig
-from mega_scale.training.optimizer import OptimizerConfig, ScheduleConfig, learning_rate
+from mega_scale.training.config import OptimizerConfig, ScheduleConfig, TrainConfig, learning_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

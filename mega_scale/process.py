@@ -141,6 +141,9 @@ class StopSignals:
 
     Args:
         again_s: from the first SIGINT on, others are taken for the same one for so long (seconds).
+
+    Attributes:
+        asked: name of the first signal; None before any came.
     """
 
     def __init__(self, again_s: float = _AGAIN_S) -> None:
@@ -148,7 +151,7 @@ class StopSignals:
         self._again_s = again_s
         self._watching = False
         self._listening: set[signal.Signals] = set()
-        self._first: signal.Signals | None = None
+        self.asked: str | None = None
 
     def listen(self, names: Sequence[str] = STOP_SIGNALS) -> None:
         """Take note of these signals from now on; those of an earlier call that are not among them get their default.
@@ -164,13 +167,9 @@ class StopSignals:
         dropped, self._listening = self._listening - wanted, wanted
         for number in dropped:
             signal.signal(number, signal.SIG_DFL)
-        if self._first in dropped:
-            os.kill(self._pid, self._first)
+        if self.asked is not None and (first := signal.Signals[self.asked]) in dropped:
+            os.kill(self._pid, first)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*wanted, *dropped})
-
-    def asked(self) -> str | None:
-        """Name of the first signal; None before any came."""
-        return None if self._first is None else self._first.name
 
     def ignore(self) -> None:
         """Be deaf to them: for the end, while a launcher that saw another rank end sends signals to all."""
@@ -205,8 +204,8 @@ class StopSignals:
         if os.getpid() != self._pid:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self._first is None:
-            self._first = signal.Signals(number)
+        elif self.asked is None:
+            self.asked = signal.Signals(number).name
 
 
 def _say(line: str) -> None:

@@ -14,7 +14,7 @@ from mega_scale import export
 from mega_scale.checkpoint.folder import read_manifest, write_manifest
 from mega_scale.config import load_config
 from mega_scale.files import hash_file
-from mega_scale.training.optimizer import learning_rate
+from mega_scale.training.config import learning_rate
 
 MODEL = {
     "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "nffn_hidden_size": 20, "chunk_size": 16,

@@ -128,7 +128,7 @@ signals = StopSignals()
 signals.listen()
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
     os.kill(os.getpid(), number)
-assert signals.asked() == "SIGUSR1"
+assert signals.asked == "SIGUSR1"
 if os.fork() == 0:  # a child ends by what ends a process
     os.kill(os.getpid(), signal.SIGTERM)
     os._exit(0)
@@ -191,9 +191,9 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal
 os.kill(os.getpid(), signal.SIGUSR1)
 from mega_scale.process import StopSignals
 signals = StopSignals()
-assert signals.asked() is None
+assert signals.asked is None
 signals.listen()
-assert signals.asked() == "SIGUSR1" and not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+assert signals.asked == "SIGUSR1" and not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 """
     done = run(light, script, "")
     assert done.returncode == 0, done

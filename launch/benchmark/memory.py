@@ -32,7 +32,7 @@ from mega_scale.data import load_tokenizer
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, seeded_values
 from mega_scale.parallel.mesh import check_segments
 from mega_scale.parallel.monitor import PEER_LOST
-from mega_scale.training.optimizer import OptimizerConfig
+from mega_scale.training.config import OptimizerConfig
 
 from .harness import (
     GIVES_BACK,

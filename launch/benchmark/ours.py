@@ -14,7 +14,7 @@ from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ActivationCheckpointing
 from mega_scale.parallel.sequence_parallel import ReceivedStates
 from mega_scale.parallel.shard import RowSlice, Values
-from mega_scale.training.optimizer import OptimizerConfig, build_optimizer
+from mega_scale.training.config import OptimizerConfig, build_optimizer
 
 from .peers import TrainingStep, mega_arguments
 

@@ -1,4 +1,4 @@
-"""Steps that must not change the model: a loss or gradient that is NaN or infinite, or a loss that jumps.
+"""How far a run is, and its steps that must not change the model: a loss or gradient that is not finite, or jumps.
 
 No rank takes such a step. They are counted; too many in a row end the run, or take it back to its last checkpoint, from
 where it goes on without the data that did it.
@@ -6,7 +6,6 @@ where it goes on without the data that did it.
 
 import math
 import statistics
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,21 +37,19 @@ class BadStepsConfig:
 
     def validate(self, checkpoint_every: int) -> None:
         """Refuse values that cannot be meant; `checkpoint_every` is 0 where no checkpoint is written before the end."""
-        if self.in_a_row < 1:
-            raise ValueError(f"bad_steps.in_a_row={self.in_a_row} is not possible: it must be at least 1")
-        if self.rollbacks < 0:
-            raise ValueError(f"bad_steps.rollbacks={self.rollbacks} is not possible: it must be 0 or above")
+        for key, valid, remedy in (
+            ("in_a_row", self.in_a_row >= 1, "at least 1"),
+            ("rollbacks", self.rollbacks >= 0, "0 or above"),
+            ("spike_deviations", 0 <= self.spike_deviations < math.inf, "0, for none, or above"),
+            ("spike_window", self.spike_window >= 2, "at least 2"),
+        ):
+            if not valid:
+                raise ValueError(f"bad_steps.{key}={getattr(self, key)} is not possible: it must be {remedy}")
         if self.rollbacks and not checkpoint_every:
             raise ValueError(
                 f"bad_steps.rollbacks={self.rollbacks} goes back to checkpoints, but checkpoint.every=0 writes none "
                 "before the end: set checkpoint.every, or rollbacks=0"
             )
-        if not 0 <= self.spike_deviations < math.inf:
-            raise ValueError(
-                f"bad_steps.spike_deviations={self.spike_deviations} is not possible: it must be 0, for none, or above"
-            )
-        if self.spike_window < 2:
-            raise ValueError(f"bad_steps.spike_window={self.spike_window} is not possible: it must be at least 2")
 
 
 class BadStepsError(FloatingPointError):
@@ -61,47 +58,39 @@ class BadStepsError(FloatingPointError):
 
 @dataclass
 class BadSteps:
-    """What a run remembers of its bad steps; the same on all ranks.
+    """What a run remembers of its bad steps, and what `trainer.json` has of it."""
 
-    Args:
-        config: what counts as bad.
-        total: bad steps so far.
-        row: bad steps since the last good one.
-        rollbacks: how often the run went back.
-        losses: of the last good steps, nats per token.
-        skipped: data steps to skip, in order, [first, end) each. Without any, optimizer step s takes data step s - 1.
-    """
-
-    config: BadStepsConfig
     total: int = 0
-    row: int = 0
-    rollbacks: int = 0
-    losses: deque[float] = field(default_factory=deque)
+    in_a_row: int = 0  # since the last good one
+    rollbacks: int = 0  # how often the run went back
+    losses: list[float] = field(default_factory=list)  # of the last good steps, nats per token
+    # Data steps to skip, in order, [first, end) each. Without any, optimizer step s takes data step s - 1.
     skipped: list[list[int]] = field(default_factory=list)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain JSON, of which `load` makes the same again, to the bit."""
-        return {
-            "total": self.total,
-            "in_a_row": self.row,
-            "rollbacks": self.rollbacks,
-            "losses": list(self.losses),
-            "skipped": [list(part) for part in self.skipped],
-        }
+
+@dataclass
+class Progress:
+    """How far a run is; the same on all ranks."""
+
+    config: BadStepsConfig
+    step: int = 0  # optimizer steps done, bad ones included
+    tokens: int = 0  # seen in them
+    bad: BadSteps = field(default_factory=BadSteps)
+    evaluation: dict[str, Any] | None = None  # figures of the model as it is; None where it was not evaluated
+    saved: int | None = None  # optimizer steps in the newest checkpoint, None where there is none
+    folder: Path | None = None  # of that checkpoint
 
     @classmethod
-    def load(cls, config: BadStepsConfig, state: dict[str, Any] | None) -> "BadSteps":
-        """Go on from what `state_dict` gave; None at the start of a run, or where a checkpoint has none."""
-        if state is None:
-            return cls(config)
-        losses = deque(state["losses"][-config.spike_window :] if config.spike_deviations else [])
-        skipped = [list(part) for part in state["skipped"]]
-        return cls(config, state["total"], state["in_a_row"], state["rollbacks"], losses, skipped)
+    def resume(cls, config: BadStepsConfig, folder: Path, state: dict[str, Any]) -> "Progress":
+        """A run as `trainer.json` of a checkpoint's folder has it; the oldest ones know of no bad steps."""
+        bad = BadSteps(**state.get("bad_steps", {}))
+        bad.losses = bad.losses[-config.spike_window :] if config.spike_deviations else []
+        return cls(config, state["step"], state["tokens"], bad, state.get("validation"), state["step"], folder)
 
     def data_step(self, step: int) -> int:
         """Data step of an optimizer step (1 for the first): data steps before it, skipped ones included."""
         position = step - 1
-        for first, end in self.skipped:
+        for first, end in self.bad.skipped:
             if position >= first:
                 position += end - first
         return position
@@ -110,46 +99,36 @@ class BadSteps:
         """What is wrong with a loss (nats per token), in words; None for a good one. Changes nothing."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if not self.config.spike_deviations or len(self.losses) < self.config.spike_window:
+        losses = self.bad.losses
+        if not self.config.spike_deviations or len(losses) < self.config.spike_window:
             return None
-        mean = statistics.fmean(self.losses)
-        limit = mean + self.config.spike_deviations * statistics.pstdev(self.losses, mean)
+        mean = statistics.fmean(losses)
+        limit = mean + self.config.spike_deviations * statistics.pstdev(losses, mean)
         return f"the loss {loss:.4f} is above {limit:.4f}, the limit for spikes" if loss > limit else None
 
-    def good(self, loss: float) -> None:
-        """Count a step that was taken, by the loss of its global batch (nats per token)."""
-        self.row = 0
+    def count(self, tokens: int, loss: float, taken: bool) -> None:
+        """Count a step by the tokens and the loss of its global batch (nats per token), taken or bad."""
+        self.step, self.tokens, self.evaluation = self.step + 1, self.tokens + tokens, None
+        if not taken:
+            self.bad.in_a_row += 1
+            self.bad.total += 1
+            return
+        self.bad.in_a_row = 0
         if self.config.spike_deviations:
-            self.losses.append(loss)
-            while len(self.losses) > self.config.spike_window:
-                self.losses.popleft()
+            self.bad.losses = [*self.bad.losses, loss][-self.config.spike_window :]
 
-    def bad(self) -> None:
-        """Count a step that was not taken."""
-        self.row += 1
-        self.total += 1
+    def go_back(self, folder: Path, state: dict[str, Any]) -> list[int]:
+        """Become what a checkpoint has, and return the data steps to skip from now on, [first, end).
 
-    @property
-    def too_many(self) -> bool:
-        """Whether so many came in a row that the run cannot go on as it is."""
-        return self.row >= self.config.in_a_row
-
-    def after_rollback(self, back: "BadSteps", step: int, back_to: int) -> list[int]:
-        """Take over what was learnt since a checkpoint, when a run has gone back to it.
-
-        Args:
-            back: as the checkpoint has it; becomes what to go on with.
-            step: the last bad step.
-            back_to: step of the checkpoint.
-
-        Returns:
-            Data steps to skip, as [first, end): the bad steps after the restored checkpoint.
+        Those are the bad steps after that checkpoint.
         """
-        first = max(step - self.row, back_to) + 1
-        skipped = [self.data_step(first), self.data_step(step) + 1]
-        inside = [part for part in back.skipped if skipped[0] <= part[0] and part[1] <= skipped[1]]
-        back.skipped = sorted([*(part for part in back.skipped if part not in inside), skipped])
-        back.rollbacks, back.total, back.row = self.rollbacks + 1, self.total, 0
+        then = Progress.resume(self.config, folder, state)
+        first = max(self.step - self.bad.in_a_row, then.step) + 1
+        skipped = [self.data_step(first), self.data_step(self.step) + 1]
+        outside = [part for part in then.bad.skipped if part[0] < skipped[0] or part[1] > skipped[1]]
+        then.bad.skipped = sorted([*outside, skipped])
+        then.bad.rollbacks, then.bad.total, then.bad.in_a_row = self.bad.rollbacks + 1, self.bad.total, 0
+        vars(self).update(vars(then))
         return skipped
 
 
@@ -173,53 +152,3 @@ def rows_of(position: int, shares: "Tensor", ranks: "MeshShape", rows: int) -> t
         begin = first + (i * ranks.dp + ranks.dp_rank(rank)) * rows
         found.append(f"rank {rank}, rows {begin} to {begin + rows - 1}")
     return [first, first + micro_batches * ranks.dp * rows], found
-
-
-@dataclass
-class Progress:
-    """How far a run is; the same on all ranks.
-
-    Args:
-        step: optimizer steps done, bad ones included.
-        tokens: seen in them.
-        bad: its bad steps.
-        evaluation: figures of the model as it is; none where it was not evaluated.
-        saved: optimizer steps in the newest checkpoint, None where there is none.
-        folder: of that checkpoint.
-    """
-
-    step: int
-    tokens: int
-    bad: BadSteps
-    evaluation: dict[str, Any] | None = None
-    saved: int | None = None
-    folder: Path | None = None
-
-    @classmethod
-    def begin(cls, config: BadStepsConfig) -> "Progress":
-        """A run that has done nothing."""
-        return cls(0, 0, BadSteps(config))
-
-    @classmethod
-    def resume(cls, folder: Path, state: dict[str, Any], config: BadStepsConfig) -> "Progress":
-        """A run as `trainer.json` of a checkpoint's folder has it."""
-        bad = BadSteps.load(config, state.get("bad_steps"))
-        return cls(state["step"], state["tokens"], bad, state.get("validation"), state["step"], folder)
-
-    @property
-    def position(self) -> int:
-        """Data steps before the next optimizer step, skipped ones included."""
-        return self.bad.data_step(self.step + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain JSON, of which `resume` makes the same again."""
-        found = {"step": self.step, "tokens": self.tokens, "bad_steps": self.bad.state_dict()}
-        return found if self.evaluation is None else found | {"validation": self.evaluation}
-
-    def go_back(self, folder: Path, state: dict[str, Any]) -> list[int]:
-        """Become what a checkpoint has, and return the data steps to skip from now on, [first, end)."""
-        then = Progress.resume(folder, state, self.bad.config)
-        skipped = self.bad.after_rollback(then.bad, self.step, then.step)
-        self.step, self.tokens, self.bad, self.evaluation = then.step, then.tokens, then.bad, then.evaluation
-        self.saved, self.folder = then.saved, folder
-        return skipped

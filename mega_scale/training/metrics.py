@@ -1,10 +1,12 @@
-"""What a run reports: a console line, TensorBoard scalars, and a JSON line, all of the same numbers."""
+"""What a run reports: a console line, TensorBoard scalars, a JSON line, all of the same numbers; and slow ranks."""
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mega_scale.files import append_line, reason, replace_text
+from mega_scale.parallel import World
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
 PEAK_FLOPS = {
@@ -27,6 +30,8 @@ PEAK_FLOPS = {
     "MI300X": 1307e12,
 }
 
+_PROBES = 5
+_WORTH_SAYING = 0.1  # of a step: less than that, a wait for data holds nobody up
 _NAMED = 8  # ranks in a line
 _LONGEST_LINE = 2**20  # bytes
 
@@ -51,7 +56,10 @@ class Throughput:
 
     def __init__(self, peak: float | None, ranks: int) -> None:
         self._peak, self._ranks = peak, ranks
-        self._since, self._tokens, self._flops, self._steps, self._waited = time.perf_counter(), 0, 0, 0, 0.0
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self._since, self._tokens, self._flops, self._steps, self._waited = now, 0, 0, 0, 0.0
 
     def add(self, tokens: int, waited: float, flops_per_token: int) -> None:
         """Count a step of so many tokens, over all ranks, the seconds for which it waited for them, and their cost."""
@@ -72,19 +80,86 @@ class Throughput:
     def report(self, steps_left: int) -> dict[str, float]:
         """Figures of the interval that ends now; the next one begins.
 
-        Returns:
-            Tokens per second over all ranks, seconds left for `steps_left` steps, share of the time that this rank
-            waited for the loader, and MFU where the peak is known.
+        Tokens per second over all ranks, seconds left for `steps_left` steps, share of the time that this rank waited
+        for the loader, and MFU where the peak is known.
         """
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
-        rate = self._tokens / seconds
-        found = {"tokens_per_second": rate, "eta_seconds": steps_left * seconds / max(self._steps, 1)}
-        found["loader_wait"] = self._waited / seconds
+        found = {
+            "tokens_per_second": self._tokens / seconds,
+            "eta_seconds": steps_left * seconds / max(self._steps, 1),
+            "loader_wait": self._waited / seconds,
+        }
         if self._peak is not None:
             found["mfu"] = self._flops / seconds / (self._peak * self._ranks)
-        self._since, self._tokens, self._flops, self._steps, self._waited = now, 0, 0, 0, 0.0
+        self._begin(now)
         return found
+
+
+# Slow ranks
+#
+# In a step with collectives all ranks take equally long, so a rank's step time says nothing of it. What is its own: the
+# time for which it waited for its data, and how fast its device computes when it needs nobody, in a short probe.
+
+
+def probe(device: torch.device) -> float:
+    """Seconds of a product of two square matrices; the least of five, as other work only adds to it."""
+    size = 2048 if device.type == "cuda" else 192
+    matrix = torch.ones(size, size, device=device)
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    least = math.inf
+    for _ in range(_PROBES):
+        synchronize()
+        began = time.perf_counter()
+        _ = matrix @ matrix
+        synchronize()
+        least = min(least, time.perf_counter() - began)
+    return least
+
+
+def slower(seconds: list[float], factor: float, at_least: float = 0.0) -> list[int]:
+    """Ranks that take longer than `factor` times the median, and than `at_least` seconds.
+
+    Of an even number of ranks the lower median counts: of two, one may be slow.
+    """
+    median = statistics.median_low(seconds)
+    return [rank for rank, own in enumerate(seconds) if own > max(factor * median, at_least)]
+
+
+class SlowRanks:
+    """Compares ranks at every report, and names those that were slow at this one and at the one before.
+
+    Args:
+        world: all ranks.
+        factor: how many times the median is slow; 0 compares nothing.
+    """
+
+    def __init__(self, world: World, factor: float) -> None:
+        self._world, self._factor = world, factor
+        self._before: set[tuple[int, str]] = set()
+
+    def report(self, waited_s: float, step_s: float) -> list[str]:
+        """Compare the ranks; collective. Returns a line for each slow rank, the same on all ranks.
+
+        Args:
+            waited_s: for which this rank waited for data in a step, in the mean (seconds).
+            step_s: that a step took, in the mean (seconds).
+        """
+        if not self._factor:
+            return []
+        own = torch.tensor([waited_s, probe(self._world.device), step_s])
+        waits, probes, steps = self._world.all_gather(own).T.tolist()
+        found = {(rank, "waits for data") for rank in slower(waits, self._factor, _WORTH_SAYING * min(steps))}
+        found |= {(rank, "computes") for rank in slower(probes, self._factor)}
+        lines = []
+        for rank, what in sorted(found & self._before):
+            figures = waits if what == "waits for data" else probes
+            lines.append(
+                f"rank {rank} is slow: it {what} for {figures[rank] * 1e3:.3g} ms, the median is "
+                f"{statistics.median_low(figures) * 1e3:.3g} ms ({'a step' if figures is waits else 'a fixed product'})"
+            )
+        self._before = found
+        return lines
 
 
 def _step_of(line: bytes) -> int | None:
@@ -96,36 +171,16 @@ def _step_of(line: bytes) -> int | None:
     return step if type(step) is int else None
 
 
-def _read_until(path: Path, last: int) -> tuple[list[str], list[bytes]]:
-    """Lines of metrics.jsonl up to a step, and what cannot be read as one, however long it is. Raises OSError."""
-    kept, bad, whole = [], [], True
-    with path.open("rb") as file:
-        while piece := file.readline(_LONGEST_LINE):
-            step, line = _step_of(piece) if whole else None, piece.strip()
-            whole = piece.endswith(b"\n")
-            if step is None or not whole:
-                bad += [piece] if line else []
-            elif step <= last:
-                kept.append(line.decode("utf-8-sig"))
-    return kept, bad
-
-
 def _data_parts(values: dict[str, float]) -> list[str]:
     """What a console line says of the data: waiting, padding, bad rows, epochs, and tokens of several sources."""
-    parts = []
-    if "loader_wait" in values:
-        parts.append(f"wait {values['loader_wait']:.1%}")
-    if "sequence_length" in values:
-        parts.append(f"length {values['sequence_length']:,}")
-    if "padding" in values:
-        parts.append(f"padding {values['padding']:.1%}")
-    bad = sum(value for name, value in values.items() if name.startswith("bad_rows/"))
-    if bad:
-        parts.append(f"bad rows {bad:,.0f}")
-    if values.get("lost_bytes"):
-        parts.append(f"lost {values['lost_bytes']:,.0f} bytes of text")
-    if values.get("bad_steps"):
-        parts.append(f"bad steps {values['bad_steps']:,.0f}")
+    shown = {"loader_wait": "wait {:.1%}", "sequence_length": "length {:,}", "padding": "padding {:.1%}"}
+    parts = [text.format(values[key]) for key, text in shown.items() if key in values]
+    counts = {
+        "bad rows {:,.0f}": sum(value for name, value in values.items() if name.startswith("bad_rows/")),
+        "lost {:,.0f} bytes of text": values.get("lost_bytes", 0),
+        "bad steps {:,.0f}": values.get("bad_steps", 0),
+    }
+    parts += [text.format(count) for text, count in counts.items() if count]
     names = [key.removeprefix("tokens/") for key in values if key.startswith("tokens/")]
     if len(names) == 1 and f"epochs/{names[0]}" in values:
         return [*parts, f"epoch {values[f'epochs/{names[0]}']:.2f}"]
@@ -138,12 +193,7 @@ def _data_parts(values: dict[str, float]) -> list[str]:
 class Reporter:
     """Writes on rank 0; on other ranks every call does nothing. A disk that fails is reported, and ends no run.
 
-    Args:
-        run_dir: `metrics.jsonl` and `tensorboard/` lie here; what they hold from `start` on is superseded.
-        rank: of this process.
-        start: first step of this run.
-        steps: last step of the run.
-        tensorboard: whether to write TensorBoard events.
+    What `metrics.jsonl` and `tensorboard/` in `run_dir` hold from `start` on, the run's first step, is superseded.
     """
 
     def __init__(self, run_dir: Path, rank: int, start: int, steps: int, tensorboard: bool) -> None:
@@ -164,8 +214,17 @@ class Reporter:
     def _supersede(self, start: int) -> None:
         """Keep of metrics.jsonl what was written up to a step; what is no line of it goes into a file beside it."""
         aside = self._path.with_name(f"{self._path.name}.bad")
+        kept, bad, whole = [], [], True
         try:
-            kept, bad = _read_until(self._path, start) if start and self._path.is_file() else ([], [])
+            if start and self._path.is_file():
+                with self._path.open("rb") as file:
+                    while piece := file.readline(_LONGEST_LINE):
+                        step, line = _step_of(piece) if whole else None, piece.strip()
+                        whole = piece.endswith(b"\n")
+                        if step is None or not whole:
+                            bad += [piece] if line else []
+                        elif step <= start:
+                            kept.append(line.decode("utf-8-sig"))
             if bad:
                 with aside.open("ab") as file:
                     file.writelines(bad)
@@ -218,17 +277,7 @@ class Reporter:
     def bad_step(
         self, step: int, problem: str, rows: list[int], where: list[str], loss: float, norm: float, total: int
     ) -> None:
-        """Report a step that was not taken.
-
-        Args:
-            step: optimizer step.
-            problem: why, in words.
-            rows: of the run's data that it took, [first, end).
-            where: ranks and rows whose loss was not finite, in words.
-            loss: of the global batch (nats per token).
-            norm: of its gradient.
-            total: bad steps so far.
-        """
+        """Report a step that was not taken, the rows [first, end) that it took, and where its loss was not finite."""
         if not self._active:
             return
         named = f": {', '.join(where[:_NAMED])}" if where else ""

@@ -1,48 +1,34 @@
-"""A trained model on one device, from a run, a checkpoint of either engine, an export or a Hugging Face folder."""
+"""A trained model: opened from wherever it lies, its loss on held-out text, and texts that it continues."""
 
 import contextlib
+import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
 from mega_scale.checkpoint.state import open_weights
-from mega_scale.data import vocabulary_size
+from mega_scale.data import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.parallel import Values, fill
+from mega_scale.parallel import Values, World, fill
 
-
-def describe_model(config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Files of a checkpoint by path that make weights a model again: its configuration and tokenizer."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        config.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+# Opening one
 
 
 class Opened(NamedTuple):
-    """A model whose weights are not read yet.
-
-    Args:
-        config: of the model.
-        tensors: full CPU tensors by state-dict name, read when asked for.
-        tokenizer: that lies beside it.
-        folder: the export, or the checkpoint, that it is.
-    """
+    """A model whose weights are not read yet."""
 
     config: MegaConfig
-    tensors: Mapping[str, Tensor]
-    tokenizer: PreTrainedTokenizerBase
-    folder: Path
+    tensors: Mapping[str, Tensor]  # full CPU tensors by state-dict name, read when asked for
+    tokenizer: PreTrainedTokenizerBase  # that lies beside it
+    folder: Path  # the export, or the checkpoint, that it is
 
 
 def log_to_stderr(line: str) -> None:
@@ -62,7 +48,7 @@ def open_model(path: Path, key: bytes | None = None, *, log: Callable[[str], Non
     Raises:
         ValueError: the path is none of these, the checkpoint is damaged, or the weights do not fit the configuration.
     """
-    if not is_export(path):
+    if not (path / "config.json").is_file() or checkpoints(path):
         return open_checkpoint(path, key, log=log)
     from mega_scale.hub.folder import open_folder
 
@@ -90,54 +76,6 @@ def open_checkpoint(
     return _fitting(Opened(read_model(folder), open_weights(folder / STATE), read_own_tokenizer(folder), folder))
 
 
-def is_export(path: Path) -> bool:
-    """Whether a path means an export or a Hugging Face folder rather than a run or a checkpoint."""
-    return (path / "config.json").is_file() and not checkpoints(path)
-
-
-def read_model(folder: Path) -> MegaConfig:
-    """Configuration of a verified checkpoint's model, from its own files alone.
-
-    Raises ValueError where they describe none.
-    """
-    with _own_part(folder, "model") as described:
-        try:
-            return MegaConfig.from_pretrained(described, local_files_only=True)
-        except Exception as error:  # of any kind, for a file that describes no model
-            named = folder / "model"
-            raise ValueError(f"{named} describes no model ({_reason(error)}): choose another checkpoint") from None
-
-
-def read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer of a verified checkpoint, from its own files alone. Raises ValueError where none can be loaded."""
-    with _own_part(folder, "model") as described:
-        return read_tokenizer(described)
-
-
-@contextlib.contextmanager
-def _own_part(folder: Path, part: str) -> Iterator[Path]:
-    """A folder of a verified checkpoint, or a copy without what is none of it: loaders take whatever they find."""
-    found = {path.relative_to(folder).as_posix() for path in (folder / part).rglob("*") if not path.is_dir()}
-    names = {name for name in own_files(folder) if name.startswith(f"{part}/")}
-    if found == names:
-        yield folder / part
-        return
-    with tempfile.TemporaryDirectory() as copy:
-        for name in names:
-            target = Path(copy) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, target)
-        yield Path(copy) / part
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; code in it is not run. Raises ValueError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # every format has errors of its own
-        raise ValueError(f"{folder} has no tokenizer ({_reason(error)}): save one there") from None
-
-
 def _fitting(opened: Opened) -> Opened:
     """Refuse a tokenizer that is not the model's."""
     if (size := vocabulary_size(opened.tokenizer)) > opened.config.vocab_size:
@@ -148,17 +86,63 @@ def _fitting(opened: Opened) -> Opened:
     return opened
 
 
+def describe_model(config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Files of a checkpoint, by path, that make weights a model again: its configuration and tokenizer."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def read_model(folder: Path) -> MegaConfig:
+    """Configuration of a verified checkpoint's model, from its own files. Raises ValueError where they have none."""
+    with _own_model(folder) as described:
+        try:
+            return MegaConfig.from_pretrained(described, local_files_only=True)
+        except Exception as error:  # of any kind, for a file that describes no model
+            named = folder / "model"
+            raise ValueError(f"{named} describes no model ({_reason(error)}): choose another checkpoint") from None
+
+
+def read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Tokenizer of a verified checkpoint, from its own files. Raises ValueError where none can be loaded."""
+    with _own_model(folder) as described:
+        return read_tokenizer(described)
+
+
+@contextlib.contextmanager
+def _own_model(folder: Path) -> Iterator[Path]:
+    """`model` in a verified checkpoint, or a copy without what is none of it: loaders take whatever they find."""
+    found = {path.relative_to(folder).as_posix() for path in (folder / "model").rglob("*") if not path.is_dir()}
+    names = {name for name in own_files(folder) if name.startswith("model/")}
+    if found == names:
+        yield folder / "model"
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name in names:
+            target = Path(copy) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, target)
+        yield Path(copy) / "model"
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; code in it is not run. Raises ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # every format has errors of its own
+        raise ValueError(f"{folder} has no tokenizer ({_reason(error)}): save one there") from None
+
+
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
 def values_from(tensors: Mapping[str, Tensor]) -> Values:
     """Values to fill a model with, from tensors by name."""
-
-    def value(name: str, owner: nn.Module, local_name: str) -> Tensor:
-        return tensors[name]
-
-    return value
+    return lambda name, owner, local_name: tensors[name]
 
 
 def load_model(
@@ -171,11 +155,9 @@ def load_model(
     """Load a model for inference on one device, one tensor at a time.
 
     Args:
-        path: see `open_model`.
+        path: see `open_model`; so `key` and `log`.
         device: where it goes.
         dtype: of the weights; those of the moving average stay fp32.
-        key: see `open_model`.
-        log: see `open_checkpoint`.
 
     Returns:
         The model in eval mode, its tokenizer, and the folder that it was loaded from.
@@ -183,11 +165,167 @@ def load_model(
     config, tensors, tokenizer, folder = open_model(path, key, log=log)
     with torch.device("meta"):
         model = MegaForCausalLM(config)
-    full = values_from(tensors)
 
     def value(name: str, owner: nn.Module, local_name: str) -> Tensor:
         exact = any(part in name for part in MegaForCausalLM.fp32_modules)
-        return full(name, owner, local_name).to(torch.float32 if exact else dtype)
+        return tensors[name].to(torch.float32 if exact else dtype)
 
     fill(model, value, lambda old, tensor: nn.Parameter(tensor.to(device)), device)
     return model.eval(), tokenizer, folder
+
+
+# Its loss
+
+
+class Evaluation(NamedTuple):
+    """How well a model predicts a text."""
+
+    loss: float  # nats per token
+    perplexity: float  # exp of the loss
+    bits_per_byte: float  # of the text
+    tokens: int  # predicted
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module,
+    share: Callable[..., Tensor],
+    batches: Iterable[dict[str, Tensor]],
+    tokens_per_byte: float,
+    world: World,
+    every_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluate a model; collective, every rank has the same number of batches. The figures are the same on all ranks.
+
+    Args:
+        module: the model.
+        share: computes this rank's share of the loss with it: `Engine.forward`, or `loss_of(module)`.
+        batches: this rank's, `input_ids` and `shift_labels` (B, L) int64 each; -100 is not counted; and perhaps
+            `document_starts` (B, L) bool.
+        tokens_per_byte: tokens of the text that the batches hold, divided by its UTF-8 bytes.
+        world: all ranks.
+        every_batch: called after each batch; what it raises, on all ranks alike, ends the evaluation.
+
+    Raises:
+        ValueError: the text has no token to predict.
+    """
+    was_training = module.training
+    module.eval()
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    counted = torch.zeros((), dtype=torch.int64, device=world.device)
+    try:
+        for batch in batches:
+            given = {name: tensor.to(world.device) for name, tensor in batch.items()}
+            labels = given["shift_labels"]
+            total += share(given["input_ids"], labels, 1, document_starts=given.get("document_starts")).double()
+            counted += (labels != -100).sum()
+            every_batch()
+    finally:
+        module.train(was_training)
+    nats, tokens = float(world.sum(total, alike=("tp",))), int(world.sum(counted, alike=("sp", "tp")))
+    if tokens == 0:
+        raise ValueError("the text has no token to predict: give a longer one, or a shorter data.sequence_length")
+    loss = nats / tokens
+    return Evaluation(loss, math.exp(min(loss, 700.0)), loss * tokens_per_byte / math.log(2), tokens)
+
+
+def loss_of(module: nn.Module) -> Callable[..., Tensor]:
+    """Compute losses, as `Engine.forward` does, with a model that is whole on this rank."""
+
+    def share(
+        input_ids: Tensor, shift_labels: Tensor, num_items: int, *, document_starts: Tensor | None = None
+    ) -> Tensor:
+        return module(
+            input_ids=input_ids,
+            shift_labels=shift_labels,
+            num_items_in_batch=num_items,
+            document_starts=document_starts,
+            use_cache=False,
+            skip_logits=True,
+        ).loss
+
+    return share
+
+
+# Its texts
+
+
+class EveryToken(StoppingCriteria):
+    """Calls something after each generated token; what it raises, on all ranks alike, ends the generation."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Which rows (B,) end here, bool: none."""
+        self._call()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def check_sample(config: MegaConfig, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> None:
+    """Refuse a text that a model cannot generate.
+
+    Raises:
+        ValueError: the tokenizer cannot read the prompt, or the text would leave the model's positions.
+    """
+    length = len(prompt_ids(tokenizer, prompt)) + max_new_tokens
+    if config.relative_positional_bias == "simple" and not config.use_chunking and length - 1 > config.max_positions:
+        raise ValueError(
+            f"a prompt of {length - max_new_tokens} tokens and {max_new_tokens} more are beyond max_positions="
+            f"{config.max_positions}, the reach of relative_positional_bias='simple' without chunks: generate fewer"
+        )
+
+
+@torch.no_grad()
+def generate_text(
+    module: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_at_eos: bool = False,
+    every_token: Callable[[], None] = lambda: None,
+) -> str:
+    """Continue a text; collective when the model is sharded, and the same on all ranks.
+
+    Leaves the random state as it found it, so that training does not depend on samples.
+
+    Args:
+        module: a causal model with `generate()`.
+        tokenizer: of the model.
+        prompt: text to continue, from a document's start; empty begins a document.
+        max_new_tokens: tokens to generate.
+        seed: of the sampling.
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        top_p: share of probability to sample from.
+        stop_at_eos: whether an end-of-text token ends the text early.
+        every_token: called after each generated token; what it raises, on all ranks alike, ends the generation.
+
+    Returns:
+        Prompt and continuation.
+    """
+    device = next(module.parameters()).device
+    end = end_ids(tokenizer, module.config.eos_token_id)  # type: ignore[union-attr,arg-type]
+    input_ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
+    options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output = module.generate(  # type: ignore[operator]
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end if stop_at_eos else None,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else separator_id(tokenizer),
+                use_cache=module.config.truncation is None,  # type: ignore[union-attr]
+                stopping_criteria=StoppingCriteriaList([EveryToken(every_token)]),
+                **(options if temperature > 0 else {"do_sample": False}),
+            )
+    finally:
+        module.train(was_training)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -9,8 +9,8 @@ import math
 import os
 import sys
 import time
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +48,10 @@ from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals, refuse
 from mega_scale.settings import to_yaml
 from mega_scale.training.bad_steps import DIVERGED, BadStepsError, Progress, rows_of
-from mega_scale.training.config import seconds_of
-from mega_scale.training.evaluate import check_sample, evaluate, generate_text
-from mega_scale.training.metrics import Reporter, Throughput, memory_bytes, peak_flops
-from mega_scale.training.optimizer import build_optimizer, learning_rate
-from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun, TimeLimit
-from mega_scale.training.trained_model import describe_model, values_from
-from mega_scale.training.watchdog import SlowRanks, Watchdog
+from mega_scale.training.config import build_optimizer, learning_rate, seconds_of
+from mega_scale.training.metrics import Reporter, SlowRanks, Throughput, memory_bytes, peak_flops
+from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun, Watchdog
+from mega_scale.training.trained_model import check_sample, describe_model, evaluate, generate_text, values_from
 
 
 class RefusedError(Exception):
@@ -70,25 +67,16 @@ EXIT_CODES = {RefusedError: REFUSED, BadStepsError: DIVERGED, NotSavedError: NOT
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step found.
+    """What an optimizer step found."""
 
-    Args:
-        loss: of the global batch (nats per token).
-        norm: of its gradient.
-        lr: learning rate.
-        tokens: of the global batch.
-        waited: for data, by this rank (seconds).
-        shares: (micro-batches,) losses of this rank's.
-        problem: why it was not taken; None for a good step.
-    """
-
-    loss: float
-    norm: float
-    lr: float
-    tokens: int
-    waited: float
-    shares: Tensor
-    problem: str | None
+    loss: float  # of the global batch (nats per token)
+    norm: float  # of its gradient
+    lr: float  # learning rate
+    tokens: int  # of the global batch
+    waited: float  # for data, by this rank (seconds)
+    length: int  # of its sequences (tokens)
+    shares: Tensor  # (micro-batches,) losses of this rank's
+    problem: str | None  # why it was not taken; None for a good step
 
 
 class Trainer:
@@ -129,11 +117,7 @@ class Trainer:
             check_sample(self.model_config, self.tokenizer, config.train.sample_prompt, config.train.sample_tokens)
         if line := unlike_training(tokenizer, config.data.add_bos):
             self.log(line)
-        self._open_data(tokenizer)
-
-    def _open_data(self, tokenizer: Any) -> None:
-        """Open text and loader; a checkpoint that has seen other data is refused."""
-        data, train = self.config.data, self.config.train
+        data, train = config.data, config.train
         dataset, self.validation = load_datasets(data, tokenizer, self.log)
         self.loader = Loader(
             dataset,
@@ -145,10 +129,10 @@ class Trainer:
             shuffle=data.shuffle,
             workers=data.workers,
             prefetch=data.prefetch,
-            pin_memory=torch.cuda.is_available() and self.config.parallel.device != "cpu",
+            pin_memory=torch.cuda.is_available() and config.parallel.device != "cpu",
             lengths=data.lengths,
         )
-        if self.checkpoint is not None:
+        if self.checkpoint is not None:  # refused where it has seen other data
             self.loader.check(read_state(self.checkpoint)["data"])
 
     def log(self, line: str) -> None:
@@ -186,8 +170,8 @@ class Trainer:
         """Train on all ranks, watch the progress, and keep `status.json`; collective. Returns the exit code."""
         config = self.config
         status = RunStatus(self.run_dir, self.rank)
-        limit = None if config.train.max_time is None else TimeLimit(seconds_of(config.train.max_time))
-        self.stopping = Stopping(self.world, self.signals.asked, limit)
+        limit_s = None if config.train.max_time is None else seconds_of(config.train.max_time)
+        self.stopping = Stopping(self.world, self.signals, limit_s)
 
         def end(verdict: str) -> None:
             status.write("failed", self.watchdog.step, verdict, last=True)
@@ -314,11 +298,12 @@ class Trainer:
         self.engine.module.train()
         # Whatever was drawn until here, for workers or by libraries, is none of the run's.
         torch.manual_seed(train.seed)
-        self.progress = Progress.begin(config.bad_steps)
+        self.progress = Progress(config.bad_steps)
         if self.checkpoint is not None:
             self.watchdog.beat("loading")
             state = load_checkpoint(self.checkpoint, self.engine, world)
-            self.progress = Progress.resume(self.checkpoint, state, config.bad_steps)
+            self.progress = Progress.resume(config.bad_steps, self.checkpoint, state)
+        self.layout = config.parallel.layout(world.size)
         described: dict[str, bytes] = {}  # what a checkpoint holds beside its state: settings, model and tokenizer
         if self.rank == 0:
             text = to_yaml(replace(config, resume=None, overwrite=False))
@@ -329,9 +314,9 @@ class Trainer:
             except OSError as error:
                 self.log(f"{self.run_dir / 'config.yaml'} is not written: {error.strerror}")
             self.print_header(parameters)
-        self.peak_flops = peak_flops(world.device, train.dtype)
         self.reporter = Reporter(self.run_dir, self.rank, self.progress.step, train.steps, train.tensorboard)
-        self.throughput = Throughput(self.peak_flops, world.size)
+        self.throughput = Throughput(peak_flops(world.device, train.dtype), world.size)
+        self.flops_per_token = cache(partial(training_flops_per_token, self.model_config))
         self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
         self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key)
 
@@ -342,7 +327,7 @@ class Trainer:
         facts: dict[str, Any] = {
             "parameters": parameters,
             "parameters_per_rank": sum(self.engine.local_tensor(name).numel() for name in names),
-            **config.parallel.layout(self.world.size),
+            **self.layout,
             "device": str(self.world.device),
             "dtype": config.train.dtype,
             "training_tokens": dataset.tokens,
@@ -371,11 +356,7 @@ class Trainer:
         stopped = None
         try:
             while progress.step < steps:
-                flops_per_token = self.flops_per_token()
-                result = self.train_step()
-                self.throughput.add(result.tokens, result.waited, flops_per_token)
-                self.reporter.advance()
-                self.after_step(result)
+                self.after_step(self.train_step())
             if progress.evaluation is None:  # it was asked to stop in its last evaluation
                 self.evaluate()
         except StopRun:
@@ -392,12 +373,6 @@ class Trainer:
             )
         return stopped
 
-    def flops_per_token(self) -> int:
-        """Of forward and backward at the sequence length of the next step."""
-        lengths = self.loader.lengths
-        length = lengths.at(self.progress.position) if lengths else self.config.data.sequence_length
-        return training_flops_per_token(self.model_config, length)
-
     def train_step(self) -> StepResult:
         """Do the next optimizer step, unless it is bad; collective. Raises StopRun before it computes."""
         world, progress = self.world, self.progress
@@ -405,7 +380,7 @@ class Trainer:
         lr = learning_rate(step - 1, self.config.schedule, self.config.optimizer.lr, self.config.train.steps)
         self.watchdog.beat("waiting for data", step)
         began = time.perf_counter()
-        batches = self.loader.batches(progress.position)
+        batches = self.loader.batches(progress.data_step(step))
         waited = time.perf_counter() - began
         self.watchdog.beat("computing")
         labelled = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
@@ -424,13 +399,14 @@ class Trainer:
             shares.append(share.detach())
             loss += shares[-1]
         total = float(world.sum(loss, alike=("tp",)))
-        problem = progress.bad.problem(total)
-        self.saver.wait_copied()
+        problem = progress.problem(total)
+        if self.saver.under_way is not None:
+            self.saver.wait_copied()
         norm = self.engine.step(lr, skip=problem is not None)
         if problem is None and not math.isfinite(norm):
             problem = f"the gradient norm is {norm}"
-        self.stopping.step(time.perf_counter() - began)
-        return StepResult(total, norm, lr, seen, waited, torch.stack(shares), problem)
+        self.stopping.step_s = max(self.stopping.step_s, time.perf_counter() - began)
+        return StepResult(total, norm, lr, seen, waited, inputs.shape[1], torch.stack(shares), problem)
 
     def after_step(self, result: StepResult) -> None:
         """Count a step, and report, evaluate, sample and save when that is due; collective.
@@ -440,60 +416,50 @@ class Trainer:
             StopRun: the run is to stop; what was due is not complete.
         """
         progress, train = self.progress, self.config.train
-        position = progress.position
-        progress.step, progress.tokens, progress.evaluation = progress.step + 1, progress.tokens + result.tokens, None
-        if result.problem is None:
-            progress.bad.good(result.loss)
-        elif self.after_bad_step(result, position):
+        self.throughput.add(result.tokens, result.waited, self.flops_per_token(result.length))
+        self.reporter.advance()
+        progress.count(result.tokens, result.loss, taken=result.problem is None)
+        if result.problem is not None and self.after_bad_step(result):
             return  # rolled back: nothing to log
-        if progress.step % train.log_every == 0 or progress.step == train.steps:
+        step, last = progress.step, progress.step == train.steps
+        if step % train.log_every == 0 or last:
             self.log_step(result)
         paused = time.perf_counter()
-        self.log_saves(self.saver.poll())
-        if _due(progress.step, train.eval_every) or progress.step == train.steps:
+        if self.saver.under_way is not None:
+            self.log_saves(self.saver.poll())
+        if last or (train.eval_every and step % train.eval_every == 0):
             self.evaluate()
-        if _due(progress.step, train.sample_every):
+        if train.sample_every and step % train.sample_every == 0:
             self.sample()
         # A state whose last steps were bad is none to go back to.
-        if _due(progress.step, self.config.checkpoint.every) and progress.bad.row == 0:
+        every = self.config.checkpoint.every
+        if every and step % every == 0 and progress.bad.in_a_row == 0:
             self.save()
         self.throughput.skip(time.perf_counter() - paused)
 
-    def after_bad_step(self, result: StepResult, position: int) -> bool:
-        """Count and report a step that was not taken; too many in a row end the run, or roll it back.
-
-        Args:
-            result: of the step.
-            position: steps of data before it.
-
-        Returns:
-            Whether the run went back to its last checkpoint.
-        """
-        progress = self.progress
-        progress.bad.bad()
-        shares = self.world.all_gather(result.shares)
-        rows, where = rows_of(position, shares, self.world.shape, self.config.train.micro_batch_size)
-        self.reporter.bad_step(
-            progress.step, str(result.problem), rows, where, result.loss, result.norm, progress.bad.total
-        )
-        if not progress.bad.too_many:
+    def after_bad_step(self, result: StepResult) -> bool:
+        """Report a step that was not taken; too many in a row end the run, or roll it back, which is returned."""
+        progress, world, config = self.progress, self.world, self.config.bad_steps
+        bad, shares = progress.bad, world.all_gather(result.shares)
+        position = progress.data_step(progress.step)
+        rows, where = rows_of(position, shares, world.shape, self.config.train.micro_batch_size)
+        self.reporter.bad_step(progress.step, str(result.problem), rows, where, result.loss, result.norm, bad.total)
+        if bad.in_a_row < config.in_a_row:
             return False
         self.log_saves(self.saver.finish())
-        what = f"{progress.bad.row} bad steps in a row up to step {progress.step}: {result.problem}"
-        if progress.folder is None or progress.bad.rollbacks >= progress.bad.config.rollbacks:
-            last = (
-                "there is no checkpoint before them"
-                if progress.folder is None
-                else f"the last good checkpoint is {progress.folder}"
-            )
+        step, what = progress.step, f"{bad.in_a_row} bad steps in a row up to step {progress.step}: {result.problem}"
+        if progress.folder is None or bad.rollbacks >= config.rollbacks:
+            last = f"the last good checkpoint is {progress.folder}"
+            if progress.folder is None:
+                last = "there is no checkpoint before them"
             raise BadStepsError(f"{what}; {last}; look at those rows, lower optimizer.lr, or set bad_steps.rollbacks")
-        bad, row = progress.step, rows[1] - rows[0]
+        row = rows[1] - rows[0]
         self.watchdog.beat("going back")
-        skipped = progress.go_back(progress.folder, load_checkpoint(progress.folder, self.engine, self.world))
+        skipped = progress.go_back(progress.folder, load_checkpoint(progress.folder, self.engine, world))
         self.reporter.rewind(progress.step)
         self.reporter.log(
-            f"step {bad} | {what}; went back to step {progress.step}, and leave out rows {skipped[0] * row} to "
-            f"{skipped[1] * row - 1} ({progress.bad.rollbacks} of {progress.bad.config.rollbacks} rollbacks)"
+            f"step {step} | {what}; went back to step {progress.step}, and leave out rows {skipped[0] * row} to "
+            f"{skipped[1] * row - 1} ({progress.bad.rollbacks} of {config.rollbacks} rollbacks)"
         )
         return True
 
@@ -512,7 +478,7 @@ class Trainer:
             "tokens": progress.tokens,
             "bad_steps": progress.bad.total,
             **self.throughput.report(self.config.train.steps - progress.step),
-            **self.loader.report(progress.position),
+            **self.loader.report(progress.data_step(progress.step + 1)),
         }
         self.reporter.step(progress.step, values)
 
@@ -548,11 +514,10 @@ class Trainer:
         """Begin a checkpoint, or write it where saves are not asynchronous; collective."""
         self.watchdog.beat("saving")
         progress = self.progress
-        state = {
-            **progress.state_dict(),
-            "data": self.loader.state_dict(progress.position),
-            "layout": self.config.parallel.layout(self.world.size),
-        }
+        state = {"step": progress.step, "tokens": progress.tokens, "bad_steps": asdict(progress.bad)}
+        if progress.evaluation is not None:
+            state["validation"] = progress.evaluation
+        state |= {"data": self.loader.state_dict(progress.data_step(progress.step + 1)), "layout": self.layout}
         progress.saved = progress.step
         self.log_saves(self.saver.save(progress.step, state))
 
@@ -568,15 +533,11 @@ class Trainer:
                 )
                 continue
             progress.folder = saved.folder
-            self.stopping.save(saved.write_s)
+            self.stopping.save_s = max(self.stopping.save_s, saved.write_s)
             self.reporter.log(
                 f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
                 f"training stood still {saved.stall_s:.2f} s){f'; {saved.problem}' if saved.problem else ''}"
             )
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _end_without_folder(reason: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from test_monitor import HOST, run
 
 from mega_scale.parallel.monitor import PEER_LOST
-from mega_scale.training.watchdog import Watchdog
+from mega_scale.training.stopping import Watchdog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

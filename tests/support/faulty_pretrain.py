@@ -57,7 +57,7 @@ def meet(at, step=None):
 def listen_in():
     """Take down what happens, and when; in the file that HEARD asks for."""
     from mega_scale.process import StopSignals  # noqa: PLC0415
-    from mega_scale.training.stopping import RunStatus  # noqa: PLC0415
+    from mega_scale.training.stopping import Watchdog  # noqa: PLC0415
 
     now.update(phase="start-up", since=time.monotonic())
 
@@ -72,14 +72,7 @@ def listen_in():
         (Path(os.environ["HEARD"]) / f"{RANK}.json").write_text(json.dumps(heard))
         return original(self)
 
-    def imported(original, self, *args):
-        # Not before: the watchdog's own import is what brought us here, and gives a class of its own.
-        from mega_scale.training.watchdog import Watchdog  # noqa: PLC0415
-
-        wrap(Watchdog, "beat", beat)
-        return original(self, *args)
-
-    wrap(RunStatus, "__init__", imported)
+    wrap(Watchdog, "beat", beat)
     wrap(StopSignals, "ignore", ignore)
 
 
@@ -112,7 +105,7 @@ def arm():
     from mega_scale.data import Loader  # noqa: PLC0415
     from mega_scale.parallel.deepspeed import DeepSpeedEngine  # noqa: PLC0415
     from mega_scale.parallel.engine import FsdpEngine  # noqa: PLC0415
-    from mega_scale.training.evaluate import EveryToken  # noqa: PLC0415
+    from mega_scale.training.trained_model import EveryToken  # noqa: PLC0415
 
     def batches(original, self, step):
         now["data"] = step
@@ -147,10 +140,10 @@ def arm():
 
 
 class ArmAfterImport:
-    """Arms the faults when launch/pretrain.py has imported everything: on its last import of ours."""
+    """Arms the faults when launch/pretrain.py imports the trainer's metrics, which nothing that is wrapped needs."""
 
     def find_spec(self, name, path=None, target=None):
-        if name == "mega_scale.training.watchdog":
+        if name == "mega_scale.training.metrics":
             sys.meta_path.remove(self)
             arm()
             if "HEARD" in os.environ:

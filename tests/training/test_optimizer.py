@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.training.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
+from mega_scale.training.config import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 
 # The matrices of a Mega language model, by the end of their names: all that decays.
 MATRICES = (
@@ -112,8 +112,13 @@ def test_a_rise_below_one_is_a_share_of_the_run():
     assert [_rate(step, warmup_steps=0.1) for step in range(TOTAL)] == [
         _rate(step, warmup_steps=11) for step in range(TOTAL)
     ]
-    assert [ScheduleConfig(warmup_steps=0.3).warmup(steps) for steps in (1, 6, 200)] == [0, 1, 60]
-    assert [ScheduleConfig(warmup_steps=whole).warmup(1000) for whole in (0, 1, 60, 60.0)] == [0, 1, 60, 60]
+
+    def risen(warmup_steps, steps):
+        schedule = ScheduleConfig("constant", warmup_steps)
+        return next(step for step in range(steps) if learning_rate(step, schedule, 1.0, steps) == 1.0)
+
+    assert [risen(0.3, steps) for steps in (1, 6, 200)] == [0, 0, 59]
+    assert [risen(whole, 1000) for whole in (0, 1, 60, 60.0)] == [0, 0, 59, 59]
 
 
 def test_no_rise_starts_at_the_base_rate():

@@ -11,7 +11,7 @@ import torch
 from mega_scale.parallel.monitor import PEER_LOST
 from mega_scale.training.bad_steps import DIVERGED
 from mega_scale.training.config import TrainConfig, check_signals, seconds_of
-from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun, TimeLimit
+from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun
 
 
 def test_exit_codes_are_those_that_the_readme_lists():
@@ -44,19 +44,24 @@ def test_only_signals_that_may_ask_are_taken():
 
 def test_the_clock_leaves_time_for_a_step_and_a_save():
     now = time.time()
-    limit = TimeLimit(100, since=now - 60)
-    limit.step(5)
-    assert not limit.reached()  # 60 + 1.2 (5 + 10) + 2
-    limit.save(30)
-    assert limit.reached()  # 60 + 1.2 (5 + 30) + 2
-    limit = TimeLimit(100, since=now - 60)
-    limit.save(1)
-    limit.step(25)
-    assert not limit.reached()
-    limit.step(32)
-    limit.step(1)  # the longest counts
-    assert limit.reached()
-    assert not TimeLimit(3600).reached() and TimeLimit(1).reached()
+    stopping = Stopping(None, Asked(None), 100, since=now - 60)
+    stopping.step_s = 5
+    assert not stopping.time_over() and not stopping.wanted()  # 60 + 1.2 (5 + 10) + 2
+    stopping.save_s = 30
+    assert stopping.time_over() and stopping.wanted()  # 60 + 1.2 (5 + 30) + 2
+    stopping.save_s, stopping.step_s = 1, 25
+    assert not stopping.time_over()
+    stopping.step_s = 32
+    assert stopping.time_over()
+    assert not Stopping(None, Asked(None), 3600).wanted() and Stopping(None, Asked(None), 1).wanted()
+    assert not Stopping(None, Asked(None)).time_over()
+
+
+class Asked:
+    """Signals of which one came, or none."""
+
+    def __init__(self, asked):
+        self.asked = asked
 
 
 class OneRank:
@@ -74,14 +79,14 @@ class OneRank:
 
 def test_ranks_stop_when_any_of_them_wants_to_and_say_who():
     quiet, asked, late = torch.tensor([0, 0]), torch.tensor([signal.SIGUSR1, 0]), torch.tensor([0, 1])
-    Stopping(OneRank(quiet), lambda: None).check()
+    Stopping(OneRank(quiet), Asked(None)).check()
     for other, own, reason in (
         (asked, None, "SIGUSR1 on rank 0"),
         (quiet, "SIGTERM", "SIGTERM on rank 1"),
         (asked, "SIGUSR1", "SIGUSR1 on all ranks"),
         (late, None, "train.max_time is nearly over"),
     ):
-        stopping = Stopping(OneRank(other), lambda own=own: own)
+        stopping = Stopping(OneRank(other), Asked(own))
         assert stopping.wanted() == (own is not None)
         with pytest.raises(StopRun):
             stopping.check()

@@ -7,7 +7,7 @@ from tokenizers_at_hand import bert_like, byte_level, word_level
 from mega_scale.config import model_config, parse
 from mega_scale.data import as_trained, load_tokenizer, vocabulary_size
 from mega_scale.model import MegaForCausalLM
-from mega_scale.training.evaluate import check_sample, generate_text
+from mega_scale.training.trained_model import check_sample, generate_text
 
 TINY = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "model.nffn_hidden_size=16"]
 

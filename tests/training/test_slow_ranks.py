@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mega_scale.training import watchdog
-from mega_scale.training.watchdog import SlowRanks, probe, slower
+from mega_scale.training import metrics
+from mega_scale.training.metrics import SlowRanks, probe, slower
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ class Ranks:
 
 
 def test_a_rank_is_named_when_it_is_slow_twice(monkeypatch):
-    monkeypatch.setattr(watchdog, "probe", lambda device: 0.001)
+    monkeypatch.setattr(metrics, "probe", lambda device: 0.001)
     world = Ranks([0.3, 0.001, 1.0], [0.0, 0.004, 1.0])
     slow = SlowRanks(world, 2.0)
     assert slow.report(0.01, 1.0) == []

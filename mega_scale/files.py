@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -25,14 +25,10 @@ _READ_BYTES = 2**18  # stays in the processor's cache between reading and hashin
 
 
 def local_path(path: str, key: str) -> str:
-    """Expand `~` and `~user`, and refuse what names no place on this machine.
+    """Expand `~` and `~user` in a path, a glob or a name, given as `key`.
 
-    Args:
-        path: of a file or folder, a glob, or a name that is no path.
-        key: what it was given as, for messages.
-
-    Raises:
-        ValueError: it is empty, or begins with a scheme (`s3://`, or what is left of one, `s3:/`) or an unknown user.
+    Raises ValueError where it is empty, or begins with a scheme (`s3://`, or what is left of one, `s3:/`) or an unknown
+    user.
     """
     if not path.strip():
         raise ValueError(f"{key}={path!r} names nothing: give a path, or leave {key} out")
@@ -119,16 +115,9 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def check_destination(folder: Path, *, overwrite: bool, kind: str = "export", holds: str = "config.json") -> None:
-    """Refuse a destination that an export, or another folder that a command writes, must not replace.
+    """Refuse a destination that a command must not replace: a file, or a folder with content.
 
-    Args:
-        folder: where the folder is to appear.
-        overwrite: whether an earlier one of its kind may be replaced; any other content never is.
-        kind: what the command writes, in a word.
-        holds: file by which that is known.
-
-    Raises:
-        ValueError: the path is a file, or a folder with content that is not to be replaced.
+    With `overwrite`, an earlier one of its `kind` may be replaced, which is known by the file that it `holds`.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
@@ -141,12 +130,7 @@ def check_destination(folder: Path, *, overwrite: bool, kind: str = "export", ho
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Create or replace a folder as a whole, so that it appears under its name only when it is complete.
-
-    Args:
-        folder: the folder; what it holds is replaced.
-        write: fills the empty folder that it is given.
-    """
+    """Create or replace a folder as a whole: `write` fills another one, which gets its name when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
@@ -166,18 +150,6 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
 # Hashes
 
 
-class Hash(Protocol):
-    """What `hashlib` calls a hash."""
-
-    def update(self, data: bytes | memoryview, /) -> None:
-        """Take bytes in."""
-        ...
-
-    def hexdigest(self) -> str:
-        """The hash of all that came in."""
-        ...
-
-
 class Record(NamedTuple):
     """A file as it was written: its size in bytes, and its hash."""
 
@@ -185,7 +157,7 @@ class Record(NamedTuple):
     hash: str
 
 
-def new_hash(key: bytes | None) -> Hash:
+def new_hash(key: bytes | None) -> "xxhash.xxh3_128 | hmac.HMAC":
     """A hash of a checkpoint's file: xxh3 of 128 bits, or HMAC-SHA256 with a secret."""
     return xxhash.xxh3_128() if key is None else hmac.new(key, digestmod=hashlib.sha256)
 
@@ -243,12 +215,8 @@ class FileLock:
     A dead owner's lock is replaced by the one process that makes its successor, a file with the dead owner's token in
     its name. One that dies while it does so is succeeded in the same way.
 
-    Args:
-        path: of its file, in an existing folder.
-        lost: called with one line, in another thread, when another process has taken the lock of this living one, as it
-            may when this one was suspended.
-        beat_s: time between two touches (seconds).
-        stale_s: time without a touch after which an owner elsewhere is dead (seconds).
+    `lost` is called with one line, in another thread, when another process has taken the lock of this living one, as it
+    may when this one was suspended.
     """
 
     def __init__(
@@ -273,14 +241,9 @@ class FileLock:
         self._thread: threading.Thread | None = None
 
     def attempt(self) -> bool:
-        """Take the lock, if it is free or its owner is dead.
+        """Take the lock, if it is free or its owner is dead. False: it is not known yet whether the owner lives.
 
-        Returns:
-            Whether this process holds it; where it does not, it is not known yet whether the owner lives: try again.
-
-        Raises:
-            LockedError: a living process holds it; says who, since when, and how to break it.
-            OSError: the folder cannot be written.
+        Raises LockedError where a living process holds it, and OSError where the folder cannot be written.
         """
         while not self._create(self._path):
             first = last = _read(self._path)

@@ -41,7 +41,7 @@ def refuse(message: object, *, quiet: bool = False) -> NoReturn:
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a command whose output is what it is for: one that could not be written is an error, in one line.
+    """Run a command: output that could not be written is an error, in one line.
 
     Ctrl-C ends it in one line too, with exit code 130; it is unblocked here, see above.
     """
@@ -63,14 +63,10 @@ def run_command(main: Callable[[], Any]) -> None:
 
 
 class Stream:
-    """A text stream whose failures are noted, and raised nowhere.
+    """A text stream whose failures are noted, and raised nowhere; `tell` is given one line when they begin.
 
     What its encoding lacks is written as an escape (`\\u1234`). What could not be written is tried again with the next
     text, as far as the stream's own buffer holds it.
-
-    Args:
-        stream: where it writes.
-        tell: is given one line when writing begins to fail.
     """
 
     def __init__(self, stream: Any, tell: Callable[[str], object] = lambda _: None) -> None:
@@ -115,10 +111,7 @@ class Stream:
 
 
 def keep_streams() -> Stream:
-    """Have this process print through such streams; where it was started without one, to nowhere.
-
-    Returns standard output.
-    """
+    """Have this process print through such streams, or to nowhere where it has none; returns standard output."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for the process's whole life
@@ -137,10 +130,7 @@ class StopSignals:
     a process that was forked from this one, a signal does what it does by default.
 
     A second SIGINT ends the process at once, in a thread, since the main thread may be in a computation or wait for
-    other ranks.
-
-    Args:
-        again_s: from the first SIGINT on, others are taken for the same one for so long (seconds).
+    other ranks. For `again_s` seconds from the first on, others are taken for the same one.
 
     Attributes:
         asked: name of the first signal; None before any came.

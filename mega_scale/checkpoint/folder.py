@@ -115,11 +115,7 @@ def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
 
 
 def read_manifest(folder: Path, key: bytes | None) -> Manifest:
-    """Read `manifest.json`, and verify that it is the one that was written.
-
-    Raises:
-        CheckpointError: there is none, it was changed, belongs to another folder, or is not signed with the secret.
-    """
+    """Read `manifest.json`, and verify that it is the one that was written. Raises CheckpointError."""
     try:
         text = read_regular(folder / MANIFEST, _MOST_BYTES)
         content = json.loads(text)
@@ -287,11 +283,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def summary(folder: Path, key: bytes | None = None) -> dict[str, Any]:
-    """Facts about a checkpoint, whose state is not read.
-
-    `folder`, `serial` and `problem` (a text, or None); of one without a problem also `step`, `bytes`, `tokens`, `loss`
-    on the validation text (or None) and `layout`.
-    """
+    """Facts about a checkpoint, whose state is not read; only the first three where it has a problem."""
     found: dict[str, Any] = {"folder": str(folder), "serial": claimed_serial(folder), "problem": None}
     try:
         manifest, state = verify_quickly(folder, key), read_state(folder)
@@ -312,6 +304,16 @@ def run_lock(run_dir: Path, lost: Callable[[str], None] = lambda _: None) -> Fil
 def folder_of(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def state_file(rank: int) -> str:
+    """Name of the file that a rank writes into `state`."""
+    return f"part-{rank:05d}.safetensors"
+
+
+def random_file(rank: int) -> str:
+    """Path of a rank's random state in a checkpoint."""
+    return f"{RANDOM}/rank-{rank:05d}.safetensors"
 
 
 def _step_of(folder: Path) -> int:
@@ -368,12 +370,9 @@ def find_checkpoint(
         older: whether an older one may be taken where the newest of a run folder is damaged or gone.
         proof: `verify_quickly`, or `verify`, which reads the state too.
 
-    Returns:
-        Its folder, and what is to be said: what is wrong with newer ones or with `latest`, and strays, a sentence each.
-
-    Raises:
-        ValueError: the checkpoint is damaged, there is none, or only an older one could be taken and may not be;
-            nothing else is taken instead of a checkpoint that was named.
+    Returns its folder, and what is to be said: what is wrong with newer ones or with `latest`, and strays, a sentence
+    each. Raises ValueError where there is none, only an older one could be taken and may not be, or it is damaged:
+    nothing is taken instead of a checkpoint that was named.
     """
     if is_checkpoint(path):
         try:
@@ -410,17 +409,10 @@ def find_checkpoint(
 def choose_checkpoint(path: Path, world: "World", key: bytes | None = None, log: Callable[[str], None] = print) -> Path:
     """The checkpoint to go on from, proven whole by all ranks, which share the reading; collective.
 
-    Of a run folder the newest valid checkpoint is taken, and every newer one that is not valid is reported; a
-    checkpoint that was named itself is taken or refused.
+    Of a run folder the newest valid checkpoint is taken, and `log` is given, on rank 0, what is wrong with newer ones.
+    A checkpoint that was named itself is taken or refused.
 
-    Args:
-        path: of a checkpoint or run folder, the same on all ranks.
-        world: all ranks.
-        key: secret with which it must be signed, if there is one.
-        log: is given, on rank 0, what is wrong with newer ones.
-
-    Raises:
-        ValueError: there is none; CheckpointError: the named one is damaged, or all of the run are.
+    Raises ValueError where there is none; CheckpointError where the named one is damaged, or all of the run are.
     """
     named = is_checkpoint(path)
     candidates = [path] if named else checkpoints(path)[::-1]
@@ -472,8 +464,7 @@ def _stray_notes(folder: Path, manifest: Manifest) -> list[str]:
 def delete(folder: Path) -> None:
     """Delete a checkpoint, its name first: what is killed half way leaves no damaged checkpoint behind.
 
-    Of a linked one, only the link is deleted. Raises OSError where it cannot be deleted; once renamed, it no longer
-    counts.
+    Of a linked one, only the link is deleted. Raises OSError; once renamed, it no longer counts.
     """
     nameless = folder.with_name(folder.name + DELETED)
     discard(nameless)
@@ -489,10 +480,7 @@ def sweep(run_dir: Path) -> None:
 
 
 def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Which of some checkpoints, oldest first, are not among the last `keep`, nor of steps that `keep_every` divides.
-
-    0 keeps all, or none for its step.
-    """
+    """Those of some checkpoints, oldest first, that neither `keep` (0: all) nor `keep_every` (0: none) keeps."""
     old = folders[:-keep] if keep > 0 else []
     return [folder for folder in old if not (keep_every > 0 and _step_of(folder) % keep_every == 0)]
 
@@ -502,22 +490,10 @@ def prune(
 ) -> list[Path]:
     """Delete checkpoints of a run that does not train now.
 
-    Every checkpoint is verified first: damaged ones do not count among those that are kept, and nothing is deleted
-    unless one that stays is valid.
+    Every checkpoint is verified first: damaged ones do not count among those that are kept (see `surplus`), and are
+    deleted if `damaged`. Nothing is deleted unless one that stays is valid. `dry` only says what would be.
 
-    Args:
-        run_dir: folder of the run.
-        keep: newest valid checkpoints to keep; 0 keeps all.
-        keep_every: valid checkpoints of steps that this divides are kept; 0 means none of them.
-        damaged: delete damaged ones too.
-        key: secret with which they are signed, if there is one.
-        dry: only say what would be deleted.
-
-    Returns:
-        What was deleted.
-
-    Raises:
-        ValueError: no checkpoint of the run is valid, or a job has the folder.
+    Returns what was deleted. Raises ValueError where no checkpoint is valid, or a job has the folder.
     """
     valid, broken = [], []
     with contextlib.nullcontext() if dry or not checkpoints(run_dir) else run_lock(run_dir):

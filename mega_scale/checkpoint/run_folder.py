@@ -22,19 +22,9 @@ _NOTE = (
 )
 
 
-def is_overwritten(run_dir: Path) -> bool:
-    """Whether a run was to replace the one that lies there, and did not come to begin."""
-    return (run_dir / _OVERWRITING).exists()
-
-
 def resume_path(run_dir: Path, resume: str | None) -> Path | None:
-    """Run or checkpoint folder that a run goes on from; None where it starts afresh.
-
-    Args:
-        run_dir: folder of the run.
-        resume: latest, auto, a folder, or None; so in all functions here.
-    """
-    if resume is None or (resume == "auto" and (is_overwritten(run_dir) or not checkpoints(run_dir))):
+    """Run or checkpoint folder that a run goes on from (`resume`: latest, auto, a folder, or None); None: afresh."""
+    if resume is None or (resume == "auto" and (_is_overwritten(run_dir) or not checkpoints(run_dir))):
         return None
     return run_dir if resume in ("latest", "auto") else Path(resume)
 
@@ -55,22 +45,18 @@ def create_run_folder(run_dir: Path) -> None:
 
 
 def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None:
-    """Refuse to begin a run where it would destroy another one.
-
-    Raises:
-        ValueError: the folder holds a run, which the new one neither goes on with nor may replace (`overwrite`).
-    """
+    """Refuse a run in a folder that holds one, which it neither goes on with nor may replace (`overwrite`)."""
     own = resume in ("latest", "auto") or (resume is not None and _lies_in(Path(resume), run_dir))
     if overwrite and own:
         raise ValueError(
             f"overwrite=True with resume={resume!r}: that would delete what it goes on from; give one of the two"
         )
-    if resume == "latest" and is_overwritten(run_dir):
+    if resume == "latest" and _is_overwritten(run_dir):
         raise ValueError(
             f"resume='latest': a run with --overwrite was stopped before it began in {run_dir}: start that run with "
             f"--resume auto, or delete {run_dir / _OVERWRITING} to keep the run before it"
         )
-    if not overwrite and not own and (is_overwritten(run_dir) or _holds_run(run_dir)):
+    if not overwrite and not own and (_is_overwritten(run_dir) or _holds_run(run_dir)):
         raise ValueError(
             f"run_dir={str(run_dir)!r} holds a run already: go on with it (--resume), replace it (--overwrite), or "
             "choose another run_dir"
@@ -78,10 +64,9 @@ def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None
 
 
 class RunFolder:
-    """A run folder held by this job; methods are for the first rank. For `resume` and `overwrite` see above.
+    """A run folder held by this job; `lost` is called with one line, in another thread, when another job has taken it.
 
-    Args:
-        lost: called with one line, in another thread, when another job has taken the folder.
+    Methods but `take` are for the first rank.
     """
 
     def __init__(self, run_dir: Path, resume: str | None, overwrite: bool, lost: Callable[[str], None]) -> None:
@@ -91,13 +76,7 @@ class RunFolder:
     def take(self, world: "World", afresh: bool, log: Callable[[str], None]) -> str | None:
         """Take the folder on rank 0, waiting for an owner of whom it is not known whether it lives; collective.
 
-        Args:
-            world: all ranks.
-            afresh: see `attempt`.
-            log: is given a line, on rank 0, when this has to wait.
-
-        Returns:
-            Why this job cannot have it, the same on all ranks; None where it has it.
+        Returns why this job cannot have it, the same on all ranks; None where it has it. For `afresh` see `attempt`.
         """
         waited = False
         while True:
@@ -127,15 +106,8 @@ class RunFolder:
     def attempt(self, afresh: bool) -> bool:
         """Take the folder; nothing in it changes yet, but that one to overwrite is marked as such.
 
-        Args:
-            afresh: whether the run, when it looked, was to start afresh.
-
-        Returns:
-            Whether this job has it; if not, try again: it is not known yet whether the owner lives.
-
-        Raises:
-            ValueError: another job has it, or has had it since this one looked.
-            OSError: the folder cannot be written.
+        Returns whether this job has it; if not, try again: it is not known yet whether the owner lives. Raises
+        ValueError where another job has it, or has had it since this one looked whether to start `afresh`.
         """
         if not self._lock.attempt():
             return False
@@ -150,20 +122,16 @@ class RunFolder:
     def begin(self, checkpoint: Path | None, key: bytes | None) -> None:
         """Delete the run that is overwritten, if there is one: the new one begins. Raises OSError.
 
-        Where it starts afresh, a `config.yaml` that lies there already becomes `config.yaml.before`.
-
-        Args:
-            checkpoint: that it goes on from, if any. One of this folder that was named becomes its newest, or --resume
-                auto would go on from a newer one if this job were killed before its first save.
-            key: secret with which checkpoints are signed, if there is one.
+        Where it starts afresh, without a `checkpoint`, a `config.yaml` that lies there becomes `config.yaml.before`.
         """
         if checkpoint is not None and self._resume not in ("latest", "auto") and _lies_in(checkpoint, self._run_dir):
+            # Named, it becomes the newest: killed before its first save, --resume auto would go on from a later one.
             its_run = checkpoint.parent.parent
             if checkpoints(its_run)[-1].name != checkpoint.name:
                 newest = read_manifest(checkpoint, key)._replace(serial=next_serial(its_run))
                 write_manifest(checkpoint, newest, key)
                 replace_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
-        if self._overwrite or (self._resume == "auto" and is_overwritten(self._run_dir)):
+        if self._overwrite or (self._resume == "auto" and _is_overwritten(self._run_dir)):
             for path in [path for pattern in _WRITTEN for path in self._run_dir.glob(pattern)]:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -177,6 +145,11 @@ class RunFolder:
     def release(self) -> None:
         """Let others have the folder; may be called twice."""
         self._lock.release()
+
+
+def _is_overwritten(run_dir: Path) -> bool:
+    """Whether a run was to replace the one that lies there, and did not come to begin."""
+    return (run_dir / _OVERWRITING).exists()
 
 
 def _holds_run(run_dir: Path) -> bool:

@@ -33,13 +33,15 @@ from mega_scale.checkpoint.folder import (
     delete,
     folder_of,
     next_serial,
+    random_file,
     run_lock,
+    state_file,
     surplus,
     sweep,
     verify,
     write_manifest,
 )
-from mega_scale.checkpoint.state import BUFFER, FORMAT, INDEX, StateReader, StoredRange, random_file, state_file
+from mega_scale.checkpoint.state import BUFFER, FORMAT, INDEX, StateReader, StoredRange
 from mega_scale.files import Record, discard, flush, hash_file, new_hash, reason, replace_text, write_json
 from mega_scale.parallel import Engine, World
 from mega_scale.parallel.shard import MOMENTS, WEIGHT, EngineState
@@ -91,16 +93,8 @@ class _Save:
 class Saver:
     """Writes the checkpoints of a run; methods are collective, except for `wait_copied`.
 
-    Args:
-        run_dir: folder of the run, shared by all ranks.
-        engine: what is saved.
-        world: all ranks.
-        described: contents of `config.yaml` and of the files in `model/`, by path; of the first rank.
-        config: how, and how many are kept.
-        key: secret to sign with, if there is one.
-
-    Attributes:
-        under_way: the checkpoint that is being written, if any, on all ranks alike.
+    `described` has the contents of `config.yaml` and of the files in `model/`, by path, on the first rank. `under_way`
+    is the checkpoint that is being written, if any, on all ranks alike.
     """
 
     def __init__(
@@ -132,12 +126,7 @@ class Saver:
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:
         """Begin a checkpoint, or write it where saves are not asynchronous; waits for the one before.
 
-        Args:
-            step: optimizer steps done.
-            trainer: plain JSON, `trainer.json`.
-
-        Returns:
-            What ended meanwhile: the save before, and this one if it is not asynchronous or could not begin.
+        Returns what ended meanwhile: the save before, and this one if it is not asynchronous or could not begin.
         """
         ended = self.finish()
         began = time.perf_counter()
@@ -318,8 +307,7 @@ def _forget(path: Path) -> None:
 class Staging:
     """A copy of the state in host memory: one buffer, made at the first copy, as new memory costs more than the copy.
 
-    Args:
-        device: of the state. From a GPU, copies go into locked memory, beside what else it computes.
+    From a GPU, copies go into locked memory, beside what else it computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -358,11 +346,10 @@ class Staging:
 
 
 def rank_tensors(state: EngineState, rank: int) -> tuple[dict[str, Tensor], dict[str, StoredRange]]:
-    """What a rank writes of its engine's state; rank 0 writes the buffers.
+    """What a rank writes of its engine's state, and the range of each parameter; rank 0 writes the buffers.
 
-    Returns:
-        1-D tensors by their name in the file, views of the engine's memory, which only a step changes; buffers are
-        copies, since a forward pass may change them; and the range of each parameter.
+    1-D tensors by their name in the file, views of the engine's memory, which only a step changes; buffers are copies,
+    since a forward pass may change them.
     """
     tensors: dict[str, Tensor] = {}
     ranges: dict[str, StoredRange] = {}
@@ -410,11 +397,7 @@ def write_tensors(
         update: is given every byte of the file, in order.
         read: gives each tensor when it is its turn, where `tensors` has only their shapes, on the meta device.
 
-    Returns:
-        Size of the file, bytes.
-
-    Raises:
-        OSError: the file cannot be written.
+    Returns the size of the file (bytes). Raises OSError.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -484,20 +467,10 @@ def _write_index_and_manifest(folder: Path, index: dict[str, Any], manifest: Man
 
 
 def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, new_key: bytes | None = None) -> Path:
-    """Write a checkpoint anew into another run folder; it is resumed from as the original is.
+    """Write a checkpoint, verified first, anew into another run folder; it is resumed from as the original is.
 
-    Args:
-        folder: of the checkpoint, which is verified first.
-        run_dir: the other run folder.
-        parts: files for the state, as so many ranks would have written them.
-        key: secret with which the checkpoint is signed, if it is.
-        new_key: secret to sign the new one with, if it is to be.
-
-    Returns:
-        Folder of the new checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or the destination holds a run, or a job that trains has it.
+    Its state has `parts` files, as so many ranks would have written them. `new_key` is the secret to sign it with.
+    Raises ValueError where it is damaged, the destination holds a run, or a job that trains has it.
     """
     if parts < 1:
         raise ValueError(f"parts={parts} is not possible: give at least 1")

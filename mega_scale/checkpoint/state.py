@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mega_scale.checkpoint.folder import RANDOM, STATE, own_files, read_state
+from mega_scale.checkpoint.folder import STATE, own_files, random_file, read_state, state_file
 from mega_scale.parallel import Engine, World
 from mega_scale.parallel.shard import WEIGHT, EngineState, Shard, Sharding, assemble, by_source
 
@@ -32,16 +32,6 @@ _DTYPE = "F32"
 
 StoredRange = tuple[int, int, int]
 """Rank of tp whose shard it is (0 where a parameter is not sharded), first number in it, and the one after the last."""
-
-
-def state_file(rank: int) -> str:
-    """Name of the file that a rank writes."""
-    return f"part-{rank:05d}.safetensors"
-
-
-def random_file(rank: int) -> str:
-    """Path of a rank's random state in a checkpoint."""
-    return f"{RANDOM}/rank-{rank:05d}.safetensors"
 
 
 def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
@@ -75,13 +65,9 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
 
 
 class StateReader:
-    """Reads the files of a state; needs no process group, and memory for one parameter.
+    """Reads the files of a state, in the folder of `index.json`; needs no process group, and memory for one parameter.
 
-    Args:
-        folder: of `index.json`.
-
-    Raises:
-        ValueError: the index cannot be read, or is of another format.
+    Raises ValueError where the index cannot be read, or is of another format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -132,11 +118,7 @@ class StateReader:
         return {key: sorted(ranges, key=lambda one: one[1]) for key, ranges in found.items()}
 
     def load(self, state: EngineState) -> None:
-        """Write what the files hold into an engine's memory, which is changed only if all of it fits.
-
-        Raises:
-            ValueError: the files hold another model; nothing was changed.
-        """
+        """Write what the files hold into an engine's memory, which is changed only if all of it fits."""
         here = {name: local.shape for name, local in state.tensors.items()}
         there = {name: self.shapes.get(name) for name in self.shardings}
         if names := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
@@ -171,18 +153,7 @@ class StateReader:
             buffer.copy_(buffers[name])
 
     def read(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> Tensor:
-        """Some numbers of a parameter or moment.
-
-        Args:
-            name: of the parameter.
-            kind: weight, exp_avg or exp_avg_sq.
-            shard: of the whole parameter.
-            start: first number, in the flattened shard.
-            stop: the one after the last.
-
-        Returns:
-            (stop - start,) on the CPU.
-        """
+        """Numbers start:stop of a flattened shard, (stop - start,) on the CPU; `kind` is weight or one of MOMENTS."""
         if start < stop and (name, shard) not in self._stored:
             return shard.of(self.whole(name, kind)).reshape(-1)[start:stop]
         return self._range(name, kind, shard, start, stop)

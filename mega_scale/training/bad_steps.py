@@ -141,9 +141,8 @@ def rows_of(position: int, shares: "Tensor", ranks: "MeshShape", rows: int) -> t
         ranks: the device mesh.
         rows: in a micro-batch.
 
-    Returns:
-        Rows of the run's data that the step took, [first, end), and for each micro-batch whose loss is not finite, its
-        rank and rows in words.
+    Returns rows of the run's data that the step took, [first, end), and for each micro-batch whose loss is not finite,
+    its rank and rows in words.
     """
     micro_batches = shares.shape[1]
     first = position * micro_batches * ranks.dp * rows

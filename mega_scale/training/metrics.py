@@ -129,9 +129,7 @@ def slower(seconds: list[float], factor: float, at_least: float = 0.0) -> list[i
 class SlowRanks:
     """Compares ranks at every report, and names those that were slow at this one and at the one before.
 
-    Args:
-        world: all ranks.
-        factor: how many times the median is slow; 0 compares nothing.
+    Slow is above `factor` times the median; 0 compares nothing.
     """
 
     def __init__(self, world: World, factor: float) -> None:
@@ -139,12 +137,7 @@ class SlowRanks:
         self._before: set[tuple[int, str]] = set()
 
     def report(self, waited_s: float, step_s: float) -> list[str]:
-        """Compare the ranks; collective. Returns a line for each slow rank, the same on all ranks.
-
-        Args:
-            waited_s: for which this rank waited for data in a step, in the mean (seconds).
-            step_s: that a step took, in the mean (seconds).
-        """
+        """A line for each slow rank, the same on all ranks; collective. For its arguments see `Throughput.per_step`."""
         if not self._factor:
             return []
         own = torch.tensor([waited_s, probe(self._world.device), step_s])

@@ -42,17 +42,9 @@ class StopRun(Exception):
 class Stopping:
     """Whether the run is to stop, as all ranks see it: a signal asks, or time runs out.
 
-    It is time when what has passed, the longest step and the longest save so far, with a fifth more of both, would pass
-    the limit. Before the first save, one is taken to last a minute, or a tenth of the limit if that is less.
-
-    Args:
-        world: all ranks.
-        signals: those of this rank.
-        limit_s: seconds from the start of this process to its end; None for no limit.
-        since: when it started, seconds since the epoch; asked of the system where it is not given.
-
-    Attributes:
-        step_s, save_s: the longest step and save so far (seconds), which the trainer keeps.
+    It is time when what has passed since `since`, the start of this process (seconds since the epoch), with the longest
+    step and the longest save so far and a fifth more of both, would pass `limit_s`. Before the first save, one is taken
+    to last a minute, or a tenth of the limit if that is less. The trainer notes both, `step_s` and `save_s`.
     """
 
     def __init__(
@@ -100,6 +92,9 @@ def _ranks(which: Tensor) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
+State = Literal["running", "stopped", "finished", "failed"]
+
+
 class RunStatus:
     """Writes the state of a run into its folder; on ranks other than the first, every call does nothing."""
 
@@ -108,23 +103,12 @@ class RunStatus:
         self._active = rank == 0
         self._lock = threading.Lock()
 
-    def write(
-        self,
-        state: Literal["running", "stopped", "finished", "failed"],
-        step: int,
-        reason: str = "",
-        last: bool = False,
-    ) -> None:
+    def write(self, state: State, step: int, reason: str = "", last: bool = False) -> None:
         """Replace the file as a whole: a reader finds the old one or the new one; from any thread.
 
-        Where it cannot be written, that is said: no run ends for it, and the reason why it ends is not hidden.
-
-        Args:
-            state: running; stopped: saved, start it again to go on; finished; failed.
-            step: optimizer steps done, as far as is known.
-            reason: why, one line.
-            last: later calls do nothing: the verdict on a lost rank stands, and not the errors that follow from it
-                here.
+        Where it cannot be written, that is said: no run ends for it, and the reason why it ends is not hidden. A run
+        that is "stopped" saved: start it again to go on. After the `last` one, calls do nothing: the verdict on a lost
+        rank stands, and not the errors that follow from it here.
         """
         with self._lock:
             if not self._active:
@@ -148,14 +132,8 @@ class Watchdog:
     prints the stacks, and ends the process with exit code 1 if it is the only one; the other ranks notice that this one
     gives no answer.
 
-    Args:
-        world: all ranks.
-        timeout_s: longest time without a beat (seconds); 0 for no watch.
-        at_end: called with one line that says why, in another thread, before this process ends because of a hang or of
-            another rank.
-
-    Attributes:
-        step: optimizer step under way.
+    `timeout_s` is the longest time without a beat, 0 for no watch. `at_end` is called with one line that says why, in
+    another thread, before this process ends because of a hang or of another rank.
     """
 
     def __init__(self, world: World, timeout_s: float, at_end: Callable[[str], None]) -> None:

@@ -37,16 +37,9 @@ def log_to_stderr(line: str) -> None:
 
 
 def open_model(path: Path, key: bytes | None = None, *, log: Callable[[str], None] = log_to_stderr) -> Opened:
-    """Open a model without reading its weights.
+    """Open an export or Hugging Face folder (it has config.json), or what `open_checkpoint` opens; reads no weights.
 
-    Args:
-        path: an export or Hugging Face folder (it has config.json), a checkpoint, or a run folder (its newest valid
-            one).
-        key: secret with which the checkpoint must be signed, if there is one.
-        log: see `open_checkpoint`.
-
-    Raises:
-        ValueError: the path is none of these, the checkpoint is damaged, or the weights do not fit the configuration.
+    Raises ValueError where it is none of these, is damaged, or its weights do not fit its configuration.
     """
     if not (path / "config.json").is_file() or checkpoints(path):
         return open_checkpoint(path, key, log=log)
@@ -59,16 +52,10 @@ def open_model(path: Path, key: bytes | None = None, *, log: Callable[[str], Non
 def open_checkpoint(
     path: Path, key: bytes | None = None, *, older: bool = True, log: Callable[[str], None] = log_to_stderr
 ) -> Opened:
-    """Open the model of a checkpoint, every byte of which is verified first.
+    """Open the model of a checkpoint, every byte of which is verified first, or of a run's newest valid one.
 
-    Args:
-        path: a checkpoint, or a run folder (its newest valid one).
-        key: secret with which it must be signed, if there is one.
-        older: whether an older one may be taken where the newest of the run is damaged or gone.
-        log: is given one line where there is something to know: which checkpoint is taken, and why none that is newer.
-
-    Raises:
-        ValueError: it is damaged, or there is none.
+    `log` is given one line where there is something to know: which one is taken, and why none that is newer. For `key`,
+    `older` and errors see `find_checkpoint`.
     """
     folder, notes = find_checkpoint(path, key, older=older, proof=verify)
     if notes:
@@ -152,15 +139,9 @@ def load_model(
     key: bytes | None = None,
     log: Callable[[str], None] = log_to_stderr,
 ) -> tuple[MegaForCausalLM, PreTrainedTokenizerBase, Path]:
-    """Load a model for inference on one device, one tensor at a time.
+    """Load a model, see `open_model`, in eval mode on one device, one tensor at a time, with tokenizer and folder.
 
-    Args:
-        path: see `open_model`; so `key` and `log`.
-        device: where it goes.
-        dtype: of the weights; those of the moving average stay fp32.
-
-    Returns:
-        The model in eval mode, its tokenizer, and the folder that it was loaded from.
+    Weights have the `dtype`, but those of the moving average stay fp32.
     """
     config, tensors, tokenizer, folder = open_model(path, key, log=log)
     with torch.device("meta"):
@@ -296,16 +277,13 @@ def generate_text(
     Args:
         module: a causal model with `generate()`.
         tokenizer: of the model.
-        prompt: text to continue, from a document's start; empty begins a document.
+        prompt: text to continue, from a document's start; empty begins a document. It is returned, too.
         max_new_tokens: tokens to generate.
         seed: of the sampling.
         temperature: what logits are divided by; 0 takes the likeliest token.
         top_p: share of probability to sample from.
         stop_at_eos: whether an end-of-text token ends the text early.
         every_token: called after each generated token; what it raises, on all ranks alike, ends the generation.
-
-    Returns:
-        Prompt and continuation.
     """
     device = next(module.parameters()).device
     end = end_ids(tokenizer, module.config.eos_token_id)  # type: ignore[union-attr,arg-type]

@@ -82,14 +82,7 @@ class StepResult(NamedTuple):
 class Trainer:
     """A run: making it checks all that a rank can check alone; `run` joins the other ranks, and trains.
 
-    Args:
-        config: everything that the run is told, validated.
-        placement: where this process stands among its ranks.
-        signals: the signals that ask it to stop.
-
-    Raises:
-        ValueError: the run cannot start.
-        OSError: a file that it needs cannot be read.
+    Raises ValueError where it cannot start, OSError where a file that it needs cannot be read.
     """
 
     world: World
@@ -206,9 +199,7 @@ class Trainer:
     def check_ranks_agree(self) -> None:
         """See that all ranks mean the same run, and test the layout if that is wanted; collective.
 
-        Raises:
-            RefusedError: they do not.
-            StopRun: a run that is resumed is to stop before it begins.
+        Raises RefusedError where they do not, StopRun where a run that is resumed is to stop before it begins.
         """
         world, config = self.world, self.config
         text, checkpoint = self.loader.dataset.fingerprint, str(self.checkpoint)
@@ -234,10 +225,9 @@ class Trainer:
             )
 
     def choose_checkpoint(self, path: Path) -> Path:
-        """The checkpoint to go on from, proven by all ranks together, whose data this run has; collective.
+        """The checkpoint to go on from, proven by all ranks together; collective.
 
-        Raises:
-            RefusedError: there is none, or it is of another model, tokenizer or data.
+        Raises RefusedError where there is none, or it is of another model, tokenizer or data.
         """
         config = self.config
         try:
@@ -345,12 +335,8 @@ class Trainer:
     def train(self) -> str | None:
         """Train from where the run is to its end, or until it is asked to stop; collective.
 
-        Returns:
-            Why it stopped before its end, one line; None at its end. There is a checkpoint of either.
-
-        Raises:
-            NotSavedError: the last checkpoint could not be written.
-            BadStepsError: too many bad steps in a row; nothing is saved from the first of them on.
+        Returns why it stopped before its end, None at its end. There is a checkpoint of either, or NotSavedError.
+        Raises BadStepsError after too many bad steps in a row; nothing is saved from the first of them on.
         """
         progress, steps = self.progress, self.config.train.steps
         stopped = None
@@ -411,9 +397,7 @@ class Trainer:
     def after_step(self, result: StepResult) -> None:
         """Count a step, and report, evaluate, sample and save when that is due; collective.
 
-        Raises:
-            BadStepsError: see `train`.
-            StopRun: the run is to stop; what was due is not complete.
+        Raises BadStepsError, see `train`, and StopRun where what was due is not complete.
         """
         progress, train = self.progress, self.config.train
         self.throughput.add(result.tokens, result.waited, self.flops_per_token(result.length))

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mega_scale.checkpoint.folder import state_file
 from mega_scale.checkpoint.saver import build_index, rank_tensors, write_tensors
-from mega_scale.checkpoint.state import INDEX, StateReader, state_file
+from mega_scale.checkpoint.state import INDEX, StateReader
 from mega_scale.parallel import Engine, World
 
 

@@ -155,8 +155,12 @@ class SegmentedBlock(MegaBlock):
         if average is not None:
             none = x.new_zeros(len(x), 0, 0)  # no chunk is open between segments
             state = LayerState(average, none, none, begin)
-        with self._row_slice.shifted(begin):
+        first = self._row_slice.first_token
+        self._row_slice.first_token = first + begin
+        try:
             out = super().forward(x, state=state, return_state=more, borders=borders)
+        finally:
+            self._row_slice.first_token = first  # recomputation ends with an exception when it has all that it needs
         return out.x, None if out.state is None else out.state.ema
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -225,7 +226,8 @@ class FsdpEngine(Engine):
     Stage 3 gathers a block for its forward and again for its backward; stage 2 keeps it from forward to backward;
     stage 1 keeps weights and gradients whole until the last micro-batch, and reduces gradients once a step. Gradients
     are summed over ranks in fp32, as the loss is already divided by the tokens of the global batch. Parameters, EMA and
-    optimizer are fp32 whatever the number format of forward and backward.
+    optimizer are fp32 whatever the number format of forward and backward. Where that is bf16, every rank keeps the
+    parameters of the EMA whole, which compute in fp32: 0.2 % of the model, and its gradients are summed once a step.
     """
 
     def __init__(
@@ -245,15 +247,24 @@ class FsdpEngine(Engine):
 
         def place(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
             """Copy this rank's rows of a value into a sharded parameter, without communication."""
+            rows = self._rows(value) if isinstance(parameter, DTensor) else value
             with torch.no_grad():
-                flat(parameter).copy_(self._rows(value).flatten())
+                flat(parameter).copy_(rows.flatten())
             return parameter
 
         self._fill(values, place)
+        self._whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
+        if self._fsdp.rank > 0:
+            self._counted = [p for p in self._counted if isinstance(p, DTensor)]
         self._optimizer = build_optimizer(model)
+        for group in list(self._optimizer.param_groups):  # PyTorch steps tensors of one kind at a time
+            of_kind = [[p for p in group["params"] if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
+            if all(of_kind):
+                group["params"] = of_kind[0]
+                self._optimizer.param_groups.append(group | {"params": of_kind[1]})
 
     def _shard_modules(self, dtype: str) -> None:
-        """Make every block a unit, the EMA in it one of its own where its precision differs, and the rest the root."""
+        """Make every block a unit, without the EMA in it where its precision differs, and the rest the root."""
         model, world = self.module, self._world
         # Ranks of this one's tp, (dp_replicate, fsdp); without copies, (fsdp,).
         ranks = torch.arange(world.size, device="cpu").view(*world.shape)[..., world.at.tp].flatten(1)
@@ -264,9 +275,8 @@ class FsdpEngine(Engine):
         policy, blocks = MixedPrecisionPolicy(), list(model.get_submodule("mega.layers").children())
         if dtype == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            exact = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
-            for block in blocks:
-                fully_shard(block.get_submodule("mega_layer.ema_gate"), mp_policy=exact, **options)
+            averages = [block.get_submodule("mega_layer.ema_gate") for block in blocks]
+            options["ignored_params"] = {parameter for average in averages for parameter in average.parameters()}
         for block in blocks:
             fully_shard(block, mp_policy=policy, **options)
         # A cache that is given to the model keeps its states in fp32; blocks round what they compute with themselves.
@@ -291,6 +301,14 @@ class FsdpEngine(Engine):
     @torch.no_grad()
     def step(self, lr: float, skip: bool = False) -> float:
         self._drop_gathered()
+        gradients = [p.grad for p in self._whole if p.grad is not None]
+        if gradients:
+            total = torch.cat([gradient.flatten() for gradient in gradients])
+            for name in ("fsdp", "dp_replicate"):
+                if self._world.axis(name).size > 1:
+                    dist.all_reduce(total, group=self._world.axis(name).group)
+            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
         norm = self._norm([flat(p.grad) for p in self._counted if p.grad is not None], alike=("dp_replicate",))
         if not skip and norm.isfinite():
             self._clip([flat(p.grad) for p in self.module.parameters() if p.grad is not None], norm)
@@ -309,6 +327,8 @@ class FsdpEngine(Engine):
         tensors = {WEIGHT: flat(parameter)}
         if parameter.requires_grad:
             tensors |= {moment: flat(self._optimizer.state[parameter][moment]) for moment in MOMENTS}
+        if not isinstance(parameter, DTensor):
+            return Range(0, tensors, copied=True)
         rows, *rest = parameter.shape
         # As in _rows: every rank has as many rows as the first, as long as there are some left.
         first = min(self._fsdp.rank * -(-rows // self._fsdp.size), rows)
@@ -321,7 +341,7 @@ class FsdpEngine(Engine):
         return flat(self._parameters[name])
 
     def local_shard(self, name: str, value: Tensor) -> Tensor:
-        return self._rows(value).flatten()
+        return (self._rows(value) if isinstance(self._parameters[name], DTensor) else value).flatten()
 
     def close(self) -> None:
         """Nothing outside the module is to be freed."""

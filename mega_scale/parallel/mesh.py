@@ -251,11 +251,8 @@ class MeshShape(NamedTuple):
     def coordinates(self, rank: int) -> Coordinates:
         """The index of a rank, 0 to size - 1, along each dimension."""
         assert 0 <= rank < self.size, f"rank {rank} of {self.size}"
-        indices = []
-        for size in reversed(self):
-            rank, index = divmod(rank, size)
-            indices.append(index)
-        return Coordinates(*reversed(indices))
+        row = self.dp_rank(rank)
+        return Coordinates(row // self.dp_shard, row % self.dp_shard, rank // self.tp % self.sp, rank % self.tp)
 
     def dp_rank(self, rank: int) -> int:
         """The number of a rank among those that read different rows, 0 to dp - 1."""

@@ -10,7 +10,6 @@ Legend: B rows, L length of a whole row, C chunk, P ranks that share a row, D ch
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
@@ -69,16 +68,6 @@ class RowSlice:
         inputs = self.split(input_ids, 0)
         self._taken = (place, inputs.shape[1])
         return inputs, self.split(shift_labels, -100)
-
-    @contextmanager
-    def shifted(self, tokens: int) -> Iterator[None]:
-        """Shift positions by `tokens` inside the context."""
-        before = self.first_token
-        self.first_token = before + tokens
-        try:
-            yield
-        finally:
-            self.first_token = before
 
     def __enter__(self) -> None:
         self.place, length = self._taken

@@ -50,6 +50,23 @@ def accumulate(world: World, engine: str) -> tuple[list[int], float]:
     return calls, norm
 
 
+def collectives(world: World, dtype: str) -> list[int]:
+    """How many collectives a forward, a backward and a step take under FSDP."""
+    made = layout_study.make_engine(world, "fsdp-3", dtype=dtype)
+    made.module.train()
+    inputs = torch.arange(61).repeat(ROWS, 1) % 60
+    counts = []
+    with Recorder() as recorder:
+        loss = made.forward(inputs, inputs + 1, inputs.numel(), Place())
+        counts.append(len(recorder.sent))
+        made.backward(loss, last=True)
+        counts.append(len(recorder.sent))
+        made.step(1e-3)
+        counts.append(len(recorder.sent))
+    made.close()
+    return counts
+
+
 def study() -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     # With two copies, no group of an axis is the group of all ranks.
@@ -59,6 +76,7 @@ def study() -> dict[Any, Any]:
             for variant in ("plain", "recomputed"):
                 found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
                 found["tp", engine, variant, 61] = train_once(tensor, engine, variant, 61)
+        found["formats"] = {dtype: collectives(ranks, dtype) for dtype in ("fp32", "bf16")}
         copies = ranks.lay_out(MeshShape(2, 1, 2, 1)), ranks.lay_out(MeshShape(1, 2, 2, 1))
         for engine in ("fsdp-3", "fsdp-2", "fsdp-1"):
             found["copies", engine] = [accumulate(world, engine) for world in copies]
@@ -88,6 +106,13 @@ def test_sequence_parallel_sends_the_same_at_any_length(ranks):
     short, long = (ranks[0]["sp", "fsdp-3", "plain", tokens] for tokens in LENGTHS)
     assert [[call.bytes for call in calls] for calls in short] == [[call.bytes for call in calls] for calls in long]
     assert sum(call.bytes for call in long[0]) == LAYERS * 4 * ROWS * 3 * 24  # N = 3, D = 24
+
+
+def test_the_average_takes_one_collective_a_step_of_its_own(ranks):
+    """In bf16 its parameters stay fp32, and so whole on every rank."""
+    for rank in ranks:
+        (forward, backward, step), (*same, more) = rank["formats"]["fp32"], rank["formats"]["bf16"]
+        assert same == [forward, backward] and more == step + 1
 
 
 @pytest.mark.parametrize("engine", ["fsdp-3", "fsdp-2", "fsdp-1"])

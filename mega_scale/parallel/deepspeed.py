@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mega_scale.model import MegaPreTrainedModel
 from mega_scale.parallel.config import EngineConfig
-from mega_scale.parallel.engine import BuildOptimizer, Engine, ModelParallelism, Range, ensure_moments, flat
+from mega_scale.parallel.engine import BuildOptimizer, Engine, Range, ensure_moments, flat
 from mega_scale.parallel.shard import MOMENTS, WEIGHT, Values
-from mega_scale.parallel.world import Axis, World
+from mega_scale.parallel.world import Axis
 
 _linear = nn.functional.linear
 
@@ -32,16 +31,8 @@ class DeepSpeedEngine(Engine):
     number format of matrix products.
     """
 
-    def __init__(
-        self,
-        model: MegaPreTrainedModel,
-        values: Values,
-        parallelism: ModelParallelism,
-        config: EngineConfig,
-        world: World,
-        build_optimizer: BuildOptimizer,
-    ) -> None:
-        super().__init__(model, parallelism, config, world)
+    def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
+        model, world = self.module, self._world
         self._fsdp, self._copies = world.axis("fsdp"), world.axis("dp_replicate")
         self._stage: int = config.parallel.zero_stage
         native = config.native_deepspeed(self._fsdp.size)

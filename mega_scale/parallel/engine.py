@@ -61,12 +61,23 @@ class Engine(ABC):
     """
 
     def __init__(
-        self, model: MegaPreTrainedModel, parallelism: ModelParallelism, config: EngineConfig, world: World
+        self,
+        model: MegaPreTrainedModel,
+        values: Values,
+        parallelism: ModelParallelism,
+        config: EngineConfig,
+        world: World,
+        build_optimizer: BuildOptimizer,
     ) -> None:
         self.module, self.row_slice = model, parallelism.row_slice
         self._parallelism, self._world = parallelism, world
         self._max_grad_norm = config.max_grad_norm
         self._call: Callable[..., Any] = model
+        self._build(values, config, build_optimizer)
+
+    @abstractmethod
+    def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
+        """Shard the model, give it its values, and make the optimizer."""
 
     def _fill(self, values: Values, place: Placer) -> None:
         """Give the model its values, and note what follows from its parameters for good."""
@@ -230,16 +241,8 @@ class FsdpEngine(Engine):
     parameters of the EMA whole, which compute in fp32: 0.2 % of the model, and its gradients are summed once a step.
     """
 
-    def __init__(
-        self,
-        model: MegaPreTrainedModel,
-        values: Values,
-        parallelism: ModelParallelism,
-        config: EngineConfig,
-        world: World,
-        build_optimizer: BuildOptimizer,
-    ) -> None:
-        super().__init__(model, parallelism, config, world)
+    def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
+        model, world = self.module, self._world
         self._stage = config.parallel.zero_stage
         self._fsdp = world.axis("fsdp")
         self._shard_modules(config.dtype)

@@ -15,6 +15,7 @@ import torch
 
 from mega_scale.files import local_path
 from mega_scale.parallel.mesh import MeshShape
+from mega_scale.settings import require
 
 ENGINES = ("fsdp", "deepspeed")
 DEVICES = ("auto", "cpu", "cuda")
@@ -99,19 +100,15 @@ class ParallelConfig:
             (name, self.activation_checkpoint_policy, POLICIES),
             ("parallel.device", self.device, DEVICES),
         ):
-            if value not in choices:
-                raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(choices)}")
-        if self.zero_stage not in range(4):
-            raise ValueError(f"parallel.zero_stage={self.zero_stage} is unknown: choose 0, 1, 2 or 3")
+            require(value in choices, key, value, f"choose one of {', '.join(choices)}")
+        require(self.zero_stage in range(4), "parallel.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
+        every = "choose 0 for no block, 1 for every block, n for every n-th"
+        require(self.activation_checkpoint >= 0, "parallel.activation_checkpoint", self.activation_checkpoint, every)
+        require(self.timeout_s >= 1, "parallel.timeout_s", self.timeout_s, "choose at least 1 second")
         if self.engine == "fsdp" and self.zero_stage == 0:
             raise ValueError(
                 "parallel.zero_stage=0 splits nothing, which parallel.engine=fsdp cannot do: "
                 "choose a stage of 1 to 3, or parallel.engine=deepspeed"
-            )
-        if self.activation_checkpoint < 0:
-            raise ValueError(
-                f"parallel.activation_checkpoint={self.activation_checkpoint} is negative: "
-                "choose 0 for no block, 1 for every block, n for every n-th"
             )
         saving = self.activation_checkpoint_policy == "save_matmuls"
         if saving and self.engine == "deepspeed" and self.zero_stage == 3:
@@ -120,8 +117,6 @@ class ParallelConfig:
                 "matmul outputs after they were saved: use parallel.engine=fsdp, a zero_stage below 3, or "
                 f"{name}=full"
             )
-        if self.timeout_s < 1:
-            raise ValueError(f"parallel.timeout_s={self.timeout_s} leaves no time: choose at least 1 second")
         if self.engine == "fsdp" and self.ds_config:
             raise ValueError(
                 f"parallel.ds_config={self.ds_config} has no effect with parallel.engine=fsdp: "

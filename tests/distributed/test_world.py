@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import RankFailedError, run_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mega_scale.parallel import ParallelConfig, Placement, World, layout_changes, placement
+from mega_scale.parallel import ParallelConfig, Placement, World, layout_changes, placement, world
 from mega_scale.parallel.mesh import MeshShape
 from mega_scale.parallel.world import join_axes
 
@@ -159,6 +159,25 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in names:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_nccl_leaves_the_end_of_a_process_to_the_monitor_unless_told_otherwise(no_launcher, given):
+    name, joined = "TORCH_NCCL_ASYNC_ERROR_HANDLING", []
+
+    def join(backend, **options):
+        joined.append((backend, os.environ[name]))
+        raise RuntimeError
+
+    no_launcher.setenv(name, given or "0")
+    if given is None:
+        no_launcher.delenv(name)
+    no_launcher.setattr(world, "_device", lambda *given: torch.device("cuda", 0))
+    no_launcher.setattr(torch.cuda, "set_device", lambda device: None)
+    no_launcher.setattr(dist, "init_process_group", join)
+    with pytest.raises(RuntimeError):
+        World.start(ParallelConfig())
+    assert joined == [("nccl", given or "0")]
 
 
 def test_placement_without_launcher(no_launcher):

@@ -50,7 +50,7 @@ _TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHECKED_CHANNELS = 16
 _FIGURES = {"forward_ms": 3, "forward_share": 2, "backward_ms": 3, "backward_share": 2}  # digits
-_FORMS = ["triton", "triton_walk", "blocked"]
+_FORMS = ["triton", "blocked"]
 BANDWIDTH = {
     "batch": Option(1, "sequences"),
     "length": Option(32768, "tokens a sequence"),

@@ -11,29 +11,15 @@ from typing import Any, NamedTuple
 import triton
 
 from mega_scale.ops.attention_triton import scores_gradient_kernel, softmax_constants, weights_kernel
-from mega_scale.ops.ema.triton_blocks import (
-    WARPS,
-    adjoints_kernel,
-    constants,
-    gradients_kernel,
-    interpreted,
-    outputs_kernel,
-    states_kernel,
-)
-from mega_scale.ops.ema.triton_walk import (
-    GRADIENTS,
-    MOST_AVERAGES,
-    OUTPUTS,
-    walk_gradients_kernel,
-    walk_outputs_kernel,
-)
+from mega_scale.ops.ema.triton import TILE, gradient_flags, gradients_kernel, outputs_kernel
 
-_TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
-_INT32 = ("starts", "keep", "last", "since")
-_SIZES = ("lanes", "L", "D", "K", "SPLITS", "TILES", "first", "keys", "chunk", "groups")
-# Sizes that are multiples of 16 in all configs, which the compiler is told, as at a launch.
-_ROUND_SIZES = ("D", "first", "keys", "chunk")
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+# Of arguments; all others are pointers to fp32. As at a launch, the compiler is told which are multiples of 16 in all
+# configs: pointers, and some sizes.
+_TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
+_INT32 = ("document", "since")
+_SIZES = ("L", "HEAD", "STEPS", "TILES", "groups", "D", "first", "keys", "chunk")
+_ROUND_SIZES = _SIZES[5:]
 
 
 class Compiled(NamedTuple):
@@ -58,21 +44,12 @@ def compiler_version() -> str:
 def compile_kernels(
     architectures: Sequence[int], dtypes: Sequence[str], averages: Sequence[int], keys: Sequence[int]
 ) -> list[Compiled]:
-    """Compile every kernel in every variant, with Triton's own ptxas; no GPU is needed.
+    """Compile every kernel in every variant, with Triton's own ptxas, a row a variant; no GPU is needed.
 
-    Args:
-        architectures: compute capabilities, as 80 and 90.
-        dtypes: of tokens: bf16, fp16, fp32.
-        averages: N, for kernels of the moving average.
-        keys: of a chunk, for kernels of attention.
-
-    Returns:
-        A row a variant.
-
-    Raises:
-        ValueError: kernels are interpreted in this process (TRITON_INTERPRET), or a dtype has none.
+    `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16 or fp32; `averages` N of the moving
+    average; `keys` those of a chunk. Raises ValueError if kernels are interpreted here, or a dtype has none.
     """
-    if interpreted():
+    if triton.knobs.runtime.interpret:
         raise ValueError("kernels are interpreted here, not compiled: unset TRITON_INTERPRET")
     unknown = [dtype for dtype in dtypes if dtype not in _TYPES]
     if unknown:
@@ -89,27 +66,16 @@ def _variants(
     dtype: str, averages: Sequence[int], keys: Sequence[int]
 ) -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     """Kernel, its name, the size it is compiled for, and what it is compiled with."""
+    wide = dtype != "bf16"
     for n in averages:
-        own = constants(n) | {"PRECISION": "tf32" if dtype == "bf16" else "tf32x3", "num_warps": WARPS}
-        yield states_kernel, "states_kernel, ends", f"N={n}", {**own, "STORE": False}
-        yield states_kernel, "states_kernel, every block", f"N={n}", {**own, "STORE": True}
-        yield outputs_kernel, "outputs_kernel", f"N={n}", own
-        yield adjoints_kernel, "adjoints_kernel", f"N={n}", own
-        yield gradients_kernel, "gradients_kernel", f"N={n}", own
-        for every in (False, True) if n <= MOST_AVERAGES else ():
-            words = ", documents and states" if every else ""
-            own = {
-                **OUTPUTS.constants(n, every, every),
-                "INITIAL": every,
-                "num_warps": OUTPUTS.warps,
-            }
-            yield walk_outputs_kernel, f"walk, outputs_kernel{words}", f"N={n}", own
-            own = {
-                **GRADIENTS.constants(n, every, every),
-                "LAST": every,
-                "num_warps": GRADIENTS.warps,
-            }
-            yield walk_gradients_kernel, f"walk, gradients_kernel{words}", f"N={n}", own
+        for every, words in ((False, ""), (True, ", documents and states")):
+            # A row is one part in most launches.
+            own = {**TILE.constants(n, wide, every), "SPLITS": 1, "INITIAL": every, "OUTPUTS": True}
+            yield outputs_kernel, f"outputs_kernel{words}", f"N={n}", own
+            for flags in gradient_flags(wide, every, every):
+                part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
+                own = {**TILE.constants(n, wide, every, every), "SPLITS": 1, **flags}
+                yield gradients_kernel, f"gradients_kernel{words}{part}", f"N={n}", own
     for count in keys:
         softmax: dict[str, Any] = dict(softmax_constants(count))
         yield weights_kernel, "weights_kernel", f"{count} keys", {**softmax, "DOCUMENTS": True}
@@ -118,48 +84,35 @@ def _variants(
 
 def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Compiled:
     names = list(inspect.signature(kernel.fn).parameters)
-    signature, aligned = {}, {}
-    for place, argument in enumerate(names):
-        if argument in values:
-            signature[argument] = "constexpr"
-        elif argument in _SIZES:
-            signature[argument] = "i32"
-        elif argument == "scale":
-            signature[argument] = "fp32"
-        else:
-            signature[argument] = (
-                _TYPES[dtype] if argument in _TOKENS else "*i32" if argument in _INT32 else "*fp32"
-            )  # fmt: skip
-            # As at a launch: storage that torch allocates is aligned, and D is a multiple of 16 in all configs.
-        if signature[argument].startswith("*") or argument in _ROUND_SIZES:
-            aligned[(place,)] = [["tt.divisibility", 16]]
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(_TOKENS, _TYPES[dtype]) | dict.fromkeys(_INT32, "*i32")
+    types |= {"scale": "fp32"} | dict.fromkeys(_SIZES, "i32") | dict.fromkeys(values, "constexpr")
+    signature = {argument: types[argument] for argument in names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, argument in enumerate(names)
+        if signature[argument].startswith("*") or (argument in _ROUND_SIZES and argument not in values)
+    }
     source = triton.compiler.ASTSource(
         kernel, signature, {argument: values[argument] for argument in names if argument in values}, aligned
     )
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-    binary = triton.compile(source, target=target, options={"num_warps": values["num_warps"]})
-    registers, spills = _resources(binary.asm["ptx"])
-    products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", binary.asm["ptx"]))
+    options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
+    binary = triton.compile(source, target=target, options=options)
+    ptx = binary.asm["ptx"]
+    # As ptxas counts them for the target that the text names.
+    tool = triton.knobs.nvidia.ptxas if architecture < 100 else triton.knobs.nvidia.ptxas_blackwell
+    gpu = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert gpu is not None
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "kernel.ptx")
+        text.write_text(ptx, encoding="utf-8")
+        command = [tool.path, "-v", f"--gpu-name={gpu[1]}", str(text), "-o", f"{folder}/kernel"]
+        counted = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", counted)
+    assert registers is not None
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", counted)))
+    products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx))
     return Compiled(
-        name, f"sm_{architecture}", dtype, size, registers, binary.metadata.shared, spills, values["num_warps"],
+        name, f"sm_{architecture}", dtype, size, int(registers[1]), binary.metadata.shared, spills, values["num_warps"],
         products,
     )  # fmt: skip
-
-
-def _resources(ptx: str) -> tuple[int, int]:
-    """Registers and spilled bytes per thread, as ptxas counts them for the target that the text names."""
-    found = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert found is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx, encoding="utf-8")
-        done = subprocess.run(
-            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={found[1]}", str(source), "-o", f"{folder}/kernel"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    used = re.search(r"Used (\d+) registers", done.stderr)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
-    assert used is not None
-    return int(used[1]), sum(map(int, spilled))

@@ -12,7 +12,7 @@ from mega_scale.ops.ema.native import library, native_ema, shipped
 from mega_scale.ops.ema.reference import EmaCoefficients, fft_ema, recurrent_ema, scan_ema
 from mega_scale.ops.modes import in_memory, traced, without_autocast, written_out
 
-IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "triton_walk", "native")
+IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
 
 
 class Carry(Protocol):
@@ -64,9 +64,8 @@ def damped_ema(
         bidirectional: whether the average also runs from right to left.
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked or
-            triton, which then walks over x twice: for the state that it sends, and with the one that arrives.
-        impl: auto, recurrent (the reference), fft, blocked, triton (blocks of tokens on matrix units), triton_walk
-            (from token to token, N up to 16; it reads tokens once) or native. auto is recurrent for one token; fft for
+            triton, which then reads x twice: for the state that it sends, and with the one that arrives.
+        impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
             a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
             64 tokens or more and N up to 32, outside torch.compile; native on a CPU in fp32, outside torch.compile and
             without `carry`, where a C++ compiler is found (else it warns); else blocked.
@@ -92,7 +91,7 @@ def damped_ema(
             elif carry is None and _suits_native(x, coefficients):
                 impl = "native"
         # The kernels widen tokens as they read them.
-        inputs = x if impl in ("triton", "triton_walk") else x.to(coefficients.log_decay.dtype)
+        inputs = x if impl == "triton" else x.to(coefficients.log_decay.dtype)
         state = None if state is None else state.to(coefficients.log_decay.dtype)
         directions = [_Direction(inputs, coefficients, state, resets)]
         if bidirectional:
@@ -121,26 +120,6 @@ class _Direction(NamedTuple):
     resets: Tensor | None
 
 
-class _TwiceWalked:
-    """The Triton form where the state comes late: its kernels need it from the first token on."""
-
-    def __init__(self, *direction: Any) -> None:
-        from mega_scale.ops.ema.triton_blocks import triton_ema  # noqa: PLC0415
-
-        self._direction = _Direction(*direction)
-        x, coefficients, _, resets = self._direction
-        self._walk = triton_ema
-        self.end = triton_ema(x, coefficients, None, resets)[1]
-
-    def inside(self) -> None:
-        """Nothing to do until the state is there."""
-
-    def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """y and the end state."""
-        x, coefficients, _, resets = self._direction
-        return self._walk(x, coefficients, state, resets)
-
-
 def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Tensor, Tensor | None]:
     x, coefficients, state, resets = direction
     if truncation is not None:
@@ -151,13 +130,9 @@ def _whole(direction: _Direction, truncation: int | None, impl: str) -> tuple[Te
         return fft_ema(x, coefficients, None, truncation)
     if impl == "triton":
         # Not before it is needed: triton may not be installed.
-        from mega_scale.ops.ema.triton_blocks import triton_ema  # noqa: PLC0415
+        from mega_scale.ops.ema.triton import triton_ema  # noqa: PLC0415
 
         return triton_ema(x, coefficients, state, resets)
-    if impl == "triton_walk":
-        from mega_scale.ops.ema.triton_walk import walk_ema  # noqa: PLC0415
-
-        return walk_ema(x, coefficients, state, resets)
     if impl == "native":
         return native_ema(x, coefficients, state, resets)
     # A decoding step, for which blocks would be idle ceremony.
@@ -211,7 +186,12 @@ def _carried(
     directions: list[_Direction], carry: Carry, resets: Tensor | None, kernels: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Both directions' states travel at once, in the blocked form while the products inside blocks are computed."""
-    forms = [(_TwiceWalked if kernels else BlockedEma)(*direction) for direction in directions]
+    form_of: Any = BlockedEma
+    if kernels:
+        from mega_scale.ops.ema.triton import TritonEma  # noqa: PLC0415
+
+        form_of = TritonEma
+    forms = [form_of(*direction) for direction in directions]
     sent = [form.end for form in forms]
     passes = None
     if resets is not None:

@@ -22,38 +22,39 @@ COMMANDS = {
     "prepare": ("data", "text to prepared data against datasets.map"),
     "reset": ("data", "training with the documents of a row kept apart, against concatenated documents"),
     "checkpoint": ("checkpoint", "how long saves stop training, and what verification costs"),
-    "kernels": ("gpu", "Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills"),
-    "bandwidth": ("gpu", "the moving average on a GPU as a share of a copy's bandwidth"),
-    "mfu": ("gpu", "training steps of a large model on a GPU, against a Llama of its size"),
+    "kernels": ("ema", "Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills"),
+    "bandwidth": ("ema", "the moving average on a GPU as a share of a copy's bandwidth"),
+    "mfu": ("step", "training steps of a large model on a GPU, against a Llama of its size"),
+}
+# What to use instead of options that were there once.
+GONE = {
+    ("decode", "--tokens"): "pass --contexts, such as --contexts 1024 16384",
+    ("decode", "--window"): "windows are as long as --chunk",
+    ("decode", "--batch"): "one sequence is decoded",
+    ("memory", "--port"): "the ranks meet at a free port",
+    ("prepare", "--processes"): "one process is measured",
+    ("step", "--expanded"): "it is --values, as in the other commands",
+    ("step", "--averages"): "it is --states, as in the other commands",
+    ("step", "--llama-expanded"): "Llama gets as many parameters as ours",
+    ("mfu", "--llama-expanded"): "Llama gets as many parameters as ours",
 }
 
 
-def package_name() -> str:
-    """Name under which this folder's modules are imported.
+def load(module: str) -> Any:
+    """A module of this folder.
 
     `python launch/benchmark` puts the folder on Python's path, not the folder that holds it, and so knows no package:
     it is loaded from its place.
     """
-    if __package__:
-        return __package__
-    spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).with_name("__init__.py"))
-    assert spec is not None and spec.loader is not None
-    sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["benchmark"])
-    return "benchmark"
-
-
-def load(module: str) -> Any:
-    """A module of this folder."""
-    return importlib.import_module(f"{package_name()}.{module}")
+    if not __package__ and "benchmark" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).with_name("__init__.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{__package__ or 'benchmark'}.{module}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `run` of the result is the command's function.
-
-    Args:
-        arguments: without the program's name; none means this process's.
-    """
+    """Read the command line, of this process if not given; `run` of the result is the command's function."""
     lines = [f"  {name:<12}{words}" for name, (_, words) in COMMANDS.items()]
     top = argparse.ArgumentParser(
         prog="benchmark",
@@ -72,22 +73,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     load("harness").add_options(parser, command)
-    for word in chosen.options:
-        if word.partition("=")[0] in command.replaced:
-            parser.error(f"{word} is gone: {command.replaced[word.partition('=')[0]]}")
+    for name in (word.partition("=")[0] for word in chosen.options):
+        if (chosen.command, name) in GONE:
+            parser.error(f"{name} is gone: {GONE[chosen.command, name]}")
     parser.set_defaults(command=chosen.command, run=command.run)
     return parser.parse_args(chosen.options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        arguments: the command line, without the program's name; none means this process's.
-
-    Returns:
-        Exit status: 2, after one line on standard error, when something is wrong.
-    """
+    """Run a command; returns 2, after one line on standard error, when something is wrong."""
     # A worker under a peer's Python, which lacks them, comes not here.
     import torch
 

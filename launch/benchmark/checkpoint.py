@@ -19,98 +19,21 @@ import torch.distributed.checkpoint as dcp
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.checkpoint.folder import CheckpointConfig, verify
 from mega_scale.checkpoint.saver import Saver
-from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World
+from mega_scale.parallel import EngineConfig, ParallelConfig, World
 from mega_scale.parallel.deepspeed import DeepSpeedEngine
 
-from .harness import Command, Option, in_turns, milliseconds, report, spread, table
-from .ours import build_engine
-from .peers import parameter_count
+from . import harness
+from .harness import Command, Option
+from .memory import build_engine
+from .peers import mega_arguments
 
 _BYTES_A_PARAMETER = 12  # weight and two moments, fp32
 _HIDDEN = 512
 _TOKENS = 128
-
-
 OPTIONS = {
     "megabytes": Option(200, "size of model and optimizer, 10^6 bytes"),
     "folder": Option(None, "where to write; a temporary folder if not given"),
 }
-
-
-class Saves:
-    """A save in every way that is compared; each returns the milliseconds for which training stands still.
-
-    Args:
-        engine: FSDP2's, which ours and DCP save.
-        zero: DeepSpeed's, with ZeRO stage 3.
-        folder: where to write.
-        world: of this process alone.
-
-    Attributes:
-        alone: milliseconds of forward and backward passes that nothing runs beside.
-        beside: of those beside a save of ours.
-    """
-
-    def __init__(self, engine: Engine, zero: DeepSpeedEngine, folder: Path, world: World) -> None:
-        self.alone: list[float] = []
-        self.beside: list[float] = []
-        self._engine, self._zero, self._folder = engine, zero, folder
-        self._step = 0
-        described: dict[str, bytes] = {}
-        self._synchronous, self._asynchronous = (
-            Saver(folder / f"ours-{which}", engine, world, described, CheckpointConfig(asynchronous=which, keep=1))
-            for which in (False, True)
-        )
-
-    def contenders(self) -> dict[str, Callable[[], float]]:
-        """By name."""
-        return {
-            "ours, synchronous": partial(self._ours, self._synchronous),
-            "ours, asynchronous": partial(self._ours, self._asynchronous),
-            "ours, verification before a load": self._verification,
-            "DCP, dcp.save": partial(self._dcp, dcp.save),
-            "DCP, dcp.async_save": partial(self._dcp, dcp.async_save),
-            "DeepSpeed, save_checkpoint": self._deepspeed,
-        }
-
-    def _ours(self, saver: Saver) -> float:
-        self._step += 1
-        self.alone.append(milliseconds(self._compute))
-        ended = saver.save(self._step, {"step": self._step})
-        if saver is self._asynchronous:  # what a step computes before the optimizer changes anything
-            self.beside.append(milliseconds(self._compute))
-        saver.wait_copied()
-        while not ended:
-            time.sleep(0.002)
-            ended = saver.poll()
-        if ended[-1].folder is None:
-            raise ValueError(f"a checkpoint could not be written: {ended[-1].problem}")
-        self._newest = ended[-1].folder
-        return 1e3 * ended[-1].stall_s
-
-    def _verification(self) -> float:
-        return milliseconds(lambda: verify(self._newest))
-
-    def _dcp(self, save: Callable[..., Any]) -> float:
-        states = self._engine.state().tensors
-        state = {f"{kind}/{name}": tensor for name, each in states.items() for kind, tensor in each.tensors.items()}
-        target = self._folder / save.__name__
-        shutil.rmtree(target, ignore_errors=True)
-        began = time.perf_counter()
-        future = save(state, checkpoint_id=target)
-        stall = 1e3 * (time.perf_counter() - began)
-        if save is dcp.async_save:
-            future.result()
-        return stall
-
-    def _deepspeed(self) -> float:
-        target = self._folder / "deepspeed"
-        shutil.rmtree(target, ignore_errors=True)
-        return milliseconds(lambda: self._zero._engine.save_checkpoint(str(target), tag="zero"))
-
-    def _compute(self) -> None:
-        tokens = torch.arange(_TOKENS)[None] % 256
-        self._engine.backward(self._engine.forward(tokens, tokens, _TOKENS), last=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,50 +44,90 @@ def run(args: argparse.Namespace) -> None:
         engine = build_engine(config, EngineConfig(ParallelConfig(engine="fsdp")), world)
         zero = build_engine(config, EngineConfig(ParallelConfig(engine="deepspeed", zero_stage=3)), world)
         assert isinstance(zero, DeepSpeedEngine)
-        saves = Saves(engine, zero, folder, world)
-        stalls = in_turns(saves.contenders(), args.repeats, args.warmup)
+        synchronous, asynchronous = (
+            Saver(folder / f"ours-{which}", engine, world, {}, CheckpointConfig(asynchronous=which, keep=1))
+            for which in (False, True)
+        )
+        alone: list[float] = []  # milliseconds of forward and backward passes that nothing runs beside
+        beside: list[float] = []  # and of those beside a save of ours
+        newest: list[Path] = []
+        tokens = torch.arange(_TOKENS)[None] % 256
+
+        def compute() -> None:
+            engine.backward(engine.forward(tokens, tokens, _TOKENS), last=True)
+
+        def ours(saver: Saver) -> float:
+            alone.append(harness.milliseconds(compute))
+            ended = saver.save(len(alone), {"step": len(alone)})
+            if saver is asynchronous:  # what a step computes before the optimizer changes anything
+                beside.append(harness.milliseconds(compute))
+            saver.wait_copied()
+            while not ended:
+                time.sleep(0.002)
+                ended = saver.poll()
+            if ended[-1].folder is None:
+                raise ValueError(f"a checkpoint could not be written: {ended[-1].problem}")
+            newest[:] = [ended[-1].folder]
+            return 1e3 * ended[-1].stall_s
+
+        def theirs(save: Callable[..., Any]) -> float:
+            states = engine.state().tensors
+            state = {f"{kind}/{name}": tensor for name, each in states.items() for kind, tensor in each.tensors.items()}
+            target = folder / save.__name__
+            shutil.rmtree(target, ignore_errors=True)
+            futures: list[Any] = []
+            stall = harness.milliseconds(lambda: futures.append(save(state, checkpoint_id=target)))
+            if save is dcp.async_save:
+                futures[0].result()
+            return stall
+
+        def deepspeed() -> float:
+            target = folder / "deepspeed"
+            shutil.rmtree(target, ignore_errors=True)
+            return harness.milliseconds(lambda: zero._engine.save_checkpoint(str(target), tag="zero"))
+
+        contenders: dict[str, Callable[[], float]] = {
+            "ours, synchronous": partial(ours, synchronous),
+            "ours, asynchronous": partial(ours, asynchronous),
+            "ours, verification before a load": partial(harness.milliseconds, lambda: verify(newest[0])),
+            "DCP, dcp.save": partial(theirs, dcp.save),
+            "DCP, dcp.async_save": partial(theirs, dcp.async_save),
+            "DeepSpeed, save_checkpoint": deepspeed,
+        }
+        stalls = harness.in_turns(contenders, args.repeats, args.warmup)
         zero.close()
         engine.close()
-    alone, beside = (statistics.median(times[-args.repeats :]) for times in (saves.alone, saves.beside))
-    ours = statistics.median(stalls["ours, synchronous"])
-    rows = [[name, *spread(each, 1), f"{statistics.median(each) / ours:.2f}"] for name, each in stalls.items()]
-    text = [
-        f"Saving {_bytes(config) / 1e6:,.0f} MB of model and optimizer, one process, {args.threads} CPU thread(s), "
-        f"{args.repeats} repeats after {args.warmup} for warm-up, in turns. Ours is hashed, flushed and read back, "
-        "DCP's is flushed, DeepSpeed's is neither.",
-        table(["training stands still, ms", "median", "least", "greatest", "of ours"], rows),
-        f"Forward and backward of {_TOKENS} tokens, which run while ours is copied and written: {beside:.1f} ms, "
-        f"{alone:.1f} ms alone ({beside / alone:.2f}).",
-    ]
-    figures = {"bytes": _bytes(config), "stall_ms": stalls, "compute_alone_ms": alone, "compute_beside_ms": beside}
-    report(args, text, figures)
+    idle, busy = (statistics.median(times[-args.repeats :]) for times in (alone, beside))
+    columns = {
+        "training stands still, ms": "{name}", "median": "{median:,.1f}", "least": "{least:,.1f}",
+        "greatest": "{greatest:,.1f}", "of ours": "{ratio:.2f}",
+    }  # fmt: skip
+    note = (
+        f"{_bytes(config) / 1e6:,.0f} MB. Ours is hashed, flushed and read back, DCP's is flushed, DeepSpeed's is "
+        f"neither. Forward and backward of {_TOKENS} tokens, which run while ours is copied and written: {busy:.1f} "
+        f"ms, {idle:.1f} ms alone ({busy / idle:.2f})."
+    )
+    sizes = {"bytes": _bytes(config), "compute_alone_ms": idle, "compute_beside_ms": busy}
+    harness.report(args, columns, harness.timed_rows(stalls), note, figures=sizes)
 
 
 def model_of_size(wanted: int) -> MegaConfig:
     """As many layers as fit in so many bytes of model and optimizer, and a vocabulary that fills the rest."""
 
-    def config(layers: int, vocabulary: int) -> MegaConfig:
-        return MegaConfig(
-            vocab_size=vocabulary,
-            num_hidden_layers=layers,
-            is_decoder=True,
-            bidirectional=False,
-            hidden_size=_HIDDEN,
-            intermediate_size=2 * _HIDDEN,
-            nffn_hidden_size=2 * _HIDDEN,
-        )
+    def config(layers: int, words: int) -> MegaConfig:
+        sizes = {"hidden": _HIDDEN, "shared": 128, "values": 2 * _HIDDEN, "states": 16, "chunk": 0}
+        return MegaConfig(**mega_arguments({**sizes, "layers": layers, "vocabulary": words}))
 
     smallest = 256
-    layers = 1
-    while _bytes(config(layers + 1, smallest)) < wanted:
-        layers += 1
+    one = _bytes(config(1, smallest))
+    layers = 1 + max(wanted - one - 1, 0) // (_bytes(config(2, smallest)) - one)
     left = wanted - _bytes(config(layers, smallest))
     return config(layers, smallest + max(left // (_HIDDEN * _BYTES_A_PARAMETER), 0))
 
 
 def _bytes(config: MegaConfig) -> int:
     with torch.device("meta"):
-        return _BYTES_A_PARAMETER * parameter_count(MegaForCausalLM(config))
+        return _BYTES_A_PARAMETER * MegaForCausalLM(config).num_parameters()
 
 
 COMMANDS = {"checkpoint": Command(OPTIONS, run, repeats=7, warmup=1)}

@@ -1,14 +1,11 @@
 """The `loader`, `prepare` and `reset` commands: text to tokens, tokens to batches, and documents kept apart."""
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,26 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mega_scale import MegaForCausalLM
+from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.data import DataConfig, Loader, PackedDataset, load_tokenizer
 from mega_scale.data.config import Packing, PackingOrder
 from mega_scale.data.prepare import Preparation
 from mega_scale.data.prepare import run as prepare
-from mega_scale.data.sources import Tally
+from mega_scale.data.sources import Tally, stdlib_documents
 from mega_scale.data.tokenizer import train_bpe
 from mega_scale.data.tokens import PreparedManifest, ShardRecord, open_part, read_manifest, write_manifest
 
-from .harness import Command, Option, Worker, in_turns, milliseconds, report, resident, spread, table
-from .ours import model_config
+from . import harness
+from .harness import Command, Option, common
+from .peers import mega_arguments
 
 _DOCUMENT = 1000  # tokens
-_MIB = 2**20
 _CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 _VOCABULARY = 512  # of `reset`
-LOADER = {
+LOADER = common(length=2048, batch=8) | {
     "megabytes": Option([10, 5000], "sizes of token files, MB"),
-    "length": Option(2048, "tokens a sequence"),
-    "batch": Option(8, "sequences a step"),
     "steps": Option(2000, "that are timed"),
     "packing": Option("concat", "as data.packing", get_args(Packing)),
     "packing-order": Option("in_order", "as data.packing_order", get_args(PackingOrder)),
@@ -52,45 +47,31 @@ PREPARE = {
     "vocab-size": Option(16_000, "of the BPE tokenizer trained for it"),
     "shard-mb": Option(16, "text of one shard, MB"),
 }
-RESET = {
-    "batch": Option(4, "sequences"),
-    "length": Option(2048, "tokens a sequence"),
-    "chunk": Option(256, "tokens a chunk"),
+RESET = common(batch=4, length=2048, layers=2, states=16, chunk=256, activation="softmax", seed=0) | {
     "hidden": Option(512, "channels D; values, feed-forward 2 D, keys D / 4"),
-    "layers": Option(2, "blocks"),
-    "states": Option(16, "moving averages per channel"),
     "document": Option([100, 500, 2000], "mean length, tokens"),
-    "activation": Option("softmax", "of attention", ["softmax", "laplace", "relu2"]),
     "clock": Option("cpu", "wall time, or this process's CPU time, which waits for no other", list(_CLOCKS)),
-    "seed": Option(0, "of weights, tokens and documents", least=0),
 }
 
 
 def run_loader(args: argparse.Namespace) -> None:
     """Prepared data to batches, and what memory that takes; each size in a process of its own."""
-    found = []
-    options = {
-        name: getattr(args, name) for name in ("length", "batch", "steps", "packing", "packing_order", "workers")
-    }
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for megabytes in args.megabytes:
             place = Path(folder) / str(megabytes)
             write_sparse(place, megabytes)
-            arguments = {"folder": str(place), "options": options}
-            with Worker("data:Reading", arguments, name=f"loader of {megabytes} MB", threads=args.threads) as worker:
-                found.append({"megabytes": megabytes, **worker.call("measure")})
-    rows = []
-    for reading in found:
-        rate = reading["tokens_per_second"]
-        cells = [f"{rate / 1e6:.1f}", f"{rate / args.model_rate:.0f}", f"{reading['memory'] / _MIB:.1f}"]
-        rows.append([reading["megabytes"], *cells])
-    text = (
-        f"Prepared data (uint16, documents of {_DOCUMENT} tokens) to batches of {args.batch} x {args.length}, "
-        f"shuffled, packing {args.packing} {args.packing_order}, {args.workers} workers, {args.steps} steps; each "
-        "size in a process of its own."
-    )
-    head = ["MB of tokens", "million tokens/s", f"times {args.model_rate:,.0f} tokens/s", "memory added, MiB"]
-    report(args, [text, table(head, rows)], {"readings": found})
+            how = {"name": f"loader of {megabytes} MB", "threads": args.threads}
+            with harness.Worker("data:Reading", {"folder": str(place)}, **how) as worker:
+                sizes = (args.length, args.batch, args.steps, args.packing, args.packing_order, args.workers)
+                rate, memory = worker.call("measure", *sizes)
+            row = {"megabytes": megabytes, "tokens_per_second": rate, "memory": memory, "memory_mib": memory / 2**20}
+            rows.append({**row, "rate": rate / 1e6, "times_model": rate / args.model_rate})
+    columns = {
+        "MB of tokens": "{megabytes}", "million tokens/s": "{rate:.1f}",
+        f"times {args.model_rate:,.0f} tokens/s": "{times_model:.0f}", "memory added, MiB": "{memory_mib:.1f}",
+    }  # fmt: skip
+    harness.report(args, columns, rows, f"uint16, documents of {_DOCUMENT} tokens, shuffled; a process for each size.")
 
 
 def write_sparse(folder: Path, megabytes: int) -> None:
@@ -108,31 +89,32 @@ def write_sparse(folder: Path, megabytes: int) -> None:
 class Reading:
     """Reads a folder of prepared data as a run does; in a worker, whose memory nothing else has used."""
 
-    def __init__(self, folder: str, options: dict[str, Any]) -> None:
-        self._folder, self._options = Path(folder), options
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
 
-    def measure(self) -> dict[str, float]:
+    def measure(
+        self, length: int, batch: int, steps: int, packing: Packing, order: PackingOrder, workers: int
+    ) -> tuple[float, int]:
         """Tokens per second, and bytes that the process holds at most, more than before."""
-        before = most = resident("VmRSS")
-        batch, length, steps = (self._options[name] for name in ("batch", "length", "steps"))
+        before = most = harness.resident("VmRSS")
         store = open_part(self._folder, read_manifest(self._folder), "train")
         loader = Loader(
-            PackedDataset(store, length, self._options["packing"], order=self._options["packing_order"]),
+            PackedDataset(store, length, packing, order=order),
             global_batch_size=batch,
             micro_batch_size=batch,
             rank=0,
             world_size=1,
-            workers=self._options["workers"],
+            workers=workers,
         )
         loader.batches(0)
         began = time.perf_counter()
         for step in range(1, steps + 1):
             loader.batches(step)
             if step % 10 == 0:
-                most = max(most, resident("VmRSS"))
+                most = max(most, harness.resident("VmRSS"))
         seconds = time.perf_counter() - began
         loader.close()
-        return {"tokens_per_second": steps * batch * length / seconds, "memory": most - before}
+        return steps * batch * length / seconds, most - before
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -141,13 +123,17 @@ def run_prepare(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "text.jsonl"
-        size = write_corpus(text, args.megabytes * 10**6)
-        with text.open(encoding="utf-8") as file:
-            sample = [json.loads(line)["text"] for line in itertools.islice(file, 1000)]
-        train_bpe(sample, args.vocab_size).save_pretrained(folder / "tokenizer")
+        documents, size = [document for document in stdlib_documents() if document], 0
+        with text.open("w", encoding="utf-8") as out:
+            for document in itertools.cycle(documents):
+                out.write(json.dumps({"text": f"{size}\n{document}"}) + "\n")
+                size += len(document.encode())
+                if size >= args.megabytes * 10**6:
+                    break
+        train_bpe(documents[:1000], args.vocab_size).save_pretrained(folder / "tokenizer")
         config = DataConfig("json", [str(text)], tokenizer=str(folder / "tokenizer"))
         tokenizer = load_tokenizer(config.tokenizer)
-        rows = datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder / "arrow"))
+        texts = datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder / "arrow"))
         options: dict[str, Any] = {"batched": True, "remove_columns": ["text"], "load_from_cache_file": False}
 
         def ours() -> None:
@@ -160,43 +146,25 @@ def run_prepare(args: argparse.Namespace) -> None:
         def tokenise(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
             return {"input_ids": tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]}
 
-        contenders: dict[str, Callable[[], float]] = {
-            "launch/prepare.py": partial(milliseconds, ours),
-            "datasets.map": partial(milliseconds, lambda: rows.map(tokenise, **options)),
-        }
-        times = in_turns(contenders, args.repeats, args.warmup)
-    lines = [[name, f"{min(each) / 1e3:.1f}", f"{size / 1e3 / min(each):.2f}"] for name, each in times.items()]
-    words = f"{size / 1e6:.0f} MB of Python sources and documentation, BPE of {args.vocab_size} ids, one process each."
-    report(args, [words, table(["", "seconds", "MB/s"], lines)], {"bytes": size, "milliseconds": times})
-
-
-def write_corpus(path: Path, size: int) -> int:
-    """Write real text of this machine as jsonl, over again where there is too little; the bytes of text."""
-    roots = [Path(os.__file__).parent, *(Path(place) for place in sys.path if place.endswith("site-packages"))]
-    patterns = ("*.py", "*.md", "*.rst", "*.txt")
-    files = sorted({file for root in roots for pattern in patterns for file in root.rglob(pattern)})
-    written = 0
-    with path.open("w", encoding="utf-8") as out:
-        for copy, file in ((copy, file) for copy in itertools.count() for file in files):
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                text = f"{copy}\n{file.read_text(encoding='utf-8')}"
-                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                written += len(text.encode())
-            if written >= size:
-                break
-    return written
+        runs = {"launch/prepare.py": ours, "datasets.map": lambda: texts.map(tokenise, **options)}
+        contenders = {name: partial(harness.milliseconds, run) for name, run in runs.items()}
+        rows = harness.timed_rows(harness.in_turns(contenders, args.repeats, args.warmup))
+    for row in rows:
+        row |= {"seconds": row["least"] / 1e3, "rate": size / 1e3 / row["least"]}
+    note = f"{size / 1e6:.0f} MB of Python sources and documentation, one process each."
+    harness.report(
+        args, {"": "{name}", "seconds": "{seconds:.1f}", "MB/s": "{rate:.2f}"}, rows, note, figures={"bytes": size}
+    )
 
 
 def run_reset(args: argparse.Namespace) -> None:
     """Forward and backward of a model, documents kept apart against concatenated ones.
 
-    Raises:
-        ValueError: a document changes with those before it.
+    Raises ValueError where a document changes with those before it.
     """
     torch.manual_seed(args.seed)
-    sizes = {"vocabulary": _VOCABULARY, "hidden": args.hidden, "layers": args.layers, "shared": args.hidden // 4}
-    sizes |= {"expanded": 2 * args.hidden, "averages": args.states, "chunk": args.chunk}
-    model = MegaForCausalLM(model_config(sizes, attention_activation=args.activation)).train()
+    sizes = harness.integers(args) | {"vocabulary": _VOCABULARY, "shared": args.hidden // 4, "values": 2 * args.hidden}
+    model = MegaForCausalLM(MegaConfig(**mega_arguments(sizes), attention_activation=args.activation)).train()
     tokens = torch.randint(3, _VOCABULARY, (args.batch, args.length + 1))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -205,33 +173,30 @@ def run_reset(args: argparse.Namespace) -> None:
         model(input_ids=inputs, shift_labels=labels, document_starts=starts, use_cache=False).loss.backward()
 
     clock = _CLOCKS[args.clock]
-    contenders: dict[str, Callable[[], float]] = {"concat": partial(milliseconds, partial(step, None), clock)}
+    contenders: dict[str, Callable[[], float]] = {"concat": partial(harness.milliseconds, partial(step, None), clock)}
     mixed = {}
     for mean in args.document:
         starts = documents(args.batch, args.length, mean, args.seed)
-        _require_apart(model, inputs, starts)
+        earlier = starts.flip(1).cumsum(1).flip(1) > starts.long()  # tokens before their row's last document
+        with torch.no_grad():
+            one, two = (
+                model(input_ids=ids, document_starts=starts, use_cache=False, output_hidden_states=True).hidden_states
+                for ids in (inputs, torch.where(earlier, inputs.flip(1), inputs))
+            )
+        if not torch.equal(one[-1][~earlier], two[-1][~earlier]):
+            raise ValueError("reset is not timed: a document changes with those before it")
         name = f"reset, {mean} tokens"
         chunks = starts.unflatten(1, (-1, min(args.chunk, args.length)))
         mixed[name] = float(chunks[..., 1:].any(-1).float().mean())
-        contenders[name] = partial(milliseconds, partial(step, starts), clock)
-    times = in_turns(contenders, args.repeats, args.warmup)
-    # Turn by turn, so that a load that comes and goes meets both.
-    costs = {
-        name: statistics.median(a / b for a, b in zip(times[name], times["concat"], strict=True)) - 1 for name in mixed
-    }
-    rows = [
-        [name, *spread(each, 0), *([f"{costs[name]:+.1%}", f"{mixed[name]:.0%}"] if name in costs else ["", ""])]
-        for name, each in times.items()
-    ]
-    text = (
-        f"Forward and backward of {args.layers} blocks, D {args.hidden}, N {args.states}, {args.activation}, "
-        f"{args.batch} x {args.length} tokens, chunk {args.chunk}, fp32, {args.threads} CPU thread(s), {args.repeats} "
-        f"repeats after {args.warmup} for warm-up, in turns. Lengths of documents are log-normal. Times are "
-        f"{args.clock} times of this process; cost is the median over turns of the time over that of concat in the "
-        "same turn."
-    )
-    head = ["documents", "median ms", "min", "max", "cost over concat", "chunks with several"]
-    report(args, [text, table(head, rows)], {"milliseconds": times, "cost": costs, "mixed": mixed})
+        contenders[name] = partial(harness.milliseconds, partial(step, starts), clock)
+    rows = harness.timed_rows(harness.in_turns(contenders, args.repeats, args.warmup))
+    for row in rows[1:]:
+        row |= {"cost": row["ratio"] - 1, "mixed": mixed[row["name"]]}
+    columns = {
+        "documents": "{name}", "median ms": "{median:.0f}", "min": "{least:.0f}", "max": "{greatest:.0f}",
+        "cost over concat": "{cost:+.1%}", "chunks with several": "{mixed:.0%}",
+    }  # fmt: skip
+    harness.report(args, columns, rows, "Forward and backward, fp32; lengths of documents are log-normal.")
 
 
 def documents(batch: int, length: int, mean: int, seed: int) -> Tensor:
@@ -245,26 +210,8 @@ def documents(batch: int, length: int, mean: int, seed: int) -> Tensor:
     return starts.view(batch, length)
 
 
-@torch.no_grad()
-def _require_apart(model: MegaForCausalLM, inputs: Tensor, starts: Tensor) -> None:
-    """Refuse to time what lets one document see another: other tokens before a row's last document change nothing."""
-    last = [int(row.nonzero()[-1]) if row.any() else 0 for row in starts]
-    other = inputs.clone()
-    for row, place in zip(other, last, strict=True):
-        row[:place] = row[:place].flip(0)
-    one, two = (
-        model(input_ids=ids, document_starts=starts, use_cache=False, output_hidden_states=True).hidden_states[-1]
-        for ids in (inputs, other)
-    )
-    for a, b, place in zip(one, two, last, strict=True):
-        if not torch.equal(a[place:], b[place:]):
-            raise ValueError("reset is not timed: a document changes with those before it")
-
-
 COMMANDS = {
     "loader": Command(LOADER, run_loader),
-    "prepare": Command(
-        PREPARE, run_prepare, repeats=1, replaced={"--processes": "tests/data/test_prepare.py kills a preparation"}
-    ),
+    "prepare": Command(PREPARE, run_prepare, repeats=1),
     "reset": Command(RESET, run_reset, repeats=15, warmup=2),
 }

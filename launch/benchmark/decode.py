@@ -8,49 +8,31 @@ cache grows has the named context on average. Windows are cut into segments that
 import argparse
 import contextlib
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mega_scale import MegaCache, MegaConfig, MegaForCausalLM
 
-from .harness import Command, Option, Worker, check_errors, report, spread, table
-from .ours import model_config
-from .peers import Decoding, parameter_count
+from . import harness
+from .harness import Command, Option, common
+from .peers import PEERS, Contender, Decoding, mega_arguments
 
 TOLERANCE = 1e-3
 _CHECKED = 16  # tokens of a window whose logits are compared
 _SEGMENTS = 8
 _PREFILL = 8192
-OPTIONS = {
+_OPTIONS = common(chunk=128, hidden=64, layers=2, shared=32, values=128, states=16, vocabulary=256) | {
     "contexts": Option([1024, 2048, 16384], "tokens of context at which our step is timed"),
     "peer-context": Option(2048, "tokens of context of the other models, one of --contexts"),
-    "chunk": Option(128, "attention chunk, tokens"),
-    "hidden": Option(64, "channels D"),
-    "layers": Option(2, "blocks"),
-    "shared": Option(32, "width Z of queries and keys"),
-    "values": Option(128, "width E of values"),
-    "states": Option(16, "moving averages per channel N"),
-    "vocabulary": Option(256, "number of token ids"),
-    "activation": Option("softmax", "of attention", ["softmax", "laplace", "relu2"]),
-    "seed": Option(0, "of weights and text", least=0),
-    "peer-python": Option(None, "interpreter with transformers 4.37.2, whose Mega is then compared too"),
-}
-REPLACED = {
-    "--tokens": "pass --contexts, such as --contexts 1024 16384",
-    "--window": "windows are as long as --chunk",
-    "--batch": "one sequence is decoded",
+    **common(activation="softmax", seed=0, peer_python=None),
 }
 
 
 class OurDecoding(Decoding):
     """Greedy decoding with a model of this project."""
-
-    def call(self, method: str, *arguments: int) -> float:
-        """As a worker is called."""
-        return getattr(self, method)(*arguments)
 
     def truth(self, tokens: Tensor) -> Tensor:
         """Logits of one call with all tokens after the same cache, which goes the way that prefill goes."""
@@ -68,8 +50,7 @@ def cache_bytes(config: MegaConfig, element_size: int) -> int:
 def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, seed: int) -> list[OurDecoding]:
     """Read one text, and keep the cache where each window of so many tokens begins, about ascending contexts.
 
-    Raises:
-        ValueError: the cache's size is not that of the formula.
+    Raises ValueError where the cache's size is not that of the formula.
     """
     text = torch.randint(3, model.config.vocab_size, (1, contexts[-1]), generator=torch.Generator().manual_seed(seed))
     expected = cache_bytes(model.config, model.dtype.itemsize)
@@ -86,23 +67,18 @@ def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, se
     return windows
 
 
-def time_windows(contenders: Sequence[OurDecoding | Worker], window: int, rounds: int) -> list[list[float]]:
-    """Decode windows in turns, a short segment of one after a segment of the next, so that load meets all alike.
-
-    Returns:
-        For each contender the milliseconds per token of its rounds.
-    """
+def time_windows(
+    contenders: Mapping[str, Contender | harness.Worker], window: int, repeats: int, warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds a token of each contender's windows, of which a short segment of one comes after that of another."""
     segments = min(_SEGMENTS, window)
-    times: list[list[float]] = [[] for _ in contenders]
-    for turn in range(rounds):
-        for contender, found in zip(contenders, times, strict=True):
-            contender.call("restart")
-            found.append(0.0)
-        for segment in range(segments):
-            order = range(len(contenders))
-            for i in order if (turn + segment) % 2 == 0 else reversed(order):
-                times[i][-1] += contenders[i].call("run", window // segments) / segments
-    return times
+    steps = window // segments
+    runs = {name: partial(each.call, "run", steps, segments * steps) for name, each in contenders.items()}
+    times = harness.in_turns(runs, segments * repeats, segments * warmup)
+    return {
+        name: [statistics.fmean(each[start : start + segments]) for start in range(0, len(each), segments)]
+        for name, each in times.items()
+    }
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,52 +88,39 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"windows of --chunk {args.chunk} are centred: contexts must exceed {args.chunk // 2} tokens")
     if args.peer_context not in contexts:
         raise ValueError(f"--peer-context {args.peer_context} is not among --contexts {contexts}: add it")
-    sizes = {name: getattr(args, name) for name in ("vocabulary", "hidden", "layers", "shared", "chunk")}
-    sizes |= {"expanded": args.values, "feed_forward": 2 * args.hidden, "averages": args.states}
+    sizes = harness.integers(args) | {"feed_forward": 2 * args.hidden, "normalization": "layernorm"}
     torch.manual_seed(args.seed)
-    options = {"attention_activation": args.activation, "normalization_type": "layernorm"}
-    model = MegaForCausalLM(model_config(sizes, **options)).eval()
-    sizes["parameters"] = parameter_count(model)
-    ours = [f"mega_scale at {context}" for context in contexts]
+    model = MegaForCausalLM(MegaConfig(**mega_arguments(sizes), attention_activation=args.activation)).eval()
     windows = our_windows(model, contexts, args.chunk, args.seed)
-    contenders: dict[str, OurDecoding | Worker] = dict(zip(ours, windows, strict=True))
-    parameters = dict.fromkeys(ours, sizes["parameters"])
-    peers = {"llama": ("Llama, sdpa", sys.executable)}
-    if args.peer_python:
-        peers["mega"] = ("Mega, unchunked", args.peer_python)
+    contenders: dict[str, Contender | harness.Worker] = {
+        f"mega_scale at {context}": window for context, window in zip(contexts, windows, strict=True)
+    }
+    known = {name: windows[0].describe() for name in contenders}
+    sizes["parameters"] = windows[0].describe()["parameters"]
+    arguments = {"sizes": sizes, "start": args.peer_context - args.chunk // 2, "seed": args.seed}
     with contextlib.ExitStack() as stack:
-        for kind, (label, python) in peers.items():
-            start = args.peer_context - args.chunk // 2
-            arguments = {"kind": kind, "sizes": sizes, "start": start, "seed": args.seed}
-            worker = Worker("peers:PeerDecoding", arguments, name=label, threads=args.threads, python=python)
-            known = stack.enter_context(worker).call("describe")
-            name = f"{label} (transformers {known['transformers']}) at {args.peer_context}"
-            contenders[name], parameters[name] = worker, known["parameters"]
+        for kind in ("llama", *(["mega"] if args.peer_python else [])):
+            label = "Mega, unchunked" if kind == "mega" else PEERS[kind][0]
+            how = {"name": label, "threads": args.threads, "python": args.peer_python if kind == "mega" else None}
+            worker = stack.enter_context(harness.Worker("peers:PeerDecoding", {"kind": kind, **arguments}, **how))
+            found = worker.call("describe")
+            name = f"{label} (transformers {found['transformers']}) at {args.peer_context}"
+            contenders[name], known[name] = worker, found
         errors = {name: contender.call("error", _CHECKED) for name, contender in contenders.items()}
         for name, error in errors.items():
-            check_errors(name, {"decoded logits": error}, TOLERANCE)
-        time_windows(list(contenders.values()), args.chunk, args.warmup)
-        found = time_windows(list(contenders.values()), args.chunk, args.repeats)
-    times = dict(zip(contenders, found, strict=True))
-    medians = [statistics.median(times[name]) for name in ours]
-    at_peers = times[f"mega_scale at {args.peer_context}"]
-    ratios = {
-        # Of windows of one round, which met the same load.
-        name: statistics.median(theirs / own for theirs, own in zip(times[name], at_peers, strict=True))
-        for name in list(times)[len(ours) :]
-    }
-    held = cache_bytes(model.config, model.dtype.itemsize)
-    head = ["", "parameters", "median ms/token", "min", "max", "largest error"]
-    rows = [[name, f"{parameters[name]:,}", *spread(times[name], 3), f"{errors[name]:.1e}"] for name in contenders]
-    text = [
-        f"Greedy decoding, fp32, B=1, windows of one chunk ({args.chunk} tokens) about each context, in turns.",
-        table(head, rows),
-        f"Ours, slowest context over fastest: {max(medians) / min(medians):.3f}; its cache holds {held} bytes at each.",
-        *(f"Ours is {ratio:.2f} times as fast as {name}." for name, ratio in ratios.items()),
-    ]
-    figures = {"milliseconds": times, "parameters": parameters, "errors": errors, "cache_bytes": held}
-    ratio = {"slowest_over_fastest_context": max(medians) / min(medians), "times_as_fast_as": ratios}
-    report(args, text, {**figures, **ratio})
+            harness.check_errors(name, {"decoded logits": error}, TOLERANCE)
+        times = time_windows(contenders, args.chunk, args.repeats, args.warmup)
+    rows = harness.timed_rows(times, beside=f"mega_scale at {args.peer_context}")
+    for row in rows:
+        row |= {"error": errors[row["name"]], "parameters": known[row["name"]]["parameters"]}
+    medians = [row["median"] for row in rows[: len(contexts)]]
+    held, growth = cache_bytes(model.config, model.dtype.itemsize), max(medians) / min(medians)
+    columns = {
+        "": "{name}", "parameters": "{parameters:,}", "median ms/token": "{median:.3f}", "min": "{least:.3f}",
+        "max": "{greatest:.3f}", "times ours": "{ratio:.2f}", "largest error": "{error:.1e}",
+    }  # fmt: skip
+    note = f"Ours, slowest context over fastest: {growth:.3f}; its cache holds {held} bytes at each."
+    harness.report(args, columns, rows, note, figures={"cache_bytes": held, "slowest_over_fastest_context": growth})
 
 
-COMMANDS = {"decode": Command(OPTIONS, run, repeats=5, warmup=1, replaced=REPLACED)}
+COMMANDS = {"decode": Command(_OPTIONS, run, repeats=5, warmup=1)}

@@ -1,13 +1,18 @@
-"""The `ema` command: forward and backward of the damped moving average, in our forms and transformers 4.37.2's.
+"""The `ema`, `bandwidth` and `kernels` commands: the damped moving average beside transformers 4.37.2's, and on GPUs.
+
+`bandwidth`: its share of a copy's bandwidth. Bytes are the fewest there can be: forward reads x and writes y, backward
+reads x and dy and writes dx; what kernels move beyond that counts against them. `kernels` needs no GPU.
 
 Legend: B batch, L tokens, D channels, N averages a channel.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import statistics
 import tempfile
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,71 +21,38 @@ from torch import Tensor
 
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
 
-from .harness import (
-    GIVES_BACK,
-    Command,
-    Option,
-    PeakMemory,
-    Worker,
-    compare,
-    in_turns,
-    milliseconds,
-    report,
-    spread,
-    table,
-)
+from . import harness
+from .harness import Command, Option, common
+from .peers import EMA_PARAMETERS, EmaStep
 
-TOLERANCE = 1e-4
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 FORMS = ("native", "blocked", "fft")
-_PARAMETERS = ("damping", "decay", "expansion", "projection")
-OPTIONS = {
-    "batch": Option(2, "sequences"),
-    "length": Option(2048, "tokens a sequence"),
-    "hidden": Option(512, "channels"),
-    "states": Option(16, "moving averages per channel"),
-    "seed": Option(0, "of inputs and parameters", least=0),
-    "peer-python": Option(None, "interpreter with transformers 4.37.2, to compare with"),
+_GPU_FORMS = ["triton", "blocked"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_COPY_BYTES = 2**31
+_CHECKED_CHANNELS = 16
+BANDWIDTH = common(batch=1, length=32768, hidden=4096, states=16) | {
+    "dtypes": Option(list(_DTYPES), "of tokens", list(_DTYPES)),
+    "impls": Option(_GPU_FORMS, "forms of the moving average", _GPU_FORMS),
+}
+KERNELS = common(states=[16]) | {
+    "architectures": Option([80, 90], "compute capabilities: 80 A100, 90 H100"),
+    "dtypes": Option(["bf16", "fp32"], "of tokens", ["bf16", "fp16", "fp32"]),
+    "keys": Option([4096], "of a chunk of attention"),
 }
 
 
-class OurEma:
-    """An implementation of `damped_ema` on a problem, see `ema_problem`; coefficients from parameters included."""
+def our_ema(impl: str, problem: Mapping[str, Tensor]) -> EmaStep:
+    """An implementation of `damped_ema` on a problem, see `ema_problem`."""
+    # A kernel truncated at the full length is the same kernel, without the state that a plain convolution lacks.
+    truncation = problem["x"].shape[1] if impl == "fft" else None
+    leaves = {name: problem[name].clone().requires_grad_() for name in ("x", *EMA_PARAMETERS)}
 
-    def __init__(self, impl: str, problem: dict[str, Tensor]) -> None:
-        self._impl = impl
-        # A kernel truncated at the full length is the same kernel, without the state that a plain convolution lacks.
-        self._truncation = problem["x"].shape[1] if impl == "fft" else None
-        self._leaves = {name: problem[name].clone().requires_grad_() for name in ("x", *_PARAMETERS)}
-        self._dy = problem["dy"]
+    def average() -> Tensor:
+        coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in EMA_PARAMETERS))
+        return damped_ema(leaves["x"], coefficients, impl=impl, truncation=truncation)[0]
 
-    def run(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """y (B, L, D), and the gradients of x and of the parameters."""
-        coefficients = EmaCoefficients.from_parameters(*(self._leaves[name] for name in _PARAMETERS))
-        y, _ = damped_ema(self._leaves["x"], coefficients, impl=self._impl, truncation=self._truncation)
-        return y, torch.autograd.grad(y, list(self._leaves.values()), self._dy)
-
-    def results(self) -> dict[str, Tensor]:
-        """Outputs and gradients: y, dx, ddamping, ddecay, dexpansion, dprojection."""
-        y, gradients = self.run()
-        return {"y": y.detach(), **{f"d{name}": each for name, each in zip(self._leaves, gradients, strict=True)}}
-
-    def time(self) -> float:
-        """Milliseconds of a forward and backward pass."""
-        return milliseconds(self.run)
-
-
-class TheirEma:
-    """`PeerEma` in a worker, as `OurEma`; tensors come through a file."""
-
-    def __init__(self, worker: Worker, file: Path) -> None:
-        self._worker, self._file = worker, file
-
-    def results(self) -> dict[str, Tensor]:
-        self._worker.call("write_results", str(self._file))
-        return load_file(self._file)
-
-    def time(self) -> float:
-        return float(self._worker.call("time"))
+    return EmaStep(average, leaves, problem["dy"])
 
 
 class EmaMemory:
@@ -93,25 +65,21 @@ class EmaMemory:
     def peak(self, impl: str) -> float:
         """By how much a forward and backward pass grows the process, in sizes of x."""
         sequences = {name: self._problem[name][:, :64].contiguous() for name in ("x", "dy")}
-        OurEma(impl, self._problem | sequences).run()  # loads what is loaded at a first call
-        ema = OurEma(impl, self._problem)
-        peak = PeakMemory()
+        our_ema(impl, self._problem | sequences).run()  # loads what is loaded at a first call
+        ema = our_ema(impl, self._problem)
+        peak = harness.PeakMemory()
         ema.run()
         return peak.growth() / self._problem["x"].nbytes
 
 
-def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int) -> dict[str, Tensor]:
-    """Input, output gradient and freshly initialised parameters of one layer, drawn from a seed.
+def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int, device: str = "cpu") -> dict[str, Tensor]:
+    """Input, output gradient and freshly initialised parameters of one layer, drawn from a seed, fp32.
 
-    Returns:
-        x and dy (B, L, D); damping, decay, expansion (D, N, 1); projection (D, N); all fp32.
+    x and dy are (B, L, D); damping, decay and expansion (D, N, 1); projection (D, N).
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    signs = 1.0 - 2.0 * (torch.arange(states) % 2)
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, device=device)
+    signs = 1.0 - 2.0 * (torch.arange(states, device=device) % 2)
     return {
         "x": normal(batch, length, hidden),
         "dy": normal(batch, length, hidden),
@@ -122,48 +90,113 @@ def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int) ->
     }
 
 
-def run(args: argparse.Namespace) -> None:
+def run_ema(args: argparse.Namespace) -> None:
     """Check, time and print. Raises ValueError where an implementation is wrong, or the peer cannot be run."""
     problem = ema_problem(args.batch, args.length, args.hidden, args.states, args.seed)
-    contenders: dict[str, OurEma | TheirEma] = {impl: OurEma(impl, problem) for impl in FORMS}
+    steps = {impl: our_ema(impl, problem) for impl in FORMS}
+    found = {impl: step.run() for impl, step in steps.items()}
+    timed = {impl: step.time for impl, step in steps.items()}
     versions: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        file = str(folder / "problem.safetensors")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        file, results = f"{folder}/problem.safetensors", f"{folder}/results.safetensors"
         save_file(problem, file)
 
-        def worker(target: str, label: str, **options: Any) -> Worker:
-            arguments = {"problem": file}
-            return stack.enter_context(Worker(target, arguments, name=label, threads=args.threads, **options))
-
+        how = {"threads": args.threads, "name": "the process that measures memory", "environment": harness.GIVES_BACK}
+        memory = stack.enter_context(harness.Worker("ema:EmaMemory", {"problem": file}, **how))
         if args.peer_python:
-            peer = worker("peers:PeerEma", f"--peer-python {args.peer_python}", python=args.peer_python)
+            how = {"threads": args.threads, "name": f"--peer-python {args.peer_python}", "python": args.peer_python}
+            peer = stack.enter_context(harness.Worker("peers:PeerEma", {"problem": file}, **how))
             theirs = peer.call("describe")
             versions = {f"peer's {package}": version for package, version in theirs.items()}
-            contenders[f"transformers {theirs['transformers']}"] = TheirEma(peer, folder / "results.safetensors")
-        truth = OurEma("recurrent", {name: tensor.double() for name, tensor in problem.items()}).results()
-        errors = {name: compare(name, each.results(), truth, TOLERANCE) for name, each in contenders.items()}
-        times = in_turns({name: each.time for name, each in contenders.items()}, args.repeats, args.warmup)
-        memory = worker("ema:EmaMemory", "the process that measures memory", environment=GIVES_BACK)
-        peaks = {impl: memory.call("peak", impl) for impl in FORMS}
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    others = list(medians)[1:]
-    head = ["", "median ms", "min", "max", *(f"times faster than {name}" for name in others), "largest error"]
-    head.append("extra memory, in inputs")
-    rows = []
-    for name, each in times.items():
-        ratios = [f"{medians[other] / medians[name]:.2f}" for other in others]
-        peak = f"{peaks[name]:.2f}" if name in peaks else ""
-        rows.append([name, *spread(each, 3), *ratios, f"{errors[name]:.1e}", peak])
-    text = (
-        f"Damped EMA, forward and backward, fp32, {args.batch} x {args.length} tokens, {args.hidden} channels, "
-        f"{args.states} averages, {args.threads} CPU thread(s), {args.repeats} repeats after {args.warmup} for "
-        "warm-up, in turns. Timed in all of them: coefficients from parameters, the moving average, and the gradients "
-        "of x and of the parameters; not the residual, nor silu. fft and transformers compute no end state. Errors are "
-        "those of outputs and gradients against the recurrence in fp64, relative to a tensor's largest value."
+            peer.call("write_results", results)
+            name = f"transformers {theirs['transformers']}"
+            found[name], timed[name] = load_file(results), lambda: peer.call("time")
+        truth = our_ema("recurrent", {name: tensor.double() for name, tensor in problem.items()}).run()
+        errors = {name: harness.compare(name, each, truth, TOLERANCE["fp32"]) for name, each in found.items()}
+        rows = harness.timed_rows(harness.in_turns(timed, args.repeats, args.warmup))
+        for row in rows:
+            row["error"] = errors[row["name"]]
+            row["extra_memory"] = memory.call("peak", row["name"]) if row["name"] in FORMS else None
+    columns = {
+        "": "{name}", "median ms": "{median:.3f}", "min": "{least:.3f}", "max": "{greatest:.3f}",
+        "times native": "{ratio:.2f}", "largest error": "{error:.1e}", "extra memory, in inputs": "{extra_memory:.2f}",
+    }  # fmt: skip
+    note = (
+        "Timed in all: coefficients from parameters, the average, gradients of x and of the parameters; not the "
+        "residual, nor silu. fft and transformers compute no end state. Errors of outputs and gradients are against "
+        "the recurrence in fp64, relative to a tensor's largest value."
     )
-    figures = {"milliseconds": times, "median_ms": medians, "largest_error": errors, "peak_inputs": peaks}
-    report(args, [text, table(head, rows)], {**figures, "versions": versions})
+    harness.report(args, columns, rows, note, versions=versions)
 
 
-COMMANDS = {"ema": Command(OPTIONS, run, repeats=20, warmup=3)}
+def run_bandwidth(args: argparse.Namespace) -> None:
+    """Time forward and backward, and print a table. Raises ValueError where an implementation is wrong."""
+    gpu = harness.gpu_name("bandwidth")
+    source = torch.empty(_COPY_BYTES, device="cuda", dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    copies = harness.gpu_milliseconds(lambda: target.copy_(source), 10, 3)
+    ceiling = 2 * _COPY_BYTES / (statistics.median(copies) / 1e3)  # bytes/s, read and written
+    rows = [_bandwidth(impl, dtype, args, ceiling) for dtype in args.dtypes for impl in args.impls]
+    columns = {
+        "": "{impl}", "tokens": "{dtype}", "forward ms": "{forward_ms:.3f}", "forward share": "{forward_share:.2f}",
+        "backward ms": "{backward_ms:.3f}", "backward share": "{backward_share:.2f}", "largest error": "{error:.1e}",
+    }  # fmt: skip
+    note = f"{gpu}. A copy moves {ceiling / 1e12:.2f} TB/s; shares are of that, for the fewest bytes there can be."
+    harness.report(args, columns, rows, note, figures={"gpu": gpu, "copy_bytes_per_s": ceiling})
+
+
+def _bandwidth(impl: str, dtype: str, args: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+    problem = ema_problem(args.batch, args.length, args.hidden, args.states, 0, "cuda")
+    dy = problem["dy"].to(_DTYPES[dtype])
+    coefficients = EmaCoefficients.from_parameters(*(problem[name] for name in EMA_PARAMETERS))
+    leaves = {"x": problem["x"].to(_DTYPES[dtype]), **coefficients._asdict()}
+    channels = torch.linspace(0, args.hidden - 1, _CHECKED_CHANNELS, device="cuda").long()
+
+    def some(tensor: Tensor) -> Tensor:
+        return tensor[..., channels] if tensor.dim() == 3 else tensor[channels]
+
+    def step(form: str, tensors: dict[str, Tensor], dy: Tensor) -> EmaStep:
+        x, *rest = (tensor.requires_grad_() for tensor in tensors.values())
+        return EmaStep(lambda: damped_ema(x, EmaCoefficients(*rest), impl=form)[0], tensors, dy)
+
+    # The truth is the blocked form in fp64, which tests hold to the recurrence, as that would take a kernel a token.
+    truth = step("blocked", {name: some(tensor).double() for name, tensor in leaves.items()}, some(dy).double()).run()
+    own = step(impl, leaves, dy)
+    found = {name: some(tensor) for name, tensor in own.run().items()}
+    error = harness.compare(f"{impl} in {dtype}", found, truth, TOLERANCE[dtype])
+    y = own.average()
+    backward = partial(torch.autograd.grad, y, list(leaves.values()), dy, retain_graph=True)
+    forward_ms, backward_ms = (
+        statistics.median(harness.gpu_milliseconds(each, args.repeats, args.warmup)) for each in (own.average, backward)
+    )
+    once = dy.nbytes / ceiling * 1e3
+    return {
+        "impl": impl, "dtype": dtype, "forward_ms": forward_ms, "forward_share": 2 * once / forward_ms,
+        "backward_ms": backward_ms, "backward_share": 3 * once / backward_ms, "error": error,
+    }  # fmt: skip
+
+
+def run_kernels(args: argparse.Namespace) -> None:
+    """Compile Triton kernels, and print what they take. Raises ValueError where triton is missing or interprets."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
+    from mega_scale.ops.triton_report import compile_kernels, compiler_version
+
+    found = compile_kernels(args.architectures, args.dtypes, args.states, args.keys)
+    rows = [row._asdict() | {"shared_kib": row.shared_bytes / 1024} for row in found]
+    columns = {
+        "kernel": "{kernel}", "GPU": "{architecture}", "tokens": "{dtype}", "size": "{size}", "warps": "{warps}",
+        "registers a thread": "{registers}", "shared memory a program, KiB": "{shared_kib:.1f}",
+        "spills a thread, bytes": "{spill_bytes}", "products of matrix units": "{products}",
+    }  # fmt: skip
+    note = "Compiled here by triton and its ptxas, and not run."
+    harness.report(args, columns, rows, note, versions={"triton": compiler_version()})
+
+
+COMMANDS = {
+    "ema": Command(
+        common(batch=2, length=2048, hidden=512, states=16, seed=0, peer_python=None), run_ema, repeats=20, warmup=3
+    ),
+    "bandwidth": Command(BANDWIDTH, run_bandwidth, repeats=30, warmup=5),
+    "kernels": Command(KERNELS, run_kernels),
+}

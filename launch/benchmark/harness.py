@@ -1,4 +1,4 @@
-"""What the benchmarks share: workers, turns, comparison with the truth, tables, peak memory, what the machine can do.
+"""What the benchmarks share: options, workers, turns, comparison with the truth, peak memory, and the report.
 
 Workers run under a peer's Python too, so this module imports nothing of mega_scale.
 """
@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -26,17 +26,16 @@ from torch import Tensor
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
-KEEPS_MEMORY: Mapping[str, str] = MappingProxyType({
+# Environment of a process that is timed: glibc would give freed memory back, and the system clear its pages anew in
+# every step, at a cost that differs from step to step. Matrix products of tensors that are in no cache are 5 to 10
+# percent slower without huge pages.
+KEEPS_MEMORY = {
     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-})  # fmt: skip
-"""Environment of a process that is timed: glibc would give freed memory back, and the system clear its pages anew in
-every step, at a cost that differs from step to step. Matrix products of tensors that are in no cache are 5 to 10
-percent slower without huge pages."""
-GIVES_BACK: Mapping[str, str] = MappingProxyType({"MALLOC_MMAP_THRESHOLD_": "65536"})
-"""Environment of a process whose memory is measured: large blocks go back to the system when they are freed, so that
-resident memory is what is in use, not what a heap was left with."""
+}  # fmt: skip
+# Environment of a process whose memory is measured: large blocks go back to the system when they are freed, so that
+# resident memory is what is in use, not what a heap was left with.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 _STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_PRODUCT_RUNS = 8
 
 
 class Option(NamedTuple):
@@ -45,7 +44,7 @@ class Option(NamedTuple):
     default: Any  # a number, a text, none for a text that may be left out, a list for several, or False for a flag
     help: str
     choices: Sequence[str] | None = None
-    least: int = 1  # number that is allowed
+    least: int = 1  # smallest integer that is allowed
 
 
 class Command(NamedTuple):
@@ -55,34 +54,64 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], None]
     repeats: int = 0  # default of --repeats; 0 for a command without --repeats and --warmup
     warmup: int = 0
-    replaced: Mapping[str, str] = MappingProxyType({})  # what to use instead of options that it had once
+
+
+_COMMON = {
+    "batch": Option(1, "sequences"),
+    "length": Option(2048, "tokens a sequence"),
+    "lengths": Option([2048], "tokens a sequence"),
+    "hidden": Option(512, "channels D"),
+    "layers": Option(2, "blocks"),
+    "shared": Option(128, "width Z of queries and keys"),
+    "values": Option(1024, "width E of values"),
+    "states": Option(16, "moving averages per channel N"),
+    "chunk": Option(512, "tokens of a chunk of attention"),
+    "vocabulary": Option(256, "token ids"),
+    "activation": Option("softmax", "of attention", ["softmax", "laplace", "relu2"]),
+    "config": Option("", "run whose model is trained"),
+    "seed": Option(0, "of random numbers", least=0),
+    "peer-python": Option(None, "interpreter with transformers 4.37.2, whose Mega is then compared too"),
+    "threads": Option(1, "CPU threads of every process"),
+    "json": Option(None, "file for all figures"),
+    "repeats": Option(1, "timed runs of every contender"),
+    "warmup": Option(0, "runs of every contender before them", least=0),
+}
+
+
+def common(**defaults: Any) -> dict[str, Option]:
+    """Options that several commands have, with these defaults."""
+    names = {name.replace("_", "-"): default for name, default in defaults.items()}
+    return {name: _COMMON[name]._replace(default=default) for name, default in names.items()}
 
 
 def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
     """Declare a command's options, and those that all commands have."""
-    options = {**command.options, "threads": Option(1, "CPU threads of every process")}
-    options["json"] = Option(None, "file for all figures")
+
+    def at_least(least: int) -> Callable[[str], int]:
+        def integer(text: str) -> int:
+            if int(text) < least:
+                raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+            return int(text)
+
+        return integer
+
+    options = {**command.options, **common(threads=1, json=None)}
     if command.repeats:
-        options["repeats"] = Option(command.repeats, "timed runs of every contender")
-        options["warmup"] = Option(command.warmup, "runs of every contender before them", least=0)
+        options |= common(repeats=command.repeats, warmup=command.warmup)
     for name, option in options.items():
         several = isinstance(option.default, list)
         sample = option.default[0] if several else option.default
         details: dict[str, Any] = {"action": "store_true"}
         if not isinstance(sample, bool):
-            kind = {int: _at_least(option.least), float: float}.get(type(sample), str)
+            kind = {int: at_least(option.least), float: float}.get(type(sample), str)
             details = {"type": kind, "default": option.default, "choices": option.choices}
             details["nargs"] = ("*" if option.choices else "+") if several else None
         parser.add_argument(f"--{name}", help=option.help, **details)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
-        return int(text)
-
-    return integer
+def integers(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that are one integer, a model's sizes among them."""
+    return {name: value for name, value in vars(args).items() if isinstance(value, int)}
 
 
 class WorkerError(ValueError):
@@ -96,17 +125,8 @@ class WorkerError(ValueError):
 class Worker:
     """An object in a process of its own, whose methods are called over pipes, a line of JSON each way.
 
-    Args:
-        target: `MODULE:CLASS` of this folder.
-        arguments: of the class.
-        name: what error messages call it.
-        threads: CPU threads that it may use.
-        python: its interpreter.
-        environment: more variables for it.
-        show_errors: leave its standard error to the terminal, rather than quote its last line where it fails.
-
-    Raises:
-        ValueError: it cannot be started.
+    `target` is `MODULE:CLASS` of this folder, `name` what messages call it. Standard error goes to the terminal with
+    `show_errors`; otherwise its last line is quoted where the worker fails. One that cannot be started is a ValueError.
     """
 
     def __init__(
@@ -116,16 +136,16 @@ class Worker:
         *,
         name: str,
         threads: int,
-        python: str = sys.executable,
+        python: str | None = None,
         environment: Mapping[str, str] = MappingProxyType({}),
         show_errors: bool = False,
     ) -> None:
         self._name = name
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  `close` does
-        command = [python, str(Path(__file__).parent), "worker", target, json.dumps(dict(arguments)), str(threads)]
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  `__exit__` does
+        command = [python or sys.executable, str(Path(__file__).parent), "worker", target]
         try:
             self._process = subprocess.Popen(
-                command,
+                [*command, json.dumps(dict(arguments)), str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if show_errors else self._errors,
@@ -140,14 +160,30 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """End it, and give it ten seconds for that."""
+        with contextlib.suppress(BrokenPipeError):
+            try:
+                self._process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.communicate()
+        self._errors.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What a method of the object returns. Raises WorkerError when the process ends instead."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        """What a method of the object returns."""
+        self.ask(method, *arguments)
+        return self.answer()
+
+    def ask(self, method: str, *arguments: Any) -> None:
+        """Call a method, and do not wait for what it returns."""
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # It has ended; the missing answer says so.
             self._process.stdin.write(json.dumps([method, *arguments]) + "\n")
             self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """What the method returned that was asked for. Raises WorkerError when the process ends instead."""
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
@@ -157,20 +193,6 @@ class Worker:
         if status == -signal.SIGKILL:
             last_line = "killed, as a system does that is short of memory"
         raise WorkerError(f"{self._name} ended with exit status {status}: {last_line}", status)
-
-    def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-
-    def close(self) -> None:
-        """End it, and give it ten seconds for that."""
-        with contextlib.suppress(BrokenPipeError):
-            try:
-                self._process.communicate(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.communicate()
-        self._errors.close()
 
 
 def serve(target: str, arguments: str, threads: str) -> None:
@@ -189,8 +211,7 @@ def serve(target: str, arguments: str, threads: str) -> None:
 def in_turns(contenders: Mapping[str, Callable[[], T]], repeats: int, warmup: int) -> dict[str, list[T]]:
     """Run contenders in turns (A B C A B C ...), so that a change in the machine's load meets all of them.
 
-    Returns:
-        By name, what the runs after the warm-up returned, such as their milliseconds.
+    Returns what the runs after the warm-up returned, such as their milliseconds.
     """
     found: dict[str, list[T]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
@@ -206,6 +227,27 @@ def milliseconds(run: Callable[[], object], clock: Callable[[], float] = time.pe
     began = clock()
     run()
     return 1e3 * (clock() - began)
+
+
+def gpu_milliseconds(run: Callable[[], object], repeats: int, warmup: int) -> list[float]:
+    """How long calls take on the GPU, by events."""
+
+    def timed() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    return in_turns({"": timed}, repeats, warmup)[""]
+
+
+def gpu_name(command: str) -> str:
+    """The GPU and its driver's CUDA. Raises ValueError where PyTorch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"{command} measures a GPU, and PyTorch sees none: run it where there is one")
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
 def relative_error(found: Tensor | float, truth: Tensor | float) -> float:
@@ -229,26 +271,51 @@ def compare(
     return check_errors(name, {what: relative_error(found[what], truth[what]) for what in truth}, tolerance)
 
 
-def spread(times: Sequence[float], digits: int) -> list[str]:
-    """Median, least and greatest, for a table."""
-    return [f"{value:,.{digits}f}" for value in (statistics.median(times), min(times), max(times))]
+def timed_rows(times: Mapping[str, Sequence[float]], beside: str | None = None) -> list[dict[str, Any]]:
+    """A row a contender: times, median, least, greatest, and the median of its times over those of `beside`, the first
+    if not given, in the same turns, which met the same load."""
+    reference = times[beside or next(iter(times))]
+    return [
+        {
+            "name": name, "times": each, "median": statistics.median(each), "least": min(each), "greatest": max(each),
+            "ratio": statistics.median(own / other for own, other in zip(each, reference, strict=True)),
+        }
+        for name, each in times.items()
+    ]  # fmt: skip
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def report(
+    args: argparse.Namespace,
+    columns: Mapping[str, str],
+    rows: Iterable[Mapping[str, Any]],
+    *notes: str,
+    versions: Mapping[str, str] = MappingProxyType({}),
+    figures: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Print on what and with which options was measured, a table and notes; `--json` names a file for all figures.
 
+    `columns` maps a head to a format of a row's figures; a cell is empty where they are missing or none.
+    """
 
-def report(args: argparse.Namespace, text: Sequence[str], figures: Mapping[str, Any]) -> None:
-    """Print what was found, and what it was found on; write the figures to the file that `--json` names."""
-    versions = {"torch": torch.__version__, "python": platform.python_version(), **figures.get("versions", {})}
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    print(f"Machine: {hardware()}. Versions: {said}.", *text, sep="\n\n")
+    def cell(template: str, row: Mapping[str, Any]) -> str:
+        try:
+            return template.format(**row)
+        except (KeyError, TypeError):
+            return ""
+
+    found = {"torch": torch.__version__, "python": platform.python_version(), **versions}
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "json")}
+    lines = [list(columns), ["---"] * len(columns), *([cell(each, row) for each in columns.values()] for row in rows)]
+    print(
+        f"{hardware()}; {', '.join(f'{name} {version}' for name, version in found.items())}",
+        f"{args.command}: {', '.join(f'{name} {value}' for name, value in options.items() if value)}",
+        "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        *notes,
+        sep="\n\n",
+    )
     if args.json:
-        options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "json")}
-        head = {"benchmark": args.command, "options": options, "hardware": hardware()}
-        content = {**head, **figures, "versions": versions}
+        content = {"benchmark": args.command, "options": options, "hardware": hardware(), "versions": found}
+        content |= {"rows": rows, **figures}
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -256,10 +323,8 @@ def hardware() -> str:
     """One line on the machine: processor, logical cores, operating system."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # Not Linux: the platform's own name has to do.
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
+        found = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+        processor = found[1] if found else processor
     return f"{processor}, {os.cpu_count()} logical cores, {platform.system()} {platform.machine()}"
 
 
@@ -267,9 +332,7 @@ class PeakMemory:
     """Watches how far this process grows from here on: its resident memory at its highest, less that of now.
 
     `ru_maxrss` would not do: a process inherits it from the one that started it, and it cannot be set back.
-
-    Raises:
-        ValueError: the system keeps no such figure; only Linux does.
+    Raises ValueError where the system keeps no such figure; only Linux does.
     """
 
     def __init__(self) -> None:
@@ -289,17 +352,3 @@ def resident(field: str) -> int:
     """Bytes of this process in memory: VmRSS now, VmHWM at its peak."""
     lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def product_rates(tokens: int, wide: int, narrow: int) -> dict[str, float]:
-    """What matrix products (tokens, wide) x (wide, narrow) in fp32 reach now, by the library that computes them.
-
-    Returns:
-        Operations per second, the best of some runs.
-    """
-    x, weight = torch.ones(tokens, wide), torch.ones(wide, narrow)
-    products: dict[str, Callable[[], Tensor]] = {"torch.mm": lambda: torch.mm(x, weight)}
-    if torch.backends.mkldnn.is_available():
-        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight.t(), None, "none", [], "")
-    times = in_turns({name: partial(milliseconds, product) for name, product in products.items()}, _PRODUCT_RUNS, 0)
-    return {name: 2 * tokens * wide * narrow / (min(each) / 1e3) for name, each in times.items()}

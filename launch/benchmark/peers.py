@@ -1,14 +1,12 @@
 """What is measured beside ours: models of transformers, in workers whose Python has the release that is asked for.
 
 Runs under the peer's Python, which has torch, safetensors and transformers (4.37.2 for Mega), and imports nothing of
-mega_scale. What a training step is, is said here once, for ours too.
+mega_scale. What a training step is, a decoding step and the work of a moving average, is said here once, for ours too.
 """
 
-import contextlib
 import copy
-import os
+import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,135 +17,141 @@ from torch import Tensor, nn
 from .harness import PeakMemory, milliseconds, relative_error
 
 transformers: Any = _transformers  # of whichever release the interpreter has
+EMA_PARAMETERS = ("damping", "decay", "expansion", "projection")
 
 
 def mega_arguments(sizes: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the configuration of a causal, chunked Mega without dropout, ours or transformers'.
 
-    Args:
-        sizes: vocabulary, hidden, layers, shared, expanded, averages; `feed_forward` where it is not `expanded`;
-            `chunk`, 0 for attention over the whole sequence.
+    `sizes` has vocabulary, hidden, layers, shared, values, states, `feed_forward` where it is not `values`, `chunk`, 0
+    for attention over the whole sequence, and `normalization` where it is not scalenorm.
     """
     return {
         "vocab_size": sizes["vocabulary"], "hidden_size": sizes["hidden"], "num_hidden_layers": sizes["layers"],
-        "shared_representation_size": sizes["shared"], "intermediate_size": sizes["expanded"],
-        "nffn_hidden_size": sizes.get("feed_forward", sizes["expanded"]), "ema_projection_size": sizes["averages"],
+        "shared_representation_size": sizes["shared"], "intermediate_size": sizes["values"],
+        "nffn_hidden_size": sizes.get("feed_forward", sizes["values"]), "ema_projection_size": sizes["states"],
         "use_chunking": sizes["chunk"] > 0, "chunk_size": sizes["chunk"] or -1, "is_decoder": True,
         "bidirectional": False, "add_token_type_embeddings": False, "dropout_prob": 0.0, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0, "nffn_activation_dropout_prob": 0.0,
+        "normalization_type": sizes.get("normalization", "scalenorm"),
     }  # fmt: skip
 
 
-def mega(sizes: dict[str, Any], **more: Any) -> nn.Module:
-    """transformers' own Mega, of 4.37.2."""
-    return transformers.MegaForCausalLM(transformers.MegaConfig(**mega_arguments(sizes), **more))
+def _mega(sizes: dict[str, Any], positions: int) -> nn.Module:
+    config = transformers.MegaConfig(**mega_arguments(sizes), max_positions=positions)
+    return transformers.MegaForCausalLM(config)
 
 
-def llama(sizes: dict[str, Any], expanded: int, positions: int, head: int = 64, **more: Any) -> nn.Module:
-    """transformers' Llama with fused attention, of our hidden size and layers."""
+def _llama(sizes: dict[str, Any], positions: int) -> nn.Module:
+    width, layers = sizes["hidden"], sizes["layers"]
+    # The feed-forward network is as wide as gives it the parameters of ours.
+    left = sizes["parameters"] - sizes["vocabulary"] * width - layers * 4 * width**2
+    step = 64 if width >= 512 else 8
     config = transformers.LlamaConfig(
-        vocab_size=sizes["vocabulary"], hidden_size=sizes["hidden"], num_hidden_layers=sizes["layers"],
-        intermediate_size=expanded, num_attention_heads=max(sizes["hidden"] // head, 1), tie_word_embeddings=True,
-        max_position_embeddings=positions, attn_implementation="sdpa", **more,
+        vocab_size=sizes["vocabulary"], hidden_size=width, num_hidden_layers=layers,
+        intermediate_size=max(round(left / (3 * step * layers * width)), 1) * step,
+        num_attention_heads=max(width // sizes.get("llama_head", 64), 1), tie_word_embeddings=True,
+        max_position_embeddings=positions, attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
-def mamba2(sizes: dict[str, Any]) -> nn.Module:
-    """transformers' Mamba2, as plain PyTorch computes it: its kernels are for GPUs."""
+def _mamba2(sizes: dict[str, Any], positions: int) -> nn.Module:
     inner = 2 * sizes["hidden"]
     head = min(64, inner)
     config = transformers.Mamba2Config(
-        vocab_size=sizes["vocabulary"], hidden_size=sizes["hidden"], num_hidden_layers=sizes["mamba_layers"],
-        state_size=sizes["mamba_states"], chunk_size=sizes["mamba_chunk"], expand=2, head_dim=head,
+        vocab_size=sizes["vocabulary"], hidden_size=sizes["hidden"], num_hidden_layers=2 * sizes["layers"],
+        state_size=128, chunk_size=128, expand=2, head_dim=head,
         num_heads=inner // head, n_groups=1, tie_word_embeddings=True, pad_token_id=None, use_cache=False,
     )  # fmt: skip
     return transformers.Mamba2ForCausalLM(config)
 
 
-def parameter_count(model: nn.Module) -> int:
-    """Numbers in the model's parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+# By kind: what tables call it, and what builds one of about our size, for so many positions, from `sizes`: those of
+# `mega_arguments`, and our count of `parameters`.
+PEERS: dict[str, tuple[str, Callable[[dict[str, Any], int], nn.Module]]] = {
+    "mega": ("Mega", _mega),
+    "llama": ("Llama, sdpa", _llama),
+    "mamba2": ("Mamba2, plain PyTorch", _mamba2),  # its kernels are for GPUs
+}
 
 
-class TrainingStep:
-    """A training step of one sequence: forward, loss, backward, AdamW.
+class Contender:
+    """What takes turns, here or in a worker."""
 
-    Args:
-        model: causal; takes `input_ids`, `labels` and `forward_options`, and runs in `context`.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
 
-    def __init__(
-        self,
-        model: nn.Module,
-        vocabulary: int,
-        forward_options: dict[str, Any] | None = None,
-        context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-    ) -> None:
-        self.model, self._vocabulary = model.train(), vocabulary
-        self._forward_options, self._context = forward_options or {}, context
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    def call(self, method: str, *arguments: Any) -> Any:
+        """As a worker is called."""
+        return getattr(self, method)(*arguments)
 
     def describe(self) -> dict[str, Any]:
         """Parameters, and transformers' release."""
-        return {"parameters": parameter_count(self.model), "transformers": transformers.__version__}
+        return {"parameters": self.model.num_parameters(), "transformers": transformers.__version__}
+
+
+class TrainingStep(Contender):
+    """Training steps: forward, loss, backward, clipping where `clip` is finite, AdamW; `loss` is of tokens (B, L)."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Tensor], Tensor] | None = None, lr: float = 1e-5, clip: float = math.inf
+    ) -> None:
+        super().__init__(model.train())
+        self._loss = loss or (lambda tokens: self.model(input_ids=tokens, labels=tokens).loss)
+        self._optimizer, self._clip = torch.optim.AdamW(model.parameters(), lr=lr, fused=True), clip
 
     def check(self, length: int) -> dict[str, float]:
         """Loss and gradient norm of the first step, and the megabytes by which it grew the process at its peak."""
         peak = PeakMemory()
-        loss = self._gradients(length)
+        loss = self._gradients(self._tokens(length))
         norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
         self._update()
         return {"loss": float(loss), "norm": float(norm), "megabytes": peak.growth() / 1e6}
 
     def time(self, length: int) -> float:
         """Milliseconds of a step."""
+        return milliseconds(lambda: self.step(self._tokens(length)))
 
-        def step() -> None:
-            self._gradients(length)
-            self._update()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Take a step; returns its loss."""
+        loss = self._gradients(tokens)
+        self._update()
+        return loss
 
-        return milliseconds(step)
+    def _tokens(self, length: int) -> Tensor:
+        """(1, L), the same every time."""
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(1, self.model.config.vocab_size, (1, length), generator=generator)
 
-    def _gradients(self, length: int) -> Tensor:
-        """Forward and backward of the same tokens every time; returns the loss."""
-        tokens = torch.randint(1, self._vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
-        with self._context():
-            loss = self.model(input_ids=tokens, labels=tokens, **self._forward_options).loss
+    def _gradients(self, tokens: Tensor) -> Tensor:
+        loss = self._loss(tokens)
         loss.backward()
         return loss.detach()
 
     def _update(self) -> None:
+        if self._clip < math.inf:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
 
 class PeerTraining(TrainingStep):
-    """A training step of mega, llama or mamba2; `weights` is a file with initial weights of ours, which mega gets."""
+    """A training step of a peer; `weights` is a file with initial weights of ours, which mega gets."""
 
     def __init__(self, kind: str, sizes: dict[str, Any], length: int, weights: str) -> None:
         torch.manual_seed(0)
+        model = PEERS[kind][1](sizes, length)
         if kind == "mega":
-            model = mega(sizes, max_positions=length)
             model.load_state_dict(load_file(weights))
-        elif kind == "llama":
-            model = llama(sizes, sizes["llama_expanded"], length, use_cache=False)
-        else:
-            model = mamba2(sizes)
-        super().__init__(model, sizes["vocabulary"])
+        super().__init__(model)
 
 
-class Decoding:
-    """Greedy decoding from where a text ends.
-
-    Args:
-        model: causal, in eval mode.
-        cache: of the tokens so far; nothing changes it.
-        token: the next one, (1, 1) int64.
-    """
+class Decoding(Contender):
+    """Greedy decoding from where a text ends, with a cache of the text and its next token, (1, 1) int64."""
 
     def __init__(self, model: nn.Module, cache: Any, token: Tensor) -> None:
-        self.model: Any = model
+        super().__init__(model)
         self._past, self._first = copy.deepcopy(cache), token
         self.restart()
 
@@ -161,25 +165,23 @@ class Decoding:
 
     def restart(self) -> None:
         """Go back to the end of the text."""
-        self._cache, self._token = self.past(), self._first
+        self._cache, self._token, self._decoded = self.past(), self._first, 0
 
-    def run(self, steps: int) -> float:
-        """Decode on; milliseconds a token."""
-
-        def decode() -> None:
-            for _ in range(steps):
-                self._step()
-
-        return milliseconds(decode) / steps
+    def run(self, steps: int, window: int) -> float:
+        """Decode on, from the end of the text again after a window of so many tokens; milliseconds a token."""
+        if self._decoded == window:
+            self.restart()
+        self._decoded += steps
+        return milliseconds(lambda: [self._step() for _ in range(steps)]) / steps
 
     @torch.no_grad()
     def error(self, steps: int) -> float:
         """Largest difference of some steps' logits from the truth, relative to the largest."""
-        self.restart()
         tokens, logits = [], []
         for _ in range(steps):
             tokens.append(self._token)
             logits.append(self._step())
+        self.restart()
         return relative_error(torch.cat(logits, 1), self.truth(torch.cat(tokens, 1)))
 
     @torch.no_grad()
@@ -192,89 +194,73 @@ class Decoding:
 
 
 class PeerDecoding(Decoding):
-    """Greedy decoding with one of transformers' models after a random text.
-
-    Args:
-        kind: mega or llama.
-        sizes: of our model; `parameters` is what Llama's feed-forward network is widened to.
-        start: tokens of the text.
-        seed: of weights and text.
-    """
+    """Greedy decoding with mega or llama after a random text of `start` tokens."""
 
     def __init__(self, kind: str, sizes: dict[str, Any], start: int, seed: int) -> None:
         torch.manual_seed(seed)
-        if kind == "mega":
-            model = mega({**sizes, "chunk": 0}, normalization_type="layernorm")
-        else:
-            width, layers = sizes["hidden"], sizes["layers"]
-            others = sizes["vocabulary"] * width + layers * 4 * width**2
-            expanded = max(8, round((sizes["parameters"] - others) / (24 * layers * width)) * 8)
-            model = llama(sizes, expanded, start + 4096)
+        model = PEERS[kind][1]({**sizes, "chunk": 0}, start + 4096)
         self._text = torch.randint(3, sizes["vocabulary"], (1, start))
         with torch.no_grad():
             past = model.eval()(self._text, use_cache=True).past_key_values
         super().__init__(model, past, self._text[:, -1:])
-
-    def describe(self) -> dict[str, Any]:
-        """Parameters, and transformers' release."""
-        return {"parameters": parameter_count(self.model), "transformers": transformers.__version__}
 
     def truth(self, tokens: Tensor) -> Tensor:
         """Of one forward pass without a cache."""
         return self.model(torch.cat([self._text, tokens], 1), use_cache=False).logits[:, -tokens.shape[1] :]
 
 
-class PeerEma:
+class EmaStep:
+    """Forward and backward of a moving average: `average` computes y of `leaves`, x first; dy is the gradient of y."""
+
+    def __init__(self, average: Callable[[], Tensor], leaves: dict[str, Tensor], dy: Tensor) -> None:
+        self.average, self._leaves, self._dy = average, leaves, dy
+
+    def run(self) -> dict[str, Tensor]:
+        """Output and gradients, in the layout of x: y, dx, ddamping, ddecay, dexpansion, dprojection."""
+        y = self.average()
+        gradients = torch.autograd.grad(y, list(self._leaves.values()), self._dy)
+        return {"y": y.detach(), **{f"d{name}": each for name, each in zip(self._leaves, gradients, strict=True)}}
+
+    def time(self) -> float:
+        """Milliseconds."""
+        return milliseconds(self.run)
+
+
+class PeerEma(EmaStep):
     """Kernel and FFT convolution of transformers 4.37.2's moving average, without its residual and silu.
 
-    Args:
-        problem: safetensors with x and dy (B, L, D); damping, decay, expansion (D, N, 1); projection (D, N).
+    `problem` is a file of safetensors: x and dy (B, L, D); damping, decay, expansion (D, N, 1); projection (D, N).
     """
 
     def __init__(self, problem: str) -> None:
-        from transformers.models.mega.modeling_mega import (
-            MegaConfig,
-            MegaMultiDimensionDampedEma,
-        )
+        from transformers.models.mega.modeling_mega import MegaConfig, MegaMultiDimensionDampedEma
 
         tensors = load_file(problem)
         width, averages = tensors["projection"].shape
         config = MegaConfig(hidden_size=width, ema_projection_size=averages, bidirectional=False)
         # In evaluation the module caches its kernel, and would leave out what a training step computes.
-        self._module = MegaMultiDimensionDampedEma(config).train()
-        parameters = {
-            "damping": self._module.damping_factor,
-            "decay": self._module.decay_factor,
-            "expansion": self._module.ema_expansion_matrix,
-            "projection": self._module.kernel_projection_matrix,
-        }
+        module = MegaMultiDimensionDampedEma(config).train()
+        own = (module.damping_factor, module.decay_factor, module.ema_expansion_matrix, module.kernel_projection_matrix)
+        parameters = dict(zip(EMA_PARAMETERS, own, strict=True))
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
         # Its own layout is (L, B, D): it gets it contiguous, as its own model hands it over.
-        self._x = tensors["x"].transpose(0, 1).contiguous().requires_grad_()
-        self._dy = tensors["dy"].transpose(0, 1).contiguous()
-        self._leaves = {"x": self._x, **parameters}
+        x = tensors["x"].transpose(0, 1).contiguous().requires_grad_()
+        length = len(x)
+
+        def average() -> Tensor:
+            y = module.fft_convolution(x.permute(1, 2, 0), module.get_ema_kernel(length), length=length)
+            return y[..., :length].permute(2, 0, 1)
+
+        super().__init__(average, {"x": x, **parameters}, tensors["dy"].transpose(0, 1).contiguous())
 
     def describe(self) -> dict[str, str]:
         """Versions."""
         return {"torch": torch.__version__, "transformers": transformers.__version__}
 
-    def time(self) -> float:
-        """Milliseconds of a forward and backward pass."""
-        return milliseconds(self._run)
-
-    def write_results(self, file: str | os.PathLike[str]) -> None:
-        """Write outputs and gradients in the problem's layout: y, dx, ddamping, ddecay, dexpansion, dprojection."""
-        y, gradients = self._run()
-        found = {f"d{name}": gradient for name, gradient in zip(self._leaves, gradients, strict=True)}
-        found |= {"y": y.detach().transpose(0, 1), "dx": found["dx"].transpose(0, 1)}
+    def write_results(self, file: str) -> None:
+        """Write outputs and gradients in the problem's layout."""
+        found = self.run()
+        found |= {name: found[name].transpose(0, 1) for name in ("y", "dx")}
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, file)
-
-    def _run(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """y (L, B, D), and the gradients of `_leaves`."""
-        length = self._x.shape[0]
-        kernel = self._module.get_ema_kernel(length)
-        y = self._module.fft_convolution(self._x.permute(1, 2, 0), kernel, length=length)
-        y = y[..., :length].permute(2, 0, 1)
-        return y, torch.autograd.grad(y, list(self._leaves.values()), self._dy)

@@ -1,194 +1,197 @@
-"""The `step` command: tokens per second of a whole training step, by length, against models of transformers.
+"""The `step` and `mfu` commands: a whole training step beside models of transformers, by length.
 
-Every contender has a process of its own. They take turns, with a matrix product of the model's own sizes between them,
-by each library that PyTorch has for it, so that each figure stands beside the machine's ceilings of that moment.
-transformers' Mega gets our initial weights, and has to give our loss and gradient norm before anything is timed; so has
-ours when compiled.
+`step`: every contender has a process of its own. They take turns, with a matrix product of the model's own sizes
+between them, by each library that PyTorch has for it, so that each figure stands beside the machine's ceilings of that
+moment. transformers' Mega gets our initial weights, and has to give our loss and gradient norm before anything is
+timed; so has ours when compiled.
+
+`mfu`: on a GPU, a recipe's model against a Llama of its size. Ours is the trainer's own step: its engine on one
+process, bf16 with fp32 masters, sliced loss, clipping, AdamW. MFU is the model's operations over the vendor's peak of
+matrix products; recomputed activations do not count.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mega_scale.model.flops import training_flops_per_token
-from mega_scale.parallel.mesh import check_segments
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .harness import (
-    GIVES_BACK,
-    KEEPS_MEMORY,
-    Command,
-    Option,
-    Worker,
-    compare,
-    hardware,
-    in_turns,
-    product_rates,
-    report,
-    table,
-)
-from .ours import model_config
+from mega_scale import MegaConfig, MegaForCausalLM
+from mega_scale.config import load_config, model_config
+from mega_scale.model.flops import training_flops_per_token
+from mega_scale.ops.cross_entropy import linear_cross_entropy
+from mega_scale.ops.elementwise import compile_gates
+from mega_scale.parallel import EngineConfig, ParallelConfig, World
+from mega_scale.parallel.activation_checkpoint import checkpoint_activations
+from mega_scale.parallel.config import ActivationCheckpointing
+from mega_scale.parallel.mesh import check_segments
+from mega_scale.parallel.sequence_parallel import ReceivedStates
+from mega_scale.parallel.shard import RowSlice
+from mega_scale.training.metrics import peak_flops
+
+from . import harness
+from .harness import Command, Option, common
+from .memory import build_engine
+from .peers import PEERS, TrainingStep, mega_arguments
 
 TOLERANCE = 1e-3
-PEERS = {"llama": "transformers Llama, sdpa", "mamba2": "transformers Mamba2, plain PyTorch"}
-MALLOC = {
-    "kept": "Processes keep freed memory and have huge pages.",
-    "default": "Processes have memory as the system gives it.",
-}
-_PRODUCT_TOKENS = 2048
+PEER_LONGEST = 8192  # tokens; peers are given no longer sequence
+_PRODUCT_TOKENS, _PRODUCT_RUNS = 2048, 8
+_MATRIX = 8192
 _PICTURES = (".png", ".svg")
-OPTIONS = {
-    "lengths": Option([2048, 8192], "tokens of the sequence"),
-    "hidden": Option(512, "hidden size"),
-    "layers": Option(4, "blocks"),
-    "shared": Option(128, "width of queries and keys"),
-    "expanded": Option(1024, "width of values and of the feed-forward network"),
-    "averages": Option(16, "moving averages a channel"),
-    "chunk": Option(512, "tokens of a chunk"),
-    "vocabulary": Option(2048, "words"),
-    "llama-expanded": Option(1408, "width of Llama's feed-forward network"),
-    "mamba-layers": Option(8, "layers of Mamba2"),
-    "mamba-states": Option(128, "states a head of Mamba2"),
-    "mamba-chunk": Option(128, "tokens of a chunk of Mamba2"),
-    "peer-longest": Option(8192, "longest sequence that peers are given"),
+STEP = common(lengths=[2048, 8192], hidden=512, layers=4, shared=128, states=16, chunk=512, vocabulary=2048) | {
+    "values": Option(1024, "width E of values and of the feed-forward network"),
     "bf16": Option(False, "also time ours with bf16 matrix products (autocast)"),
     "compile": Option(False, "also time ours with train.compile"),
-    "peers": Option(["llama"], "models of about our size to compare with; none leaves them out", list(PEERS)),
-    "peer-python": Option(None, "interpreter with transformers 4.37.2, to compare with"),
-    "malloc": Option(
-        "kept", "kept: processes keep freed memory, in huge pages; default: the system's way", list(MALLOC)
-    ),
+    "peers": Option(["llama"], "models of about our size to compare with; none leaves them out", ["llama", "mamba2"]),
+    **common(peer_python=None),
+    "malloc": Option("kept", "processes keep freed memory, in huge pages, or as the system does", ["kept", "default"]),
     "segment": Option(0, "parallel.activation_checkpoint_segment of ours, tokens; 0 keeps all activations", least=0),
     "plot": Option(None, "PNG or SVG file for a picture of the time per token against the length (extra `plot`)"),
 }
+MFU = common(config=str(harness.ROOT / "configs/mega-1.3b.yaml"), lengths=[4096, 32768, 131072]) | {
+    "tokens": Option(32768, "of a step; one sequence where it is longer"),
+    "recompute": Option([2, 2, 1], "for each length, every n-th block; 0 for none", least=0),
+    "segment": Option([0, 0, 0], "for each length, parallel.activation_checkpoint_segment, tokens", least=0),
+    "peers": Option(["llama"], "transformers' models", ["llama"]),
+    "compile": Option(False, "train.compile; peers' layers are compiled whole"),
+    "profile": Option(False, "say on standard error which kernels take the time"),
+}
 
 
-def run(args: argparse.Namespace) -> None:
+class OurTraining(TrainingStep):
+    """A training step of our model on one device, without an engine.
+
+    `ours` writes its initial weights, `ours bf16` and `ours compiled` read them; `segment` of `sizes` is that of
+    activation checkpointing, 0 keeps all activations.
+    """
+
+    def __init__(self, kind: str, sizes: dict[str, Any], length: int, weights: str) -> None:
+        torch.manual_seed(0)
+        model = MegaForCausalLM(MegaConfig(**mega_arguments(sizes), max_positions=length))
+        if kind == "ours":
+            save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, weights)
+        else:
+            model.load_state_dict(load_file(weights))
+        if sizes["segment"]:
+            how = ActivationCheckpointing(every=1, segment=sizes["segment"])
+            checkpoint_activations(model, how, ReceivedStates(), RowSlice())
+        if kind == "ours compiled":
+            compile_gates(model)  # as train.compile does
+
+        def loss(tokens: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "ours bf16"):
+                return model(input_ids=tokens, labels=tokens, skip_logits=True).loss
+
+        super().__init__(model, loss)
+
+
+def run_step(args: argparse.Namespace) -> None:
     """Check, time and print. Raises ValueError where Mega computes something else, or a contender fails."""
     if args.plot:
         check_plot(args.plot)
-    sizes = {name: value for name, value in vars(args).items() if isinstance(value, int)}
-    config = model_config(sizes)
+    config = MegaConfig(**mega_arguments(harness.integers(args)))
     check_segments(config, args.segment, 1, 1)
-    ours = ["ours", *(["ours bf16"] if args.bf16 else []), *(["ours compiled"] if args.compile else [])]
-    peers = [*(["mega"] if args.peer_python else []), *args.peers]
+    with torch.device("meta"):
+        parameters = MegaForCausalLM(config).num_parameters()
     flops = training_flops_per_token(config, max(args.lengths))
-    rows: list[dict[str, Any]] = []
-    for length in args.lengths:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += _rows(args, length, [*ours, *(peers if length <= args.peer_longest else [])], sizes, Path(folder))
+    rows = [row for length in args.lengths for row in _rows(args, length, flops, parameters)]
+    costs: dict[str, dict[int, list[float]]] = {}  # microseconds a token
     for row in rows:
-        if row["kind"] == "mega" or row["kind"] in ours:
-            row["shares"] = {name: row["tokens_per_s"] * flops / found for name, found in row["ceilings"].items()}
-    exponents = _exponents(rows)
-    text = [
-        f"Training step (forward, loss, backward, AdamW) of one sequence, fp32 unless said, {args.threads} CPU "
-        f"thread(s), {args.repeats} repeats after {args.warmup} for warm-up, in turns; {flops / 1e6:.1f} MFLOP a token "
-        "by the FLOP model. Of torch.mm, of oneDNN: share of what matrix products of the model's sizes in fp32 reach "
-        f"by them in the same turns. {MALLOC[args.malloc]}"
-        f"{f' Ours is recomputed {args.segment:,} tokens at a time.' if args.segment else ''}",
-        _table(rows),
-    ]
-    if exponents:
-        found = ", ".join(f"{name} {power:.2f}" for name, power in exponents.items())
-        text.append(f"Time grows as length to the power of (least squares): {found}.")
+        cost = [1e6 / row[rate] for rate in ("median", "greatest", "least")]
+        costs.setdefault(row["name"], {})[row["length"]] = cost
+    powers = {
+        name: exponent({length: length * cost[0] for length, cost in found.items()})
+        for name, found in costs.items()
+        if len(found) > 1
+    }
     if args.plot:
-        title = f"Training step of one sequence, {args.threads} CPU thread(s)\n{hardware()}"
-        plot_costs(args.plot, _costs(rows), title)
-    report(args, text, {"flops_per_token": flops, "rows": rows, "exponents": exponents})
+        title = f"Training step of one sequence, {args.threads} CPU thread(s)\n{harness.hardware()}"
+        plot_costs(args.plot, costs, title)
+    columns = {
+        "tokens": "{length:,}", "": "{name} ({parameters:,})", "tokens/s": "{median:,.0f}", "least": "{least:,.0f}",
+        "greatest": "{greatest:,.0f}", "of torch.mm": "{shares[torch.mm]:.2f}", "of oneDNN": "{shares[oneDNN]:.2f}",
+        "peak MB": "{megabytes:,.0f}", "speed of ours": "{ratio:.2f}",
+    }  # fmt: skip
+    notes = [
+        f"{flops / 1e6:.1f} MFLOP a token by the FLOP model. Of torch.mm, of oneDNN: share of what matrix products of "
+        "the model's sizes in fp32 reach by them in the same turns.",
+        *(f"Time of {name} grows as length to the power of {power:.2f}." for name, power in powers.items()),
+    ]
+    harness.report(args, columns, rows, *notes, figures={"flops_per_token": flops, "exponents": powers})
 
 
-def _rows(
-    args: argparse.Namespace, length: int, kinds: Sequence[str], sizes: dict[str, Any], folder: Path
-) -> list[dict[str, Any]]:
+def _rows(args: argparse.Namespace, length: int, flops: float, parameters: int) -> list[dict[str, Any]]:
     """Figures of all contenders at one length."""
-
-    def start(kind: str, environment: Mapping[str, str]) -> Worker:
-        target = "ours:OurTraining" if kind.startswith("ours") else "peers:PeerTraining"
-        arguments = {"kind": kind, "sizes": sizes, "length": length, "weights": str(folder / "weights.safetensors")}
-        python, name = (args.peer_python, f"--peer-python {args.peer_python}") if kind == "mega" else (None, kind)
-        python = python or sys.executable
-        return Worker(target, arguments, name=name, threads=args.threads, python=python, environment=environment)
-
+    kinds = ["ours", *(["ours bf16"] if args.bf16 else []), *(["ours compiled"] if args.compile else [])]
+    if length <= PEER_LONGEST:
+        kinds += [*(["mega"] if args.peer_python else []), *args.peers]
     first: dict[str, dict[str, float]] = {}
-    for kind in kinds:
-        with start(kind, GIVES_BACK) as worker:
-            first[kind] = worker.call("check", length)
-    for kind in {"mega", "ours compiled"} & set(kinds):
-        compare(kind, first[kind], {name: first["ours"][name] for name in ("loss", "norm")}, TOLERANCE)
-    environment = KEEPS_MEMORY if args.malloc == "kept" else {}
-    with contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        sizes = harness.integers(args) | {"parameters": parameters}
+        arguments = {"sizes": sizes, "length": length, "weights": f"{folder}/weights.safetensors"}
+
+        def start(kind: str, environment: Mapping[str, str]) -> harness.Worker:
+            target = "step:OurTraining" if kind.startswith("ours") else "peers:PeerTraining"
+            how: dict[str, Any] = {"name": kind, "threads": args.threads, "environment": environment}
+            if kind == "mega":
+                how |= {"name": f"--peer-python {args.peer_python}", "python": args.peer_python}
+            return harness.Worker(target, {"kind": kind, **arguments}, **how)
+
+        for kind in kinds:
+            with start(kind, harness.GIVES_BACK) as worker:
+                first[kind] = worker.call("check", length)
+        for kind in {"mega", "ours compiled"} & set(kinds):
+            harness.compare(kind, first[kind], {name: first["ours"][name] for name in ("loss", "norm")}, TOLERANCE)
+        environment = harness.KEEPS_MEMORY if args.malloc == "kept" else {}
         workers = {kind: stack.enter_context(start(kind, environment)) for kind in kinds}
         known = {kind: worker.call("describe") for kind, worker in workers.items()}
-        ceilings: list[dict[str, float]] = []
 
-        def timed(worker: Worker) -> float:
-            ceilings.append(product_rates(_PRODUCT_TOKENS, args.hidden, 2 * args.expanded))
-            return float(worker.call("time", length))
+        def timed(worker: harness.Worker) -> tuple[dict[str, float], float]:
+            products = product_rates(_PRODUCT_TOKENS, args.hidden, 2 * args.values)
+            return products, 1e3 * length / worker.call("time", length)
 
-        contenders = {kind: lambda worker=worker: timed(worker) for kind, worker in workers.items()}
-        times = in_turns(contenders, args.repeats, args.warmup)
-    ceilings = ceilings[args.warmup * len(kinds) :]
-    ours = statistics.median(times["ours"])
-    return [
-        {
-            "length": length, "kind": kind, "tokens_per_s": 1e3 * length / statistics.median(found),
-            "least": 1e3 * length / max(found), "greatest": 1e3 * length / min(found),
-            "ceilings": {name: statistics.median(each[name] for each in ceilings) for name in ceilings[0]},
-            "shares": {}, "megabytes": first[kind]["megabytes"], "ours_times": statistics.median(found) / ours,
-            **known[kind],
-        }
-        for kind, found in times.items()
-    ]  # fmt: skip
-
-
-def _name(row: dict[str, Any]) -> str:
-    """What a contender is called in tables and pictures."""
-    if row["kind"] == "mega":
-        return f"transformers {row['transformers']} Mega"
-    return PEERS.get(row["kind"], row["kind"])
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ["tokens", "", "tokens/s", "least", "greatest", "of torch.mm", "of oneDNN", "peak MB", "times ours"]
-    lines = []
+        contenders = {kind: partial(timed, worker) for kind, worker in workers.items()}
+        found = harness.in_turns(contenders, args.repeats, args.warmup)
+    products = [rates for turns in found.values() for rates, _ in turns]
+    ceilings = {name: statistics.median(rates[name] for rates in products) for name in products[0]}
+    rows = harness.timed_rows({kind: [rate for _, rate in turns] for kind, turns in found.items()})
     for row in rows:
-        shares = [f"{row['shares'][name]:.2f}" if name in row["shares"] else "" for name in ("torch.mm", "oneDNN")]
-        speeds = [f"{row[name]:,.0f}" for name in ("tokens_per_s", "least", "greatest")]
-        name = f"{_name(row)} ({row['parameters'] / 1e6:.1f}M)"
-        lines.append(
-            [f"{row['length']:,}", name, *speeds, *shares, f"{row['megabytes']:,.0f}", f"{row['ours_times']:.2f}"]
-        )
-    return table(head, lines)
+        kind = row["name"]
+        row |= {"kind": kind, "length": length, "ceilings": ceilings, **first[kind], **known[kind]}
+        if kind in PEERS:
+            row["name"] = f"transformers {row['transformers']} {PEERS[kind][0]}"
+        if kind not in args.peers:  # the FLOP model is of Mega
+            row["shares"] = {by: row["median"] * flops / most for by, most in ceilings.items()}
+    return rows
 
 
-def _costs(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[float, float, float]]]:
-    """Median, least and greatest microseconds a token, by contender and length."""
-    costs: dict[str, dict[int, tuple[float, float, float]]] = {}
-    for row in rows:
-        median, least, greatest = (1e6 / row[name] for name in ("tokens_per_s", "greatest", "least"))
-        costs.setdefault(_name(row), {})[row["length"]] = (median, least, greatest)
-    return costs
-
-
-def _exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The power of the length that a step's time grows as, for contenders that were given several."""
-    times = {name: {length: length * cost[0] for length, cost in each.items()} for name, each in _costs(rows).items()}
-    return {name: exponent(found) for name, found in times.items() if len(found) > 1}
+def product_rates(tokens: int, wide: int, narrow: int) -> dict[str, float]:
+    """Operations per second, the best of some runs, of products (tokens, wide) x (wide, narrow) in fp32, by library."""
+    x, weight = torch.ones(tokens, wide), torch.ones(wide, narrow)
+    products: dict[str, Callable[[], Tensor]] = {"torch.mm": lambda: torch.mm(x, weight)}
+    if torch.backends.mkldnn.is_available():
+        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight.t(), None, "none", [], "")
+    timed = {name: partial(harness.milliseconds, product) for name, product in products.items()}
+    times = harness.in_turns(timed, _PRODUCT_RUNS, 0)
+    return {name: 2 * tokens * wide * narrow / (min(each) / 1e3) for name, each in times.items()}
 
 
 def exponent(times: Mapping[int, float]) -> float:
     """The power of the length that times by length grow as: slope of log time over log length, by least squares."""
-    x, y = [math.log(length) for length in times], [math.log(time) for time in times.values()]
-    x_mean, y_mean = statistics.fmean(x), statistics.fmean(y)
-    slope = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
-    return slope / sum((a - x_mean) ** 2 for a in x)
+    return statistics.linear_regression([*map(math.log, times)], [*map(math.log, times.values())]).slope
 
 
 def check_plot(file: str) -> None:
@@ -204,24 +207,19 @@ def check_plot(file: str) -> None:
 def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], title: str) -> None:
     """Draw the time per token against the length, one line a contender, with bars from its least to its greatest.
 
-    Args:
-        file: a name that `check_plot` allows.
-        costs: by contender and length: median, least and greatest microseconds a token.
-        title: above the picture.
+    `costs` are median, least and greatest microseconds a token by contender and length.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     for name, found in costs.items():
-        lengths = sorted(found)
-        medians = [found[length][0] for length in lengths]
-        below = [found[length][0] - found[length][1] for length in lengths]
-        above = [found[length][2] - found[length][0] for length in lengths]
-        axes.errorbar(lengths, medians, yerr=(below, above), marker="o", capsize=3, label=name)
+        [line] = axes.plot(list(found), [median for median, _, _ in found.values()], marker="o", label=name)
+        least, greatest = ([cost[i] for cost in found.values()] for i in (1, 2))
+        axes.vlines(list(found), least, greatest, color=line.get_color())
+    every = sorted({length for found in costs.values() for length in found})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    every = sorted({length for found in costs.values() for length in found})
     axes.set_xticks(every, labels=[f"{length:,}" for length in every])
     axes.set_xlabel("tokens of the sequence")
     axes.set_ylabel("microseconds a token")
@@ -231,4 +229,124 @@ def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], ti
     figure.savefig(file, dpi=150)
 
 
-COMMANDS = {"step": Command(OPTIONS, run, repeats=3, warmup=1)}
+class GpuTraining:
+    """One contender of `mfu`, ours or llama, at a length, in a worker."""
+
+    def __init__(self, kind: str, length: int, recompute: int, segment: int, options: dict[str, Any]) -> None:
+        self._length, self._recompute, self._segment = length, recompute, segment
+        self._build = self._ours if kind == "ours" else self._llama
+        self._options = argparse.Namespace(**options)
+        self._config = model_config(load_config(self._options.config).model)
+
+    def measure(self) -> dict[str, Any]:
+        """Milliseconds of a training step and the GPU's peak memory; nothing of that where it is too small."""
+        options, batch = self._options, max(self._options.tokens // self._length, 1)
+        generator = torch.Generator("cuda").manual_seed(0)
+        size = (batch, self._length + 1)
+        tokens = torch.randint(3, self._config.vocab_size, size, device="cuda", generator=generator)
+        with World.start(ParallelConfig(engine="fsdp", device="cuda")) as world:
+            try:
+                train, known = self._build(world)
+                losses = [float(train(tokens)) for _ in range(options.warmup)]
+                torch.cuda.reset_peak_memory_stats()
+                times = harness.gpu_milliseconds(lambda: losses.append(float(train(tokens))), options.repeats, 0)
+                peak = torch.cuda.max_memory_allocated() / 1e9
+                if options.profile:
+                    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+                    with torch.profiler.profile(activities=activities) as profile:
+                        train(tokens)
+                        torch.cuda.synchronize()
+                    print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30), file=sys.stderr)
+            except torch.OutOfMemoryError:
+                return {}
+        found = {"milliseconds": times, "median_ms": statistics.median(times), "loss": losses[-1], "peak_gb": peak}
+        return {"batch": batch, **found, **known}
+
+    def _ours(self, world: World) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
+        """This project's trainer: its engine on one process, sliced loss, fused AdamW, bf16 with fp32 masters."""
+        parallel = ParallelConfig(
+            engine="fsdp",
+            activation_checkpoint=self._recompute,
+            activation_checkpoint_segment=self._segment,
+            device="cuda",
+        )
+        how = EngineConfig(parallel, dtype="bf16", compile=self._options.compile)
+        engine = build_engine(self._config, how, world)
+
+        def train(tokens: Tensor) -> Tensor:
+            inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            loss = engine.forward(inputs, labels, labels.numel())
+            engine.backward(loss, last=True)
+            loss = loss.detach()
+            engine.step(1e-4)
+            return loss
+
+        flops = training_flops_per_token(self._config, self._length)
+        return train, {"parameters": engine.module.num_parameters(), "flops_per_token": flops}
+
+    def _llama(self, world: World) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
+        """transformers' Llama with flash attention (sdpa) under autocast, our sliced loss, fused AdamW."""
+        with torch.device("meta"):
+            parameters = MegaForCausalLM(self._config).num_parameters()
+        width, layers, words = self._config.hidden_size, self._config.num_hidden_layers, self._config.vocab_size
+        sizes = {"vocabulary": words, "hidden": width, "layers": layers, "parameters": parameters, "llama_head": 128}
+        with torch.device("cuda"):
+            model: Any = PEERS["llama"][1](sizes, self._length)
+        for number, layer in enumerate(model.model.layers, start=1):
+            if self._options.compile:
+                layer.forward = torch.compile(layer.forward)
+            if self._recompute and number % self._recompute == 0:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+        def loss(tokens: Tensor) -> Tensor:
+            labels = tokens[:, 1:].contiguous()
+            with torch.autocast("cuda", torch.bfloat16):
+                hidden = model.model(input_ids=tokens[:, :-1].contiguous()).last_hidden_state
+                return linear_cross_entropy(hidden, model.lm_head.weight, None, labels) / labels.numel()
+
+        # Six a weight, and causal attention, whose queries see half of the keys on average.
+        weights = layers * width * (4 * width + 3 * model.config.intermediate_size) + width * words
+        flops = 3 * (2 * weights + layers * 4 * width * (self._length + 1) / 2)
+        train = TrainingStep(model, loss, lr=1e-4, clip=1.0).step
+        return train, {"parameters": model.num_parameters(), "flops_per_token": flops}
+
+
+def run_mfu(args: argparse.Namespace) -> None:
+    """Train some steps, and print a table. Raises ValueError where options do not fit, or a contender fails."""
+    gpu = harness.gpu_name("mfu")
+    for name in ("recompute", "segment"):
+        if len(getattr(args, name)) != len(args.lengths):
+            raise ValueError(f"--{name} has {len(getattr(args, name))} values for {len(args.lengths)} --lengths")
+    ceiling, peak = matmul_flops(), peak_flops(torch.device("cuda"), "bf16")
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    layouts = list(zip(args.lengths, args.recompute, args.segment, strict=True))
+    rows: list[dict[str, Any]] = []
+    for kind, layout in itertools.product(("ours", *args.peers), layouts):
+        row: dict[str, Any] = {"kind": kind, **dict(zip(("length", "recompute", "segment"), layout, strict=True))}
+        how = {"name": f"{kind} at {row['length']} tokens", "threads": args.threads, "show_errors": True}
+        with harness.Worker("step:GpuTraining", {**row, "options": options}, **how) as worker:
+            row |= {"step": "out of memory", **worker.call("measure")}
+        if "median_ms" in row:
+            row |= {"step": f"{row['median_ms']:,.1f}", "rate": 1e3 * row["batch"] * row["length"] / row["median_ms"]}
+            row["of_ceiling"] = row["rate"] * row["flops_per_token"] / ceiling
+            row["mfu"] = row["rate"] * row["flops_per_token"] / peak if peak else None
+        # Told at once: whoever has a GPU for some minutes may not see the table.
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+    columns = {
+        "tokens": "{length:,}", "sequences": "{batch}", "": "{kind}", "parameters": "{parameters:,}",
+        "ms a step": "{step}", "tokens/s": "{rate:,.0f}", "MFU": "{mfu:.3f}", "of the ceiling": "{of_ceiling:.3f}",
+        "peak GB": "{peak_gb:.1f}", "recomputed, every n-th block": "{recompute}",
+    }  # fmt: skip
+    sheet = f", the data sheet says {peak / 1e12:.0f}" if peak else ""
+    note = f"{gpu}. Matrix products of {_MATRIX} reach {ceiling / 1e12:.0f} TFLOP/s{sheet}."
+    harness.report(args, columns, rows, note, figures={"gpu": gpu, "ceiling": ceiling, "peak": peak})
+
+
+def matmul_flops() -> float:
+    """Operations per second of large bf16 matrix products of random numbers, the median of ten."""
+    a, b = (torch.randn(_MATRIX, _MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * _MATRIX**3 / (statistics.median(harness.gpu_milliseconds(lambda: a @ b, 10, 3)) / 1e3)
+
+
+COMMANDS = {"step": Command(STEP, run_step, repeats=3, warmup=1), "mfu": Command(MFU, run_mfu, repeats=5, warmup=3)}

@@ -1,11 +1,10 @@
 """What the benchmarks share: how they start, what they refuse, how they take turns, and how their workers end."""
 
+import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -25,11 +24,11 @@ def test_they_start_from_any_folder_and_write_what_they_print(tmp_path):
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["benchmark"] == "checkpoint" and report["options"]["megabytes"] == 1
     assert report["versions"]["torch"] == torch.__version__ and report["hardware"] in done.stdout
-    assert len(report["stall_ms"]) == 6 and all(times[0] > 0 for times in report["stall_ms"].values())
-    assert all(name in done.stdout for name in report["stall_ms"])
+    assert len(report["rows"]) == 6 and all(row["times"][0] > 0 for row in report["rows"])
+    assert all(row["name"] in done.stdout for row in report["rows"])
 
 
-STEP = ["--hidden", "32", "--averages", "2", "--chunk", "16"]
+STEP = ["--hidden", "32", "--states", "2", "--chunk", "16"]
 MEMORY = ["--chunk", "64", "--lengths"]
 
 
@@ -49,7 +48,7 @@ MEMORY = ["--chunk", "64", "--lengths"]
         (["memory", *MEMORY, "128", "--sp", "4"], "--lengths 128 with --chunk 64: the last rank's whole chunks"),
         (["memory", *MEMORY, "300", "--sp", "4"], "use --sp 3, or --lengths 512"),
         (["memory", "--activation-checkpoint", "-1"], "-1 must be at least 0"),
-        (["memory", "--port", "70000"], "--port 70000 is no port"),
+        (["memory", "--port", "70000"], "--port is gone: the ranks meet at a free port"),
         (["bandwidth"], "bandwidth measures a GPU, and PyTorch sees none"),
         (["mfu"], "mfu measures a GPU, and PyTorch sees none"),
     ],
@@ -68,6 +67,20 @@ def test_a_picture_without_matplotlib_is_refused(monkeypatch):
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs matplotlib, which is not installed: install mega_scale\[plot\]"):
         step.check_plot("out.png")
+
+
+def test_rows_have_medians_and_ratios_of_the_same_turns():
+    slow, fast = harness.timed_rows({"slow": [4.0, 40.0, 6.0], "fast": [2.0, 10.0, 2.0]}, beside="fast")
+    assert (slow["median"], slow["least"], slow["greatest"], slow["ratio"]) == (6.0, 4.0, 40.0, 3.0)
+    assert (fast["name"], fast["ratio"]) == ("fast", 1.0)
+
+
+def test_a_report_has_a_cell_where_there_is_a_figure(capsys):
+    args = argparse.Namespace(command="it", run=None, json=None, threads=1, length=8, seed=None)
+    harness.report(args, {"": "{name}", "ms": "{ms:.1f}"}, [{"name": "a", "ms": 2}, {"name": "b"}], "a note")
+    machine, options, table, note = capsys.readouterr().out.strip().split("\n\n")
+    assert harness.hardware() in machine and options == "it: threads 1, length 8" and note == "a note"
+    assert table.splitlines() == ["|  | ms |", "| --- | --- |", "| a | 2.0 |", "| b |  |"]
 
 
 def test_contenders_take_turns_and_warm_up_is_not_counted():
@@ -109,25 +122,21 @@ def test_a_worker_that_is_killed_is_said_to_be(monkeypatch, tmp_path):
 
 
 class FakeRank:
-    """A rank that ends with a status after some time, or only when it is killed."""
+    """A rank that ends with a status."""
 
-    def __init__(self, status, after_s):
-        self.status, self.end = status, time.monotonic() + after_s
+    def __init__(self, status):
+        self.status = status
 
-    def call(self, method):
-        while time.monotonic() < self.end:
-            time.sleep(0.01)
+    def ask(self, method, warm_up):
+        pass
+
+    def answer(self):
         raise harness.WorkerError(f"ended with {self.status}", self.status)
 
-    def kill(self):
-        self.status, self.end = -signal.SIGKILL, 0
 
-
-def test_the_rank_that_failed_is_named_and_the_others_end(monkeypatch):
-    monkeypatch.setattr(memory, "LET_OTHERS_END_S", 0.1)
-    ranks = [FakeRank(PEER_LOST, 0.05), FakeRank(1, 0), FakeRank(0, 3600)]
+def test_the_rank_that_failed_is_named_not_those_that_lost_it():
     with pytest.raises(harness.WorkerError, match="ended with 1"):
-        memory._step_together(ranks)
+        memory.answers([FakeRank(PEER_LOST), FakeRank(1), FakeRank(PEER_LOST)])
 
 
 def test_peak_memory_is_counted_from_when_it_is_asked_for():
@@ -166,7 +175,7 @@ peer = pytest.mark.skipif(
     [
         (["ema", "--length", "65", "--hidden", "4", "--states", "3", "--repeats", "1"], "| transformers 4.37.2 |"),
         (
-            ["step", *STEP, "--lengths", "32", "--layers", "1", "--shared", "8", "--expanded", "24", "--peers"],
+            ["step", *STEP, "--lengths", "32", "--layers", "1", "--shared", "8", "--values", "24", "--peers"],
             "| 32 | transformers 4.37.2 Mega",
         ),
         (

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
 
 from . import harness
 from .harness import Command, Option, common
@@ -49,7 +49,7 @@ def our_ema(impl: str, problem: Mapping[str, Tensor]) -> EmaStep:
     leaves = {name: problem[name].clone().requires_grad_() for name in ("x", *EMA_PARAMETERS)}
 
     def average() -> Tensor:
-        coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in EMA_PARAMETERS))
+        coefficients = ema_coefficients(*(leaves[name] for name in EMA_PARAMETERS))
         return damped_ema(leaves["x"], coefficients, impl=impl, truncation=truncation)[0]
 
     return EmaStep(average, leaves, problem["dy"])
@@ -148,7 +148,7 @@ def run_bandwidth(args: argparse.Namespace) -> None:
 def _bandwidth(impl: str, dtype: str, args: argparse.Namespace, ceiling: float) -> dict[str, Any]:
     problem = ema_problem(args.batch, args.length, args.hidden, args.states, 0, "cuda")
     dy = problem["dy"].to(_DTYPES[dtype])
-    coefficients = EmaCoefficients.from_parameters(*(problem[name] for name in EMA_PARAMETERS))
+    coefficients = ema_coefficients(*(problem[name] for name in EMA_PARAMETERS))
     leaves = {"x": problem["x"].to(_DTYPES[dtype]), **coefficients._asdict()}
     channels = torch.linspace(0, args.hidden - 1, _CHECKED_CHANNELS, device="cuda").long()
 

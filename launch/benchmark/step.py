@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.config import load_config, model_config
 from mega_scale.model.flops import training_flops_per_token
-from mega_scale.ops.cross_entropy import linear_cross_entropy
 from mega_scale.ops.elementwise import compile_gates
+from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import EngineConfig, ParallelConfig, World
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ActivationCheckpointing

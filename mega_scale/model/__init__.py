@@ -24,38 +24,25 @@ if TYPE_CHECKING:
     )
     from mega_scale.model.modeling_mega import MegaForCausalLM, MegaModel, MegaPreTrainedModel
 
-_MODULES = {
-    "MegaCache": "cache",
-    "MegaForCausalLM": "modeling_mega",
-    "MegaForMaskedLM": "heads",
-    "MegaForMultipleChoice": "heads",
-    "MegaForQuestionAnswering": "heads",
-    "MegaForSequenceClassification": "heads",
-    "MegaForTokenClassification": "heads",
-    "MegaModel": "modeling_mega",
-    "MegaPreTrainedModel": "modeling_mega",
-}
+_MODULES = dict.fromkeys(("MegaForCausalLM", "MegaModel", "MegaPreTrainedModel"), "modeling_mega")
+_MODULES["MegaCache"] = "cache"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'heads')}"), name)
 
 
-def _register() -> None:
-    AutoConfig.register(MegaConfig.model_type, MegaConfig, exist_ok=True)
-    # The tokenizer of folders that name none, as in 4.37.2.
-    AutoTokenizer.register(MegaConfig, RobertaTokenizer, exist_ok=True)
-    for table in CLASSES:
-        # `register` of a model's Auto class takes the class itself. This is how transformers puts off the import of its
-        # own models: by a name (configuration_mega writes it) and the module that has the class of that name.
-        mapping = getattr(modeling_auto, f"{table}_MAPPING")
-        mapping._reverse_config_mapping[MegaConfig.__name__] = MegaConfig.model_type
-        mapping._modules[MegaConfig.model_type] = sys.modules[__name__]
-
-
-_register()
+AutoConfig.register(MegaConfig.model_type, MegaConfig, exist_ok=True)
+# The tokenizer of folders that name none, as in 4.37.2.
+AutoTokenizer.register(MegaConfig, RobertaTokenizer, exist_ok=True)
+for _table in CLASSES:
+    # `register` of a model's Auto class takes the class itself. This is how transformers puts off the import of its own
+    # models: by a name (configuration_mega writes it) and the module that has the class of that name.
+    _mapping = getattr(modeling_auto, f"{_table}_MAPPING")
+    _mapping._reverse_config_mapping[MegaConfig.__name__] = MegaConfig.model_type
+    _mapping._modules[MegaConfig.model_type] = sys.modules[__name__]
 
 __all__ = [
     "MegaCache",

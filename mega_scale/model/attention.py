@@ -15,18 +15,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mega_scale.model.cache import EncoderState, LayerState, remember
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.layers import (
+    BIASES,
     MegaAttentionDropout,
     MegaDropout,
     MegaMultiDimensionDampedEma,
     MegaNormalizedFeedForwardNetwork,
     MegaSequenceNorm,
     apply_linear,
-    positional_bias,
 )
 from mega_scale.model.rows import DocumentBorders, LeftPadding, align
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.elementwise import EAGER, recomputed
-from mega_scale.ops.modes import any_length, chunk_count, join_chunks, split_chunks
+from mega_scale.ops.modes import ANY_LENGTH, chunk_count, join_chunks, split_chunks, tracing
 
 
 class MegaMovingAverageGatedAttention(nn.Module):
@@ -35,6 +35,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.config = config
+        self.chunk = config.chunk_size if config.use_chunking else None  # C, tokens
         self.activation = ACT2FN[config.activation]
         self.gates = EAGER
         self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
@@ -54,7 +55,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         self.h_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.qk_weight = nn.Parameter(torch.empty(2, config.shared_representation_size))
         self.qk_bias = nn.Parameter(torch.empty(2, config.shared_representation_size))
-        self.rel_pos_bias = positional_bias(config)
+        self.rel_pos_bias = BIASES[config.relative_positional_bias](config)
 
     def forward(
         self,
@@ -73,8 +74,6 @@ class MegaMovingAverageGatedAttention(nn.Module):
             mask: bool, true for valid positions: (B, L), or (B, position + L) after a state.
             pads: padding before each row's first token, (B,) int64; none where no row has any.
             state: of the tokens before x; decoders only.
-            return_state: whether to return the state after x.
-            return_weights: whether to return attention weights.
             borders: of the documents in x, in rows without padding before them; none where each row has one.
 
         Returns:
@@ -97,16 +96,23 @@ class MegaMovingAverageGatedAttention(nn.Module):
             if return_state and torch.compiler.is_exporting():
                 # A number would hold for the calls that are like this one.
                 seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
-            else:
+            elif mask is not None and mask.shape[1] != seen + length:
                 mask = align(mask, seen + length)
             kept = None
             if pads is not None:
-                remembered = 0 if state is None else state.keys.shape[1]
-                padding = LeftPadding.lay(pads, seen, remembered, length, self.chunk)
+                padding = LeftPadding.lay(pads, seen, 0 if state is None else state.keys.shape[1], length, self.chunk)
                 valid = padding.valid(mask, seen + length)
                 attended, weights, kept = self._attend_left_padded(q, k, v, valid, state, padding, return_weights)
             else:
-                if return_state and self._fits_open_chunk(state, length):
+                # Where new tokens leave the chunk open, they are remembered before they are attended to, which spares a
+                # decoding step the copy of a chunk; but a tensor with a gradient must not change.
+                if (
+                    return_state
+                    and state is not None
+                    and self.chunk is not None
+                    and not torch.is_grad_enabled()
+                    and 0 < seen % self.chunk < self.chunk - length
+                ):
                     kept = remember(state, k, v, self.chunk)
                 documents = None if borders is None else borders.chunks
                 attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
@@ -129,19 +135,6 @@ class MegaMovingAverageGatedAttention(nn.Module):
         """What `mx_proj` makes of the average (B, L, D): update, shared representation, gate and candidate."""
         return apply_linear(self.mx_proj, averaged).split(list(self.segments.values()), -1)
 
-    @property
-    def chunk(self) -> int | None:
-        """C, tokens; none without chunks."""
-        return self.config.chunk_size if self.config.use_chunking else None
-
-    def _fits_open_chunk(self, state: LayerState | None, length: int) -> bool:
-        """Whether new tokens can be written where they will be remembered before they are attended to, which spares a
-        decoding step the copy of a chunk; a tensor with a gradient must not change, and a full chunk is forgotten."""
-        if state is None or self.chunk is None or torch.is_grad_enabled():
-            return False
-        position: Any = state.position
-        return 0 < position % self.chunk < self.chunk - length
-
     def _attend(
         self,
         q: Tensor,
@@ -157,7 +150,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
 
         With `kept`, the open chunk's keys and values (B, C, .) hold the new ones already.
         """
-        length = q.shape[1]
+        length, any_length = q.shape[1], tracing() in ANY_LENGTH
         position: Any = 0 if state is None else state.position
         seen = position % self.chunk if self.chunk else position
         if kept is not None:
@@ -168,12 +161,12 @@ class MegaMovingAverageGatedAttention(nn.Module):
             v = torch.cat([state.values[:, :seen], v], 1)
         total = seen + length
         key_mask = None if mask is None else mask[:, -total:]
-        if self.chunk is None or (not any_length() and total <= self.chunk):
+        if self.chunk is None or (not any_length and total <= self.chunk):
             out, weights = self._attend_in_chunks(q, k, v, key_mask, seen, return_weights, documents)
             return out[:, 0], weights
         # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
         pad = chunk_count(total, self.chunk) * self.chunk - total
-        more = any_length() or pad > 0
+        more = any_length or pad > 0
         if more and (key_mask is not None or not self.config.is_decoder):
             valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
             key_mask = F.pad(valid, (0, pad), value=False)
@@ -193,8 +186,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
         return_weights: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         """The same for left-padded rows; also returns the keys and values to remember."""
-        k = padding.keys(None if state is None else state.keys, k)
-        v = padding.keys(None if state is None else state.values, v)
+        k = padding.in_slots(k, None if state is None else state.keys)
+        v = padding.in_slots(v, None if state is None else state.values)
         kept = (k, v)
         if self.chunk is not None:
             kept = padding.open_chunk(k, self.chunk), padding.open_chunk(v, self.chunk)
@@ -202,8 +195,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
             out, weights = self._attend_in_chunks(q, k, v, valid, padding.shift, return_weights)
             out = out[:, 0]
         else:
-            out, weights = self._attend_in_chunks(padding.queries(q), k, v, valid, 0, return_weights)
-            out = padding.back(out.flatten(1, 2))
+            out, weights = self._attend_in_chunks(padding.in_slots(q), k, v, valid, 0, return_weights)
+            out = padding.out_of_slots(out.flatten(1, 2))
         if weights is not None and self.chunk is None:
             weights = padding.by_column(weights)
         return out, weights, kept
@@ -219,13 +212,12 @@ class MegaMovingAverageGatedAttention(nn.Module):
         documents: ChunkDocuments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks, (B, K, C, E)."""
-        laid_out = any_length() and q.shape[1] == k.shape[1]
+        laid_out = tracing() in ANY_LENGTH and q.shape[1] == k.shape[1]
         size = self.chunk if self.chunk is not None and (laid_out or k.shape[1] > self.chunk) else None
         q, k, v = (t.unsqueeze(1) if size is None else split_chunks(t, size) for t in (q, k, self.hidden_dropout(v)))
         if key_mask is not None:
             key_mask = key_mask.unsqueeze(1) if size is None else split_chunks(key_mask, size)
-        eager = self.config._attn_implementation == "eager" or return_weights
-        out, weights = chunk_attention(
+        return chunk_attention(
             q, k, v, self.rel_pos_bias(q.shape[2], k.shape[2], offset),
             activation=self.config.attention_activation,
             causal=self.config.is_decoder,
@@ -234,9 +226,8 @@ class MegaMovingAverageGatedAttention(nn.Module):
             dropout=self.attention_dropout.rule(),
             return_weights=return_weights,
             documents=documents,
-            impl="eager" if eager else "auto",
+            impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",
         )  # fmt: skip
-        return out, weights
 
 
 class MegaGatedCrossAttention(nn.Module):
@@ -253,7 +244,7 @@ class MegaGatedCrossAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.q_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size + config.shared_representation_size)
         self.h_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.rel_pos_bias = positional_bias(config)
+        self.rel_pos_bias = BIASES[config.relative_positional_bias](config)
 
     def project(self, encoder: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, S, Z) and values (B, S, D) of an encoder's output (B, S, D)."""
@@ -269,26 +260,16 @@ class MegaGatedCrossAttention(nn.Module):
         return_weights: bool = False,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Update the residual stream.
+        """Update the residual stream (B, L, D); also returns weights (B, L, S) or none.
 
-        Args:
-            x: (B, L, D).
-            keys: of the encoder's output, (B, S, Z).
-            values: likewise, (B, S, D).
-            key_mask: (B, S) bool, true for valid positions of the encoder.
-            offset: position of the first token of x, one number or (B,).
-            return_weights: whether to return attention weights.
-            mask: (B, L) bool, true for valid positions of x, for batch norms.
-
-        Returns:
-            (B, L, D), and weights (B, L, S) or none.
+        Keys (B, S, Z), values (B, S, D) and their mask (B, S) are of the encoder's output; x begins at `offset`, one
+        number or (B,); batch norms need its mask (B, L).
         """
         config = self.config
         prenorm = config.normalize_before_mega
         update, gate, q = apply_linear(self.q_proj, self.norm(x, mask) if prenorm else x).split(
             [config.hidden_size, config.hidden_size, config.shared_representation_size], -1
         )
-        eager = config._attn_implementation == "eager" or return_weights
         attended, weights = chunk_attention(
             q.unsqueeze(1), keys.unsqueeze(1), self.hidden_dropout(values).unsqueeze(1),
             self.rel_pos_bias(x.shape[1], keys.shape[1], offset),
@@ -297,7 +278,7 @@ class MegaGatedCrossAttention(nn.Module):
             key_mask=None if key_mask is None else key_mask.unsqueeze(1),
             dropout=config.attention_probs_dropout_prob if self.training else 0.0,
             return_weights=return_weights,
-            impl="eager" if eager else "auto",
+            impl="eager" if return_weights or config._attn_implementation == "eager" else "auto",
         )  # fmt: skip
         hidden = self.dropout(self.activation(apply_linear(self.h_proj, attended.squeeze(1) * F.silu(gate))))
         out = torch.addcmul(x, torch.sigmoid(update), hidden - x)
@@ -307,15 +288,8 @@ class MegaGatedCrossAttention(nn.Module):
 
 
 class BlockOutput(NamedTuple):
-    """What a block returns.
-
-    Args:
-        x: the residual stream, (B, L, D).
-        weights: of self-attention, or none.
-        cross_weights: of cross-attention (B, L, S), or none.
-        state: of self-attention after x, or none.
-        encoder: keys and values of the encoder's output, or none.
-    """
+    """What a block returns: the residual stream and, or none, weights of self-attention and of cross-attention
+    (B, L, S), and the states after x."""
 
     x: Tensor
     weights: Tensor | None
@@ -346,19 +320,9 @@ class MegaBlock(GradientCheckpointingLayer):
         return_weights: bool = False,
         borders: DocumentBorders | None = None,
     ) -> BlockOutput:
-        """Update the residual stream.
+        """Update the residual stream; arguments as in `MegaMovingAverageGatedAttention`.
 
-        Args:
-            x: (B, L, D).
-            mask: see `MegaMovingAverageGatedAttention`; so are `pads`, `state`, `return_state`, `return_weights`.
-            pads: padding before each row's first token.
-            encoder_output: (B, S, D); cross-attention only, and not needed with `encoder`.
-            encoder_mask: (B, S) bool, true for valid positions.
-            state: of the tokens before x.
-            encoder: keys and values of the encoder's output, from an earlier call.
-            return_state: whether to return states.
-            return_weights: whether to return attention weights.
-            borders: of the documents that share a row; without cross-attention only.
+        Cross-attention takes the encoder's output (B, S, D), or what an earlier call made of it, and its mask (B, S).
         """
         seen = 0 if state is None else state.position
         x, weights, state = self.mega_layer(x, mask, pads, state, return_state, return_weights, borders)

@@ -38,19 +38,14 @@ class LayerState:
 
 @dataclass(eq=False)
 class EncoderState:
-    """What one block's cross-attention made of the encoder's output.
-
-    Args:
-        keys: (B, S, Z).
-        values: (B, S, D).
-    """
+    """What one block's cross-attention made of the encoder's output: keys (B, S, Z) and values (B, S, D)."""
 
     keys: Tensor
     values: Tensor
 
 
 class MegaCacheLayer(CacheLayerMixin):
-    """Holds one block's `LayerState` behind the interface by which `generate()` handles caches."""
+    """Holds one block's states behind the interface by which `generate()` handles caches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +60,6 @@ class MegaCacheLayer(CacheLayerMixin):
         raise ValueError("a Mega cache is updated by its model with whole states, not with keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys as a full mask would have them, tokens."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -74,11 +68,9 @@ class MegaCacheLayer(CacheLayerMixin):
         return position
 
     def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
+        return -1  # there is none
 
     def reset(self) -> None:
-        """Forget everything."""
         self.state, self.encoder = None, None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -97,11 +89,7 @@ class MegaCacheLayer(CacheLayerMixin):
 
 
 class MegaCache(Cache):
-    """One state per block; pass it back as `past_key_values` to go on where the last call ended.
-
-    Args:
-        num_hidden_layers: blocks of the model.
-    """
+    """One state per block; pass it back as `past_key_values` to go on where the last call ended."""
 
     def __init__(self, num_hidden_layers: int) -> None:
         self.states = [MegaCacheLayer() for _ in range(num_hidden_layers)]
@@ -128,7 +116,6 @@ class MegaCache(Cache):
         return sum(tensor.nbytes for part in parts for tensor in vars(part).values() if isinstance(tensor, Tensor))
 
     def reset(self) -> None:
-        """Forget everything."""
         super().reset()
         self.pads = self.documents = self.mask = self.encoder_mask = None
 
@@ -137,17 +124,10 @@ class MegaCache(Cache):
         self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
         self._apply(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
         self._apply(lambda tensor: tensor[indices])
-
-    def clone_layers(self) -> None:
-        """Copy what inference mode made: outside of it, that can neither be written nor take part in gradients."""
-        for layer in self.states:
-            layer.apply(torch.clone)
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
         for layer in self.states:
@@ -158,11 +138,7 @@ class MegaCache(Cache):
 
 
 def check_cache(past: Any, num_hidden_layers: int, batch: int) -> MegaCache:
-    """Take a cache from which a model of so many blocks can go on with `batch` rows.
-
-    Raises:
-        ValueError: another kind of cache, or one of another model or batch.
-    """
+    """Take a cache from which a model of so many blocks can go on with `batch` rows; refuse (ValueError) others."""
     if not isinstance(past, MegaCache):
         raise ValueError(
             f"past_key_values is a {type(past).__name__}: Mega takes mega_scale.MegaCache, the one that it returns; "
@@ -179,19 +155,14 @@ def check_cache(past: Any, num_hidden_layers: int, batch: int) -> MegaCache:
         and state.ema.is_inference()
         and not torch.is_inference_mode_enabled()
     ):
-        past.clone_layers()
+        # What inference mode made can, outside of it, neither be written nor take part in gradients.
+        for layer in past.states:
+            layer.apply(torch.clone)
     return past
 
 
 def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-    """Keys and values to remember after new tokens, of rows without padding before them.
-
-    Args:
-        state: the state before; none before the first token.
-        keys: of the new tokens, (B, L, Z).
-        values: of the new tokens, (B, L, E).
-        chunk: C, tokens; none without chunks.
-    """
+    """Keys and values to remember after new ones (B, L, Z) and (B, L, E), of rows without padding before them."""
     if chunk is None:
         if state is None:
             return keys, values
@@ -212,13 +183,13 @@ def remember(state: LayerState | None, keys: Tensor, values: Tensor, chunk: int 
     return kept[0], kept[1]
 
 
-def _flatten(cache: MegaCache) -> tuple[list[Tensor], _Context]:
-    """The tensors of a cache, its position among them, as exporters take them in and give them out."""
+def _flatten(cache: MegaCache) -> tuple[list[Any], _Context]:
     keyed, context = _flatten_with_keys(cache)
     return [tensor for _, tensor in keyed], context
 
 
 def _flatten_with_keys(cache: MegaCache) -> tuple[list[tuple[pytree.KeyEntry, Any]], _Context]:
+    """The named tensors of a cache, its position among them, as exporters take them in and give them out."""
     first = cache.states[0]
     rows = [name for name in _ROWS if getattr(cache, name) is not None]
     context = {"layers": len(cache.states), "begun": first.state is not None, "encoder": first.encoder is not None}

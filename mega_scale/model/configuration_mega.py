@@ -180,7 +180,7 @@ class MegaConfig(PreTrainedConfig):
         return None if pad is None or pad < 0 or pad in others else pad
 
     def check_special_ids(self, *names: str) -> None:
-        """Refuse ids, of the keys in `names`, that lie outside the vocabulary."""
+        """Refuse ids, of these keys, that lie outside the vocabulary."""
         for name, ids in self.special_ids().items():
             if name in names and not all(0 <= id < self.vocab_size for id in ids):
                 raise ValueError(
@@ -244,11 +244,7 @@ class MegaConfig(PreTrainedConfig):
 
 
 def warn_if_norm_differs(values: Mapping[str, Any]) -> None:
-    """Warn of weights that were trained with the RMSNorm of transformers 4.37.2, which does not normalise.
-
-    Args:
-        values: content of a config.json.
-    """
+    """Warn of a config.json of a model that was trained with the RMSNorm of 4.37.2, which does not normalise."""
     release = str(values.get("transformers_version") or "").split(".")[0]
     older = release.isdecimal() and int(release) < 5
     if values.get("normalization_type") == "rmsnorm" and older and SAVED_BY not in values:

@@ -10,26 +10,13 @@ from mega_scale.model.configuration_mega import MegaConfig
 
 
 class Flops(NamedTuple):
-    """Operations of the forward pass of one token through the whole model, a multiply-add counting as two.
+    """Operations of the forward pass of one token through the whole model, a multiply-add counting as two."""
 
-    Args:
-        projections: `2 (D E + D (2D + Z + E) + E D)` a layer.
-        feed_forward: `4 D F` a layer.
-        averages: the recurrence, `6 N D` a layer and direction.
-        attention: `2 J (Z + E)` a layer.
-        head: `2 D V`, and `2 D^2` for its dense layer.
-    """
-
-    projections: int
-    feed_forward: int
-    averages: int
-    attention: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self)
+    projections: int  # 2 (D E + D (2D + Z + E) + E D) a layer
+    feed_forward: int  # 4 D F a layer
+    averages: int  # the recurrence, 6 N D a layer and direction
+    attention: int  # 2 J (Z + E) a layer
+    head: int  # 2 D V, and 2 D^2 for its dense layer
 
 
 def forward_flops(config: MegaConfig, sequence_length: int) -> Flops:
@@ -52,7 +39,7 @@ def decoding_flops(config: MegaConfig, context: int) -> Flops:
 
 def training_flops_per_token(config: MegaConfig, sequence_length: int) -> int:
     """Operations of forward and backward per token: three times the forward. Recomputed activations are not counted."""
-    return 3 * forward_flops(config, sequence_length).total
+    return 3 * sum(forward_flops(config, sequence_length))
 
 
 def _flops(config: MegaConfig, keys: float) -> Flops:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -34,26 +33,19 @@ class MegaHeadModel(MegaPreTrainedModel):
     mega: MegaModel
     one_answer_a_row = False
 
-    def encode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, BaseModelOutputWithPoolingAndCrossAttentions]:
-        """Run the backbone; returns the last hidden state (B, L, D), and all outputs."""
+    def encode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Run the backbone; returns the last hidden state (B, L, D), and what every head's outputs have of it."""
         # A head reads every position at once, so a cache would only hold memory.
         fixed = {"use_cache": False, "return_dict": True, "one_answer_a_row": self.one_answer_a_row}
         outputs = self.mega(*args, **{**kwargs, **fixed})
-        return outputs.last_hidden_state, outputs
+        return outputs.last_hidden_state, {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
 
 
 def sequence_token(hidden: Tensor, attention_mask: Tensor | None, config: MegaConfig) -> Tensor:
-    """Take the vector that stands for a whole sequence: the first valid token's, or a decoder's last valid token's.
+    """Take the vector that stands for a sequence (B, L, D): the first valid token's, or a decoder's last valid token's.
 
-    A decoder's first token has seen nothing but itself, and a padded row's first token may be padding.
-
-    Args:
-        hidden: (B, L, D).
-        attention_mask: (B, L), 1 or true for valid positions; none means that all are valid.
-        config: tells whether the model is a decoder.
-
-    Returns:
-        (B, D); of a row without any valid token, the outermost position.
+    A decoder's first token has seen nothing but itself, and a padded row's first token may be padding. Of a row without
+    any valid token it is the outermost position.
     """
     last = config.is_decoder
     if attention_mask is None:
@@ -63,21 +55,12 @@ def sequence_token(hidden: Tensor, attention_mask: Tensor | None, config: MegaCo
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
 
 
-def _dropout(config: MegaConfig) -> nn.Dropout:
+def _classifier_dropout(config: MegaConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 
 
-def _label_count(config: MegaConfig) -> int:
-    assert config.num_labels is not None, "configurations default to two labels"
-    return config.num_labels
-
-
 class MegaForMaskedLM(MegaHeadModel):
-    """Mega with a head that predicts the tokens behind masks: optional dense layer with tanh, then a linear layer.
-
-    Args:
-        config: an encoder's; the linear layer shares the word embeddings if `tie_word_embeddings`.
-    """
+    """Mega with a head that predicts the tokens behind masks: optional dense layer with tanh, then a linear layer."""
 
     _tied_weights_keys = {"mlm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
 
@@ -91,11 +74,9 @@ class MegaForMaskedLM(MegaHeadModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The layer that gives logits."""
         return self.mlm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the layer that gives logits."""
         self.mlm_head = new_embeddings
 
     @can_return_tuple
@@ -112,24 +93,13 @@ class MegaForMaskedLM(MegaHeadModel):
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits (B, L, V), and their cross-entropy with `labels` (B, L) int64, of which -100 is ignored."""
-        hidden, outputs = self.encode(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            inputs_embeds,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            **kwargs,
-        )
+        inputs = input_ids, attention_mask, token_type_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask
+        hidden, outputs = self.encode(*inputs, **kwargs)
         if self.dense is not None:
             hidden = torch.tanh(apply_linear(self.dense, hidden))
         logits = self.mlm_head(hidden)
-        return MaskedLMOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        return MaskedLMOutput(loss=loss, logits=logits, **outputs)
 
 
 class MegaClassificationHead(nn.Module):
@@ -138,8 +108,8 @@ class MegaClassificationHead(nn.Module):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = _dropout(config)
-        self.out_proj = nn.Linear(config.hidden_size, _label_count(config))
+        self.dropout = _classifier_dropout(config)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels or 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, D) to (B, K)."""
@@ -147,19 +117,13 @@ class MegaClassificationHead(nn.Module):
 
 
 class MegaForSequenceClassification(MegaHeadModel):
-    """Mega with one prediction a sequence: a class, several labels, or values.
-
-    The head reads the first valid token, or a decoder's last valid one.
-
-    Args:
-        config: `num_labels` and `problem_type` say what is predicted.
-    """
+    """Mega with one prediction a sequence: a class, several labels, or values, by `num_labels` and `problem_type`."""
 
     one_answer_a_row = True
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
-        self.num_labels: int = _label_count(config)
+        self.num_labels: int = config.num_labels or 0
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.classifier = MegaClassificationHead(config)
         self.post_init()
@@ -175,24 +139,14 @@ class MegaForSequenceClassification(MegaHeadModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (B, K), and their loss when labels are given.
-
-        Args:
-            labels: (B,) int64 classes; (B, K) zeros and ones for several labels; (B,) or (B, K) values of a
-                regression. Without `config.problem_type`, one label is a regression, and else integers are classes.
-
-        Raises:
-            ValueError: labels whose shape does not fit the problem.
-        """
+        """Logits (B, K), and their loss when labels are given, as `sequence_loss` takes them."""
         hidden, outputs = self.encode(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits = self.classifier(sequence_token(hidden, attention_mask, self.config))
         loss = None
         if labels is not None:
             # The configuration stays as it is: what one batch suggests must not decide for the next.
             loss = sequence_loss(logits, labels, self.config.problem_type, num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return SequenceClassifierOutput(loss=loss, logits=logits, **outputs)
 
 
 class MegaForMultipleChoice(MegaHeadModel):
@@ -218,37 +172,31 @@ class MegaForMultipleChoice(MegaHeadModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """Scores of every choice (B, M), and their cross-entropy when labels are given.
+        """Scores of every choice (B, M), and their cross-entropy with `labels` (B,) int64, the numbers of right ones.
 
-        Args:
-            input_ids: (B, M, L) int64, as are `token_type_ids` and `attention_mask`; or give `inputs_embeds`.
-            labels: (B,) int64, the number of the right choice.
-            inputs_embeds: (B, M, L, D), in place of word embeddings.
-            kwargs: hidden states and attentions, if asked for, are those of B * M rows, the choices of a batch one
-                after the other.
-
-        Raises:
-            ValueError: inputs without a dimension of choices.
+        Inputs are (B, M, L), or embeddings (B, M, L, D); hidden states and attentions, if asked for, are those of B * M
+        rows, the choices of a batch one after the other.
         """
-        choices = _choices(input_ids, inputs_embeds)
-        mask = _rows(attention_mask)
-        hidden, outputs = self.encode(
-            _rows(input_ids),
-            mask,
-            _rows(token_type_ids),
-            _rows(inputs_embeds),
-            **kwargs | {"position_ids": _rows(kwargs.get("position_ids"))},
-        )
-        token = sequence_token(hidden, mask, self.config)
+        name, given, dimensions = "input_ids", input_ids, 3
+        if given is None:
+            name, given, dimensions = "inputs_embeds", inputs_embeds, 4
+        if given is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if given.dim() != dimensions:
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}: expected {dimensions} dimensions, (batch, choices, ...); "
+                "add one of size 1 for a batch of one"
+            )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "position_ids": kwargs.get("position_ids")}
+        rows = {key: None if value is None else value.flatten(0, 1) for key, value in inputs.items()}
+        hidden, outputs = self.encode(**kwargs | rows)
+        token = sequence_token(hidden, rows["attention_mask"], self.config)
         assert self.mega.pooler is not None
         pooled = self.mega.pooler(token[:, None])
-        logits = self.classifier(self.dropout(pooled)).view(choices)
-        return MultipleChoiceModelOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = self.classifier(self.dropout(pooled)).view(given.shape[:2])
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, **outputs)
 
 
 class MegaForTokenClassification(MegaHeadModel):
@@ -256,9 +204,9 @@ class MegaForTokenClassification(MegaHeadModel):
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
-        self.num_labels: int = _label_count(config)
+        self.num_labels: int = config.num_labels or 0
         self.mega = MegaModel(config, add_pooling_layer=False)
-        self.dropout = _dropout(config)
+        self.dropout = _classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
@@ -276,20 +224,12 @@ class MegaForTokenClassification(MegaHeadModel):
         """Logits (B, L, K), and their cross-entropy with `labels` (B, L) int64, of which -100 is ignored."""
         hidden, outputs = self.encode(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(hidden))
-        return TokenClassifierOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        return TokenClassifierOutput(loss=loss, logits=logits, **outputs)
 
 
 class MegaForQuestionAnswering(MegaHeadModel):
-    """Mega with two scores a token: that the answer begins there, and that it ends there.
-
-    Raises:
-        ValueError: `num_labels` is not 2.
-    """
+    """Mega with two scores a token: that the answer begins there, and that it ends there."""
 
     one_answer_a_row = True
 
@@ -319,13 +259,8 @@ class MegaForQuestionAnswering(MegaHeadModel):
     ) -> QuestionAnsweringModelOutput:
         """Both scores of every position, (B, L) each, and the mean of both cross-entropies when positions are given.
 
-        Args:
-            start_positions: (B,) or (B, 1) int64, where the answers begin, in tokens; positions outside the sequence
-                are ignored, and the loss is zero if all are.
-            end_positions: likewise, the last token of the answers.
-
-        Raises:
-            ValueError: only one of the positions is given.
+        Positions are (B,) or (B, 1) int64, of the first and last tokens of the answers; those outside the sequence are
+        ignored, and the loss is zero if all are.
         """
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give both start_positions and end_positions, or neither")
@@ -333,39 +268,10 @@ class MegaForQuestionAnswering(MegaHeadModel):
         start_logits, end_logits = self.qa_outputs(hidden).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            pairs = ((start_logits, start_positions), (end_logits, end_positions))
-            start, end = (_position_loss(logits, positions, num_items_in_batch) for logits, positions in pairs)
-            loss = (start + end) / 2
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-def _position_loss(logits: Tensor, positions: Tensor, num_items: Tensor | int | None) -> Tensor:
-    positions = positions.reshape(-1).to(logits.device)
-    outside = (positions < 0) | (positions >= logits.shape[1])
-    return cross_entropy(logits, positions.masked_fill(outside, -100), num_items)
-
-
-def _choices(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    """B and M of the inputs of multiple choice."""
-    name, given, dimensions = "input_ids", input_ids, 3
-    if given is None:
-        name, given, dimensions = "inputs_embeds", inputs_embeds, 4
-    if given is None:
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if given.dim() != dimensions:
-        raise ValueError(
-            f"{name} has shape {tuple(given.shape)}: expected {dimensions} dimensions, (batch, choices, ...); "
-            "add one of size 1 for a batch of one"
-        )
-    return given.shape[0], given.shape[1]
-
-
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """(B, M, ...) to (B * M, ...)."""
-    return None if tensor is None else tensor.flatten(0, 1)
+            losses = []
+            for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+                labels = positions.reshape(-1).to(logits.device)
+                outside = (labels < 0) | (labels >= logits.shape[1])
+                losses.append(cross_entropy(logits, labels.masked_fill(outside, -100), num_items_in_batch))
+            loss = (losses[0] + losses[1]) / 2
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **outputs)

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
-from mega_scale.model.configuration_mega import MegaConfig
-from mega_scale.ops.attention import key_minus_query, rotary_bias, simple_bias
+from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
+from mega_scale.ops.attention import key_minus_query
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
-from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
 from mega_scale.ops.linear import linear
-from mega_scale.ops.modes import in_memory
+from mega_scale.ops.modes import in_memory, without_autocast
 
 _EPSILON = 1e-5  # of all norms
-INDICES = (torch.int64, torch.int32)  # dtypes of token ids
+_INDICES = (torch.int64, torch.int32)  # dtypes of token ids
 
 
 class MegaLinear(nn.Linear):
@@ -33,7 +33,7 @@ class MegaLinear(nn.Linear):
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, by whichever library is fastest on a CPU if the layer is a plain one: (B, L, D) to (B, L, W)."""
-    plain = plain_linear(layer)
+    plain = None if isinstance(layer, MegaLinear) else plain_linear(layer)
     found: Tensor = layer(x) if plain is None else linear(x, plain.weight, plain.bias)
     return found
 
@@ -52,7 +52,7 @@ def plain_linear(layer: nn.Module) -> nn.Linear | None:
 
 
 class MegaDropout(nn.Module):
-    """Zeroes elements with probability p while training; featurewise: one draw for a feature of a sequence."""
+    """Zeroes elements of (B, L, D) with probability p while training; featurewise: one draw for a feature of a row."""
 
     def __init__(self, p: float, featurewise: bool = False) -> None:
         super().__init__()
@@ -65,7 +65,6 @@ class MegaDropout(nn.Module):
         return self.training and self.p > 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D)."""
         if not self.drops:
             return x
         if self.featurewise:
@@ -89,7 +88,7 @@ class MegaAttentionDropout(nn.Module):
 
 
 class MegaScaleNorm(nn.Module):
-    """`g x / rms(x)` with one learned scalar g (arXiv 1910.05895)."""
+    """`g x / rms(x)` with one learned scalar g (arXiv 1910.05895); statistics in fp32."""
 
     scalar: nn.Parameter | None
 
@@ -99,7 +98,6 @@ class MegaScaleNorm(nn.Module):
         self.register_parameter("scalar", nn.Parameter(torch.ones(1)) if affine else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) in any floating dtype; statistics in fp32."""
         return divide_by_rms(x, self.scalar, self.eps)
 
 
@@ -114,7 +112,6 @@ class MegaRMSNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(torch.ones(channels)) if affine else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) in any floating dtype; statistics in fp32."""
         return divide_by_rms(x, self.weight, self.eps)
 
 
@@ -136,7 +133,7 @@ class MegaSequenceNorm(nn.Module):
             self.norm = nn.SyncBatchNorm(channels, eps=_EPSILON, affine=affine)
         else:
             raise ValueError(f"normalization_type={kind!r} is unknown")
-        self.over_batch = kind in ("batchnorm", "syncbatchnorm")
+        self.over_batch = kind in BATCH_NORMS
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise x (B, L, D); mask (B, L) bool marks the positions that batch statistics count."""
@@ -147,19 +144,6 @@ class MegaSequenceNorm(nn.Module):
         out = torch.zeros_like(x)
         out[mask] = self.norm(x[mask])
         return out
-
-
-def refuse_statistics_of_the_future(decoder: nn.Module) -> None:
-    """Refuse to run a decoder whose batch norms would take their statistics from all positions, those ahead included.
-
-    Raises:
-        ValueError: a batch norm is in training mode; in eval mode it reads its running statistics, which leak nothing.
-    """
-    if any(isinstance(module, MegaSequenceNorm) and module.norm.training for module in decoder.modules()):
-        raise ValueError(
-            "normalization_type of batch norms, in a decoder that trains, would show every position the future: "
-            "call eval(), or choose scalenorm, layernorm or rmsnorm"
-        )
 
 
 class MegaSimpleRelativePositionalBias(nn.Module):
@@ -179,12 +163,19 @@ class MegaSimpleRelativePositionalBias(nn.Module):
                 f"a sequence of {reach} tokens is longer than max_positions={self.centre}, the limit of "
                 "relative_positional_bias='simple': shorten it, use chunks, or use the rotary bias"
             )
-        distances = key_minus_query(queries, keys, offset, self.rel_pos_bias.device)
-        return simple_bias(self.rel_pos_bias, self.centre, distances)
+        table: Tensor = self.rel_pos_bias
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        distances = key_minus_query(queries, keys, offset, table.device)
+        # A distance beyond the table has the bias at its end.
+        return table[(distances + (self.centre - 1)).clamp(0, table.shape[0] - 1)]
 
 
 class MegaRotaryRelativePositionalBias(nn.Module):
-    """A learned function of the distance, defined at any distance."""
+    """A learned function of the distance, defined at any distance (arXiv 2209.10655, section 3.3; HF 4.37.2).
+
+    `sum_k (a1 b1 + a2 b2)_k cos(d theta_k) + (a1 b2 - a2 b1)_k sin(d theta_k)`, with d = i - j, the halves 1 and 2 of
+    alpha and beta, and `theta_k = 10000^(-k / (Z / 2))`: alpha rotated to i, times beta rotated to j.
+    """
 
     _float_tensor: Tensor
 
@@ -196,15 +187,21 @@ class MegaRotaryRelativePositionalBias(nn.Module):
         self.register_buffer("_float_tensor", torch.zeros(1))
 
     def forward(self, queries: int, keys: int, offset: int | Tensor) -> Tensor:
-        """The bias of I queries from position `offset` on against J keys, (I + J - 1,), or (B, I + J - 1) for (B,)."""
-        return rotary_bias(self.alpha, self.b_param, key_minus_query(queries, keys, offset, self.alpha.device))
+        """As that of the simple bias; at least fp32."""
+        alpha, beta = self.alpha, self.b_param
+        dtype = torch.promote_types(alpha.dtype, torch.float32)
+        distances = key_minus_query(queries, keys, offset, alpha.device)
+        with without_autocast(alpha.device):
+            a1, a2 = alpha.to(dtype).reshape(-1).chunk(2)
+            b1, b2 = beta.to(dtype).reshape(-1).chunk(2)
+            half = a1.shape[0]
+            theta = 10000.0 ** (-torch.arange(half, device=alpha.device, dtype=dtype) / half)
+            angles = -distances.to(dtype)[..., None] * theta
+            return angles.cos() @ (a1 * b1 + a2 * b2) + angles.sin() @ (a1 * b2 - a2 * b1)
 
 
-def positional_bias(config: MegaConfig) -> nn.Module:
-    """The bias module that `relative_positional_bias` names."""
-    if config.relative_positional_bias == "simple":
-        return MegaSimpleRelativePositionalBias(config)
-    return MegaRotaryRelativePositionalBias(config)
+BIASES = {"rotary": MegaRotaryRelativePositionalBias, "simple": MegaSimpleRelativePositionalBias}
+"""By `relative_positional_bias`."""
 
 
 class MegaMultiDimensionDampedEma(nn.Module):
@@ -229,18 +226,12 @@ class MegaMultiDimensionDampedEma(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, state: Tensor | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Average x over the sequence.
+        """Average x (B, L, D) over the sequence; also returns h after the last token, none when truncated.
 
-        Args:
-            x: (B, L, D), any floating dtype.
-            mask: (B, L) bool, false for positions that the average leaves out (their omega term stays).
-            state: h before the first token, (B, D, N) fp32; none means zero.
-            resets: (B, L) bool, true where a document begins, into which nothing is carried; none: nowhere.
-
-        Returns:
-            (B, L, D) in the dtype of x, and h after the last token; none when truncated.
+        The mask (B, L) bool is false for positions that the average leaves out (their omega term stays); the state is h
+        before the first token, (B, D, N) fp32; resets (B, L) bool are true where a document begins.
         """
-        coefficients = EmaCoefficients.from_parameters(
+        coefficients = ema_coefficients(
             self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix
         )
         inputs = x if mask is None else x * mask[..., None]
@@ -259,6 +250,7 @@ class MegaEmbeddings(nn.Module):
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
+        self.channels = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.padding_idx)
         self.token_type_embeddings = (
             nn.Embedding(config.type_vocab_size, config.hidden_size) if config.add_token_type_embeddings else None
@@ -269,58 +261,43 @@ class MegaEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, token_type_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Embed input_ids (B, L), or take inputs_embeds (B, L, D) in their place; token types default to 0.
+        """Embed input_ids (B, L), or take inputs_embeds (B, L, D) in their place; token types, (B, L) or (1, L), are 0.
 
         Raises:
-            ValueError: ids that no row belongs to; see also `check_inputs`.
+            ValueError: both or none of ids and embeddings; no token in a row; other shapes or dtypes; ids that no row
+                belongs to.
         """
-        check_rows(self.word_embeddings, input_ids, "input_ids", "vocab_size")
-        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        shape = tuple(given.shape)
+        if input_ids is None:
+            name, expected = "inputs_embeds", f"(batch, length, {self.channels})"
+            fits = shape[2:] == (self.channels,)
+        else:
+            name, expected = "input_ids", "int64 (batch, length)"
+            fits = len(shape) == 2 and given.dtype in _INDICES
+        if not fits or shape[1] < 1:
+            raise ValueError(f"{name} is {given.dtype} {shape}: expected {expected}, at least one token long")
+        types = None if self.token_type_embeddings is None else token_type_ids
+        if types is not None and (types.shape not in (shape[:2], (1, shape[1])) or types.dtype not in _INDICES):
+            raise ValueError(
+                f"token_type_ids is {types.dtype} {tuple(types.shape)}: expected int64 {shape[:2]}, one a token"
+            )
+
+        words = self.word_embeddings
+        if input_ids is not None and type(words) is nn.Embedding:
+            check_ids(input_ids, words.num_embeddings, "input_ids", "vocab_size")
+        x = given if input_ids is None else words(input_ids)
         if self.scale != 1.0:
             x = x * self.scale
         if self.token_type_embeddings is not None:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-            check_rows(self.token_type_embeddings, token_type_ids, "token_type_ids", "type_vocab_size")
-            x = x + self.token_type_embeddings(token_type_ids)
+            if types is None:
+                types = torch.zeros(shape[:2], dtype=torch.long, device=x.device)
+            if type(self.token_type_embeddings) is nn.Embedding:
+                check_ids(types, self.token_type_embeddings.num_embeddings, "token_type_ids", "type_vocab_size")
+            x = x + self.token_type_embeddings(types)
         return self.dropout(x)
-
-
-def check_inputs(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None, config: MegaConfig
-) -> None:
-    """Refuse inputs of another shape or dtype than `MegaEmbeddings` takes.
-
-    Raises:
-        ValueError: both or none of ids and embeddings; no token in a row; other shapes or dtypes; token types that are
-            not (B, L) or (1, L).
-    """
-    given = inputs_embeds if input_ids is None else input_ids
-    if given is None or (input_ids is not None and inputs_embeds is not None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    shape = tuple(given.shape)
-    if input_ids is None:
-        name, expected, fits = (
-            "inputs_embeds",
-            f"(batch, length, {config.hidden_size})",
-            shape[2:] == (config.hidden_size,),
-        )
-    else:
-        name, expected, fits = "input_ids", "int64 (batch, length)", len(shape) == 2 and given.dtype in INDICES
-    if not fits or shape[1] < 1:
-        raise ValueError(f"{name} is {given.dtype} {shape}: expected {expected}, at least one token long")
-    if token_type_ids is not None and config.add_token_type_embeddings:
-        types = tuple(token_type_ids.shape)
-        if types not in (shape[:2], (1, shape[1])) or token_type_ids.dtype not in INDICES:
-            raise ValueError(
-                f"token_type_ids is {token_type_ids.dtype} {types}: expected int64 {shape[:2]}, one a token"
-            )
-
-
-def check_rows(table: nn.Module, ids: Tensor | None, name: str, size: str) -> None:
-    """Refuse ids that a table on a CPU has no row for."""
-    if ids is not None and type(table) is nn.Embedding:
-        check_ids(ids, table.num_embeddings, name, size)
 
 
 def check_ids(ids: Tensor, rows: int, name: str, size: str) -> None:
@@ -346,12 +323,7 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
         self.hidden_dropout = MegaDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Update the residual stream.
-
-        Args:
-            x: (B, L, D).
-            mask: (B, L) bool, true for valid positions, for batch norms.
-        """
+        """Update the residual stream (B, L, D); mask (B, L) bool is true for valid positions, for batch norms."""
         if self.prenorm and not self.norm.over_batch:
             with recomputed(self.norm, x) as normed:
                 pre = apply_linear(self.fc1, normed)

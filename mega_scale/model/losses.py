@@ -13,18 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mega_scale.model.layers import plain_linear
-from mega_scale.ops.cross_entropy import linear_cross_entropy
+from mega_scale.ops.linear import linear_cross_entropy
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse labels that are no integers, or not one for each of the predictions (`shape`, or as many in a row).
-
-    Raises:
-        ValueError: the labels do not fit.
-    """
+    """Refuse labels that are no integers, or not one for each of the predictions (`shape`, or as many in a row)."""
     expected = tuple(shape)
     fits = labels.shape == expected or (labels.dim() != len(expected) and labels.numel() == math.prod(expected))
     if labels.dtype not in INTEGERS or not fits:
@@ -36,18 +32,10 @@ def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None, ignore_index: int = -100
 ) -> Tensor:
-    """Cross-entropy of classes, computed in fp32.
-
-    Args:
-        logits: (..., K).
-        labels: (...) integers; `ignore_index` does not count.
-        num_items: what the sum is divided by; default: the number of labels that count.
+    """Cross-entropy of logits (..., K) with integer labels (...), of which `ignore_index` does not count; in fp32.
 
     Returns:
-        A scalar, in nats per label.
-
-    Raises:
-        ValueError: labels that are no integers, or not one for each of the predictions.
+        A scalar: the sum in nats, divided by `num_items`, by default the number of labels that count.
     """
     check_labels(labels, logits.shape[:-1])
     labels = labels.reshape(-1).to(logits.device, torch.long)
@@ -59,20 +47,14 @@ def cross_entropy(
 def sequence_loss(
     logits: Tensor, labels: Tensor, problem_type: str | None = None, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """Loss of one prediction a sequence: mean square, cross-entropy, or binary cross-entropy.
+    """Loss of logits (B, K), one prediction a sequence: mean square, cross-entropy, or binary cross-entropy.
 
-    Args:
-        logits: (B, K).
-        labels: (B,) classes, (B, K) zeros and ones for several labels, or (B, K) values of a regression, (B,) if K = 1.
-        problem_type: regression, single_label_classification or multi_label_classification; default: regression
-            if K = 1, else one label if the labels are integers, else several.
-        num_items: what the sum is divided by; default: the number of elements of `labels`.
-
-    Raises:
-        ValueError: an unknown problem, or labels whose shape does not fit it.
+    Labels are (B,) classes, (B, K) zeros and ones for several labels, or (B, K) values of a regression, (B,) if K = 1.
+    By default the problem is a regression if K = 1, else one label if the labels are integers, else several.
     """
     if problem_type is None:
-        problem_type = _problem_type(logits.shape[-1], labels)
+        several = "single_label_classification" if labels.dtype in INTEGERS else "multi_label_classification"
+        problem_type = "regression" if logits.shape[-1] == 1 else several
     if problem_type not in PROBLEMS:
         raise ValueError(f"problem_type={problem_type!r} is unknown: choose one of {', '.join(PROBLEMS)}, or none")
     labels = labels.to(logits.device)
@@ -93,12 +75,6 @@ def sequence_loss(
     return mean(total, labels.numel(), num_items)
 
 
-def _problem_type(classes: int, labels: Tensor) -> str:
-    if classes == 1:
-        return "regression"
-    return "single_label_classification" if labels.dtype in INTEGERS else "multi_label_classification"
-
-
 def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None) -> Tensor:
     """A sum of losses, divided by `num_items` (0 counts as 1), or by the number of targets where that is not given."""
     if num_items is None:
@@ -113,30 +89,17 @@ class LanguageModelHead(nn.Linear):
     """A linear layer that can also take targets, whatever hooks it has: what trainers make of it."""
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or a loss.
-
-        Args:
-            input: (B, L, D).
-            targets: (B, L) int64, -100 where there is none.
-
-        Returns:
-            (B, L, V) without targets; with them a scalar in fp32, nats, summed over targets.
-        """
+        """Logits (B, L, V) of (B, L, D); with targets (B, L) int64, -100 where there is none, the sum of losses."""
         if targets is None:
             return super().forward(input)
         return linear_cross_entropy(input, self.weight, self.bias, targets.to(input.device))
 
 
 def summed_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of a head's logits, summed over targets, in fp32 and nats.
+    """Cross-entropy of a head's logits of x (B, L, D), summed over targets (B, L) but for -100, in fp32 and nats.
 
     A few tokens at a time, except where the head is not linear itself (quantised, adapted, watched): then of whole
     logits.
-
-    Args:
-        head: makes logits (B, L, V) of x.
-        x: (B, L, D).
-        targets: (B, L) int64, -100 where there is none.
     """
     targets = targets.to(x.device)
     if isinstance(head, LanguageModelHead):

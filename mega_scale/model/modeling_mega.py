@@ -21,27 +21,16 @@ from mega_scale.model.attention import MegaBlock, MegaMovingAverageGatedAttentio
 from mega_scale.model.cache import MegaCache, check_cache
 from mega_scale.model.configuration_mega import BATCH_NORMS, CLASSES, MegaConfig, warn_if_norm_differs
 from mega_scale.model.layers import (
+    BIASES,
     MegaEmbeddings,
     MegaMultiDimensionDampedEma,
     MegaRMSNorm,
-    MegaRotaryRelativePositionalBias,
     MegaScaleNorm,
     MegaSequenceNorm,
-    MegaSimpleRelativePositionalBias,
     apply_linear,
-    check_inputs,
-    refuse_statistics_of_the_future,
 )
 from mega_scale.model.losses import check_labels, cross_entropy, mean, summed_cross_entropy
-from mega_scale.model.rows import (
-    DOCUMENT_KEYS,
-    document_borders,
-    encoder_mask,
-    find_document_starts,
-    leading_pads,
-    mask_and_pads,
-    remember_mask,
-)
+from mega_scale.model.rows import DOCUMENT_KEYS, encoder_mask, leading_pads, read_rows
 
 logger = logging.get_logger(__name__)
 
@@ -51,11 +40,8 @@ def initial_tensor(
 ) -> Tensor | None:
     """Draw the initial value of one parameter or buffer, as the reference does (transformers 4.37.2 `_init_weights`).
 
-    Args:
-        module: its owner; may lie on the meta device. Only its class and shapes are read.
-        name: of the parameter or persistent buffer in `module`, without dots.
-        config: of the model.
-        generator: CPU generator; none means PyTorch's global one.
+    The module may lie on the meta device: only its class and shapes are read. The generator is a CPU's; none means
+    PyTorch's global one.
 
     Returns:
         The full tensor on the CPU, fp32 (integers keep their dtype); none when the module is not one of Mega's.
@@ -78,20 +64,15 @@ def initial_tensor(
             alternating[1::2] = -1.0  # more stable than one sign for all (fairseq)
             return normal(config.ema_beta_range) + alternating
         return normal(config.ema_gamma_omega_range)
-    if isinstance(module, MegaSimpleRelativePositionalBias):
-        return normal(config.initializer_range)
-    if isinstance(module, MegaRotaryRelativePositionalBias):
-        return torch.zeros(shape) if name == "_float_tensor" else normal(config.initializer_range)
-    if isinstance(module, MegaMovingAverageGatedAttention):
-        return normal(config.initializer_range) if name == "qk_weight" else torch.zeros(shape)
     if isinstance(module, nn.Embedding):
         # Scaled embeddings enter the first block with unit variance, as in fairseq.
         weight = normal(config.hidden_size**-0.5 if config.scale_embeddings else config.initializer_range)
         if module.padding_idx is not None:
             weight[module.padding_idx] = 0.0
         return weight
-    if isinstance(module, nn.Linear):
-        return normal(config.initializer_range) if name == "weight" else torch.zeros(shape)
+    if isinstance(module, (nn.Linear, MegaMovingAverageGatedAttention, *BIASES.values())):
+        drawn = name in ("weight", "qk_weight", "alpha", "b_param", "rel_pos_bias")
+        return normal(config.initializer_range) if drawn else torch.zeros(shape)
     if isinstance(module, (MegaScaleNorm, MegaRMSNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)):
         if name == "num_batches_tracked":
             return torch.zeros(shape, dtype=tensor.dtype)
@@ -123,7 +104,7 @@ class MegaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model from a folder or the hub; warns of a checkpoint whose norm computed something else."""
+        """As transformers does; warns of a checkpoint whose norm computed something else."""
         loaded = super().from_pretrained(*args, **kwargs)
         warn_if_norm_differs(vars((loaded[0] if isinstance(loaded, tuple) else loaded).config))
         return loaded
@@ -178,14 +159,9 @@ class MegaPooler(nn.Module):
 
 
 class MegaModel(MegaPreTrainedModel):
-    """The backbone: embeddings, blocks, and a pooler over the first token.
+    """The backbone: embeddings, blocks, and if wanted a pooler over the first token.
 
-    Args:
-        config: an encoder's, or with `is_decoder=True, bidirectional=False` a decoder's.
-        add_pooling_layer: whether to pool the first token.
-
-    Raises:
-        ValueError: the configuration describes no model, such as a bidirectional decoder.
+    The configuration is an encoder's, or with `is_decoder=True, bidirectional=False` a decoder's.
     """
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
@@ -201,11 +177,9 @@ class MegaModel(MegaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The word embeddings."""
         return self.embedding_layer.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the word embeddings."""
         self.embedding_layer.add_module("word_embeddings", value)
 
     @can_return_tuple
@@ -227,19 +201,17 @@ class MegaModel(MegaPreTrainedModel):
         """Run the blocks over a batch.
 
         Args:
-            input_ids: (B, L) int64; or give `inputs_embeds`.
+            input_ids: (B, L) int64; or give `inputs_embeds`, (B, L, D).
             attention_mask: (B, L), or with a cache also (B, past + L), of bool or 0 and 1; 1 or true for valid
                 positions. The cache remembers the masks of the tokens before. Rows padded on the left count positions,
                 and chunks, from their first valid token.
             token_type_ids: (B, L) int64.
-            inputs_embeds: (B, L, D), in place of word embeddings.
-            encoder_hidden_states: (B, S, D), what cross-attention attends to; not needed again with a cache.
-            encoder_attention_mask: (B, S), 1 or true for valid positions; not needed again with a cache.
+            encoder_hidden_states: (B, S, D), what cross-attention attends to; its mask is (B, S). Neither is needed
+                again with a cache.
             past_key_values: cache of the tokens before these, of any number; decoders only.
-            use_cache: whether to return a cache; default: `config.use_cache` of a decoder that is not training.
-            output_attentions: whether to return attention weights: (B, K, C, C) a block, or (B, 1, L, past + L) without
-                chunks; of cross-attention (B, L, S).
-            output_hidden_states: whether to return the embeddings and every block's output.
+            use_cache: default: `config.use_cache` of a decoder that is not training.
+            output_attentions: (B, K, C, C) a block, or (B, 1, L, past + L) without chunks; (B, L, S) to an encoder.
+            output_hidden_states: the embeddings and every block's output.
             document_starts: (B, L) bool, true at the first token of every document where rows hold several: the moving
                 average begins anew there, and attention in a chunk stays inside a document. Chunks count from the row's
                 start. With a cache, a document that began before goes on until the next one starts. (Numbers of
@@ -254,23 +226,32 @@ class MegaModel(MegaPreTrainedModel):
                 or with truncation; documents in rows that are padded on the left, with truncation or cross-attention.
         """
         config = self.config
-        check_inputs(input_ids, inputs_embeds, token_type_ids, config)
-        if config.is_decoder and config.normalization_type in BATCH_NORMS:
-            refuse_statistics_of_the_future(self)
+        if (
+            config.is_decoder
+            and config.normalization_type in BATCH_NORMS
+            # In eval mode they read their running statistics, which leak nothing.
+            and any(isinstance(module, MegaSequenceNorm) and module.norm.training for module in self.modules())
+        ):
+            raise ValueError(
+                "normalization_type of batch norms, in a decoder that trains, would show every position the future: "
+                "call eval(), or choose scalenorm, layernorm or rmsnorm"
+            )
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache, x.shape[0])
-        mask, pads = mask_and_pads(attention_mask, config, cache, x)
+        cache = None
+        if past_key_values is not None or use_cache is not False:
+            cache = self._cache(past_key_values, use_cache, x.shape[0])
         source_mask = None
         if config.add_cross_attention:
             source_mask = encoder_mask(encoder_attention_mask, encoder_hidden_states, cache, x)
-        starts = find_document_starts(document_starts, kwargs, mask, pads, cache, x)
-        if starts is not None and kwargs.get("one_answer_a_row"):
+        # Without any of these, all tokens are valid, and each row is one document.
+        mask = pads = borders = None
+        documents = {key: kwargs[key] for key in DOCUMENT_KEYS if kwargs.get(key) is not None}
+        if cache is not None or attention_mask is not None or document_starts is not None or documents:
+            mask, pads, borders = read_rows(attention_mask, document_starts, documents, config, cache, x)
+        if borders is not None and kwargs.get("one_answer_a_row"):
             raise ValueError("several documents in a row, of which this head says one thing: give each document a row")
-        borders = document_borders(starts, config, cache, pads, x)
-        if cache is not None:
-            remember_mask(cache, mask, pads, config)
 
         hidden_states, attentions, cross_attentions = [x], [], []
         for i, block in enumerate(self.layers):
@@ -331,8 +312,7 @@ class MegaModel(MegaPreTrainedModel):
 class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
     """Mega with a language-model head: optional dense layer with tanh, then a linear layer, tied by default.
 
-    Args:
-        config: a decoder's: `is_decoder=True, bidirectional=False`.
+    The configuration is a decoder's: `is_decoder=True, bidirectional=False`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
@@ -350,14 +330,6 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The layer that gives logits."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the layer that gives logits."""
-        self.lm_head = new_embeddings
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -386,15 +358,13 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         """Logits, and the cross-entropy of the next token when labels are given; other arguments as in `MegaModel`.
 
         Args:
-            labels: (B, L) int64, the tokens themselves; -100 is ignored. The loss compares position t with label t + 1.
+            labels: (B, L) int64, the tokens themselves; -100 is ignored. The loss compares position t with label t + 1:
+                set to -100 those that would predict the first token of a document from the one before.
             logits_to_keep: compute only the last n logits (0: all), or those at the given positions.
             num_items_in_batch: what the sum of token losses is divided by; default: the number of valid tokens here.
-            document_starts: see `MegaModel`. Labels are not changed: set to -100 those that would predict the first
-                token of a document from the one before.
             kwargs: `shift_labels` (B, L) int64, before `labels` where both are given: the next token of every position,
                 for rows cut from a longer text; -100 is ignored. `skip_logits=True`: compute the loss a few tokens at a
-                time, and no logits. Those that say where documents begin, see `MegaModel`. Others are ignored. (The
-                Trainer expects every named argument with "label" in it in each batch.)
+                time, and no logits. (The Trainer expects every named argument with "label" in it in each batch.)
         """
         following: Tensor | None = kwargs.get("shift_labels")
         if following is None and labels is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.ops.attention import ChunkDocuments
-from mega_scale.ops.modes import any_length, chunk_count, in_memory
+from mega_scale.ops.modes import ANY_LENGTH, chunk_count, in_memory, tracing
 
 
 def leading_pads(mask: Tensor) -> Tensor:
@@ -54,46 +54,43 @@ class LeftPadding(NamedTuple):
         else:
             base = real.clamp(min=0) // chunk * chunk
             most = length + (chunk - 1 if remembered else 0)
-            width = most if not any_length() and most <= chunk else chunk_count(most, chunk) * chunk
+            one = tracing() not in ANY_LENGTH and most <= chunk
+            width = most if one else chunk_count(most, chunk) * chunk
         return cls(real - base, (real - base).clamp(min=0), base + pads, width, length)
 
     def _slot(self) -> Tensor:
         return torch.arange(self.width, device=self.shift.device)
 
-    def _token(self) -> Tensor:
-        """The new token in each slot, (B, T); outside 0 to L - 1 where there is none."""
-        return self._slot() - self.shift[:, None]
+    def in_slots(self, new: Tensor, old: Tensor | None = None) -> Tensor:
+        """Queries, keys or values (B, L, W), and remembered ones (B, >= kept, W), in their slots, (B, T, W).
 
-    def keys(self, old: Tensor | None, new: Tensor) -> Tensor:
-        """Remembered keys or values (B, >= kept, W) and new ones (B, L, W) in their slots, (B, T, W)."""
-        token = self._token().clamp(0, self.length - 1)
-        if old is None:
-            return _take(new, token)
+        Other slots hold something finite.
+        """
         slot = self._slot()
-        source = torch.where(slot < self.kept[:, None], slot, old.shape[1] + token)
-        return _take(torch.cat([old, new], 1), source)
-
-    def queries(self, new: Tensor) -> Tensor:
-        """New queries (B, L, Z) in their slots, (B, T, Z); other slots hold something finite."""
-        return _take(new, self._token().clamp(0, self.length - 1))
+        source = (slot - self.shift[:, None]).clamp(0, self.length - 1)
+        if old is not None:
+            source = torch.where(slot < self.kept[:, None], slot, old.shape[1] + source)
+            new = torch.cat([old, new], 1)
+        return _take(new, source)
 
     def valid(self, mask: Tensor | None, columns: int | Tensor) -> Tensor:
         """Which slots hold a valid key, (B, T) bool; mask (B, M) marks valid ones of the last M of all columns."""
-        token = self._token()
-        valid = (self._slot() < self.kept[:, None]) | ((token >= 0) & (token < self.length))
+        slot = self._slot()
+        token = slot - self.shift[:, None]
+        valid = (slot < self.kept[:, None]) | ((token >= 0) & (token < self.length))
         if mask is not None:
-            column = self.column[:, None] + self._slot() - (columns - mask.shape[1])
+            column = self.column[:, None] + slot - (columns - mask.shape[1])
             valid = valid & (mask.gather(1, column.clamp(0, mask.shape[1] - 1)) | (column < 0))
         return valid
-
-    def back(self, slots: Tensor) -> Tensor:
-        """What lies in the slots of the new tokens: (B, T, W) to (B, L, W); padding gets something finite."""
-        return _take(slots, self.new_slots())
 
     def new_slots(self) -> Tensor:
         """Slots of the new tokens, (B, L), padding at slot 0."""
         tokens = torch.arange(self.length, device=self.shift.device)
         return (self.shift[:, None] + tokens).clamp(0, self.width - 1)
+
+    def out_of_slots(self, slots: Tensor) -> Tensor:
+        """What lies in the slots of the new tokens: (B, T, W) to (B, L, W); padding gets something finite."""
+        return _take(slots, self.new_slots())
 
     def by_column(self, weights: Tensor) -> Tensor:
         """Weights of an unchunked model, (B, 1, I, T) by slots, as (B, 1, L, T) by rows and columns of the input."""
@@ -110,10 +107,8 @@ class LeftPadding(NamedTuple):
         return _take(slots, source.clamp(max=self.width - 1))
 
 
-def align(mask: Tensor | None, columns: int) -> Tensor | None:
+def align(mask: Tensor, columns: int) -> Tensor:
     """The mask over `columns` columns: earlier ones that it leaves out are valid."""
-    if mask is None or mask.shape[1] == columns:
-        return mask
     missing = columns - mask.shape[1]
     return F.pad(mask, (missing, 0), value=True) if missing > 0 else mask[:, -columns:]
 
@@ -122,12 +117,8 @@ def _take(source: Tensor, index: Tensor) -> Tensor:
     return source.gather(1, index[..., None].expand(-1, -1, source.shape[2]))
 
 
-def checked_mask(mask: Tensor, name: str, batch: int, *lengths: int) -> Tensor:
-    """Take a mask (B, one of `lengths`), of any dtype, as bool.
-
-    Raises:
-        ValueError: another shape, or numbers other than 0 and 1.
-    """
+def _checked_mask(mask: Tensor, name: str, batch: int, *lengths: int) -> Tensor:
+    """A mask (B, one of `lengths`) of 0 and 1, of any dtype, as bool."""
     if tuple(mask.shape) not in [(batch, length) for length in lengths]:
         expected = " or ".join(str((batch, length)) for length in dict.fromkeys(lengths))
         raise ValueError(f"{name} has shape {tuple(mask.shape)}: expected (batch, length), here {expected}")
@@ -137,95 +128,10 @@ def checked_mask(mask: Tensor, name: str, batch: int, *lengths: int) -> Tensor:
     return valid
 
 
-def mask_and_pads(
-    attention_mask: Tensor | None, config: MegaConfig, cache: MegaCache | None, x: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Join the mask of new tokens to what the cache remembers of those before.
-
-    Args:
-        attention_mask: (B, L), of the new tokens, or (B, past + L); none: all new tokens are valid.
-        config: of the model.
-        cache: of the tokens before.
-        x: the new tokens, (B, L, D).
-
-    Returns:
-        (B, M + L) bool, true for valid columns, or none where all are; and the padding before each row's first token,
-        (B,) int64, where positions depend on it and some row has any.
-
-    Raises:
-        ValueError: the mask does not fit, or has other past columns than the calls that filled the cache.
-    """
-    batch, length = x.shape[:2]
-    seen: int | Tensor = 0 if cache is None else cache.get_seq_length()
-    pads = None if cache is None else cache.pads
-    if isinstance(seen, Tensor):
-        assert cache is not None
-        return _of_any_call(attention_mask, cache, seen, x)
-    mask = None
-    if attention_mask is not None:
-        mask = checked_mask(attention_mask.to(x.device), "attention_mask", batch, length, seen + length)
-    if not seen:
-        if mask is None:
-            if cache is not None and torch.compiler.is_compiling():
-                # Positions then live in tensors, and one graph serves every place in the chunk.
-                pads = torch.zeros(batch, dtype=torch.long, device=x.device)
-        elif config.is_decoder or config.use_chunking:
-            pads = leading_pads(mask) if not in_memory(mask) or not bool(mask[:, 0].all()) else None
-        return mask, pads
-    assert cache is not None
-    if mask is None:
-        if torch.compiler.is_compiling() and pads is None:
-            pads = torch.zeros(batch, dtype=torch.long, device=x.device)
-        if cache.mask is None:
-            return None, pads
-        mask = x.new_ones(batch, length, dtype=torch.bool)
-    before = cache.mask
-    if before is None:
-        window = min(seen, config.chunk_size) if config.use_chunking else seen
-        before = mask.new_ones(batch, window)
-    if mask.shape[1] > length:
-        _check_past(mask[:, :-length], before, pads)
-        mask = mask[:, -length:]
-    if pads is not None:  # a row may have been padding only until now
-        pads = torch.where(pads >= seen, seen + leading_pads(mask), pads)
-    return torch.cat([before, mask], 1), pads
-
-
-def _of_any_call(
-    attention_mask: Tensor | None, cache: MegaCache, seen: Tensor, x: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """The same for a program that is being exported, where nobody knows how many columns came before: a mask of another
-    length than the new tokens is of all columns."""
-    batch, length = x.shape[:2]
-    mask = None if attention_mask is None else attention_mask != 0
-    if mask is not None and mask.shape[1] != length:
-        return mask, leading_pads(mask)
-    pads = x.new_zeros(batch, dtype=torch.long) if cache.pads is None else cache.pads
-    if mask is None and cache.mask is None:
-        return None, pads
-    if mask is None:
-        mask = x.new_ones(batch, length, dtype=torch.bool)
-    pads = torch.where(pads >= seen, seen + leading_pads(mask), pads)
-    return mask if cache.mask is None else torch.cat([cache.mask, mask], 1), pads
-
-
-def remember_mask(cache: MegaCache, mask: Tensor | None, pads: Tensor | None, config: MegaConfig) -> None:
-    """Note in the cache what `mask_and_pads` returned, as far as later tokens can see it."""
-    cache.pads = pads
-    # An exporter would keep whether there are more columns than these.
-    if mask is not None and config.use_chunking and not torch.compiler.is_exporting():
-        mask = mask[:, -config.chunk_size :].clone()  # no view, which would keep all of it
-    cache.mask = mask
-
-
 def encoder_mask(
     attention_mask: Tensor | None, encoder_hidden_states: Tensor | None, cache: MegaCache | None, x: Tensor
 ) -> Tensor | None:
-    """The mask of the encoder's output, (B, S) bool; with a cache, the one that came before where none is given.
-
-    Raises:
-        ValueError: no encoder's output, or shapes that do not fit it.
-    """
+    """The mask of the encoder's output, (B, S) bool; with a cache, the one that came before where none is given."""
     encoder = None if cache is None else cache.states[0].encoder
     batch, _, channels = x.shape
     if encoder_hidden_states is None and encoder is None:
@@ -238,24 +144,13 @@ def encoder_mask(
         raise ValueError(f"encoder_hidden_states has shape {shape}: expected {(batch, length, channels)}")
     if attention_mask is None:
         return None if cache is None else cache.encoder_mask
-    mask = checked_mask(attention_mask.to(x.device), "encoder_attention_mask", batch, length)
+    mask = _checked_mask(attention_mask.to(x.device), "encoder_attention_mask", batch, length)
     if cache is not None:
         cache.encoder_mask = mask
     return mask
 
 
-def _check_past(past: Tensor, before: Tensor, pads: Tensor | None) -> None:
-    if not in_memory(past):
-        return
-    begins = leading_pads(past)
-    same = bool((begins == (0 if pads is None else pads)).all())
-    if not same or not torch.equal(past[:, past.shape[1] - before.shape[1] :], before):
-        raise ValueError(
-            "attention_mask says of cached tokens something else than the masks with which they came: pass those again "
-            "before the mask of the new tokens, or the mask of the new tokens alone"
-        )
-
-
+# What transformers' flattened batches say of documents.
 DOCUMENT_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -280,138 +175,180 @@ class DocumentBorders:
         return DocumentBorders(self.starts[:, begin:end], ChunkDocuments.of(numbers))
 
 
-def find_document_starts(
-    starts: Tensor | None,
+def read_rows(
+    attention_mask: Tensor | None,
+    document_starts: Tensor | None,
     extras: Mapping[str, Any],
+    config: MegaConfig,
+    cache: MegaCache | None,
+    x: Tensor,
+) -> tuple[Tensor | None, Tensor | None, DocumentBorders | None]:
+    """Join what a call says of its rows to what the cache remembers of the tokens before, and note it there.
+
+    Args:
+        attention_mask: (B, L), of the new tokens, or (B, past + L); none: all new tokens are valid.
+        document_starts: (B, L) bool, true where a document begins.
+        extras: the same, as `DOCUMENT_KEYS` say it.
+        x: the new tokens, (B, L, D).
+
+    Returns:
+        (B, M + L) bool, true for valid columns, or none where all are; the padding before each row's first token,
+        (B,) int64, where positions depend on it and some row has any; and the documents, none where every row holds
+        one.
+    """
+    mask, pads = _mask_and_pads(attention_mask, config, cache, x)
+    if extras:
+        document_starts = _document_starts(document_starts, extras, mask, pads, cache, x)
+    borders = _document_borders(document_starts, config, cache, pads, x)
+    if cache is not None:
+        cache.pads, cache.mask = pads, mask
+        # An exporter would keep whether there are more columns than these.
+        if mask is not None and config.use_chunking and not torch.compiler.is_exporting():
+            cache.mask = mask[:, -config.chunk_size :].clone()  # no view, which would keep all of it
+    return mask, pads, borders
+
+
+def _mask_and_pads(
+    attention_mask: Tensor | None, config: MegaConfig, cache: MegaCache | None, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    batch, length = x.shape[:2]
+    seen: int | Tensor = 0 if cache is None else cache.get_seq_length()
+    pads = None if cache is None else cache.pads
+    if isinstance(seen, Tensor):
+        assert cache is not None
+        return _of_any_call(attention_mask, cache, seen, x)
+    mask = None
+    if attention_mask is not None:
+        mask = _checked_mask(attention_mask.to(x.device), "attention_mask", batch, length, seen + length)
+    elif cache is not None and pads is None and torch.compiler.is_compiling():
+        # Positions then live in tensors, and one graph serves every place in the chunk.
+        pads = torch.zeros(batch, dtype=torch.long, device=x.device)
+    if not seen:
+        if mask is not None and (config.is_decoder or config.use_chunking):
+            pads = leading_pads(mask) if not in_memory(mask) or not bool(mask[:, 0].all()) else None
+        return mask, pads
+    assert cache is not None
+    if mask is None:
+        if cache.mask is None:
+            return None, pads
+        mask = x.new_ones(batch, length, dtype=torch.bool)
+    before = cache.mask
+    if before is None:
+        window = min(seen, config.chunk_size) if config.use_chunking else seen
+        before = mask.new_ones(batch, window)
+    if mask.shape[1] > length:
+        past, mask = mask[:, :-length], mask[:, -length:]
+        if in_memory(past):
+            same = bool((leading_pads(past) == (0 if pads is None else pads)).all())
+            if not same or not torch.equal(past[:, past.shape[1] - before.shape[1] :], before):
+                raise ValueError(
+                    "attention_mask says of cached tokens something else than the masks with which they came: pass "
+                    "those again before the mask of the new tokens, or the mask of the new tokens alone"
+                )
+    if pads is not None:  # a row may have been padding only until now
+        pads = torch.where(pads >= seen, seen + leading_pads(mask), pads)
+    return torch.cat([before, mask], 1), pads
+
+
+def _of_any_call(
+    attention_mask: Tensor | None, cache: MegaCache, seen: Tensor, x: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The same for a program that is being exported, where nobody knows how many columns came before: a mask of another
+    length than the new tokens is of all columns."""
+    batch, length = x.shape[:2]
+    mask = None if attention_mask is None else attention_mask != 0
+    if mask is not None and mask.shape[1] != length:
+        return mask, leading_pads(mask)
+    pads = x.new_zeros(batch, dtype=torch.long) if cache.pads is None else cache.pads
+    if mask is None and cache.mask is None:
+        return None, pads
+    if mask is None:
+        mask = x.new_ones(batch, length, dtype=torch.bool)
+    pads = torch.where(pads >= seen, seen + leading_pads(mask), pads)
+    return mask if cache.mask is None else torch.cat([cache.mask, mask], 1), pads
+
+
+def _document_starts(
+    starts: Tensor | None,
+    given: Mapping[str, Any],
     mask: Tensor | None,
     pads: Tensor | None,
     cache: MegaCache | None,
     x: Tensor,
 ) -> Tensor | None:
-    """Where documents begin, by `document_starts` and by what transformers' flattened batches say (`DOCUMENT_KEYS`).
-
-    Args:
-        starts: `document_starts`, (B, L) bool, or none.
-        extras: keyword arguments, see `MegaModel`.
-        mask: as from `mask_and_pads`; so are `pads`.
-        pads: padding before each row's first token, (B,).
-        cache: of the tokens before.
-        x: the new tokens, (B, L, D).
-
-    Returns:
-        (B, L) bool, true where a document begins; none where every row holds, or goes on with, one document.
-
-    Raises:
-        ValueError: values of another shape or meaning, or that contradict each other.
-    """
-    given = {key: extras[key] for key in DOCUMENT_KEYS if extras.get(key) is not None}
-    if not given:
-        return starts
-    row = _Rows.of(mask, pads, 0 if cache is None else cache.get_seq_length(), x)
-    found = {} if starts is None else {"document_starts": _checked_starts(starts, x)}
+    """Where documents begin, (B, L) bool, by all that says so; none where every row holds, or goes on with, one."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    batch, length = x.shape[:2]
+    valid = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask[:, -length:]
+    if pads is None:
+        pads = torch.zeros(batch, dtype=torch.long, device=x.device) if seen else leading_pads(valid)
+    # Columns since the row's first valid token, which begins its first document whatever is said.
+    column = seen + torch.arange(length, device=x.device) - pads[:, None]
+    inner = valid & (column > 0)
+    found = {} if starts is None else {"document_starts": _checked_starts(starts, x) & inner}
     for key, value in given.items():
+        if key.startswith("max_"):
+            continue
+        if key != "position_ids" and seen:
+            raise ValueError(f"{key} does not say whether a cached row goes on with its document: use document_starts")
+        if key.startswith("cu_"):
+            found[key] = _starts_of_spans(key, torch.as_tensor(value, device=x.device), valid) & inner
+            continue
+        shape = tuple(value.shape)
+        one_each = shape in ((batch, length), (1, length))
+        if not one_each or value.is_floating_point() or value.dtype == torch.bool:
+            raise ValueError(f"{key} is {value.dtype} {shape}: expected integers {(batch, length)}, one a token")
+        numbers = value.to(x.device, torch.long).expand(batch, -1)
         if key == "position_ids":
-            found[key] = row.restarts(row.of_tokens(key, value))
-        elif key == "seq_idx":
-            row.refuse_cache(key)
-            numbers = row.of_tokens(key, value)
-            found[key] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
-        elif key.startswith("cu_"):
-            row.refuse_cache(key)
-            found[key] = row.spans(key, torch.as_tensor(value, device=x.device))
-    inner = {key: value & row.inner for key, value in found.items()}
-    first = next(iter(inner.values()), torch.zeros_like(row.inner))
+            _check_positions(numbers, valid, column)
+            found[key] = (numbers == 0) & inner
+        else:
+            found[key] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True) & inner
+    name, first = next(iter(found.items()), ("", torch.zeros_like(inner)))
     if not in_memory(first):
         return first if starts is None else starts
-    for key, value in inner.items():
+    for key, value in found.items():
         if not torch.equal(value, first):
-            raise ValueError(f"{key} and {next(iter(inner))} say that documents begin at different tokens: give one")
-    row.check_lengths(first, given)
+            raise ValueError(f"{key} and {name} say that documents begin at different tokens: give one")
+    if not seen and first.numel() and bool(valid.all()):
+        begins = F.pad(first[:, 1:], (1, 0), value=True).flatten().nonzero()[:, 0]
+        longest = int(F.pad(begins, (0, 1), value=first.numel()).diff().max())
+        for key in ("max_length_q", "max_length_k"):
+            if int(given.get(key, longest)) < longest:
+                raise ValueError(f"{key}={int(given[key])} is less than the {longest} tokens of the longest document")
     if starts is not None:
         return starts
     return first if bool(first.any()) else None
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """New tokens among those of their rows.
+def _check_positions(positions: Tensor, valid: Tensor, column: Tensor) -> None:
+    """Refuse positions (B, L) that do not count up by one from token to token, or begin again at 0."""
+    before = F.pad(positions[:, :-1], (1, 0), value=-1)
+    follows = F.pad(valid[:, :-1], (1, 0), value=False)
+    # After padding inside a row, and after cached tokens, any position that so many columns can have.
+    counted = torch.where(follows, positions == before + 1, (positions > 0) & (positions <= column))
+    wrong = valid & (positions != 0) & ~counted
+    if in_memory(wrong) and bool(wrong.any()):
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids{place} is {positions[tuple(place)]}: they count up by one from 0 in every document; "
+            "Mega knows no other positions, so leave them out"
+        )
 
-    Args:
-        valid: (B, L) bool.
-        inner: valid, and not the first valid token of its row.
-        column: number of columns since the row's first valid token, (B, L).
-        seen: columns before.
-    """
 
-    valid: Tensor
-    inner: Tensor
-    column: Tensor
-    seen: int
-
-    @classmethod
-    def of(cls, mask: Tensor | None, pads: Tensor | None, seen: int, x: Tensor) -> "_Rows":
-        batch, length = x.shape[:2]
-        valid = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask[:, -length:]
-        if pads is None:
-            pads = torch.zeros(batch, dtype=torch.long, device=x.device) if seen else leading_pads(valid)
-        column = seen + torch.arange(length, device=x.device) - pads[:, None]
-        return cls(valid, valid & (column > 0), column, seen)
-
-    def of_tokens(self, key: str, value: Tensor) -> Tensor:
-        batch, length = self.valid.shape
-        if (
-            value.dim() != 2
-            or value.shape[0] not in (1, batch)
-            or value.shape[1] != length
-            or value.is_floating_point()
-            or value.dtype == torch.bool
-        ):
-            shape = tuple(value.shape)
-            raise ValueError(f"{key} is {value.dtype} {shape}: expected integers {(batch, length)}, one a token")
-        return value.to(self.valid.device, torch.long).expand(batch, -1)
-
-    def refuse_cache(self, key: str) -> None:
-        if self.seen:
-            raise ValueError(f"{key} does not say whether a cached row goes on with its document: use document_starts")
-
-    def restarts(self, positions: Tensor) -> Tensor:
-        """Where positions (B, L) begin again at 0; from one token to the next they count up by one."""
-        before = F.pad(positions[:, :-1], (1, 0), value=-1)
-        follows = F.pad(self.valid[:, :-1], (1, 0), value=False)
-        # After padding inside a row, and after cached tokens, any position that so many columns can have.
-        counted = torch.where(follows, positions == before + 1, (positions > 0) & (positions <= self.column))
-        wrong = self.valid & (positions != 0) & ~counted
-        if in_memory(wrong) and bool(wrong.any()):
-            place = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"position_ids{place} is {positions[tuple(place)]}: they count up by one from 0 in every document; "
-                "Mega knows no other positions, so leave them out"
-            )
-        return positions == 0
-
-    def spans(self, key: str, ends: Tensor) -> Tensor:
-        """Starts (B, L) of the documents that `ends` (documents + 1,) bound in the flattened batch."""
-        total = self.valid.numel()
-        if ends.dim() != 1 or ends.is_floating_point() or not ends.numel():
-            raise ValueError(f"{key} is {ends.dtype} {tuple(ends.shape)}: expected integers (documents + 1,)")
-        ends = ends.long()
-        if in_memory(ends) and not bool((ends[0] == 0) & (ends[-1] == total) & (ends.diff() >= 0).all()):
-            raise ValueError(f"{key} must rise from 0 to the {total} tokens of the batch")
-        marks = torch.zeros(total + 1, dtype=torch.bool, device=ends.device).index_fill(0, ends, True)
-        starts = marks[:-1].view(self.valid.shape)
-        if in_memory(starts) and not bool(starts[:, 0].all()):
-            raise ValueError(f"{key} has a document that goes on from one row into the next")
-        return starts
-
-    def check_lengths(self, starts: Tensor, given: Mapping[str, Any]) -> None:
-        """Refuse a document that is longer than `max_length_q` or `max_length_k` says."""
-        if self.seen or not starts.numel() or not bool(self.valid.all()):
-            return
-        begins = F.pad(starts[:, 1:], (1, 0), value=True).flatten().nonzero()[:, 0]
-        longest = int(F.pad(begins, (0, 1), value=starts.numel()).diff().max())
-        for key in ("max_length_q", "max_length_k"):
-            if int(given.get(key, longest)) < longest:
-                raise ValueError(f"{key}={int(given[key])} is less than the {longest} tokens of the longest document")
+def _starts_of_spans(key: str, ends: Tensor, valid: Tensor) -> Tensor:
+    """Starts (B, L) of the documents that `ends` (documents + 1,) bound in the flattened batch."""
+    total = valid.numel()
+    if ends.dim() != 1 or ends.is_floating_point() or not ends.numel():
+        raise ValueError(f"{key} is {ends.dtype} {tuple(ends.shape)}: expected integers (documents + 1,)")
+    ends = ends.long()
+    if in_memory(ends) and not bool((ends[0] == 0) & (ends[-1] == total) & (ends.diff() >= 0).all()):
+        raise ValueError(f"{key} must rise from 0 to the {total} tokens of the batch")
+    marks = torch.zeros(total + 1, dtype=torch.bool, device=ends.device).index_fill(0, ends, True)
+    starts = marks[:-1].view(valid.shape)
+    if in_memory(starts) and not bool(starts[:, 0].all()):
+        raise ValueError(f"{key} has a document that goes on from one row into the next")
+    return starts
 
 
 def _checked_starts(starts: Tensor, x: Tensor) -> Tensor:
@@ -423,24 +360,10 @@ def _checked_starts(starts: Tensor, x: Tensor) -> Tensor:
     return starts
 
 
-def document_borders(
+def _document_borders(
     starts: Tensor | None, config: MegaConfig, cache: MegaCache | None, pads: Tensor | None, x: Tensor
 ) -> DocumentBorders | None:
-    """Lay out the documents of new tokens as attention lays out its keys, and note in the cache what goes on.
-
-    Args:
-        starts: (B, L) bool, true where a document begins; none: nowhere.
-        config: of the model.
-        cache: of the tokens before; changed in place.
-        pads: padding before each row's first token, which documents exclude; none where no row has any.
-        x: the new tokens, (B, L, D).
-
-    Returns:
-        What blocks need; none where every row holds one document.
-
-    Raises:
-        ValueError: the starts do not fit x, or the model or the batch cannot keep documents apart.
-    """
+    """Lay out the documents of new tokens as attention lays out its keys, and note in the cache what goes on."""
     shape = tuple(x.shape[:2])
     if starts is None:
         if cache is None or cache.documents is None:
@@ -466,12 +389,9 @@ def document_borders(
         numbers = torch.cat([remembered, numbers + before], 1)
         kept = numbers if chunk is None else numbers[:, numbers.shape[1] // chunk * chunk :]
         cache.documents = kept if not in_memory(kept) or bool((kept != kept[:, -1:]).any()) else None
-    return DocumentBorders(starts, ChunkDocuments.of(_in_chunks(numbers, chunk)))
-
-
-def _in_chunks(numbers: Tensor, chunk: int | None) -> Tensor:
-    """Numbers (B, M + L) as attention lays out keys, (B, K, C); what fills the last chunk is of its last document."""
     total = numbers.shape[1]
-    if chunk is None or (not any_length() and total <= chunk):
-        return numbers[:, None]
-    return torch.cat([numbers, numbers[:, -1:].expand(-1, -total % chunk)], 1).unflatten(1, (-1, chunk))
+    if chunk is None or (tracing() not in ANY_LENGTH and total <= chunk):
+        return DocumentBorders(starts, ChunkDocuments.of(numbers[:, None]))
+    # What fills the last chunk is of its last document.
+    numbers = torch.cat([numbers, numbers[:, -1:].expand(-1, -total % chunk)], 1).unflatten(1, (-1, chunk))
+    return DocumentBorders(starts, ChunkDocuments.of(numbers))

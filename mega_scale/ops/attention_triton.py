@@ -5,12 +5,13 @@ are the vendor's, in blocks of queries that each meet only the keys up to their 
 makes weights of them. The weights are saved for the backward pass: C numbers a token, as many as its values or fewer.
 
 Legend: G chunks of all sequences, C chunk, Z width of queries and keys, E width of values, R queries of a block, from
-`first` on, J the keys that they meet, from the chunk's first on. WIDTH is J padded to a power of two.
+`first` on, J the keys that they meet, from the chunk's first on. WIDTH is J padded to a power of two; `since` is read
+with DOCUMENTS only.
 
     scores, d_weights    (G, R, J) fp32, contiguous
     weights, d_scores    (G, C, C), any floating dtype; only the block's queries and keys are written
     bias                 (2C - 1,) fp32: its entry m belongs to key minus query m - (C - 1)
-    since                (G, C) int32: the first key that a query sees; read with DOCUMENTS only
+    since                (G, C) int32: the first key that a query sees
     d_bias               (splits, C, C) fp32: its entry (s, i, a) belongs to query i and the key a before it
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops.modes import once_differentiable, without_autocast
@@ -85,20 +87,13 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, numbers: Ten
     """`softmax(q k^T Z^-1/2 + bias) v` over the keys up to each query, of its own document.
 
     Queries and keys are rounded to the dtype of v, as fused attention does. Scores, softmax and the gradients of
-    weights are fp32; weights and the gradients of scores are multiplied in the dtype of v.
+    weights are fp32; weights and the gradients of scores are multiplied in the dtype of v. Differentiable once.
 
     Args:
-        q: (B, K, C, Z), any floating dtype.
-        k: (B, K, C, Z).
+        q: (B, K, C, Z), any floating dtype; k is alike.
         v: (B, K, C, E), bf16 or fp16; in fp32 matrix products are slow.
         bias: (2C - 1,), as in `chunk_attention`.
         numbers: (B, K, C), which do not decrease in a chunk, equal in a document; none: a chunk is one document.
-
-    Returns:
-        (B, K, C, E) in the dtype of v; it can be differentiated once.
-
-    Raises:
-        ValueError: v is not on a GPU and kernels are not interpreted, or there is no kernel for its dtype.
     """
     if not v.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(
@@ -108,16 +103,14 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, numbers: Ten
         raise ValueError("impl='triton' computes in fp32 and v is in fp64: use impl='causal', or 'sdpa' for documents")
     with without_autocast(q.device):
         q, k = (t.to(v.dtype).flatten(0, 1) for t in (q, k))
-        since = None if numbers is None else _first_keys(numbers.flatten(0, 1))
+        since = None
+        if numbers is not None:
+            # The place in its chunk where each token's document begins.
+            numbers = numbers.flatten(0, 1)
+            begins = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+            places = torch.arange(numbers.shape[1], device=numbers.device)
+            since = torch.where(begins, places, 0).cummax(1).values.int()
         return _TritonAttention.apply(q, k, v.flatten(0, 1), bias.float().contiguous(), since).view(v.shape)
-
-
-def _first_keys(numbers: Tensor) -> Tensor:
-    """The place in its chunk where each token's document begins: (G, C) int32."""
-    begins = torch.ones_like(numbers, dtype=torch.bool)
-    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    places = torch.arange(numbers.shape[1], device=numbers.device)
-    return torch.where(begins, places, 0).cummax(1).values.int()
 
 
 def _blocks(chunk: int) -> Iterator[tuple[slice, int]]:

@@ -25,20 +25,22 @@ _MASK = 2**32 - 1
 
 @contextmanager
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Tensor]:
-    """Compute a cheap function, whose result no operation in this context saves for its backward pass.
+    """Compute a cheap function, whose result no operation in this context saves: backward passes call it again.
 
-    Backward passes call the function again instead. The result is saved as usual where something traces, and where
-    other hooks decide what is saved: activation checkpointing recomputes all of a block, offloading moves it.
+    The result is saved as usual where something traces, and where other hooks decide what is saved: activation
+    checkpointing recomputes all of a block, offloading moves it. Views of all of it count as it; a copy, as autocast
+    makes for a matrix product, is saved.
 
-    Args:
-        function: of tensors that are saved anyway, to a contiguous tensor of any shape; it must not draw at random.
-        inputs: its arguments.
-
-    Yields:
-        The result. Views of all of it count as it; a copy, as autocast makes for a matrix product, is saved.
+    The function takes tensors that are saved anyway, returns a contiguous one, and draws nothing at random.
     """
     result = function(*inputs)
-    if not in_memory(result) or not torch.is_grad_enabled() or not result.requires_grad or _hooked():
+    if (
+        not in_memory(result)
+        or not torch.is_grad_enabled()
+        or not result.requires_grad
+        # Hooks are in force already; PyTorch has no public name for them.
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):
         yield result
         return
     address, elements, dtype = result.data_ptr(), result.numel(), result.dtype
@@ -52,11 +54,6 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield result
-
-
-def _hooked() -> bool:
-    """Whether hooks are in force that decide what is saved; PyTorch has no public name for them."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def queries_and_keys(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +89,7 @@ class Gates(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Compiled functions cannot be pickled; a model that is copied or saved names its form."""
-        return gates, (self != EAGER,)
+        return (Gates if self == EAGER else compiled), ()
 
 
 EAGER = Gates()
@@ -100,20 +97,9 @@ EAGER = Gates()
 
 @cache
 def compiled() -> Gates:
-    """Each gate as one kernel a pass, compiled at its first call with new sizes.
-
-    Needs a C++ compiler on a CPU, Triton on a GPU.
-    """
-    return Gates(**{name: _compile(function) for name, function in EAGER._asdict().items()})
-
-
-def _compile(function: Callable[..., Any]) -> Any:
-    return torch.compile(function, fullgraph=True)
-
-
-def gates(compile: bool) -> Gates:
-    """The gates compiled, or as they are."""
-    return compiled() if compile else EAGER
+    """Each gate as one kernel a pass, compiled at its first call with new sizes: by a C++ compiler, Triton on a GPU."""
+    forms: Any = [torch.compile(function, fullgraph=True) for function in EAGER]
+    return Gates(*forms)
 
 
 def compile_gates(model: nn.Module) -> None:
@@ -124,15 +110,9 @@ def compile_gates(model: nn.Module) -> None:
 
 
 def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """`gain x / sqrt(mean(x^2) + eps)` over the last dimension.
+    """`gain x / sqrt(mean(x^2) + eps)` over the last dimension, in the dtype of x; statistics are at least fp32.
 
-    Args:
-        x: (..., D), any floating dtype; statistics are at least fp32.
-        gain: (1,) or (D,); none for one.
-        eps: added to the mean square.
-
-    Returns:
-        In the shape and dtype of x.
+    x is (..., D), the gain (1,), (D,) or none for one.
     """
     width = x.shape[-1]
     if x.is_cuda and (gain is None or gain.dtype == x.dtype):
@@ -162,9 +142,6 @@ def positional_dropout(x: Tensor, p: float, key: int, rows: Tensor, positions: T
         rows: (B,) int64, numbers of the rows in the global batch.
         positions: (L,) int64 of the global sequence; (1,) drops whole features, L then being any.
         columns: (D,) int64 of the whole layer.
-
-    Returns:
-        Like x.
     """
     return x * keep_mask(p, key, rows, positions, columns).to(x.dtype).div_(1.0 - p)
 
@@ -172,7 +149,9 @@ def positional_dropout(x: Tensor, p: float, key: int, rows: Tensor, positions: T
 def keep_mask(p: float, key: int, rows: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
     """Which elements stay, (B, L, D) bool; arguments as in `positional_dropout`."""
     place = _mix64(_mix64(rows + key)[:, None] + positions)  # (B, L)
-    mixed = _as_int32(place)[..., None] ^ _as_int32(_mix64(columns + (key ^ 0x9E3779B9)))
+    column = _mix64(columns + (key ^ 0x9E3779B9))  # (D,)
+    # As signed 32-bit numbers; both have their highest bit flipped, which the exclusive or flips back.
+    mixed = (place - 2**31).to(torch.int32)[..., None] ^ (column - 2**31).to(torch.int32)
     # On 32-bit numbers that wrap, the only arrays of the full size. A shift of a signed number repeats its sign, which
     # is cut off: else no mixed number would be negative.
     for multiplier, shift in ((_FIRST, 16), (_SECOND, 15)):
@@ -188,8 +167,3 @@ def _mix64(numbers: Tensor) -> Tensor:
     for multiplier in (0x7FEB352D, 0x2C1B3C6D):
         numbers = ((numbers ^ (numbers >> 16)) * multiplier) & _MASK
     return numbers ^ (numbers >> 15)
-
-
-def _as_int32(numbers: Tensor) -> Tensor:
-    """Numbers of 0 .. 2^32 - 1 as signed 32-bit numbers, the highest bit flipped; two of them flip it back."""
-    return (numbers - 2**31).to(torch.int32)

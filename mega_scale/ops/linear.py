@@ -1,24 +1,32 @@
-"""A linear layer's products on a CPU in fp32, by the library that is fastest on it.
+"""Linear layers: their products on a CPU in fp32, by the library that is fastest on it, and the output layer's loss.
 
 PyTorch multiplies fp32 matrices with Intel's MKL, which keeps its widest instructions for Intel's processors. oneDNN,
 which PyTorch brings as well, uses them on all that have them: on an AMD EPYC products x W^T take 0.84 of the time. The
 gradient of W, a sum over tokens, takes as long by either.
 
-Legend: T tokens, D inputs, W outputs.
+The loss over a vocabulary is computed a slice of tokens at a time, so logits are never whole. The gradient of a slice
+is computed while its logits are there, so nothing is recomputed: the backward pass only scales what the forward pass
+left, which is as large as the inputs.
+
+Legend: T tokens, D inputs, W outputs, V words, S tokens of a slice.
 """
 
+import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.modes import in_memory, once_differentiable
+from mega_scale.ops.modes import autocast_dtype, in_memory, once_differentiable, tracing, without_autocast
 
 # Fewer are a decoding step's, which reads the weight once whatever multiplies it.
 _TOKENS = 32
+# Logits that exist at a time, numbers: on a CPU they should stay in its caches, a GPU needs large products.
+_CPU_LOGITS, _GPU_LOGITS = 2**21, 2**26
 _PROCESSOR = Path("/proc/cpuinfo")
 # A PyTorch that was built without oneDNN does not even know its operators.
 ONEDNN_PRODUCTS = [torch.ops.mkldnn._linear_pointwise.default] if torch.backends.mkldnn.is_available() else []
@@ -26,15 +34,9 @@ ONEDNN_PRODUCTS = [torch.ops.mkldnn._linear_pointwise.default] if torch.backends
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x weight^T + bias` as `torch.nn.functional.linear` has it; once differentiable where oneDNN computes it.
+    """`x weight^T + bias` as `torch.nn.functional.linear` has it: x (..., D), weight (W, D), bias (W,) to (..., W).
 
-    Args:
-        x: (..., D), any floating dtype.
-        weight: (W, D).
-        bias: (W,) or none.
-
-    Returns:
-        (..., W).
+    Differentiable once where oneDNN computes it.
     """
     tokens = 0 if torch.compiler.is_compiling() else x.numel() // max(x.shape[-1], 1)
     if tokens < _TOKENS or not _suits_onednn(x, weight):
@@ -53,8 +55,7 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Asks for the cheapest first."""
-    return (
+    return (  # the cheapest questions first
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
@@ -79,7 +80,6 @@ def _onednn_is_faster() -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (T, D), weight (W, D), bias (W,)."""
         ctx.save_for_backward(x, weight)
         return times_transposed(x, weight, bias)
 
@@ -93,4 +93,134 @@ class _Linear(torch.autograd.Function):
             gradient.t() @ x if of_weight else None,
             # As a product, which reads rows in order; a sum over them takes twice as long.
             (gradient.new_ones(1, len(gradient)) @ gradient)[0] if of_bias else None,
+        )
+
+
+class VocabularyPart(NamedTuple):
+    """The words of one rank, where ranks share the vocabulary: its first one and how many, of which rows beyond are
+    none; `reduce` combines a tensor of all ranks in place."""
+
+    first: int
+    words: int
+    reduce: Callable[[Tensor, Literal["max", "sum"]], None]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    part: VocabularyPart | None = None,
+    ignore_index: int = -100,
+    slice_tokens: int | None = None,
+) -> Tensor:
+    """Cross-entropy of `hidden weight^T + bias`, summed over targets; sums are taken in fp32.
+
+    Args:
+        hidden: (..., D), fp32 or bf16.
+        weight: (V, D); under `part` this rank's rows.
+        bias: (V,) or none.
+        targets: (...) int64, `ignore_index` where there is none.
+        part: this rank's words; none where it has all of them. All ranks return the same loss; the gradient of
+            `hidden` is this rank's share.
+        slice_tokens: S; chosen by device and V if not given.
+
+    Returns:
+        A scalar in fp32, nats. Its gradient is computed here, and not twice differentiable. Under a
+        compiler or a tracer, logits are whole.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} do not fit: "
+            "expected (..., D), (V, D) and (...)"
+        )
+    if slice_tokens is None:
+        slice_tokens = max((_CPU_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS) // weight.shape[0], 1)
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None:
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with without_autocast(hidden.device):
+        if part is None and tracing():
+            logits = F.linear(hidden, weight, bias).flatten(0, -2)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        loss: Tensor = _LinearCrossEntropy.apply(
+            hidden.flatten(0, -2), weight, bias, targets.flatten(), part, ignore_index, slice_tokens
+        )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        part: VocabularyPart | None,
+        ignore_index: int,
+        slice_tokens: int,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # Sums over slices, in more precision than a slice.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for begin in range(0, len(hidden), slice_tokens):
+            some = slice(begin, begin + slice_tokens)
+            x, target = hidden[some], targets[some]
+            counts = target != ignore_index
+            scores = times_transposed(x, weight, bias).to(total.dtype)
+            # The column of each target, and whether this rank has it.
+            column, mine = target, counts
+            if part is not None:
+                scores[:, part.words :] = -math.inf
+                column = target - part.first
+                mine = counts & (column >= 0) & (column < part.words)
+            column = column.where(mine, 0)[:, None]
+            largest = scores.amax(1)
+            if part is not None:
+                part.reduce(largest, "max")
+            scores -= largest[:, None]
+            hit = scores.gather(1, column)[:, 0].where(mine, 0)
+            sums = scores.exp_().sum(1)
+            if part is not None:
+                part.reduce(both := torch.stack([hit, sums]), "sum")
+                hit, sums = both
+            total += ((sums.log() - hit) * counts).sum()
+            if not any(wanted):
+                continue
+            slope = scores.mul_((counts / sums)[:, None])
+            slope.scatter_add_(1, column, -mine.to(slope.dtype)[:, None])
+            if d_bias is not None:
+                d_bias += slope.sum(0)
+            slope = slope.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(slope, weight, out=d_hidden[some])
+            if d_weight is not None:
+                if d_weight.dtype == slope.dtype:
+                    d_weight.addmm_(slope.t(), x)
+                else:
+                    d_weight += slope.t() @ x
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        of_weight, of_bias = ctx.dtypes
+        return (
+            None if d_hidden is None else d_hidden * gradient.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * gradient).to(of_weight),
+            None if d_bias is None else (d_bias * gradient).to(of_bias),
+            *[None] * 4,
         )

@@ -1,4 +1,4 @@
-"""PyTorch modes that a function of tensors must respect: tracers and compilers, autocast, double backward.
+"""PyTorch modes that a function of tensors must respect: compilers and tracers, autocast, double backward.
 
 Legend: B batch, L length, M chunks, c tokens of a chunk, W width.
 """
@@ -6,39 +6,33 @@ Legend: B batch, L length, M chunks, c tokens of a chunk, W width.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+ANY_LENGTH = ("export", "trace")
+"""Ways of `tracing` that make one program for every length, so that no branch may depend on this one."""
 
 
-def traced() -> bool:
-    """Whether a tracer (torch.jit, make_fx) or a transform of torch.func is active: neither takes a hand-written
-    backward pass. Compilers and exporters do."""
+def tracing() -> Literal["compile", "export", "trace"] | None:
+    """What records every operator now; none where the program simply runs.
+
+    trace is a tracer (torch.jit, make_fx) or a transform of torch.func, which take no hand-written backward pass;
+    compilers and exporters do.
+    """
     if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or get_proxy_mode() is not None
-
-
-def written_out() -> bool:
-    """Whether a compiler, an exporter, a tracer or a transform must see every operator."""
-    return torch.compiler.is_compiling() or traced()
-
-
-def any_length() -> bool:
-    """Whether one program is made for every length, so that no branch may depend on this one."""
-    return torch.compiler.is_exporting() or traced()
+        return "export" if torch.compiler.is_exporting() else "compile"
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or get_proxy_mode() is not None:
+        return "trace"
+    return None
 
 
 def in_memory(*tensors: Tensor) -> bool:
-    """Whether code outside PyTorch may read the tensors' storage: they are ordinary tensors, and nothing traces.
-
-    Fake, functional and meta tensors have no storage.
-    """
-    return not written_out() and all(type(t) in _ORDINARY and not t.is_meta and not t.is_neg() for t in tensors)
+    """Whether code outside PyTorch may read the tensors' storage: fake, functional and meta tensors have none."""
+    return tracing() is None and all(type(t) in _ORDINARY and not t.is_meta and not t.is_neg() for t in tensors)
 
 
 def chunk_count(length: int, size: int) -> int:
@@ -77,13 +71,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a hand-written backward pass: refuse double backward.
+    """Decorator of a hand-written backward pass: raise RuntimeError on double backward (`create_graph=True`).
 
     PyTorch's decorator of that name raises only when the whole graph is differentiated again: `torch.autograd.grad` of
     chosen inputs silently leaves this function's share out.
-
-    Raises:
-        RuntimeError: (the backward pass) called with `create_graph=True`.
     """
 
     @wraps(backward)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.ops.ema import damped_ema, ema_coefficients
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.sequence_parallel import StateExchange
 from mega_scale.parallel.world import Axis
@@ -54,7 +54,7 @@ PARAMETERS = ("damping", "decay", "expansion", "projection")
 
 def differentiate(given: dict[str, Any], bidirectional: bool, **options: Any) -> dict[str, Tensor]:
     leaves = {name: given[name].clone().requires_grad_() for name in ("x", *PARAMETERS)}
-    coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
+    coefficients = ema_coefficients(*(leaves[name] for name in PARAMETERS))
     y, state = damped_ema(leaves["x"], coefficients, resets=given["resets"], bidirectional=bidirectional, **options)
     (y * given["probe"]).sum().backward()
     return {"y": y.detach(), "state": state.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
@@ -97,7 +97,7 @@ def test_parts_equal_the_whole(ranks, parts, bidirectional, documents):
 
 def test_carry_refuses_what_it_cannot_have():
     given = problem(2, False, "none")
-    coefficients = EmaCoefficients.from_parameters(*(given[name] for name in PARAMETERS))
+    coefficients = ema_coefficients(*(given[name] for name in PARAMETERS))
     carry = StateExchange(Axis(None, 0, 1))
     for options in ({"truncation": 4}, {"impl": "fft"}, {"impl": "recurrent"}):
         with pytest.raises(ValueError, match="carry"):

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from mega_scale.model.layers import MegaRMSNorm, MegaScaleNorm
-from mega_scale.ops.cross_entropy import linear_cross_entropy
+from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.tensor_parallel import VocabularyParallelEmbedding, channel_parallel_norm, vocabulary_part
 from mega_scale.parallel.world import Axis, Gather, gather_replicated, reduce_scatter, sum_gradient

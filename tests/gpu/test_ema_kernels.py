@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.ops.ema import damped_ema, ema_coefficients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +39,7 @@ def make(batch, length, channels, averages, bidirectional):
 
 def run(leaves, dy, d_end, resets, *, impl, device, x_dtype, dtype, bidirectional):
     leaves = {n: t.to(device, x_dtype if n == "x" else dtype).requires_grad_() for n, t in leaves.items()}
-    coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
+    coefficients = ema_coefficients(*(leaves[name] for name in PARAMETERS))
     resets = None if resets is None else resets.to(device)
     y, end = damped_ema(leaves["x"], coefficients, leaves["state"], resets, impl=impl, bidirectional=bidirectional)
     loss = (y.to(dtype) * dy.to(device, dtype)).sum() + (end * d_end.to(device, dtype)).sum()
@@ -84,7 +84,7 @@ def test_a_state_that_comes_late_gives_the_same(splits):
     tile, found = TILE._replace(splits=splits), []
     for late in (False, True):
         x, state, *parameters = (t.clone().requires_grad_() for t in inputs)
-        coefficients = EmaCoefficients.from_parameters(*parameters)
+        coefficients = ema_coefficients(*parameters)
         if late:
             y, end = TritonEma(x, coefficients, None, None, tile).outputs(state)
         else:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 import mega_scale
 from mega_scale.model.layers import MegaDropout, MegaSequenceNorm
-from mega_scale.ops.ema import EmaCoefficients
+from mega_scale.ops.ema import ema_coefficients
 
 ENCODER = {"is_decoder": False, "bidirectional": True}
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -192,7 +192,7 @@ def test_bf16_or_autocast_kernel(how, tmp_path):
     if how == "from_pretrained":
         gate = mega_scale.MegaModel.from_pretrained(tmp_path, dtype=torch.bfloat16).layers[0].mega_layer.ema_gate
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
-        coefficients = EmaCoefficients.from_parameters(
+        coefficients = ema_coefficients(
             gate.damping_factor, gate.decay_factor, gate.ema_expansion_matrix, gate.kernel_projection_matrix
         )
         x = torch.ones(1, 2000, 24, dtype=torch.bfloat16)

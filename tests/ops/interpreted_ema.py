@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
 from mega_scale.ops.ema.triton import Tile, TritonEma, triton_ema
 
 PARAMETERS = ("damping", "decay", "expansion", "projection")
@@ -78,7 +78,7 @@ def run(leaves, average, resets, names=None, dtype=torch.float32):
     """y, the end state, and the gradients, by leaves of these names, of a fixed random function of both."""
     leaves = {name: leaf.clone() if name == "x" else leaf.to(dtype) for name, leaf in leaves.items()}
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
+    coefficients = ema_coefficients(*(leaves[name] for name in PARAMETERS))
     y, end = average(leaves["x"], coefficients, leaves.get("state"), resets)
     generator = torch.Generator().manual_seed(7)
     # Exact in bf16, so that every contender gets the same gradient of y.
@@ -252,7 +252,7 @@ def test_a_state_may_come_late(place, tile):
 def test_documents_do_not_reach_each_other():
     """Infinities in one document leave the others untouched: states are forgotten, not multiplied by zero."""
     leaves = make_leaves(1, 50, 3, 3, with_state=False)
-    coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
+    coefficients = ema_coefficients(*(leaves[name] for name in PARAMETERS))
     resets = torch.zeros(1, 50, dtype=torch.bool)
     resets[:, [0, 14, 35, 45]] = True
     poisoned = leaves["x"].clone()
@@ -284,7 +284,7 @@ def test_a_forgotten_state_reaches_no_gradient():
 
 def test_strided_inputs_and_gradients_are_read_right():
     leaves = make_leaves(1, 20, 6, 3, with_state=False)
-    coefficients = EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
+    coefficients = ema_coefficients(*(leaves[name] for name in PARAMETERS))
     wide = torch.cat([leaves["x"], leaves["x"]], 2)
     for strided in (wide[..., ::2], leaves["x"].mT.contiguous().mT):
         assert not strided.is_contiguous()

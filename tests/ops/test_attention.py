@@ -9,8 +9,6 @@ from mega_scale.ops.attention import (
     causal_attention,
     chunk_attention,
     key_minus_query,
-    rotary_bias,
-    simple_bias,
     toeplitz,
 )
 
@@ -27,30 +25,6 @@ def test_toeplitz_holds_each_distance_once(queries, keys, offset):
     matrix = toeplitz(distances, queries)
     want = torch.arange(keys)[None, :] - (torch.arange(queries)[:, None] + offset)
     assert torch.equal(matrix, want)
-
-
-def test_rotary_bias_is_the_product_of_rotated_vectors():
-    """The definition: rotate alpha to position i and beta to position j, and multiply."""
-    z, length = 8, 11
-    generator = torch.Generator().manual_seed(1)
-    alpha, beta = (torch.randn(1, z, generator=generator, dtype=torch.float64) for _ in range(2))
-
-    def rotate(vector, position):
-        first, second = vector.reshape(-1).chunk(2)
-        angle = position * 10000.0 ** (-torch.arange(z // 2) / (z // 2))
-        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()])
-
-    got = toeplitz(rotary_bias(alpha, beta, key_minus_query(length, length, 0, "cpu")), length)
-    for i in range(length):
-        for j in range(length):
-            torch.testing.assert_close(got[i, j], rotate(alpha, i) @ rotate(beta, j), atol=1e-6, rtol=1e-6)
-
-
-def test_simple_bias_reads_the_table_about_its_centre_and_never_beyond():
-    table = torch.arange(9.0)
-    assert simple_bias(table, 5, key_minus_query(5, 5, 0, "cpu")).tolist() == list(range(9))
-    assert simple_bias(table, 3, key_minus_query(3, 3, 0, "cpu")).tolist() == [0, 1, 2, 3, 4]
-    assert simple_bias(table, 8, torch.tensor([-7, 0, 7])).tolist() == [0, 7, 8]
 
 
 @pytest.mark.parametrize("activation", ["softmax", "laplace", "relu2"])

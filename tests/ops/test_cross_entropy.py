@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mega_scale.ops.cross_entropy import linear_cross_entropy
+from mega_scale.ops.linear import linear_cross_entropy
 
 
 def made(tokens, channels, words, dtype=torch.float64, bias=True, ignored=0.3, seed=0):

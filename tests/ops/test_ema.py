@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema
+from mega_scale.ops.ema import damped_ema, ema_coefficients
 
 LENGTHS = (1, 2, 63, 64, 65, 500)
 
@@ -33,7 +33,7 @@ PARAMETERS = ("damping", "decay", "expansion", "projection")
 
 
 def coefficients_of(leaves):
-    return EmaCoefficients.from_parameters(*(leaves[name] for name in PARAMETERS))
+    return ema_coefficients(*(leaves[name] for name in PARAMETERS))
 
 
 def run(leaves, impl, resets=None, bidirectional=False, truncation=None):
@@ -196,9 +196,9 @@ def test_coefficients_are_never_rounded(dtype):
     arguments = damping, decay, torch.ones(shape).to(dtype), torch.ones(3, 2).to(dtype)
     x = torch.ones(1, 2000, 3, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        coefficients = EmaCoefficients.from_parameters(*arguments)
+        coefficients = ema_coefficients(*arguments)
         y, state = damped_ema(x, coefficients)
-    exact = EmaCoefficients.from_parameters(*(a.double() for a in arguments))
+    exact = ema_coefficients(*(a.double() for a in arguments))
     want, end = damped_ema(x.double(), exact)
     assert y.dtype == dtype and state.dtype == torch.float32
     assert all(c.dtype == torch.float32 for c in coefficients)
@@ -209,7 +209,7 @@ def test_coefficients_are_never_rounded(dtype):
 def test_saturated_parameters_stay_finite():
     parameters = [torch.full((2, 3, 1), 60.0, requires_grad=True) for _ in range(3)]
     projection = torch.ones(2, 3, requires_grad=True)
-    y, _ = damped_ema(torch.ones(1, 130, 2), EmaCoefficients.from_parameters(*parameters, projection))
+    y, _ = damped_ema(torch.ones(1, 130, 2), ema_coefficients(*parameters, projection))
     y.sum().backward()
     assert torch.isfinite(y).all()
     assert all(torch.isfinite(p.grad).all() for p in [*parameters, projection])

@@ -40,7 +40,8 @@ def run(tensors, resets, impl, dtype=torch.float32):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_awkward_sizes_match_the_recurrence_in_fp64(batch, length, channels, averages, documents, threads, monkeypatch):
-    monkeypatch.setattr(native, "_threads", lambda x: threads)
+    monkeypatch.setattr(native, "_OF_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     tensors, resets = make_case(batch, length, channels, averages)
     resets = resets if documents else None
     truth = run(tensors, resets, "recurrent", torch.float64)
@@ -51,9 +52,10 @@ def test_awkward_sizes_match_the_recurrence_in_fp64(batch, length, channels, ave
 
 def test_bits_do_not_depend_on_threads(monkeypatch):
     tensors, resets = make_case(2, 100, 80, 16)
+    monkeypatch.setattr(native, "_OF_A_THREAD", 1)
     results = []
     for threads in (1, 2, 5, 64):
-        monkeypatch.setattr(native, "_threads", lambda x, threads=threads: threads)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         results.append(run(tensors, resets, "native"))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 

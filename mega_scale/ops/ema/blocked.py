@@ -13,6 +13,7 @@ Legend: B batch, L length, D channels, N moving averages per channel, c tokens p
 X = B M blocks of all sequences; P_s is the decay of s tokens. "In blocks" is explained in `BlockLayout`.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from mega_scale.ops.ema.reference import EmaCoefficients
 from mega_scale.ops.modes import once_differentiable
 
+_BLOCK = 32  # tokens
 # Numbers of a slice: it should stay in a core's cache, hardly count beside whole tensors, and still be worth a matrix
 # product a channel.
 _SLICE = 2**18
@@ -30,35 +32,19 @@ _GPU_SLICE = 2**26
 
 
 class BlockedEma:
-    """The recurrence of `recurrent_ema` as about c + 2N multiply-adds per element in matrix products, in three steps.
+    """`recurrent_ema` as about c + 2N multiply-adds per element in matrix products, in three steps.
 
     The end state is known after the first step, so where a sequence is cut, states can travel between its parts while
     the second step computes, and enter with the third.
 
-    Args:
-        x: (B, L, D) in the dtype of the coefficients.
-        coefficients: (D, N) each.
-        state: h before the first token, (B, D, N); none means zero.
-        resets: (B, L) bool, true where a document begins. Reading how many blocks they need synchronises a GPU.
-        block_size: c, tokens.
-
-    Attributes:
-        end: h after the last token, (B, D, N).
+    Takes what `recurrent_ema` takes, no state meaning zero; reading how many blocks documents need synchronises a GPU.
+    `end` is h after the last token, (B, D, N).
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        coefficients: EmaCoefficients,
-        state: Tensor | None,
-        resets: Tensor | None = None,
-        block_size: int = 32,
-    ) -> None:
+    def __init__(self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None) -> None:
         batch, length, channels = x.shape
-        self._x = x
-        self._coefficients = coefficients
-        self._resets = resets
-        c = self._c = min(block_size, length)
+        self._x, self._coefficients, self._resets = x, coefficients, resets
+        c = min(_BLOCK, length)
         layout = self._layout = BlockLayout.of(x, resets, c)
         log_decay = coefficients.log_decay
         self._toeplitz, into, self._out, decay = BlockMatrices.of(coefficients, c)
@@ -72,19 +58,12 @@ class BlockedEma:
         del self._x_blocks  # as large as x
 
     def outputs(self, incoming: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What earlier blocks give, and what lies before all of them.
-
-        Args:
-            incoming: h before the first token, (B, D, N), if it was not known at the beginning.
-
-        Returns:
-            y (B, L, D), and h after the last token (B, D, N).
-        """
+        """What earlier blocks give, and the state before all of them (B, D, N) if it was not known at the beginning."""
         log_decay = self._coefficients.log_decay
         layout, end, added = self._layout, self.end, None
         if incoming is not None:
             blocks = torch.arange(layout.blocks, device=end.device, dtype=end.dtype)
-            added = incoming[:, None] * torch.exp(log_decay * (blocks * self._c)[:, None, None])  # (B, M, D, N)
+            added = incoming[:, None] * torch.exp(log_decay * (blocks * layout.c)[:, None, None])  # (B, M, D, N)
             through = torch.exp(log_decay * self._x.shape[1]) * incoming
             if self._resets is not None:
                 assert layout.keep is not None
@@ -122,29 +101,31 @@ class BlockLayout(NamedTuple):
         batch, length, channels = x.shape
         sequence = torch.arange(batch, device=x.device)[:, None]
         position = torch.arange(length, device=x.device).expand(batch, length)
+        places = keep = None
         if resets is None:
             blocks = -(-length // c)
             last_block = torch.full((batch,), blocks - 1, device=x.device)
             last_filled = torch.full_like(last_block, length - (blocks - 1) * c)
-            places = None if length % c == 0 else (sequence * blocks * c + position).flatten()
-            edges = _edges(batch * blocks, c * channels, x.is_cuda)
-            # Sequence after sequence, its tokens fill its first places.
+            if length % c:
+                places = (sequence * blocks * c + position).flatten()
+        else:
+            document_start = torch.where(resets, position, 0).cummax(1).values
+            opens = (position - document_start) % c == 0
+            block = opens.cumsum(1) - 1
+            place = position - torch.where(opens, position, 0).cummax(1).values
+            blocks = int(block[:, -1].max()) + 1
+            last_block, last_filled = block[:, -1], place[:, -1] + 1
+            keep = x.new_ones(batch, blocks).scatter_reduce(1, block, (~resets).to(x.dtype), "amin")
+            places = ((sequence * blocks + block) * c + place).flatten()
+        # Where slices of about as many blocks begin, and where the last one ends; then the same in tokens.
+        count = -(-batch * blocks // max((_GPU_SLICE if x.is_cuda else _SLICE) // (c * channels), 1))
+        edges = [batch * blocks * i // count for i in range(count + 1)]
+        if resets is None or places is None:
             tokens = [edge // blocks * length + min(edge % blocks * c, length) for edge in edges]
-            return cls(length, c, blocks, last_block, last_filled, _slices(edges, tokens), places)
-        document_start = torch.where(resets, position, 0).cummax(1).values
-        opens = (position - document_start) % c == 0
-        block = opens.cumsum(1) - 1
-        place = position - torch.where(opens, position, 0).cummax(1).values
-        blocks = int(block[:, -1].max()) + 1
-        keep = x.new_ones(batch, blocks).scatter_reduce(1, block, (~resets).to(x.dtype), "amin")
-        places = ((sequence * blocks + block) * c + place).flatten()
-        edges = _edges(batch * blocks, c * channels, x.is_cuda)
-        tokens = torch.searchsorted(places, torch.tensor(edges, device=x.device) * c).tolist()
-        return cls(length, c, blocks, block[:, -1], place[:, -1] + 1, _slices(edges, tokens), places, keep)
-
-    def empty(self, x: Tensor) -> Tensor:
-        """Room for tokens like x (B, L, D) in blocks."""
-        return x.new_empty(len(x) * self.blocks * self.c * x.shape[2])
+        else:
+            tokens = torch.searchsorted(places, torch.tensor(edges, device=x.device) * c).tolist()
+        slices = tuple(Slice(slice(*b), slice(*t)) for b, t in zip(pairwise(edges), pairwise(tokens), strict=True))
+        return cls(length, c, blocks, last_block, last_filled, slices, places, keep)
 
     def slice_of(self, in_blocks: Tensor, channels: int, part: Slice) -> Tensor:
         """A slice (D, blocks, c) of a tensor in blocks, which it shares its memory with."""
@@ -172,20 +153,6 @@ class BlockLayout(NamedTuple):
         into.view(-1, len(values))[part.tokens].copy_(rows)
 
 
-def _edges(blocks: int, numbers: int, on_gpu: bool) -> list[int]:
-    """Where slices of about as many blocks begin, and where the last one ends."""
-    size = max((_GPU_SLICE if on_gpu else _SLICE) // numbers, 1)
-    count = -(-blocks // size)
-    return [blocks * i // count for i in range(count + 1)]
-
-
-def _slices(edges: list[int], tokens: list[int]) -> tuple[Slice, ...]:
-    starts, ends = zip(edges[:-1], tokens[:-1], strict=True), zip(edges[1:], tokens[1:], strict=True)
-    return tuple(
-        Slice(slice(block, last), slice(token, end)) for (block, token), (last, end) in zip(starts, ends, strict=True)
-    )
-
-
 class BlockMatrices(NamedTuple):
     """What tokens x and the state h before a block make of it: `y = x toeplitz + h out`, `h' = decay h + x into`."""
 
@@ -196,14 +163,8 @@ class BlockMatrices(NamedTuple):
 
     @classmethod
     def of(cls, coefficients: EmaCoefficients, c: int) -> "BlockMatrices":
-        """For coefficients (D, N); all contiguous, differentiable once."""
+        """All contiguous, differentiable once."""
         return cls(*_Matrices.apply(*coefficients, c))
-
-
-def _powers(log_decay: Tensor, c: int) -> Tensor:
-    """P_0 to P_c, (D, c + 1, N)."""
-    steps = torch.arange(c + 1, device=log_decay.device, dtype=log_decay.dtype)
-    return torch.exp(log_decay[:, None] * steps[:, None])
 
 
 class _Matrices(torch.autograd.Function):
@@ -211,7 +172,8 @@ class _Matrices(torch.autograd.Function):
     def forward(ctx: Any, log_decay: Tensor, gain: Tensor, projection: Tensor, c: int) -> tuple[Tensor, ...]:
         ctx.c = c
         ctx.save_for_backward(log_decay, gain, projection)
-        powers = _powers(log_decay, c)
+        steps = torch.arange(c + 1, device=log_decay.device, dtype=log_decay.dtype)
+        powers = torch.exp(log_decay[:, None] * steps[:, None])  # P_0 to P_c, (D, c + 1, N)
         kernel = torch.einsum("dn,dcn->dc", projection * gain, powers[:, :c])
         toeplitz = F.pad(kernel, (c - 1, 0)).unfold(-1, c, 1).flip(1)  # row j holds kernel[i - j]
         into = gain[:, None] * powers[:, :c].flip(1)
@@ -224,7 +186,9 @@ class _Matrices(torch.autograd.Function):
         ctx: Any, d_toeplitz: Tensor, d_into: Tensor, d_out: Tensor, d_decay: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         log_decay, gain, projection = ctx.saved_tensors
-        c, powers = ctx.c, _powers(log_decay, ctx.c)
+        c = ctx.c
+        steps = torch.arange(c + 1, device=log_decay.device, dtype=log_decay.dtype)
+        powers = torch.exp(log_decay[:, None] * steps[:, None])
         # Sums of the diagonals i - j = s: read in rows one longer, they are columns.
         d_kernel = F.pad(d_toeplitz.triu().flatten(1), (0, c)).unflatten(1, (c, c + 1)).sum(1)[:, :c]
         d_into, d_out = d_into.flip(1), d_out.mT
@@ -235,7 +199,6 @@ class _Matrices(torch.autograd.Function):
         d_powers[:, :c] = gain[:, None] * d_into + (projection * gain)[:, None] * d_kernel[..., None]
         d_powers[:, 1:] += projection[:, None] * d_out
         d_powers[:, c] += d_decay
-        steps = torch.arange(c + 1, device=powers.device, dtype=powers.dtype)
         d_log_decay = torch.einsum("s,dsn,dsn->dn", steps, powers, d_powers)
         return d_log_decay, d_gain, d_projection, None
 
@@ -249,11 +212,13 @@ class EmaStates(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D), into_state (D, c, N), decay of a block (D, N), fading of the last (B, D, N), state (B, D, N).
 
-        Returns:
-            x in blocks; keep_m h_m, (B, M, D, N); and the state after the last token, (B, D, N).
+        Returns x in blocks; keep_m h_m, (B, M, D, N); and the state after the last token, (B, D, N).
         """
         batch, _, channels = x.shape
-        in_blocks, before = layout.empty(x), x.new_empty(batch, layout.blocks, *decay.shape)
+        in_blocks, before = (
+            x.new_empty(batch * layout.blocks * layout.c * channels),
+            x.new_empty(batch, layout.blocks, *decay.shape),
+        )
         ends = before.view(-1, *decay.shape).transpose(0, 1)
         for part in layout.slices:
             tokens = layout.take(x, part, layout.slice_of(in_blocks, channels, part))
@@ -265,7 +230,7 @@ class EmaStates(torch.autograd.Function):
             before[:, m] = kept
         # The last block may be part full: its end state follows from its own tokens and the state before it.
         last = before[torch.arange(batch, device=x.device), layout.last_block]
-        end = fading * last + torch.einsum("dcn,bcd->bdn", into_state, _tail(x, layout))
+        end = fading * last + torch.einsum("dcn,bcd->bdn", into_state, x[:, -layout.c :] * _in_last_block(x, layout))
         ctx.layout = layout
         ctx.save_for_backward(x, into_state, decay, fading, before)
         ctx.set_materialize_grads(False)
@@ -283,7 +248,7 @@ class EmaStates(torch.autograd.Function):
             index = torch.arange(batch, device=x.device), layout.last_block
             d_fading = d_end * before[index]
             d_before[index] += d_end * fading
-            d_into_state += torch.einsum("bdn,bcd->dcn", d_end, _tail(x, layout))
+            d_into_state += torch.einsum("bdn,bcd->dcn", d_end, x[:, -layout.c :] * _in_last_block(x, layout))
         running = torch.zeros_like(before[:, 0])
         for m in range(layout.blocks - 1, -1, -1):
             d_decay += (running * before[:, m]).sum(0)
@@ -311,11 +276,7 @@ class EmaInside(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, in_blocks: Tensor, x: Tensor, toeplitz: Tensor, layout: BlockLayout) -> Tensor:
-        """Tokens in blocks; the same (B, L, D) once more, which takes no gradient; toeplitz (D, c, c).
-
-        Returns:
-            Outputs in blocks.
-        """
+        """From tokens in blocks; the same (B, L, D) once more, which takes no gradient; toeplitz (D, c, c)."""
         ctx.layout = layout
         ctx.save_for_backward(x, toeplitz)
         out = torch.empty_like(in_blocks)
@@ -362,7 +323,7 @@ class EmaOutputs(torch.autograd.Function):
         """Slice by slice, as forward."""
         before, out_of_state = ctx.saved_tensors
         layout, (channels, averages) = ctx.layout, before.shape[2:]
-        d_y, d_before = layout.empty(gradient), torch.empty_like(before)
+        d_y, d_before = gradient.new_empty(len(before) * layout.blocks * layout.c * channels), torch.empty_like(before)
         d_out_of_state = torch.zeros_like(out_of_state)
         states, d_states = (t.view(-1, channels, averages).transpose(0, 1) for t in (before, d_before))
         for part in layout.slices:
@@ -373,12 +334,7 @@ class EmaOutputs(torch.autograd.Function):
         return d_y, d_before, d_before.clone() if ctx.adds else None, d_out_of_state, None
 
 
-def _tail(x: Tensor, layout: BlockLayout) -> Tensor:
-    """The last c tokens, (B, c, D), zero before the last block."""
-    return x[:, -layout.c :] * _in_last_block(x, layout)
-
-
 def _in_last_block(x: Tensor, layout: BlockLayout) -> Tensor:
-    """1 for those that are in it, else 0, (B, c, 1)."""
+    """1 for those of the last c tokens that are in the last block, else 0, (B, c, 1)."""
     steps = torch.arange(layout.c, device=x.device)
     return (steps >= layout.c - layout.last_filled[:, None]).to(x.dtype)[..., None]

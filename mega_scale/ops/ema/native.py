@@ -39,16 +39,7 @@ _COMPILE_SECONDS = 300
 def native_ema(
     x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of `recurrent_ema` by compiled C++. Backward needs half as much as x for states, kept by forward.
-
-    Args:
-        x: (B, L, D) fp32, on a CPU.
-        coefficients: (D, N) fp32 each.
-        state: h before the first token, (B, D, N) fp32; none means zero.
-        resets: (B, L) bool, true where a document begins.
-
-    Returns:
-        y (B, L, D), and h after the last token (B, D, N). Differentiable once.
+    """`recurrent_ema` by compiled C++, differentiable once. Forward keeps half as much as x for backward: states.
 
     Raises:
         ValueError: a device or a dtype has no such form, or it could not be compiled.
@@ -71,12 +62,6 @@ def native_ema(
     return y, end
 
 
-def _native() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "native_ema has asked for it"
-    return found
-
-
 def _grouped(tensor: Tensor, native: ctypes.CDLL) -> Tensor:
     """(..., D, N) to (..., G, N, W), both filled up with zeros; a copy."""
     channels, averages = tensor.shape[-2:]
@@ -89,18 +74,6 @@ def _ungrouped(tensor: Tensor, like: Tensor) -> Tensor:
     """(..., G, N, W) to (..., D, N) of `like`."""
     channels, averages = like.shape
     return tensor.mT.flatten(-3, -2)[..., :channels, :averages].contiguous()
-
-
-def _threads(x: Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), x.numel() // _OF_A_THREAD))
-
-
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p | None]:
-    return [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-
-
-def _integers(*numbers: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(number) for number in numbers]
 
 
 class _Walk(torch.autograd.Function):
@@ -116,7 +89,7 @@ class _Walk(torch.autograd.Function):
         keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         """x (B, L, D), coefficients (D, N), state (B, D, N), resets (B, L), whether there will be a backward pass."""
-        native = _native()
+        native: Any = library()
         batch, length, channels = x.shape
         tokens = native.mega_ema_tokens()
         blocks = -(-length // tokens)
@@ -125,8 +98,10 @@ class _Walk(torch.autograd.Function):
         coefficients, running = _grouped(torch.stack(ready), native), _grouped(state, native)
         befores = x.new_empty(batch, blocks, *coefficients.shape[1:]) if keeps else None
         y = torch.empty_like(x)
-        sizes = _integers(batch, length, channels, coefficients.shape[2], _threads(x))
-        native.mega_ema_forward(*_pointers(x, coefficients, resets, running, y, befores), *sizes)
+        threads = max(1, min(torch.get_num_threads(), x.numel() // _OF_A_THREAD))
+        ctx.sizes = batch, length, channels, coefficients.shape[2], threads
+        tensors = x, coefficients, resets, running, y, befores
+        native.mega_ema_forward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
         ctx.save_for_backward(x, log_decay, coefficients, befores, resets)
         return y, _ungrouped(running, log_decay)
 
@@ -134,12 +109,12 @@ class _Walk(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
         """Finds the states inside a block anew, from the one before it."""
-        native = _native()
+        native: Any = library()
         x, log_decay, coefficients, befores, resets = ctx.saved_tensors
         dy, adjoint = dy.contiguous(), _grouped(d_end, native)
         dx, gradients = torch.empty_like(x), torch.zeros_like(coefficients[:3])
-        sizes = _integers(*x.shape, coefficients.shape[2], _threads(x))
-        native.mega_ema_backward(*_pointers(x, dy, coefficients, befores, resets, adjoint, dx, gradients), *sizes)
+        tensors = x, dy, coefficients, befores, resets, adjoint, dx, gradients
+        native.mega_ema_backward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
         d_rate, d_gain, d_projection = _ungrouped(gradients, log_decay)
         return dx, d_rate * log_decay.exp(), d_gain, d_projection, _ungrouped(adjoint, log_decay), None, None
 
@@ -154,7 +129,7 @@ def shipped() -> bool:
 def library() -> ctypes.CDLL | None:
     """The library; none, with one warning, where it cannot be compiled."""
     try:
-        return load(_SOURCE)
+        found = load(_SOURCE)
     except (OSError, ValueError) as error:
         warnings.warn(
             f"the moving average on this CPU takes its blocked form, which is several times slower: {error}",
@@ -162,14 +137,16 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+    for function, tensors in ((found.mega_ema_forward, 6), (found.mega_ema_backward, 8)):
+        function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 5
+        function.restype = None
+    return found
 
 
 def load(source: Path, folder: Path | None = None) -> ctypes.CDLL:
     """Compile a C++ file unless that was done before, and open the library.
 
-    Args:
-        source: the file.
-        folder: where libraries are kept; PyTorch's folder for extensions if not given.
+    It is kept in `folder`, by default PyTorch's for extensions.
 
     Raises:
         ValueError: it cannot be compiled.
@@ -183,22 +160,20 @@ def load(source: Path, folder: Path | None = None) -> ctypes.CDLL:
     text = source.read_bytes() + " ".join([platform.machine(), *command]).encode()
     folder = Path(get_default_build_root()) / "mega_scale" if folder is None else folder
     file = folder / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Several processes may do so at once: each makes its own, and the last one stays.
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            made = Path(temporary) / file.name
-            _compile([*command, str(source), "-o", str(made)])
-            os.replace(made, file)
+    if file.exists():
+        return ctypes.CDLL(str(file))
+    folder.mkdir(parents=True, exist_ok=True)
+    # Several processes may do so at once: each makes its own, and the last one stays.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / file.name
+        command += [str(source), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+        except FileNotFoundError as error:
+            raise ValueError(f"there is no C++ compiler {command[0]!r}: install one, or name it in CXX") from error
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"{command[0]} was not done in {_COMPILE_SECONDS} s") from error
+        if done.returncode:
+            raise ValueError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()[-1000:]}")
+        os.replace(made, file)
     return ctypes.CDLL(str(file))
-
-
-def _compile(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no C++ compiler {command[0]!r}: install one, or name it in CXX") from error
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{command[0]} was not done in {_COMPILE_SECONDS} s") from error
-    if done.returncode:
-        raise ValueError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()[-1000:]}")

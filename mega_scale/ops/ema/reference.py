@@ -6,6 +6,10 @@
   take neither C++ nor loops over a length that they leave open. Tokens are averaged in blocks, each of which needs the
   past as one state; the states are a recurrence of their own, which is again computed in blocks.
 
+All take x (B, L, D) in the dtype of the coefficients (D, N) and h before the first token (B, D, N), and return y
+(B, L, D) and h after the last token. `resets` (B, L) bool are true where a document begins: h is zeroed
+before that token.
+
 Legend: B batch, L length, D channels (2D when bidirectional), N moving averages per channel, c tokens per block, M
 blocks per sequence.
 """
@@ -16,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.modes import any_length, chunk_count, join_chunks, split_chunks, without_autocast
+from mega_scale.ops.modes import ANY_LENGTH, chunk_count, join_chunks, split_chunks, tracing
 
 _BLOCK = 32
 # Blocks of blocks: what is left at the end is a matrix, of 32 rows at a million tokens.
@@ -36,46 +40,11 @@ class EmaCoefficients(NamedTuple):
     gain: Tensor
     projection: Tensor
 
-    @classmethod
-    def from_parameters(
-        cls, damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor
-    ) -> "EmaCoefficients":
-        """Coefficients from a layer's parameters (arXiv 2209.10655, equations 5 and 6, in the names of HF 4.37.2).
-
-        `p = sigmoid(damping)`, `q = 1 - p sigmoid(decay)`, `gain = p expansion`, `projection / sqrt(N)`.
-
-        Args:
-            damping: (D, N, 1), any floating dtype; so are `decay` and `expansion`.
-            decay: (D, N, 1).
-            expansion: (D, N, 1).
-            projection: (D, N).
-
-        Returns:
-            Coefficients in fp32 (fp64 for fp64 parameters), whatever autocast says.
-        """
-        dtype = torch.promote_types(damping.dtype, torch.float32)
-        with without_autocast(damping.device):
-            p = damping.to(dtype).squeeze(-1).sigmoid()
-            # Both sigmoids can round to 1; the bound keeps log(0), and its gradient, out.
-            forget = (p * decay.to(dtype).squeeze(-1).sigmoid()).clamp_max(1 - torch.finfo(dtype).eps)
-            gain = p * expansion.to(dtype).squeeze(-1)
-            return cls(torch.log1p(-forget), gain, projection.to(dtype) * projection.shape[-1] ** -0.5)
-
 
 def recurrent_ema(
     x: Tensor, coefficients: EmaCoefficients, state: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`h_t = q h_{t-1} + gain x_t`, `y_t = sum_n projection_n h_{t,n}` (arXiv 2209.10655, equation 6).
-
-    Args:
-        x: (B, L, D) in the dtype of the coefficients.
-        coefficients: (D, N) each.
-        state: h before the first token, (B, D, N).
-        resets: (B, L) bool, true where a document begins: h is zeroed before that token.
-
-    Returns:
-        y (B, L, D), and h after the last token (B, D, N).
-    """
+    """`h_t = q h_{t-1} + gain x_t`, `y_t = sum_n projection_n h_{t,n}` (arXiv 2209.10655, equation 6)."""
     decay = coefficients.log_decay.exp()
     outputs = []
     for t in range(x.shape[1]):
@@ -89,16 +58,9 @@ def recurrent_ema(
 def fft_ema(
     x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, truncation: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`y = k * x` with `k[tau] = sum_n projection gain q^tau`, zero from `truncation` on, plus what the state carries.
+    """`y = k * x` with `k[tau] = sum_n projection gain q^tau`, plus what the state gives.
 
-    Args:
-        x: (B, L, D) in the dtype of the coefficients.
-        coefficients: (D, N) each.
-        state: h before the first token, (B, D, N); none with truncation, which has no finite state.
-        truncation: taps of the kernel, tokens.
-
-    Returns:
-        y (B, L, D), and h after the last token (B, D, N), none with truncation.
+    The kernel is zero from `truncation` taps on; there is then no finite state, neither before nor after.
     """
     length = x.shape[1]
     steps = torch.arange(length + 1, device=x.device, dtype=x.dtype)
@@ -117,16 +79,7 @@ def fft_ema(
 
 
 def scan_ema(x: Tensor, coefficients: EmaCoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`recurrent_ema` of any length, differentiable any number of times.
-
-    Args:
-        x: (B, L, D) in the dtype of the coefficients.
-        coefficients: (D, N) each.
-        state: h before the first token, (B, D, N); none means zero.
-
-    Returns:
-        y (B, L, D), and h after the last token (B, D, N).
-    """
+    """`recurrent_ema` of any length, differentiable any number of times; no state means zero."""
     log_decay, gain, projection = coefficients
     length = x.shape[1]
     tokens = _in_blocks(x)  # (B, M, c, D)
@@ -158,7 +111,7 @@ def _before(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
     No size here is one less than another: an exporter would keep whether it is 1.
     """
     count = added.shape[1]
-    if depth == 0 or (not any_length() and count <= _BLOCK):
+    if depth == 0 or (tracing() not in ANY_LENGTH and count <= _BLOCK):
         kernel = torch.exp(log_decay * _steps(count, added)[:, None])
         return torch.einsum("bjk,ijk->bik", added, _toeplitz(kernel, 1))
     blocks, kernel = _in_blocks(added), torch.exp(log_decay * _steps(_BLOCK, added)[:, None])

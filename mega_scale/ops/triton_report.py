@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import triton
 
 from mega_scale.ops.attention_triton import scores_gradient_kernel, softmax_constants, weights_kernel
-from mega_scale.ops.ema.triton import TILE, gradient_flags, gradients_kernel, outputs_kernel
+from mega_scale.ops.ema.triton import OUTPUTS, TILE, gradient_flags, gradients_kernel, outputs_kernel
 
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 # Of arguments; all others are pointers to fp32. As at a launch, the compiler is told which are multiples of 16 in all
 # configs: pointers, and some sizes.
 _TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
 _INT32 = ("document", "since")
-_SIZES = ("L", "HEAD", "STEPS", "TILES", "groups", "D", "first", "keys", "chunk")
-_ROUND_SIZES = _SIZES[5:]
+_ROUND_SIZES = ("D", "first", "keys", "chunk")
+_SIZES = ("L", "HEAD", "STEPS", "TILES", "groups", *_ROUND_SIZES)
 
 
 class Compiled(NamedTuple):
@@ -70,7 +70,7 @@ def _variants(
     for n in averages:
         for every, words in ((False, ""), (True, ", documents and states")):
             # A row is one part in most launches.
-            own = {**TILE.constants(n, wide, every), "SPLITS": 1, "INITIAL": every, "OUTPUTS": True}
+            own = {**TILE.constants(n, wide, every), "SPLITS": 1, "INITIAL": every, **OUTPUTS}
             yield outputs_kernel, f"outputs_kernel{words}", f"N={n}", own
             for flags in gradient_flags(wide, every, every):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
@@ -86,14 +86,12 @@ def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architec
     names = list(inspect.signature(kernel.fn).parameters)
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(_TOKENS, _TYPES[dtype]) | dict.fromkeys(_INT32, "*i32")
     types |= {"scale": "fp32"} | dict.fromkeys(_SIZES, "i32") | dict.fromkeys(values, "constexpr")
-    signature = {argument: types[argument] for argument in names}
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, argument in enumerate(names)
-        if signature[argument].startswith("*") or (argument in _ROUND_SIZES and argument not in values)
-    }
+    round_places = [i for i, name in enumerate(names) if types[name].startswith("*") or name in _ROUND_SIZES]
     source = triton.compiler.ASTSource(
-        kernel, signature, {argument: values[argument] for argument in names if argument in values}, aligned
+        kernel,
+        {argument: types[argument] for argument in names},
+        {argument: values[argument] for argument in names if argument in values},
+        {(place,): [["tt.divisibility", 16]] for place in round_places},
     )
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
     options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
@@ -101,18 +99,16 @@ def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architec
     ptx = binary.asm["ptx"]
     # As ptxas counts them for the target that the text names.
     tool = triton.knobs.nvidia.ptxas if architecture < 100 else triton.knobs.nvidia.ptxas_blackwell
-    gpu = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert gpu is not None
+    gpu = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "kernel.ptx")
         text.write_text(ptx, encoding="utf-8")
-        command = [tool.path, "-v", f"--gpu-name={gpu[1]}", str(text), "-o", f"{folder}/kernel"]
+        command = [tool.path, "-v", f"--gpu-name={gpu}", str(text), "-o", f"{folder}/kernel"]
         counted = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", counted)
-    assert registers is not None
+    registers = re.findall(r"Used (\d+) registers", counted)[0]
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", counted)))
     products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx))
     return Compiled(
-        name, f"sm_{architecture}", dtype, size, int(registers[1]), binary.metadata.shared, spills, values["num_warps"],
+        name, f"sm_{architecture}", dtype, size, int(registers), binary.metadata.shared, spills, values["num_warps"],
         products,
     )  # fmt: skip

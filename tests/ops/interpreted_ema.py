@@ -218,13 +218,13 @@ def in_parts(parts, bidirectional):
     return average
 
 
-@pytest.mark.parametrize("bidirectional, place", [(False, None), (True, "borders")])
-def test_parts_of_a_sequence_equal_the_whole(bidirectional, place):
-    leaves = make_leaves(1, 57, 2, 3, with_state=False, rows=2 if bidirectional else 1)
-    resets = None if place is None else make_resets(1, 57, place)
+@pytest.mark.parametrize("parts, bidirectional, place", [(2, False, None), (3, True, "borders")])
+def test_parts_of_a_sequence_equal_the_whole(parts, bidirectional, place):
+    leaves = make_leaves(1, 18 * parts, 2, 3, with_state=False, rows=2 if bidirectional else 1)
+    resets = None if place is None else make_resets(1, 18 * parts, place)
     if place == "borders":
-        resets[:, [19, 37]] = True  # the first token of a part, and the last of one
-    got = run(leaves, in_parts(3, bidirectional), resets)
+        resets[:, [18, 35]] = True  # the first token of a part, and the last of one
+    got = run(leaves, in_parts(parts, bidirectional), resets)
     assert_same(got, truth(leaves, resets, bidirectional=bidirectional))
 
 

@@ -65,6 +65,7 @@ def gradient_flags(wide: bool, documents: bool, last: bool) -> list[dict[str, in
 
 
 TILE = Tile()
+OUTPUTS = {"OUTPUTS": True, "num_stages": 2}  # with more buffers registers spill
 
 
 def triton_ema(
@@ -168,7 +169,7 @@ class _Rows:
     ) -> tuple[Tensor, Tensor]:
         """y, and the states after rows."""
         y, end = torch.empty_like(x), coefficients[1].new_empty(len(x), *coefficients[1].shape)
-        self._run(outputs_kernel, x, coefficients, state, parts, y, end, INITIAL=state is not None, OUTPUTS=True)
+        self._run(outputs_kernel, x, coefficients, state, parts, y, end, INITIAL=state is not None, **OUTPUTS)
         return y, end
 
     def adjoints(self, dy: Tensor, coefficients: Any) -> Tensor:

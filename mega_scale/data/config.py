@@ -7,12 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from mega_scale.files import local_path
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared"]
 FILE_SOURCES = ("text", "json", "parquet", "arrow")
@@ -386,7 +383,3 @@ class LengthSchedule:
         """The length of a step's rows, tokens; `step` is the number of steps done before."""
         stages = zip(reversed(self._steps), reversed(self.lengths), strict=True)
         return next(length for first, length in stages if first <= step)
-
-    def cut(self, batch: "dict[str, Tensor]", step: int) -> "dict[str, Tensor]":
-        """Cut the rows of a micro-batch, (B, L) each, to the step's length l, (B L / l, l); nothing is copied."""
-        return {name: tensor.view(-1, self.at(step)) for name, tensor in batch.items()}

@@ -324,8 +324,10 @@ class Loader:
         for start in range(first, first + self._global, self._micro * self._world):
             order = (range(start, start + self._micro), self._seed, self._shuffle)
             starts = self.dataset.document_starts(*order) if self._packing == "reset" else None
-            batch = _batch(self.dataset.rows(*order), starts)
-            found.append(batch if self.lengths is None else self.lengths.cut(batch, step))
+            found.append(_batch(self.dataset.rows(*order), starts))
+        if self.lengths is not None:  # the same memory, as shorter rows
+            length = self.lengths.at(step)
+            found = [{name: tensor.view(-1, length) for name, tensor in batch.items()} for batch in found]
         return found, self.dataset.tally().figures() if self._streams else self._bad_rows
 
     def _check_rows(self) -> None:

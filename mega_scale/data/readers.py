@@ -345,11 +345,6 @@ def _skip_space(text: str, place: int) -> int:
 # Parquet and arrow
 
 
-def _numbers(part: FileRange, count: int) -> range:
-    """Row groups or record batches of a range, of so many in the file."""
-    return range(count) if part.stop < 0 else range(part.start, part.stop)
-
-
 def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
     try:
         mapped = pa.memory_map(part.file)
@@ -361,7 +356,7 @@ def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
         yield _broken_file(part.file, 1, error, magic=b"PAR1")
         return
     with opened:
-        for group in _numbers(part, len(sizes)):
+        for group in range(part.start, part.stop if part.stop >= 0 else len(sizes)):
             row, end = sum(sizes[:group]), sum(sizes[: group + 1])
             if path is None:
                 yield column.missing(schema.names, part.file, row + 1, end - row)
@@ -398,7 +393,7 @@ def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
     if opened is None:
         yield from _read_stream(mapped, 8 if is_file else 0, column, part.file)
         return
-    row, wanted = 0, _numbers(part, opened.num_record_batches)
+    row, wanted = 0, range(part.start, part.stop if part.stop >= 0 else opened.num_record_batches)
     for number in range(wanted.stop):
         try:
             batch = opened.get_batch(number)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -219,8 +218,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     """Find a run's documents; rows that cannot be used are left out and counted."""
     everything, share = load_documents(config), config.validation_fraction
     if config.separate_validation:
-        separate = _documents(open_source(config, held_out=True), config.max_bad_share)
-        return Corpus(everything, separate.first(config.validation_documents))
+        return Corpus(everything, load_documents(config, held_out=True))
     if not share:
         return Corpus(everything, None)
     held_out = everything.select(lambda text: is_held_out(text, share))
@@ -228,19 +226,10 @@ def load_corpus(config: DataConfig) -> Corpus:
     return Corpus(train, held_out.first(config.validation_documents))
 
 
-def load_documents(config: DataConfig) -> Documents:
-    """Find all documents of `data.path`, the hub's split or the default corpus, at most `max_documents`."""
-    return _documents(open_source(config), config.max_bad_share).first(config.max_documents)
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a text belongs to the validation part, by its own hash only: the same on every machine."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
-def _documents(source: "TextSource", max_bad_share: float) -> Documents:
-    ranges, tally = source.ranges(None), Tally()
+def load_documents(config: DataConfig, *, held_out: bool = False) -> Documents:
+    """Find all documents to train on, at most `max_documents`, or those of a validation text of its own."""
+    source, tally = open_source(config, held_out=held_out), Tally()
+    ranges = source.ranges(None)
     size = sum(part.size for part in ranges)
 
     def read(order: tuple[int, int] | None) -> Iterator[str]:
@@ -249,9 +238,15 @@ def _documents(source: "TextSource", max_bad_share: float) -> Documents:
         if order is not None:
             numbers = shuffled(numbers, len(ranges), *order)
         rows = (row for i in numbers for row in source.read(ranges[i]))
-        return usable(rows, tally, max_bad_share)
+        return usable(rows, tally, config.max_bad_share)
 
-    return Documents(read, tally)
+    return Documents(read, tally).first(config.validation_documents if held_out else config.max_documents)
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a text belongs to the validation part, by its own hash only: the same on every machine."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
+    return int.from_bytes(digest, "little") < share * 2**64
 
 
 def shuffled(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
@@ -339,9 +334,9 @@ class HubSource:
         return [FileRange(self._name, i, min(i + step, count), total * step // count) for i in starts]
 
     def read(self, part: FileRange) -> Rows:
-        if self._streaming:
-            yield from self._read_stream()
-            return
+        return self._read_stream() if self._streaming else self._read_stored(part)
+
+    def _read_stored(self, part: FileRange) -> Rows:
         rows = self._dataset.with_format("arrow")
         path = column_path(rows.features.arrow_schema, self._column)
         for first in range(part.start, max(part.stop, 0), _HUB_ROWS_AT_ONCE):
@@ -483,21 +478,15 @@ def stdlib_documents() -> Iterator[str]:
             module = importlib.import_module(name)
         except ImportError:  # built against a library that this machine lacks
             continue
-        if text := _documentation(module):
+        entries = [_entry(module.__name__, module)]
+        for key, member in sorted(vars(module).items()):
+            if getattr(member, "__module__", None) == module.__name__:
+                place = f"{module.__name__}.{key}"
+                entries += [_entry(place, member)] if inspect.isclass(member) or inspect.isroutine(member) else []
+                within = sorted(vars(member).items()) if inspect.isclass(member) else []
+                entries += [_entry(f"{place}.{inner}", value) for inner, value in within]
+        if text := "\n\n".join(entry for entry in entries if entry):
             yield text
-
-
-def _documentation(module: ModuleType) -> str:
-    entries = [_entry(module.__name__, module)]
-    for name, member in sorted(vars(module).items()):
-        if getattr(member, "__module__", None) != module.__name__:
-            continue
-        if inspect.isclass(member):
-            entries.append(_entry(f"{module.__name__}.{name}", member))
-            entries += [_entry(f"{module.__name__}.{name}.{key}", value) for key, value in sorted(vars(member).items())]
-        elif inspect.isroutine(member):
-            entries.append(_entry(f"{module.__name__}.{name}", member))
-    return "\n\n".join(entry for entry in entries if entry)
 
 
 def _entry(name: str, member: object) -> str:

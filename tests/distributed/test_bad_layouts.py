@@ -67,7 +67,6 @@ CASES = [
     Bad("parallel.tp=8 model.intermediate_size=10", "=8 or 16", ["model.intermediate_size=8", "parallel.tp=2"]),
     Bad("parallel.tp=2 model.nffn_hidden_size=5", "=4 or 6", ["model.nffn_hidden_size=4", "parallel.tp=1"]),
     # Models
-    Bad("parallel.tp=2 model.bidirectional=true", "model.bidirectional=True", ["model.bidirectional=false"]),
     Bad(
         "parallel.tp=2 model.add_cross_attention=true", "add_cross_attention=True", ["model.add_cross_attention=false"]
     ),

@@ -47,7 +47,7 @@ class BlockedEma:
         c = min(_BLOCK, length)
         layout = self._layout = BlockLayout.of(x, resets, c)
         log_decay = coefficients.log_decay
-        self._toeplitz, into, self._out, decay = BlockMatrices.of(coefficients, c)
+        self._toeplitz, into, self._out, decay = _Matrices.apply(*coefficients, c)
         fading = torch.exp(log_decay * layout.last_filled[:, None, None].to(x.dtype))
         first = x.new_zeros(batch, channels, log_decay.shape[1]) if state is None else state
         self._x_blocks, self._before, self.end = EmaStates.apply(x, into, decay, fading, first, layout)
@@ -153,21 +153,15 @@ class BlockLayout(NamedTuple):
         into.view(-1, len(values))[part.tokens].copy_(rows)
 
 
-class BlockMatrices(NamedTuple):
-    """What tokens x and the state h before a block make of it: `y = x toeplitz + h out`, `h' = decay h + x into`."""
-
-    toeplitz: Tensor  # (D, c, c): token j to output i, `sum_n projection gain P_{i-j}`, zero where j > i
-    into: Tensor  # (D, c, N): token j to the state after the block, `gain P_{c-1-j}`
-    out: Tensor  # (D, N, c): state before the block to output i, `projection P_{i+1}`
-    decay: Tensor  # (D, N): P_c
-
-    @classmethod
-    def of(cls, coefficients: EmaCoefficients, c: int) -> "BlockMatrices":
-        """All contiguous, differentiable once."""
-        return cls(*_Matrices.apply(*coefficients, c))
-
-
 class _Matrices(torch.autograd.Function):
+    """What tokens x and the state h before a block make of it: `y = x toeplitz + h out`, `h' = decay h + x into`.
+
+    * toeplitz, (D, c, c): token j to output i, `sum_n projection gain P_{i-j}`, zero where j > i;
+    * into, (D, c, N): token j to the state after the block, `gain P_{c-1-j}`;
+    * out, (D, N, c): state before the block to output i, `projection P_{i+1}`;
+    * decay, (D, N): P_c.
+    """
+
     @staticmethod
     def forward(ctx: Any, log_decay: Tensor, gain: Tensor, projection: Tensor, c: int) -> tuple[Tensor, ...]:
         ctx.c = c

@@ -22,6 +22,8 @@ KNOWN = known_keys(RunConfig)
 class Tokenizer(SimpleNamespace):
     """What `model_config` asks of a tokenizer."""
 
+    sep_token_id = None
+
     def __len__(self) -> int:
         return self.size
 

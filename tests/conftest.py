@@ -22,10 +22,18 @@ LONGEST = [
 PLACES = {name: place for place, name in enumerate(LONGEST)}
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """A bare `pytest` leaves out what is slow; files and folders that are named run whole."""
-    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:
-        config.option.markexpr = "not slow"
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A bare `pytest` leaves out what is slow, and takes two processes; what is named by file, folder or -m runs whole.
+
+    It comes before pytest-xdist reads its options, -n among them, and runs in the processes that this starts, too.
+    """
+    option = config.option
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or option.markexpr:
+        return
+    option.markexpr = "not slow"
+    if option.numprocesses is None and not option.usepdb and not hasattr(config, "workerinput"):
+        option.numprocesses, option.dist = 2, "loadfile"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

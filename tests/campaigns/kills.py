@@ -17,7 +17,8 @@ from mega_scale.parallel.monitor import PEER_LOST
 
 STEPS, KEEP, KILLS_IN_A_CHAIN = 12, 2, 5
 TIMEOUT_S = 60
-"""parallel.timeout_s: within it the monitor has to end a rank whose peer is dead."""
+"""parallel.timeout_s: within it the monitor has to end a rank whose peer is dead, and it waits so long for one that was
+killed before it came to the meeting, of which nobody knows that it lives."""
 LIMIT_S = 180
 SHARE_AT_SAVES = 0.6
 # 2.6 million parameters: 31 MB of weights and moments.
@@ -77,7 +78,7 @@ class Kill(NamedTuple):
         phase: see `PHASES`.
         committed: step of the newest checkpoint afterwards; 0 without one.
         lost: steps that had been done and reported since then.
-        other_s: until the rank that was not killed had ended (seconds).
+        other_s: until the rank that was not killed had ended (seconds); None where the two had not met, or both died.
     """
 
     victims: str
@@ -206,6 +207,8 @@ def _kill(
     ranks.wait(TIMEOUT_S + 20)
     others = [rank for rank in (0, 1) if rank not in victims]
     other_s = max(ranks.ended[rank] - killed for rank in others) if others else None
+    if "did not come to" in ranks.text():
+        other_s = None  # ranks.wait has said that it ended in time
     for rank in others:
         if ranks.codes[rank] not in (PEER_LOST, 0):
             found.problems.append(f"{where}: rank {rank} ended with {ranks.codes[rank]}:\n{ranks.text()[-1500:]}")

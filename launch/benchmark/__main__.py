@@ -26,18 +26,6 @@ COMMANDS = {
     "bandwidth": ("ema", "the moving average on a GPU as a share of a copy's bandwidth"),
     "mfu": ("step", "training steps of a large model on a GPU, against a Llama of its size"),
 }
-# What to use instead of options that were there once.
-GONE = {
-    ("decode", "--tokens"): "pass --contexts, such as --contexts 1024 16384",
-    ("decode", "--window"): "windows are as long as --chunk",
-    ("decode", "--batch"): "one sequence is decoded",
-    ("memory", "--port"): "the ranks meet at a free port",
-    ("prepare", "--processes"): "one process is measured",
-    ("step", "--expanded"): "it is --values, as in the other commands",
-    ("step", "--averages"): "it is --states, as in the other commands",
-    ("step", "--llama-expanded"): "Llama gets as many parameters as ours",
-    ("mfu", "--llama-expanded"): "Llama gets as many parameters as ours",
-}
 
 
 def load(module: str) -> Any:
@@ -73,9 +61,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     load("harness").add_options(parser, command)
-    for name in (word.partition("=")[0] for word in chosen.options):
-        if (chosen.command, name) in GONE:
-            parser.error(f"{name} is gone: {GONE[chosen.command, name]}")
     parser.set_defaults(command=chosen.command, run=command.run)
     return parser.parse_args(chosen.options)
 

@@ -24,9 +24,9 @@ from mega_scale.model.layers import (
     apply_linear,
 )
 from mega_scale.model.rows import DocumentBorders, LeftPadding, align
+from mega_scale.ops import ANY_LENGTH, chunk_count, join_chunks, split_chunks, tracing
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.elementwise import EAGER, recomputed
-from mega_scale.ops.modes import ANY_LENGTH, chunk_count, join_chunks, split_chunks, tracing
 
 
 class MegaMovingAverageGatedAttention(nn.Module):

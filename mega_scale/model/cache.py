@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from mega_scale.ops.modes import in_memory
+from mega_scale.ops import in_memory
 
 _STATE, _ENCODER, _ROWS = ("ema", "keys", "values"), ("keys", "values"), ("mask", "documents", "encoder_mask")
 _Context = dict[str, Any]

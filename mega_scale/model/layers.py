@@ -13,11 +13,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
+from mega_scale.ops import in_memory, without_autocast
 from mega_scale.ops.attention import key_minus_query
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
 from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
 from mega_scale.ops.linear import linear
-from mega_scale.ops.modes import in_memory, without_autocast
 
 _EPSILON = 1e-5  # of all norms
 _INDICES = (torch.int64, torch.int32)  # dtypes of token ids

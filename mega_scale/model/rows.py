@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mega_scale.model.cache import MegaCache
 from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.ops import ANY_LENGTH, chunk_count, in_memory, tracing
 from mega_scale.ops.attention import ChunkDocuments
-from mega_scale.ops.modes import ANY_LENGTH, chunk_count, in_memory, tracing
 
 
 def leading_pads(mask: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.modes import ANY_LENGTH, in_memory, once_differentiable, tracing, without_autocast
+from mega_scale.ops import ANY_LENGTH, in_memory, once_differentiable, tracing, without_autocast
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")

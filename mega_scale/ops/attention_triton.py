@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.modes import once_differentiable, without_autocast
+from mega_scale.ops import once_differentiable, without_autocast
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.

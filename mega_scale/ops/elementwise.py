@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mega_scale.ops.modes import in_memory
+from mega_scale.ops import in_memory
 
 # Multipliers of 32-bit integer hashes that mix well (lowbias32, found by C. Wellons' search); as signed numbers.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.modes import autocast_dtype, in_memory, once_differentiable, tracing, without_autocast
+from mega_scale.ops import autocast_dtype, in_memory, once_differentiable, tracing, without_autocast
 
 # Fewer are a decoding step's, which reads the weight once whatever multiplies it.
 _TOKENS = 32

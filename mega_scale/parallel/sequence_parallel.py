@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mega_scale.model import MegaConfig
 from mega_scale.model.layers import MegaMultiDimensionDampedEma
+from mega_scale.ops import once_differentiable
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.ops.modes import once_differentiable
 from mega_scale.parallel.shard import RowSlice
 from mega_scale.parallel.world import Axis, Pending, start_gather, with_backward
 

@@ -32,8 +32,8 @@ from mega_scale.model.layers import (
     check_ids,
 )
 from mega_scale.model.losses import LanguageModelHead
+from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
-from mega_scale.ops.modes import autocast_dtype, once_differentiable
 from mega_scale.parallel.mesh import check_tensor_parallel
 from mega_scale.parallel.sequence_parallel import SequenceParallelEma
 from mega_scale.parallel.shard import (

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mega_scale.ops.modes import once_differentiable
+from mega_scale.ops import once_differentiable
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.mesh import Coordinates, MeshShape, placement
 from mega_scale.parallel.monitor import PeerMonitor

@@ -6,7 +6,7 @@ from every_class import CLASSES, answers, inputs_of, labels_of, make
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import mega_scale
-from mega_scale.ops.modes import autocast_dtype, without_autocast
+from mega_scale.ops import autocast_dtype, without_autocast
 
 
 def run(model, kind, inputs):

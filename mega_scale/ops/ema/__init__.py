@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mega_scale.ops import in_memory, tracing, without_autocast
 from mega_scale.ops.ema.blocked import BlockedEma
 from mega_scale.ops.ema.native import library, native_ema, shipped
 from mega_scale.ops.ema.reference import EmaCoefficients, fft_ema, recurrent_ema, scan_ema
-from mega_scale.ops.modes import in_memory, tracing, without_autocast
 
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
 Carry = Callable[[Tensor, Tensor, Tensor | None, bool], Callable[[], Tensor]]

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mega_scale.ops import once_differentiable
 from mega_scale.ops.ema.reference import EmaCoefficients
-from mega_scale.ops.modes import once_differentiable
 
 _BLOCK = 32  # tokens
 # Numbers of a slice: it should stay in a core's cache, hardly count beside whole tensors, and still be worth a matrix

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mega_scale.ops import in_memory, once_differentiable
 from mega_scale.ops.ema.reference import EmaCoefficients
-from mega_scale.ops.modes import in_memory, once_differentiable
 
 # Numbers of x that are worth a thread.
 _OF_A_THREAD = 2**16

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops.modes import ANY_LENGTH, chunk_count, join_chunks, split_chunks, tracing
+from mega_scale.ops import ANY_LENGTH, chunk_count, join_chunks, split_chunks, tracing
 
 _BLOCK = 32
 # Blocks of blocks: what is left at the end is a matrix, of 32 rows at a million tokens.

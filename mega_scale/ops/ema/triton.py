@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mega_scale.ops import once_differentiable
 from mega_scale.ops.ema.reference import EmaCoefficients
-from mega_scale.ops.modes import once_differentiable
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.

@@ -30,7 +30,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.config import load_config, model_config
-from mega_scale.model.flops import training_flops_per_token
 from mega_scale.ops.elementwise import compile_gates
 from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import EngineConfig, ParallelConfig, World
@@ -39,7 +38,7 @@ from mega_scale.parallel.config import ActivationCheckpointing
 from mega_scale.parallel.mesh import check_segments
 from mega_scale.parallel.sequence_parallel import ReceivedStates
 from mega_scale.parallel.shard import RowSlice
-from mega_scale.training.metrics import peak_flops
+from mega_scale.training.metrics import peak_flops, training_flops_per_token
 
 from . import harness
 from .harness import Command, Option, common

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mega_scale.files import append_line, reason, replace_text
+from mega_scale.model import MegaConfig
 from mega_scale.parallel import World
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
@@ -42,6 +43,26 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+def training_flops_per_token(config: MegaConfig, sequence_length: int) -> int:
+    """Operations of forward and backward per token of a sequence, in tokens; a multiply-add counts as two.
+
+    What the algorithm needs counts, three times the forward pass: neither masked scores nor recomputed activations.
+    Raises ValueError where the model attends to an encoder, whose length would count too.
+    """
+    if config.add_cross_attention:
+        raise ValueError("add_cross_attention=True: operations depend on an encoder, give a model without it")
+    keys: float = min(config.chunk_size, sequence_length) if config.use_chunking else sequence_length
+    if config.is_decoder:
+        keys = (keys + 1) / 2  # that a query sees, on average
+    d, z, e = config.hidden_size, config.shared_representation_size, config.intermediate_size
+    projections = 2 * (d * e + d * (2 * d + z + e) + e * d)
+    feed_forward = 4 * d * config.nffn_hidden_size if config.use_normalized_ffn else 0
+    averages = 6 * config.ema_projection_size * d * (2 if config.bidirectional else 1)
+    attention = int(2 * keys * (z + e))
+    head = 2 * d * config.vocab_size + (2 * d * d if config.add_lm_hidden_dense_layer else 0)
+    return 3 * (config.num_hidden_layers * (projections + feed_forward + averages + attention) + head)
 
 
 def memory_bytes(device: torch.device) -> int:

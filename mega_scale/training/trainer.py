@@ -33,7 +33,6 @@ from mega_scale.data import (
 )
 from mega_scale.files import replace_text
 from mega_scale.model import MegaForCausalLM
-from mega_scale.model.flops import training_flops_per_token
 from mega_scale.parallel import (
     Place,
     Placement,
@@ -49,7 +48,14 @@ from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals, refuse
 from mega_scale.settings import to_yaml
 from mega_scale.training.bad_steps import DIVERGED, BadStepsError, Progress, rows_of
 from mega_scale.training.config import build_optimizer, learning_rate, seconds_of
-from mega_scale.training.metrics import Reporter, SlowRanks, Throughput, memory_bytes, peak_flops
+from mega_scale.training.metrics import (
+    Reporter,
+    SlowRanks,
+    Throughput,
+    memory_bytes,
+    peak_flops,
+    training_flops_per_token,
+)
 from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun, Watchdog
 from mega_scale.training.trained_model import check_sample, describe_model, evaluate, generate_text, values_from
 

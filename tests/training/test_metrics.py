@@ -9,8 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.model.flops import decoding_flops, forward_flops, training_flops_per_token
-from mega_scale.training.metrics import Reporter, Throughput, memory_bytes, peak_flops
+from mega_scale.training.metrics import Reporter, Throughput, memory_bytes, peak_flops, training_flops_per_token
 
 VALUES = {
     "loss": 2.5, "grad_norm": 0.25, "lr": 1e-3, "memory_bytes": 2**30, "tokens": 100, "tokens_per_second": 1234.0,
@@ -177,13 +176,10 @@ def test_flops_follow_the_matrix_products():
     assert training_flops_per_token(config, 1024) == 6 * weights + rest
     shorter = training_flops_per_token(config, 64)
     assert training_flops_per_token(config, 1024) - shorter == 3 * 3 * 64 * (32 + 96)
-    # A token that is decoded alone sees the keys of its chunk, so that they cost in all what reading the text costs.
-    assert sum(decoding_flops(config, i).attention for i in range(256)) == 256 * forward_flops(config, 256).attention
-    assert decoding_flops(config, 10**6)._replace(attention=0) == forward_flops(config, 8)._replace(attention=0)
-    both = MegaConfig(hidden_size=64, ema_projection_size=4, num_hidden_layers=3, vocab_size=300)
-    assert both.bidirectional and forward_flops(both, 1024).averages == 2 * forward_flops(config, 1024).averages
+    config.bidirectional, config.is_decoder = True, False  # twice the averages, and every key of a chunk
+    assert training_flops_per_token(config, 1024) == 6 * weights + 3 * 3 * (2 * 6 * 4 * 64 + 256 * (32 + 96))
     with pytest.raises(ValueError, match="add_cross_attention=True"):
-        forward_flops(MegaConfig(add_cross_attention=True, is_decoder=True, bidirectional=False), 8)
+        training_flops_per_token(MegaConfig(add_cross_attention=True, is_decoder=True, bidirectional=False), 8)
 
 
 def line(step):

@@ -24,14 +24,19 @@ def test_every_recipe_is_listed_here():
     assert sorted(path.name for path in FOLDER.glob("*.yaml")) == sorted(name for name, *_ in RECIPES)
 
 
+def make_files(data):
+    """What a recipe reads, empty, where it is read from."""
+    for path in [*(data.path or []), *(data.validation_path or [])]:
+        file = Path(path) / "manifest.json" if data.source == "prepared" else Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
 @pytest.mark.parametrize(("name", "ranks", "millions", "with_embedding"), RECIPES)
 def test_recipe_can_start_and_has_its_size(name, ranks, millions, with_embedding, tmp_path, monkeypatch):
     config = load_config(FOLDER / name)
-    # Stand where the files that the recipe reads exist.
     monkeypatch.chdir(tmp_path)
-    for path in [*(config.data.path or []), *(config.data.validation_path or [])]:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).touch()
+    make_files(config.data)
     config.validate(world_size=ranks)
     tokenizer = load_tokenizer("byte") if config.data.tokenizer == "byte" else None
     shape = model_config(config.model, tokenizer)
@@ -59,5 +64,6 @@ def test_the_long_context_layout_of_the_readme_can_start(tmp_path, monkeypatch):
     ]
     assert any(all(change in text for change in changes) for text in readmes)
     config = parse(["--config", str(FOLDER / "mega-1.3b.yaml"), *changes])
+    make_files(config.data)
     config.validate(world_size=64, local_size=8)
     assert config.parallel.mesh(64) == (1, 4, 8, 2)

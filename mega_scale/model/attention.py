@@ -21,7 +21,6 @@ from mega_scale.model.layers import (
     MegaMultiDimensionDampedEma,
     MegaNormalizedFeedForwardNetwork,
     MegaSequenceNorm,
-    apply_linear,
 )
 from mega_scale.model.rows import DocumentBorders, LeftPadding, align
 from mega_scale.ops import ANY_LENGTH, chunk_count, join_chunks, split_chunks, tracing
@@ -87,7 +86,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
             normed, new_mask, None if state is None else state.ema, None if borders is None else borders.starts
         )
         averaged = self.ema_dropout(averaged)
-        pre = apply_linear(self.v_proj, normed)
+        pre = self.v_proj(normed)
         with recomputed(self.activation, pre) as v:
             update, z, gate, candidate = self.project(averaged)
             # They keep what precision they have: relu2 squares their scores.
@@ -119,7 +118,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
                 if return_state and kept is None:
                     kept = remember(state, k, v, self.chunk)
         with recomputed(self.gates.gate, attended, gate) as gated:
-            candidate = candidate + apply_linear(self.h_proj, gated)
+            candidate = candidate + self.h_proj(gated)
         if self.config.activation == "silu" and not self.dropout.drops:
             out = self.gates.update(x, update, candidate)
         else:
@@ -133,7 +132,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
 
     def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
         """What `mx_proj` makes of the average (B, L, D): update, shared representation, gate and candidate."""
-        return apply_linear(self.mx_proj, averaged).split(list(self.segments.values()), -1)
+        return self.mx_proj(averaged).split(list(self.segments.values()), -1)
 
     def _attend(
         self,
@@ -248,7 +247,7 @@ class MegaGatedCrossAttention(nn.Module):
 
     def project(self, encoder: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, S, Z) and values (B, S, D) of an encoder's output (B, S, D)."""
-        return apply_linear(self.k_proj, encoder), self.activation(apply_linear(self.v_proj, encoder))
+        return self.k_proj(encoder), self.activation(self.v_proj(encoder))
 
     def forward(
         self,
@@ -267,7 +266,7 @@ class MegaGatedCrossAttention(nn.Module):
         """
         config = self.config
         prenorm = config.normalize_before_mega
-        update, gate, q = apply_linear(self.q_proj, self.norm(x, mask) if prenorm else x).split(
+        update, gate, q = self.q_proj(self.norm(x, mask) if prenorm else x).split(
             [config.hidden_size, config.hidden_size, config.shared_representation_size], -1
         )
         attended, weights = chunk_attention(
@@ -280,7 +279,7 @@ class MegaGatedCrossAttention(nn.Module):
             return_weights=return_weights,
             impl="eager" if return_weights or config._attn_implementation == "eager" else "auto",
         )  # fmt: skip
-        hidden = self.dropout(self.activation(apply_linear(self.h_proj, attended.squeeze(1) * F.silu(gate))))
+        hidden = self.dropout(self.activation(self.h_proj(attended.squeeze(1) * F.silu(gate))))
         out = torch.addcmul(x, torch.sigmoid(update), hidden - x)
         if not prenorm:
             out = self.norm(out, mask)

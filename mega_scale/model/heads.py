@@ -9,6 +9,7 @@ Legend: B batch, M choices, L length, D channels, V vocabulary, K classes.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
     MaskedLMOutput,
@@ -20,11 +21,11 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, logging
 
 from mega_scale.model.configuration_mega import MegaConfig
-from mega_scale.model.layers import apply_linear
-from mega_scale.model.losses import cross_entropy, sequence_loss
-from mega_scale.model.modeling_mega import MegaModel, MegaPreTrainedModel
+from mega_scale.model.modeling_mega import INTEGERS, MegaModel, MegaPreTrainedModel, cross_entropy, mean
 
 logger = logging.get_logger(__name__)
+
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 class MegaHeadModel(MegaPreTrainedModel):
@@ -96,7 +97,7 @@ class MegaForMaskedLM(MegaHeadModel):
         inputs = input_ids, attention_mask, token_type_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask
         hidden, outputs = self.encode(*inputs, **kwargs)
         if self.dense is not None:
-            hidden = torch.tanh(apply_linear(self.dense, hidden))
+            hidden = torch.tanh(self.dense(hidden))
         logits = self.mlm_head(hidden)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits, **outputs)
@@ -114,6 +115,37 @@ class MegaClassificationHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, D) to (B, K)."""
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
+
+
+def sequence_loss(
+    logits: Tensor, labels: Tensor, problem_type: str | None = None, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Loss of logits (B, K), one prediction a sequence: mean square, cross-entropy, or binary cross-entropy.
+
+    Labels are (B,) classes, (B, K) zeros and ones for several labels, or (B, K) values of a regression, (B,) if K = 1.
+    By default the problem is a regression if K = 1, else one label if the labels are integers, else several.
+    """
+    if problem_type is None:
+        several = "single_label_classification" if labels.dtype in INTEGERS else "multi_label_classification"
+        problem_type = "regression" if logits.shape[-1] == 1 else several
+    if problem_type not in PROBLEMS:
+        raise ValueError(f"problem_type={problem_type!r} is unknown: choose one of {', '.join(PROBLEMS)}, or none")
+    labels = labels.to(logits.device)
+    single = problem_type == "single_label_classification"
+    expected = logits[..., 0] if single else logits
+    if labels.numel() != expected.numel():
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}: {problem_type} of logits {tuple(logits.shape)} needs "
+            f"{tuple(expected.shape)}; set problem_type in the configuration if you meant another problem"
+        )
+    if single:
+        return cross_entropy(logits, labels, num_items)
+    values, targets = logits.float(), labels.reshape(logits.shape).float()
+    if problem_type == "regression":
+        total = F.mse_loss(values, targets, reduction="sum")
+    else:
+        total = F.binary_cross_entropy_with_logits(values, targets, reduction="sum")
+    return mean(total, labels.numel(), num_items)
 
 
 class MegaForSequenceClassification(MegaHeadModel):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
@@ -29,26 +28,6 @@ class MegaLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input (B, L, D), any floating dtype; returns (B, L, W)."""
         return linear(input, self.weight, self.bias)
-
-
-def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, by whichever library is fastest on a CPU if the layer is a plain one: (B, L, D) to (B, L, W)."""
-    plain = None if isinstance(layer, MegaLinear) else plain_linear(layer)
-    found: Tensor = layer(x) if plain is None else linear(x, plain.weight, plain.bias)
-    return found
-
-
-def plain_linear(layer: nn.Module) -> nn.Linear | None:
-    """The layer, if calling it is its product and nothing else: if it is neither replaced, wrapped nor hooked."""
-    plain = (
-        type(layer) is nn.Linear
-        and not torch.compiler.is_compiling()
-        and "forward" not in vars(layer)
-        and layer._compiled_call_impl is None
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and not _has_any_global_hook()
-    )
-    return layer if plain else None  # type: ignore[return-value]
 
 
 class MegaDropout(nn.Module):
@@ -326,9 +305,9 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
         """Update the residual stream (B, L, D); mask (B, L) bool is true for valid positions, for batch norms."""
         if self.prenorm and not self.norm.over_batch:
             with recomputed(self.norm, x) as normed:
-                pre = apply_linear(self.fc1, normed)
+                pre = self.fc1(normed)
         else:
-            pre = apply_linear(self.fc1, self.norm(x, mask) if self.prenorm else x)
+            pre = self.fc1(self.norm(x, mask) if self.prenorm else x)
         with recomputed(self.activation, pre) as active:
-            out = x + self.dropout(apply_linear(self.fc2, self.hidden_dropout(active)))
+            out = x + self.dropout(self.fc2(self.hidden_dropout(active)))
         return out if self.prenorm else self.norm(out, mask)

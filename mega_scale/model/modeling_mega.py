@@ -3,11 +3,13 @@
 Legend: B batch, L length, D channels, V vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -27,12 +29,13 @@ from mega_scale.model.layers import (
     MegaRMSNorm,
     MegaScaleNorm,
     MegaSequenceNorm,
-    apply_linear,
 )
-from mega_scale.model.losses import check_labels, cross_entropy, mean, summed_cross_entropy
 from mega_scale.model.rows import DOCUMENT_KEYS, encoder_mask, leading_pads, read_rows
+from mega_scale.ops.linear import linear_cross_entropy
 
 logger = logging.get_logger(__name__)
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of labels
 
 
 def initial_tensor(
@@ -309,6 +312,65 @@ class MegaModel(MegaPreTrainedModel):
         return MegaCache(config.num_hidden_layers) if use_cache else None
 
 
+class LanguageModelHead(nn.Linear):
+    """A linear layer that can also take targets, whatever hooks it has: what trainers make of it."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V) of (B, L, D); with targets (B, L) int64, -100 where there is none, the sum of losses."""
+        if targets is None:
+            return super().forward(input)
+        return linear_cross_entropy(input, self.weight, self.bias, targets.to(input.device))
+
+
+def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None) -> Tensor:
+    """A sum of losses over the number of targets that count, or over `num_items` where given: the number in several
+    micro-batches or ranks, so that parts add up to the whole batch's loss. Without any target the loss is 0, not NaN.
+    """
+    divisor = count if num_items is None else num_items
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(total.device)
+        return total / divisor.masked_fill(divisor == 0, 1)
+    return total / (divisor or 1)
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse labels that are no integers, or not one for each of the predictions (`shape`, or as many in a row)."""
+    expected = tuple(shape)
+    fits = labels.shape == expected or (labels.dim() != len(expected) and labels.numel() == math.prod(expected))
+    if labels.dtype not in INTEGERS or not fits:
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}: expected integers {expected}, one for each prediction"
+        )
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy, in nats and fp32, of logits (..., K) with integer labels (...), of which -100 does not count;
+    divided as `mean` has it."""
+    check_labels(labels, logits.shape[:-1])
+    labels = labels.reshape(-1).to(logits.device, torch.long)
+    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels, reduction="sum")
+    return mean(total, (labels != -100).sum(), num_items)
+
+
+def sliced_cross_entropy(head: nn.Module, x: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """`cross_entropy(head(x), labels, num_items)`, a few tokens of x (B, L, D) at a time, so that logits are never
+    whole; but of whole logits where calling the head is more than its product: replaced, adapted, watched."""
+    check_labels(labels, x.shape[:-1])
+    labels = labels.to(x.device)
+    if isinstance(head, LanguageModelHead):
+        return mean(head(x, labels), (labels != -100).sum(), num_items)
+    if (
+        type(head) is not nn.Linear
+        or torch.compiler.is_compiling()
+        or "forward" in vars(head)
+        or head._compiled_call_impl is not None
+        or head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+        or _has_any_global_hook()
+    ):  # fmt: skip
+        return cross_entropy(head(x), labels, num_items)
+    return mean(linear_cross_entropy(x, head.weight, head.bias, labels), (labels != -100).sum(), num_items)
+
+
 class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
     """Mega with a language-model head: optional dense layer with tanh, then a linear layer, tied by default.
 
@@ -387,13 +449,10 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
         if self.dense is not None:
-            hidden = torch.tanh(apply_linear(self.dense, hidden))
-        if following is not None:
-            check_labels(following, hidden.shape[:2])
+            hidden = torch.tanh(self.dense(hidden))
         loss = logits = None
         if following is not None and kwargs.get("skip_logits"):
-            total = summed_cross_entropy(self.lm_head, hidden, following)
-            loss = mean(total, (following != -100).sum().clamp(min=1), num_items_in_batch)
+            loss = sliced_cross_entropy(self.lm_head, hidden, following, num_items_in_batch)
         else:
             logits = self.lm_head(hidden)
             loss = None if following is None else cross_entropy(logits, following, num_items_in_batch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mega_scale.model import MegaPreTrainedModel
 from mega_scale.model.attention import MegaMovingAverageGatedAttention
 from mega_scale.model.layers import MegaAttentionDropout, MegaDropout, MegaLinear, MegaMultiDimensionDampedEma
-from mega_scale.model.losses import LanguageModelHead
+from mega_scale.model.modeling_mega import LanguageModelHead
 from mega_scale.ops.elementwise import compile_gates, positional_dropout
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig

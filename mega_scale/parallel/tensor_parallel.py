@@ -31,7 +31,7 @@ from mega_scale.model.layers import (
     MegaSimpleRelativePositionalBias,
     check_ids,
 )
-from mega_scale.model.losses import LanguageModelHead
+from mega_scale.model.modeling_mega import LanguageModelHead
 from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
 from mega_scale.parallel.mesh import check_tensor_parallel

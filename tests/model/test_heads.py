@@ -6,8 +6,7 @@ from builders import make_ids, make_model
 from every_class import ENCODER, HEADS, LENGTH, answers, inputs_of, labels_of, make
 from torch.nn import functional
 
-from mega_scale.model.heads import MegaClassificationHead, sequence_token
-from mega_scale.model.losses import cross_entropy, sequence_loss
+from mega_scale.model.heads import MegaClassificationHead, cross_entropy, sequence_loss, sequence_token
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from mega_scale.data.config import (
     FILE_SOURCES,
@@ -233,12 +233,35 @@ class Loader:
             )
         self.dataset = dataset if isinstance(dataset, Mixture) else Mixture({"text": dataset})
         self.lengths = lengths
-        self._global, self._micro = global_batch_size, micro_batch_size
-        self._rank, self._world = rank, world_size
-        self._seed, self._shuffle, self._pin = seed, shuffle, pin_memory
-        self._check_rows()
-        datasets = list(self.dataset.datasets.values())
-        self._packing, self._streams = datasets[0].packing, any(isinstance(d, StreamedDataset) for d in datasets)
+        self._global, self._micro, self._rank, self._world = global_batch_size, micro_batch_size, rank, world_size
+        self._order, self._pin = (seed, shuffle), pin_memory
+        for name, source in self.dataset.datasets.items():
+            # In a mixture, a small one may be read several times in a batch.
+            needed = global_batch_size if len(self.dataset.datasets) == 1 else 1
+            if isinstance(source, PackedDataset):
+                enough, found = len(source) >= needed, str(len(source))
+            elif source.shuffle != shuffle:
+                raise ValueError(f"data.shuffle={shuffle}, but the stream was opened with {source.shuffle}: open it so")
+            else:
+                enough, found = source.holds(needed), "fewer"
+            if not enough:
+                raise ValueError(
+                    f"train.global_batch_size={global_batch_size} is more than the text to train on has ({name}), "
+                    f"{found} rows of data.sequence_length={source.sequence_length} tokens: give more text, a smaller "
+                    "batch, or a shorter sequence_length"
+                )
+        first = next(iter(self.dataset.datasets.values()))
+        # What a run keeps to its end.
+        self._kept = {
+            "sequence_length": first.sequence_length,
+            "packing": first.packing,
+            "packing_order": first.order,
+            "document_alignment": first.alignment,
+            "global_batch_size": global_batch_size,
+            "shuffle": shuffle,
+            "seed": seed if shuffle else None,
+            "fingerprint": self.dataset.fingerprint,
+        }
         self._bad_rows = self.dataset.tally().figures()
         self._ahead = ReadAhead(self._read, workers, prefetch, pin_memory) if workers else None
 
@@ -258,58 +281,53 @@ class Loader:
     def report(self, step: int) -> dict[str, float]:
         """Say how far the run is after `step` steps; the same on all ranks, but for bad rows of a stream.
 
-        `tokens/NAME` and `epochs/NAME` of every source, see `Mixture.progress`; `padding`, the share of places from
-        which nothing is predicted so far; bad rows; the last step's `sequence_length`, if it follows a schedule.
+        `tokens/NAME` and `epochs/NAME` of every source, see `state_dict`; `padding`, the share of places from which
+        nothing is predicted so far; bad rows; the last step's `sequence_length`, if it follows a schedule.
         """
+        state = self.state_dict(step)
         found: dict[str, float] = {}
-        progress = self.dataset.progress(step * self._global)
-        for name, figures in progress.items():
+        for name, figures in state["sources"].items():
             found |= {f"{key}/{name}": figures[key] for key in ("tokens", "epochs") if figures[key] is not None}
-        places = step * self._global * self.dataset.sequence_length
-        tokens = [figures["tokens"] for figures in progress.values()]
-        if places and None not in tokens:
-            found["padding"] = 1 - sum(tokens) / places
+        tokens = [figures["tokens"] for figures in state["sources"].values()]
+        if step and None not in tokens:
+            found["padding"] = 1 - sum(tokens) / (state["rows"] * self.dataset.sequence_length)
         if self.lengths is not None:
             found["sequence_length"] = self.lengths.at(max(step - 1, 0))
         return found | self._bad_rows
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Describe the position after `step` steps, and the data: plain JSON, the same for any number of ranks."""
-        dataset = next(iter(self.dataset.datasets.values()))
-        order, alignment = (dataset.order, dataset.alignment) if isinstance(dataset, PackedDataset) else ("in_order", 1)
-        rows = step * self._global
-        return {
-            "step": step,
-            "rows": rows,
-            "sources": self.dataset.progress(rows),
-            "sequence_length": self.dataset.sequence_length,
-            "packing": self._packing,
-            "packing_order": order,
-            "document_alignment": alignment,
-            "global_batch_size": self._global,
-            "shuffle": self._shuffle,
-            "seed": self._seed if self._shuffle else None,
-            "fingerprint": self.dataset.fingerprint,
-        }
+        """Describe the position after `step` steps, and the data: plain JSON, the same for any number of ranks.
+
+        `sources` has by name `rows`, `epochs` (a fraction; None for a stream) and `tokens` predicted, which is exact
+        when an epoch ends and else that share of an epoch (None for a stream whose rows are not full).
+        """
+        rows, sources = step * self._global, {}
+        for (name, dataset), done in zip(self.dataset.datasets.items(), self.dataset.counts(rows), strict=True):
+            figures = {"rows": done, "epochs": None, "tokens": None}
+            if isinstance(dataset, PackedDataset):
+                length = self.dataset.lengths[name]
+                figures |= {"epochs": done / length, "tokens": round(Fraction(done * dataset.labels, length))}
+            elif dataset.packing == "concat":
+                figures["tokens"] = done * dataset.sequence_length
+            sources[name] = figures
+        return {"step": step, "rows": rows, "sources": sources, **self._kept}
 
     def check(self, state: dict[str, Any]) -> None:
         """Refuse to continue a run, whose `state_dict` is given, on other data or in another order."""
-        here = self.state_dict(0)
         # What older checkpoints do not name.
         there = {"packing_order": "in_order", "document_alignment": 1} | state
-        for name, value in here.items():
-            if name in ("step", "rows", "sources", "fingerprint") or there.get(name) == value:
+        for name, value in self._kept.items():
+            if there.get(name) == value:
                 continue
             key = f"{'train' if name == 'global_batch_size' else 'data'}.{name}"
+            if name == "fingerprint":
+                raise ValueError(
+                    f"the text to train on (fingerprint {value}) is not the checkpoint's ({there.get(name)}): give the "
+                    "same data.* keys, files and Python, or start a new run from the weights with init_from"
+                )
             raise ValueError(
                 f"{key}={value!r}, but the checkpoint was trained with {there.get(name)!r}: set it so to continue, or "
                 "start a new run from the weights with init_from"
-            )
-        if state.get("fingerprint") != here["fingerprint"]:
-            raise ValueError(
-                f"the text to train on (fingerprint {here['fingerprint']}) is not the checkpoint's "
-                f"({state.get('fingerprint')}): give the same data.* keys, files and Python, or start a new run from "
-                "the weights with init_from"
             )
 
     def close(self) -> None:
@@ -320,33 +338,12 @@ class Loader:
     def _read(self, step: int) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
         """This rank's batches of a step, and the bad rows found so far."""
         first = step * self._global + self._rank * self._micro
-        found = []
-        for start in range(first, first + self._global, self._micro * self._world):
-            order = (range(start, start + self._micro), self._seed, self._shuffle)
-            starts = self.dataset.document_starts(*order) if self._packing == "reset" else None
-            found.append(_batch(self.dataset.rows(*order), starts))
+        places = range(first, first + self._global, self._micro * self._world)
+        found = [_batch(*self.dataset.read(place, self._micro, *self._order)) for place in places]
         if self.lengths is not None:  # the same memory, as shorter rows
             length = self.lengths.at(step)
             found = [{name: tensor.view(-1, length) for name, tensor in batch.items()} for batch in found]
-        return found, self.dataset.tally().figures() if self._streams else self._bad_rows
-
-    def _check_rows(self) -> None:
-        """A dataset that is alone must have a batch; in a mixture, a small one may be read several times in a batch."""
-        for name, dataset in self.dataset.datasets.items():
-            needed = self._global if len(self.dataset.datasets) == 1 else 1
-            if isinstance(dataset, PackedDataset):
-                enough, found = len(dataset) >= needed, str(len(dataset))
-            elif dataset.shuffle != self._shuffle:
-                stream = f"the stream was opened with {dataset.shuffle}: open it so"
-                raise ValueError(f"data.shuffle={self._shuffle}, but {stream}")
-            else:
-                enough, found = dataset.holds(needed), "fewer"
-            if not enough:
-                raise ValueError(
-                    f"train.global_batch_size={self._global} is more than the text to train on has ({name}), {found} "
-                    f"rows of data.sequence_length={dataset.sequence_length} tokens: give more text, a smaller batch, "
-                    "or a shorter sequence_length"
-                )
+        return found, self.dataset.tally().figures() if self.dataset.tokens is None else self._bad_rows
 
 
 def validation_batches(
@@ -403,8 +400,22 @@ class ReadAhead:
     """Results of a function of the step, in order, computed `prefetch` steps ahead by each of some forked workers."""
 
     def __init__(self, read: Callable[[int], Any], workers: int, prefetch: int, pin_memory: bool) -> None:
-        self._steps = _Steps(read)
-        self._workers, self._prefetch, self._pin = workers, prefetch, pin_memory
+        def read_or_error(step: int) -> Any:
+            try:
+                return read(step)
+            except ValueError as error:  # what is refused is said by the run, in one sentence
+                return error
+
+        self._options: dict[str, Any] = {
+            "batch_size": None,
+            "num_workers": workers,
+            "prefetch_factor": prefetch,
+            "pin_memory": pin_memory,
+            "collate_fn": read_or_error,
+            # Forked, they share the mapped files and the tokenizer, and start at once.
+            "multiprocessing_context": "fork",
+            "worker_init_fn": _leave_signals_to_the_run,
+        }
         self._results: Any = None
         self._next = 0
 
@@ -412,21 +423,9 @@ class ReadAhead:
         """Wait for the result of a step, or its error; any but the one after the last starts the workers anew."""
         if self._results is None or step != self._next:
             self.close()
-            loader: DataLoader[Any] = DataLoader(
-                self._steps,
-                batch_size=None,
-                sampler=count(step),
-                num_workers=self._workers,
-                collate_fn=lambda found: found,
-                pin_memory=self._pin,
-                prefetch_factor=self._prefetch,
-                # It draws a seed for its workers, which draw nothing: not from the random state that checkpoints hold.
-                generator=torch.Generator(),
-                # Forked, they share the mapped files and the tokenizer, and start at once.
-                multiprocessing_context="fork",
-                worker_init_fn=_leave_signals_to_the_run,
-            )
-            self._results = iter(loader)
+            # It draws a seed for its workers, which draw nothing: not from the random state that checkpoints hold.
+            steps: Any = range(sys.maxsize)
+            self._results = iter(DataLoader(steps, sampler=count(step), generator=torch.Generator(), **self._options))
         try:
             found = next(self._results)
         except Exception as error:
@@ -449,19 +448,6 @@ class ReadAhead:
             # Torch ends them when nobody refers to them any more, but an error's traceback may.
             self._results._shutdown_workers()
         self._results = None
-
-
-class _Steps(TorchDataset[Any]):
-    """The function, as torch's workers call it."""
-
-    def __init__(self, read: Callable[[int], Any]) -> None:
-        self._read = read
-
-    def __getitem__(self, step: int) -> Any:
-        try:
-            return self._read(step)
-        except ValueError as error:  # what is refused is said by the run, in one sentence
-            return error
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

@@ -10,7 +10,8 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +19,14 @@ import xxhash
 
 from mega_scale.data.config import Packing, PackingOrder
 from mega_scale.data.sources import Documents, Tally, shuffled
-from mega_scale.data.tokenizer import Encoded, encode
+from mega_scale.data.tokenizer import encode
 from mega_scale.data.tokens import TokenStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MISSING = -1  # no token
-_KEPT_SPANS = 1 << 18  # of 24 bytes each
+_KEPT_SPANS = 1 << 18  # about, of 24 bytes each
 _FINGERPRINTED = 64  # rows of a stream
 
 
@@ -36,13 +37,8 @@ class PackedDataset:
     """Rows of L + 1 tokens of a store; with packing "reset" a model is to keep the documents of a row apart.
 
     With `order` "best_fit" rows hold whole documents, see `_Windows`, that start at multiples of `alignment` tokens.
-    `tally` counts the rows of text that the store was made from.
-
-    Attributes:
-        tokens: Tokens of all documents and of what ends them.
-        bytes: UTF-8 bytes of the documents' text.
-        labels: Tokens that an epoch predicts.
-        fingerprint: Hash of the tokens and of where documents end.
+    `tally` counts the rows of text that the store was made from, `labels` the tokens that an epoch predicts; `tokens`,
+    `bytes` and `fingerprint` are the store's.
     """
 
     def __init__(
@@ -82,7 +78,7 @@ class PackedDataset:
         True where a document's first token stands, or that of what is left of one that was cut, packed behind others.
         A row that goes on with a document has False at its first place, and places without a token are False.
         """
-        found = np.zeros((len(indices), self.sequence_length + 1), dtype=bool)
+        found = np.zeros((len(indices), self.sequence_length + 1), bool)
         for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
             for place, start, stop in self._spans(index):
                 # Documents end where the next one starts.
@@ -108,11 +104,8 @@ class PackedDataset:
         size = 0
         for start, stop in joined:
             first, last = self._store.document_at(start), self._store.document_at(stop - 1)
-            bounds, text_ends = (
-                self._store.bounds(first, last + 1),
-                self._store.ends(max(first - 1, 0), last + 1, "text_ends"),
-            )
-            sizes = np.diff(np.append(0, text_ends) if first == 0 else text_ends)
+            bounds = self._store.bounds(first, last + 1)
+            sizes = np.diff(self._store.bounds(first, last + 1, "text_ends"))
             for i in {0, last - first}:  # only the first and the last document may be cut
                 begin, end = max(int(bounds[i]), start), min(int(bounds[i + 1]), stop)
                 if (begin, end) != (bounds[i], bounds[i + 1]):
@@ -141,7 +134,7 @@ class _Windows:
     row that it leaves least room in, or into a new one; else every part is a row.
 
     A window is packed again when one of its rows is asked for, unless it was among the last, so that memory does not
-    grow with the corpus. It is about 64 rows of text, so that the rows that are not full at its end are few.
+    grow with the corpus. It is about 64 rows of text, so that few rows are not full at its end.
     """
 
     def __init__(self, store: TokenStore, sequence_length: int, alignment: int, *, best_fit: bool) -> None:
@@ -150,29 +143,27 @@ class _Windows:
         self._capacity = (sequence_length + 1) // alignment
         documents = (64 if best_fit else 1024) * sequence_length * store.documents // max(store.tokens, 1)
         self._documents = max(documents if best_fit else min(documents, 1024), 64)
-        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # the first was packed first
-        self._kept_spans = 0
+        self._packed = lru_cache(max(1, _KEPT_SPANS // self._documents))(self._pack)
         counts = [self._fit(first)[2].max(initial=-1) + 1 for first in range(0, store.documents, self._documents)]
         self.before = np.cumsum([0, *counts])  # rows before each window, and all
 
     def spans(self, row: int) -> list[list[int]]:
         """See `PackedDataset._spans`."""
         number = int(np.searchsorted(self.before, row, side="right")) - 1
-        if number not in self._kept:
-            starts, stops, rows, units = self._fit(number * self._documents)
-            # In a row, documents stand in the order of the corpus.
-            order = rows.argsort(kind="stable")
-            begins = np.searchsorted(rows[order], np.arange(rows.max(initial=-1) + 2))
-            filled = np.cumsum(units[order]) - units[order]
-            places = (filled - filled[begins[:-1]][rows[order]]) * self._alignment
-            self._kept[number] = np.stack([places, starts[order], stops[order]], axis=1), begins
-            self._kept_spans += len(starts)
-            while self._kept_spans > _KEPT_SPANS and len(self._kept) > 1:
-                self._kept_spans -= len(self._kept.pop(next(iter(self._kept)))[0])
-        spans, begins = self._kept[number]
+        spans, begins = self._packed(number)
         within = row - int(self.before[number])
         found: list[list[int]] = spans[begins[within] : begins[within + 1]].tolist()
         return found
+
+    def _pack(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Spans of a window row by row, (n, 3), and where those of each row begin, (rows + 1,)."""
+        starts, stops, rows, units = self._fit(number * self._documents)
+        # In a row, documents stand in the order of the corpus.
+        order = rows.argsort(kind="stable")
+        begins = np.searchsorted(rows[order], np.arange(rows.max(initial=-1) + 2))
+        filled = np.cumsum(units[order]) - units[order]
+        places = (filled - filled[begins[:-1]][rows[order]]) * self._alignment
+        return np.stack([places, starts[order], stops[order]], axis=1), begins
 
     def _fit(self, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Spans of a window's documents in their order: start, stop, row and units, (n,) each."""
@@ -223,7 +214,8 @@ class StreamedDataset:
     """
 
     tokens: None = None  # how many there are is not known
-    bytes: None = None
+    order: PackingOrder = "in_order"
+    alignment = 1
 
     def __init__(
         self,
@@ -254,10 +246,7 @@ class StreamedDataset:
     def holds(self, count: int) -> bool:
         """Say whether an epoch has at least `count` rows; reads no further than those."""
         if self._epoch_rows is None:
-            self._start(0)
-            found = sum(1 for _ in islice(self._rows, count))
-            if found < count:
-                self._epoch_rows = found
+            self._row(count - 1)
             # Begun anew: processes that are forked later must not share the place in an open file.
             self._start(0)
         return self._epoch_rows is None or self._epoch_rows >= count
@@ -286,15 +275,18 @@ class StreamedDataset:
         self._epoch, self._cursor, self._rows = epoch, 0, self._cut(texts)
 
     def _cut(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        cut = cut_rows if self.packing == "concat" else cut_documents
-        return cut(encode(texts, self._tokenizer, self._add_bos), self.sequence_length)
+        encoded = encode(texts, self._tokenizer, self._add_bos)
+        if self.packing == "concat":
+            return cut_rows((found.tokens for found in encoded), self.sequence_length)
+        documents = (tokens for found in encoded for tokens in np.split(found.tokens, found.ends[:-1]))
+        return chain.from_iterable(cut_rows([tokens], self.sequence_length) for tokens in documents)
 
 
-def cut_rows(documents: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
-    """Cut documents end to end into rows (L + 1,) int64, each starting with the last token of the one before."""
+def cut_rows(pieces: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
+    """Cut tokens, end to end, into rows (L + 1,) int64, each starting with the last token of the one before."""
     rest = np.empty(0, np.int64)
-    for encoded in documents:
-        tokens = np.concatenate([rest, encoded.tokens.astype(np.int64)])
+    for piece in pieces:
+        tokens = np.concatenate([rest, piece.astype(np.int64)])
         used = max(len(tokens) - 1, 0) // sequence_length * sequence_length
         for start in range(0, used, sequence_length):
             yield tokens[start : start + sequence_length + 1]
@@ -303,127 +295,77 @@ def cut_rows(documents: Iterable[Encoded], sequence_length: int) -> Iterator[np.
         yield np.pad(rest, (0, sequence_length + 1 - len(rest)), constant_values=MISSING)
 
 
-def cut_documents(documents: Iterable[Encoded], sequence_length: int) -> Iterator[np.ndarray]:
-    """Cut each document alone into rows (L + 1,) int64."""
-    for encoded in documents:
-        for document in np.split(encoded.tokens.astype(np.int64), encoded.ends[:-1]):
-            for start in range(0, len(document) - 1, sequence_length):
-                row = document[start : start + sequence_length + 1]
-                yield np.pad(row, (0, sequence_length + 1 - len(row)), constant_values=MISSING)
-
-
 # Rows of several datasets by weight
 
 Dataset = PackedDataset | StreamedDataset
 
 
-class Schedule:
-    """Which source each row comes from, by shares above 0 of the rows, which need not add up to 1.
-
-    It is computed from the number of the row alone, in exact arithmetic. Sources are the leaves of a binary tree; of
-    the first n rows of a node, its left child has floor(n w_left / w + 1/2). So after any number of rows every source
-    is within a few rows of its share, and after as many rows as the (whole) weights add up to, exactly at it.
-    """
-
-    def __init__(self, weights: Sequence[Fraction | int]) -> None:
-        shares = [Fraction(weight) for weight in weights]
-        whole = math.lcm(*(share.denominator for share in shares))
-        # A node is its weight, a number (of a leaf, its source), and its two children. Light sources are joined first,
-        # as in a Huffman code: no source is far from the root for its weight.
-        heap: list[tuple[int, int, Any]] = [(int(share * whole), i, ()) for i, share in enumerate(shares)]
-        heapq.heapify(heap)
-        while len(heap) > 1:
-            right, left = heapq.heappop(heap), heapq.heappop(heap)
-            heapq.heappush(heap, (left[0] + right[0], right[1], (left, right)))
-        self._root, self._sources = heap[0], len(shares)
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """Find a row of the run: the number of its source, and how many rows of that source come before it."""
-        node = self._root
-        while children := node[2]:
-            before = _rows_on_left(node, row)
-            if _rows_on_left(node, row + 1) > before:
-                node, row = children[0], before
-            else:
-                node, row = children[1], row - before
-        return node[1], row
-
-    def counts(self, rows: int) -> list[int]:
-        """Count how many of the first rows each source has."""
-        found = [0] * self._sources
-        waiting = [(self._root, rows)]
-        while waiting:
-            node, count = waiting.pop()
-            if node[2]:
-                left = _rows_on_left(node, count)
-                waiting += zip(node[2], (left, count - left), strict=True)
-            else:
-                found[node[1]] = count
-        return found
-
-
-def _rows_on_left(node: tuple[int, int, Any], rows: int) -> int:
-    weight, _, ((left_weight, *_), _) = node
-    found: int = (2 * rows * left_weight + weight) // (2 * weight)
-    return found
-
-
 class Mixture:
     """Rows of one or more datasets of the same length, numbered over all epochs without end; each has its own epochs.
 
-    `weights` are the shares of the rows by name; None for one dataset. `tokens` counts an epoch of all datasets, None
-    with a stream. `fingerprint` is a hash of all datasets and their weights; a single dataset's own.
+    `weights` are the shares of the rows by name, above 0; None for one dataset. Which dataset a row comes from follows
+    from its number alone, in exact arithmetic: after any number of rows every dataset is within a few rows of its
+    share, and after as many as the (whole) weights add up to, exactly at it. `tokens` counts an epoch of all datasets,
+    None with a stream; `lengths` are the rows of an epoch by name, but for streams. `fingerprint` is a hash of all
+    datasets and their weights; a single dataset's own.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset], weights: Mapping[str, Fraction | int] | None = None) -> None:
         self.datasets = dict(datasets)
-        shares = [1 if weights is None else weights[name] for name in self.datasets]
-        self._schedule = Schedule(shares)
         first, *others = self.datasets.values()
-        self._lengths = [len(found) if isinstance(found, PackedDataset) else None for found in (first, *others)]
-        self.sequence_length, self.fingerprint = first.sequence_length, first.fingerprint
+        self.sequence_length, self.packing, self.fingerprint = first.sequence_length, first.packing, first.fingerprint
+        stored = ((name, dataset) for name, dataset in datasets.items() if isinstance(dataset, PackedDataset))
+        self.lengths = {name: len(dataset) for name, dataset in stored}
         sizes = [dataset.tokens for dataset in (first, *others)]
         self.tokens = None if None in sizes else sum(size for size in sizes if size is not None)
+        shares = [Fraction(1 if weights is None else weights[name]) for name in self.datasets]
         if others:
             named = zip(self.datasets.items(), shares, strict=True)
             described = " ".join(f"{name} {share} {dataset.fingerprint}" for (name, dataset), share in named)
             self.fingerprint = f"mixture-{xxhash.xxh3_128_hexdigest(described.encode())}"
+        # Datasets are the leaves of a binary tree, in which light ones are joined first, as in a Huffman code. A node
+        # has the number of its right child, and in the end the root that of the first split.
+        whole = math.lcm(*(share.denominator for share in shares))
+        heap = [(int(share * whole), i) for i, share in enumerate(shares)]
+        heapq.heapify(heap)
+        self._splits: list[tuple[int, int, int, int]] = []
+        while len(heap) > 1:
+            (right_weight, right), (left_weight, left) = heapq.heappop(heap), heapq.heappop(heap)
+            self._splits.insert(0, (right, left, left_weight, left_weight + right_weight))
+            heapq.heappush(heap, (left_weight + right_weight, right))
 
-    def rows(self, numbers: Sequence[int], seed: int, shuffle: bool) -> np.ndarray:
-        """Read rows (n,) of the run, ascending: (n, L + 1) int64 tokens, and MISSING where there is none.
+    def counts(self, rows: Any) -> list[Any]:
+        """Count how many of the first `rows` of the run each dataset has; an integer, or an array of Python's.
 
-        Every epoch of a dataset has an order of its own, chosen by `seed`, unless `shuffle` is false; a stream has its
-        own order.
+        Of the first n rows of a node, its left child has floor(n w_left / w + 1/2).
         """
-        found = np.empty((len(numbers), self.sequence_length + 1), np.int64)
-        for dataset, at, indices in self._located(numbers, seed, shuffle):
-            found[at] = dataset.rows(indices)
+        found = [rows] * len(self.datasets)
+        for right, left, left_weight, weight in self._splits:
+            found[left] = (2 * found[right] * left_weight + weight) // (2 * weight)
+            found[right] = found[right] - found[left]
         return found
 
-    def document_starts(self, numbers: Sequence[int], seed: int, shuffle: bool) -> np.ndarray:
-        """Say where documents start in rows (n,) of the run: (n, L + 1) bool, see `PackedDataset.document_starts`."""
-        found = np.empty((len(numbers), self.sequence_length + 1), bool)
-        for dataset, at, indices in self._located(numbers, seed, shuffle):
-            if isinstance(dataset, StreamedDataset):
-                raise ValueError("data.streaming=True: a stream does not keep where documents start; prepare the data")
-            found[at] = dataset.document_starts(indices)
-        return found
+    def read(self, first: int, count: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Read `count` rows of the run (n, L + 1): int64 tokens, and MISSING where there is none.
 
-    def progress(self, rows: int) -> dict[str, dict[str, Any]]:
-        """Say how far a run has read each dataset after so many rows.
-
-        By name: `rows`, `epochs` (a fraction; None for a stream) and `tokens` predicted, which is exact when an epoch
-        ends and else that share of an epoch (None for a stream whose rows are not full).
+        With packing "reset" also where documents start, bool, see `PackedDataset.document_starts`. Every epoch of a
+        dataset has an order of its own, chosen by `seed`, unless `shuffle` is false; a stream has its own order.
         """
-        found: dict[str, dict[str, Any]] = {}
-        for (name, dataset), count in zip(self.datasets.items(), self._schedule.counts(rows), strict=True):
-            if isinstance(dataset, StreamedDataset):
-                tokens = count * self.sequence_length if dataset.packing == "concat" else None
-                found[name] = {"rows": count, "epochs": None, "tokens": tokens}
-            else:
-                exact = Fraction(count * dataset.labels, len(dataset))
-                found[name] = {"rows": count, "epochs": count / len(dataset), "tokens": round(exact)}
-        return found
+        found = np.empty((count, self.sequence_length + 1), np.int64)
+        starts = np.empty(found.shape, bool) if self.packing == "reset" else None
+        located = self.counts(np.array(range(first, first + count + 1), dtype=object))
+        for (name, dataset), before in zip(self.datasets.items(), located, strict=True):
+            at = np.flatnonzero(np.diff(before))
+            indices = before[at].astype(np.int64)
+            if length := self.lengths.get(name):
+                epochs, indices = np.divmod(indices, length)
+                for epoch in np.unique(epochs).tolist() if shuffle else ():
+                    indices[epochs == epoch] = shuffled(indices[epochs == epoch], length, seed, epoch)
+            if len(at):
+                found[at] = dataset.rows(indices)
+                if starts is not None and isinstance(dataset, PackedDataset):
+                    starts[at] = dataset.document_starts(indices)
+        return found, starts
 
     def tally(self) -> Tally:
         """Count the rows of text that were read, and the bad ones, as far as the text has been read."""
@@ -431,18 +373,3 @@ class Mixture:
         for dataset in self.datasets.values():
             total.merge(dataset.tally)
         return total
-
-    def _located(
-        self, numbers: Sequence[int], seed: int, shuffle: bool
-    ) -> Iterator[tuple[Dataset, list[int], np.ndarray]]:
-        """Which of the rows each dataset has, and where they stand there; a stream numbers its own without end."""
-        located = [self._schedule.locate(number) for number in numbers]
-        for i, (dataset, length) in enumerate(zip(self.datasets.values(), self._lengths, strict=True)):
-            at = [k for k, (source, _) in enumerate(located) if source == i]
-            indices = np.array([located[k][1] for k in at], np.int64)
-            if length is not None:
-                epochs, indices = np.divmod(indices, length)
-                for epoch in np.unique(epochs).tolist() if shuffle else ():
-                    indices[epochs == epoch] = shuffled(indices[epochs == epoch], length, seed, epoch)
-            if at:
-                yield dataset, at, indices

@@ -207,9 +207,12 @@ class TokenStore:
         self._count(sum(numbers.nbytes for numbers in found))
         return np.concatenate(found)
 
-    def bounds(self, first: int, last: int) -> np.ndarray:
-        """Starts of documents `first` to below `last`, and the last one's end: (last - first + 1,) int64."""
-        ends = self.ends(max(first - 1, 0), last)
+    def bounds(self, first: int, last: int, suffix: Literal["ends", "text_ends"] = "ends") -> np.ndarray:
+        """Starts of documents `first` to below `last`, and the last one's end: (last - first + 1,) int64.
+
+        As places of tokens, or as UTF-8 bytes of all text up to there.
+        """
+        ends = self.ends(max(first - 1, 0), last, suffix)
         return np.append(0, ends) if first == 0 else ends
 
     def document_at(self, place: int) -> int:

@@ -299,6 +299,7 @@ class Trainer:
             self.watchdog.beat("loading")
             state = load_checkpoint(self.checkpoint, self.engine, world)
             self.progress = Progress.resume(config.bad_steps, self.checkpoint, state)
+        self.data_state = self.loader.state_dict(self.progress.data_step(self.progress.step + 1))
         self.layout = config.parallel.layout(world.size)
         described: dict[str, bytes] = {}  # what a checkpoint holds beside its state: settings, model and tokenizer
         if self.rank == 0:
@@ -411,6 +412,7 @@ class Trainer:
         progress.count(result.tokens, result.loss, taken=result.problem is None)
         if result.problem is not None and self.after_bad_step(result):
             return  # rolled back: nothing to log
+        self.data_state = self.loader.state_dict(progress.data_step(progress.step + 1))
         step, last = progress.step, progress.step == train.steps
         if step % train.log_every == 0 or last:
             self.log_step(result)
@@ -507,7 +509,7 @@ class Trainer:
         state = {"step": progress.step, "tokens": progress.tokens, "bad_steps": asdict(progress.bad)}
         if progress.evaluation is not None:
             state["validation"] = progress.evaluation
-        state |= {"data": self.loader.state_dict(progress.data_step(progress.step + 1)), "layout": self.layout}
+        state |= {"data": self.data_state, "layout": self.layout}
         progress.saved = progress.step
         self.log_saves(self.saver.save(progress.step, state))
 

@@ -19,7 +19,6 @@ from mega_scale.data import (
     load_tokenizer,
     load_whole,
 )
-from mega_scale.data.packing import Schedule
 
 L = 16
 LENGTHS = np.random.default_rng(0).integers(2, 40, size=10_000)
@@ -30,25 +29,30 @@ LENGTHS = np.random.default_rng(0).integers(2, 40, size=10_000)
     [[1], [1, 1], [7, 3], [Fraction("0.7"), Fraction("0.2"), Fraction("0.1")], [1000, 1, 30, 30, 5], [1] * 9],
 )
 def test_every_source_has_its_share_at_any_time(weights):
-    schedule = Schedule(weights)
+    mixture, seen = weighted(weights), [0] * len(weights)
     shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
-    seen = [0] * len(weights)
-    for row in range(3000):
-        assert schedule.counts(row) == seen
-        source, index = schedule.locate(row)
-        assert index == seen[source]
+    tokens, _ = mixture.read(0, 3000, 0, False)
+    for row, source in enumerate(tokens[:, 0].tolist()):
+        assert mixture.counts(row) == seen
         seen[source] += 1
         assert all(abs(count - (row + 1) * share) <= 2 for count, share in zip(seen, shares, strict=True))
     # As far as one likes, without having been there.
     far = 10**15 + 7
-    source, index = schedule.locate(far)
-    assert schedule.counts(far)[source] == index and schedule.counts(far + 1)[source] == index + 1
+    (source,) = mixture.read(far, 1, 0, False)[0][:, 0]
+    steps = [after - before for before, after in zip(mixture.counts(far), mixture.counts(far + 1), strict=True)]
+    assert steps == [int(i == source) for i in range(len(weights))]
 
 
 def test_whole_weights_are_met_exactly():
     weights = [311, 1, 4_000, 27]
     for times in (1, 2, 5):
-        assert Schedule(weights).counts(times * sum(weights)) == [times * weight for weight in weights]
+        assert weighted(weights).counts(times * sum(weights)) == [times * weight for weight in weights]
+
+
+def weighted(weights: list) -> Mixture:
+    """Datasets of one row, whose tokens are the dataset's number."""
+    datasets = {str(i): PackedDataset(store_of(np.full(L + 1, i)), L) for i in range(len(weights))}
+    return Mixture(datasets, dict(zip(datasets, weights, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +154,8 @@ def test_mixture_from_a_configuration(tmp_path):
     train, validation = load_datasets(config, load_tokenizer("byte"))
     assert isinstance(train, Mixture) and validation is not None and config.validates
     rows = {name: len(dataset) for name, dataset in train.datasets.items()}
-    progress = train.progress(10 * (2 * rows["code"] + 5 * rows["prose"]))
+    one = Loader(train, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1)
+    progress = one.state_dict(10 * (2 * rows["code"] + 5 * rows["prose"]))["sources"]
     assert (progress["code"]["epochs"], progress["prose"]["epochs"]) == (20, 50)
     text = load_tokenizer("byte").decode(
         [t for row in validation.rows(np.arange(len(validation))) for t in row if t > 2]

@@ -112,17 +112,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def model_of_size(wanted: int) -> MegaConfig:
-    """As many layers as fit in so many bytes of model and optimizer, and a vocabulary that fills the rest."""
+    """About so many bytes of model and optimizer: as many layers as they hold."""
 
-    def config(layers: int, words: int) -> MegaConfig:
+    def config(layers: int) -> MegaConfig:
         sizes = {"hidden": _HIDDEN, "shared": 128, "values": 2 * _HIDDEN, "states": 16, "chunk": 0}
-        return MegaConfig(**mega_arguments({**sizes, "layers": layers, "vocabulary": words}))
+        return MegaConfig(**mega_arguments({**sizes, "layers": layers, "vocabulary": 256}))
 
-    smallest = 256
-    one = _bytes(config(1, smallest))
-    layers = 1 + max(wanted - one - 1, 0) // (_bytes(config(2, smallest)) - one)
-    left = wanted - _bytes(config(layers, smallest))
-    return config(layers, smallest + max(left // (_HIDDEN * _BYTES_A_PARAMETER), 0))
+    one, two = (_bytes(config(layers)) for layers in (1, 2))
+    return config(1 + max(round((wanted - one) / (two - one)), 0))
 
 
 def _bytes(config: MegaConfig) -> int:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -87,13 +88,10 @@ def common(**defaults: Any) -> dict[str, Option]:
 def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
     """Declare a command's options, and those that all commands have."""
 
-    def at_least(least: int) -> Callable[[str], int]:
-        def integer(text: str) -> int:
-            if int(text) < least:
-                raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
-            return int(text)
-
-        return integer
+    def integer(text: str, least: int) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return int(text)
 
     options = {**command.options, **common(threads=1, json=None)}
     if command.repeats:
@@ -103,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
         sample = option.default[0] if several else option.default
         details: dict[str, Any] = {"action": "store_true"}
         if not isinstance(sample, bool):
-            kind = {int: at_least(option.least), float: float}.get(type(sample), str)
+            kind = {int: partial(integer, least=option.least), float: float}.get(type(sample), str)
             details = {"type": kind, "default": option.default, "choices": option.choices}
             details["nargs"] = ("*" if option.choices else "+") if several else None
         parser.add_argument(f"--{name}", help=option.help, **details)

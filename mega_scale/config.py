@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,9 +32,8 @@ from mega_scale.parallel.mesh import (
     nearest,
 )
 from mega_scale.process import refuse
-from mega_scale.settings import format_help, known_keys, read_yaml, require, resolve, split_arguments, to_yaml
-from mega_scale.training.bad_steps import BadStepsConfig
-from mega_scale.training.config import OptimizerConfig, ScheduleConfig, TrainConfig, learning_rate
+from mega_scale.settings import format_help, read_yaml, require, resolve, split_arguments, to_yaml
+from mega_scale.training.config import BadStepsConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -316,12 +314,6 @@ TRAINING_ONLY = frozenset(
 )  # fmt: skip
 """Keys of `model` that leave the function of trained weights as it is."""
 
-# Keys by which the same run would have other numbers; of those of `parallel`, another line tells.
-_NUMBERS: tuple[str, ...] = ("model.", "data.", "optimizer.", "schedule.", "bad_steps.", "parallel.ds_config")
-_NUMBERS += tuple(f"train.{key}" for key in ("steps", "global_", "micro_", "seed", "dtype", "compile", "eval_batches"))
-_SILENT = ("data.workers", "data.prefetch", "data.cache_dir")
-_LONGEST = 80  # characters of a value in a line
-
 
 class Described(NamedTuple):
     """A model as a folder describes it."""
@@ -412,30 +404,6 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
     return dataclasses.replace(
         config, model=type(section)(**values), data=dataclasses.replace(config.data, tokenizer=name)
     )
-
-
-def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
-    """Say in one line which keys that decide the numbers differ from those of a checkpoint; empty where none does.
-
-    `checkpoint` is verified; `step` is the number of optimizer steps that it has done.
-    """
-    from mega_scale.training.trained_model import read_model
-
-    try:
-        before = dataclasses.replace(load_config(checkpoint / "config.yaml"), model=read_model(checkpoint))
-    except ValueError as error:
-        return f"the keys of the checkpoint cannot be compared: {error}"
-    differing = []
-    for key in known_keys(RunConfig):
-        now, then = (attrgetter(key)(run) for run in (config, before))
-        if key.startswith(_NUMBERS) and key not in _SILENT and now != then:
-            texts = (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in (str(now), str(then)))
-            differing.append("{}={} (was {})".format(key, *texts))
-    if not differing:
-        return ""
-    line = f"resumed with other keys: {', '.join(differing)}"
-    now, then = (learning_rate(step, run.schedule, run.optimizer.lr, run.train.steps) for run in (config, before))
-    return line if now == then else f"{line}; the learning rate of step {step + 1} is {now:.4g} (was {then:.4g})"
 
 
 # From files and the command line

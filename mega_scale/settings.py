@@ -56,7 +56,14 @@ def require_ranges(
     not_negative: Iterable[str] = (),
     shares: Iterable[str] = (),
 ) -> None:
-    """Refuse fields of a section that are not above 0, 0 or above, or 0 to below 1; all are finite."""
+    """Refuse fields of a section that are no choice of their Literal, or not above 0, 0 or above, or 0 to below 1.
+
+    All of these numbers are finite.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            remedy = f"choose one of {', '.join(map(str, get_args(hint)))}"
+            require(getattr(config, name) in get_args(hint), f"{section}.{name}", getattr(config, name), remedy)
     for names, low, high, remedy in (
         (positive, math.nextafter(0, 1), math.inf, "it must be above 0"),
         (not_negative, 0, math.inf, "it must be 0 or above"),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mega_scale import export
 from mega_scale.checkpoint.folder import read_manifest, write_manifest
 from mega_scale.config import load_config
 from mega_scale.files import hash_file
-from mega_scale.training.config import learning_rate
+from mega_scale.training.trainer import learning_rate
 
 MODEL = {
     "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "nffn_hidden_size": 20, "chunk_size": 16,
@@ -139,7 +140,8 @@ def test_another_horizon_is_said_with_what_it_does_to_the_learning_rate(trained,
     before = load_config(run_dir / "config.yaml")
     code, output = run(*trained[1], f"run_dir={run_dir}", "--resume", "train.steps=12")
     (line,) = [line for line in output.splitlines() if "other keys" in line]
-    now, then = (learning_rate(4, before.schedule, 0.05, steps) for steps in (12, 4))
+    runs = (replace(before, train=replace(before.train, steps=steps)) for steps in (12, 4))
+    now, then = (learning_rate(4, run) for run in runs)
     assert code == 0 and "train.steps=12 (was 4)" in line and then == 0
     assert line.endswith(f"the learning rate of step 5 is {now:.4g} (was {then:.4g})")
     assert "lr 0" not in output and '"from_step": 4' in output

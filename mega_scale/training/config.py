@@ -1,7 +1,6 @@
-"""Settings of training: the loop, AdamW, and the learning rate as a function of the step."""
+"""Settings of training: the loop, AdamW, the learning rate's schedule, and bad steps."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,26 +80,26 @@ class TrainConfig:
 
     def validate(self, timeout_s: float) -> None:
         """Refuse values that cannot be meant; `timeout_s` is `parallel.timeout_s`."""
-        require(self.dtype in ("fp32", "bf16"), "train.dtype", self.dtype, "choose fp32 or bf16")
         require_ranges(
             "train",
             self,
             positive=("steps", "global_batch_size", "micro_batch_size", "log_every", "sample_tokens"),
             not_negative=("seed", "eval_every", "eval_batches", "sample_every"),
         )
-        check_signals(self.stop_signals)
+        if others := [name for name in self.stop_signals if name not in SIGNALS]:
+            remedy = f"{others[0]} cannot ask a run to stop, choose among {', '.join(SIGNALS)}"
+            require(False, "train.stop_signals", self.stop_signals, remedy)
         if self.max_time is not None:
             seconds_of(self.max_time)
-        if self.hang_timeout_s != -1 and not 0 <= self.hang_timeout_s <= _LARGEST_SHARE * timeout_s:
-            raise ValueError(
-                f"train.hang_timeout_s={self.hang_timeout_s:g} with parallel.timeout_s={timeout_s:g} is not possible: "
-                f"give at most {_LARGEST_SHARE * timeout_s:g}, so that ranks can say where they stand before the others"
-                " give up waiting, -1 for half of it, 0 for never, or raise parallel.timeout_s"
-            )
-        if not (self.slow_rank_factor == 0 or 1 < self.slow_rank_factor < math.inf):
-            raise ValueError(
-                f"train.slow_rank_factor={self.slow_rank_factor} is not possible: give more than 1, or 0 for no reports"
-            )
+        longest = _LARGEST_SHARE * timeout_s
+        possible = self.hang_timeout_s == -1 or 0 <= self.hang_timeout_s <= longest
+        remedy = (
+            f"give at most {longest:g}, so that ranks can say where they stand before the others give up waiting after "
+            f"parallel.timeout_s={timeout_s:g}, -1 for half of that, 0 for never, or raise parallel.timeout_s"
+        )
+        require(possible, "train.hang_timeout_s", self.hang_timeout_s, remedy)
+        possible = self.slow_rank_factor == 0 or 1 < self.slow_rank_factor < math.inf
+        require(possible, "train.slow_rank_factor", self.slow_rank_factor, "give more than 1, or 0 for no reports")
 
 
 @dataclass
@@ -150,45 +149,39 @@ class ScheduleConfig:
 
     def validate(self, lr: float, steps: int) -> None:
         """Refuse what does not fit `optimizer.lr` and `train.steps`."""
-        known = self.decay in ("cosine", "linear", "constant")
-        require(known, "schedule.decay", self.decay, "choose cosine, linear or constant")
         require_ranges("schedule", self, not_negative=("warmup_steps", "min_lr", "warmup_init_lr"))
         whole = self.warmup_steps < 1 or self.warmup_steps % 1 == 0
         remedy = "give a whole number of steps, or a share of train.steps that is below 1"
         require(whole, "schedule.warmup_steps", self.warmup_steps, remedy)
-        if self.warmup_steps > steps:
-            raise ValueError(
-                f"schedule.warmup_steps={self.warmup_steps} is more than train.steps={steps}: "
-                f"warm up for at most {steps} steps, or a share of them as in schedule.warmup_steps=0.1, or train "
-                "longer"
-            )
-        for key, value in {"min_lr": self.min_lr, "warmup_init_lr": self.warmup_init_lr}.items():
-            if value > lr:
-                raise ValueError(
-                    f"schedule.{key}={value} is more than optimizer.lr={lr}: set schedule.{key} to at most {lr}, as in "
-                    f"schedule.{key}={lr / 10:g}, or raise optimizer.lr"
-                )
+        remedy = f"with train.steps={steps}, give at most {steps}, or a share as in 0.1, or train longer"
+        require(self.warmup_steps <= steps, "schedule.warmup_steps", self.warmup_steps, remedy)
+        for name in ("min_lr", "warmup_init_lr"):
+            remedy = f"it is more than optimizer.lr={lr}, set it to at most that, as in {lr / 10:g}, or raise that"
+            require(getattr(self, name) <= lr, f"schedule.{name}", getattr(self, name), remedy)
 
 
-def learning_rate(step: int, config: ScheduleConfig, base_lr: float, total_steps: int) -> float:
-    """Learning rate of one update, a pure function of the step, so that nothing about it needs saving.
+@dataclass
+class BadStepsConfig:
+    """What happens to steps whose loss or gradient is not finite, or whose loss jumps."""
 
-    The first update already lies one step up the rise, so that no update is spent at a rate of zero.
+    in_a_row: int = 5
+    """Bad steps, one after the other, after which the run ends, or goes back to its last checkpoint (steps)."""
 
-    Args:
-        step: updates done before this one, from 0.
-        config: shape of rise and fall.
-        base_lr: learning rate at the top of the rise (absolute).
-        total_steps: updates of the whole run; from there on the rate is `config.min_lr`.
-    """
-    warmup_steps = int(config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * total_steps)
-    if step < warmup_steps:
-        return config.warmup_init_lr + (base_lr - config.warmup_init_lr) * (step + 1) / warmup_steps
-    if config.decay == "constant":
-        return base_lr
-    done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    left = 1.0 - done if config.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.min_lr + (base_lr - config.min_lr) * left
+    rollbacks: int = 0
+    """How often the run goes back and leaves out the data of those steps, before it ends; 0 never (times)."""
+
+    spike_deviations: float = 0.0
+    """A loss this many standard deviations above the mean of recent ones makes a bad step; 0 for no limit (no unit)."""
+
+    spike_window: int = 100
+    """Recent good steps from which that mean and deviation are taken; before as many, none is a spike (steps)."""
+
+    def validate(self, checkpoint_every: int) -> None:
+        """Refuse values that cannot be meant; `checkpoint_every` is 0 where no checkpoint is written before the end."""
+        require_ranges("bad_steps", self, positive=("in_a_row",), not_negative=("rollbacks", "spike_deviations"))
+        require(self.spike_window >= 2, "bad_steps.spike_window", self.spike_window, "it must be at least 2")
+        remedy = "checkpoint.every=0 writes nothing to go back to, set checkpoint.every, or rollbacks=0"
+        require(not self.rollbacks or checkpoint_every > 0, "bad_steps.rollbacks", self.rollbacks, remedy)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -219,16 +212,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         raise ValueError("the model has no trainable parameter: leave requires_grad on for at least one")
     # Fused, it reads and writes every number once a step.
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-
-def check_signals(names: Sequence[str]) -> None:
-    """Refuse signals that cannot ask a run to stop. Raises ValueError, which names the signal and those that can."""
-    for name in names:
-        if name not in SIGNALS:
-            raise ValueError(
-                f"train.stop_signals={list(names)!r} has {name!r}, which cannot ask a run to stop: choose among "
-                f"{', '.join(SIGNALS)}"
-            )
 
 
 def seconds_of(duration: str | int) -> float:

@@ -1,17 +1,23 @@
-"""What ends a run before its end: a signal or the clock asks, or a rank hangs; `status.json` says how it ended."""
+"""When a run stops or goes back: signals, the clock, bad steps and ranks that hang; `status.json` says how it ended.
+
+A step whose loss or gradient is not finite, or whose loss jumps, must not change the model: no rank takes it. Too many
+in a row end the run, or take it back to its last checkpoint, from where it goes on without the data that did it.
+"""
 
 import faulthandler
 import json
+import math
 import os
 import signal
+import statistics
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -19,11 +25,16 @@ from torch import Tensor
 
 from mega_scale.files import replace_text
 from mega_scale.parallel import Standing, World
+from mega_scale.parallel.mesh import MeshShape
 from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 from mega_scale.process import StopSignals
+from mega_scale.training.config import BadStepsConfig
 
 STOPPED = 85
 """Exit code of a run that saved and stopped because it was asked to: start it again, and it goes on."""
+
+DIVERGED = 65
+"""Exit code of a run that ends because of bad steps in a row (EX_DATAERR: starting it again as it is does not help)."""
 
 _MARGIN = 1.2  # steps and saves are not all alike
 _TO_LEAVE_S = 2.0  # for leaving the process group, and for Python's end
@@ -33,6 +44,109 @@ _UNKNOWN_SAVE_SHARE = 0.1
 _LOOKS = 10  # of the watchdog in a timeout
 _LONGEST_PAUSE_S = 5.0
 _EARLY = 0.9
+
+
+# How far a run is
+
+
+@dataclass
+class BadSteps:
+    """What a run remembers of its bad steps, and what `trainer.json` has of it."""
+
+    total: int = 0
+    in_a_row: int = 0  # since the last good one
+    rollbacks: int = 0  # how often the run went back
+    losses: list[float] = field(default_factory=list)  # of the last good steps, nats per token
+    # Data steps to skip, in order, [first, end) each. Without any, optimizer step s takes data step s - 1.
+    skipped: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """How far a run is; the same on all ranks."""
+
+    config: BadStepsConfig
+    step: int = 0  # optimizer steps done, bad ones included
+    tokens: int = 0  # seen in them
+    bad: BadSteps = field(default_factory=BadSteps)
+    evaluation: dict[str, Any] | None = None  # figures of the model as it is; None where it was not evaluated
+    saved: int | None = None  # optimizer steps in the newest checkpoint, None where there is none
+    folder: Path | None = None  # of that checkpoint
+
+    def __post_init__(self) -> None:
+        self.position = self.data_step(self.step + 1)  # data steps before the next optimizer step
+
+    @classmethod
+    def resume(cls, config: BadStepsConfig, folder: Path, state: dict[str, Any]) -> "Progress":
+        """A run as `trainer.json` of a checkpoint's folder has it; the oldest ones know of no bad steps."""
+        bad = BadSteps(**state.get("bad_steps", {}))
+        bad.losses = bad.losses[-config.spike_window :] if config.spike_deviations else []
+        return cls(config, state["step"], state["tokens"], bad, state.get("validation"), state["step"], folder)
+
+    def data_step(self, step: int) -> int:
+        """Data steps before an optimizer step (1 for the first), skipped ones included."""
+        position = step - 1
+        for first, end in self.bad.skipped:
+            if position >= first:
+                position += end - first
+        return position
+
+    def problem(self, loss: float) -> str | None:
+        """What is wrong with a loss (nats per token), in words; None for a good one. Changes nothing."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        losses = self.bad.losses
+        if not self.config.spike_deviations or len(losses) < self.config.spike_window:
+            return None
+        mean = statistics.fmean(losses)
+        limit = mean + self.config.spike_deviations * statistics.pstdev(losses, mean)
+        return f"the loss {loss:.4f} is above {limit:.4f}, the limit for spikes" if loss > limit else None
+
+    def count(self, tokens: int, loss: float, taken: bool) -> None:
+        """Count a step by the tokens and the loss of its global batch (nats per token), taken or bad."""
+        self.step, self.tokens, self.evaluation = self.step + 1, self.tokens + tokens, None
+        self.position = self.data_step(self.step + 1)
+        self.bad.total += not taken
+        self.bad.in_a_row = 0 if taken else self.bad.in_a_row + 1
+        if taken and self.config.spike_deviations:
+            self.bad.losses = [*self.bad.losses, loss][-self.config.spike_window :]
+
+    def go_back(self, folder: Path, state: dict[str, Any]) -> list[int]:
+        """Become what a checkpoint has; returns the data steps after it to skip from now on, [first, end)."""
+        first = max(self.step - self.bad.in_a_row, state["step"]) + 1
+        skipped = [self.data_step(first), self.data_step(self.step) + 1]
+        old = state.get("bad_steps", {})
+        outside = [part for part in old.get("skipped", []) if part[0] < skipped[0] or part[1] > skipped[1]]
+        now = {"rollbacks": self.bad.rollbacks + 1, "total": self.bad.total, "in_a_row": 0}
+        state = state | {"bad_steps": old | now | {"skipped": sorted([*outside, skipped])}}
+        vars(self).update(vars(Progress.resume(self.config, folder, state)))
+        return skipped
+
+
+def rows_of(position: int, shares: Tensor, ranks: MeshShape, rows: int) -> tuple[list[int], list[str]]:
+    """Say where in the data a bad step was: rows of the run's data, [first, end), and what in them is not finite.
+
+    `position` counts the data steps before it, `shares` (ranks, micro-batches) holds losses, and a micro-batch has so
+    many `rows`. Names the rank and the rows of each micro-batch whose loss is not finite.
+    """
+    micro_batches = shares.shape[1]
+    first = position * micro_batches * ranks.dp * rows
+    found = []
+    for rank, i in (~shares.isfinite()).nonzero().tolist():
+        begin = first + (i * ranks.dp + ranks.dp_rank(rank)) * rows
+        found.append(f"rank {rank}, rows {begin} to {begin + rows - 1}")
+    return [first, first + micro_batches * ranks.dp * rows], found
+
+
+# What ends it
+
+
+class EndOfRunError(Exception):
+    """Ends the run in one line; raised on all ranks alike, with the exit code of the process."""
+
+    def __init__(self, code: int, line: str) -> None:
+        super().__init__(line)
+        self.code = code
 
 
 class StopRun(Exception):
@@ -79,20 +193,14 @@ class Stopping:
     def reason(self) -> str:
         """Say why the run stops; collective, the same on all ranks."""
         own = signal.Signals[self._signals.asked].value if self._signals.asked else 0
-        votes = self._world.all_gather(torch.tensor([own, int(self.time_over())]))[:, 0]
-        numbers = sorted({int(number) for number in votes} - {0})
-        causes = [f"{signal.Signals(number).name} on {_ranks(votes == number)}" for number in numbers]
+        votes = self._world.all_gather(torch.tensor([own, int(self.time_over())]))[:, 0].tolist()
+        causes = []
+        for number in sorted({*votes} - {0}):
+            ranks = [rank for rank, vote in enumerate(votes) if vote == number]
+            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+            whole = len(ranks) == len(votes) > 1
+            causes.append(f"{signal.Signals(number).name} on {'all ranks' if whole else named}")
         return " and ".join(causes) or "train.max_time is nearly over"
-
-
-def _ranks(which: Tensor) -> str:
-    numbers = which.nonzero().flatten().tolist()
-    if len(numbers) == len(which) > 1:
-        return "all ranks"
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-State = Literal["running", "stopped", "finished", "failed"]
 
 
 class RunStatus:
@@ -103,12 +211,17 @@ class RunStatus:
         self._active = rank == 0
         self._lock = threading.Lock()
 
-    def write(self, state: State, step: int, reason: str = "", last: bool = False) -> None:
-        """Replace the file as a whole: a reader finds the old one or the new one; from any thread.
+    def write(
+        self,
+        state: Literal["running", "stopped", "finished", "failed"],
+        step: int,
+        reason: str = "",
+        last: bool = False,
+    ) -> None:
+        """Replace the file as a whole, from any thread; "stopped" means saved: started again, the run goes on.
 
-        Where it cannot be written, that is said: no run ends for it, and the reason why it ends is not hidden. A run
-        that is "stopped" saved: start it again to go on. After the `last` one, calls do nothing: the verdict on a lost
-        rank stands, and not the errors that follow from it here.
+        Where it cannot be written, that is said: no run ends for it, and the reason why it ends is not hidden. After
+        the `last` one, calls do nothing: the verdict on a lost rank stands, and not the errors that follow from it.
         """
         with self._lock:
             if not self._active:
@@ -157,9 +270,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # How the run ended is known by now, unless it is an error: the monitor may find that another rank is its cause.
         if self._world.monitor is not None and error is None:
             self._world.monitor.watch(self._stand, None)
@@ -195,7 +306,7 @@ class Watchdog:
         """Print this rank's stacks, and say where it stands.
 
         Each line whole, as several ranks do so at once, into one pipe; past Python's buffers, whose locks the main
-        thread may hold.
+        thread may hold. Source lines are left out: a file system that hangs may be why the run does.
         """
         found = Standing(self._beats, self.step, self._phase, time.monotonic() - self._since)
         late = bool(self._timeout_s) and found.idle_s > self._timeout_s
@@ -204,14 +315,9 @@ class Watchdog:
             f"mega_scale | {rank} {'makes no progress' if late else 'is stopped'}: step {found.step}, {found.phase}, "
             f"for {found.idle_s:.0f} s; stacks of all threads:\n"
         )
-        try:
-            with tempfile.TemporaryFile() as file:
-                faulthandler.dump_traceback(file=file, all_threads=True)
-                file.seek(0)
-                lines = file.read().decode(errors="replace").splitlines()
-        except OSError:  # a full disk: better torn than none
-            faulthandler.dump_traceback(file=2, all_threads=True)
-            lines = []
-        for line in lines:
-            write_stderr(f"{rank} | {line}\n")
+        for thread, top in sys._current_frames().items():
+            write_stderr(f"{rank} | Thread {thread:#x} (most recent call first):\n")
+            for frame, line in traceback.walk_stack(top):
+                code = frame.f_code
+                write_stderr(f'{rank} |   File "{code.co_filename}", line {line} in {code.co_name}\n')
         return found

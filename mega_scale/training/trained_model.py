@@ -17,7 +17,7 @@ from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, ow
 from mega_scale.checkpoint.state import open_weights
 from mega_scale.data import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.parallel import Values, World, fill
+from mega_scale.parallel import World, fill
 
 # Opening one
 
@@ -73,16 +73,6 @@ def _fitting(opened: Opened) -> Opened:
     return opened
 
 
-def describe_model(config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Files of a checkpoint, by path, that make weights a model again: its configuration and tokenizer."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        config.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
 def read_model(folder: Path) -> MegaConfig:
     """Configuration of a verified checkpoint's model, from its own files. Raises ValueError where they have none."""
     with _own_model(folder) as described:
@@ -125,11 +115,6 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def values_from(tensors: Mapping[str, Tensor]) -> Values:
-    """Values to fill a model with, from tensors by name."""
-    return lambda name, owner, local_name: tensors[name]
 
 
 def load_model(

@@ -8,20 +8,23 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mega_scale.checkpoint.folder import choose_checkpoint, find_checkpoint, read_key, read_state
 from mega_scale.checkpoint.run_folder import RunFolder, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver
 from mega_scale.checkpoint.state import load_checkpoint
-from mega_scale.config import RunConfig, changes, model_config, require_same
+from mega_scale.config import RunConfig, load_config, model_config, require_same
 from mega_scale.data import (
     Loader,
     as_trained,
@@ -32,7 +35,7 @@ from mega_scale.data import (
     validation_batches,
 )
 from mega_scale.files import replace_text
-from mega_scale.model import MegaForCausalLM
+from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import (
     Place,
     Placement,
@@ -45,9 +48,8 @@ from mega_scale.parallel import (
 from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals, refuse
-from mega_scale.settings import to_yaml
-from mega_scale.training.bad_steps import DIVERGED, BadStepsError, Progress, rows_of
-from mega_scale.training.config import build_optimizer, learning_rate, seconds_of
+from mega_scale.settings import known_keys, to_yaml
+from mega_scale.training.config import build_optimizer, seconds_of
 from mega_scale.training.metrics import (
     Reporter,
     SlowRanks,
@@ -56,20 +58,23 @@ from mega_scale.training.metrics import (
     peak_flops,
     training_flops_per_token,
 )
-from mega_scale.training.stopping import STOPPED, RunStatus, Stopping, StopRun, Watchdog
-from mega_scale.training.trained_model import check_sample, describe_model, evaluate, generate_text, values_from
+from mega_scale.training.stopping import (
+    DIVERGED,
+    STOPPED,
+    EndOfRunError,
+    Progress,
+    RunStatus,
+    Stopping,
+    StopRun,
+    Watchdog,
+    rows_of,
+)
 
-
-class RefusedError(Exception):
-    """The ranks, which have met, cannot run together, or not from the checkpoint that there is."""
-
-
-class NotSavedError(OSError):
-    """The last checkpoint could not be written."""
-
-
-EXIT_CODES = {RefusedError: REFUSED, BadStepsError: DIVERGED, NotSavedError: NOT_WRITTEN}
-"""Exit codes by the errors that all ranks raise alike, and that end the run in one line."""
+# Keys by which the same run would have other numbers; of those of `parallel`, another line tells.
+_NUMBERS: tuple[str, ...] = ("model.", "data.", "optimizer.", "schedule.", "bad_steps.", "parallel.ds_config")
+_NUMBERS += tuple(f"train.{key}" for key in ("steps", "global_", "micro_", "seed", "dtype", "compile", "eval_batches"))
+_SILENT = ("data.workers", "data.prefetch", "data.cache_dir")
+_LONGEST = 80  # characters of a value in a line
 
 
 class StepResult(NamedTuple):
@@ -110,9 +115,12 @@ class Trainer:
         if self.checkpoint is None and config.init_from is not None:
             from mega_scale.hub.folder import open_folder
 
-            self.values = values_from(open_folder(config.init_from)[1])
+            tensors = open_folder(config.init_from)[1]
+            self.values = lambda name, owner, local_name: tensors[name]
         self.tokenizer = as_trained(tokenizer, config.data.add_bos)
         if config.train.sample_every:
+            from mega_scale.training.trained_model import check_sample
+
             check_sample(self.model_config, self.tokenizer, config.train.sample_prompt, config.train.sample_tokens)
         if line := unlike_training(tokenizer, config.data.add_bos):
             self.log(line)
@@ -181,10 +189,10 @@ class Trainer:
             status.write("running", begin)
             try:
                 stopped = self.set_up_and_train()
-            except tuple(EXIT_CODES) as error:
+            except EndOfRunError as error:
                 status.write("failed", self.watchdog.step, str(error))
                 self._print_error(error)
-                return EXIT_CODES[type(error)]
+                return error.code
             except StopRun:
                 # Before it began to train: nothing was done that is not in its checkpoint.
                 status.write("stopped", begin, self.stopping.reason())
@@ -205,16 +213,16 @@ class Trainer:
     def check_ranks_agree(self) -> None:
         """See that all ranks mean the same run, and test the layout if that is wanted; collective.
 
-        Raises RefusedError where they do not, StopRun where a run that is resumed is to stop before it begins.
+        Raises EndOfRunError where they do not, StopRun where a run that is resumed is to stop before it begins.
         """
         world, config = self.world, self.config
         text, checkpoint = self.loader.dataset.fingerprint, str(self.checkpoint)
         if not world.all_agree(world.broadcast(text) == text):
-            raise RefusedError("the ranks read different text: give every machine the same files, tokenizer and Python")
+            line = "the ranks read different text: give every machine the same files, tokenizer and Python"
+            raise EndOfRunError(REFUSED, line)
         if not world.all_agree(world.broadcast(checkpoint) == checkpoint):
-            raise RefusedError(
-                f"the ranks find different checkpoints in {config.run_dir}: give all machines the same folder"
-            )
+            line = f"the ranks find different checkpoints in {config.run_dir}: give all machines the same folder"
+            raise EndOfRunError(REFUSED, line)
         hurry = False
         try:
             self.stopping.check()
@@ -233,13 +241,13 @@ class Trainer:
     def choose_checkpoint(self, path: Path) -> Path:
         """The checkpoint to go on from, proven by all ranks together; collective.
 
-        Raises RefusedError where there is none, or it is of another model, tokenizer or data.
+        Raises EndOfRunError where there is none, or it is of another model, tokenizer or data.
         """
         config = self.config
         try:
             found = choose_checkpoint(path, self.world, self.key, self.log)
         except ValueError as error:
-            raise RefusedError(str(error)) from None
+            raise EndOfRunError(REFUSED, str(error)) from None
         problem = None
         try:
             state = read_state(found)
@@ -249,7 +257,7 @@ class Trainer:
         except ValueError as error:
             problem = str(error)
         if problem := self.world.first(problem):
-            raise RefusedError(f"{found}: {problem}")
+            raise EndOfRunError(REFUSED, f"{found}: {problem}")
         changed = layout_changes(state["layout"], config.parallel.layout(self.world.size))
         self.log(f"resumed from {found}" + (f", in another layout: {changed}" if changed else ""))
         if self.rank == 0 and (line := changes(config, found, state["step"])):
@@ -299,7 +307,7 @@ class Trainer:
             self.watchdog.beat("loading")
             state = load_checkpoint(self.checkpoint, self.engine, world)
             self.progress = Progress.resume(config.bad_steps, self.checkpoint, state)
-        self.data_state = self.loader.state_dict(self.progress.data_step(self.progress.step + 1))
+        self.data_state = self.loader.state_dict(self.progress.position)
         self.layout = config.parallel.layout(world.size)
         described: dict[str, bytes] = {}  # what a checkpoint holds beside its state: settings, model and tokenizer
         if self.rank == 0:
@@ -342,8 +350,8 @@ class Trainer:
     def train(self) -> str | None:
         """Train from where the run is to its end, or until it is asked to stop; collective.
 
-        Returns why it stopped before its end, None at its end. There is a checkpoint of either, or NotSavedError.
-        Raises BadStepsError after too many bad steps in a row; nothing is saved from the first of them on.
+        Returns why it stopped before its end, None at its end; there is a checkpoint of either. Raises EndOfRunError
+        where that could not be written, or after too many bad steps in a row, of which nothing is saved.
         """
         progress, steps = self.progress, self.config.train.steps
         stopped = None
@@ -355,25 +363,25 @@ class Trainer:
         except StopRun:
             stopped = self.stopping.reason()
             self.reporter.log(f"step {progress.step} | asked to stop: {stopped}")
+        ended = []
         if progress.saved != progress.step:
-            self.save()
-        self.log_saves(self.saver.finish())
+            self.watchdog.beat("saving")
+            ended = self.save()
+        self.log_saves([*ended, *self.saver.finish()])
         self.reporter.close()
         if progress.saved != progress.step:
-            raise NotSavedError(
-                f"the checkpoint of step {progress.step} could not be written; "
-                + (f"the last one is {progress.folder}" if progress.folder is not None else "there is none")
-            )
+            last = "there is none" if progress.folder is None else f"the last one is {progress.folder}"
+            raise EndOfRunError(NOT_WRITTEN, f"the checkpoint of step {progress.step} could not be written; {last}")
         return stopped
 
     def train_step(self) -> StepResult:
         """Do the next optimizer step, unless it is bad; collective. Raises StopRun before it computes."""
         world, progress = self.world, self.progress
         step = progress.step + 1
-        lr = learning_rate(step - 1, self.config.schedule, self.config.optimizer.lr, self.config.train.steps)
+        lr = learning_rate(step - 1, self.config)
         self.watchdog.beat("waiting for data", step)
         began = time.perf_counter()
-        batches = self.loader.batches(progress.data_step(step))
+        batches = self.loader.batches(progress.position)
         waited = time.perf_counter() - began
         self.watchdog.beat("computing")
         labelled = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
@@ -404,7 +412,7 @@ class Trainer:
     def after_step(self, result: StepResult) -> None:
         """Count a step, and report, evaluate, sample and save when that is due; collective.
 
-        Raises BadStepsError, see `train`, and StopRun where what was due is not complete.
+        Raises EndOfRunError, see `train`, and StopRun where what was due is not complete.
         """
         progress, train = self.progress, self.config.train
         self.throughput.add(result.tokens, result.waited, self.flops_per_token(result.length))
@@ -412,7 +420,7 @@ class Trainer:
         progress.count(result.tokens, result.loss, taken=result.problem is None)
         if result.problem is not None and self.after_bad_step(result):
             return  # rolled back: nothing to log
-        self.data_state = self.loader.state_dict(progress.data_step(progress.step + 1))
+        self.data_state = self.loader.state_dict(progress.position)
         step, last = progress.step, progress.step == train.steps
         if step % train.log_every == 0 or last:
             self.log_step(result)
@@ -426,7 +434,8 @@ class Trainer:
         # A state whose last steps were bad is none to go back to.
         every = self.config.checkpoint.every
         if every and step % every == 0 and progress.bad.in_a_row == 0:
-            self.save()
+            self.watchdog.beat("saving")
+            self.log_saves(self.save())
         self.throughput.skip(time.perf_counter() - paused)
 
     def after_bad_step(self, result: StepResult) -> bool:
@@ -444,7 +453,8 @@ class Trainer:
             last = f"the last good checkpoint is {progress.folder}"
             if progress.folder is None:
                 last = "there is no checkpoint before them"
-            raise BadStepsError(f"{what}; {last}; look at those rows, lower optimizer.lr, or set bad_steps.rollbacks")
+            remedy = "look at those rows, lower optimizer.lr, or set bad_steps.rollbacks"
+            raise EndOfRunError(DIVERGED, f"{what}; {last}; {remedy}")
         row = rows[1] - rows[0]
         self.watchdog.beat("going back")
         skipped = progress.go_back(progress.folder, load_checkpoint(progress.folder, self.engine, world))
@@ -470,7 +480,7 @@ class Trainer:
             "tokens": progress.tokens,
             "bad_steps": progress.bad.total,
             **self.throughput.report(self.config.train.steps - progress.step),
-            **self.loader.report(progress.data_step(progress.step + 1)),
+            **self.loader.report(progress.position),
         }
         self.reporter.step(progress.step, values)
 
@@ -478,6 +488,8 @@ class Trainer:
         """Compute the loss on the validation text, if there is one; collective. Raises StopRun."""
         if self.validation is None:
             return
+        from mega_scale.training.trained_model import evaluate
+
         self.watchdog.beat("evaluating")
         train, dataset = self.config.train, self.validation
         rows = train.eval_batches * train.global_batch_size or len(dataset)
@@ -490,6 +502,8 @@ class Trainer:
 
     def sample(self) -> None:
         """Generate a text; collective. Raises StopRun."""
+        from mega_scale.training.trained_model import generate_text
+
         self.watchdog.beat("generating text")
         train, step = self.config.train, self.progress.step
         text = generate_text(
@@ -502,16 +516,15 @@ class Trainer:
         )
         self.reporter.sample(step, text)
 
-    def save(self) -> None:
-        """Begin a checkpoint, or write it where saves are not asynchronous; collective."""
-        self.watchdog.beat("saving")
+    def save(self) -> list[Saved]:
+        """Begin a checkpoint, or write it where saves are not asynchronous; collective. Returns saves that ended."""
         progress = self.progress
         state = {"step": progress.step, "tokens": progress.tokens, "bad_steps": asdict(progress.bad)}
         if progress.evaluation is not None:
             state["validation"] = progress.evaluation
         state |= {"data": self.data_state, "layout": self.layout}
         progress.saved = progress.step
-        self.log_saves(self.saver.save(progress.step, state))
+        return self.saver.save(progress.step, state)
 
     def log_saves(self, ended: list[Saved]) -> None:
         """Say how saves ended, and remember the last checkpoint."""
@@ -530,6 +543,55 @@ class Trainer:
                 f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
                 f"training stood still {saved.stall_s:.2f} s){f'; {saved.problem}' if saved.problem else ''}"
             )
+
+
+def learning_rate(step: int, config: RunConfig) -> float:
+    """Learning rate of the update after `step` others: a function of the step, so that nothing about it needs saving.
+
+    The first one already lies one step up the rise, so that no update is spent at a rate of zero.
+    """
+    schedule, base_lr, total_steps = config.schedule, config.optimizer.lr, config.train.steps
+    warmup_steps = int(schedule.warmup_steps if schedule.warmup_steps >= 1 else schedule.warmup_steps * total_steps)
+    if step < warmup_steps:
+        return schedule.warmup_init_lr + (base_lr - schedule.warmup_init_lr) * (step + 1) / warmup_steps
+    if schedule.decay == "constant":
+        return base_lr
+    done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    left = 1.0 - done if schedule.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return schedule.min_lr + (base_lr - schedule.min_lr) * left
+
+
+def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
+    """Say in one line which keys that decide the numbers differ from those of a checkpoint; empty where none does.
+
+    `checkpoint` is verified; `step` is the number of optimizer steps that it has done.
+    """
+    from mega_scale.training.trained_model import read_model
+
+    try:
+        before = replace(load_config(checkpoint / "config.yaml"), model=read_model(checkpoint))
+    except ValueError as error:
+        return f"the keys of the checkpoint cannot be compared: {error}"
+    differing = []
+    for key in known_keys(RunConfig):
+        now, then = (attrgetter(key)(run) for run in (config, before))
+        if key.startswith(_NUMBERS) and key not in _SILENT and now != then:
+            texts = (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in (str(now), str(then)))
+            differing.append("{}={} (was {})".format(key, *texts))
+    if not differing:
+        return ""
+    line = f"resumed with other keys: {', '.join(differing)}"
+    now, then = (learning_rate(step, run) for run in (config, before))
+    return line if now == then else f"{line}; the learning rate of step {step + 1} is {now:.4g} (was {then:.4g})"
+
+
+def describe_model(config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Files of a checkpoint, by path, that make weights a model again: its configuration and tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {f"model/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files}
 
 
 def _end_without_folder(reason: str) -> None:

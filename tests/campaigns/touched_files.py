@@ -4,7 +4,8 @@
     python tests/campaigns/touched_files.py --list step parallel.engine=fsdp
 
 A reader who follows one optimizer step has to open the files that it names. The run has one process and three steps:
-the second one counts, as the first makes what is made but once, and the last is followed by an evaluation.
+the second one counts, as the first makes what is made but once, and the last is followed by an evaluation. A save lasts
+from `Trainer.save` until all ranks and threads have written it; the line that reports it belongs to the log.
 """
 
 import argparse
@@ -44,7 +45,7 @@ class Tracer:
                 self._phase = "step" if self._steps == 2 else ""
             elif code.co_qualname == "Trainer.save":
                 self._phase = "save"
-            elif code.co_qualname == "Reporter.close":  # all is written; what follows ends the run
+            elif code.co_qualname == "Trainer.log_saves":  # all is written: the line that says so is the log's
                 self._phase = ""
             self.seen[self._phase].add(code)
 

@@ -11,7 +11,7 @@ from mega_scale.checkpoint.folder import Manifest, write_manifest
 from mega_scale.files import hash_file
 from mega_scale.hub.folder import open_folder
 from mega_scale.training import trained_model
-from mega_scale.training.trained_model import describe_model
+from mega_scale.training.trainer import describe_model
 
 RUN = """
 data:

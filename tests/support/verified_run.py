@@ -17,7 +17,7 @@ from mega_scale.config import RunConfig, load_config, model_config
 from mega_scale.data import load_tokenizer
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.settings import to_yaml
-from mega_scale.training.trained_model import describe_model
+from mega_scale.training.trainer import describe_model
 
 OLDER, NEWER = 3, 6
 # Large enough that most bytes of every checkpoint are numbers of the model.

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mega_scale.parallel.mesh import MeshShape
-from mega_scale.training.bad_steps import BadSteps, BadStepsConfig, Progress, rows_of
+from mega_scale.training.config import BadStepsConfig
+from mega_scale.training.stopping import BadSteps, Progress, rows_of
 
 SPIKES = BadStepsConfig(spike_deviations=3.0, spike_window=4)
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from mega_scale.config import RunConfig
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.training.config import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
+from mega_scale.training.config import OptimizerConfig, ScheduleConfig, TrainConfig, build_optimizer
+from mega_scale.training.trainer import learning_rate
 
 # The matrices of a Mega language model, by the end of their names: all that decays.
 MATRICES = (
@@ -96,8 +98,12 @@ def test_a_model_without_matrices_has_one_group():
 BASE, TOTAL = 1e-3, 110
 
 
+def _run(schedule: ScheduleConfig, lr: float, steps: int) -> RunConfig:
+    return RunConfig(optimizer=OptimizerConfig(lr=lr), schedule=schedule, train=TrainConfig(steps=steps))
+
+
 def _rate(step: int, **settings) -> float:
-    return learning_rate(step, ScheduleConfig(**settings), BASE, TOTAL)
+    return learning_rate(step, _run(ScheduleConfig(**settings), BASE, TOTAL))
 
 
 def test_rise_is_linear_and_ends_at_the_base_rate():
@@ -115,7 +121,7 @@ def test_a_rise_below_one_is_a_share_of_the_run():
 
     def risen(warmup_steps, steps):
         schedule = ScheduleConfig("constant", warmup_steps)
-        return next(step for step in range(steps) if learning_rate(step, schedule, 1.0, steps) == 1.0)
+        return next(step for step in range(steps) if learning_rate(step, _run(schedule, 1.0, steps)) == 1.0)
 
     assert [risen(0.3, steps) for steps in (1, 6, 200)] == [0, 0, 59]
     assert [risen(whole, 1000) for whole in (0, 1, 60, 60.0)] == [0, 0, 59, 59]

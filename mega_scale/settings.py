@@ -5,7 +5,6 @@ The keys are the fields, their types say which values are allowed, and the strin
 
 import argparse
 import ast
-import copy
 import dataclasses
 import difflib
 import inspect
@@ -15,7 +14,7 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -87,10 +86,8 @@ def local_paths(args: argparse.Namespace) -> None:
 def known_keys(section: Any, prefix: str = "") -> dict[str, Any]:
     """Types by dotted key of a dataclass and of the dataclasses in it, in the order of declaration."""
     keys: dict[str, Any] = {}
-    hints = get_type_hints(section)
-    for field in dataclasses.fields(section):
-        key, hint = f"{prefix}{field.name}", hints[field.name]
-        keys |= known_keys(hint, f"{key}.") if dataclasses.is_dataclass(hint) else {key: hint}
+    for name, hint in get_type_hints(section).items():
+        keys |= known_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint}
     return keys
 
 
@@ -150,26 +147,28 @@ def _convert_text(text: str, hint: Any) -> Any:
     return _convert(text, hint)
 
 
-def _allowed(key: str, value: Any, hint: Any, convert: Callable[[Any, Any], Any]) -> Any:
-    try:
-        return convert(value, hint)
-    except TypeError:
-        shown = "null" if value in (None, "null") else repr(value)
-        raise ValueError(f"{key}={shown} is not allowed: expected {describe(hint)}") from None
-
-
-def _unknown_key(key: str, known: Iterable[str]) -> str:
-    """The refusal of an unknown key, with its new name or the known one most like it."""
+def _allowed(key: str, value: Any, known: dict[str, Any], convert: Callable[[Any, Any], Any]) -> Any:
+    """A key's value, converted to its type; refuses any other, and a key that is unknown, with the one most like it."""
+    if key in known:
+        try:
+            return convert(value, known[key])
+        except TypeError:
+            shown = "null" if value in (None, "null") else repr(value)
+            raise ValueError(f"{key}={shown} is not allowed: expected {describe(known[key])}") from None
     if key in RENAMED:
         name, values = RENAMED[key]
         now = ", ".join(f"{old} is {new}" for old, new in values.items())
-        return f"{key} is now {name}: set that one ({now})"
+        raise ValueError(f"{key} is now {name}: set that one ({now})")
+    sections = {path.rpartition(".")[0] for path in known} - {""}
+    if key in sections:
+        raise ValueError(f"{key}={value} is not allowed: {key} is a section, set {key}.KEY=VALUE")
 
     def likeness(candidate: str) -> float:
         pairs = ((key, candidate), (key.rpartition(".")[2], candidate.rpartition(".")[2]))
         return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return f"{key} is not a key: the nearest known one is {max(known, key=likeness)}; --help lists all"
+    nearest = max(sections if isinstance(value, dict) else known, key=likeness)
+    raise ValueError(f"{key} is not a key: the nearest known one is {nearest}; --help lists all")
 
 
 # YAML
@@ -210,22 +209,17 @@ _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{_TAG}int", f"{_TAG}float")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_StrictLoader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
-_StrictLoader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 _StrictLoader.add_constructor(f"{_TAG}int", _construct_int)
 _StrictLoader.add_constructor(f"{_TAG}map", _construct_mapping)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that the reader could take for a number."""
+    """Quotes text that YAML 1.1 or the reader could take for a number."""
 
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "'" if text[:1] and text[0] in "+-.0123456789" else None
-    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
+for _format in (_StrictLoader, _Dumper):
+    _format.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+    _format.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -240,12 +234,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         problem = f"there is no such file (looked from {Path.cwd()})"
     except (OSError, UnicodeDecodeError) as error:
         problem = f"cannot be read as text: {error}"
-    except yaml.YAMLError as error:
-        problem = f"is not YAML: {' '.join(str(error).split())}"
     except RecursionError:
         problem = "is nested too deeply"
-    except ValueError as error:
-        problem = str(error)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = f"is not YAML: {' '.join(str(error).split())}"
     raise ValueError(f"--config {path}: {problem}")
 
 
@@ -305,68 +297,44 @@ def resolve(
     known = known_keys(section)
     values: dict[str, Any] = {}
     for path in configs:
-        layer = read_yaml(path)
+        given = _flatten(read_yaml(path), known)
+        layer: dict[str, Any] = {}
         try:
-            for key, value in _flatten(_renamed(layer) if stored else layer, known).items():
-                values[key] = _allowed(key, value, known[key], _convert)
+            for written, value in given:
+                key, now = RENAMED[written] if stored and written in RENAMED else (written, None)
+                if key in layer:
+                    raise ValueError(f"{key} is given twice: keep one")
+                layer[key] = _allowed(key, now[value] if now else value, known, _convert)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    inside = []
+        values |= layer
     mappings = [key for key, hint in known.items() if any(get_origin(member) is dict for member in members(hint))]
-    for key, text in overrides:
+    for key, text in sorted(overrides, key=lambda override: override[0] not in known):  # mappings, then their entries
         mapping = next((name for name in mappings if key.startswith(f"{name}.")), None)
-        if mapping is None and key not in known:
-            if any(path.startswith(f"{key}.") for path in known):
-                raise ValueError(f"{key}={text} is not allowed: {key} is a section, set {key}.KEY=VALUE")
-            raise ValueError(_unknown_key(key, known))
-        if text is None:
+        if text is None and (mapping or key in known):
             raise ValueError(f"{key} has no value: write {key}=VALUE")
         if mapping is None:
-            values[key] = _allowed(key, text, known[key], _convert_text)
+            values[key] = _allowed(key, text, known, _convert_text)
         else:
-            inside.append((mapping, key, text))
-    for mapping, key, text in inside:
-        _set_inside(values, mapping, key, text)
+            values[mapping] = values.get(mapping) or {}
+            _set_inside(values[mapping], key, key.removeprefix(f"{mapping}."), str(text))
     return _build(section, values), values
 
 
-def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
-    """A file of an earlier version with the keys and values of this one."""
-    found = copy.deepcopy(layer)
-    for old, (new, values) in RENAMED.items():
-        section, _, name = old.partition(".")
-        if isinstance(there := found.get(section), dict) and name in there:
-            there[new.partition(".")[2]] = values[there.pop(name)]
-    return found
-
-
-def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn the sections of a file into dotted keys; an unknown key, or one that is given twice, is refused."""
-    flat: dict[str, Any] = {}
+def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a file, and their values; what is in no section has the key that it would have."""
     for name, value in layer.items():
         key = f"{prefix}{name}"
-        if key in known:
-            found = {key: value}
-        elif not any(path.startswith(f"{key}.") for path in known):
-            sections = {path.rpartition(".")[0] for path in known} - {""}
-            raise ValueError(_unknown_key(key, sections if isinstance(value, dict) else known))
-        elif isinstance(value, dict):
-            found = _flatten(value, known, f"{key}.")
-        elif value is None:
-            continue
-        else:
-            raise ValueError(f"{key}={value!r} is not allowed: {key} is a section, set the keys in it")
-        if twice := flat.keys() & found.keys():
-            raise ValueError(f"{min(twice)} is given twice: keep one")
-        flat |= found
-    return flat
+        section = any(path.startswith(f"{key}.") for path in known)
+        if section and isinstance(value, dict):
+            yield from _flatten(value, known, f"{key}.")
+        elif not section or value is not None:
+            yield key, value
 
 
-def _set_inside(values: dict[str, Any], mapping: str, key: str, text: str) -> None:
-    """Set one entry of a mapping key, of any depth, as in parallel.ds_config.zero_optimization.stage3_prefetch=0."""
-    root = copy.deepcopy(values.get(mapping) or {})
-    *parents, last = key.removeprefix(f"{mapping}.").split(".")
-    at = root
+def _set_inside(at: dict[str, Any], key: str, path: str, text: str) -> None:
+    """Set one entry of a mapping, of any depth, as in parallel.ds_config.zero_optimization.stage3_prefetch=0."""
+    *parents, last = path.split(".")
     for parent in parents:
         at = at.setdefault(parent, {})
         if not isinstance(at, dict):
@@ -375,18 +343,15 @@ def _set_inside(values: dict[str, Any], mapping: str, key: str, text: str) -> No
         at[last] = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{key}={text} is not YAML: {' '.join(str(error).split())}") from None
-    values[mapping] = root
 
 
 def _build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
     found = {}
-    hints = get_type_hints(section)
-    for field in dataclasses.fields(section):
-        key, hint = f"{prefix}{field.name}", hints[field.name]
+    for name, hint in get_type_hints(section).items():
         if dataclasses.is_dataclass(hint):
-            found[field.name] = _build(hint, values, f"{key}.")
-        elif key in values:
-            found[field.name] = values[key]
+            found[name] = _build(hint, values, f"{prefix}{name}.")
+        elif f"{prefix}{name}" in values:
+            found[name] = values[f"{prefix}{name}"]
     return section(**found)
 
 

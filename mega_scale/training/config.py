@@ -153,10 +153,12 @@ class ScheduleConfig:
         whole = self.warmup_steps < 1 or self.warmup_steps % 1 == 0
         remedy = "give a whole number of steps, or a share of train.steps that is below 1"
         require(whole, "schedule.warmup_steps", self.warmup_steps, remedy)
-        remedy = f"with train.steps={steps}, give at most {steps}, or a share as in 0.1, or train longer"
+        remedy = (
+            f"with train.steps={steps}, give at most {steps}, a share as in schedule.warmup_steps=0.1, or more steps"
+        )
         require(self.warmup_steps <= steps, "schedule.warmup_steps", self.warmup_steps, remedy)
         for name in ("min_lr", "warmup_init_lr"):
-            remedy = f"it is more than optimizer.lr={lr}, set it to at most that, as in {lr / 10:g}, or raise that"
+            remedy = f"with optimizer.lr={lr}, give at most {lr}, as in schedule.{name}={lr / 10:g}, or raise that"
             require(getattr(self, name) <= lr, f"schedule.{name}", getattr(self, name), remedy)
 
 

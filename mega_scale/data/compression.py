@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-Damage = Literal["truncated_file", "corrupt", "unreadable"]
+from mega_scale.data.config import Damage
 
 _MAGIC = {
     b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x04\x22\x4d\x18": "lz4", b"\x28\xb5\x2f\xfd": "zst",
@@ -21,20 +21,19 @@ _MAGIC = {
     b"LZIP\1": "lzip", b"\x89LZO\0": "lzo", b"\x02\x21\x4c\x18": "old lz4", b"x\x9c": "zlib", b"PAR1\x15": "parquet",
     b"ARROW1\0\0": "arrow",
 }  # fmt: skip
-_READ = ("gz", "zst", "bz2", "xz", "lz4")
 _UNREAD_SUFFIXES = (".br", ".zip", ".7z", ".z", ".lzma", ".lzo", ".snappy", ".rar")  # brotli's has no magic
 _REMEDIES = {"tar": "unpack it", "parquet": "set data.source=parquet", "arrow": "set data.source=arrow"}
 _BZ2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # a text, too, may begin with "BZh9"
 _HEAD = 512  # bytes: tar names itself in the middle of its first block
-_DECODERS: dict[str, tuple[bytes, Callable[[], Any]]] = {
-    "gz": (b"\x1f\x8b", lambda: zlib.decompressobj(31)),
-    "bz2": (b"BZh", bz2.BZ2Decompressor),
-    "xz": (b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)),
+_DECODERS: dict[str, Callable[[], Any]] = {
+    "gz": lambda: zlib.decompressobj(31),
+    "bz2": bz2.BZ2Decompressor,
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
 }
 _ARROW_CODECS = {"zst": "zstd", "lz4": "lz4"}
+_READ = (*_DECODERS, *_ARROW_CODECS)
 _BROKEN = (zlib.error, lzma.LZMAError, EOFError, OSError, pa.ArrowException)
 _CHUNK = 1 << 16
-_STEP = 64  # bytes: how closely a damage is located in what pyarrow decompresses
 
 
 class DamageError(Exception):
@@ -73,32 +72,36 @@ class FileBytes(io.BufferedReader):
     """
 
     def __init__(self, file: str, size: int | None = None) -> None:
-        source = _Source(file, size)
+        self._source = _Source(file, size)
         try:
-            kind = _compression(source, file.lower())
+            self.kind = _compression(self._source, file.lower())
         except BaseException:
-            source.close()
+            self._source.close()
             raise
-        self.kind, self._chunks = kind, None if kind is None else _Chunks(source, kind)
-        super().__init__(source if self._chunks is None else self._chunks, 1 << 20)
-        if kind is not None and (inner := file_kind(self.peek(_HEAD))) is not None:
+        self._content = None if self.kind is None else _Content(self._source, self.kind)
+        super().__init__(self._content or self._source, 1 << 20)
+        if self.kind is not None and (inner := file_kind(self.peek(_HEAD))) is not None:
             self.close()
             remedy = "compress it only once" if inner in _READ else _REMEDIES.get(inner, "use .zst or .gz alone")
-            raise DamageError("unreadable", f"it is a {inner} file within {kind}: {remedy}", source.size)
+            raise DamageError("unreadable", f"it is a {inner} file within {self.kind}: {remedy}", self._source.size)
 
     def on_disk(self, size: int) -> int:
         """Bytes on disk of `size` bytes that were read, at the ratio so far, rounded up."""
-        chunks = self._chunks
-        return size if chunks is None else -(-size * chunks.source.place // max(chunks.produced, size, 1))
+        return size if self._content is None else -(-size * self._source.tell() // max(self._content.produced, size, 1))
 
 
 class _Source(io.FileIO):
-    """The bytes on disk up to a size; says when the file has become shorter, or fails."""
+    """The bytes on disk up to a size; says when the file has become shorter, or fails.
+
+    `place` is where the last read began. From `damaged` on, bytes are read one by one. `member` is the place of the
+    first byte that the next checksum covers.
+    """
 
     read = io.RawIOBase.read  # type: ignore[assignment]  # which reads by `readinto`
 
     def __init__(self, file: str, size: int | None) -> None:
-        self.at_most, self.place = _CHUNK * 16, 0
+        self.place = self.member = 0
+        self.damaged: int | None = None
         try:
             super().__init__(file)
         except OSError as error:
@@ -106,8 +109,9 @@ class _Source(io.FileIO):
         self.size = os.fstat(self.fileno()).st_size if size is None else size
 
     def readinto(self, buffer: Any) -> int:
-        place = self.tell()
-        wanted = min(len(buffer), self.at_most, max(self.size - place, 0))
+        place = self.place = self.tell()
+        most = len(buffer) if self.damaged is None else max(self.damaged - place, 1)
+        wanted = min(len(buffer), most, max(self.size - place, 0))
         try:
             got = super().readinto(memoryview(buffer)[:wanted]) or 0
         except OSError as error:
@@ -115,50 +119,35 @@ class _Source(io.FileIO):
         if wanted and not got:
             detail = f"the file became shorter while it was read: {place} bytes of {self.size}"
             raise DamageError("truncated_file", detail, self.size - place)
-        self.place = place + got
         return got
 
 
-class _Chunks(io.RawIOBase):
-    """What a source holds, decompressed; a damage is raised when all before it has been read."""
+class _Content(io.RawIOBase):
+    """What a source holds, decompressed; `produced` counts its bytes so far."""
 
     def __init__(self, source: _Source, kind: str) -> None:
-        self.source, self.produced = source, 0
-        self._rest = memoryview(b"")
-        self._damage: DamageError | None = None
-        codec = _ARROW_CODECS.get(kind)
-        self._chunks = _members(source, *_DECODERS[kind]) if codec is None else _arrow_stream(source, codec)
+        self._source, self.produced = source, 0
+        self._rest, self._chunks = memoryview(b""), _decompress(source, kind)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        into, done = memoryview(buffer), 0
-        while done < len(into):
-            if not self._rest:
-                try:
-                    self._rest = memoryview(next((chunk for chunk in self._chunks if chunk), b""))
-                except DamageError as damage:
-                    self._damage = damage
-                self.produced += len(self._rest)
-                if not self._rest:
-                    break
-            size = min(len(into) - done, len(self._rest))
-            into[done : done + size] = self._rest[:size]
-            self._rest = self._rest[size:]
-            done += size
-        if not done and self._damage is not None:
-            raise self._damage
-        return done
+        if not self._rest:
+            self._rest = memoryview(next(self._chunks, b""))
+            self.produced += len(self._rest)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
 
     def close(self) -> None:
-        self.source.close()
+        self._source.close()
         super().close()
 
 
 def _compression(source: _Source, name: str) -> str | None:
     """What a file of a name in small letters is compressed with; None for plain text."""
-    head = source.read(_HEAD) or b""
+    head = source.read(_HEAD)
     source.seek(0)
     kind = file_kind(head)
     if kind == "zst" and head[0] >> 4 == 5 and name.endswith(".lz4"):
@@ -173,28 +162,64 @@ def _compression(source: _Source, name: str) -> str | None:
     return kind
 
 
-def _members(source: _Source, magic: bytes, make: Callable[[], Any]) -> Iterator[bytes]:
+def _decompress(source: _Source, kind: str) -> Iterator[bytes]:
+    """Decompress; decoders drop what comes just before a damage, so that is read again byte by byte."""
+    read, given = _decoder(source, kind), 0
+    try:
+        while chunk := read(_CHUNK):
+            given += len(chunk)
+            yield chunk
+        return
+    except _BROKEN:
+        source.damaged = source.place
+        source.seek(0)
+    again, last, place, damage = _decoder(source, kind), bytearray(), 0, None  # the first would close what it reads
+    try:
+        while chunk := again(_CHUNK if given > 0 else 1):
+            given, place = given - len(chunk), source.tell()
+            if given < 0:
+                last += chunk
+    except _BROKEN as error:
+        words, detail, lost = str(error).lower(), describe(error), source.size - place
+        if "memory" in words:
+            detail += "; compress it with a smaller window, as zstd does without --long"
+        if "check" in words or kind in ("bz2", "xz"):  # which do not say what is wrong: it may lie anywhere before
+            lost = source.size - source.member
+        damage = DamageError("corrupt", detail, lost, complete="unknown frame" in words and place > 0)
+        if "truncated" in words:
+            damage = DamageError("truncated_file", detail, None)
+    if last:
+        yield bytes(last)
+    if damage is not None:
+        raise damage
+
+
+def _decoder(source: _Source, kind: str) -> Callable[[int], bytes]:
+    """What gives the next bytes of a source; at most so many, where the decoder can be told."""
+    if kind in _ARROW_CODECS:
+        stream = pa.CompressedInputStream(pa.PythonFile(source, "r"), _ARROW_CODECS[kind])
+        return stream.read  # type: ignore[no-any-return]
+    members = _members(source, kind)
+    return lambda _: next(members, b"")
+
+
+def _members(source: _Source, kind: str) -> Iterator[bytes]:
     """Decompress the members of a file, one or more, with zeros after each."""
-    rest = source.read(_CHUNK) or b""
+    magic, rest = next(magic for magic, name in _MAGIC.items() if name == kind), source.read(_CHUNK)
     while rest:
-        start, decoder = source.tell() - len(rest), make()
+        source.member, decoder = source.tell() - len(rest), _DECODERS[kind]()
         while not decoder.eof:
             if not rest:
                 whole = _lacks_trailer(decoder)
                 detail = "the compressed data ends before its end" + (", in its checksum" if whole else "")
                 raise DamageError("truncated_file", detail, 0 if whole else None, complete=whole)
-            place = source.tell() - len(rest)
-            try:
-                chunk = decoder.decompress(rest)
-            except _BROKEN:
-                yield from _up_to_damage(source, make, start, place)
-                return
-            yield chunk
-            rest = decoder.unused_data if decoder.eof else source.read(_CHUNK) or b""
-        while not (rest := rest.lstrip(b"\0")) and (rest := source.read(_CHUNK) or b""):
+            if chunk := decoder.decompress(rest):
+                yield chunk
+            rest = decoder.unused_data if decoder.eof else source.read(_CHUNK)
+        while not (rest := rest.lstrip(b"\0")) and (rest := source.read(_CHUNK)):
             pass
         if len(rest) < len(magic):
-            rest += source.read(len(magic)) or b""
+            rest += source.read(len(magic))
         if rest[: len(magic)] != magic[: len(rest)]:
             lost = source.size - source.tell() + len(rest)
             raise DamageError("corrupt", "something else follows the compressed data", lost, complete=True)
@@ -211,54 +236,3 @@ def _lacks_trailer(decoder: Any) -> bool:
         except zlib.error as error:
             found.append("check" in str(error))
     return found == [True, True]
-
-
-def _up_to_damage(source: _Source, make: Callable[[], Any], start: int, place: int) -> Iterator[bytes]:
-    """Decompress the chunk at `place` of the member at `start` byte by byte; raises DamageError after the last one."""
-    decoder = make()
-    source.seek(start)
-    while (left := place - source.tell()) > 0:
-        decoder.decompress(source.read(min(left, _CHUNK)))
-    while byte := source.read(1):
-        try:
-            chunk = decoder.decompress(byte)
-        except _BROKEN as error:
-            # A wrong checksum is about anything before it; bz2 and xz do not say what was wrong.
-            known = isinstance(error, zlib.error) and "check" not in str(error)
-            first = source.tell() - 1 if known else start
-            raise DamageError("corrupt", describe(error), source.size - first) from None
-        if chunk:
-            yield chunk
-
-
-def _arrow_stream(source: _Source, codec: str) -> Iterator[bytes]:
-    """Decompress by pyarrow, which drops what came just before a damage: that is read again in small steps."""
-    stream, given = pa.CompressedInputStream(pa.PythonFile(source, "r"), codec), 0
-    try:
-        while chunk := stream.read(_CHUNK):
-            given += len(chunk)
-            yield chunk
-        return
-    except _BROKEN:
-        source.seek(0)
-    # Another one beside the first, which would close the source if it were dropped.
-    again = pa.CompressedInputStream(pa.PythonFile(source, "r"), codec)
-    source.at_most = _STEP
-    while given:
-        given -= len(again.read(min(given, _CHUNK)))
-    while True:
-        place = source.tell()
-        try:
-            byte = again.read(1)
-        except _BROKEN as error:
-            words, detail, lost = str(error).lower(), describe(error), source.size - place
-            if "truncated" in words:
-                raise DamageError("truncated_file", detail, None) from None
-            if "memory" in words:
-                detail += "; compress it with a smaller window, as zstd does without --long"
-            if "checksum" in words:  # what is wrong may lie anywhere
-                raise DamageError("corrupt", detail, source.size) from None
-            raise DamageError("corrupt", detail, lost, complete="unknown frame" in words and place > 0) from None
-        if not byte:
-            return
-        yield byte

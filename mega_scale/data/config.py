@@ -15,6 +15,7 @@ Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "pr
 FILE_SOURCES = ("text", "json", "parquet", "arrow")
 Packing = Literal["none", "concat", "reset"]
 PackingOrder = Literal["in_order", "best_fit"]
+Damage = Literal["truncated_file", "corrupt", "unreadable"]  # of a file
 
 # A hub name is "name" or "owner/name"; anything else that is given as a name must be a folder.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -279,6 +280,18 @@ def expand_paths(paths: Sequence[str], key: str) -> list[str]:
             raise _refusal(key, pattern, f"{what} (looked from {os.getcwd()}); correct the path")
         files += matches
     return list(dict.fromkeys(files))
+
+
+class FileRange(NamedTuple):
+    """A part of a file: bytes, row groups, record batches or rows from `start` to below `stop`; -1 is the file's end.
+
+    `file` is an absolute name, or the name of what is no file; `size` are bytes on disk.
+    """
+
+    file: str
+    start: int
+    stop: int
+    size: int
 
 
 def cache_folder(cache_dir: str | None) -> Path:

@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mega_scale.data.config import DataConfig
-from mega_scale.data.readers import FileRange
+from mega_scale.data.config import DataConfig, FileRange
 from mega_scale.data.sources import Tally, is_held_out, open_source, usable
 from mega_scale.data.tokenizer import batched, encode, load_tokenizer, token_type, tokenizer_digest
 from mega_scale.data.tokens import FORMAT, PreparedManifest, ShardRecord, ShardWriter, write_manifest

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mega_scale.data.compression import Damage, DamageError, FileBytes, describe, file_kind
+from mega_scale.data.compression import DamageError, FileBytes, describe, file_kind
+from mega_scale.data.config import Damage, FileRange
 
 BROKEN = (EOFError, OSError, UnicodeError, pa.ArrowException)
 """What pyarrow raises for a file or column that is damaged."""
@@ -110,18 +111,6 @@ class TextColumn(NamedTuple):
                 return self.missing(list(row), file, line)
             value = value[name]
         return self.text(value, file, line)
-
-
-class FileRange(NamedTuple):
-    """A part of a file: bytes, row groups, record batches or rows from `start` to below `stop`; -1 is the file's end.
-
-    `file` is an absolute name, or the name of what is no file; `size` are bytes on disk.
-    """
-
-    file: str
-    start: int
-    stop: int
-    size: int
 
 
 def split_file(file: str, source: str, size: int | None) -> list[FileRange]:

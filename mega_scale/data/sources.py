@@ -19,12 +19,10 @@ from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from mega_scale.data.compression import Damage
-from mega_scale.data.config import DataConfig, cache_folder, expand_paths, find_on_hub
+from mega_scale.data.config import Damage, DataConfig, FileRange, cache_folder, expand_paths, find_on_hub
 from mega_scale.data.readers import (
     BROKEN,
     BadRow,
-    FileRange,
     Rows,
     TextColumn,
     column_path,

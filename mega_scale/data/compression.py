@@ -198,7 +198,7 @@ def _decoder(source: _Source, kind: str) -> Callable[[int], bytes]:
     """What gives the next bytes of a source; at most so many, where the decoder can be told."""
     if kind in _ARROW_CODECS:
         stream = pa.CompressedInputStream(pa.PythonFile(source, "r"), _ARROW_CODECS[kind])
-        return stream.read  # type: ignore[no-any-return]
+        return stream.read
     members = _members(source, kind)
     return lambda _: next(members, b"")
 

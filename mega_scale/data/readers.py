@@ -1,7 +1,8 @@
-"""Read local files range by range: texts and unusable rows in order, never a file as a whole in memory.
+"""Read local files and data sets of the hub range by range: texts and unusable rows in order.
 
 A range is a part of a file that can be read on its own: bytes of a plain jsonl file, row groups of a parquet file,
-record batches of an arrow file; else the whole file. A damage costs as few rows as the format, or pyarrow, allows.
+record batches of an arrow file; else the whole file. No file but a JSON list is in memory as a whole. A damage costs as
+few rows as the format, or pyarrow, allows.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -17,19 +19,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mega_scale.data.compression import DamageError, FileBytes, describe, file_kind
-from mega_scale.data.config import Damage, FileRange
-
-BROKEN = (EOFError, OSError, UnicodeError, pa.ArrowException)
-"""What pyarrow raises for a file or column that is damaged."""
+from mega_scale.data.config import Damage, DataConfig, FileRange, cache_folder, expand_paths, find_on_hub
 
 Cause = Damage | Literal["not_utf8", "missing_column", "not_text", "empty", "too_long", "broken_json"]
 
+_BROKEN = (EOFError, OSError, UnicodeError, pa.ArrowException)  # from pyarrow, where a file or column is damaged
 _LINE_PER_TEXT = 8  # JSON writes a byte of text as six characters at most, and a row may have other columns
 _NAMED_COLUMNS = 20
 _MARK = "\ufeff".encode()
 _OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _SPACE = re.compile(r"[ \t\n\r]*")
+_SEPARATOR = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(?=]))")
 _ROWS_AT_ONCE = 256
+_HUB_ROWS_AT_ONCE = 64
 # pyarrow's words for a file that was cut
 _CUT = (
     "truncated", "end-of-stream", "expected to be able to read", "expected to read", "or length 0", "size is 0 bytes",
@@ -44,11 +46,11 @@ class BadRow(NamedTuple):
     """
 
     cause: Cause
-    file: str
     line: int
     detail: str
     rows: int = 1
     lost: int | None = 0
+    file: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}, line {self.line}: {self.detail}"
@@ -66,32 +68,30 @@ class TextColumn(NamedTuple):
     name: str
     max_bytes: int
 
-    def text(self, value: Any, file: str, line: int) -> str | BadRow:
+    def text(self, value: Any, line: int) -> str | BadRow:
         """Take a value of the column as text, without a byte order mark; an exception stands for a corrupt row."""
         if isinstance(value, Exception):
-            return BadRow("corrupt", file, line, f"the row cannot be read ({describe(value)})")
-        if value is None:
-            return BadRow("empty", file, line, "the text is empty")
-        if not isinstance(value, str | bytes):
-            kind = type(value).__name__
-            return BadRow("not_text", file, line, f"data.text_column={self.name!r} holds {kind}, not text")
+            return BadRow("corrupt", line, f"the row cannot be read ({describe(value)})")
+        if not isinstance(value, str | bytes | None):
+            return BadRow("not_text", line, f"data.text_column={self.name!r} holds {type(value).__name__}, not text")
+        value = value or ""
         if len(value) > self.max_bytes + 3:
-            return self.too_long(file, line)
+            return self.too_long(line)
         try:
             # A str may hold half a surrogate pair, which no UTF-8 has; encoding finds it.
             text = (value.decode() if isinstance(value, bytes) else value).removeprefix("\ufeff")
             size = len(text.encode())
         except UnicodeError as error:
-            return BadRow("not_utf8", file, line, f"the text is not UTF-8 ({error})")
+            return BadRow("not_utf8", line, f"the text is not UTF-8 ({error})")
         if not text:
-            return BadRow("empty", file, line, "the text is empty")
-        return text if size <= self.max_bytes else self.too_long(file, line)
+            return BadRow("empty", line, "the text is empty")
+        return text if size <= self.max_bytes else self.too_long(line)
 
-    def too_long(self, file: str, line: int) -> BadRow:
+    def too_long(self, line: int) -> BadRow:
         """A row whose text is too long."""
-        return BadRow("too_long", file, line, f"the text is longer than data.max_document_bytes={self.max_bytes}")
+        return BadRow("too_long", line, f"the text is longer than data.max_document_bytes={self.max_bytes}")
 
-    def missing(self, columns: Sequence[str], file: str, line: int, rows: int = 1) -> BadRow:
+    def missing(self, columns: Sequence[str], line: int, rows: int = 1) -> BadRow:
         """Rows that lack the column, or that have several of its name."""
         names = ", ".join(columns[:_NAMED_COLUMNS]).encode(errors="backslashreplace").decode() or "none"
         if len(columns) > _NAMED_COLUMNS:
@@ -99,81 +99,42 @@ class TextColumn(NamedTuple):
         detail = f"there is no column data.text_column={self.name!r}, only {names}"
         if (same := columns.count(self.name)) > 1:
             detail = f"{same} columns have the name data.text_column={self.name!r}, of {names}: rename all but one"
-        return BadRow("missing_column", file, line, detail, rows)
+        return BadRow("missing_column", line, detail, rows)
 
-    def of_object(self, row: Any, file: str, line: int) -> str | BadRow:
+    def of_object(self, row: Any, line: int) -> str | BadRow:
         """The text of a JSON value that should be an object with this column."""
         if not isinstance(row, Mapping):
-            return BadRow("broken_json", file, line, f"the row is {type(row).__name__}, not an object")
+            return BadRow("broken_json", line, f"the row is {type(row).__name__}, not an object")
         value: Any = row
         for name in [self.name] if self.name in row else self.name.split("."):
             if not isinstance(value, Mapping) or name not in value:
-                return self.missing(list(row), file, line)
+                return self.missing(list(row), line)
             value = value[name]
-        return self.text(value, file, line)
+        return self.text(value, line)
 
 
-def split_file(file: str, source: str, size: int | None) -> list[FileRange]:
-    """Split a file into ranges of about `size` bytes, in order; None, or a file that cannot be split, gives one."""
-    try:
-        total = os.path.getsize(file)
-    except OSError:  # reading it will say what is wrong
-        total = 0
-    whole = [FileRange(file, 0, -1, total)]
-    if size is None or total <= size:
-        return whole
-    try:
-        if source == "json":
-            with FileBytes(file) as opened:
-                head = opened.read(64)
-                if opened.kind or _other_encoding(head) or _is_list(head):
-                    return whole
-            stops = [*range(size, total, size), total]
-            return [FileRange(file, start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)]
-        if source == "parquet":
-            count = pq.ParquetFile(file).num_row_groups
-        elif source == "arrow":
-            with pa.memory_map(file) as mapped:
-                count = pa.ipc.open_file(mapped).num_record_batches
-        else:
-            return whole
-    except (DamageError, *BROKEN):
-        return whole
-    step = max(1, count * size // total)
-    return [
-        FileRange(file, first, min(first + step, count), total * min(step, count - first) // count)
-        for first in range(0, count, step)
-    ]
+# What is wrong with a file
 
 
-def read_range(part: FileRange, source: str, column: TextColumn) -> Rows:
-    """Read the rows of a range of `split_file` in order; `source` is text, json, parquet or arrow."""
-    readers = {"text": _read_text, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}
-    return readers[source](part, column)
-
-
-def _damaged(file: str, line: int, damage: DamageError) -> BadRow:
+def _damaged(line: int, damage: DamageError) -> BadRow:
     unknown = "; how much is missing is not known, so the whole file counts" if damage.lost is None else ""
     detail = f"the file cannot be read from here on ({damage}){unknown}"
-    return BadRow(damage.cause, file, line, detail, lost=damage.lost)
+    return BadRow(damage.cause, line, detail, lost=damage.lost)
 
 
 def _other_encoding(head: bytes) -> str | None:
-    """The encoding of a file by its byte order mark, unless it is UTF-8."""
-    return next((name for mark, name in _OTHER_MARKS.items() if head.startswith(mark)), None)
+    """What is wrong with a file by its byte order mark, unless it is that of UTF-8."""
+    name = next((name for mark, name in _OTHER_MARKS.items() if head.startswith(mark)), None)
+    return name and f"the file is {name} by its byte order mark, not utf-8: convert it"
 
 
-def _not_utf8(part: FileRange, encoding: str) -> BadRow:
-    detail = f"the file is {encoding} by its byte order mark, not utf-8: convert it"
-    return BadRow("not_utf8", part.file, 1, detail, lost=part.size)
-
-
-def _read_all(opened: FileBytes, most: int | None = None) -> tuple[bytes, DamageError | None]:
-    """What can be read, up to `most` bytes, and what is wrong after it."""
+def _read_all(part: FileRange, most: int | None = None) -> tuple[bytes, DamageError | None]:
+    """What can be read of a whole file, up to `most` bytes, and what is wrong after it."""
     found = bytearray()
     try:
-        while (most is None or len(found) < most) and (content := opened.read1(1 << 20)):
-            found += content
+        with FileBytes(part.file, part.size) as opened:
+            while (most is None or len(found) < most) and (content := opened.read1(1 << 20)):
+                found += content
     except DamageError as damage:
         return bytes(found), damage
     return bytes(found[:most]), None
@@ -183,30 +144,27 @@ def _read_all(opened: FileBytes, most: int | None = None) -> tuple[bytes, Damage
 
 
 def _read_text(part: FileRange, column: TextColumn) -> Rows:
-    try:
-        with FileBytes(part.file, part.size) as opened:
-            content, damage = _read_all(opened, column.max_bytes + len(_MARK) + 1)
-    except DamageError as error:
-        content, damage = b"", error
+    content, damage = _read_all(part, column.max_bytes + len(_MARK) + 1)
     if damage is not None and not damage.complete:  # half a document is none
-        yield _damaged(part.file, 1, damage)._replace(lost=None if damage.lost is None else part.size)
+        yield _damaged(1, damage)._replace(lost=None if damage.lost is None else part.size)
         return
-    content = content.removeprefix(_MARK)
-    found = column.text(content, part.file, 1) if len(content) <= column.max_bytes else column.too_long(part.file, 1)
+    content, line, wrong = content.removeprefix(_MARK), 1, _other_encoding(content)
+    if wrong is None and content.count(0) * 4 > len(content):
+        wrong = "the file is no text: it holds NUL bytes, as UTF-16 without a mark and binary files do"
     try:
         content.decode()
     except UnicodeDecodeError as error:
-        if error.start < column.max_bytes - 3:  # else a character may only have been cut
-            line = content.count(b"\n", 0, error.start) + 1
-            found = BadRow("not_utf8", part.file, line, f"the text is not UTF-8 ({error})", lost=part.size)
-    if content.count(0) * 4 > len(content):
-        detail = "the file is no text: it holds NUL bytes, as UTF-16 without a mark and binary files do"
-        found = BadRow("not_utf8", part.file, 1, detail, lost=part.size)
-    if (encoding := _other_encoding(content)) is not None:
-        found = _not_utf8(part, encoding)
-    yield found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
+        if wrong is None and error.start < column.max_bytes - 3:  # else a character may only have been cut
+            line, wrong = content.count(b"\n", 0, error.start) + 1, f"the text is not UTF-8 ({error})"
+    if wrong is not None:
+        yield BadRow("not_utf8", line, wrong, lost=part.size)
+    elif len(content) > column.max_bytes:
+        yield column.too_long(1)
+    else:
+        found = column.text(content, 1)
+        yield found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
     if damage is not None:
-        yield _damaged(part.file, 1, damage)
+        yield _damaged(1, damage)
 
 
 # JSON: one object a line, or a list of objects
@@ -221,16 +179,16 @@ def _read_json(part: FileRange, column: TextColumn) -> Rows:
     try:
         with FileBytes(part.file, part.size if part.stop < 0 else None) as opened:
             head = b"" if part.start else opened.peek(64)
-            if (encoding := _other_encoding(head)) is not None:
-                yield _not_utf8(part, encoding)
+            if (wrong := _other_encoding(head)) is not None:
+                yield BadRow("not_utf8", 1, wrong, lost=part.size)
             elif _is_list(head):
-                yield from _read_list(opened, part, column)
+                yield from _read_list(part, column)
             else:
                 for found in _read_lines(opened, part, column):
                     line += 1
                     yield found._replace(line=before() + line) if isinstance(found, BadRow) else found
     except DamageError as damage:
-        row = _damaged(part.file, before() + line + 1, damage)
+        row = _damaged(before() + line + 1, damage)
         could_not_open = damage.lost == 0 and not damage.complete
         yield row._replace(lost=part.size) if could_not_open else row
 
@@ -249,12 +207,11 @@ def _read_lines(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
             return
         size = len(content)
         if size < longest or content.endswith(b"\n"):
-            row = _parse(content, column, part.file)
+            row = _parse(content, column)
         else:  # not kept in memory
-            while (rest := opened.readline(1 << 20)) and not rest.endswith(b"\n"):
-                size += len(rest)
-            size += len(rest)
-            row = column.too_long(part.file, 0)
+            while not content.endswith(b"\n") and (content := opened.readline(longest)):
+                size += len(content)
+            row = column.too_long(0)
         place += size
         if isinstance(row, BadRow) and row.cause in ("broken_json", "not_utf8"):
             row = row._replace(lost=opened.on_disk(size))
@@ -262,60 +219,52 @@ def _read_lines(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
 
 
 def _lines_before(part: FileRange) -> int:
-    """How many lines a file has before a range; 0 if it is gone."""
-    if not part.start:
-        return 0
-    found, left = 0, part.start - 1
+    """How many lines of a file begin before a range; 0 if it is gone."""
+    found, last, left = 0, b"\n", part.start
     with contextlib.suppress(OSError), open(part.file, "rb") as opened:
         while left and (content := opened.read(min(1 << 20, left))):
-            found += content.count(b"\n")
-            left -= len(content)
-        opened.seek(part.start - 1)
-        found += opened.readline().endswith(b"\n")
-    return found
+            found, last, left = found + content.count(b"\n"), content[-1:], left - len(content)
+    return found + (last != b"\n")
 
 
-def _parse(content: bytes, column: TextColumn, file: str) -> str | BadRow:
+def _parse(content: bytes, column: TextColumn) -> str | BadRow:
     """The text of a line of JSON."""
     content = content.removeprefix(_MARK)  # also where files with marks were joined
     if not content.strip():
-        return BadRow("empty", file, 0, "the line is empty")
+        return BadRow("empty", 0, "the line is empty")
     try:
         row = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         encoding = error.reason if isinstance(error, UnicodeDecodeError) else None
         if not content.endswith(b"\n") and encoding in (None, "unexpected end of data"):
             detail = "the file ends within a line, so the whole file counts: more may be missing"
-            return BadRow("truncated_file", file, 0, f"{detail}; it is not JSON ({error})", lost=None)
+            return BadRow("truncated_file", 0, f"{detail}; it is not JSON ({error})", lost=None)
         if encoding is not None:
-            return BadRow("not_utf8", file, 0, f"the line is not UTF-8 ({encoding})")
-        return BadRow("broken_json", file, 0, f"the line is not JSON ({error})")
-    return column.of_object(row, file, 0)
+            return BadRow("not_utf8", 0, f"the line is not UTF-8 ({encoding})")
+        return BadRow("broken_json", 0, f"the line is not JSON ({error})")
+    return column.of_object(row, 0)
 
 
-def _read_list(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
+def _read_list(part: FileRange, column: TextColumn) -> Rows:
     """Rows of one list, up to where it is broken."""
-    content, damage = _read_all(opened)
+    content, damage = _read_all(part)
     try:
         text = content.removeprefix(_MARK).decode(errors="strict" if damage is None else "ignore")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield BadRow("not_utf8", part.file, line, f"the file is not UTF-8 ({error})", lost=part.size)
+        yield BadRow("not_utf8", line, f"the file is not UTF-8 ({error})", lost=part.size)
         return
-    number, place, decoder = 0, _skip_space(text, text.index("[") + 1), json.JSONDecoder()
+    number, place, decoder = 0, next(_SPACE.finditer(text, text.index("[") + 1)).end(), json.JSONDecoder()
     try:
         while text[place : place + 1] != "]":
-            if place == len(text):
-                raise json.JSONDecodeError("Expecting ']'", text, place)
             row, place = decoder.raw_decode(text, place)
             number += 1
-            yield column.of_object(row, part.file, number)
-            place = _skip_space(text, place)
-            if text[place : place + 1] == ",":
-                place = _skip_space(text, place + 1)
-            elif text[place : place + 1] != "]":
+            yield column.of_object(row, number)
+            if (found := _SEPARATOR.match(text, place)) is None:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
-        if (place := _skip_space(text, place + 1)) != len(text):
+            place = found.end()
+        place += 1
+        if text[place:].strip(" \t\n\r"):
             raise json.JSONDecodeError("Expecting the end of the file", text, place)
     except (ValueError, RecursionError) as error:
         if damage is None:
@@ -323,12 +272,7 @@ def _read_list(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
             lost = None if cut else -(-part.size * (len(text) - place) // len(text))
             damage = DamageError("truncated_file" if cut else "broken_json", f"it is not JSON: {error}", lost)
     if damage is not None:
-        yield _damaged(part.file, number + 1, damage)
-
-
-def _skip_space(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
-    return place if found is None else found.end()
+        yield _damaged(number + 1, damage)
 
 
 # Parquet and arrow
@@ -339,16 +283,15 @@ def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
         mapped = pa.memory_map(part.file)
         opened = pq.ParquetFile(mapped, page_checksum_verification=True)
         sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-        schema = opened.schema_arrow
-        path = column_path(schema, column)
-    except BROKEN as error:
+        path = _column_path(opened.schema_arrow, column)
+    except _BROKEN as error:
         yield _broken_file(part.file, 1, error, magic=b"PAR1")
         return
     with opened:
         for group in range(part.start, part.stop if part.stop >= 0 else len(sizes)):
             row, end = sum(sizes[:group]), sum(sizes[: group + 1])
             if path is None:
-                yield column.missing(schema.names, part.file, row + 1, end - row)
+                yield column.missing(opened.schema_arrow.names, row + 1, end - row)
                 continue
             words = "fewer rows than the file says"
             for at_once in (_ROWS_AT_ONCE, 1):  # one by one up to the damage, if there is one
@@ -357,65 +300,54 @@ def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
                     for batch in opened.iter_batches(at_once, row_groups=[group], columns=[".".join(path)]):
                         number += batch.num_rows
                         if number > row:
-                            yield from _texts(batch, path, column, part.file, row)
+                            yield from _texts(batch, path, column, row)
                             row = number
                     break
-                except BROKEN as error:
+                except _BROKEN as error:
                     words = describe(error)
             if row < end:
                 detail = f"the rows cannot be read from here on ({words})"
-                lost = mapped.size() * (end - row) // sum(sizes)
-                yield BadRow("corrupt", part.file, row + 1, detail, end - row, lost)
+                yield BadRow("corrupt", row + 1, detail, end - row, mapped.size() * (end - row) // sum(sizes))
 
 
 def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
     """Rows of an arrow file, or of a stream, in which `datasets` keeps its own."""
+    row = place = 0
     try:
         mapped = pa.memory_map(part.file)
         is_file, opened = mapped.read(6) == b"ARROW1", None
         if is_file:
             with contextlib.suppress(pa.ArrowInvalid):  # cut, so that its index is missing: all before is a stream
                 opened = pa.ipc.open_file(mapped)
-    except BROKEN as error:
-        yield _broken_file(part.file, 1, error)
+        if opened is None:
+            mapped.seek(8 if is_file else 0)
+            stream = pa.ipc.open_stream(mapped)
+            while True:
+                place = mapped.tell()
+                batch = stream.read_next_batch()
+                yield from _texts(batch, _column_path(batch.schema, column), column, row)
+                row += batch.num_rows
+    except StopIteration:
         return
-    if opened is None:
-        yield from _read_stream(mapped, 8 if is_file else 0, column, part.file)
+    except _BROKEN as error:
+        yield _broken_file(part.file, row + 1, error, place)
         return
-    row, wanted = 0, range(part.start, part.stop if part.stop >= 0 else opened.num_record_batches)
+    wanted = range(part.start, part.stop if part.stop >= 0 else opened.num_record_batches)
     for number in range(wanted.stop):
         try:
             batch = opened.get_batch(number)
-        except BROKEN as error:
+        except _BROKEN as error:
             if number in wanted:
                 lost = mapped.size() // opened.num_record_batches
-                detail = f"a record batch cannot be read ({describe(error)})"
-                yield BadRow("corrupt", part.file, row + 1, detail, lost=lost)
+                yield BadRow("corrupt", row + 1, f"a record batch cannot be read ({describe(error)})", lost=lost)
             continue
         if number in wanted:
-            yield from _texts(batch, column_path(batch.schema, column), column, part.file, row)
+            yield from _texts(batch, _column_path(batch.schema, column), column, row)
         row += batch.num_rows
 
 
-def _read_stream(mapped: Any, begin: int, column: TextColumn, file: str) -> Rows:
-    row, place = 0, 0
-    try:
-        mapped.seek(begin)
-        stream = pa.ipc.open_stream(mapped)
-        path = column_path(stream.schema, column)
-        while True:
-            place = mapped.tell()
-            batch = stream.read_next_batch()
-            yield from _texts(batch, path, column, file, row)
-            row += batch.num_rows
-    except StopIteration:
-        return
-    except BROKEN as error:
-        yield _broken_file(file, row + 1, error, place)
-
-
-def column_path(schema: Any, column: TextColumn) -> list[str] | None:
-    """Find a column by its name, or by names joined by dots; None if there is none, or several."""
+def _column_path(schema: Any, column: TextColumn) -> list[str] | None:
+    """The column's name, or names that lead to it in columns of columns; None if there is none, or several."""
     if column.name in schema.names:
         return [column.name] if schema.names.count(column.name) == 1 else None
     fields, path = list(schema), column.name.split(".")
@@ -428,36 +360,29 @@ def column_path(schema: Any, column: TextColumn) -> list[str] | None:
     return path
 
 
-def _texts(batch: Any, path: list[str] | None, column: TextColumn, file: str, row: int) -> Rows:
+def _texts(batch: Any, path: list[str] | None, column: TextColumn, row: int) -> Rows:
     """Rows of a batch, of which the first is number `row`, counted from 0."""
     if path is None:
-        yield column.missing(batch.schema.names, file, row + 1, batch.num_rows)
+        yield column.missing(batch.schema.names, row + 1, batch.num_rows)
         return
-    for number, value in enumerate(column_values(batch, path), row + 1):
-        yield column.text(value, file, number)
-
-
-def column_values(batch: Any, path: list[str]) -> list[Any]:
-    """Values of a column of a record batch or table, found by `column_path`.
-
-    Texts are bytes, which may not be UTF-8; other values are as they are; an exception stands for a corrupt row.
-    """
-    column = batch.column(path[0])
+    array = batch.column(path[0])
     if path[1:]:
-        column = pc.struct_field(column, path[1:])
+        array = pc.struct_field(array, path[1:])
     try:
-        return _plain_values(column)
-    except BROKEN:
-        found: list[Any] = []
-        for i in range(len(column)):
+        values = _plain_values(array)
+    except _BROKEN:
+        values = []
+        for i in range(len(array)):
             try:
-                found += _plain_values(column.slice(i, 1))
-            except BROKEN as error:
-                found.append(error)
-        return found
+                values += _plain_values(array.slice(i, 1))
+            except _BROKEN as error:
+                values.append(error)
+    for number, value in enumerate(values, row + 1):
+        yield column.text(value, number)
 
 
 def _plain_values(column: Any) -> list[Any]:
+    """Values of an array: texts as bytes, which may not be UTF-8, others as they are."""
     if isinstance(column.type, pa.BaseExtensionType):
         column = column.cast(column.type.storage_type)
     if pa.types.is_run_end_encoded(column.type):
@@ -482,12 +407,181 @@ def _broken_file(file: str, line: int, error: Exception, place: int = 0, magic: 
         opened.seek(max(size - len(magic), 0))
         cut = cut or bool(magic and head.startswith(magic) and opened.read() != magic)
         kind = file_kind(head)
-    detail = describe(error)
-    foreign = not place and kind not in (None, "parquet" if magic else "arrow")
-    if foreign:
-        cut, detail = False, f"it is a {kind} file"
     cause: Cause = "truncated_file" if cut else "corrupt"
-    if foreign or (not cut and getattr(error, "errno", None)):
+    detail = describe(error)
+    if not place and kind not in (None, "parquet" if magic else "arrow"):
+        cut, cause, detail = False, "unreadable", f"it is a {kind} file"
+    elif not cut and getattr(error, "errno", None):
         cause = "unreadable"
     lost = None if cut or not size else size - place
-    return BadRow(cause, file, line, f"the file cannot be read from here on ({detail})", lost=lost)
+    return BadRow(cause, line, f"the file cannot be read from here on ({detail})", lost=lost)
+
+
+# Files and data sets of the hub
+
+
+class FileSource:
+    """Local files, by absolute names; `kind` is text, json, parquet or arrow."""
+
+    def __init__(self, files: Sequence[str], kind: str, column: TextColumn) -> None:
+        self._files, self._kind, self._column = files, kind, column
+
+    def ranges(self, size: int | None) -> list[FileRange]:
+        """Split the files into ranges of about `size` bytes, in order; None splits none."""
+        return [part for file in self._files for part in self._split(file, size)]
+
+    def read(self, part: FileRange) -> Rows:
+        """Read the rows of a range in order.
+
+        A file that was cut is lost as a whole, and counts at least as a file of mean size, since nobody knows how much
+        is missing.
+        """
+        read, counted = {"text": _read_text, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}, 0
+        for row in read[self._kind](part, self._column):
+            if isinstance(row, str):
+                yield row
+                continue
+            lost, most = row.lost, part.size
+            if lost is None:
+                lost = most = max(_size(part.file), self._mean_size)
+            lost = min(lost, most - counted)
+            counted += lost
+            yield row._replace(file=part.file, lost=lost)
+
+    def _split(self, file: str, size: int | None) -> list[FileRange]:
+        total = _size(file)
+        if size is None or total <= size or self._kind == "text":
+            return [FileRange(file, 0, -1, total)]
+        try:
+            if self._kind == "parquet":
+                count = pq.ParquetFile(file).num_row_groups
+            elif self._kind == "arrow":
+                with pa.memory_map(file) as mapped:
+                    count = pa.ipc.open_file(mapped).num_record_batches
+            else:
+                with FileBytes(file) as opened:
+                    head = opened.read(64)
+                    count = 0 if opened.kind or _other_encoding(head) or _is_list(head) else total
+        except (DamageError, *_BROKEN):
+            count = 0
+        if not count:
+            return [FileRange(file, 0, -1, total)]
+        step = max(1, count * size // total)
+        stops = [*range(step, count, step), count]
+        return [
+            FileRange(file, start, stop, total * (stop - start) // count)
+            for start, stop in zip([0, *stops], stops, strict=False)
+        ]
+
+    @functools.cached_property
+    def _mean_size(self) -> int:
+        return sum(map(_size, self._files)) // len(self._files)
+
+
+def _size(file: str) -> int:
+    """Bytes of a file; 0 if it cannot be asked: reading it will say what is wrong."""
+    try:
+        return os.path.getsize(file)
+    except OSError:
+        return 0
+
+
+class HubSource:
+    """A `datasets.Dataset` or `datasets.IterableDataset`; a stream is one range."""
+
+    def __init__(self, dataset: Any, name: str, column: TextColumn, *, streaming: bool) -> None:
+        self._dataset, self._name, self._column, self._streaming = dataset, name, column, streaming
+
+    def ranges(self, size: int | None) -> list[FileRange]:
+        if self._streaming or not len(self._dataset):
+            return [FileRange(self._name, 0, -1, 0)]
+        count, total = len(self._dataset), self._dataset.size_in_bytes or 0
+        step = count if size is None else max(1, min(count, count * size // max(total, 1)))
+        starts = range(0, count, step)
+        return [FileRange(self._name, i, min(i + step, count), total * step // count) for i in starts]
+
+    def read(self, part: FileRange) -> Rows:
+        for row in self._read_stream() if self._streaming else self._read_stored(part):
+            yield row if isinstance(row, str) else row._replace(file=self._name)
+
+    def _read_stored(self, part: FileRange) -> Rows:
+        table, row = self._dataset.with_format("arrow")[part.start : max(part.stop, 0)], part.start
+        path = _column_path(table.schema, self._column)
+        for batch in table.to_batches(max_chunksize=_HUB_ROWS_AT_ONCE):
+            yield from _texts(batch, path, self._column, row)
+            row += batch.num_rows
+
+    def _read_stream(self) -> Rows:
+        rows, number = iter(self._dataset), 0
+        while True:
+            # Only the reading is guarded: what goes wrong in the consumer is not the source's fault.
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                raise ValueError(
+                    f"{self._name} cannot be read behind row {number} ({_cause(error)}): repair it, or set "
+                    "data.streaming=false, which reads around bad rows"
+                ) from None
+            if row is None:
+                return
+            number += 1
+            yield self._column.of_object(row, number)
+
+
+def open_files(config: DataConfig, held_out: bool) -> FileSource | HubSource:
+    """Open `path` or `hub_split`, or with `held_out` `validation_path` or `validation_split`; reads no text."""
+    column = TextColumn("text" if config.source == "text" else config.text_column, config.max_document_bytes)
+    if config.source != "hub":
+        key, paths = ("validation_path", config.validation_path) if held_out else ("path", config.path)
+        return FileSource(expand_paths(paths or [], key), config.source, column)
+    import datasets  # noqa: PLC0415  half a second
+
+    assert config.hub_name is not None
+    cache = {} if config.cache_dir is None else {"cache_dir": str(cache_folder(config.cache_dir) / "datasets")}
+    key, split = ("validation_split", config.validation_split) if held_out else ("hub_split", config.hub_split)
+    name, is_folder = f"data.hub_name={config.hub_name!r}", Path(config.hub_name).is_dir()
+    if not is_folder and not datasets.config.HF_HUB_OFFLINE:
+        found = find_on_hub(config.hub_name, "dataset")
+        if found == "absent":
+            raise ValueError(f"{name}: the hub has no such data set, or needs a log-in for it; correct the name")
+        if found == "unreachable":
+            raise ValueError(
+                f"{name}: the hub cannot be reached; set HF_HUB_OFFLINE=1 to use what was fetched before, or give "
+                "files with data.source=json, parquet, arrow or text"
+            )
+    try:
+        builder = datasets.load_dataset_builder(config.hub_name, config.hub_config, **cache)
+        # `datasets` gives up a whole data set for one bad row; the readers here do not.
+        if is_folder and (source := _files_of(builder, split, column)) is not None:
+            return source
+        try:
+            dataset = datasets.load_dataset(
+                config.hub_name, config.hub_config, split=split, streaming=config.streaming, **cache
+            )
+        except datasets.exceptions.DatasetGenerationError:
+            if (source := _files_of(builder, split, column)) is None:
+                raise
+            return source
+    except Exception as error:
+        raise ValueError(
+            f"{name} with data.hub_config={config.hub_config!r}, data.{key}={split!r} cannot be loaded: "
+            f"{_cause(error)}; correct these keys, or fetch it while the hub can be reached"
+        ) from None
+    return HubSource(dataset, f"{name} ({split})", column, streaming=config.streaming)
+
+
+def _files_of(builder: Any, split: str | None, column: TextColumn) -> FileSource | None:
+    """The files of a split, fetched if need be, if they hold rows as they are."""
+    from datasets import DownloadManager  # noqa: PLC0415
+
+    kind, files = type(builder).__module__.rpartition(".")[2], (builder.config.data_files or {}).get(split)
+    if kind not in ("json", "parquet", "arrow") or not files or getattr(builder.config, "field", None):
+        return None
+    return FileSource(DownloadManager().download(list(files)), kind, column)
+
+
+def _cause(error: BaseException) -> str:
+    """The first error in one line; `datasets` wraps it in words that do not name it."""
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,29 +10,21 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
-from mega_scale.data.config import Damage, DataConfig, FileRange, cache_folder, expand_paths, find_on_hub
-from mega_scale.data.readers import (
-    BROKEN,
-    BadRow,
-    Rows,
-    TextColumn,
-    column_path,
-    column_values,
-    read_range,
-    split_file,
-)
+from mega_scale.data.config import Damage, DataConfig, FileRange
+
+if TYPE_CHECKING:
+    from mega_scale.data.readers import BadRow, FileSource, HubSource, Rows
 
 _MIN_JUDGED = 1000  # rows: the share of fewer says little before all have been read
-_HUB_ROWS_AT_ONCE = 64
 _ROUNDS = 8  # of the permutation
 
 
@@ -53,7 +45,7 @@ class Tally:
     lost: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
 
-    def add(self, row: BadRow) -> None:
+    def add(self, row: "BadRow") -> None:
         """Count a bad row."""
         self.rows, self.last = self.rows + row.rows, str(row)
         self.bad.setdefault(row.file, Counter())[row.cause] += row.rows
@@ -137,15 +129,15 @@ class Tally:
         return cls(found["rows"], bad, found["last"], Counter(found.get("lost", {})), found.get("bytes", 0))
 
 
-def usable(rows: Iterable[str | BadRow], tally: Tally, share: float = 1.0) -> Iterator[str]:
+def usable(rows: "Iterable[str | BadRow]", tally: Tally, share: float = 1.0) -> Iterator[str]:
     """Yield the texts, and count them and the bad rows in `tally`, of which more than `share` are a ValueError."""
     for row in rows:
-        if isinstance(row, BadRow):
-            tally.add(row)
-            tally.check(share, ended=False)
-        else:
+        if isinstance(row, str):
             tally.rows += 1
             yield row
+        else:
+            tally.add(row)
+            tally.check(share, ended=False)
     tally.check(share, ended=True)
 
 
@@ -276,154 +268,13 @@ def shuffled(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.nd
 # Sources: each splits all its text into ranges of about `size` bytes (None splits no file), and reads a range in order
 
 
-def open_source(config: DataConfig, *, held_out: bool = False) -> "TextSource":
-    """Open `path` or `hub_split`, or with `held_out` `validation_path` or `validation_split`; reads no text."""
+def open_source(config: DataConfig, *, held_out: bool = False) -> "FileSource | HubSource | StdlibSource":
+    """Open what to train on, or with `held_out` a validation text of its own; reads no text."""
     if config.source == "python-stdlib":
         return StdlibSource()
-    if config.source == "hub":
-        return _open_hub(config, held_out)
-    key, paths = ("validation_path", config.validation_path) if held_out else ("path", config.path)
-    assert paths is not None
-    name = "text" if config.source == "text" else config.text_column
-    return FileSource(expand_paths(paths, key), config.source, TextColumn(name, config.max_document_bytes))
+    from mega_scale.data.readers import open_files  # noqa: PLC0415  needs pyarrow
 
-
-class FileSource:
-    """Local files, by absolute names; `kind` is text, json, parquet or arrow."""
-
-    def __init__(self, files: Sequence[str], kind: str, column: TextColumn) -> None:
-        self._files, self._kind, self._column = files, kind, column
-
-    def ranges(self, size: int | None) -> list[FileRange]:
-        return [part for file in self._files for part in split_file(file, self._kind, size)]
-
-    def read(self, part: FileRange) -> Rows:
-        """A file that was cut is lost as a whole, and counts at least as a file of mean size, since nobody knows how
-        much is missing."""
-        counted = 0
-        for row in read_range(part, self._kind, self._column):
-            if isinstance(row, BadRow) and row.lost != 0:
-                most = part.size
-                if row.lost is None:
-                    most = max(self._sizes.get(part.file, 0), sum(self._sizes.values()) // len(self._sizes))
-                lost = min(most if row.lost is None else row.lost, most - counted)
-                counted += lost
-                yield row._replace(lost=lost)
-            else:
-                yield row
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        return {file: split_file(file, self._kind, None)[0].size for file in self._files}
-
-
-class HubSource:
-    """A `datasets.Dataset` or `datasets.IterableDataset`; a stream is one range."""
-
-    def __init__(self, dataset: Any, name: str, column: TextColumn, *, streaming: bool) -> None:
-        self._dataset, self._name, self._column, self._streaming = dataset, name, column, streaming
-
-    def ranges(self, size: int | None) -> list[FileRange]:
-        if self._streaming or not len(self._dataset):
-            return [FileRange(self._name, 0, -1, 0)]
-        count, total = len(self._dataset), self._dataset.size_in_bytes or 0
-        step = count if size is None else max(1, min(count, count * size // max(total, 1)))
-        starts = range(0, count, step)
-        return [FileRange(self._name, i, min(i + step, count), total * step // count) for i in starts]
-
-    def read(self, part: FileRange) -> Rows:
-        return self._read_stream() if self._streaming else self._read_stored(part)
-
-    def _read_stored(self, part: FileRange) -> Rows:
-        rows = self._dataset.with_format("arrow")
-        path = column_path(rows.features.arrow_schema, self._column)
-        for first in range(part.start, max(part.stop, 0), _HUB_ROWS_AT_ONCE):
-            if path is None:
-                yield self._column.missing(rows.column_names, self._name, first + 1, part.stop - first)
-                return
-            last = min(first + _HUB_ROWS_AT_ONCE, part.stop)
-            for number, value in enumerate(self._values(rows, path, first, last), first + 1):
-                yield self._column.text(value, self._name, number)
-
-    def _values(self, rows: Any, path: list[str], first: int, last: int) -> list[Any]:
-        """Values of some rows; an exception for one that cannot be read."""
-        try:
-            return [value for batch in rows[first:last].to_batches() for value in column_values(batch, path)]
-        except BROKEN as error:
-            if last - first == 1:
-                return [error]
-        return [value for i in range(first, last) for value in self._values(rows, path, i, i + 1)]
-
-    def _read_stream(self) -> Rows:
-        rows, number = iter(self._dataset), 0
-        while True:
-            # Only the reading is guarded: what goes wrong in the consumer is not the source's fault.
-            try:
-                row = next(rows, None)
-            except Exception as error:
-                raise ValueError(
-                    f"{self._name} cannot be read behind row {number} ({_cause(error)}): repair it, or set "
-                    "data.streaming=false, which reads around bad rows"
-                ) from None
-            if row is None:
-                return
-            number += 1
-            yield self._column.of_object(row, self._name, number)
-
-
-def _open_hub(config: DataConfig, held_out: bool) -> "TextSource":
-    import datasets  # noqa: PLC0415  half a second
-
-    assert config.hub_name is not None
-    column = TextColumn(config.text_column, config.max_document_bytes)
-    cache = {} if config.cache_dir is None else {"cache_dir": str(cache_folder(config.cache_dir) / "datasets")}
-    key, split = ("validation_split", config.validation_split) if held_out else ("hub_split", config.hub_split)
-    name, is_folder = f"data.hub_name={config.hub_name!r}", Path(config.hub_name).is_dir()
-    if not is_folder and not datasets.config.HF_HUB_OFFLINE:
-        found = find_on_hub(config.hub_name, "dataset")
-        if found == "absent":
-            raise ValueError(f"{name}: the hub has no such data set, or needs a log-in for it; correct the name")
-        if found == "unreachable":
-            raise ValueError(
-                f"{name}: the hub cannot be reached; set HF_HUB_OFFLINE=1 to use what was fetched before, or give "
-                "files with data.source=json, parquet, arrow or text"
-            )
-    try:
-        builder = datasets.load_dataset_builder(config.hub_name, config.hub_config, **cache)
-        # `datasets` gives up a whole data set for one bad row; the readers here do not.
-        if is_folder and (source := _files_of(builder, split, column)) is not None:
-            return source
-        try:
-            dataset = datasets.load_dataset(
-                config.hub_name, config.hub_config, split=split, streaming=config.streaming, **cache
-            )
-        except datasets.exceptions.DatasetGenerationError:
-            if (source := _files_of(builder, split, column)) is None:
-                raise
-            return source
-    except Exception as error:
-        raise ValueError(
-            f"{name} with data.hub_config={config.hub_config!r}, data.{key}={split!r} cannot be loaded: "
-            f"{_cause(error)}; correct these keys, or fetch it while the hub can be reached"
-        ) from None
-    return HubSource(dataset, f"{name} ({split})", column, streaming=config.streaming)
-
-
-def _files_of(builder: Any, split: str | None, column: TextColumn) -> FileSource | None:
-    """The files of a split, fetched if need be, if they hold rows as they are."""
-    from datasets import DownloadManager  # noqa: PLC0415
-
-    kind, files = type(builder).__module__.rpartition(".")[2], (builder.config.data_files or {}).get(split)
-    if kind not in ("json", "parquet", "arrow") or not files or getattr(builder.config, "field", None):
-        return None
-    return FileSource(DownloadManager().download(list(files)), kind, column)
-
-
-def _cause(error: BaseException) -> str:
-    """The first error in one line; `datasets` wraps it in words that do not name it."""
-    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return open_files(config, held_out)
 
 
 # The default corpus: the sources of Python's library, and the documentation of its compiled modules
@@ -440,15 +291,12 @@ class StdlibSource:
     def ranges(self, size: int | None) -> list[FileRange]:
         return [FileRange("python-stdlib", 0, -1, 0)]
 
-    def read(self, part: FileRange) -> Rows:
+    def read(self, part: FileRange) -> "Rows":
         return iter(self._texts)
 
     @cached_property
     def _texts(self) -> list[str]:
         return [text for text in stdlib_documents() if text]
-
-
-TextSource: TypeAlias = FileSource | HubSource | StdlibSource
 
 
 def stdlib_documents() -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from mega_scale.data import DataConfig, Loader, load_datasets, load_tokenizer
 from mega_scale.data.prepare import Preparation, run
-from mega_scale.data.readers import BadRow, TextColumn, read_range, split_file
+from mega_scale.data.readers import BadRow, FileSource, TextColumn
 from mega_scale.data.sources import Tally, load_documents
 from mega_scale.data.tokens import read_manifest
 
@@ -64,9 +64,10 @@ def test_pieces_of_a_file_have_every_line_once_and_count_lines_from_its_start(si
     path = tmp_path / "a.jsonl"
     bad = {(i * 37 + 3) % ROWS: content for i, content in enumerate([*BAD_LINES.values()] * 3)}
     good = write_jsonl(path, bad)
-    pieces = split_file(str(path), "json", size)
+    source = FileSource([str(path)], "json", TextColumn("text", LONGEST))
+    pieces = source.ranges(size)
     assert len(pieces) == -(-path.stat().st_size // size)
-    rows = [row for piece in pieces for row in read_range(piece, "json", TextColumn("text", LONGEST))]
+    rows = [row for piece in pieces for row in source.read(piece)]
     assert [row for row in rows if isinstance(row, str)] == good
     assert [row.line for row in rows if isinstance(row, BadRow)] == sorted(i + 1 for i in bad)
 
@@ -89,9 +90,10 @@ def test_columns_of_arrow_and_parquet_have_bad_rows_too(kind, tmp_path):
     documents = load_documents(config_of(path, source))
     assert list(documents) == [text for i, text in enumerate(GOOD) if i not in (3, 500, 700, 999)]
     assert documents.tally.to_json()["bad"] == {str(path): {"empty": 2, "not_utf8": 1, "too_long": 1}}
-    pieces = split_file(str(path), source, 3000)
+    numbers = FileSource([str(path)], source, TextColumn("number", LONGEST))
+    pieces = numbers.ranges(3000)
     assert len(pieces) == (1 if kind == "stream" else 4)
-    rows = [row for piece in pieces for row in read_range(piece, source, TextColumn("number", LONGEST))]
+    rows = [row for piece in pieces for row in numbers.read(piece)]
     assert [row.line for row in rows] == list(range(1, ROWS + 1)) and {row.cause for row in rows} == {"not_text"}
     missing = load_documents(config_of(path, source, text_column="body", max_bad_share=1.0))
     assert list(missing) == [] and missing.tally.by_cause() == {"missing_column": ROWS}
@@ -152,12 +154,12 @@ def test_counts_reach_the_manifest_and_the_report(tmp_path):
 @pytest.mark.parametrize(("share", "bad", "of"), [(0.29, 29, 100), (0.07, 7, 100), (0.57, 57, 100)])
 def test_a_share_that_is_just_allowed_is_allowed(share, bad, of):
     rows, cut = Tally(rows=of - bad), Tally(rows=of, bytes=of)
-    rows.add(BadRow("empty", "a", 1, "no text", bad))
-    cut.add(BadRow("corrupt", "a", 1, "cut", 0, bad))
+    rows.add(BadRow("empty", 1, "no text", bad))
+    cut.add(BadRow("corrupt", 1, "cut", 0, bad))
     for tally in (rows, cut):
         tally.check(share, ended=True)
     rows.rows -= 1
-    cut.add(BadRow("corrupt", "a", 2, "cut", 0, 1))
+    cut.add(BadRow("corrupt", 2, "cut", 0, 1))
     for tally in (rows, cut):
         with pytest.raises(ValueError, match="cannot be used"):
             tally.check(share, ended=True)

@@ -150,7 +150,7 @@ def test_unreadable_sources_are_refused(name, content, source, keys, named, stre
 @pytest.mark.parametrize(("answer", "named"), [("absent", "correct the name"), ("unreachable", "cannot be reached")])
 def test_hub_data_set_that_cannot_be_fetched_is_refused_at_once(answer, named, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("mega_scale.data.sources.find_on_hub", lambda name, kind: answer)
+    monkeypatch.setattr("mega_scale.data.readers.find_on_hub", lambda name, kind: answer)
     with pytest.raises(ValueError, match=rf"data.hub_name='no/such'.*{named}"):
         load_documents(DataConfig(source="hub", hub_name="no/such"))
 

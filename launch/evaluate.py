@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not world.all_agree(world.broadcast(str(folder)) == str(folder)):
                 raise ValueError(f"the ranks find different checkpoints of {args.model}: name one of them")
             model = nn.Module.to(model, world.device)
-            found = evaluate(model, loss_of(model), batches, dataset.tokens / dataset.bytes, world)
+            found = evaluate(model, partial(loss_of, model), batches, dataset.tokens / dataset.bytes, world)
             problem = None
         except ValueError as error:  # all ranks raise alike, and leave in peace
             problem = error

@@ -87,25 +87,20 @@ else:
 
 
 def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | None" = None) -> MegaConfig:
-    """Turn the `model` section into the configuration of a model.
+    """Turn the `model` section into the configuration of a model; a tokenizer gives what the section leaves open.
 
-    A tokenizer gives the vocabulary size and the special token ids that the section leaves open; without one they keep
-    MegaConfig's defaults. Raises ValueError where a value or combination is impossible or cannot be trained, or does
-    not fit the tokenizer.
+    Raises ValueError where a value or combination is impossible, cannot be trained, or does not fit the tokenizer.
     """
     values = {name: value for name, value in dataclasses.asdict(section).items() if value is not None}
     if tokenizer is not None:
         from mega_scale.data import separator_id, vocabulary_size
 
         size = vocabulary_size(tokenizer)
-        if values.get("vocab_size", size) < size:
-            raise ValueError(
-                f"model.vocab_size={values['vocab_size']} is less than the {size} ids of the tokenizer: "
-                "leave it null, or set it to at least that"
-            )
+        remedy = f"it is less than the {size} ids of the tokenizer, leave it null, or set it to at least that"
+        require(values.get("vocab_size", size) >= size, "model.vocab_size", values.get("vocab_size"), remedy)
         values.setdefault("vocab_size", size)
         values.setdefault("eos_token_id", separator_id(tokenizer))
-        if "pad_token_id" not in values and _occurs_in_texts(tokenizer, tokenizer.pad_token_id):
+        if "pad_token_id" not in values and _occurs_in_texts(tokenizer):
             values["pad_token_id"] = None  # or its embedding would never be learned
         for name in FROM_TOKENIZER[1:]:
             values.setdefault(name, getattr(tokenizer, name))
@@ -124,15 +119,14 @@ def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | No
     return config
 
 
-def _occurs_in_texts(tokenizer: "PreTrainedTokenizerBase", pad: int | None) -> bool:
+def _occurs_in_texts(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the padding token stands for something else too: an unknown word, or a word of the vocabulary.
 
     One that begins or ends texts is in the configuration, which knows what that means.
     """
-    roles = (getattr(tokenizer, f"{role}_token_id", None) for role in ("unk", "sep", "cls", "mask"))
-    if pad is None or pad in roles:
+    pad, text = tokenizer.pad_token_id, getattr(tokenizer, "pad_token", None)
+    if pad is None or pad in (getattr(tokenizer, f"{role}_token_id", None) for role in ("unk", "sep", "cls", "mask")):
         return pad is not None
-    text = getattr(tokenizer, "pad_token", None)
     return text is not None and pad in tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -222,65 +216,61 @@ class RunConfig:
         remedy = "pretraining on text has no encoder to attend to, set it to false"
         require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
         model_config(model)
-        if self.data.packing == "reset" and model.truncation is not None:
-            raise ValueError(
-                f"data.packing='reset' with model.truncation={model.truncation}: a truncated moving average cannot "
-                "begin anew inside a sequence; set model.truncation=null, or data.packing=none or concat"
-            )
+        remedy = (
+            f"with model.truncation={model.truncation}, a moving average cannot begin anew inside a sequence: set "
+            "model.truncation=null, or data.packing=none or concat"
+        )
+        require(self.data.packing != "reset" or model.truncation is None, "data.packing", "reset", remedy)
         chunk, whole = model.chunk_size, sp * model.chunk_size
-        # In a schedule, every rank has whole chunks, so that nothing is padded.
-        for short in self.data.lengths.lengths if model.use_chunking and self.data.lengths else ():
-            if short % whole:
-                raise ValueError(
-                    f"data.length_schedule={self.data.length_schedule!r}: a length of {short} is not a multiple of "
-                    f"parallel.sp={sp} x model.chunk_size={chunk} = {whole}: use {multiples(whole, short)}"
+        if model.use_chunking:
+            # In a schedule, every rank has whole chunks, so that nothing is padded.
+            for short in self.data.lengths.lengths if self.data.lengths else ():
+                remedy = (
+                    f"{short} is not a multiple of parallel.sp={sp} x model.chunk_size={chunk} = {whole}, use "
+                    f"{multiples(whole, short)}"
                 )
-        if model.use_chunking and length % chunk and sp == 1:  # over several ranks, it is padded
-            raise ValueError(
-                f"model.chunk_size={chunk} does not divide data.sequence_length={length}: use a sequence_length of "
+                require(short % whole == 0, "data.length_schedule", self.data.length_schedule, remedy)
+            remedy = (
+                f"it does not divide data.sequence_length={length}, use a sequence_length of "
                 f"{multiples(chunk, length)}, or a chunk_size of {nearest(divisors(length), chunk)}"
             )
-        if model.relative_positional_bias == "simple":
-            key, reach = ("model.chunk_size", chunk) if model.use_chunking else ("data.sequence_length", length)
-            if reach > model.max_positions:
-                raise ValueError(
-                    f"{key}={reach} is more than model.max_positions={model.max_positions}, the reach of "
-                    f"model.relative_positional_bias='simple': set max_positions to at least {reach}, or take the "
-                    "rotary"
-                )
+            padded = sp > 1
+            require(length % chunk == 0 or padded, "model.chunk_size", chunk, remedy)
+        key, reach = ("model.chunk_size", chunk) if model.use_chunking else ("data.sequence_length", length)
+        remedy = (
+            f"model.relative_positional_bias='simple' reaches model.max_positions={model.max_positions}: set that to "
+            f"at least {reach}, or take the rotary"
+        )
+        require(model.relative_positional_bias != "simple" or reach <= model.max_positions, key, reach, remedy)
         check_tensor_parallel(model, tp)
         checkpointing = self.parallel.checkpointing
         check_segments(model, checkpointing.segment, checkpointing.every, sp)
         check_sequence_parallel(model, length, sp)
 
     def _check_training(self, dp: int) -> None:
-        train = self.train
+        train, truncation = self.train, self.model.truncation
         on_cpu = self.parallel.device == "cpu" or not torch.cuda.is_available()
-        if train.compile and on_cpu and not any(map(shutil.which, _COMPILERS)):
-            raise ValueError(
-                f"train.compile=True needs a C++ compiler on a CPU, and the PATH has none of {', '.join(_COMPILERS)}: "
-                "install one, or set train.compile=false"
-            )
-        if self.model.truncation is not None and train.sample_every:
-            raise ValueError(
-                f"model.truncation={self.model.truncation} leaves the moving average without a state to generate from, "
-                f"but train.sample_every={train.sample_every}: set sample_every=0, or truncation=null"
-            )
+        remedy = f"a CPU needs a C++ compiler ({', '.join(_COMPILERS)}) in the PATH, install one, or set it to false"
+        require(not (train.compile and on_cpu) or any(map(shutil.which, _COMPILERS)), "train.compile", True, remedy)
+        remedy = (
+            f"it leaves no state to generate from, but train.sample_every={train.sample_every}: set sample_every=0, or "
+            "truncation=null"
+        )
+        require(truncation is None or not train.sample_every, "model.truncation", truncation, remedy)
         batch, micro = train.global_batch_size, train.micro_batch_size
-        if batch % (dp * micro):
-            remedy = multiples(dp * micro, batch)
-            if batch % dp == 0:
-                remedy += f", or a micro_batch_size of {nearest(divisors(batch // dp), micro, count=3)}"
-            raise ValueError(
-                f"train.global_batch_size={batch} is not a multiple of {dp} data-parallel ranks x "
-                f"train.micro_batch_size={micro} = {dp * micro} sequences: use a global_batch_size of {remedy}"
-            )
-        if train.eval_every and not self.data.validates:
-            raise ValueError(
-                f"train.eval_every={train.eval_every} needs validation text, but data.validation_fraction=0 and no "
-                "other is named: set data.validation_fraction, validation_path or validation_split, or "
-                "train.eval_every=0"
-            )
+        remedy = multiples(dp * micro, batch)
+        if batch % dp == 0:
+            remedy += f", or a micro_batch_size of {nearest(divisors(batch // dp), micro, count=3)}"
+        remedy = (
+            f"it is not a multiple of {dp} data-parallel ranks x train.micro_batch_size={micro} = {dp * micro} "
+            f"sequences, use a global_batch_size of {remedy}"
+        )
+        require(batch % (dp * micro) == 0, "train.global_batch_size", batch, remedy)
+        remedy = (
+            "it needs validation text, but data.validation_fraction=0 and no other is named: set that, "
+            "data.validation_path or data.validation_split, or train.eval_every=0"
+        )
+        require(not train.eval_every or self.data.validates, "train.eval_every", train.eval_every, remedy)
 
     def _check_folders(self) -> None:
         run_dir = Path(self.run_dir)
@@ -292,11 +282,12 @@ class RunConfig:
             except (ValueError, OSError) as error:
                 raise ValueError(f"resume={self.resume!r}: {error}") from None
         starts = resume_path(run_dir, self.resume) is None
-        if starts and self.init_from is not None and not os.path.isfile(f"{self.init_from}/config.json"):
-            raise ValueError(
-                f"init_from={self.init_from!r} has no config.json: give the folder of a Hugging Face model or an "
-                "export (a run is exported by python launch/export.py RUN FOLDER)"
-            )
+        described = self.init_from is None or os.path.isfile(f"{self.init_from}/config.json")
+        remedy = (
+            "it has no config.json, give the folder of a Hugging Face model or an export (a run is exported by python "
+            "launch/export.py RUN FOLDER)"
+        )
+        require(described or not starts, "init_from", self.init_from, remedy)
         check_run_folder(run_dir, self.resume, self.overwrite)
 
 
@@ -366,8 +357,7 @@ def require_same(
 
     `checkpoint`, verified, is that which the run goes on from; None where it starts anew.
     """
-    described = described_by(config, checkpoint)
-    if described is None:
+    if (described := described_by(config, checkpoint)) is None:
         return
     ids = FROM_TOKENIZER[1:]  # follow the tokenizer
     described.require_model(model, [f.name for f in dataclasses.fields(config.model) if f.name not in ids])
@@ -392,18 +382,15 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
         return config
     if described is None:
         return config
-    section = config.model
+    section, data = config.model, config.data
     names = [field.name for field in dataclasses.fields(section)]
-    own = {name for name in names if f"model.{name}" in given}
-    own -= {name for name in FROM_TOKENIZER if getattr(section, name) is None}
-    described.require_model(section, [name for name in names if name in own])
+    own = [name for name in names if f"model.{name}" in given]
+    own = [name for name in own if name not in FROM_TOKENIZER or getattr(section, name) is not None]
+    described.require_model(section, own)
     values = {name: getattr(section if name in own else described.config, name) for name in names}
-    name = config.data.tokenizer
     if "data.tokenizer" not in given and described.tokenizer is not None:
-        name = described.tokenizer_name
-    return dataclasses.replace(
-        config, model=type(section)(**values), data=dataclasses.replace(config.data, tokenizer=name)
-    )
+        data = dataclasses.replace(data, tokenizer=described.tokenizer_name)
+    return dataclasses.replace(config, model=type(section)(**values), data=data)
 
 
 # From files and the command line

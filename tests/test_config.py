@@ -153,7 +153,7 @@ def test_vocabulary_and_special_tokens_follow_the_tokenizer_unless_set():
     assert (config.vocab_size, config.pad_token_id, config.bos_token_id) == (300, 256, None)
     assert config.eos_token_id == [1, 2]
     assert model_config(parse(["model.vocab_size=320"]).model, TOKENIZER).vocab_size == 320
-    with pytest.raises(ValueError, match=r"model\.vocab_size=299 is less than the 300 ids of the tokenizer"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=299 .* less than the 300 ids of the tokenizer"):
         model_config(parse(["model.vocab_size=299"]).model, TOKENIZER)
 
 
@@ -214,7 +214,7 @@ def test_values_set_in_python_are_checked_too(tmp_path):
 
 def test_compilation_needs_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"train\.compile=True needs a C\+\+ compiler"):
+    with pytest.raises(ValueError, match=r"train\.compile=True .* a C\+\+ compiler"):
         parse([f"run_dir={tmp_path}", "parallel.device=cpu", "train.compile=true"]).validate(1)
 
 

@@ -101,8 +101,8 @@ class Throughput:
     def report(self, steps_left: int) -> dict[str, float]:
         """Figures of the interval that ends now; the next one begins.
 
-        Tokens per second over all ranks, seconds left for `steps_left` steps, share of the time that this rank waited
-        for the loader, and MFU where the peak is known.
+        Tokens per second over all ranks, seconds left, share of the time that this rank waited for the loader, and MFU
+        where the peak is known.
         """
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
@@ -176,15 +176,6 @@ class SlowRanks:
         return lines
 
 
-def _step_of(line: bytes) -> int | None:
-    """Step of a line of metrics.jsonl; none for half a line, which a killed run may leave behind, and any other."""
-    try:
-        step = json.loads(line.decode("utf-8-sig"))["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return step if type(step) is int else None
-
-
 def _data_parts(values: dict[str, float]) -> list[str]:
     """What a console line says of the data: waiting, padding, bad rows, epochs, and tokens of several sources."""
     shown = {"loader_wait": "wait {:.1%}", "sequence_length": "length {:,}", "padding": "padding {:.1%}"}
@@ -211,37 +202,33 @@ class Reporter:
     """
 
     def __init__(self, run_dir: Path, rank: int, start: int, steps: int, tensorboard: bool) -> None:
-        self._active = rank == 0
+        self._active, self._fails = rank == 0, False
+        self._path, self._steps = run_dir / "metrics.jsonl", steps
         self._writer: Any = None
-        self._fails = False
-        if not self._active:
-            return
-        self._path = run_dir / "metrics.jsonl"
-        self._bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False
-        )
-        self._steps = steps
-        self._supersede(start)
-        if tensorboard:
+        shown = self._active and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True, leave=False)
+        if self._active:
+            self._supersede(start)
+        if self._active and tensorboard:
             self._open_tensorboard(run_dir / "tensorboard", start)
 
     def _supersede(self, start: int) -> None:
         """Keep of metrics.jsonl what was written up to a step; what is no line of it goes into a file beside it."""
-        aside = self._path.with_name(f"{self._path.name}.bad")
-        kept, bad, whole = [], [], True
+        kept, bad = [], []
         try:
-            if start and self._path.is_file():
-                with self._path.open("rb") as file:
-                    while piece := file.readline(_LONGEST_LINE):
-                        step, line = _step_of(piece) if whole else None, piece.strip()
-                        whole = piece.endswith(b"\n")
-                        if step is None or not whole:
-                            bad += [piece] if line else []
-                        elif step <= start:
-                            kept.append(line.decode("utf-8-sig"))
+            for line in self._path.read_bytes().splitlines() if start and self._path.is_file() else ():
+                try:
+                    step = json.loads(line.decode("utf-8-sig"))["step"]
+                except (ValueError, KeyError, TypeError, RecursionError):  # as half a line that a killed run leaves
+                    step = None
+                if type(step) is not int or len(line) > _LONGEST_LINE:
+                    bad += [line] if line.strip() else []
+                elif step <= start:
+                    kept.append(line.decode("utf-8-sig"))
             if bad:
+                aside = self._path.with_name(f"{self._path.name}.bad")
                 with aside.open("ab") as file:
-                    file.writelines(bad)
+                    file.writelines(line + b"\n" for line in bad)
                 self.log(f"{len(bad)} lines of {self._path} cannot be read: they are in {aside.name} now")
             replace_text(self._path, "".join(line + "\n" for line in kept))
         except OSError as error:
@@ -249,19 +236,15 @@ class Reporter:
 
     def advance(self) -> None:
         """Count one step on the progress bar."""
-        if self._active:
-            self._bar.update()
+        self._bar.update()
 
     def rewind(self, step: int) -> None:
-        """Show that the run went back, on the progress bar and in TensorBoard; lines that were written stay, and later
-        ones supersede them."""
-        if self._active:
-            self._bar.n = step
-            self._bar.refresh()
-            if self._writer is not None:
-                self._tensorboard(lambda writer: writer.close())
-            if self._writer is not None:
-                self._open_tensorboard(Path(self._writer.log_dir), step)
+        """Show that the run went back; lines of metrics.jsonl stay, and later ones supersede them."""
+        self._bar.n = step
+        self._bar.refresh()
+        self._tensorboard(lambda writer: writer.close())
+        if self._writer is not None:
+            self._open_tensorboard(Path(self._writer.log_dir), step)
 
     def log(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -271,8 +254,6 @@ class Reporter:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Report a training step; `values` are those that `Trainer.log_step` gathers."""
-        if not self._active:
-            return
         minutes, seconds = divmod(int(values["eta_seconds"]), 60)
         parts = [
             f"step {step:>{len(str(self._steps))}}/{self._steps}",
@@ -292,8 +273,6 @@ class Reporter:
         self, step: int, problem: str, rows: list[int], where: list[str], loss: float, norm: float, total: int
     ) -> None:
         """Report a step that was not taken, the rows [first, end) that it took, and where its loss was not finite."""
-        if not self._active:
-            return
         named = f": {', '.join(where[:_NAMED])}" if where else ""
         more = f" and {len(where) - _NAMED} more" if len(where) > _NAMED else ""
         self.log(f"step {step} | bad step {total}, not taken: {problem} | rows {rows[0]} to {rows[1] - 1}{named}{more}")
@@ -307,13 +286,10 @@ class Reporter:
             f"step {step} | validation loss {values['loss']:.4f} nats/token | perplexity {values['perplexity']:.3f} | "
             f"{values['bits_per_byte']:.4f} bits/byte | {values['tokens']:,.0f} tokens"
         )
-        if self._active:
-            self._record(step, "validation", values)
+        self._record(step, "validation", values)
 
     def sample(self, step: int, text: str) -> None:
         """Report generated text."""
-        if not self._active:
-            return
         self.log(f"step {step} | sample: {text!r}")
         self._tensorboard(lambda writer: writer.add_text("sample", "    " + text.replace("\n", "\n    "), step))
 
@@ -326,6 +302,8 @@ class Reporter:
             self.log(f"TensorBoard events are not written: {reason(error)}")
 
     def _write(self, step: int, part: str, values: dict[str, Any]) -> None:
+        if not self._active:
+            return
         # JSON has no word for what is not finite.
         known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         try:
@@ -357,6 +335,5 @@ class Reporter:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self._active:
-            self._bar.close()
-            self._tensorboard(lambda writer: writer.close())
+        self._bar.close()
+        self._tensorboard(lambda writer: writer.close())

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
 from mega_scale.checkpoint.state import open_weights
@@ -54,8 +54,8 @@ def open_checkpoint(
 ) -> Opened:
     """Open the model of a checkpoint, every byte of which is verified first, or of a run's newest valid one.
 
-    `log` is given one line where there is something to know: which one is taken, and why none that is newer. For `key`,
-    `older` and errors see `find_checkpoint`.
+    `log` is given one line that says which one is taken where none that is newer can be. For `key`, `older` and errors
+    see `find_checkpoint`.
     """
     folder, notes = find_checkpoint(path, key, older=older, proof=verify)
     if notes:
@@ -161,19 +161,12 @@ def evaluate(
     world: World,
     every_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate a model; collective, every rank has the same number of batches. The figures are the same on all ranks.
+    """Evaluate a model; collective, every rank has as many batches. The figures are the same on all ranks.
 
-    Args:
-        module: the model.
-        share: computes this rank's share of the loss with it: `Engine.forward`, or `loss_of(module)`.
-        batches: this rank's, `input_ids` and `shift_labels` (B, L) int64 each; -100 is not counted; and perhaps
-            `document_starts` (B, L) bool.
-        tokens_per_byte: tokens of the text that the batches hold, divided by its UTF-8 bytes.
-        world: all ranks.
-        every_batch: called after each batch; what it raises, on all ranks alike, ends the evaluation.
-
-    Raises:
-        ValueError: the text has no token to predict.
+    `share` computes this rank's share of the loss: `Engine.forward`, or `loss_of` of the model. This rank's `batches`
+    hold `input_ids` and `shift_labels` (B, L) int64, -100 where none counts, and perhaps `document_starts` (B, L) bool;
+    `tokens_per_byte` is of their text. `every_batch` is called after each of them; what it raises, on all ranks alike,
+    ends the evaluation. Raises ValueError where the text has no token to predict.
     """
     was_training = module.training
     module.eval()
@@ -195,45 +188,26 @@ def evaluate(
     return Evaluation(loss, math.exp(min(loss, 700.0)), loss * tokens_per_byte / math.log(2), tokens)
 
 
-def loss_of(module: nn.Module) -> Callable[..., Tensor]:
-    """Compute losses, as `Engine.forward` does, with a model that is whole on this rank."""
-
-    def share(
-        input_ids: Tensor, shift_labels: Tensor, num_items: int, *, document_starts: Tensor | None = None
-    ) -> Tensor:
-        return module(
-            input_ids=input_ids,
-            shift_labels=shift_labels,
-            num_items_in_batch=num_items,
-            document_starts=document_starts,
-            use_cache=False,
-            skip_logits=True,
-        ).loss
-
-    return share
+def loss_of(
+    module: nn.Module, input_ids: Tensor, shift_labels: Tensor, num_items: int, *, document_starts: Tensor | None = None
+) -> Tensor:
+    """Compute a loss, as `Engine.forward` does, with a model that is whole on this rank."""
+    loss: Tensor = module(
+        input_ids=input_ids,
+        shift_labels=shift_labels,
+        num_items_in_batch=num_items,
+        document_starts=document_starts,
+        use_cache=False,
+        skip_logits=True,
+    ).loss
+    return loss
 
 
 # Its texts
 
 
-class EveryToken(StoppingCriteria):
-    """Calls something after each generated token; what it raises, on all ranks alike, ends the generation."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Which rows (B,) end here, bool: none."""
-        self._call()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 def check_sample(config: MegaConfig, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> None:
-    """Refuse a text that a model cannot generate.
-
-    Raises:
-        ValueError: the tokenizer cannot read the prompt, or the text would leave the model's positions.
-    """
+    """Refuse (ValueError) a prompt that the tokenizer cannot read, or a text that leaves the model's positions."""
     length = len(prompt_ids(tokenizer, prompt)) + max_new_tokens
     if config.relative_positional_bias == "simple" and not config.use_chunking and length - 1 > config.max_positions:
         raise ValueError(
@@ -255,26 +229,23 @@ def generate_text(
     stop_at_eos: bool = False,
     every_token: Callable[[], None] = lambda: None,
 ) -> str:
-    """Continue a text; collective when the model is sharded, and the same on all ranks.
+    """Continue a text, from a document's start; an empty one begins a document. Returns it with what follows.
 
-    Leaves the random state as it found it, so that training does not depend on samples.
-
-    Args:
-        module: a causal model with `generate()`.
-        tokenizer: of the model.
-        prompt: text to continue, from a document's start; empty begins a document. It is returned, too.
-        max_new_tokens: tokens to generate.
-        seed: of the sampling.
-        temperature: what logits are divided by; 0 takes the likeliest token.
-        top_p: share of probability to sample from.
-        stop_at_eos: whether an end-of-text token ends the text early.
-        every_token: called after each generated token; what it raises, on all ranks alike, ends the generation.
+    Collective when the model is sharded, and the same on all ranks. Leaves the random state as it found it, so that
+    training does not depend on samples. A `temperature` of 0 takes the likeliest token; `top_p` is the share of
+    probability to sample from. `every_token` is called after each generated token; what it raises, on all ranks alike,
+    ends the generation.
     """
     device = next(module.parameters()).device
     end = end_ids(tokenizer, module.config.eos_token_id)  # type: ignore[union-attr,arg-type]
     input_ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     was_training = module.training
+
+    def after_token(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        every_token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # ends no row
+
     module.eval()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -286,7 +257,7 @@ def generate_text(
                 eos_token_id=end if stop_at_eos else None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else separator_id(tokenizer),
                 use_cache=module.config.truncation is None,  # type: ignore[union-attr]
-                stopping_criteria=StoppingCriteriaList([EveryToken(every_token)]),
+                stopping_criteria=StoppingCriteriaList([after_token]),
                 **(options if temperature > 0 else {"do_sample": False}),
             )
     finally:

@@ -105,7 +105,7 @@ def arm():
     from mega_scale.data import Loader  # noqa: PLC0415
     from mega_scale.parallel.deepspeed import DeepSpeedEngine  # noqa: PLC0415
     from mega_scale.parallel.engine import FsdpEngine  # noqa: PLC0415
-    from mega_scale.training.trained_model import EveryToken  # noqa: PLC0415
+    from mega_scale.training import trained_model  # noqa: PLC0415
 
     def batches(original, self, step):
         now["data"] = step
@@ -124,6 +124,13 @@ def arm():
         meet("write", int(path.parents[1].name.removeprefix("step-").removesuffix(".unfinished")))
         return original(path, *args)
 
+    def generate(original, *args, every_token, **options):
+        def after_token():
+            meet("token")
+            every_token()
+
+        return original(*args, every_token=after_token, **options)
+
     def at(place):
         def before(original, *args, **kwargs):
             meet(place)
@@ -136,7 +143,7 @@ def arm():
         wrap(engine, "forward", forward)
     wrap(Saver, "save", at("save"))
     wrap(saver, "write_tensors", write)
-    wrap(EveryToken, "__call__", at("token"))
+    wrap(trained_model, "generate_text", generate)
 
 
 class ArmAfterImport:

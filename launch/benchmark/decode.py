@@ -2,13 +2,12 @@
 
 Our step is timed at several contexts, and beside it models of transformers at one of them. Every contender decodes a
 window as long as our chunk, centred on its context, so that our step meets every place of a chunk, and a model whose
-cache grows has the named context on average. Windows are cut into segments that take turns.
+cache grows has the named context on average.
 """
 
 import argparse
 import contextlib
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,7 +21,6 @@ from .peers import PEERS, Contender, Decoding, mega_arguments
 
 TOLERANCE = 1e-3
 _CHECKED = 16  # tokens of a window whose logits are compared
-_SEGMENTS = 8
 _PREFILL = 8192
 _OPTIONS = common(chunk=128, hidden=64, layers=2, shared=32, values=128, states=16, vocabulary=256) | {
     "contexts": Option([1024, 2048, 16384], "tokens of context at which our step is timed"),
@@ -67,20 +65,6 @@ def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, se
     return windows
 
 
-def time_windows(
-    contenders: Mapping[str, Contender | harness.Worker], window: int, repeats: int, warmup: int
-) -> dict[str, list[float]]:
-    """Milliseconds a token of each contender's windows, of which a short segment of one comes after that of another."""
-    segments = min(_SEGMENTS, window)
-    steps = window // segments
-    runs = {name: partial(each.call, "run", steps, segments * steps) for name, each in contenders.items()}
-    times = harness.in_turns(runs, segments * repeats, segments * warmup)
-    return {
-        name: [statistics.fmean(each[start : start + segments]) for start in range(0, len(each), segments)]
-        for name, each in times.items()
-    }
-
-
 def run(args: argparse.Namespace) -> None:
     """Check, time and print. Raises ValueError where what is decoded is wrong, or options do not fit."""
     contexts = sorted(set(args.contexts))
@@ -109,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
         errors = {name: contender.call("error", _CHECKED) for name, contender in contenders.items()}
         for name, error in errors.items():
             harness.check_errors(name, {"decoded logits": error}, TOLERANCE)
-        times = time_windows(contenders, args.chunk, args.repeats, args.warmup)
+        runs = {name: partial(each.call, "run", args.chunk) for name, each in contenders.items()}
+        times = harness.in_turns(runs, args.repeats, args.warmup)
     rows = harness.timed_rows(times, beside=f"mega_scale at {args.peer_context}")
     for row in rows:
         row |= {"error": errors[row["name"]], "parameters": known[row["name"]]["parameters"]}

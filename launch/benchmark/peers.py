@@ -153,7 +153,6 @@ class Decoding(Contender):
     def __init__(self, model: nn.Module, cache: Any, token: Tensor) -> None:
         super().__init__(model)
         self._past, self._first = copy.deepcopy(cache), token
-        self.restart()
 
     def past(self) -> Any:
         """A copy of the cache of the tokens so far."""
@@ -165,23 +164,21 @@ class Decoding(Contender):
 
     def restart(self) -> None:
         """Go back to the end of the text."""
-        self._cache, self._token, self._decoded = self.past(), self._first, 0
+        self._cache, self._token = self.past(), self._first
 
-    def run(self, steps: int, window: int) -> float:
-        """Decode on, from the end of the text again after a window of so many tokens; milliseconds a token."""
-        if self._decoded == window:
-            self.restart()
-        self._decoded += steps
+    def run(self, steps: int) -> float:
+        """Decode so many tokens from the end of the text; milliseconds a token."""
+        self.restart()
         return milliseconds(lambda: [self._step() for _ in range(steps)]) / steps
 
     @torch.no_grad()
     def error(self, steps: int) -> float:
         """Largest difference of some steps' logits from the truth, relative to the largest."""
+        self.restart()
         tokens, logits = [], []
         for _ in range(steps):
             tokens.append(self._token)
             logits.append(self._step())
-        self.restart()
         return relative_error(torch.cat(logits, 1), self.truth(torch.cat(tokens, 1)))
 
     @torch.no_grad()

@@ -186,7 +186,7 @@ def _tokenise(
     files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in expand_paths(paths, "path")]
     described = json.dumps([part, asdict(config), tokenizer_digest(tokenizer), files])
     name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-    return tokenise(documents, tokenizer, cache_folder(config.cache_dir), config.add_bos, name, log)
+    return tokenise(documents, tokenizer, cache_folder(config.cache_dir), name, config.add_bos, log)
 
 
 def _source(config: DataConfig) -> str:

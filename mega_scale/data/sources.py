@@ -11,8 +11,9 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -33,10 +34,9 @@ _ROUNDS = 8  # of the permutation
 
 @dataclass
 class Tally:
-    """Rows read so far, bad ones too; the bad ones by file and cause; the last one in words; and bytes on disk.
+    """Rows read so far, bad ones too; the bad ones by file and cause; the last one in words.
 
-    `lost` are the bytes by file that could not be read, `bytes` those of all files, read or yet to be read, 0 if
-    unknown.
+    `lost` are the bytes on disk by file that could not be read, `bytes` those of all files, 0 if unknown.
     """
 
     rows: int = 0
@@ -54,9 +54,7 @@ class Tally:
 
     def clear(self, size: int = 0) -> None:
         """Count anew, in files of `size` bytes."""
-        self.rows, self.last, self.bytes = 0, "", size
-        self.bad.clear()
-        self.lost.clear()
+        vars(self).update(vars(Tally(bytes=size)))
 
     def merge(self, other: "Tally") -> None:
         """Add the counts of another part of the text."""
@@ -95,11 +93,8 @@ class Tally:
     def check(self, share: float, *, ended: bool) -> None:
         """Refuse text of which more than a share of the rows, or of the bytes, cannot be used.
 
-        Before all rows have been read, rows count as at least a thousand, and bytes only where a part of a file was
-        lost: nobody can count the rows in it.
-
-        Raises:
-            ValueError: Names the last bad row's file and line.
+        Before all have been read, rows count as at least a thousand, and bytes only where a part of a file was lost:
+        nobody can count the rows in it. The ValueError names the last bad row's file and line.
         """
         found = self.by_cause()
         bad, lost = sum(found.values()), min(self.lost.total(), self.bytes)
@@ -154,8 +149,8 @@ def hashed(texts: Iterable[str], total: "hashlib.blake2b") -> Iterator[str]:
 class Documents:
     """Texts that can be read again and again, always the same ones in the same order.
 
-    `read` starts from the first text at every call, and is given the seed and epoch of an order of file ranges, or None
-    for the corpus's own. `tally` is what the last reading found.
+    `read` is given the seed and epoch of an order of file ranges, or None for the corpus's own. `tally` is what the
+    last reading found.
     """
 
     def __init__(self, read: Callable[[tuple[int, int] | None], Iterator[str]], tally: Tally | None = None) -> None:
@@ -166,10 +161,7 @@ class Documents:
         return self._read(None)
 
     def shuffled(self, seed: int, epoch: int, buffer: int) -> Iterator[str]:
-        """Read the texts in an order of this seed and epoch, the same on every machine.
-
-        File ranges are permuted, and texts drawn from a buffer of so many.
-        """
+        """Permute file ranges by seed and epoch, alike on every machine, and draw texts from a buffer of so many."""
         draw, held = random.Random(f"{seed} {epoch}"), list[str]()
         for text in self._read((seed, epoch)):
             if len(held) < buffer:
@@ -292,29 +284,25 @@ class StdlibSource:
         return [FileRange("python-stdlib", 0, -1, 0)]
 
     def read(self, part: FileRange) -> "Rows":
-        return iter(self._texts)
-
-    @cached_property
-    def _texts(self) -> list[str]:
-        return [text for text in stdlib_documents() if text]
+        return iter(stdlib_documents())
 
 
-def stdlib_documents() -> Iterator[str]:
+@cache
+def stdlib_documents() -> list[str]:
     """Read Python's own library: every module's source, then the documentation of the modules without one.
 
     Order and text depend on the Python installation only, so every process of a run sees the same.
     """
-    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    root, files, texts = Path(sysconfig.get_paths()["stdlib"]), list[Path](), list[str]()
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         # _sysconfigdata holds the build machine's settings, which are no text.
-        modules = [name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
-        found += [Path(folder, name) for name in modules]
-    for file in sorted(found, key=lambda file: file.relative_to(root).as_posix()):
-        try:
-            yield file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            continue
+        files += [
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
+        with suppress(UnicodeDecodeError):
+            texts.append(file.read_bytes().decode("utf-8"))
     compiled, shared = set(sys.builtin_module_names), sysconfig.get_config_var("DESTSHARED")
     if shared and os.path.isdir(shared):
         suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
@@ -331,8 +319,8 @@ def stdlib_documents() -> Iterator[str]:
                 entries += [_entry(place, member)] if inspect.isclass(member) or inspect.isroutine(member) else []
                 within = sorted(vars(member).items()) if inspect.isclass(member) else []
                 entries += [_entry(f"{place}.{inner}", value) for inner, value in within]
-        if text := "\n\n".join(entry for entry in entries if entry):
-            yield text
+        texts.append("\n\n".join(filter(None, entries)))
+    return [text for text in texts if text]
 
 
 def _entry(name: str, member: object) -> str:

@@ -29,13 +29,12 @@ _ADDS_BOS = "add_bos"  # in tokenizer_config.json; `add_bos_token` is transforme
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer that can end a document: the built-in "byte", one in a folder, or one of the hub.
 
-    Raises:
-        ValueError: There is none of that name, or it has neither an eos nor a sep token with an id of its own.
+    Raises ValueError where there is none of that name, or no eos or sep token with an id of its own.
     """
     if name == "byte":
         return byte_tokenizer()
-    folder = Path(name).expanduser()
-    found = "folder" if os.path.isdir(folder) else find_on_hub(name, "model")
+    name = os.path.expanduser(name)
+    found = "folder" if os.path.isdir(name) else find_on_hub(name, "model")
     if found == "absent":
         raise ValueError(f"data.tokenizer={name!r}: neither a folder nor a name on the hub; correct it")
     remedy = {
@@ -43,7 +42,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         "unreachable": "no such folder, and the hub cannot be reached; give an existing folder",
         "there": "the hub has no tokenizer there that transformers can load; name another one",
     }[found]
-    name = str(folder) if found == "folder" else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=found != "there", trust_remote_code=False)
     except Exception as error:  # every format and the hub have errors of their own
@@ -52,7 +50,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     end, token = separator_id(tokenizer), str(tokenizer.eos_token or tokenizer.sep_token)
     same = [other for other, number in tokenizer.get_vocab().items() if number == end and other != token]
     if same:
-        # transformers adds a token that the vocabulary lacks under the number of tokens, which ids with holes may have.
+        # transformers numbers a token that the vocabulary lacks by the count of tokens, which ids with holes may have.
         raise ValueError(
             f"data.tokenizer={tokenizer.name_or_path!r} ends documents with {token!r}, whose id {end} is that of "
             f"{same[0]!r}: give it an id of its own and save it again, or name another tokenizer"
@@ -61,26 +59,26 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the built-in tokenizer: bos 0, pad 1, eos 2, then the 256 bytes; 259 ids, and no text outside of them.
+    """Make the built-in tokenizer: bos 0, pad 1, eos 2, then the 256 bytes.
 
-    It adds nothing to a text, and reads "</s>" in a text as four characters. Its `save_pretrained` folder loads with
+    It adds nothing to a text, and reads "</s>" in it as characters. Its `save_pretrained` folder loads with
     AutoTokenizer alone.
     """
-    # The printable letter that `tokenizers` has for each byte: itself, or one above U+0100.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
-    vocabulary = {token: i for i, token in enumerate((*_SPECIAL.values(), *letters))}
+    # The letter that `tokenizers` has for each byte: itself where it can be printed, else one from U+0100 on.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = (letter for letter in letters if ord(letter) > 255)
+    of_bytes = (chr(byte) if chr(byte) in letters else next(others) for byte in range(256))
+    vocabulary = {token: i for i, token in enumerate((*_SPECIAL.values(), *of_bytes))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return _byte_level(tokenizer)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of `vocab_size` ids: three special tokens, the 256 bytes, and merges.
+    """Train a byte-level BPE tokenizer of three special tokens, the 256 bytes, and merges: at most `vocab_size` ids.
 
-    It adds nothing to a text, reads "</s>" in a text as characters, and has fewer ids if the texts have too few pairs
-    to merge. Raises ValueError where the vocabulary has no place for the bytes.
+    It adds nothing to a text, and reads "</s>" in it as characters. Raises ValueError where the ids are too few for the
+    bytes.
     """
     least = len(_SPECIAL) + 256
     if vocab_size < least:
@@ -152,14 +150,10 @@ def _definition(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
 
 
 def text_size(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int:
-    """Count the UTF-8 bytes of the text of some tokens (n,); special tokens are no text.
-
-    It is exact where tokens are bytes, even in the middle of a character.
-    """
+    """Count the UTF-8 bytes of text of some tokens (n,), exactly where tokens are bytes; special ones are no text."""
     ids = tokens[~np.isin(tokens, tokenizer.all_special_ids)].tolist()
-    if isinstance(tokenizer, PreTrainedTokenizerFast) and isinstance(
-        tokenizer.backend_tokenizer.decoder, decoders.ByteLevel
-    ):
+    fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    if fast and isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         return sum(map(len, tokenizer.convert_ids_to_tokens(ids)))
     return len(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).encode(errors="replace"))
 
@@ -169,13 +163,13 @@ def text_size(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int:
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Find the id that ends a document, and so stands before the next one: eos, else sep; ValueError without both."""
-    for found in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if found is not None:
-            return int(found)
-    raise ValueError(
-        f"data.tokenizer={tokenizer.name_or_path!r} has neither an eos nor a sep token to end documents with; "
-        "add one and save it again, or name another tokenizer"
-    )
+    found = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if found is None:
+        raise ValueError(
+            f"data.tokenizer={tokenizer.name_or_path!r} has neither an eos nor a sep token to end documents with; "
+            "add one and save it again, or name another tokenizer"
+        )
+    return int(found)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, configured: int | list[int] | None) -> int | list[int]:
@@ -253,10 +247,9 @@ def unlike_training(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> str | 
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Give the ids that a model continues: a document's beginning as it was trained on.
+    """Give the ids that a model continues, by a tokenizer of `as_trained`: a document's beginning as it was trained on.
 
-    The tokenizer is one of `as_trained`. In place of an empty text stands what ended the document before. Raises
-    ValueError where the tokenizer has no tokens for the text.
+    In place of an empty text stands what ended the document before. Raises ValueError where there are no tokens for it.
     """
     try:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -280,11 +273,7 @@ class Encoded(NamedTuple):
 
 
 def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, add_bos: bool = False) -> Iterator[Encoded]:
-    """Tokenise documents in order, many at once, and end each with the separator.
-
-    Raises:
-        ValueError: The tokenizer has no tokens for a text.
-    """
+    """Tokenise documents in order, many at once, and end each; ValueError for a text that there are no tokens for."""
     start, end, dtype = document_start(tokenizer, add_bos), separator_id(tokenizer), token_type(tokenizer)
     by_bytes = not start and is_byte_tokenizer(tokenizer)
     for texts in batched(documents):

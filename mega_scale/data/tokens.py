@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 FORMAT = "mega_scale tokens 2"
 _MANIFEST = "manifest.json"
 _CACHED_PART = "all"
-_ADVISES = hasattr(mmap.mmap, "madvise")
 # Looking at one token maps 64 KiB into the process, which counts as its memory until it is given back.
 _MAPPED_AT_ONCE = 1 << 16  # bytes
 _RELEASED_AFTER = 1 << 24  # bytes
@@ -50,7 +49,7 @@ class ShardRecord:
 
 
 class Shard:
-    """One shard, or its first `documents`, mapped when it is first read. `record` is what is taken."""
+    """One shard, or its first `documents`, mapped when it is first read. `record` is what is taken of it."""
 
     def __init__(self, folder: Path, written: ShardRecord, dtype: str, documents: int | None = None) -> None:
         self._folder, self._written, self._dtype = folder, written, dtype
@@ -68,21 +67,17 @@ class Shard:
         found = {}
         for suffix, dtype in self._types.items():
             with self._path(suffix).open("rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
-                    found[suffix] = np.empty(0, dtype)
-                    continue
                 mapped = self._maps[suffix] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if _ADVISES:  # rows lie anywhere: reading on after one would fetch thirty times what is asked for
-                mapped.madvise(mmap.MADV_RANDOM)
+            # Rows lie anywhere: reading on after one would fetch thirty times what is asked for.
+            mapped.madvise(mmap.MADV_RANDOM)
             found[suffix] = np.frombuffer(mapped, dtype)
         return found
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to below `stop`, or to the shard's end: (n,) unsigned integers, a view, fetched at once."""
         array, stop = self.arrays["tokens"], min(stop, self.record.tokens)
-        if _ADVISES:
-            first = start * array.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps["tokens"].madvise(mmap.MADV_WILLNEED, first, stop * array.itemsize - first)
+        first = start * array.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        self._maps["tokens"].madvise(mmap.MADV_WILLNEED, first, stop * array.itemsize - first)
         return array[start:stop]
 
     def head(self, documents: int) -> "Shard":
@@ -91,9 +86,8 @@ class Shard:
 
     def release(self) -> None:
         """Give back the pages that this process looked at; they stay in the page cache while there is room."""
-        if _ADVISES:
-            for mapped in self._maps.values():
-                mapped.madvise(mmap.MADV_DONTNEED)
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def check(self, *, content: bool) -> None:
         """Refuse a file that is missing, or whose size, or with `content` checksum, is not what was written."""
@@ -153,24 +147,20 @@ class ShardWriter:
 class TokenStore:
     """The documents of one or more shards as one sequence of tokens, read by place.
 
-    Attributes:
-        tokens: Tokens of all documents and of what ends them.
-        documents: Number of documents.
-        bytes: UTF-8 bytes of the documents' text.
-        fingerprint: Hash of all tokens and of where documents end, 32 hexadecimal digits.
+    `tokens` counts those of all documents and of what ends them, `bytes` those of the text in UTF-8. `fingerprint` is a
+    hash of all tokens and of where documents end, 32 hexadecimal digits.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = [shard for shard in shards if shard.record.tokens]
         records = [shard.record for shard in self._shards]
-        self._first_documents = np.cumsum([0, *(record.documents for record in records)])  # (shards + 1,)
-        self._before = {
-            "ends": np.cumsum([0, *(record.tokens for record in records)]),
-            "text_ends": np.cumsum([0, *(record.bytes for record in records)]),
-        }
-        self._starts = self._before["ends"]
-        self.tokens, self.documents = int(self._starts[-1]), int(self._first_documents[-1])
-        self.bytes = int(self._before["text_ends"][-1])
+        # What lies before each shard, and in all of them: (shards + 1,) each.
+        self._documents, self._tokens, self._bytes = (
+            np.cumsum([0, *(getattr(record, key) for record in records)]) for key in ("documents", "tokens", "bytes")
+        )
+        self.documents, self.tokens, self.bytes = (
+            int(before[-1]) for before in (self._documents, self._tokens, self._bytes)
+        )
         total = xxhash.xxh3_128()
         for record in records:
             total.update(f"{record.tokens} {sorted(record.checksums.items())} ".encode())
@@ -184,10 +174,10 @@ class TokenStore:
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
         """Copy tokens `start` to below `stop` into `out` (stop - start,), the only time that they are copied."""
-        i = int(np.searchsorted(self._starts, start, side="right")) - 1
+        i = int(np.searchsorted(self._tokens, start, side="right")) - 1
         done = 0
         while start + done < stop:
-            first = start + done - int(self._starts[i])
+            first = start + done - int(self._tokens[i])
             found = self._shards[i].tokens(first, first + stop - start - done)
             out[done : done + len(found)] = found
             done += len(found)
@@ -196,12 +186,12 @@ class TokenStore:
 
     def ends(self, first: int, last: int, suffix: Literal["ends", "text_ends"] = "ends") -> np.ndarray:
         """Places after the last token of documents `first` to below `last`, or UTF-8 bytes up to there, int64."""
-        found = [np.empty(0, np.int64)]
-        i = int(np.searchsorted(self._first_documents, first, side="right")) - 1
+        found, before = [np.empty(0, np.int64)], self._tokens if suffix == "ends" else self._bytes
+        i = int(np.searchsorted(self._documents, first, side="right")) - 1
         while first < last:
-            within, end = first - int(self._first_documents[i]), self._shards[i].record.documents
+            within, end = first - int(self._documents[i]), self._shards[i].record.documents
             numbers = self._shards[i].arrays[suffix][within : min(within + last - first, end)]
-            found.append(numbers + self._before[suffix][i])
+            found.append(numbers + before[i])
             first += len(numbers)
             i += 1
         self._count(sum(numbers.nbytes for numbers in found))
@@ -217,16 +207,16 @@ class TokenStore:
 
     def document_at(self, place: int) -> int:
         """Find the document that has the token at a place (0 to below `tokens`)."""
-        i = int(np.searchsorted(self._starts, place, side="right")) - 1
+        i = int(np.searchsorted(self._tokens, place, side="right")) - 1
         self._count(_MAPPED_AT_ONCE)
-        within = np.searchsorted(self._shards[i].arrays["ends"], place - self._starts[i], side="right")
-        return int(self._first_documents[i] + within)
+        within = np.searchsorted(self._shards[i].arrays["ends"], place - self._tokens[i], side="right")
+        return int(self._documents[i] + within)
 
     def first_documents(self, count: int | None) -> "TokenStore":
         """Keep only the first documents; None keeps all. The tokens stay where they are."""
         if count is None or count >= self.documents:
             return self
-        shards = zip(self._shards, self._first_documents.tolist(), strict=False)
+        shards = zip(self._shards, self._documents.tolist(), strict=False)
         return TokenStore([shard.head(count - first) for shard, first in shards if first < count])
 
     def map(self) -> None:
@@ -359,17 +349,15 @@ def tokenise(
     documents: Documents,
     tokenizer: "PreTrainedTokenizerBase",
     cache: Path,
+    name: str,
     add_bos: bool = False,
-    name: str | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> TokenStore:
     """Tokenise documents, or find their tokens in the cache; reads them once to see whether they are known.
 
     Of processes that want documents of one `name` at the same time, one tokenises them, and the others wait for it, and
-    are refused what it is refused; `log` is given one line if this one waits. Without a name, this process does it.
+    are refused what it is refused; `log` is given one line if this one waits.
     """
-    if name is None:
-        return _tokenise(documents, tokenizer, cache, add_bos)[0]
     lock, note, seen = FileLock(cache / f"{name}.lock"), cache / f"{name}.json", set[str]()
     while True:
         outcome: dict[str, Any] = {}
@@ -393,20 +381,16 @@ def tokenise(
         except OSError:  # a folder that is only read may have the tokens
             return _tokenise(documents, tokenizer, cache, add_bos)[0]
         time.sleep(_POLL_S)
-    outcome = {"by": lock.owner}
+    by = {"by": lock.owner}
     try:
-        store, outcome["key"] = _tokenise(documents, tokenizer, cache, add_bos)
-        outcome["rows"] = documents.tally.to_json()
+        store, key = _tokenise(documents, tokenizer, cache, add_bos)
+        write_json(note, by | {"key": key, "rows": documents.tally.to_json()})
         return store
     except ValueError as error:
-        outcome["error"] = str(error)
+        write_json(note, by | {"error": str(error)})
         raise
     finally:
-        try:
-            if len(outcome) > 1:
-                write_json(note, outcome)
-        finally:
-            lock.release()
+        lock.release()
 
 
 def _tokenise(

@@ -376,7 +376,7 @@ def test_text_that_changes_between_hashing_and_tokenising_is_not_stored(tmp_path
     from mega_scale.data.tokens import tokenise  # noqa: PLC0415
 
     with pytest.raises(ValueError, match=r"changed while it was read|became shorter"):
-        tokenise(documents, load_tokenizer("byte"), tmp_path / "cache")
+        tokenise(documents, load_tokenizer("byte"), tmp_path / "cache", "name")
 
 
 @pytest.mark.parametrize("kind", ["", "gz", "zst"])

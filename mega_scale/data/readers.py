@@ -41,13 +41,13 @@ _CUT = (
 class BadRow(NamedTuple):
     """One row, or several with the same cause, that cannot be used.
 
-    `line` is the line, or the number of the row, from 1. `lost` are the bytes of the file that could not be read, None
-    if nobody knows, as the file was cut.
+    `line` is the line, or the number of the row, from 1, and 0 until it is known, as `file` is "". `lost` are the bytes
+    of the file that could not be read, None if nobody knows, as the file was cut.
     """
 
     cause: Cause
-    line: int
     detail: str
+    line: int = 0
     rows: int = 1
     lost: int | None = 0
     file: str = ""
@@ -68,58 +68,49 @@ class TextColumn(NamedTuple):
     name: str
     max_bytes: int
 
-    def text(self, value: Any, line: int) -> str | BadRow:
+    def text(self, value: Any) -> str | BadRow:
         """Take a value of the column as text, without a byte order mark; an exception stands for a corrupt row."""
         if isinstance(value, Exception):
-            return BadRow("corrupt", line, f"the row cannot be read ({describe(value)})")
+            return BadRow("corrupt", f"the row cannot be read ({describe(value)})")
         if not isinstance(value, str | bytes | None):
-            return BadRow("not_text", line, f"data.text_column={self.name!r} holds {type(value).__name__}, not text")
+            return BadRow("not_text", f"data.text_column={self.name!r} holds {type(value).__name__}, not text")
         value = value or ""
         if len(value) > self.max_bytes + 3:
-            return self.too_long(line)
+            return self.too_long()
         try:
             # A str may hold half a surrogate pair, which no UTF-8 has; encoding finds it.
             text = (value.decode() if isinstance(value, bytes) else value).removeprefix("\ufeff")
             size = len(text.encode())
         except UnicodeError as error:
-            return BadRow("not_utf8", line, f"the text is not UTF-8 ({error})")
+            return BadRow("not_utf8", f"the text is not UTF-8 ({error})")
         if not text:
-            return BadRow("empty", line, "the text is empty")
-        return text if size <= self.max_bytes else self.too_long(line)
+            return BadRow("empty", "the text is empty")
+        return text if size <= self.max_bytes else self.too_long()
 
-    def too_long(self, line: int) -> BadRow:
+    def too_long(self) -> BadRow:
         """A row whose text is too long."""
-        return BadRow("too_long", line, f"the text is longer than data.max_document_bytes={self.max_bytes}")
+        return BadRow("too_long", f"the text is longer than data.max_document_bytes={self.max_bytes}")
 
-    def missing(self, columns: Sequence[str], line: int, rows: int = 1) -> BadRow:
-        """Rows that lack the column, or that have several of its name."""
+    def missing(self, columns: Sequence[str]) -> BadRow:
+        """A row that lacks the column, or that has several of its name."""
         names = ", ".join(columns[:_NAMED_COLUMNS]).encode(errors="backslashreplace").decode() or "none"
         if len(columns) > _NAMED_COLUMNS:
             names += f" and {len(columns) - _NAMED_COLUMNS} more"
         detail = f"there is no column data.text_column={self.name!r}, only {names}"
         if (same := columns.count(self.name)) > 1:
             detail = f"{same} columns have the name data.text_column={self.name!r}, of {names}: rename all but one"
-        return BadRow("missing_column", line, detail, rows)
+        return BadRow("missing_column", detail)
 
-    def of_object(self, row: Any, line: int) -> str | BadRow:
+    def of_object(self, row: Any) -> str | BadRow:
         """The text of a JSON value that should be an object with this column."""
         if not isinstance(row, Mapping):
-            return BadRow("broken_json", line, f"the row is {type(row).__name__}, not an object")
+            return BadRow("broken_json", f"the row is {type(row).__name__}, not an object")
         value: Any = row
         for name in [self.name] if self.name in row else self.name.split("."):
             if not isinstance(value, Mapping) or name not in value:
-                return self.missing(list(row), line)
+                return self.missing(list(row))
             value = value[name]
-        return self.text(value, line)
-
-
-# What is wrong with a file
-
-
-def _damaged(line: int, damage: DamageError) -> BadRow:
-    unknown = "; how much is missing is not known, so the whole file counts" if damage.lost is None else ""
-    detail = f"the file cannot be read from here on ({damage}){unknown}"
-    return BadRow(damage.cause, line, detail, lost=damage.lost)
+        return self.text(value)
 
 
 def _other_encoding(head: bytes) -> str | None:
@@ -146,8 +137,8 @@ def _read_all(part: FileRange, most: int | None = None) -> tuple[bytes, DamageEr
 def _read_text(part: FileRange, column: TextColumn) -> Rows:
     content, damage = _read_all(part, column.max_bytes + len(_MARK) + 1)
     if damage is not None and not damage.complete:  # half a document is none
-        yield _damaged(1, damage)._replace(lost=None if damage.lost is None else part.size)
-        return
+        damage.lost = None if damage.lost is None else part.size
+        raise damage
     content, line, wrong = content.removeprefix(_MARK), 1, _other_encoding(content)
     if wrong is None and content.count(0) * 4 > len(content):
         wrong = "the file is no text: it holds NUL bytes, as UTF-16 without a mark and binary files do"
@@ -156,15 +147,12 @@ def _read_text(part: FileRange, column: TextColumn) -> Rows:
     except UnicodeDecodeError as error:
         if wrong is None and error.start < column.max_bytes - 3:  # else a character may only have been cut
             line, wrong = content.count(b"\n", 0, error.start) + 1, f"the text is not UTF-8 ({error})"
+    found = column.text(content) if len(content) <= column.max_bytes else column.too_long()
     if wrong is not None:
-        yield BadRow("not_utf8", line, wrong, lost=part.size)
-    elif len(content) > column.max_bytes:
-        yield column.too_long(1)
-    else:
-        found = column.text(content, 1)
-        yield found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found
+        found = BadRow("not_utf8", wrong, line, lost=part.size)
+    yield found.replace("\r\n", "\n").replace("\r", "\n") if isinstance(found, str) else found._replace(line=line)
     if damage is not None:
-        yield _damaged(1, damage)
+        raise damage
 
 
 # JSON: one object a line, or a list of objects
@@ -175,26 +163,17 @@ def _is_list(head: bytes) -> bool:
 
 
 def _read_json(part: FileRange, column: TextColumn) -> Rows:
-    line, before = 0, functools.cache(lambda: _lines_before(part))  # counted only when a line has to be named
-    try:
-        with FileBytes(part.file, part.size if part.stop < 0 else None) as opened:
-            head = b"" if part.start else opened.peek(64)
-            if (wrong := _other_encoding(head)) is not None:
-                yield BadRow("not_utf8", 1, wrong, lost=part.size)
-            elif _is_list(head):
-                yield from _read_list(part, column)
-            else:
-                for found in _read_lines(opened, part, column):
-                    line += 1
-                    yield found._replace(line=before() + line) if isinstance(found, BadRow) else found
-    except DamageError as damage:
-        row = _damaged(before() + line + 1, damage)
-        could_not_open = damage.lost == 0 and not damage.complete
-        yield row._replace(lost=part.size) if could_not_open else row
+    with FileBytes(part.file, part.size if part.stop < 0 else None) as opened:
+        head = b"" if part.start else opened.peek(64)
+        if (wrong := _other_encoding(head)) is not None:
+            yield BadRow("not_utf8", wrong, lost=part.size)
+        elif _is_list(head):
+            yield from _read_list(part, column)
+        else:
+            yield from _read_lines(opened, part, column)
 
 
 def _read_lines(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
-    """Rows of a range, whose line is filled in by the caller."""
     if part.start:
         opened.seek(part.start - 1)
         opened.readline()  # the line that the start cuts belongs to the range before
@@ -211,7 +190,7 @@ def _read_lines(opened: FileBytes, part: FileRange, column: TextColumn) -> Rows:
         else:  # not kept in memory
             while not content.endswith(b"\n") and (content := opened.readline(longest)):
                 size += len(content)
-            row = column.too_long(0)
+            row = column.too_long()
         place += size
         if isinstance(row, BadRow) and row.cause in ("broken_json", "not_utf8"):
             row = row._replace(lost=opened.on_disk(size))
@@ -231,18 +210,18 @@ def _parse(content: bytes, column: TextColumn) -> str | BadRow:
     """The text of a line of JSON."""
     content = content.removeprefix(_MARK)  # also where files with marks were joined
     if not content.strip():
-        return BadRow("empty", 0, "the line is empty")
+        return BadRow("empty", "the line is empty")
     try:
         row = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         encoding = error.reason if isinstance(error, UnicodeDecodeError) else None
         if not content.endswith(b"\n") and encoding in (None, "unexpected end of data"):
             detail = "the file ends within a line, so the whole file counts: more may be missing"
-            return BadRow("truncated_file", 0, f"{detail}; it is not JSON ({error})", lost=None)
+            return BadRow("truncated_file", f"{detail}; it is not JSON ({error})", lost=None)
         if encoding is not None:
-            return BadRow("not_utf8", 0, f"the line is not UTF-8 ({encoding})")
-        return BadRow("broken_json", 0, f"the line is not JSON ({error})")
-    return column.of_object(row, 0)
+            return BadRow("not_utf8", f"the line is not UTF-8 ({encoding})")
+        return BadRow("broken_json", f"the line is not JSON ({error})")
+    return column.of_object(row)
 
 
 def _read_list(part: FileRange, column: TextColumn) -> Rows:
@@ -252,14 +231,13 @@ def _read_list(part: FileRange, column: TextColumn) -> Rows:
         text = content.removeprefix(_MARK).decode(errors="strict" if damage is None else "ignore")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield BadRow("not_utf8", line, f"the file is not UTF-8 ({error})", lost=part.size)
+        yield BadRow("not_utf8", f"the file is not UTF-8 ({error})", line, lost=part.size)
         return
-    number, place, decoder = 0, next(_SPACE.finditer(text, text.index("[") + 1)).end(), json.JSONDecoder()
+    place, decoder = next(_SPACE.finditer(text, text.index("[") + 1)).end(), json.JSONDecoder()
     try:
         while text[place : place + 1] != "]":
             row, place = decoder.raw_decode(text, place)
-            number += 1
-            yield column.of_object(row, number)
+            yield column.of_object(row)
             if (found := _SEPARATOR.match(text, place)) is None:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
             place = found.end()
@@ -272,7 +250,7 @@ def _read_list(part: FileRange, column: TextColumn) -> Rows:
             lost = None if cut else -(-part.size * (len(text) - place) // len(text))
             damage = DamageError("truncated_file" if cut else "broken_json", f"it is not JSON: {error}", lost)
     if damage is not None:
-        yield _damaged(number + 1, damage)
+        raise damage
 
 
 # Parquet and arrow
@@ -285,13 +263,12 @@ def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
         sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
         path = _column_path(opened.schema_arrow, column)
     except _BROKEN as error:
-        yield _broken_file(part.file, 1, error, magic=b"PAR1")
-        return
+        raise _broken_file(part.file, error, magic=b"PAR1") from None
     with opened:
         for group in range(part.start, part.stop if part.stop >= 0 else len(sizes)):
             row, end = sum(sizes[:group]), sum(sizes[: group + 1])
             if path is None:
-                yield column.missing(opened.schema_arrow.names, row + 1, end - row)
+                yield column.missing(opened.schema_arrow.names)._replace(line=row + 1, rows=end - row)
                 continue
             words = "fewer rows than the file says"
             for at_once in (_ROWS_AT_ONCE, 1):  # one by one up to the damage, if there is one
@@ -307,7 +284,7 @@ def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
                     words = describe(error)
             if row < end:
                 detail = f"the rows cannot be read from here on ({words})"
-                yield BadRow("corrupt", row + 1, detail, end - row, mapped.size() * (end - row) // sum(sizes))
+                yield BadRow("corrupt", detail, row + 1, end - row, mapped.size() * (end - row) // sum(sizes))
 
 
 def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
@@ -330,8 +307,7 @@ def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
     except StopIteration:
         return
     except _BROKEN as error:
-        yield _broken_file(part.file, row + 1, error, place)
-        return
+        raise _broken_file(part.file, error, place) from None
     wanted = range(part.start, part.stop if part.stop >= 0 else opened.num_record_batches)
     for number in range(wanted.stop):
         try:
@@ -339,7 +315,7 @@ def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
         except _BROKEN as error:
             if number in wanted:
                 lost = mapped.size() // opened.num_record_batches
-                yield BadRow("corrupt", row + 1, f"a record batch cannot be read ({describe(error)})", lost=lost)
+                yield BadRow("corrupt", f"a record batch cannot be read ({describe(error)})", row + 1, lost=lost)
             continue
         if number in wanted:
             yield from _texts(batch, _column_path(batch.schema, column), column, row)
@@ -363,7 +339,7 @@ def _column_path(schema: Any, column: TextColumn) -> list[str] | None:
 def _texts(batch: Any, path: list[str] | None, column: TextColumn, row: int) -> Rows:
     """Rows of a batch, of which the first is number `row`, counted from 0."""
     if path is None:
-        yield column.missing(batch.schema.names, row + 1, batch.num_rows)
+        yield column.missing(batch.schema.names)._replace(line=row + 1, rows=batch.num_rows)
         return
     array = batch.column(path[0])
     if path[1:]:
@@ -378,7 +354,8 @@ def _texts(batch: Any, path: list[str] | None, column: TextColumn, row: int) -> 
             except _BROKEN as error:
                 values.append(error)
     for number, value in enumerate(values, row + 1):
-        yield column.text(value, number)
+        found = column.text(value)
+        yield found if isinstance(found, str) else found._replace(line=number)
 
 
 def _plain_values(column: Any) -> list[Any]:
@@ -398,7 +375,7 @@ def _plain_values(column: Any) -> list[Any]:
     return found
 
 
-def _broken_file(file: str, line: int, error: Exception, place: int = 0, magic: bytes = b"") -> BadRow:
+def _broken_file(file: str, error: Exception, place: int = 0, magic: bytes = b"") -> DamageError:
     """A file that cannot be read from byte `place` on; one that begins, but does not end, with its `magic` was cut."""
     size, kind, cut = 0, None, any(words in str(error).lower() for words in _CUT)
     with contextlib.suppress(OSError), open(file, "rb") as opened:
@@ -407,14 +384,12 @@ def _broken_file(file: str, line: int, error: Exception, place: int = 0, magic: 
         opened.seek(max(size - len(magic), 0))
         cut = cut or bool(magic and head.startswith(magic) and opened.read() != magic)
         kind = file_kind(head)
-    cause: Cause = "truncated_file" if cut else "corrupt"
-    detail = describe(error)
     if not place and kind not in (None, "parquet" if magic else "arrow"):
-        cut, cause, detail = False, "unreadable", f"it is a {kind} file"
-    elif not cut and getattr(error, "errno", None):
-        cause = "unreadable"
-    lost = None if cut or not size else size - place
-    return BadRow(cause, line, f"the file cannot be read from here on ({detail})", lost=lost)
+        return DamageError("unreadable", f"it is a {kind} file", size)
+    if cut:
+        return DamageError("truncated_file", describe(error), None)
+    cause: Damage = "unreadable" if getattr(error, "errno", None) else "corrupt"
+    return DamageError(cause, describe(error), size - place if size else None)
 
 
 # Files and data sets of the hub
@@ -436,9 +411,12 @@ class FileSource:
         A file that was cut is lost as a whole, and counts at least as a file of mean size, since nobody knows how much
         is missing.
         """
-        read, counted = {"text": _read_text, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}, 0
-        for row in read[self._kind](part, self._column):
+        rows = _rows(part, self._kind, self._column)
+        before = functools.cache(lambda: _lines_before(part) if self._kind == "json" else 0)
+        number = counted = 0
+        for row in rows:
             if isinstance(row, str):
+                number += 1
                 yield row
                 continue
             lost, most = row.lost, part.size
@@ -446,7 +424,8 @@ class FileSource:
                 lost = most = max(_size(part.file), self._mean_size)
             lost = min(lost, most - counted)
             counted += lost
-            yield row._replace(file=part.file, lost=lost)
+            yield row._replace(file=part.file, line=row.line or before() + number + 1, lost=lost)
+            number += row.rows
 
     def _split(self, file: str, size: int | None) -> list[FileRange]:
         total = _size(file)
@@ -476,6 +455,18 @@ class FileSource:
     @functools.cached_property
     def _mean_size(self) -> int:
         return sum(map(_size, self._files)) // len(self._files)
+
+
+def _rows(part: FileRange, kind: str, column: TextColumn) -> Rows:
+    """Rows of a range, and one that says from where on it cannot be read."""
+    read = {"text": _read_text, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}[kind]
+    try:
+        yield from read(part, column)
+    except DamageError as damage:
+        unknown = "; how much is missing is not known, so the whole file counts" if damage.lost is None else ""
+        could_not_open = damage.lost == 0 and not damage.complete
+        detail = f"the file cannot be read from here on ({damage}){unknown}"
+        yield BadRow(damage.cause, detail, lost=part.size if could_not_open else damage.lost)
 
 
 def _size(file: str) -> int:
@@ -525,7 +516,8 @@ class HubSource:
             if row is None:
                 return
             number += 1
-            yield self._column.of_object(row, number)
+            found = self._column.of_object(row)
+            yield found if isinstance(found, str) else found._replace(line=number)
 
 
 def open_files(config: DataConfig, held_out: bool) -> FileSource | HubSource:

@@ -154,12 +154,12 @@ def test_counts_reach_the_manifest_and_the_report(tmp_path):
 @pytest.mark.parametrize(("share", "bad", "of"), [(0.29, 29, 100), (0.07, 7, 100), (0.57, 57, 100)])
 def test_a_share_that_is_just_allowed_is_allowed(share, bad, of):
     rows, cut = Tally(rows=of - bad), Tally(rows=of, bytes=of)
-    rows.add(BadRow("empty", 1, "no text", bad))
-    cut.add(BadRow("corrupt", 1, "cut", 0, bad))
+    rows.add(BadRow("empty", "no text", rows=bad))
+    cut.add(BadRow("corrupt", "cut", rows=0, lost=bad))
     for tally in (rows, cut):
         tally.check(share, ended=True)
     rows.rows -= 1
-    cut.add(BadRow("corrupt", 2, "cut", 0, 1))
+    cut.add(BadRow("corrupt", "cut", rows=0, lost=1))
     for tally in (rows, cut):
         with pytest.raises(ValueError, match="cannot be used"):
             tally.check(share, ended=True)

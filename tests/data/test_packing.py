@@ -26,7 +26,7 @@ def documents(texts: list[str]) -> Documents:
 
 
 def pack(texts: Documents, tokenizer, length: int, cache) -> PackedDataset:
-    return PackedDataset(tokens.tokenise(texts, tokenizer, cache), length)
+    return PackedDataset(tokens.tokenise(texts, tokenizer, cache, "name"), length)
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 64, len(STREAM) - 1])

@@ -3,6 +3,7 @@
 Legend: B batch, L length, M chunks, c tokens of a chunk, W width.
 """
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -33,6 +34,17 @@ def tracing() -> Literal["compile", "export", "trace"] | None:
 def in_memory(*tensors: Tensor) -> bool:
     """Whether code outside PyTorch may read the tensors' storage: fake, functional and meta tensors have none."""
     return tracing() is None and all(type(t) in _ORDINARY and not t.is_meta and not t.is_neg() for t in tensors)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether x lies on an NVIDIA GPU of compute capability 8 or newer, and triton is installed."""
+    return (
+        x.is_cuda
+        and in_memory(x)
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def chunk_count(length: int, size: int) -> int:

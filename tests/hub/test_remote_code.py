@@ -86,7 +86,7 @@ def test_files_are_the_projects_own_lines(files):
             assert line == original or ("from mega_scale." in original and "from ." in line), (name, line)
         seen.add(source)
     assert ROOT / "model" / "layers.py" in seen
-    assert ROOT / "ops" / "ema" / "blocked.py" in seen
+    assert ROOT / "ops" / "ema" / "native.py" in seen
 
 
 @pytest.mark.parametrize(

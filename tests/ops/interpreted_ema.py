@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
-from mega_scale.ops.ema.triton import Tile, TritonEma, triton_ema
+from mega_scale.ops.ema.triton import Tile, triton_ema
 
 PARAMETERS = ("damping", "decay", "expansion", "projection")
 # Segments of 8 tokens, tiles of 16, so that short rows have several of all.
@@ -228,27 +228,6 @@ def test_parts_of_a_sequence_equal_the_whole(parts, bidirectional, place):
     assert_same(got, truth(leaves, resets, bidirectional=bidirectional))
 
 
-@pytest.mark.parametrize("place, tile", [(None, SPLIT), ("one", SMALL)])
-def test_a_state_may_come_late(place, tile):
-    leaves = make_leaves(1, 35, 3, 3)
-    resets = None if place is None else make_resets(1, 35, place)
-
-    def average(x, coefficients, state, resets):
-        form = TritonEma(x, coefficients, None, resets, tile)
-        own = damped_ema(x.double(), coefficients, None, resets, impl="recurrent")[1]
-        torch.testing.assert_close(form.end, own, atol=1e-5, rtol=1e-5, check_dtype=False)
-        y, end = form.outputs(state + 0.1 * form.end)
-        return y, end + form.end
-
-    def recurrence(x, coefficients, state, resets):
-        own = damped_ema(x, coefficients, None, resets, impl="recurrent")[1]
-        y, end = damped_ema(x, coefficients, state + 0.1 * own, resets, impl="recurrent")
-        return y, end + own
-
-    want = run({**leaves, "x": leaves["x"].double()}, recurrence, resets, dtype=torch.float64)
-    assert_same(run(leaves, average, resets), want)
-
-
 def test_documents_do_not_reach_each_other():
     """Infinities in one document leave the others untouched: states are forgotten, not multiplied by zero."""
     leaves = make_leaves(1, 50, 3, 3, with_state=False)
@@ -308,8 +287,7 @@ class Launches(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_an_average_is_few_launches(late, monkeypatch):
+def test_an_average_is_few_launches(monkeypatch):
     leaves, start = make_leaves(1, 35, 3, 3), InterpretedFunction.run
     coefficients = [-torch.rand(3, 3), *(torch.randn(3, 3) for _ in range(2))]
     inputs = [t.requires_grad_() for t in (leaves["x"], leaves["state"], *coefficients)]
@@ -323,11 +301,7 @@ def test_an_average_is_few_launches(late, monkeypatch):
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
     with mode:
-        if late:
-            form = TritonEma(inputs[0], EmaCoefficients(*inputs[2:]), None, resets, SMALL)
-            y, end = form.outputs(inputs[1])
-        else:
-            y, end = triton_ema(inputs[0], EmaCoefficients(*inputs[2:]), inputs[1], resets, SPLIT)
+        y, end = triton_ema(inputs[0], EmaCoefficients(*inputs[2:]), inputs[1], resets, SPLIT)
     assert 1 < mode.count <= 20
     mode.count, ones = 0, [torch.ones_like(y), torch.ones_like(end)]
     with mode:

@@ -102,14 +102,6 @@ def test_blocked_is_exact_in_double_precision():
     assert_same(run(leaves, "blocked", resets), run(leaves, "recurrent", resets), tolerance=1e-12)
 
 
-@pytest.mark.parametrize("length", [256, 250])
-def test_blocked_in_many_slices(length, monkeypatch):
-    monkeypatch.setattr("mega_scale.ops.ema.blocked._SLICE", 3 * 32 * 6)
-    leaves = make_case(length, batch=3)
-    for resets in (None, make_resets(3, length)):
-        assert_same(run(leaves, "blocked", resets), run(leaves, "recurrent", resets))
-
-
 def test_blocked_keeps_its_input_and_one_state_a_block():
     leaves, kept = make_case(256 * 32, with_state=False), {}
 
@@ -148,6 +140,38 @@ def test_state_carries_a_sequence_cut_anywhere(impl):
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(state, end, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["recurrent", "blocked", "native"])
+def test_a_state_may_be_brought(impl):
+    """The second part of a row, with the state that the first one sends."""
+    leaves, probe = make_case(100, with_state=False), torch.randn(2, 100, 6)
+    resets, given = make_resets(2, 100), {name: leaf for name, leaf in leaves.items() if name != "x"}
+
+    def whole(x):
+        return damped_ema(x, coefficients_of(given), resets=resets, impl="recurrent")
+
+    def parts(x):
+        sent = []
+
+        def first(end, log_fade, passes, both):
+            sent.append(end)
+            return lambda: torch.zeros_like(end)
+
+        halves, coefficients = zip(x.chunk(2, 1), resets.chunk(2, 1), strict=True), coefficients_of(given)
+        carries = (first, lambda *_: lambda: sent[0])
+        found = [
+            damped_ema(half, coefficients, resets=borders, carry=carry, impl=impl)
+            for (half, borders), carry in zip(halves, carries, strict=True)
+        ]
+        return torch.cat([y for y, _ in found], 1), found[1][1]
+
+    results = []
+    for average in (whole, parts):
+        y, end = average(leaves["x"])
+        gradients = torch.autograd.grad((y * probe).sum() + end.sum(), list(leaves.values()))
+        results.append({"y": y, "end": end, **dict(zip(leaves, gradients, strict=True))})
+    assert_same(results[1], results[0])
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -82,11 +82,9 @@ def test_without_triton_all_else_works_and_the_name_says_what_to_install(monkeyp
         damped_ema(torch.zeros(1, 4, 2), coefficients(), impl="triton")
 
 
-def test_triton_excludes_truncation_and_a_carried_state_any_other():
+def test_triton_excludes_truncation_and_a_carried_state_another():
     x = torch.zeros(1, 4, 2)
     with pytest.raises(ValueError, match="truncated"):
         damped_ema(x, coefficients(), truncation=2, impl="triton")
     with pytest.raises(ValueError, match="carry brings"):
         damped_ema(x, coefficients(), torch.zeros(1, 2, 3), carry=lambda *_: lambda: None, impl="triton")
-    with pytest.raises(ValueError, match="impl='fft'"):
-        damped_ema(x, coefficients(), carry=lambda *_: lambda: None, impl="fft")

@@ -1,24 +1,47 @@
-"""The damped exponential moving average: one entry, several implementations."""
+"""The damped exponential moving average: one entry, and its forms in PyTorch's own operators.
 
-import importlib.util
+* recurrent: one token after the other. The truth that all other forms are tested against.
+* fft: a convolution, as in the public implementations; the only form with truncated kernels.
+* blocked: matrix products inside blocks of tokens, each of which needs the past as one state.
+
+A form takes x (B, L, D) in the dtype of the coefficients (D, N), h before the first token (B, D, N), none meaning zero,
+and `resets` (B, L) bool, true where a document begins: h is zeroed before that token. It returns y (B, L, D) and h
+after the last token.
+
+Legend: B batch, L length, D channels (2D when bidirectional), N moving averages per channel, c tokens per block, M
+blocks per sequence.
+"""
+
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import in_memory, tracing, without_autocast
-from mega_scale.ops.ema.blocked import BlockedEma
+from mega_scale.ops import (
+    ANY_LENGTH,
+    chunk_count,
+    in_memory,
+    join_chunks,
+    once_differentiable,
+    runs_triton,
+    split_chunks,
+    tracing,
+    without_autocast,
+)
 from mega_scale.ops.ema.native import library, native_ema, shipped
-from mega_scale.ops.ema.reference import EmaCoefficients, fft_ema, recurrent_ema, scan_ema
 
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
+_BLOCK = 32  # tokens
+# Blocks of blocks, for tracers: what is left at the end is a matrix, of 32 rows at a million tokens.
+_DEPTH = 2
 Carry = Callable[[Tensor, Tensor, Tensor | None, bool], Callable[[], Tensor]]
 """How states travel between the parts of a sequence that is cut along its length: sends this part's end state, and
 returns a function that waits for the others' and returns the state before this part, in the shape of the one sent.
 
-The average is linear and its decay does not depend on the input, so every part can start from zero; what the others
-send is added afterwards. Arguments:
+Arguments:
 
 * h after this part's last token, had it begun at zero, (B, D, N); if bidirectional (B, 2D, N), the second half being h
   before its first token, coming from the right;
@@ -28,17 +51,22 @@ send is added afterwards. Arguments:
 """
 
 
+class EmaCoefficients(NamedTuple):
+    """What the recurrence `h_t = exp(log_decay) h_{t-1} + gain x_t`, `y_t = sum_n projection_n h_{t,n}` needs.
+
+    All are (D, N), fp32 or fp64. The decay q is kept as a logarithm because it rounds to 1 when it is close to 1.
+    """
+
+    log_decay: Tensor
+    gain: Tensor
+    projection: Tensor
+
+
 def ema_coefficients(damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor) -> EmaCoefficients:
     """Coefficients from a layer's parameters (arXiv 2209.10655, equations 5 and 6, in the names of HF 4.37.2).
 
-    `p = sigmoid(damping)`, `q = 1 - p sigmoid(decay)`, `gain = p expansion`, `projection / sqrt(N)`.
-
-    Args:
-        damping: (D, N, 1), any floating dtype; so are `decay` and `expansion`.
-        projection: (D, N).
-
-    Returns:
-        In fp32 (fp64 for fp64 parameters), whatever autocast says.
+    `p = sigmoid(damping)`, `q = 1 - p sigmoid(decay)`, `gain = p expansion`, `projection / sqrt(N)`: in fp32 (fp64 for
+    fp64 parameters) whatever autocast says, from damping, decay and expansion (D, N, 1) and projection (D, N).
     """
     dtype = torch.promote_types(damping.dtype, torch.float32)
     with without_autocast(damping.device):
@@ -71,12 +99,12 @@ def damped_ema(
         state: h before the first token (second half: after the last), (B, D or 2D, N); none means zero.
         resets: (B, L) bool, true where a document begins: neither side of that border reaches the other.
         truncation: taps of the kernel, tokens; none means unlimited.
-        carry: where x is one part of a longer sequence, brings the state before it, in place of `state`; blocked or
-            triton, which then reads x twice: for the state that it sends, and with the one that arrives.
+        carry: where x is one part of a longer sequence, brings the state before it, in place of `state`. x is averaged
+            twice: for the state that it sends, and with the one that arrives.
         impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
             a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
-            64 tokens or more and N up to 32, outside torch.compile; native on a CPU in fp32, outside torch.compile and
-            without `carry`, where a C++ compiler is found (else it warns); else blocked.
+            64 tokens or more and N up to 32, outside torch.compile; native on a CPU in fp32, outside torch.compile,
+            where a C++ compiler is found (else it warns); else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),
@@ -86,6 +114,7 @@ def damped_ema(
     Raises:
         ValueError: a shape does not fit, or the implementation lacks what is asked for.
     """
+    given = x.dtype
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
     if x.dim() != 3 or x.shape[1] < 1:
@@ -100,132 +129,247 @@ def damped_ema(
         raise ValueError(f"state has shape {tuple(state.shape)}: expected {(x.shape[0], rows, averages)}")
     if resets is not None and (resets.shape != x.shape[:2] or resets.dtype != torch.bool):
         raise ValueError(f"resets are {resets.dtype} {tuple(resets.shape)}: expected bool {tuple(x.shape[:2])}")
-    if carry is not None and (state is not None or truncation is not None or impl not in ("auto", "blocked", "triton")):
-        raise ValueError(
-            f"carry brings the state, of the blocked and the Triton form: it excludes state, truncation={truncation} "
-            f"and impl={impl!r}"
-        )
+    if truncation is not None:
+        if impl not in ("auto", "fft"):
+            raise ValueError(f"impl={impl!r} has no truncated kernel: use impl='fft', or truncation=None")
+        if state is not None or resets is not None or carry is not None:
+            raise ValueError(f"truncation={truncation} keeps no state: it takes neither state, carry nor resets")
+        impl = "fft"
+    if carry is not None and state is not None:
+        raise ValueError(f"carry brings the state: it excludes a state of shape {tuple(state.shape)}")
     dtype = coefficients.log_decay.dtype
     with without_autocast(x.device):
-        if impl == "auto" and truncation is None:
-            if x.is_cuda and _suits_triton(x, coefficients):
-                impl = "triton"
-            elif (
-                x.device.type == "cpu"
-                and x.shape[1] > 1
-                and carry is None
-                and dtype == torch.float32
-                and in_memory(x, coefficients.log_decay)
-                and shipped()
-                and library() is not None
-            ):
-                impl = "native"
-        # The kernels widen tokens as they read them.
-        inputs = x if impl == "triton" else x.to(dtype)
-        state = None if state is None else state.to(dtype)
-        ways = [(inputs, coefficients, state, resets)]
-        if bidirectional:
-            ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
-            before, after = (None, None) if state is None else state.chunk(2, dim=1)
-            # Read from the right, a border before token t lies before token t - 1; before token 0 is no other side.
-            borders = None
-            if resets is not None:
-                borders = torch.cat([torch.zeros_like(resets[:, :1]), resets[:, 1:].flip(1)], 1)
-            ways = [(inputs, ahead, before, resets), (inputs.flip(1), back, after, borders)]
-        found: list[tuple[Tensor, Tensor | None]]
-        if carry is None:
-            found = [_one_way(*way, truncation, impl) for way in ways]
+        if impl == "auto":
+            impl = _best(x, coefficients, resets)
+        form: Any
+        if impl == "triton":  # widens tokens as it reads them
+            # Not before it is needed: triton may not be installed.
+            from mega_scale.ops.ema.triton import triton_ema as form  # noqa: PLC0415
         else:
-            found = [*_carried(ways, carry, kernels=impl == "triton")]
-        y, end = found[0]
+            form, x = _FORMS[impl], x.to(dtype)
+            form = form if truncation is None else partial(form, truncation=truncation)
         if bidirectional:
-            y = y + found[1][0].flip(1)
-            end = None if end is None or found[1][1] is None else torch.cat([end, found[1][1]], 1)
-        return y.to(x.dtype), end
+            form = partial(_both_ways, form)
+        if carry is not None:
+            _, end = form(x, coefficients, None, resets)
+            passes = None if resets is None else ~resets.any(1)
+            if bidirectional and resets is not None:
+                # A document that begins this part keeps what lies to its right from what lies to its left.
+                ahead, back = end.chunk(2, 1)
+                end = torch.cat([ahead, back.masked_fill(resets[:, :1, None], 0)], 1)
+            state = carry(end, coefficients.log_decay * x.shape[1], passes, bidirectional)()
+        y, end = form(x, coefficients, None if state is None else state.to(dtype), resets)
+        return y.to(given), end
 
 
-_Way = tuple[Tensor, EmaCoefficients, Tensor | None, Tensor | None]
-"""What one direction takes: x, coefficients, state, resets."""
+def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> str:
+    """The implementation that `auto` takes for a kernel without truncation."""
+    log_decay, length = coefficients.log_decay, x.shape[1]
+    if log_decay.dtype == torch.float32 and in_memory(x, log_decay):
+        if x.device.type == "cpu" and length > 1 and shipped() and library() is not None:
+            return "native"
+        narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and log_decay.shape[1] <= 32
+        if length >= 64 and narrow and runs_triton(x):
+            return "triton"
+    mode = tracing()
+    # A decoding step, for which blocks would be idle ceremony; transforms take no branch by documents' lengths.
+    if (length == 1 and mode != "trace") or (resets is not None and mode == "trace"):
+        return "recurrent"
+    return "blocked"
 
 
-def _one_way(
+def _both_ways(
+    form: Callable[..., tuple[Tensor, Tensor | None]],
     x: Tensor,
     coefficients: EmaCoefficients,
     state: Tensor | None,
     resets: Tensor | None,
-    truncation: int | None,
-    impl: str,
 ) -> tuple[Tensor, Tensor | None]:
-    if truncation is not None:
-        if impl not in ("auto", "fft"):
-            raise ValueError(f"impl={impl!r} has no truncated kernel: use impl='fft', or truncation=None")
-        if state is not None or resets is not None:
-            raise ValueError(f"truncation={truncation} keeps no state: it takes neither state nor resets")
-        return fft_ema(x, coefficients, None, truncation)
-    if impl == "native":
-        return native_ema(x, coefficients, state, resets)
-    if impl == "triton":
-        # Not before it is needed: triton may not be installed.
-        from mega_scale.ops.ema.triton import triton_ema  # noqa: PLC0415
+    """What a form gives from left to right plus, by the second half of coefficients, from right to left."""
+    ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
+    before, after = (None, None) if state is None else state.chunk(2, dim=1)
+    y, end = form(x, ahead, before, resets)
+    if resets is not None:
+        # Read from the right, a border before token t lies before token t - 1; before token 0 is no other side.
+        resets = torch.cat([torch.zeros_like(resets[:, :1]), resets[:, 1:].flip(1)], 1)
+    from_right, begin = form(x.flip(1), back, after, resets)
+    y = y + from_right.flip(1)
+    return y, None if end is None or begin is None else torch.cat([end, begin], 1)
 
-        return triton_ema(x, coefficients, state, resets)
-    if impl == "auto":
-        mode = tracing()
-        if x.shape[1] == 1 and mode != "trace":
-            impl = "recurrent"  # a decoding step, for which blocks would be idle ceremony
-        elif mode and resets is None:
-            return scan_ema(x, coefficients, state)
-        else:
-            impl = "recurrent" if mode == "trace" else "blocked"
-    if impl == "blocked":
-        form = BlockedEma(x, coefficients, state, resets)
-        form.inside()
-        return form.outputs()
-    if state is None:
-        state = x.new_zeros(x.shape[0], *coefficients.log_decay.shape)
-    if impl == "recurrent":
-        return recurrent_ema(x, coefficients, state, resets)
+
+def recurrent_ema(
+    x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`h_t = q h_{t-1} + gain x_t`, `y_t = sum_n projection_n h_{t,n}` (arXiv 2209.10655, equation 6)."""
+    decay = coefficients.log_decay.exp()
+    state = x.new_zeros(x.shape[0], *decay.shape) if state is None else state
+    outputs = []
+    for t in range(x.shape[1]):
+        if resets is not None:
+            state = state.masked_fill(resets[:, t, None, None], 0.0)
+        state = decay * state + coefficients.gain * x[:, t, :, None]
+        outputs.append((coefficients.projection * state).sum(-1))
+    return torch.stack(outputs, dim=1), state
+
+
+def fft_ema(
+    x: Tensor,
+    coefficients: EmaCoefficients,
+    state: Tensor | None,
+    resets: Tensor | None = None,
+    *,
+    truncation: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`y = k * x` with `k[tau] = sum_n projection gain q^tau`, plus what the state gives.
+
+    The kernel is zero from `truncation` taps on; there is then no finite state, neither before nor after.
+    """
     if resets is not None:
         raise ValueError("impl='fft' has one kernel for the whole sequence and takes no resets: use impl='blocked'")
-    return fft_ema(x, coefficients, state)
+    length = x.shape[1]
+    steps = torch.arange(length + 1, device=x.device, dtype=x.dtype)
+    powers = torch.exp(coefficients.log_decay[..., None] * steps)  # (D, N, L + 1)
+    kernel = torch.einsum("dn,dnl->dl", coefficients.projection * coefficients.gain, powers[..., :length])
+    if truncation is not None:
+        kernel = kernel * (steps[:length] < truncation)
+    x_BDL = x.transpose(1, 2)
+    spectrum = torch.fft.rfft(x_BDL, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
+    y = torch.fft.irfft(spectrum, n=2 * length)[..., :length].transpose(1, 2)
+    if truncation is not None:
+        return y, None
+    into_state = coefficients.gain[..., None] * powers[..., :length].flip(-1)
+    end = torch.einsum("bdl,dnl->bdn", x_BDL, into_state)
+    if state is not None:
+        y = y + torch.einsum("bdn,dnl->bld", state * coefficients.projection, powers[..., 1:])
+        end = end + powers[..., length] * state
+    return y, end
 
 
-def _suits_triton(x: Tensor, coefficients: EmaCoefficients) -> bool:
-    """Whether `auto` takes the Triton kernels for x on a GPU."""
-    return (
-        x.shape[1] >= 64
-        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and coefficients.log_decay.dtype == torch.float32
-        and coefficients.log_decay.shape[1] <= 32
-        and in_memory(x)
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and importlib.util.find_spec("triton") is not None
+def blocked_ema(
+    x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """About 2c + 2N multiply-adds per element, in matrix products; reading documents' lengths synchronises a GPU.
+
+    q does not depend on the input, so inside a block of c tokens the average of a channel is one triangular matrix,
+    which all blocks of all sequences share. A document begins a block of its own.
+    """
+    log_decay, gain, projection = coefficients
+    (batch, length, channels), averages = x.shape, log_decay.shape[1]
+    places = keep = None
+    if resets is None:
+        blocks = chunk_count(length, _BLOCK)
+        last = torch.full((batch,), (length - 1) // _BLOCK, device=x.device)
+        filled = length - last * _BLOCK  # tokens of the last block
+        tokens = F.pad(x, (0, 0, 0, blocks * _BLOCK - length))
+    else:
+        position = torch.arange(length, device=x.device).expand(batch, length)
+        opens = (position - torch.where(resets, position, 0).cummax(1).values) % _BLOCK == 0
+        block, place = opens.cumsum(1) - 1, position - torch.where(opens, position, 0).cummax(1).values
+        last, filled = block[:, -1], place[:, -1] + 1
+        blocks = int(last.max()) + 1
+        keep = x.new_ones(batch, blocks).scatter_reduce(1, block, (~resets).to(x.dtype), "amin")
+        row = torch.arange(batch, device=x.device)[:, None]
+        places = ((row * blocks + block) * _BLOCK + place).flatten()
+        tokens = x.new_zeros(batch * blocks * _BLOCK, channels).index_copy(0, places, x.flatten(0, 1))
+        tokens = tokens.view(batch, -1, channels)
+    tokens = split_chunks(tokens, _BLOCK)  # (B, M, c, D)
+
+    steps = torch.arange(_BLOCK + 1, device=x.device, dtype=x.dtype)
+    powers = torch.exp(log_decay[:, None] * steps[:, None])  # (D, c + 1, N)
+    kernel = torch.einsum("dn,dcn->cd", projection * gain, powers[:, :_BLOCK])
+    into = gain[:, None] * powers[:, :_BLOCK].flip(1)
+    matrices = torch.cat([_toeplitz(kernel).permute(2, 1, 0), into], 2)  # of a block's tokens
+    by_channel = tokens.permute(3, 0, 1, 2).contiguous().flatten(1, 2)
+    inside, ends = (by_channel @ matrices).split([_BLOCK, averages], 2)
+    before = _states_before(ends.unflatten(1, (batch, -1)), log_decay * _BLOCK, state, keep)
+    y = torch.baddbmm(inside, before.flatten(1, 2), (projection[:, None] * powers[:, 1:]).mT)
+    if y.requires_grad and not tracing():
+        y.register_hook(Tensor.contiguous)  # products of a transposed gradient would copy it, a channel at a time
+    y = y.unflatten(1, (batch, -1)).permute(1, 2, 3, 0).contiguous()
+    y = join_chunks(y, 0, length) if places is None else y.flatten(0, 2).index_select(0, places).view(x.shape)
+
+    # The last block may be part full.
+    after = torch.arange(_BLOCK - 1, -1, -1, device=x.device)
+    tail = x.index_select(1, (length - 1 - after).clamp(min=0))
+    tail = torch.where((after < filled[:, None])[..., None], tail, 0)
+    row = torch.arange(batch, device=x.device)
+    end = before[:, row, last].transpose(0, 1) * torch.exp(log_decay * filled[:, None, None])
+    return y, end + torch.einsum("bjd,djn->bdn", tail, into)
+
+
+def _states_before(ends: Tensor, log_decay: Tensor, state: Tensor | None, keep: Tensor | None) -> Tensor:
+    """States before every block, (D, B, M, N): from what blocks add (D, B, M, N), the decay of one (D, N), the state
+    before the first (B, D, N), and (B, M) zero where a block begins a document."""
+    channels, batch, blocks, averages = ends.shape
+    if not tracing() or keep is not None:
+        state = ends.new_zeros(batch, channels, averages) if state is None else state
+        return _Recurrence.apply(ends, log_decay.exp()[:, None], state.transpose(0, 1), keep)
+    added = ends.permute(1, 2, 0, 3).flatten(2)
+    before = _before(added, log_decay.flatten(), _DEPTH).unflatten(2, (channels, averages)).permute(2, 0, 1, 3)
+    if state is not None:
+        before = before + state.transpose(0, 1)[:, :, None] * torch.exp(
+            log_decay[:, None, None] * _steps(blocks, ends)[:, None]
+        )
+    return before
+
+
+class _Recurrence(torch.autograd.Function):
+    """`h_{m+1} = decay keep_m h_m + end_m`, from the state to keep_m h_m before every block."""
+
+    @staticmethod
+    def forward(ctx: Any, ends: Tensor, decay: Tensor, state: Tensor, keep: Tensor | None) -> Tensor:
+        """ends (D, B, M, N), decay (D, 1, N), state (D, B, N), keep (B, M)."""
+        before = torch.empty_like(ends, memory_format=torch.contiguous_format)
+        for m in range(ends.shape[2]):
+            state = state if keep is None else state * keep[:, m, None]
+            before[:, :, m] = state
+            state = torch.addcmul(ends[:, :, m], state, decay)
+        ctx.save_for_backward(before, decay, keep)
+        return before
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        before, decay, keep = ctx.saved_tensors
+        d_ends, d_decay, d_state = torch.empty_like(before), torch.zeros_like(decay), torch.zeros_like(before[:, :, 0])
+        for m in reversed(range(before.shape[2])):
+            d_ends[:, :, m] = d_state
+            d_decay += (d_state * before[:, :, m]).sum(1, keepdim=True)
+            d_state = torch.addcmul(gradient[:, :, m], d_state, decay)
+            d_state = d_state if keep is None else d_state * keep[:, m, None]
+        return d_ends, d_decay, d_state, None
+
+
+def _before(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
+    """h_m of `h_{m+1} = exp(log_decay) h_m + added_m` from zero: added (B, M, K), log_decay (K,), h (B, M, K).
+
+    A fixed number of operators whatever M, differentiable any number of times, for tracers. No size here is one less
+    than another: an exporter would keep whether it is 1.
+    """
+    count = added.shape[1]
+    if depth == 0 or (tracing() not in ANY_LENGTH and count <= _BLOCK):
+        kernel = torch.exp(log_decay * _steps(count, added)[:, None])
+        return torch.einsum("bjk,ijk->bik", added, _toeplitz(kernel, 1))
+    padding = chunk_count(count, _BLOCK) * _BLOCK - count
+    blocks, kernel = (
+        split_chunks(F.pad(added, (0, 0, 0, padding)), _BLOCK),
+        torch.exp(log_decay * _steps(_BLOCK, added)[:, None]),
     )
+    inside = torch.einsum("bmjk,ijk->bmik", blocks, _toeplitz(kernel, 1))
+    ends = torch.einsum("bmjk,jk->bmk", blocks, kernel.flip(0))
+    found = inside + _before(ends, log_decay * _BLOCK, depth - 1)[:, :, None] * kernel
+    return join_chunks(found, 0, count)
 
 
-def _carried(ways: list[_Way], carry: Carry, kernels: bool) -> list[tuple[Tensor, Tensor]]:
-    """Both directions' states travel at once, in the blocked form while the products inside blocks are computed."""
-    form_of: Any = BlockedEma
-    if kernels:
-        from mega_scale.ops.ema.triton import TritonEma  # noqa: PLC0415
-
-        form_of = TritonEma
-    forms = [form_of(*way) for way in ways]
-    sent = [form.end for form in forms]
-    x, _, _, resets = ways[0]
-    passes = None
-    if resets is not None:
-        passes = ~resets.any(1)
-        if len(sent) == 2:
-            # A document that begins this part keeps what lies to its right from what lies to its left.
-            sent[1] = sent[1] * (~resets[:, 0])[:, None, None]
-    log_fade = torch.cat([coefficients.log_decay for _, coefficients, _, _ in ways]) * x.shape[1]
-    arrive = carry(torch.cat(sent, 1) if len(sent) == 2 else sent[0], log_fade, passes, len(sent) == 2)
-    for form in forms:
-        form.inside()
-    incoming = arrive().chunk(len(ways), dim=1)
-    return [form.outputs(state) for form, state in zip(forms, incoming, strict=True)]
+def _toeplitz(kernel: Tensor, lag: int = 0) -> Tensor:
+    """Entry (i, j, k) is `kernel[i - lag - j, k]`, zero where j > i - lag: (c, K) to (c, c, K)."""
+    steps = torch.arange(kernel.shape[0], device=kernel.device)
+    distance = steps[:, None] - lag - steps
+    return kernel[distance.clamp(min=0)] * (distance >= 0)[..., None]
 
 
-__all__ = ["IMPLEMENTATIONS", "Carry", "EmaCoefficients", "damped_ema", "ema_coefficients", "fft_ema", "recurrent_ema"]
+def _steps(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device, dtype=like.dtype)
+
+
+_FORMS = {"recurrent": recurrent_ema, "fft": fft_ema, "blocked": blocked_ema, "native": native_ema}

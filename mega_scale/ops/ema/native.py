@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops import in_memory, once_differentiable
-from mega_scale.ops.ema.reference import EmaCoefficients
 
 # Numbers of x that are worth a thread.
 _OF_A_THREAD = 2**16
@@ -37,14 +36,14 @@ _COMPILE_SECONDS = 300
 
 
 def native_ema(
-    x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
+    x: Tensor, coefficients: tuple[Tensor, Tensor, Tensor], state: Tensor | None, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`recurrent_ema` by compiled C++, differentiable once. Forward keeps half as much as x for backward: states.
 
     Raises:
         ValueError: a device or a dtype has no such form, or it could not be compiled.
     """
-    log_decay = coefficients.log_decay
+    log_decay = coefficients[0]
     if x.device.type != "cpu" or x.dtype != torch.float32 or log_decay.dtype != torch.float32:
         raise ValueError(
             f"impl='native' takes fp32 on a CPU, and x is {x.dtype} on {x.device}, coefficients {log_decay.dtype}: use "

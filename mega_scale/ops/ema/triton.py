@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import once_differentiable
-from mega_scale.ops.ema.reference import EmaCoefficients
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
@@ -69,7 +68,11 @@ OUTPUTS = {"OUTPUTS": True, "num_stages": 2}  # with more buffers registers spil
 
 
 def triton_ema(
-    x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None, tile: Tile = TILE
+    x: Tensor,
+    coefficients: tuple[Tensor, Tensor, Tensor],
+    state: Tensor | None,
+    resets: Tensor | None = None,
+    tile: Tile = TILE,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `recurrent_ema` by Triton kernels, for a GPU (or anywhere, interpreted: TRITON_INTERPRET=1).
 
@@ -78,33 +81,9 @@ def triton_ema(
     token (B, D, N) fp32. Raises ValueError if x is not on a GPU and kernels are not interpreted, a dtype has no kernel,
     or N is too large.
     """
-    rows = _Rows(x, coefficients.log_decay, resets, tile)
-    y, end = _Average.apply(rows, False, state, x.contiguous(), *(c.contiguous() for c in coefficients))
+    rows = _Rows(x, coefficients[0], resets, tile)
+    y, end = _Average.apply(rows, state, x.contiguous(), *(c.contiguous() for c in coefficients))
     return y, end
-
-
-class TritonEma:
-    """The same where the state comes late: x is read once more before, for the end state, and dy for its gradient.
-
-    Attributes:
-        end: h after the last token, had it begun at zero, (B, D, N).
-    """
-
-    def __init__(
-        self, x: Tensor, coefficients: EmaCoefficients, state: None, resets: Tensor | None, tile: Tile = TILE
-    ) -> None:
-        self._rows = rows = _Rows(x, coefficients.log_decay, resets, tile)
-        inputs = [x.contiguous(), *(c.contiguous() for c in coefficients)]
-        self._fixed, self._through = [t.detach() for t in inputs], rows.through(coefficients.log_decay)
-        self._place, self.end = _Average.apply(rows, True, None, *inputs)
-
-    def inside(self) -> None:
-        """Nothing to do until the state is there."""
-
-    def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """y (B, L, D), and h after the last token (B, D, N), from h before the first one."""
-        y = _Outputs.apply(self._place, state, self._rows, *self._fixed)
-        return y, self.end + state * self._through
 
 
 class _Rows:
@@ -143,8 +122,6 @@ class _Rows:
             splits = units // programs
         tiles = -(-tiles // max(1, min(splits, tiles)))
         self.splits = max(1, -(-segments // max(1, tiles * tile.segments)))
-        # Parts that `_Average` leaves for `_Outputs`; and in the backward pass, which that begins, the other way.
-        self.passed: list[Any] = []
         self._sizes = (length, channels, head, steps, tiles, self.splits)
 
     def _run(self, kernel: Any, x: Tensor, coefficients: Any, *more: Tensor | None, **flags: int) -> None:
@@ -181,9 +158,9 @@ class _Rows:
 
     def gradients(
         self, x: Tensor, dy: Tensor, coefficients: Any, state: Tensor | None, d_end: Tensor | None,
-        parts: Tensor | None, late: bool,
+        parts: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """By the state, x, log_decay, gain and projection; `late`: the end is that from zero."""
+        """By the state, x, log_decay, gain and projection."""
         log_decay, gain, projection = coefficients
         last, d_state = d_end is not None, None
         dx, entered = torch.empty_like(x), gain.new_empty(2, len(x), *gain.shape)
@@ -197,7 +174,7 @@ class _Rows:
             if self.document is not None:  # a document that begins the row keeps the state out, be it infinite
                 state = state.masked_fill((self.document[:, 0] > 0)[:, None, None], 0)
             d_state, d_slope = projection * entered[0], projection * entered[1]
-            if d_end is not None and not late:
+            if d_end is not None:
                 reached = self.through(log_decay) * d_end
                 d_state, d_slope = d_state + reached, d_slope + x.shape[1] * reached
             d_projection = d_projection + (state * entered[0]).sum(0)
@@ -209,69 +186,23 @@ class _Rows:
         fade = torch.exp(log_decay * self._sizes[0])
         return fade if self.document is None else fade * (self.document[:, -1] == 0)[:, None, None]
 
-    def joined(self, parts: Tensor, log_decay: Tensor, back: bool) -> Tensor:
-        """The state after rows, or the adjoint before them: what parts (B, SPLITS, D, N) give to it, (B, D, N)."""
-        length, _, head, steps, tiles, splits = self._sizes
-        if splits == 1:
-            return parts[:, 0]
-        edge = torch.arange(splits + 1, device=parts.device)
-        edge = torch.where(edge == 0, 0, head + edge * (tiles * self._tile.segments * steps * self._tile.block))
-        edge = edge[:-1] if back else edge[1:].clamp(max=length)
-        reached = parts * torch.exp(log_decay * (edge if back else length - edge)[:, None, None])
-        if self.document is not None:
-            counts = torch.nn.functional.pad(self.document, (1, 0))[:, edge]
-            reached = reached.masked_fill((counts != (0 if back else counts[:, -1:]))[..., None, None], 0)
-        return reached.sum(1)
-
 
 class _Average(torch.autograd.Function):
-    """y and the end state; if the state comes late, the outputs' place in the graph, which takes no memory, for y."""
-
     @staticmethod
-    def forward(
-        ctx: Any, rows: _Rows, late: bool, state: Tensor | None, x: Tensor, *coefficients: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, rows: _Rows, state: Tensor | None, x: Tensor, *coefficients: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.rows, ctx.late = rows, late
+        ctx.rows = rows
         ctx.save_for_backward(state, x, *coefficients)
-        parts = rows.ends(x, coefficients) if late or rows.splits > 1 else None
-        if parts is None or not late:
-            return rows.outputs(x, coefficients, state, parts)
-        rows.passed.append(parts)
-        return x.new_empty(1).expand(x.shape), rows.joined(parts, coefficients[0], back=False)
+        return rows.outputs(x, coefficients, state, rows.ends(x, coefficients) if rows.splits > 1 else None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
         state, x, *coefficients = ctx.saved_tensors
         rows: _Rows = ctx.rows
-        parts = None
-        if ctx.late and dy is not None:
-            state, parts = rows.passed.pop()
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-        if parts is None and rows.splits > 1:
-            parts = rows.adjoints(dy, coefficients)
-        d_state, *others = rows.gradients(x, dy, coefficients, state, d_end, parts, ctx.late)
-        return None, None, None if ctx.late else d_state, *others
-
-
-class _Outputs(torch.autograd.Function):
-    """The outputs from a late state; the backward pass finds its gradient alone, and hands on that by outputs."""
-
-    @staticmethod
-    def forward(ctx: Any, place: Tensor, state: Tensor, rows: _Rows, x: Tensor, *coefficients: Tensor) -> Tensor:
-        ctx.rows = rows
-        ctx.save_for_backward(state, *coefficients)
-        return rows.outputs(x, coefficients, state, rows.passed.pop())[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        state, *coefficients = ctx.saved_tensors
-        parts = ctx.rows.adjoints(dy, coefficients)
-        ctx.rows.passed.append((state, parts))
-        d_state = coefficients[2] * ctx.rows.joined(parts[0], coefficients[0], back=True)
-        return dy, d_state, *[None] * 5
+        parts = rows.adjoints(dy, coefficients) if rows.splits > 1 else None
+        return None, *rows.gradients(x, dy, coefficients, state, d_end, parts)
 
 
 @triton.jit

@@ -88,7 +88,10 @@ class MegaMovingAverageGatedAttention(nn.Module):
         averaged = self.ema_dropout(averaged)
         pre = self.v_proj(normed)
         with recomputed(self.activation, pre) as v:
-            update, z, gate, candidate = self.project(averaged)
+            segments: Any = self.mx_proj(averaged)
+            if not isinstance(segments, tuple):  # as from a layer for each, which ranks can share
+                segments = segments.split(list(self.segments.values()), -1)
+            update, z, gate, candidate = segments
             # They keep what precision they have: relu2 squares their scores.
             q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
             seen: Any = 0 if state is None else state.position
@@ -129,10 +132,6 @@ class MegaMovingAverageGatedAttention(nn.Module):
             return out, weights, None
         assert kept is not None
         return out, weights, LayerState(ema_state, *kept, seen + length)
-
-    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
-        """What `mx_proj` makes of the average (B, L, D): update, shared representation, gate and candidate."""
-        return self.mx_proj(averaged).split(list(self.segments.values()), -1)
 
     def _attend(
         self,

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from mega_scale.parallel.config import EngineConfig, ParallelConfig, layout_changes
     from mega_scale.parallel.engine import BuildOptimizer, Engine
     from mega_scale.parallel.mesh import Placement, check_single, placement
-    from mega_scale.parallel.model_parallel import parallelize
+    from mega_scale.parallel.model_parallel import SelfTest, parallelize, run_self_test
     from mega_scale.parallel.monitor import Standing
-    from mega_scale.parallel.self_test import SelfTest, run_self_test
     from mega_scale.parallel.shard import EngineState, Place, Values, fill, seeded_values
     from mega_scale.parallel.world import World
 
@@ -22,8 +21,7 @@ _MODULES = {
     "engine": ("BuildOptimizer", "Engine"),
     "mesh": ("Placement", "check_single", "placement"),
     "monitor": ("Standing",),
-    "model_parallel": ("parallelize",),
-    "self_test": ("SelfTest", "run_self_test"),
+    "model_parallel": ("SelfTest", "parallelize", "run_self_test"),
     "shard": ("EngineState", "Place", "Values", "fill", "seeded_values"),
     "world": ("World",),
 }

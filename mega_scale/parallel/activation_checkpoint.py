@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from mega_scale.model.attention import BlockOutput, MegaBlock
 from mega_scale.model.cache import LayerState
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.config import ActivationCheckpointing
-from mega_scale.parallel.sequence_parallel import ReceivedStates
 from mega_scale.parallel.shard import RowSlice, on_meta
 
 _MATMULS = [
@@ -38,8 +37,15 @@ _MATMULS = [
 ]
 
 
+_Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Of a block's forward and of its recomputation."""
+
+
 def checkpoint_activations(
-    model: nn.Module, how: ActivationCheckpointing, received: ReceivedStates, row_slice: RowSlice
+    model: nn.Module,
+    how: ActivationCheckpointing,
+    row_slice: RowSlice,
+    contexts: Callable[[], _Contexts] = noop_context_fn,
 ) -> None:
     """Turn checkpointing on for every n-th block of a model on the meta device; names of parameters stay as they are.
 
@@ -47,17 +53,15 @@ def checkpoint_activations(
     function set here. Dropout depends on positions, so no random numbers have to be replayed.
     """
 
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Contexts of a block's forward and of its recomputation."""
-        states = received.contexts()
-        if how.policy == "full":
-            return states
+    def with_matmuls() -> _Contexts:
+        forward, again = contexts()
         results: _Results = defaultdict(deque)
-        return _both(states[0], _SaveMatmuls(results)), _both(states[1], _ReplayMatmuls(results))
+        return _both(forward, _SavedMatmuls(results, replay=False)), _both(again, _SavedMatmuls(results, replay=True))
 
-    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    context_fn = contexts if how.policy == "full" else with_matmuls
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
     layers: Any = model.get_submodule("mega.layers")
-    for index in range(how.every - 1, len(layers), how.every) if how.every else ():
+    for index in range(how.every - 1, len(layers), how.every):
         block = layers[index]
         if how.segment:
             layers[index] = on_meta(SegmentedBlock, block, how.segment, row_slice, recompute)
@@ -76,45 +80,35 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
         yield
 
 
-class _SaveMatmuls(TorchDispatchMode):
-    """Saves matmul outputs, and looks at nothing else.
+class _SavedMatmuls(TorchDispatchMode):
+    """Saves matmul outputs, or returns the saved ones in place of computing them, and looks at nothing else.
 
     PyTorch's selective checkpointing expects every operation again, and casts of autocast, which keeps them over a
     step's segments, and marks of FSDP are not the same in both passes.
     """
 
-    def __init__(self, results: _Results) -> None:
+    def __init__(self, results: _Results, replay: bool) -> None:
         super().__init__()
-        self._results = results
+        self._results, self._replay = results, replay
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True  # matmuls are outside of what is compiled
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if function in _MATMULS:
-            # Detached: autograd will give the result itself a history.
-            leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(out)]
-            self._results[function].append([(leaf, _version(leaf)) for leaf in leaves])
-        return out
-
-
-class _ReplayMatmuls(_SaveMatmuls):
-    """Returns the saved outputs in place of computing them."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function not in _MATMULS:
             return function(*args, **(kwargs or {}))
+        if not self._replay:
+            out = function(*args, **(kwargs or {}))
+            # Detached: autograd will give the result itself a history.
+            leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(out)]
+            self._results[function].append([(leaf, getattr(leaf, "_version", 0)) for leaf in leaves])
+            return out
         found = self._results[function].popleft()
-        if any(_version(leaf) != version for leaf, version in found):
+        if any(getattr(leaf, "_version", 0) != version for leaf, version in found):
             raise RuntimeError(f"the result of {function} was changed after it was saved for recomputation")
         leaves = [leaf for leaf, _ in found]
         return leaves[0] if len(leaves) == 1 else tuple(leaves)
-
-
-def _version(leaf: Any) -> int:
-    return leaf._version if isinstance(leaf, Tensor) else 0
 
 
 class SegmentedBlock(MegaBlock):
@@ -132,9 +126,9 @@ class SegmentedBlock(MegaBlock):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BlockOutput:
         """Anything but training on plain rows is computed whole."""
-        given = _SIGNATURE.bind(self, x, *args, **kwargs).arguments
-        borders: DocumentBorders | None = given.get("borders")
-        more = any(given[name] not in (None, False) for name in given.keys() - {"self", "x", "borders"})
+        given = inspect.signature(MegaBlock.forward).bind(self, x, *args, **kwargs).arguments
+        borders: DocumentBorders | None = given.pop("borders", None)
+        more = any(value is not None and value is not False for value in list(given.values())[2:])
         if more or not self.training or not torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)
         outputs, state, begin = [], None, 0
@@ -151,10 +145,8 @@ class SegmentedBlock(MegaBlock):
         self, x: Tensor, average: Tensor | None, begin: int, more: bool, borders: DocumentBorders | None
     ) -> tuple[Tensor, Tensor | None]:
         """One segment (B, S, D) from the average's state before it to the one after it, if there is `more`."""
-        state = None
-        if average is not None:
-            none = x.new_zeros(len(x), 0, 0)  # no chunk is open between segments
-            state = LayerState(average, none, none, begin)
+        none = x.new_zeros(len(x), 0, 0)  # no chunk is open between segments
+        state = None if average is None else LayerState(average, none, none, begin)
         first = self._row_slice.first_token
         self._row_slice.first_token = first + begin
         try:
@@ -162,6 +154,3 @@ class SegmentedBlock(MegaBlock):
         finally:
             self._row_slice.first_token = first  # recomputation ends with an exception when it has all that it needs
         return out.x, None if out.state is None else out.state.ema
-
-
-_SIGNATURE = inspect.signature(MegaBlock.forward)

@@ -4,19 +4,17 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mega_scale.parallel.config import EngineConfig
-from mega_scale.parallel.engine import BuildOptimizer, Engine, Range, ensure_moments, flat
-from mega_scale.parallel.shard import MOMENTS, WEIGHT, Values
+from mega_scale.parallel.engine import BuildOptimizer, Engine, Stepped, flat
+from mega_scale.parallel.shard import WEIGHT, Values
 from mega_scale.parallel.world import Axis
 
 _linear = nn.functional.linear
@@ -33,13 +31,11 @@ class DeepSpeedEngine(Engine):
 
     def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
         model, world = self.module, self._world
-        self._fsdp, self._copies = world.axis("fsdp"), world.axis("dp_replicate")
-        self._stage: int = config.parallel.zero_stage
         native = config.native_deepspeed(self._fsdp.size)
         # DeepSpeed reads it even where there is no launcher; others take it for a launcher's word, so close removes it.
         self._names_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-        deepspeed, unit = _start_deepspeed(world.device.type), _mesh_unit(self._fsdp, world.axis("tp"))
+        deepspeed, unit = _start_deepspeed(world.device.type), _mesh_unit(self._fsdp, self._tp)
         if self._stage == 3:
             init = partial(
                 deepspeed.zero.Init, config_dict_or_path=native, data_parallel_group=self._fsdp.group, mpu=unit
@@ -59,10 +55,10 @@ class DeepSpeedEngine(Engine):
             model=model, optimizer=build_optimizer(model), config=native, mpu=unit, dist_init_required=False
         )
         self._call, self._optimizer = self._engine, self._engine.optimizer
-        self._adam: torch.optim.Optimizer = self._optimizer if self._stage == 0 else self._optimizer.optimizer
-        for name, parameter in self._parameters.items():
+        self._adam = self._optimizer if self._stage == 0 else self._optimizer.optimizer
+        for name in self._parameters:
             # What the optimizer steps under each name has to be what the model computes with under it.
-            stepped = self._stepped(parameter)
+            stepped = self._stepped(name)
             numbers = flat(stepped.owner)[stepped.numbers]
             begin = 0 if self._stage == 3 else stepped.start
             computed = self.local_tensor(name)[begin : begin + len(numbers)]
@@ -90,9 +86,9 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float, skip: bool = False) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if self._copies.size > 1:
+        if (copies := self._world.axis("dp_replicate")).size > 1:
             # Of stage 3, which copies require: all gradient partitions lie in one buffer.
-            dist.all_reduce(self._optimizer.grad_partitions_flat_buffer, group=self._copies.group)
+            dist.all_reduce(self._optimizer.grad_partitions_flat_buffer, group=copies.group)
         if self._stage == 0:
             # Without ZeRO, DeepSpeed has no norm of its own, and would step with any gradient.
             counted = [p.grad for p in self._counted if p.grad is not None]
@@ -104,65 +100,49 @@ class DeepSpeedEngine(Engine):
                 self._engine.step()
             return float(norm)
         if skip:
-            with self._discarded_step() as norms:
-                self._engine.step()
-            return float(norms[0])
+            return self._discard_step()
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    @contextmanager
-    def _discarded_step(self) -> Iterator[list[Tensor]]:
-        """Have ZeRO discard its next step, forgetting the gradients in its own way.
+    def _discard_step(self) -> float:
+        """Have ZeRO forget the gradients in its own way; returns their true norm, which ZeRO then does not keep.
 
         ZeRO's optimizers have no call that drops accumulated gradients: `zero_grad` leaves partitions and buckets as
         they are. They do drop them when the norm is infinite, so for one step the function that computes it says so.
-
-        Yields a list that will have the true norm, which ZeRO then does not keep.
         """
-        from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415  see _start_deepspeed
+        from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        optimizer = self._optimizer
         norms: list[Tensor] = []
         # What each class asks for the norm, or for those of its groups, just before it decides.
         name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
-        compute = getattr(optimizer, name)
+        compute = getattr(self._optimizer, name)
 
         def infinite() -> Any:
             found = compute()
             norms.append(combine_grad_norm_groups(found) if self._stage == 3 else found)
-            return [torch.full_like(norms[0], math.inf)] if self._stage == 3 else torch.full_like(norms[0], math.inf)
+            infinity = torch.full_like(norms[0], math.inf)
+            return [infinity] if self._stage == 3 else infinity
 
-        setattr(optimizer, name, infinite)
+        setattr(self._optimizer, name, infinite)
         try:
-            yield norms
+            self._engine.step()
         finally:
-            delattr(optimizer, name)
+            delattr(self._optimizer, name)
+        return float(norms[0])
 
-    def _optimizer_steps(self) -> list[Tensor]:
+    def _owners(self) -> list[Tensor]:
         if self._stage == 0:
-            stepped = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
-        elif self._stage < 3:
-            stepped = self._optimizer.single_partition_of_fp32_groups
-        else:
-            stepped = self._optimizer.fp32_partitioned_groups_flat
-        return ensure_moments(self._adam, stepped)
+            return [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        name = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
+        return list(getattr(self._optimizer, name))
 
-    def _range(self, name: str) -> Range:
-        parameter = self._parameters[name]
-        stepped = self._stepped(parameter)
-        tensors = {WEIGHT: flat(stepped.owner)[stepped.numbers]}
-        if parameter.requires_grad:
-            moments = self._adam.state[stepped.owner]
-            tensors |= {moment: flat(moments[moment])[stepped.numbers] for moment in MOMENTS}
-        return Range(stepped.start, tensors, copied=stepped.owner is parameter)
-
-    def _stepped(self, parameter: Any) -> "_Stepped":
-        optimizer, fsdp = self._optimizer, self._fsdp
+    def _stepped(self, name: str) -> Stepped:
+        optimizer, fsdp, parameter = self._optimizer, self._fsdp, self._parameters[name]
         if self._stage == 3:
             group, first, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = min(fsdp.rank * length, parameter.ds_numel)
             end = first + min(length, parameter.ds_numel - start)  # the last partition ends in padding
-            return _Stepped(optimizer.fp32_partitioned_groups_flat[group], slice(first, end), start)
+            return Stepped(optimizer.fp32_partitioned_groups_flat[group], slice(first, end), start)
         if self._stage > 0:
             # Where the parameter lies in its group is seen from its memory: DeepSpeed may have ordered the group anew,
             # which its own table does not say.
@@ -173,8 +153,8 @@ class DeepSpeedEngine(Engine):
                     ahead = fsdp.rank * owner.numel() - (parameter.storage_offset() - whole.storage_offset())
                     start = min(max(ahead, 0), parameter.numel())
                     end = min(max(ahead + owner.numel(), 0), parameter.numel())
-                    return _Stepped(owner, slice(start - ahead, max(end, start) - ahead), start)
-        return _Stepped(parameter, slice(None), 0)
+                    return Stepped(owner, slice(start - ahead, max(end, start) - ahead), start)
+        return Stepped(parameter, slice(None), 0)
 
     def loaded(self, step: int) -> None:
         self._engine.global_steps = step
@@ -198,13 +178,6 @@ class DeepSpeedEngine(Engine):
         partition: Tensor = parameter.ds_tensor.data.flatten()
         return partition[: max(parameter.ds_numel - self._fsdp.rank * partition.numel(), 0)]
 
-    def local_shard(self, name: str, value: Tensor) -> Tensor:
-        if self._stage < 3:
-            return value.flatten()
-        parameter = self._parameters[name]
-        numbers, rank = parameter.ds_tensor.numel(), self._fsdp.rank
-        return value.flatten()[rank * numbers : (rank + 1) * numbers]
-
     def close(self) -> None:
         self._engine.destroy()
         # zero.Init replaces it for the whole process, and nothing of DeepSpeed puts it back.
@@ -212,14 +185,6 @@ class DeepSpeedEngine(Engine):
         if self._names_local_rank:
             os.environ.pop("LOCAL_RANK", None)
             self._names_local_rank = False
-
-
-class _Stepped(NamedTuple):
-    """Where the optimizer's numbers of a parameter lie on this rank."""
-
-    owner: Tensor  # what the optimizer steps
-    numbers: slice  # which of its numbers, flattened; none where this rank has none of the parameter
-    start: int  # the first of them in the parameter, flattened
 
 
 def _mesh_unit(partitions: Axis, tp: Axis) -> Any:
@@ -244,7 +209,7 @@ def _start_deepspeed(device: str) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # It calls collectives by names that PyTorch 2.13 deprecates, and would say so at each of them.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    import deepspeed  # noqa: PLC0415  (reads the variable set above)
+    import deepspeed
 
     # Its logger is made, and its level set, at import.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

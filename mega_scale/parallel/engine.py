@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from mega_scale.model import MegaPreTrainedModel
@@ -28,28 +29,21 @@ from mega_scale.parallel.shard import (
     RowSlice,
     Values,
     fill,
+    on_meta,
     shardings,
 )
-from mega_scale.parallel.world import Axis, World
+from mega_scale.parallel.world import World
 
 BuildOptimizer = Callable[[nn.Module], Optimizer]
 """Makes AdamW over the parameters of a model that an engine has sharded."""
 
 
-class ModelParallelism(NamedTuple):
-    """What engines need to know of a model to which model parallelism was applied."""
+class Stepped(NamedTuple):
+    """Where the numbers of a parameter lie that this rank's optimizer steps."""
 
-    template: nn.Module  # the model as it was, on the meta device
-    row_slice: RowSlice  # tells the model which part of the global batch it computes
-    tp: Axis  # the ranks that share every layer
-
-
-class Range(NamedTuple):
-    """Where an engine keeps the numbers of a parameter that this rank's optimizer steps."""
-
-    start: int  # first number, in this rank's tensor along `tp` flattened
-    tensors: dict[str, Tensor]  # see `LocalTensor`; may end in padding
-    copied: bool  # whether all ranks of `fsdp` have the same range
+    owner: Tensor  # what the optimizer steps, and has moments for
+    numbers: slice  # which of its numbers, flattened; may end in padding
+    start: int  # the first of them in this rank's tensor along `tp`, flattened
 
 
 class Engine(ABC):
@@ -60,18 +54,21 @@ class Engine(ABC):
         row_slice: inside a `with` statement of it, the model computes this rank's part of the rows last taken.
     """
 
+    _adam: Optimizer
+
     def __init__(
         self,
         model: MegaPreTrainedModel,
         values: Values,
-        parallelism: ModelParallelism,
+        row_slice: RowSlice,
         config: EngineConfig,
         world: World,
         build_optimizer: BuildOptimizer,
     ) -> None:
-        self.module, self.row_slice = model, parallelism.row_slice
-        self._parallelism, self._world = parallelism, world
-        self._max_grad_norm = config.max_grad_norm
+        self.module, self.row_slice, self._world = model, row_slice, world
+        self._template = on_meta(type(model), model.config)
+        self._tp, self._fsdp = world.axis("tp"), world.axis("fsdp")
+        self._stage, self._max_grad_norm = config.parallel.zero_stage, config.max_grad_norm
         self._call: Callable[..., Any] = model
         self._build(values, config, build_optimizer)
 
@@ -81,25 +78,18 @@ class Engine(ABC):
 
     def _fill(self, values: Values, place: Placer) -> None:
         """Give the model its values, and note what follows from its parameters for good."""
-        model, template, tp = self.module, self._parallelism.template, self._parallelism.tp
-        fill(model, values, place, self._world.device, template=template, tp=tp)
+        model = self.module
+        fill(model, values, place, self._world.device, template=self._template, tp=self._tp)
         self._parameters: dict[str, Any] = dict(model.named_parameters())
-        # What every rank of tp holds counts once in the gradient's norm, on the first.
         self._table, self._ties = shardings(model), dict[str, str]()
+        # What every rank of tp holds counts once in the gradient's norm, on the first.
         self._counted: list[Any] = [
-            p for name, p in self._parameters.items() if tp.rank == 0 or self._table[name].dim is not None
+            p for name, p in self._parameters.items() if self._tp.rank == 0 or self._table[name].dim is not None
         ]
         first: dict[nn.Parameter, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if first.setdefault(parameter, name) != name:
                 self._ties[self._table.pop(name).source] = self._table[first[parameter]].source
-        sources = dict(template.named_parameters(remove_duplicate=False))
-        self._shards = {}
-        for name, sharding in self._table.items():
-            shape = sources[sharding.source].shape
-            if sharding.rows is not None:
-                shape = torch.Size((sharding.rows[1] - sharding.rows[0], *shape[1:]))
-            self._shards[name] = shape, sharding.shard(shape, tp.rank, tp.size)
 
     def forward(
         self,
@@ -167,17 +157,22 @@ class Engine(ABC):
         Returns:
             Views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
-        steps, axes = self._optimizer_steps(), self._world.axes
-        tensors = {}
+        steps, axes, tensors = self._optimizer_steps(), self._world.axes, {}
         for name, sharding in self._table.items():
-            found, (shape, shard) = self._range(name), self._shards[name]
-            count = max(math.prod(shard.sizes) - found.start, 0)
+            parameter, stepped = self._parameters[name], self._stepped(name)
+            shape = sharding.part(self._template.get_parameter(sharding.source)).shape
+            shard = sharding.shard(shape, self._tp.rank, self._tp.size)
+            kinds = {WEIGHT: stepped.owner}
+            if parameter.requires_grad:
+                kinds |= {kind: self._adam.state[stepped.owner][kind] for kind in MOMENTS}
+            count = max(shard.numel - stepped.start, 0)
+            local = {kind: flat(tensor)[stepped.numbers][:count] for kind, tensor in kinds.items()}
+            copied = stepped.owner is parameter and not isinstance(parameter, DTensor)
             copies, copy = 1, 0
-            alike = {"dp_replicate": True, "tp": sharding.dim is None, "fsdp": found.copied}
+            alike = {"dp_replicate": True, "tp": sharding.dim is None, "fsdp": copied}
             for axis in (axes[name] for name, same in alike.items() if same):
                 copies, copy = copies * axis.size, copy * axis.size + axis.rank
-            parts = {kind: tensor[:count] for kind, tensor in found.tensors.items()}
-            tensors[name] = LocalTensor(shape, shard, found.start, parts, copies, copy)
+            tensors[name] = LocalTensor(shape, shard, stepped.start, local, copies, copy)
         # Buffers that belong to the state dict.
         buffers = {
             f"{name}.{local_name}": buffer
@@ -185,14 +180,27 @@ class Engine(ABC):
             for local_name, buffer in owner.named_buffers(recurse=False)
             if local_name not in owner._non_persistent_buffers_set
         }
-        return EngineState(self._table, self._ties, axes["tp"].size, axes["tp"].rank, tensors, steps, buffers)
+        return EngineState(self._table, self._ties, self._tp.size, self._tp.rank, tensors, steps, buffers)
 
-    @abstractmethod
     def _optimizer_steps(self) -> list[Tensor]:
-        """AdamW's counters of steps; its moments exist from here on, before the first step too."""
+        """AdamW's counters of steps; its moments exist from here on, before the first step too, as that makes them."""
+        defaults, steps = self._adam.defaults, []
+        for tensor in self._owners():
+            if not self._adam.state[tensor]:
+                device = tensor.device if defaults.get("fused") or defaults.get("capturable") else torch.device("cpu")
+                state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+                state |= {kind: torch.zeros_like(tensor, requires_grad=False) for kind in MOMENTS}
+                self._adam.state[tensor] = state
+            step = self._adam.state[tensor]["step"]
+            steps.append(step.to_local() if isinstance(step, DTensor) else step)
+        return steps
 
     @abstractmethod
-    def _range(self, name: str) -> Range: ...
+    def _owners(self) -> list[Tensor]:
+        """What the optimizer steps."""
+
+    @abstractmethod
+    def _stepped(self, name: str) -> Stepped: ...
 
     @abstractmethod
     def loaded(self, step: int) -> None:
@@ -203,27 +211,8 @@ class Engine(ABC):
         """What this rank keeps of a parameter of `module` between steps, flat; not collective."""
 
     @abstractmethod
-    def local_shard(self, name: str, value: Tensor) -> Tensor:
-        """What `local_tensor` would be if the parameter had a value, given whole or as this rank's shard along `tp`."""
-
-    @abstractmethod
     def close(self) -> None:
         """Free what the engine holds; needs no other rank, and may be called after an error or twice."""
-
-
-def ensure_moments(optimizer: Optimizer, tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Have AdamW keep state for some of its tensors before its first step, as that would; returns counters of steps."""
-    on_device = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-    steps = []
-    for tensor in tensors:
-        if not optimizer.state[tensor]:
-            device = tensor.device if on_device else torch.device("cpu")
-            state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-            state |= {name: torch.zeros_like(tensor, requires_grad=False) for name in MOMENTS}
-            optimizer.state[tensor] = state
-        step = optimizer.state[tensor]["step"]
-        steps.append(step.to_local() if isinstance(step, DTensor) else step)
-    return steps
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -242,29 +231,27 @@ class FsdpEngine(Engine):
     """
 
     def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
-        model, world = self.module, self._world
-        self._stage = config.parallel.zero_stage
-        self._fsdp = world.axis("fsdp")
+        model = self.module
         self._shard_modules(config.dtype)
-        model.to_empty(device=world.device)
+        model.to_empty(device=self._world.device)
 
         def place(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
             """Copy this rank's rows of a value into a sharded parameter, without communication."""
-            rows = self._rows(value) if isinstance(parameter, DTensor) else value
+            own, first = flat(parameter), self._first(parameter)
             with torch.no_grad():
-                flat(parameter).copy_(rows.flatten())
+                own.copy_(value.flatten()[first : first + len(own)])
             return parameter
 
         self._fill(values, place)
         self._whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
         if self._fsdp.rank > 0:
             self._counted = [p for p in self._counted if isinstance(p, DTensor)]
-        self._optimizer = build_optimizer(model)
-        for group in list(self._optimizer.param_groups):  # PyTorch steps tensors of one kind at a time
+        self._adam = build_optimizer(model)
+        for group in list(self._adam.param_groups):  # PyTorch steps tensors of one kind at a time
             of_kind = [[p for p in group["params"] if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
             if all(of_kind):
                 group["params"] = of_kind[0]
-                self._optimizer.param_groups.append(group | {"params": of_kind[1]})
+                self._adam.param_groups.append(group | {"params": of_kind[1]})
 
     def _shard_modules(self, dtype: str) -> None:
         """Make every block a unit, without the EMA in it where its precision differs, and the rest the root."""
@@ -306,36 +293,34 @@ class FsdpEngine(Engine):
         self._drop_gathered()
         gradients = [p.grad for p in self._whole if p.grad is not None]
         if gradients:
-            total = torch.cat([gradient.flatten() for gradient in gradients])
-            for name in ("fsdp", "dp_replicate"):
-                if self._world.axis(name).size > 1:
-                    dist.all_reduce(total, group=self._world.axis(name).group)
-            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            total = parameters_to_vector(gradients)
+            for axis in (self._fsdp, self._world.axis("dp_replicate")):
+                if axis.size > 1:
+                    dist.all_reduce(total, group=axis.group)
+            vector_to_parameters(total, gradients)
         norm = self._norm([flat(p.grad) for p in self._counted if p.grad is not None], alike=("dp_replicate",))
         if not skip and norm.isfinite():
             self._clip([flat(p.grad) for p in self.module.parameters() if p.grad is not None], norm)
-            for group in self._optimizer.param_groups:
+            for group in self._adam.param_groups:
                 group["lr"] = lr
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
         return float(norm)
 
-    def _optimizer_steps(self) -> list[Tensor]:
+    def _owners(self) -> list[Tensor]:
         self._drop_gathered()
-        return ensure_moments(self._optimizer, [p for p in self.module.parameters() if p.requires_grad])
+        return [p for p in self.module.parameters() if p.requires_grad]
 
-    def _range(self, name: str) -> Range:
+    def _stepped(self, name: str) -> Stepped:
         parameter = self._parameters[name]
-        tensors = {WEIGHT: flat(parameter)}
-        if parameter.requires_grad:
-            tensors |= {moment: flat(self._optimizer.state[parameter][moment]) for moment in MOMENTS}
+        return Stepped(parameter, slice(None), self._first(parameter))
+
+    def _first(self, parameter: Tensor) -> int:
+        """The first number that FSDP keeps on this rank: each has as many rows as the first, while there are some."""
         if not isinstance(parameter, DTensor):
-            return Range(0, tensors, copied=True)
+            return 0
         rows, *rest = parameter.shape
-        # As in _rows: every rank has as many rows as the first, as long as there are some left.
-        first = min(self._fsdp.rank * -(-rows // self._fsdp.size), rows)
-        return Range(first * math.prod(rest), tensors, copied=False)
+        return min(self._fsdp.rank * -(-rows // self._fsdp.size), rows) * math.prod(rest)
 
     def loaded(self, step: int) -> None:
         """Nothing else depends on the state."""
@@ -343,16 +328,8 @@ class FsdpEngine(Engine):
     def local_tensor(self, name: str) -> Tensor:
         return flat(self._parameters[name])
 
-    def local_shard(self, name: str, value: Tensor) -> Tensor:
-        return (self._rows(value) if isinstance(self._parameters[name], DTensor) else value).flatten()
-
     def close(self) -> None:
         """Nothing outside the module is to be freed."""
-
-    def _rows(self, value: Tensor) -> Tensor:
-        """The rows of a value that FSDP keeps on this rank; the last ranks have none where there are fewer chunks."""
-        rows = value.chunk(self._fsdp.size)
-        return rows[self._fsdp.rank] if self._fsdp.rank < len(rows) else value[:0]
 
     def _drop_gathered(self) -> None:
         """Free weights that a forward without backward left gathered: they stand in for the sharded ones until then."""

@@ -1,6 +1,8 @@
-"""How a model on one meta device becomes a model on all ranks: the order, stated once.
+"""How a model on one meta device becomes a model on all ranks: the order, stated once. And a test of the outcome.
 
-Dropout of a parallel model depends on the position in the global batch only, so that every layout drops the same.
+Dropout of a parallel model depends on the position in the global batch only, so that every layout drops the same. The
+test compares gradients of a tiny model with the run's options: a wrong reduction shows as a factor between gradients,
+on some ranks or parameters only, and in no loss.
 
 Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I queries, J keys.
 """
@@ -8,24 +10,42 @@ Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I quer
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import noop_context_fn
 
-from mega_scale.model import MegaPreTrainedModel
-from mega_scale.model.attention import MegaMovingAverageGatedAttention
+from mega_scale.model import MegaConfig, MegaForCausalLM, MegaPreTrainedModel
 from mega_scale.model.layers import MegaAttentionDropout, MegaDropout, MegaLinear, MegaMultiDimensionDampedEma
 from mega_scale.model.modeling_mega import LanguageModelHead
 from mega_scale.ops.elementwise import compile_gates, positional_dropout
-from mega_scale.parallel.activation_checkpoint import checkpoint_activations
-from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig
-from mega_scale.parallel.deepspeed import DeepSpeedEngine
-from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine, ModelParallelism
+from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig, ParallelConfig
+from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
 from mega_scale.parallel.mesh import check_segments, check_sequence_parallel
-from mega_scale.parallel.sequence_parallel import ReceivedStates, SequenceParallelEma, StateExchange
-from mega_scale.parallel.shard import RowSlice, SegmentedAttention, Values, on_meta, replace_modules
-from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism
-from mega_scale.parallel.world import Axis, World
+from mega_scale.parallel.shard import (
+    Place,
+    RowSlice,
+    SegmentedLinear,
+    Values,
+    assemble,
+    by_source,
+    fill,
+    on_meta,
+    seeded_values,
+    shardings,
+)
+from mega_scale.parallel.world import ALONE, Axis, World
+
+_SEED = 11
+_CHUNK = 8
+# A gradient is read off the weights, which one step of SGD has moved: the loss is left undivided, so that it is large
+# beside them and rounding gives about 1e-6.
+_ITEMS = 1
+# Of a gradient, by the number format of forward and backward: fp32 finds what is wrong by a percent on one rank, the
+# run's own format what only its kernels and policies do.
+_TOLERANCES = {"fp32": 1e-3, "bf16": 0.2}
 
 
 class ParallelizeError(ValueError):
@@ -46,16 +66,16 @@ def parallelize(
     """
     try:
         config.validate(world.size)
-        parallelism = apply_model_parallelism(
-            model,
-            sp=world.axis("sp"),
-            tp=world.axis("tp"),
-            checkpointing=config.parallel.checkpointing,
-            seed=config.seed,
-            compile=config.compile,
+        sp, tp, checkpointing = world.axis("sp"), world.axis("tp"), config.parallel.checkpointing
+        row_slice = apply_model_parallelism(
+            model, sp=sp, tp=tp, checkpointing=checkpointing, seed=config.seed, compile=config.compile
         )
-        kind = FsdpEngine if config.parallel.engine == "fsdp" else DeepSpeedEngine
-        return kind(model, values, parallelism, config, world, build_optimizer)
+        kind: type[Engine] = FsdpEngine
+        if config.parallel.engine == "deepspeed":
+            from mega_scale.parallel.deepspeed import DeepSpeedEngine
+
+            kind = DeepSpeedEngine
+        return kind(model, values, row_slice, config, world, build_optimizer)
     except ValueError as error:
         raise ParallelizeError(str(error)) from error
 
@@ -68,24 +88,28 @@ def apply_model_parallelism(
     checkpointing: ActivationCheckpointing,
     seed: int,
     compile: bool = False,
-) -> ModelParallelism:
+) -> RowSlice:
     """Share rows over `sp` and channels over `tp`, make dropout independent of both, and checkpoint activations.
 
-    Changes a model on the meta device in place; raises ValueError where it does not fit the mesh.
+    Changes a model on the meta device in place; raises ValueError where it does not fit the mesh. Returns what tells
+    the model which part of the global batch it computes.
     """
-    config = model.config
-    template: MegaPreTrainedModel = on_meta(type(model), config)
+    config, head = model.config, model.get_output_embeddings()
     check_segments(config, checkpointing.segment, checkpointing.every, sp.size)
     check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1)
-    received = ReceivedStates()
-    exchange, head = StateExchange(sp, received), model.get_output_embeddings()
+    contexts = noop_context_fn
+    if shares := sp.size * tp.size > 1:
+        from mega_scale.parallel.sequence_parallel import SequenceParallelEma, StateExchange
 
-    def separate_segments(name: str, module: nn.Module) -> nn.Module | None:
-        # Whatever T is: checkpoints then bear the same names.
-        return on_meta(SegmentedAttention, config) if type(module) is MegaMovingAverageGatedAttention else None
+        exchange = StateExchange(sp)
+        contexts = exchange.contexts
 
-    def replace(name: str, module: nn.Module) -> nn.Module | None:
+    def replaced(name: str, module: nn.Module) -> nn.Module | None:
+        if name.endswith("mega_layer.mx_proj"):
+            # Whatever T is: checkpoints then bear the same names.
+            segments = model.get_submodule(name.removesuffix(".mx_proj")).segments
+            return on_meta(SegmentedLinear, config.hidden_size, segments)
         if type(module) is nn.Linear:
             # Products stay fast, whatever hooks engines put on linear layers.
             kind = LanguageModelHead if module is head else MegaLinear
@@ -96,18 +120,25 @@ def apply_model_parallelism(
             drop = partial(_drop, f"{seed}:{{step}}:{name}", row_slice, tp)
             kinds = PositionalDropout, PositionalAttentionDropout
             return kinds[0](module, drop) if isinstance(module, MegaDropout) else kinds[1](module, drop)
-        if type(module) is MegaMultiDimensionDampedEma and sp.size * tp.size > 1:
+        if type(module) is MegaMultiDimensionDampedEma and shares:
             return on_meta(SequenceParallelEma, config, row_slice, exchange)
         return None
 
-    replace_modules(model, separate_segments)
-    replace_modules(model, replace)
+    for name, module in list(model.named_modules()):
+        if (new := replaced(name, module)) is not None:
+            parent, _, local_name = name.rpartition(".")
+            model.get_submodule(parent).add_module(local_name, new)
     if tp.size > 1:
+        from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism
+
         apply_tensor_parallelism(model, tp)
-    checkpoint_activations(model, checkpointing, received, row_slice)
+    if checkpointing.every:
+        from mega_scale.parallel.activation_checkpoint import checkpoint_activations
+
+        checkpoint_activations(model, checkpointing, row_slice, contexts)
     if compile:
         compile_gates(model)
-    return ModelParallelism(template, row_slice, tp)
+    return row_slice
 
 
 def _drop(key: str, row_slice: RowSlice, tp: Axis, x: Tensor, p: float, featurewise: bool, sharded: bool) -> Tensor:
@@ -148,3 +179,127 @@ class PositionalAttentionDropout(MegaAttentionDropout):
         if not self.training:
             return 0.0
         return lambda weights: self._drop(weights.flatten(1, 2), self.p, False, sharded=False).view_as(weights)
+
+
+class SelfTest(NamedTuple):
+    """What was found, the same on all ranks."""
+
+    parameters: int  # gradients compared
+    error: float  # largest difference of a gradient, as a share of its largest number
+
+
+def tiny_model(config: MegaConfig, tp: int) -> MegaConfig:
+    """The run's model with its options and few channels, all widths divisible by `tp` ranks."""
+    width = 8 * tp
+    changes = {
+        "vocab_size": 2 * width,
+        "hidden_size": width,
+        "intermediate_size": width,
+        "nffn_hidden_size": width,
+        "shared_representation_size": 8,
+        "ema_projection_size": min(config.ema_projection_size, 4),
+        "num_hidden_layers": 2,
+        "max_positions": 128,
+        "chunk_size": _CHUNK if config.use_chunking else config.chunk_size,
+        "pad_token_id": 1,
+        "initializer_range": 0.2,  # so that every part of the model matters
+    }
+    return MegaConfig(**({name: getattr(config, name) for name in MegaConfig.__annotations__} | changes))
+
+
+def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dtype: str = "fp32") -> SelfTest:
+    """Compare loss and gradients of a tiny model in this layout with those of one process; collective.
+
+    In fp32, and then in the run's number format of forward and backward, where that is another.
+
+    Raises:
+        RuntimeError: they differ; names the parameter, the rank, and the size of the difference.
+    """
+    tiny = tiny_model(config, world.shape.tp)
+    # Kernels for GPUs take 64 tokens or more; the last chunk is not filled.
+    length = 9 * _CHUNK * world.shape.sp - 3 if tiny.use_chunking else 9 * _CHUNK
+    generator = torch.Generator().manual_seed(_SEED)
+    tokens = torch.randint(2, tiny.vocab_size, (2 * world.shape.dp, length + 1), generator=generator)
+    inputs, labels = tokens[:, :-1].to(world.device), tokens[:, 1:].to(world.device)
+
+    # One process: loss and gradients by name of the state dict, of the whole batch.
+    model = on_meta(MegaForCausalLM, tiny)
+    row_slice = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=ActivationCheckpointing(), seed=_SEED)
+
+    def place(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.to(world.device, copy=True))
+
+    fill(model, seeded_values(tiny, _SEED), place, world.device, template=on_meta(MegaForCausalLM, tiny))
+    model.train()
+    row_slice.take(Place(), inputs, labels)
+    with row_slice:
+        loss = model(
+            input_ids=inputs, shift_labels=labels, num_items_in_batch=_ITEMS, use_cache=False, skip_logits=True
+        ).loss
+    loss.backward()
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    sources = by_source(shardings(model)).items()
+    expected = {source: assemble(parts, gradients.__getitem__) for source, parts in sources}
+    errors = {
+        form: _compare(tiny, inputs, labels, parallel, world, form, float(loss.detach()), expected)
+        for form in dict.fromkeys(("fp32", dtype))
+    }
+    return SelfTest(len(expected), errors["fp32"])
+
+
+def _compare(
+    tiny: MegaConfig,
+    inputs: Tensor,
+    labels: Tensor,
+    parallel: ParallelConfig,
+    world: World,
+    dtype: str,
+    expected_loss: float,
+    expected: dict[str, Tensor],
+) -> float:
+    """The largest difference on any rank."""
+    engine = parallelize(
+        on_meta(MegaForCausalLM, tiny),
+        seeded_values(tiny, _SEED),
+        EngineConfig(parallel, dtype, micro_batch_size=2, max_grad_norm=0.0, seed=_SEED),
+        world,
+        # One step at rate 1 moves every weight by its gradient, whatever an engine calls it.
+        lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
+    )
+    engine.module.train()
+    before = {name: (local.start, engine.local_tensor(name).clone()) for name, local in engine.state().tensors.items()}
+    first = 2 * world.dp.rank
+    rows = slice(first, first + 2)
+    share = engine.forward(inputs[rows], labels[rows], _ITEMS, Place(0, first))
+    engine.backward(share, last=True)
+    engine.step(1.0)
+    table = shardings(engine.module)
+    least = 1e-3 * max(float(tensor.abs().max()) for tensor in expected.values())
+    worst, worst_name = 0.0, ""
+    for name, (start, old) in before.items():
+        whole = expected[table[name].source]
+        reference = table[name].local(whole, world.at.tp, world.shape.tp).flatten()
+        if len(old) < len(reference):
+            reference = reference[start : start + len(old)]
+        gradient = old - engine.local_tensor(name)
+        error = float((gradient - reference).abs().max()) if gradient.numel() else 0.0
+        # The gradient of the keys' bias is zero under softmax but for rounding.
+        error /= max(float(whole.abs().max()), least)
+        if not error <= worst:  # a NaN is the worst
+            worst, worst_name = error, name
+    loss = float(world.sum(share, alike=("tp",)))
+    engine.close()
+
+    worst = max(worst, abs(loss - expected_loss) / abs(expected_loss))
+    errors = world.sum(F.one_hot(torch.tensor(world.rank), world.size).double() * worst)
+    if not bool((errors <= _TOLERANCES[dtype]).all()):
+        raise RuntimeError(
+            f"self-test: {dtype} gradients of rank {int(errors.argmax())} of {world.shape} differ from those of one "
+            f"process by {float(errors.max()):.1e} (rank {world.rank}: {worst:.1e}, in {worst_name or 'loss'}; loss "
+            f"{loss:.6f}, of one process {expected_loss:.6f}), so those of the run would be wrong: choose another "
+            "layout, or set parallel.self_test=false only if you know better"
+        )
+    return float(errors.max())

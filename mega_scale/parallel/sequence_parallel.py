@@ -23,42 +23,34 @@ from mega_scale.parallel.shard import RowSlice
 from mega_scale.parallel.world import Axis, Pending, start_gather, with_backward
 
 
-class ReceivedStates:
-    """States that a block received in its forward pass, so that recomputing it needs no communication."""
-
-    def __init__(self) -> None:
-        self._record: Callable[[Tensor], None] | None = None
-        self._replay: Callable[[], Tensor] | None = None
-
-    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts of a block's forward and of its recomputation: the `context_fn` of PyTorch's checkpointing."""
-        received: deque[Tensor] = deque()
-        return self._with(received.append, None), self._with(None, received.popleft)
-
-    @contextmanager
-    def _with(self, record: Callable[[Tensor], None] | None, replay: Callable[[], Tensor] | None) -> Iterator[None]:
-        self._record, self._replay = record, replay
-        try:
-            yield
-        finally:
-            self._record = self._replay = None
-
-    def gather(self, x: Tensor, axis: Axis) -> Pending:
-        """As `start_gather`, except in a recomputation."""
-        if self._replay is not None:
-            return Pending(self._replay(), None)
-        pending = start_gather(x, axis)
-        if self._record is not None:
-            self._record(pending.buffer)
-        return pending
-
-
 class StateExchange:
     """Brings every part of a row the state before it: the `carry` of `damped_ema`, over the ranks that share a row."""
 
-    def __init__(self, axis: Axis, received: ReceivedStates | None = None) -> None:
+    def __init__(self, axis: Axis) -> None:
         self._axis = axis
-        self._received = received or ReceivedStates()
+        self._received: deque[Tensor] | None = None  # in the forward pass of a block that is recomputed
+        self._again = False
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a block's forward and of its recomputation, which takes what the forward received."""
+        received: deque[Tensor] = deque()
+        return self._keeping(received, again=False), self._keeping(received, again=True)
+
+    @contextmanager
+    def _keeping(self, received: deque[Tensor], again: bool) -> Iterator[None]:
+        self._received, self._again = received, again
+        try:
+            yield
+        finally:
+            self._received = None
+
+    def _gather(self, x: Tensor) -> Pending:
+        if self._received is not None and self._again:
+            return Pending(self._received.popleft(), None)
+        pending = start_gather(x, self._axis)
+        if self._received is not None:
+            self._received.append(pending.buffer)
+        return pending
 
     def __call__(
         self, end: Tensor, log_fade: Tensor, passes: Tensor | None, bidirectional: bool
@@ -66,10 +58,10 @@ class StateExchange:
         """See `Carry`: starts to send this part's end state (B, R, N); returns what waits for the state before it."""
         box: list[Pending] = []
         # One collective more, of one byte a row, where documents begin inside of rows.
-        flags = None if passes is None else self._received.gather(passes.to(torch.uint8), self._axis)
+        flags = None if passes is None else self._gather(passes.to(torch.uint8))
 
         def send(end: Tensor) -> Tensor:
-            box.append(self._received.gather(end, self._axis))
+            box.append(self._gather(end))
             return box[0].buffer  # (P, B, R, N), before it is full
 
         def gradient_of_end(gradient: Tensor) -> Tensor:

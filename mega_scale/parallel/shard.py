@@ -9,16 +9,15 @@ Legend: B rows, L length of a whole row, C chunk, P ranks that share a row, D ch
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mega_scale.model import MegaConfig, MegaPreTrainedModel
-from mega_scale.model.attention import MegaMovingAverageGatedAttention
 from mega_scale.model.layers import MegaLinear
 from mega_scale.model.modeling_mega import initial_tensor
 from mega_scale.parallel.world import ALONE, Axis
@@ -53,10 +52,7 @@ class RowSlice:
 
     def split(self, tensor: Tensor, fill: int) -> Tensor:
         """This rank's part of whole rows, (B, L, ...) to (B, ceil(L / P C) C, ...); rows are filled up at their end."""
-        if self.parts == 1:
-            return tensor
-        missing = -tensor.shape[1] % self._multiple
-        if missing:
+        if missing := -tensor.shape[1] % self._multiple:
             tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing), value=fill)
         return tensor.chunk(self.parts, dim=1)[self.part].contiguous()
 
@@ -65,9 +61,10 @@ class RowSlice:
 
         What fills rows up has no labels. A causal model needs no mask for it: nothing before it sees it.
         """
-        inputs = self.split(input_ids, 0)
-        self._taken = (place, inputs.shape[1])
-        return inputs, self.split(shift_labels, -100)
+        if self.parts > 1:
+            input_ids, shift_labels = self.split(input_ids, 0), self.split(shift_labels, -100)
+        self._taken = (place, input_ids.shape[1])
+        return input_ids, shift_labels
 
     def __enter__(self) -> None:
         self.place, length = self._taken
@@ -111,9 +108,13 @@ class Sharding(NamedTuple):
             sizes[self.dim] = min(each, shape[self.dim] - offsets[self.dim])
         return Shard(tuple(offsets), tuple(sizes))
 
+    def part(self, full: Tensor) -> Tensor:
+        """The whole parameter from the whole source tensor, a view."""
+        return full if self.rows is None else full[slice(*self.rows)]
+
     def local(self, full: Tensor, rank: int, size: int) -> Tensor:
         """The parameter of rank `rank` of `size`, padded: a view of the whole source tensor where it has no padding."""
-        whole = full if self.rows is None else full[slice(*self.rows)]
+        whole = self.part(full)
         own = self.shard(whole.shape, rank, size).of(whole)
         missing = 0 if self.dim is None else shard_length(whole.shape[self.dim], size) - own.shape[self.dim]
         return own if not missing else torch.cat([own, own.new_zeros(missing, *own.shape[1:])])
@@ -124,40 +125,30 @@ class Sharding(NamedTuple):
 
 
 class ShardedModule(nn.Module):
-    """A module whose parameters are shards: what `shardings` asks modules for."""
+    """A module whose parameters are shards."""
 
-    shard_dims: ClassVar[dict[str, int]] = {}  # along which a parameter is sharded, by its name; others are whole
+    shard_dims: Mapping[str, int] = {}  # along which a parameter is sharded, by its name; others are whole
     length: int | None = None  # of that dimension in the whole, where ranks need not divide it
-    # Rows of this module's weight and bias that each child's are, where it replaces one packed layer.
-    rows: Mapping[str, tuple[int, int]] = {}
 
 
-class SegmentedLinear(ShardedModule):
-    """A packed linear layer with a layer for each segment, so that each can be sharded, or not, in its own way."""
+class SegmentedLinear(nn.Module):
+    """The packed layer of gated attention as one layer a segment, so that each can be sharded, or not, in its own way.
 
-    def __init__(self, segments: dict[str, nn.Module], rows: Mapping[str, tuple[int, int]]) -> None:
+    From D `channels` to the widths of `segments`, by name.
+    """
+
+    def __init__(self, channels: int, segments: Mapping[str, int]) -> None:
         super().__init__()
-        self.rows = rows
-        for name, layer in segments.items():
-            self.add_module(name, layer)
-
-
-class SegmentedAttention(MegaMovingAverageGatedAttention):
-    """Gated attention whose `mx_proj` is a `SegmentedLinear`."""
-
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        layers: dict[str, nn.Module] = {}
-        rows: dict[str, tuple[int, int]] = {}
+        self.rows: dict[str, tuple[int, int]] = {}  # of the packed layer's weight and bias, by segment
         end = 0
-        for key, width in self.segments.items():
-            layers[key], rows[key] = MegaLinear(config.hidden_size, width), (end, end + width)
+        for name, width in segments.items():
+            self.add_module(name, MegaLinear(channels, width))
+            self.rows[name] = (end, end + width)
             end += width
-        self.add_module("mx_proj", SegmentedLinear(layers, rows))
 
-    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
-        """The average (B, L, D) to one tensor a segment."""
-        return tuple(layer(averaged) for layer in self.mx_proj.children())
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, L, D) to one tensor a segment."""
+        return tuple(layer(x) for layer in self.children())
 
 
 def shard_length(length: int, ranks: int) -> int:
@@ -168,16 +159,16 @@ def shard_length(length: int, ranks: int) -> int:
 def shardings(model: nn.Module) -> dict[str, Sharding]:
     """The sharding of each parameter by name, tied names included, of a parallel model or a whole one."""
     found = {}
-    rows: dict[str, tuple[str, tuple[int, int]]] = {}
+    segments: dict[str, tuple[str, tuple[int, int]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, ShardedModule):
-            rows |= {f"{name}.{child}": (name, place) for child, place in module.rows.items()}
-        for local_name, parameter in module._parameters.items():
-            if parameter is not None:
-                owner, place = rows.get(name, (name, None))
-                dim = module.shard_dims.get(local_name) if isinstance(module, ShardedModule) else None
-                length = module.length if isinstance(module, ShardedModule) and dim is not None else None
-                found[_join(name, local_name)] = Sharding(_join(owner, local_name), place, dim, length)
+        if isinstance(module, SegmentedLinear):
+            segments |= {f"{name}.{segment}": (name, rows) for segment, rows in module.rows.items()}
+        owner, place = segments.get(name, (name, None))
+        for local_name, _ in module.named_parameters(recurse=False):
+            dim = length = None
+            if isinstance(module, ShardedModule) and local_name in module.shard_dims:
+                dim, length = module.shard_dims[local_name], module.length
+            found[_join(name, local_name)] = Sharding(_join(owner, local_name), place, dim, length)
     return found
 
 
@@ -261,41 +252,38 @@ def fill(
     Raises:
         ValueError: a value has another shape than the model's tensor.
     """
-    whole = {_join(name, local_name): (owner, local_name) for name, owner, local_name in _slots(template or model)}
-    tied: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
-    for name, owner, local_name in _slots(model):
-        parameter = owner._parameters[local_name]
-        if parameter is not None:
-            tied.setdefault(parameter, []).append((_join(name, local_name), owner, local_name))
+    template = template or model
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     table = shardings(model)
     drawn: dict[str, Tensor] = {}  # one tensor at most: the next parameter may be more rows of it
-    for parameter, slots in tied.items():
-        sharding = table[slots[0][0]]
+    for parameter, tied in names.items():
+        sharding = table[tied[0]]
         if sharding.source not in drawn:
             drawn.clear()
-            owner, local_name = whole[sharding.source]
-            target = owner._parameters[local_name]
-            assert target is not None, f"{sharding.source} is not a parameter of the template"
-            drawn[sharding.source] = _checked(values, sharding.source, owner, local_name, target)
+            drawn[sharding.source] = _value(values, template, sharding.source, template.get_parameter(sharding.source))
         placed = place(parameter, sharding.local(drawn[sharding.source], tp.rank, tp.size))
-        for _, owner, local_name in slots:
+        for name in tied:
+            owner, local_name = _owner(model, name)
             owner._parameters[local_name] = placed
     drawn.clear()
     constants = seeded_values(model.config, 0)
-    for name, owner in model.named_modules():
-        for local_name, buffer in owner.named_buffers(recurse=False):
-            # A buffer outside checkpoints is a constant of the configuration.
-            own = constants if local_name in owner._non_persistent_buffers_set else values
-            value = _checked(own, _join(name, local_name), owner, local_name, buffer)
-            owner._buffers[local_name] = value.to(device, buffer.dtype)
+    for name, buffer in list(model.named_buffers()):
+        owner, local_name = _owner(model, name)
+        # A buffer outside checkpoints is a constant of the configuration.
+        own = constants if local_name in owner._non_persistent_buffers_set else values
+        owner._buffers[local_name] = _value(own, model, name, buffer).to(device, buffer.dtype)
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    return ((name, owner, local_name) for name, owner in model.named_modules() for local_name in owner._parameters)
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a parameter or buffer, and its name there."""
+    module, _, local_name = name.rpartition(".")
+    return model.get_submodule(module), local_name
 
 
-def _checked(values: Values, name: str, owner: nn.Module, local_name: str, target: Tensor) -> Tensor:
-    value = values(name, owner, local_name)
+def _value(values: Values, model: nn.Module, name: str, target: Tensor) -> Tensor:
+    value = values(name, *_owner(model, name))
     if value.shape != target.shape:
         raise ValueError(
             f"the value of {name} has shape {tuple(value.shape)}, the model needs {tuple(target.shape)}: "
@@ -312,11 +300,3 @@ def on_meta(module: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """Make a module without memory for its parameters."""
     with torch.device("meta"):
         return module(*args, **kwargs)
-
-
-def replace_modules(model: nn.Module, build: Callable[[str, nn.Module], nn.Module | None]) -> None:
-    """Replace modules by what `build(name, module)` gives; None leaves one, and those inside are then asked for."""
-    for name, parent in list(model.named_modules()):
-        for local_name, module in list(parent.named_children()):
-            if (new := build(_join(name, local_name), module)) is not None:
-                parent.add_module(local_name, new.train(module.training))

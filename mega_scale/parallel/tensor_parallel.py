@@ -11,7 +11,9 @@ width inside a layer, T ranks, V vocabulary.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from copy import copy
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,16 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mega_scale.model import MegaConfig, MegaForCausalLM, MegaPreTrainedModel
+from mega_scale.model import MegaForCausalLM, MegaPreTrainedModel
+from mega_scale.model.attention import MegaBlock, MegaMovingAverageGatedAttention
 from mega_scale.model.layers import (
     MegaEmbeddings,
     MegaLinear,
     MegaNormalizedFeedForwardNetwork,
     MegaRMSNorm,
-    MegaRotaryRelativePositionalBias,
     MegaScaleNorm,
     MegaSequenceNorm,
-    MegaSimpleRelativePositionalBias,
     check_ids,
 )
 from mega_scale.model.modeling_mega import LanguageModelHead
@@ -36,14 +37,7 @@ from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
 from mega_scale.parallel.mesh import check_tensor_parallel
 from mega_scale.parallel.sequence_parallel import SequenceParallelEma
-from mega_scale.parallel.shard import (
-    SegmentedAttention,
-    SegmentedLinear,
-    ShardedModule,
-    on_meta,
-    replace_modules,
-    shard_length,
-)
+from mega_scale.parallel.shard import SegmentedLinear, ShardedModule, on_meta, shard_length
 from mega_scale.parallel.world import Axis, Gather, gather_replicated, reduce_scatter, start_gather, sum_gradient
 
 
@@ -66,24 +60,27 @@ class TensorParallel(ShardedModule):
         return sum_gradient(value, axis)
 
 
-def _along(axis: Axis, kind: type[TensorParallel], *args: Any, **kwargs: Any) -> Any:
-    """Make a module on the meta device, and tell it the ranks that share it."""
-    module = on_meta(kind, *args, **kwargs)
-    module.axis = axis
+@cache
+def _mixed(kind: Any) -> type[nn.Module]:
+    return type(kind.__name__, (TensorParallel, kind), {})
+
+
+def _parallel(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any:
+    """Make a module of a kind on the meta device; its parameters in `dims` are shards, every rank has its others."""
+    module: Any = on_meta(_mixed(kind), *args)
+    module.axis, module.shard_dims = axis, dims
     return module
 
 
 class ColumnParallelLinear(TensorParallel, MegaLinear):
     """A linear layer of which a rank has some outputs, and all inputs: (B, L, D) to (B, L, W / T)."""
 
-    shard_dims: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
-
     def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool = True) -> None:
         super().__init__(inputs, shard_length(outputs, axis.size), bias)
-        self.axis = axis
+        self.axis, self.shard_dims = axis, {"weight": 0, "bias": 0}
 
 
-class _Gathering:
+class _Gathering(nn.Module):
     """Gathers the channels of an input, (B, L, D / T) to (B, L, D), from when they are known until they are needed."""
 
     axis: Axis
@@ -102,22 +99,24 @@ class _Gathering:
         assert coming is not None
         return coming.wait()
 
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(self.gathered(x))
+
 
 class GatherLinear(_Gathering, ColumnParallelLinear):
     """`ColumnParallelLinear` of an input whose channels are sharded: (B, L, D / T) to (B, L, W / T)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.gathered(x))
+
+class GatherSegments(_Gathering, SegmentedLinear):
+    """`SegmentedLinear` of an input whose channels are sharded: they are gathered once for all segments."""
 
 
 class RowParallelLinear(TensorParallel, MegaLinear):
     """A linear layer whose inputs are sharded: ranks sum their outputs, each keeping its channels: W / T to D / T."""
 
-    shard_dims: ClassVar[dict[str, int]] = {"weight": 1, "bias": 0}
-
     def __init__(self, inputs: int, outputs: int, axis: Axis) -> None:
         super().__init__(inputs // axis.size, outputs)
-        self.axis = axis
+        self.axis, self.shard_dims = axis, {"weight": 1, "bias": 0}
         self.bias = nn.Parameter(torch.empty(outputs // axis.size, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,76 +124,32 @@ class RowParallelLinear(TensorParallel, MegaLinear):
         return out + self.bias.to(out.dtype)
 
 
-class ReplicatedLinear(TensorParallel, MegaLinear):
-    """A linear layer that every rank computes alike."""
-
-
-class GatherSegments(_Gathering, SegmentedLinear):
-    """`SegmentedLinear` of an input whose channels are sharded: they are gathered once for all segments."""
-
-    def __init__(self, segments: dict[str, nn.Module], rows: Mapping[str, tuple[int, int]], axis: Axis) -> None:
-        super().__init__(segments, rows)
-        self.axis = axis
-
-
-class TensorParallelEma(TensorParallel, SequenceParallelEma):
-    """The moving average of this rank's channels: each channel has its own, so nothing travels."""
-
-    shard_dims: ClassVar[dict[str, int]] = {
-        "damping_factor": 0,
-        "decay_factor": 0,
-        "ema_expansion_matrix": 0,
-        "kernel_projection_matrix": 0,
-        "residual_weight": 0,
-    }
-
-    def __init__(self, config: MegaConfig, whole: SequenceParallelEma, axis: Axis) -> None:
-        super().__init__(config, whole.row_slice, whole.exchange)
-        self.axis = axis
-        for name, parameter in list(self._parameters.items()):
-            assert parameter is not None
-            setattr(self, name, nn.Parameter(parameter.detach()[: parameter.shape[0] // axis.size]))
-
-
-class TensorParallelAttention(TensorParallel, SegmentedAttention):
-    """Gated attention with this rank's values; queries and keys are everyone's."""
-
-    def __init__(self, config: MegaConfig, whole: SegmentedAttention, axis: Axis) -> None:
-        super().__init__(config)
-        self.axis = axis
-        for name, module in whole.named_children():
-            self.add_module(name, module)
-        packed: Any = whole.mx_proj
-        layers: dict[str, nn.Module] = {}
-        for key, layer in packed.named_children():
-            widths = layer.in_features, layer.out_features
-            # Every rank computes queries and keys.
-            shared = key == "shared"
-            layers[key] = _along(axis, ReplicatedLinear, *widths) if shared else ColumnParallelLinear(*widths, axis)
-        gathering = GatherSegments(layers, packed.rows, axis)
-        self.add_module("mx_proj", gathering)
-        self.v_proj = GatherLinear(whole.v_proj.in_features, whole.v_proj.out_features, axis)
-        self.h_proj = RowParallelLinear(whole.h_proj.in_features, whole.h_proj.out_features, axis)
-        average: Any = whole.ema_gate
-        self.ema_gate = TensorParallelEma(config, average, axis)
-        rotary = isinstance(whole.rel_pos_bias, MegaRotaryRelativePositionalBias)
-        self.rel_pos_bias = _along(axis, ReplicatedRotaryBias if rotary else ReplicatedSimpleBias, config)
-        # The stream's channels travel while the average is computed, the average's while values are.
-        self.ema_gate.register_forward_pre_hook(lambda module, args: self.v_proj.expect(args[0]))
-        self.ema_dropout.register_forward_hook(lambda module, args, output: gathering.expect(output))
-
-    def project(self, averaged: Tensor) -> tuple[Tensor, ...]:
-        """The average (B, L, D / T) to this rank's part of each segment."""
-        segments: Any = self.mx_proj
-        return super().project(segments.gathered(averaged))
-
-
-class ReplicatedRotaryBias(TensorParallel, MegaRotaryRelativePositionalBias):
-    """A positional bias that every rank holds."""
-
-
-class ReplicatedSimpleBias(TensorParallel, MegaSimpleRelativePositionalBias):
-    """A positional bias that every rank holds."""
+def _attention(whole: Any, axis: Axis) -> Any:
+    """Gated attention with this rank's values, and the average of its channels; queries and keys are everyone's."""
+    config = whole.config
+    attention = _parallel(MegaMovingAverageGatedAttention, axis, {}, config)
+    for name, module in whole.named_children():
+        attention.add_module(name, module)
+    segments = on_meta(GatherSegments, config.hidden_size, whole.segments)
+    segments.axis = axis
+    for name, layer in list(segments.named_children()):
+        widths = layer.in_features, layer.out_features
+        shared = name == "shared"  # queries and keys
+        own = _parallel(MegaLinear, axis, {}, *widths) if shared else on_meta(ColumnParallelLinear, *widths, axis)
+        segments.add_module(name, own)
+    attention.mx_proj = segments
+    attention.v_proj = on_meta(GatherLinear, whole.v_proj.in_features, whole.v_proj.out_features, axis)
+    attention.h_proj = on_meta(RowParallelLinear, whole.h_proj.in_features, whole.h_proj.out_features, axis)
+    # Each channel has its own average, so nothing travels.
+    average, own_channels = whole.ema_gate, copy(config)
+    own_channels.hidden_size //= axis.size
+    dims = {name: 0 for name, _ in average.named_parameters()}
+    attention.ema_gate = _parallel(SequenceParallelEma, axis, dims, own_channels, average.row_slice, average.exchange)
+    attention.rel_pos_bias = _parallel(type(whole.rel_pos_bias), axis, {}, config)
+    # The stream's channels travel while the average is computed, the average's while values are.
+    attention.ema_gate.register_forward_pre_hook(lambda module, args: attention.v_proj.expect(args[0]))
+    attention.ema_dropout.register_forward_hook(lambda module, args, output: segments.expect(output))
+    return attention
 
 
 class _Normalize(torch.autograd.Function):
@@ -233,68 +188,40 @@ class _Normalize(torch.autograd.Function):
         return ((moved - sums[1] if ctx.center else moved) * scale).to(ctx.dtype), None, None, None
 
 
-class _ChannelParallelNorm(TensorParallel):
-    """A norm over channels that are sharded: one or two statistics a token travel."""
+class ChannelParallelNorm(TensorParallel):
+    """LayerNorm, RMSNorm or ScaleNorm over sharded channels: one or two statistics a token travel."""
 
-    center, gain = False, "weight"
-    eps: float
+    def __init__(self, whole: Any, axis: Axis) -> None:
+        super().__init__()
+        if not isinstance(whole, nn.LayerNorm | MegaRMSNorm | MegaScaleNorm):
+            raise ValueError(
+                f"parallel.tp={axis.size} shards channels, which {type(whole).__name__} does not support: "
+                "choose model.normalization_type=layernorm, scalenorm or rmsnorm"
+            )
+        self.axis, self.center, self.eps = axis, isinstance(whole, nn.LayerNorm), whole.eps
+        # The one number of ScaleNorm is everyone's.
+        self.shard_dims = {name: 0 for name, _ in whole.named_parameters() if name != "scalar"}
+        for name, parameter in whole.named_parameters():
+            channels = len(parameter) // (axis.size if name in self.shard_dims else 1)
+            self.register_parameter(name, nn.Parameter(torch.empty(channels, device="meta")))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D / T); the gain is a number, or one a channel."""
+        """x (B, L, D / T)."""
         out = _Normalize.apply(x, self.axis, self.center, self.eps)
-        gain, bias = getattr(self, self.gain), getattr(self, "bias", None)
-        out = out if gain is None else out * gain
-        out = out if bias is None else out + bias
+        for name in self._parameters:  # the gain, a number or one a channel, and the bias
+            out = out + self.bias if name == "bias" else out * getattr(self, name)
         return out.to(x.dtype)
-
-
-class ChannelParallelLayerNorm(_ChannelParallelNorm, nn.LayerNorm):
-    """LayerNorm over sharded channels."""
-
-    shard_dims: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
-    center = True
-
-
-class ChannelParallelRMSNorm(_ChannelParallelNorm, MegaRMSNorm):
-    """RMSNorm over sharded channels."""
-
-    shard_dims: ClassVar[dict[str, int]] = {"weight": 0}
-
-
-class ChannelParallelScaleNorm(_ChannelParallelNorm, MegaScaleNorm):
-    """ScaleNorm over sharded channels; its one number is everyone's."""
-
-    gain = "scalar"
-
-
-def channel_parallel_norm(norm: nn.Module, axis: Axis) -> nn.Module:
-    """The same norm over sharded channels, on the meta device."""
-    if isinstance(norm, nn.LayerNorm):
-        [channels] = norm.normalized_shape
-        affine = norm.elementwise_affine
-        return _along(axis, ChannelParallelLayerNorm, channels // axis.size, norm.eps, elementwise_affine=affine)
-    if isinstance(norm, MegaRMSNorm):
-        channels = norm.weight.shape[0] if norm.weight is not None else axis.size
-        return _along(axis, ChannelParallelRMSNorm, channels // axis.size, norm.eps, norm.weight is not None)
-    if isinstance(norm, MegaScaleNorm):
-        return _along(axis, ChannelParallelScaleNorm, norm.eps, norm.scalar is not None)
-    raise ValueError(
-        f"parallel.tp={axis.size} shards channels, which {type(norm).__name__} does not support: "
-        "choose model.normalization_type=layernorm, scalenorm or rmsnorm"
-    )
 
 
 class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
     """Word embeddings of this rank's ids; ranks sum what they found, each keeping its channels."""
 
-    shard_dims: ClassVar[dict[str, int]] = {"weight": 0}
-
     def __init__(self, vocabulary: int, channels: int, padding: int | None, axis: Axis) -> None:
         own = shard_length(vocabulary, axis.size)
         self._first = axis.rank * own
-        mine = padding is not None and 0 <= padding - self._first < own
-        super().__init__(own, channels, padding_idx=padding - self._first if mine and padding is not None else None)
-        self.axis = axis
+        local = -1 if padding is None else padding - self._first
+        super().__init__(own, channels, padding_idx=local if 0 <= local < own else None)
+        self.axis, self.shard_dims = axis, {"weight": 0}
         self.length: int = vocabulary
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -304,12 +231,6 @@ class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
         mine = (local >= 0) & (local < self.num_embeddings)
         found = F.embedding(local.where(mine, 0), self.weight, self.padding_idx) * mine[..., None]
         return reduce_scatter(found, self.axis)
-
-
-class ChannelParallelEmbedding(TensorParallel, nn.Embedding):
-    """Token type embeddings, of which every rank has its channels."""
-
-    shard_dims: ClassVar[dict[str, int]] = {"weight": 1}
 
 
 class VocabularyParallelHead(GatherLinear, LanguageModelHead):
@@ -340,16 +261,11 @@ def vocabulary_part(rows: int, axis: Axis, vocabulary: int | None = None) -> Voc
 def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
     """Replace the modules of a model on the meta device, with separate segments, by this rank's part of them."""
     check_tensor_parallel(model.config, axis.size)
-
-    def build(name: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, SegmentedAttention):
-            return on_meta(TensorParallelAttention, model.config, module, axis)
-        return None
-
-    replace_modules(model, build)
     for module in list(model.modules()):
-        if isinstance(module, MegaSequenceNorm):
-            module.norm = channel_parallel_norm(module.norm, axis)
+        if isinstance(module, MegaBlock):
+            module.mega_layer = _attention(module.mega_layer, axis)
+        elif isinstance(module, MegaSequenceNorm):
+            module.norm = ChannelParallelNorm(module.norm, axis)
         elif isinstance(module, MegaNormalizedFeedForwardNetwork):
             module.fc1 = on_meta(GatherLinear, module.fc1.in_features, module.fc1.out_features, axis)
             module.fc2 = on_meta(RowParallelLinear, module.fc2.in_features, module.fc2.out_features, axis)
@@ -360,15 +276,14 @@ def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
             )
             if types is not None:
                 sizes = types.num_embeddings, types.embedding_dim // axis.size
-                module.token_type_embeddings = _along(axis, ChannelParallelEmbedding, *sizes)
+                module.token_type_embeddings = _parallel(nn.Embedding, axis, {"weight": 1}, *sizes)
     if isinstance(model, MegaForCausalLM):
         head: Any = model.lm_head
         if model.dense is not None:
             has_bias = model.dense.bias is not None
             model.dense = on_meta(GatherLinear, model.dense.in_features, model.dense.out_features, axis, has_bias)
-        model.lm_head = on_meta(
-            VocabularyParallelHead, head.in_features, head.out_features, axis, head.bias is not None
-        )
+        has_bias = head.bias is not None
+        model.lm_head = on_meta(VocabularyParallelHead, head.in_features, head.out_features, axis, has_bias)
         if model.config.tie_word_embeddings:
             words = model.mega.embedding_layer.word_embeddings
             model.lm_head.register_parameter("weight", words._parameters["weight"])

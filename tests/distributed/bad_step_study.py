@@ -18,7 +18,7 @@ PROBLEMS = ("nan loss", "inf gradient", "refused")
 
 def state(engine: Engine) -> dict[str, Tensor]:
     """Everything that this rank would bring into the next step: weights, moments, counts."""
-    own = engine._engine.optimizer if hasattr(engine, "_engine") else engine._optimizer  # type: ignore[attr-defined]
+    own = engine._engine.optimizer if hasattr(engine, "_engine") else engine._adam  # type: ignore[attr-defined]
     optimizer = getattr(own, "optimizer", own)
     found = {name: engine.local_tensor(name).clone() for name in dict(engine.module.named_parameters())}
     for i, parameters in enumerate(optimizer.state.values()):

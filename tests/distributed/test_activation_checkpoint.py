@@ -50,16 +50,16 @@ def step(
     """Loss, gradients and number of matrix products of one step."""
     config = tiny_run.tiny_config(**changes)
     with torch.device("meta"):
-        model = MegaForCausalLM(config)
-    parallelism = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=how, seed=1)
-    place = {"template": parallelism.template}
+        model, template = MegaForCausalLM(config), MegaForCausalLM(config)
+    row_slice = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=how, seed=1)
+    place = {"template": template}
     fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)
     model.train()
     ids = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(4))
     starts = torch.zeros_like(ids, dtype=torch.bool)
     starts[0, [0, 3, 16, 17, 58]] = True
-    inputs, labels = parallelism.row_slice.take(Place(3, 8), ids, ids.roll(-1, 1))
-    with Products() as products, parallelism.row_slice:
+    inputs, labels = row_slice.take(Place(3, 8), ids, ids.roll(-1, 1))
+    with Products() as products, row_slice:
         loss = model(
             input_ids=inputs, shift_labels=labels, document_starts=starts if documents else None, skip_logits=True
         ).loss

@@ -11,7 +11,7 @@ from layout_study import DROPOUT, LAYOUTS
 from ranks import run_ranks
 
 from mega_scale.parallel import ParallelConfig, SelfTest, World, sequence_parallel, tensor_parallel
-from mega_scale.parallel.self_test import run_self_test, tiny_model
+from mega_scale.parallel.model_parallel import run_self_test, tiny_model
 
 pytestmark = pytest.mark.distributed
 

@@ -50,17 +50,17 @@ def train_once(activation: str, sp: Axis, every: int) -> dict[str, Tensor]:
     """Loss and gradients of this rank's part, before they are summed over ranks."""
     config = encoder(activation)
     with torch.device("meta"):
-        model = MegaForMaskedLM(config)
-    parallelism = apply_model_parallelism(model, sp=sp, tp=ALONE, checkpointing=ActivationCheckpointing(every), seed=1)
-    place = {"template": parallelism.template}
+        model, template = MegaForMaskedLM(config), MegaForMaskedLM(config)
+    row_slice = apply_model_parallelism(model, sp=sp, tp=ALONE, checkpointing=ActivationCheckpointing(every), seed=1)
+    place = {"template": template}
     fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)
     model.train()
     ids, mask, labels = batch()
-    own, targets = parallelism.row_slice.take(Place(3, 8), ids, labels)
-    with parallelism.row_slice:
+    own, targets = row_slice.take(Place(3, 8), ids, labels)
+    with row_slice:
         loss = model(
             input_ids=own,
-            attention_mask=parallelism.row_slice.split(mask, False),
+            attention_mask=row_slice.split(mask, False),
             labels=targets,
             num_items_in_batch=int((labels != -100).sum()),
         ).loss

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mega_scale.model.layers import MegaRMSNorm, MegaScaleNorm
 from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import ParallelConfig, World
-from mega_scale.parallel.tensor_parallel import VocabularyParallelEmbedding, channel_parallel_norm, vocabulary_part
+from mega_scale.parallel.tensor_parallel import ChannelParallelNorm, VocabularyParallelEmbedding, vocabulary_part
 from mega_scale.parallel.world import Axis, Gather, gather_replicated, reduce_scatter, sum_gradient
 
 pytestmark = pytest.mark.distributed
@@ -49,7 +49,7 @@ def whole_norm(name: str, offset: float) -> dict[str, Tensor]:
 
 def part_norm(name: str, offset: float, axis: Axis) -> dict[str, Tensor]:
     whole = NORMS[name]()
-    norm: Any = channel_parallel_norm(whole, axis).to_empty(device="cpu").double()
+    norm: Any = ChannelParallelNorm(whole, axis).to_empty(device="cpu").double()
     for number, (key, parameter) in enumerate(norm.named_parameters()):
         value = draw(*whole.get_parameter(key).shape, seed=number + 5)
         parameter.data = mine(value, axis) if key in norm.shard_dims else value
@@ -214,4 +214,4 @@ def test_ids_outside_the_vocabulary_are_refused_as_in_one_process(wrong):
 
 def test_batch_norms_are_refused():
     with pytest.raises(ValueError, match=r"parallel\.tp=2.*BatchNorm1d.*layernorm"):
-        channel_parallel_norm(nn.BatchNorm1d(4), Axis(None, 0, 2))
+        ChannelParallelNorm(nn.BatchNorm1d(4), Axis(None, 0, 2))

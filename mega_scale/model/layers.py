@@ -33,6 +33,8 @@ class MegaLinear(nn.Linear):
 class MegaDropout(nn.Module):
     """Zeroes elements of (B, L, D) with probability p while training; featurewise: one draw for a feature of a row."""
 
+    drop: Callable[[Tensor], Tensor] | None = None  # does it, where PyTorch is not to draw
+
     def __init__(self, p: float, featurewise: bool = False) -> None:
         super().__init__()
         self.p = float(p)
@@ -46,6 +48,8 @@ class MegaDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.drops:
             return x
+        if self.drop is not None:
+            return self.drop(x)
         if self.featurewise:
             return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
         return F.dropout(x, self.p)
@@ -57,13 +61,15 @@ class MegaAttentionDropout(nn.Module):
     A module only to know whether it is training: what `rule` returns is no tensor, so it cannot be a forward.
     """
 
+    drop: Callable[[Tensor], Tensor] | None = None  # as that of `MegaDropout`; attention is then not fused
+
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = float(p)
 
     def rule(self) -> float | Callable[[Tensor], Tensor]:
         """A probability, or a function of weights (B, K, I, J)."""
-        return self.p if self.training else 0.0
+        return (self.drop or self.p) if self.training else 0.0
 
 
 class MegaScaleNorm(nn.Module):

@@ -8,7 +8,6 @@ Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I quer
 """
 
 import hashlib
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -99,34 +98,28 @@ def apply_model_parallelism(
     check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1)
     contexts = noop_context_fn
-    if shares := sp.size * tp.size > 1:
+    if sp.size * tp.size > 1:
         from mega_scale.parallel.sequence_parallel import SequenceParallelEma, StateExchange
 
         exchange = StateExchange(sp)
         contexts = exchange.contexts
 
-    def replaced(name: str, module: nn.Module) -> nn.Module | None:
+    for name, module in list(model.named_modules()):
+        parent, _, local_name = name.rpartition(".")
+        new: nn.Module | None = None
         if name.endswith("mega_layer.mx_proj"):
             # Whatever T is: checkpoints then bear the same names.
-            segments = model.get_submodule(name.removesuffix(".mx_proj")).segments
-            return on_meta(SegmentedLinear, config.hidden_size, segments)
-        if type(module) is nn.Linear:
+            new = on_meta(SegmentedLinear, config.hidden_size, model.get_submodule(parent).segments)
+        elif type(module) is nn.Linear:
             # Products stay fast, whatever hooks engines put on linear layers.
             kind = LanguageModelHead if module is head else MegaLinear
-            new: nn.Linear = on_meta(kind, module.in_features, module.out_features, module.bias is not None)
+            new = on_meta(kind, module.in_features, module.out_features, module.bias is not None)
             new.weight, new.bias = module.weight, module.bias  # ties stay
-            return new
-        if isinstance(module, MegaDropout | MegaAttentionDropout) and module.p > 0:
-            drop = partial(_drop, f"{seed}:{{step}}:{name}", row_slice, tp)
-            kinds = PositionalDropout, PositionalAttentionDropout
-            return kinds[0](module, drop) if isinstance(module, MegaDropout) else kinds[1](module, drop)
-        if type(module) is MegaMultiDimensionDampedEma and shares:
-            return on_meta(SequenceParallelEma, config, row_slice, exchange)
-        return None
-
-    for name, module in list(model.named_modules()):
-        if (new := replaced(name, module)) is not None:
-            parent, _, local_name = name.rpartition(".")
+        elif isinstance(module, MegaDropout | MegaAttentionDropout) and module.p > 0:
+            module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp)
+        elif type(module) is MegaMultiDimensionDampedEma and sp.size * tp.size > 1:
+            new = on_meta(SequenceParallelEma, config, row_slice, exchange)
+        if new is not None:
             model.get_submodule(parent).add_module(local_name, new)
     if tp.size > 1:
         from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism
@@ -141,44 +134,21 @@ def apply_model_parallelism(
     return row_slice
 
 
-def _drop(key: str, row_slice: RowSlice, tp: Axis, x: Tensor, p: float, featurewise: bool, sharded: bool) -> Tensor:
-    """Drop elements of x (B, L, D) by position; featurewise: one draw a feature of a row; sharded: D is a part."""
-    place = row_slice.place
+def _drop(module: MegaDropout | MegaAttentionDropout, key: str, row_slice: RowSlice, tp: Axis, x: Tensor) -> Tensor:
+    """Drop elements of x (B, L, D), or of attention weights (B, K, I, J), by position."""
+    place, wide = row_slice.place, x.flatten(1, -2)
     digest = hashlib.blake2b(key.format(step=place.step).encode(), digest_size=4).digest()
 
     def count(first: int, number: int) -> Tensor:
         return torch.arange(first, first + number, device=x.device)
 
-    rows = count(place.first_row, x.shape[0])
-    positions = count(0, 1) if featurewise else count(row_slice.first_token, x.shape[1])
-    columns = count(tp.rank * x.shape[2] if sharded else 0, x.shape[2])
-    return positional_dropout(x, p, int.from_bytes(digest, "little"), rows, positions, columns)
-
-
-class PositionalDropout(MegaDropout):
-    """`MegaDropout` by position."""
-
-    def __init__(self, whole: MegaDropout, drop: Callable[..., Tensor]) -> None:
-        super().__init__(whole.p, whole.featurewise)
-        self._drop = drop
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D)."""
-        return self._drop(x, self.p, self.featurewise, sharded=True) if self.training else x
-
-
-class PositionalAttentionDropout(MegaAttentionDropout):
-    """`MegaAttentionDropout` by position; fused attention cannot do it, so weights are then computed one by one."""
-
-    def __init__(self, whole: MegaAttentionDropout, drop: Callable[..., Tensor]) -> None:
-        super().__init__(whole.p)
-        self._drop = drop
-
-    def rule(self) -> float | Callable[[Tensor], Tensor]:
-        """A function of weights (B, K, I, J), or 0."""
-        if not self.training:
-            return 0.0
-        return lambda weights: self._drop(weights.flatten(1, 2), self.p, False, sharded=False).view_as(weights)
+    rows = count(place.first_row, wide.shape[0])
+    positions, columns = count(row_slice.first_token, wide.shape[1]), count(0, wide.shape[2])
+    if isinstance(module, MegaDropout):
+        columns += tp.rank * wide.shape[2]
+        if module.featurewise:  # one draw for a feature of a row
+            positions = count(0, 1)
+    return positional_dropout(wide, module.p, int.from_bytes(digest, "little"), rows, positions, columns).view_as(x)
 
 
 class SelfTest(NamedTuple):

@@ -75,8 +75,8 @@ def _parallel(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any
 class ColumnParallelLinear(TensorParallel, MegaLinear):
     """A linear layer of which a rank has some outputs, and all inputs: (B, L, D) to (B, L, W / T)."""
 
-    def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool = True) -> None:
-        super().__init__(inputs, shard_length(outputs, axis.size), bias)
+    def __init__(self, whole: nn.Linear, axis: Axis) -> None:
+        super().__init__(whole.in_features, shard_length(whole.out_features, axis.size), whole.bias is not None)
         self.axis, self.shard_dims = axis, {"weight": 0, "bias": 0}
 
 
@@ -114,10 +114,10 @@ class GatherSegments(_Gathering, SegmentedLinear):
 class RowParallelLinear(TensorParallel, MegaLinear):
     """A linear layer whose inputs are sharded: ranks sum their outputs, each keeping its channels: W / T to D / T."""
 
-    def __init__(self, inputs: int, outputs: int, axis: Axis) -> None:
-        super().__init__(inputs // axis.size, outputs)
+    def __init__(self, whole: nn.Linear, axis: Axis) -> None:
+        super().__init__(whole.in_features // axis.size, whole.out_features)
         self.axis, self.shard_dims = axis, {"weight": 1, "bias": 0}
-        self.bias = nn.Parameter(torch.empty(outputs // axis.size, device=self.weight.device))
+        self.bias = nn.Parameter(torch.empty(whole.out_features // axis.size, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         out = reduce_scatter(linear(x, self.weight), self.axis)
@@ -133,13 +133,12 @@ def _attention(whole: Any, axis: Axis) -> Any:
     segments = on_meta(GatherSegments, config.hidden_size, whole.segments)
     segments.axis = axis
     for name, layer in list(segments.named_children()):
-        widths = layer.in_features, layer.out_features
         shared = name == "shared"  # queries and keys
-        own = _parallel(MegaLinear, axis, {}, *widths) if shared else on_meta(ColumnParallelLinear, *widths, axis)
-        segments.add_module(name, own)
+        replicated = _parallel(MegaLinear, axis, {}, layer.in_features, layer.out_features)
+        segments.add_module(name, replicated if shared else on_meta(ColumnParallelLinear, layer, axis))
     attention.mx_proj = segments
-    attention.v_proj = on_meta(GatherLinear, whole.v_proj.in_features, whole.v_proj.out_features, axis)
-    attention.h_proj = on_meta(RowParallelLinear, whole.h_proj.in_features, whole.h_proj.out_features, axis)
+    attention.v_proj = on_meta(GatherLinear, whole.v_proj, axis)
+    attention.h_proj = on_meta(RowParallelLinear, whole.h_proj, axis)
     # Each channel has its own average, so nothing travels.
     average, own_channels = whole.ema_gate, copy(config)
     own_channels.hidden_size //= axis.size
@@ -216,13 +215,13 @@ class ChannelParallelNorm(TensorParallel):
 class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
     """Word embeddings of this rank's ids; ranks sum what they found, each keeping its channels."""
 
-    def __init__(self, vocabulary: int, channels: int, padding: int | None, axis: Axis) -> None:
-        own = shard_length(vocabulary, axis.size)
+    def __init__(self, whole: nn.Embedding, axis: Axis) -> None:
+        own = shard_length(whole.num_embeddings, axis.size)
         self._first = axis.rank * own
-        local = -1 if padding is None else padding - self._first
-        super().__init__(own, channels, padding_idx=local if 0 <= local < own else None)
+        padding = -1 if whole.padding_idx is None else whole.padding_idx - self._first
+        super().__init__(own, whole.embedding_dim, padding_idx=padding if 0 <= padding < own else None)
         self.axis, self.shard_dims = axis, {"weight": 0}
-        self.length: int = vocabulary
+        self.length: int = whole.num_embeddings
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) int64 to (B, L, D / T); raises ValueError for ids outside the vocabulary on a CPU."""
@@ -236,9 +235,9 @@ class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
 class VocabularyParallelHead(GatherLinear, LanguageModelHead):
     """`LanguageModelHead` of an input whose channels are sharded, with this rank's words."""
 
-    def __init__(self, inputs: int, outputs: int, axis: Axis, bias: bool) -> None:
-        super().__init__(inputs, outputs, axis, bias)
-        self.length: int = outputs
+    def __init__(self, whole: nn.Linear, axis: Axis) -> None:
+        super().__init__(whole, axis)
+        self.length: int = whole.out_features
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x (B, L, D / T) to logits of all words, or with targets (B, L) to the loss, the same on all ranks."""
@@ -248,14 +247,14 @@ class VocabularyParallelHead(GatherLinear, LanguageModelHead):
         return linear_cross_entropy(self.gathered(x), self.weight, self.bias, targets, part=part)
 
 
-def vocabulary_part(rows: int, axis: Axis, vocabulary: int | None = None) -> VocabularyPart:
-    """This rank's words, for which all ranks of the axis have as many rows; V fills all of them if not given."""
+def vocabulary_part(rows: int, axis: Axis, vocabulary: int) -> VocabularyPart:
+    """This rank's words, for which all ranks of the axis have as many rows."""
     first = axis.rank * rows
 
     def reduce(tensor: Tensor, kind: Literal["max", "sum"]) -> None:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX if kind == "max" else dist.ReduceOp.SUM, group=axis.group)
 
-    return VocabularyPart(first, rows if vocabulary is None else min(max(vocabulary - first, 0), rows), reduce)
+    return VocabularyPart(first, min(max(vocabulary - first, 0), rows), reduce)
 
 
 def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
@@ -267,23 +266,18 @@ def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
         elif isinstance(module, MegaSequenceNorm):
             module.norm = ChannelParallelNorm(module.norm, axis)
         elif isinstance(module, MegaNormalizedFeedForwardNetwork):
-            module.fc1 = on_meta(GatherLinear, module.fc1.in_features, module.fc1.out_features, axis)
-            module.fc2 = on_meta(RowParallelLinear, module.fc2.in_features, module.fc2.out_features, axis)
+            module.fc1 = on_meta(GatherLinear, module.fc1, axis)
+            module.fc2 = on_meta(RowParallelLinear, module.fc2, axis)
         elif isinstance(module, MegaEmbeddings):
             words, types = module.word_embeddings, module.token_type_embeddings
-            module.word_embeddings = on_meta(
-                VocabularyParallelEmbedding, words.num_embeddings, words.embedding_dim, words.padding_idx, axis
-            )
+            module.word_embeddings = on_meta(VocabularyParallelEmbedding, words, axis)
             if types is not None:
                 sizes = types.num_embeddings, types.embedding_dim // axis.size
                 module.token_type_embeddings = _parallel(nn.Embedding, axis, {"weight": 1}, *sizes)
     if isinstance(model, MegaForCausalLM):
-        head: Any = model.lm_head
         if model.dense is not None:
-            has_bias = model.dense.bias is not None
-            model.dense = on_meta(GatherLinear, model.dense.in_features, model.dense.out_features, axis, has_bias)
-        has_bias = head.bias is not None
-        model.lm_head = on_meta(VocabularyParallelHead, head.in_features, head.out_features, axis, has_bias)
+            model.dense = on_meta(GatherLinear, model.dense, axis)
+        model.lm_head = on_meta(VocabularyParallelHead, model.lm_head, axis)
         if model.config.tie_word_embeddings:
             words = model.mega.embedding_layer.word_embeddings
             model.lm_head.register_parameter("weight", words._parameters["weight"])

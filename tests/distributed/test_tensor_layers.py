@@ -73,7 +73,7 @@ def loss_case(scale: float, axis: Axis | None) -> dict[str, Tensor]:
     if axis is None:
         loss = F.cross_entropy(F.linear(hidden, weight, bias).flatten(0, 1), LABELS.flatten(), reduction="sum")
     else:
-        part = vocabulary_part(len(weight), axis)
+        part = vocabulary_part(len(weight), axis, 24)
         loss = linear_cross_entropy(hidden, weight, bias, LABELS, part=part, slice_tokens=4)
     (loss * 1.5).backward()
     if axis is not None:
@@ -84,10 +84,9 @@ def loss_case(scale: float, axis: Axis | None) -> dict[str, Tensor]:
 def embedding_case(axis: Axis | None) -> dict[str, Tensor]:
     ids = LABELS.clamp(min=1)
     weight, probe = draw(24, 8), draw(3, 5, 8, seed=3)
-    if axis is None:
-        layer = nn.Embedding(24, 8, padding_idx=17)
-    else:
-        layer, weight, probe = VocabularyParallelEmbedding(24, 8, 17, axis), mine(weight, axis, 0), mine(probe, axis)
+    layer: nn.Embedding = nn.Embedding(24, 8, padding_idx=17)
+    if axis is not None:
+        layer, weight, probe = VocabularyParallelEmbedding(layer, axis), mine(weight, axis, 0), mine(probe, axis)
     layer.weight = nn.Parameter(weight)
     y = layer(ids)
     (y * probe).sum().backward()
@@ -207,7 +206,7 @@ def test_logits_that_every_rank_computes(ranks, size):
 
 @pytest.mark.parametrize("wrong", [24, -1])
 def test_ids_outside_the_vocabulary_are_refused_as_in_one_process(wrong):
-    layer = VocabularyParallelEmbedding(24, 8, None, Axis(None, 0, 2))
+    layer = VocabularyParallelEmbedding(nn.Embedding(24, 8), Axis(None, 0, 2))
     with pytest.raises(ValueError, match=rf"input_ids holds {wrong}: expected 0 to 23 \(vocab_size=24\)"):
         layer(torch.tensor([[0, wrong]]))
 

@@ -55,7 +55,8 @@ def checkpoint_activations(
 
     def with_matmuls() -> _Contexts:
         forward, again = contexts()
-        results: _Results = defaultdict(deque)
+        # By operator, in the order of its calls: what it returned, leaf by leaf, each with the tensor's version.
+        results: defaultdict[Any, deque[Any]] = defaultdict(deque)
         return _both(forward, _SavedMatmuls(results, replay=False)), _both(again, _SavedMatmuls(results, replay=True))
 
     context_fn = contexts if how.policy == "full" else with_matmuls
@@ -68,10 +69,6 @@ def checkpoint_activations(
         else:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = recompute
-
-
-_Results = defaultdict[Any, deque[list[tuple[Any, int]]]]
-"""By operator, in the order of its calls: what it returned, leaf by leaf, each with the tensor's version."""
 
 
 @contextmanager
@@ -87,7 +84,7 @@ class _SavedMatmuls(TorchDispatchMode):
     step's segments, and marks of FSDP are not the same in both passes.
     """
 
-    def __init__(self, results: _Results, replay: bool) -> None:
+    def __init__(self, results: defaultdict[Any, deque[Any]], replay: bool) -> None:
         super().__init__()
         self._results, self._replay = results, replay
 

@@ -99,28 +99,27 @@ class Engine(ABC):
         place: Place = START,
         document_starts: Tensor | None = None,
     ) -> Tensor:
-        """Loss of one micro-batch of this rank: the sum over its tokens divided by `num_items`.
+        """Loss of one micro-batch of this rank, scalar fp32 in nats: the sum over its tokens divided by `num_items`.
+
+        The loss of the global batch is the sum over micro-batches and over ranks, of which those along `tp` hold the
+        same.
 
         Args:
             input_ids: (B, L) int64, whole rows; ranks that share them are given the same.
             shift_labels: (B, L) int64, the next tokens, -100 where there is none.
             num_items: labelled tokens of the global batch, over all ranks and micro-batches.
             place: of the micro-batch in the run, on which dropout depends.
-            document_starts: (B, L) bool, true at the first token of every document that shares a row with others;
-                given to all ranks or to none.
-
-        Returns:
-            Scalar fp32, nats. The loss of the global batch is the sum over micro-batches and over ranks, of which those
-            along `tp` hold the same.
+            document_starts: (B, L) bool, true at the first token of a document; given to all ranks or to none.
         """
-        inputs, labels = self.row_slice.take(place, input_ids, shift_labels)
-        starts = None if document_starts is None else self.row_slice.split(document_starts, False)
+        input_ids, shift_labels = self.row_slice.take(place, input_ids, shift_labels)
+        if document_starts is not None:
+            document_starts = self.row_slice.split(document_starts, False)
         with self.row_slice:
             loss: Tensor = self._call(
-                input_ids=inputs,
-                shift_labels=labels,
+                input_ids=input_ids,
+                shift_labels=shift_labels,
                 num_items_in_batch=num_items,
-                document_starts=starts,
+                document_starts=document_starts,
                 use_cache=False,
                 skip_logits=True,
             ).loss
@@ -134,28 +133,25 @@ class Engine(ABC):
     def step(self, lr: float, skip: bool = False) -> float:
         """Clip the gradients, take one AdamW step at an absolute learning rate, and forget the gradients.
 
-        Where the norm is not finite, on all ranks alike, or with `skip`, the same on all ranks, none takes the step:
-        gradients are forgotten; weights, moments and counts of steps stay as they are, to the bit.
-
-        Returns:
-            L2 norm of the whole gradient before clipping; inf or NaN where it is not finite.
+        Returns the L2 norm of the whole gradient before clipping. Where it is not finite, or with `skip`, the same on
+        all ranks, none takes the step: weights, moments and counts of steps stay as they are, to the bit.
         """
 
-    def _norm(self, counted: Sequence[Tensor], alike: Sequence[str]) -> Tensor:
+    def _norm(self, counted: list[Tensor], alike: Sequence[str]) -> Tensor:
         """L2 norm of the whole gradient from this rank's part, of which ranks along `alike` hold copies."""
-        norms = torch._foreach_norm(list(counted)) if counted else []
-        own = torch.stack(list(norms)).square().sum() if norms else torch.zeros((), device=self._world.device)
+        own = torch.zeros((), device=self._world.device)
+        if counted:
+            own = torch.stack(torch._foreach_norm(counted)).square().sum()
         return self._world.sum(own, alike=alike).sqrt()
 
-    def _clip(self, gradients: Sequence[Tensor], norm: Tensor) -> None:
+    def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
         if self._max_grad_norm > 0:
-            torch._foreach_mul_(list(gradients), (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
 
     def state(self) -> EngineState:
         """Model and optimizer as this rank holds them, between two steps; not collective.
 
-        Returns:
-            Views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
+        These are views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
         steps, axes, tensors = self._optimizer_steps(), self._world.axes, {}
         for name, sharding in self._table.items():
@@ -173,13 +169,8 @@ class Engine(ABC):
             for axis in (axes[name] for name, same in alike.items() if same):
                 copies, copy = copies * axis.size, copy * axis.size + axis.rank
             tensors[name] = LocalTensor(shape, shard, stepped.start, local, copies, copy)
-        # Buffers that belong to the state dict.
-        buffers = {
-            f"{name}.{local_name}": buffer
-            for name, owner in self.module.named_modules()
-            for local_name, buffer in owner.named_buffers(recurse=False)
-            if local_name not in owner._non_persistent_buffers_set
-        }
+        persistent = self._template.state_dict()
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
         return EngineState(self._table, self._ties, self._tp.size, self._tp.rank, tensors, steps, buffers)
 
     def _optimizer_steps(self) -> list[Tensor]:
@@ -312,8 +303,7 @@ class FsdpEngine(Engine):
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def _stepped(self, name: str) -> Stepped:
-        parameter = self._parameters[name]
-        return Stepped(parameter, slice(None), self._first(parameter))
+        return Stepped(self._parameters[name], slice(None), self._first(self._parameters[name]))
 
     def _first(self, parameter: Tensor) -> int:
         """The first number that FSDP keeps on this rank: each has as many rows as the first, while there are some."""

@@ -195,11 +195,14 @@ def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dt
     # One process: loss and gradients by name of the state dict, of the whole batch.
     model = on_meta(MegaForCausalLM, tiny)
     row_slice = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=ActivationCheckpointing(), seed=_SEED)
-
-    def place(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-        return nn.Parameter(value.to(world.device, copy=True))
-
-    fill(model, seeded_values(tiny, _SEED), place, world.device, template=on_meta(MegaForCausalLM, tiny))
+    values, template = seeded_values(tiny, _SEED), on_meta(MegaForCausalLM, tiny)
+    fill(
+        model,
+        values,
+        lambda old, value: nn.Parameter(value.to(world.device, copy=True)),
+        world.device,
+        template=template,
+    )
     model.train()
     row_slice.take(Place(), inputs, labels)
     with row_slice:
@@ -207,17 +210,13 @@ def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dt
             input_ids=inputs, shift_labels=labels, num_items_in_batch=_ITEMS, use_cache=False, skip_logits=True
         ).loss
     loss.backward()
-    gradients = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    own = dict(model.named_parameters(remove_duplicate=False))
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
     sources = by_source(shardings(model)).items()
     expected = {source: assemble(parts, gradients.__getitem__) for source, parts in sources}
-    errors = {
-        form: _compare(tiny, inputs, labels, parallel, world, form, float(loss.detach()), expected)
-        for form in dict.fromkeys(("fp32", dtype))
-    }
-    return SelfTest(len(expected), errors["fp32"])
+    forms = dict.fromkeys(("fp32", dtype))
+    errors = [_compare(tiny, inputs, labels, parallel, world, form, float(loss), expected) for form in forms]
+    return SelfTest(len(expected), errors[0])
 
 
 def _compare(

@@ -134,7 +134,7 @@ class ShardedModule(nn.Module):
 class SegmentedLinear(nn.Module):
     """The packed layer of gated attention as one layer a segment, so that each can be sharded, or not, in its own way.
 
-    From D `channels` to the widths of `segments`, by name.
+    `segments` are their widths by name.
     """
 
     def __init__(self, channels: int, segments: Mapping[str, int]) -> None:
@@ -212,7 +212,6 @@ class EngineState(NamedTuple):
 
 Values = Callable[[str, nn.Module, str], Tensor]
 """(full name, owner module, name in the owner) -> full fp32 CPU tensor of a parameter or buffer of a whole model."""
-
 Placer = Callable[[nn.Parameter, Tensor], nn.Parameter]
 """(parameter as the engine left it, fp32 CPU value of this rank of `tp`) -> parameter with what this rank keeps."""
 
@@ -242,15 +241,9 @@ def fill(
 ) -> None:
     """Give every parameter and buffer its value, with one whole tensor in memory at a time; ties are kept.
 
-    Args:
-        model: on the meta device, or sharded and empty; changed in place.
-        values: full values of parameters and persistent buffers.
-        place: puts this rank's value where the engine wants it.
-        device: of the buffers.
-        template: the same model before it was made parallel, on the meta device; None: it was not.
-
-    Raises:
-        ValueError: a value has another shape than the model's tensor.
+    The model, on the meta device or sharded and empty, is changed in place; buffers come to `device`. `template` is the
+    same model before it was made parallel, None where it was not. Raises ValueError where a value has another shape
+    than the model's tensor.
     """
     template = template or model
     names: dict[nn.Parameter, list[str]] = {}

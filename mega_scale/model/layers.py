@@ -15,7 +15,7 @@ from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 from mega_scale.ops import in_memory, without_autocast
 from mega_scale.ops.attention import key_minus_query
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
-from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
+from mega_scale.ops.ema import Carry, damped_ema, ema_coefficients
 from mega_scale.ops.linear import linear
 
 _EPSILON = 1e-5  # of all norms
@@ -195,6 +195,8 @@ class MegaMultiDimensionDampedEma(nn.Module):
     Its parameters are kept in fp32: a decay close to one does not survive bf16.
     """
 
+    carry: Callable[[], Carry | None] | None = None  # what brings the state of other parts, where x is a part of rows
+
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         rows = config.hidden_size * (2 if config.bidirectional else 1)
@@ -220,14 +222,16 @@ class MegaMultiDimensionDampedEma(nn.Module):
             self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix
         )
         inputs = x if mask is None else x * mask[..., None]
-        y, state = self.average(inputs, coefficients, state, resets)
+        y, state = damped_ema(
+            inputs,
+            coefficients,
+            state,
+            resets,
+            bidirectional=self.bidirectional,
+            truncation=self.truncation,
+            carry=None if self.carry is None else self.carry(),
+        )
         return self.gates.average(y, x, self.residual_weight), state
-
-    def average(
-        self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The average itself, without omega and silu: x (B, L, D) and h before it to y, and h after it."""
-        return damped_ema(x, coefficients, state, resets, bidirectional=self.bidirectional, truncation=self.truncation)
 
 
 class MegaEmbeddings(nn.Module):

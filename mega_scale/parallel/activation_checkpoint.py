@@ -37,27 +37,27 @@ _MATMULS = [
 ]
 
 
-_Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-"""Of a block's forward and of its recomputation."""
-
-
 def checkpoint_activations(
-    model: nn.Module,
-    how: ActivationCheckpointing,
-    row_slice: RowSlice,
-    contexts: Callable[[], _Contexts] = noop_context_fn,
+    model: nn.Module, how: ActivationCheckpointing, row_slice: RowSlice, contexts: Callable[[], Any] = noop_context_fn
 ) -> None:
     """Turn checkpointing on for every n-th block of a model on the meta device; names of parameters stay as they are.
 
     Blocks are transformers' GradientCheckpointingLayer, which checkpoints its `forward` when training, with the
-    function set here. Dropout depends on positions, so no random numbers have to be replayed.
+    function set here. Dropout depends on positions, so no random numbers have to be replayed. `contexts` gives those of
+    a block's forward and of its recomputation.
     """
 
-    def with_matmuls() -> _Contexts:
-        forward, again = contexts()
+    def with_matmuls() -> Any:
         # By operator, in the order of its calls: what it returned, leaf by leaf, each with the tensor's version.
         results: defaultdict[Any, deque[Any]] = defaultdict(deque)
-        return _both(forward, _SavedMatmuls(results, replay=False)), _both(again, _SavedMatmuls(results, replay=True))
+
+        @contextmanager
+        def saving(outer: AbstractContextManager[Any], replay: bool) -> Iterator[None]:
+            with outer, _SavedMatmuls(results, replay):
+                yield
+
+        forward, again = contexts()
+        return saving(forward, replay=False), saving(again, replay=True)
 
     context_fn = contexts if how.policy == "full" else with_matmuls
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
@@ -69,12 +69,6 @@ def checkpoint_activations(
         else:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = recompute
-
-
-@contextmanager
-def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    with outer, inner:
-        yield
 
 
 class _SavedMatmuls(TorchDispatchMode):

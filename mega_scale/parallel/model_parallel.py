@@ -12,7 +12,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
@@ -56,12 +55,8 @@ def parallelize(
 ) -> Engine:
     """Put a model on all ranks: apply model parallelism, then shard, materialise, and build the optimizer.
 
-    Args:
-        model: `MegaForCausalLM` on the meta device, changed in place.
-        values: full values of its parameters and persistent buffers, such as `seeded_values(model.config, seed)`.
-
-    Raises:
-        ParallelizeError: the settings contradict each other, or model or values do not fit the mesh or the engine.
+    The model, a `MegaForCausalLM` on the meta device, is changed in place; `values` are those of its parameters and
+    persistent buffers, such as `seeded_values(model.config, seed)`. Raises ParallelizeError.
     """
     try:
         config.validate(world.size)
@@ -98,8 +93,8 @@ def apply_model_parallelism(
     check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1)
     contexts = noop_context_fn
-    if sp.size * tp.size > 1:
-        from mega_scale.parallel.sequence_parallel import SequenceParallelEma, StateExchange
+    if sp.size > 1:
+        from mega_scale.parallel.sequence_parallel import StateExchange
 
         exchange = StateExchange(sp)
         contexts = exchange.contexts
@@ -117,8 +112,8 @@ def apply_model_parallelism(
             new.weight, new.bias = module.weight, module.bias  # ties stay
         elif isinstance(module, MegaDropout | MegaAttentionDropout) and module.p > 0:
             module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp)
-        elif type(module) is MegaMultiDimensionDampedEma and sp.size * tp.size > 1:
-            new = on_meta(SequenceParallelEma, config, row_slice, exchange)
+        elif isinstance(module, MegaMultiDimensionDampedEma) and sp.size > 1:
+            module.carry = lambda: exchange if row_slice.cut else None
         if new is not None:
             model.get_submodule(parent).add_module(local_name, new)
     if tp.size > 1:
@@ -163,9 +158,7 @@ def tiny_model(config: MegaConfig, tp: int) -> MegaConfig:
     width = 8 * tp
     changes = {
         "vocab_size": 2 * width,
-        "hidden_size": width,
-        "intermediate_size": width,
-        "nffn_hidden_size": width,
+        **dict.fromkeys(("hidden_size", "intermediate_size", "nffn_hidden_size"), width),
         "shared_representation_size": 8,
         "ema_projection_size": min(config.ema_projection_size, 4),
         "num_hidden_layers": 2,
@@ -263,7 +256,7 @@ def _compare(
     engine.close()
 
     worst = max(worst, abs(loss - expected_loss) / abs(expected_loss))
-    errors = world.sum(F.one_hot(torch.tensor(world.rank), world.size).double() * worst)
+    errors = world.all_gather(torch.tensor(worst, dtype=torch.float64))
     if not bool((errors <= _TOLERANCES[dtype]).all()):
         raise RuntimeError(
             f"self-test: {dtype} gradients of rank {int(errors.argmax())} of {world.shape} differ from those of one "

@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.model import MegaConfig
-from mega_scale.model.layers import MegaMultiDimensionDampedEma
 from mega_scale.ops import once_differentiable
-from mega_scale.ops.ema import EmaCoefficients, damped_ema
-from mega_scale.parallel.shard import RowSlice
 from mega_scale.parallel.world import Axis, Pending, start_gather, with_backward
 
 
@@ -132,21 +128,3 @@ def _weights(
     low, high = others.clamp(max=own), others.clamp(min=own)
     inside = closed[high] - closed[torch.minimum(low + 1, high)]  # (P, B)
     return weights[:, None] * (inside == 0)[:, :, None, None], distance
-
-
-class SequenceParallelEma(MegaMultiDimensionDampedEma):
-    """The moving average of one part of a row; of whole rows where the model is given those, as in generation."""
-
-    def __init__(self, config: MegaConfig, row_slice: RowSlice, exchange: StateExchange) -> None:
-        super().__init__(config)
-        self.row_slice, self.exchange = row_slice, exchange
-
-    def average(
-        self, x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `MegaMultiDimensionDampedEma.average`."""
-        if not self.row_slice.cut:
-            return super().average(x, coefficients, state, resets)
-        if state is not None:
-            raise ValueError("a part of a row that is cut over ranks cannot begin with a cached state: give whole rows")
-        return damped_ema(x, coefficients, None, resets, bidirectional=self.bidirectional, carry=self.exchange)

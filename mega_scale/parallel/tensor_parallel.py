@@ -26,6 +26,7 @@ from mega_scale.model.attention import MegaBlock, MegaMovingAverageGatedAttentio
 from mega_scale.model.layers import (
     MegaEmbeddings,
     MegaLinear,
+    MegaMultiDimensionDampedEma,
     MegaNormalizedFeedForwardNetwork,
     MegaRMSNorm,
     MegaScaleNorm,
@@ -36,7 +37,6 @@ from mega_scale.model.modeling_mega import LanguageModelHead
 from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
 from mega_scale.parallel.mesh import check_tensor_parallel
-from mega_scale.parallel.sequence_parallel import SequenceParallelEma
 from mega_scale.parallel.shard import SegmentedLinear, ShardedModule, on_meta, shard_length
 from mega_scale.parallel.world import Axis, Gather, gather_replicated, reduce_scatter, start_gather, sum_gradient
 
@@ -133,17 +133,18 @@ def _attention(whole: Any, axis: Axis) -> Any:
     segments = on_meta(GatherSegments, config.hidden_size, whole.segments)
     segments.axis = axis
     for name, layer in list(segments.named_children()):
-        shared = name == "shared"  # queries and keys
-        replicated = _parallel(MegaLinear, axis, {}, layer.in_features, layer.out_features)
-        segments.add_module(name, replicated if shared else on_meta(ColumnParallelLinear, layer, axis))
+        segments.add_module(name, on_meta(ColumnParallelLinear, layer, axis))
+    # Queries and keys.
+    segments.shared = _parallel(MegaLinear, axis, {}, config.hidden_size, whole.segments["shared"])
     attention.mx_proj = segments
     attention.v_proj = on_meta(GatherLinear, whole.v_proj, axis)
     attention.h_proj = on_meta(RowParallelLinear, whole.h_proj, axis)
     # Each channel has its own average, so nothing travels.
-    average, own_channels = whole.ema_gate, copy(config)
+    own_channels = copy(config)
     own_channels.hidden_size //= axis.size
-    dims = {name: 0 for name, _ in average.named_parameters()}
-    attention.ema_gate = _parallel(SequenceParallelEma, axis, dims, own_channels, average.row_slice, average.exchange)
+    dims = {name: 0 for name, _ in whole.ema_gate.named_parameters()}
+    attention.ema_gate = _parallel(MegaMultiDimensionDampedEma, axis, dims, own_channels)
+    attention.ema_gate.carry = whole.ema_gate.carry
     attention.rel_pos_bias = _parallel(type(whole.rel_pos_bias), axis, {}, config)
     # The stream's channels travel while the average is computed, the average's while values are.
     attention.ema_gate.register_forward_pre_hook(lambda module, args: attention.v_proj.expect(args[0]))

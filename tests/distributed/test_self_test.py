@@ -10,6 +10,7 @@ import torch
 from layout_study import DROPOUT, LAYOUTS
 from ranks import run_ranks
 
+from mega_scale.model import layers
 from mega_scale.parallel import ParallelConfig, SelfTest, World, sequence_parallel, tensor_parallel
 from mega_scale.parallel.model_parallel import run_self_test, tiny_model
 
@@ -50,13 +51,13 @@ def study() -> dict[Any, Any]:
 
         # Tokens that the moving average of a rank is given.
         found["tokens"] = {}
-        average = sequence_parallel.damped_ema
+        average = layers.damped_ema
 
         def counted(x: torch.Tensor, *args: Any, **options: Any) -> Any:
             found["tokens"][len(found["tokens"])] = x.shape[1]
             return average(x, *args, **options)
 
-        broken(sequence_parallel, "damped_ema", counted, lambda: attempt(sp, "fsdp", 3))
+        broken(layers, "damped_ema", counted, lambda: attempt(sp, "fsdp", 3))
 
         # Ranks that forget to sum the gradient of what all of them hold.
         found["not summed"] = broken(tensor_parallel, "sum_gradient", lambda x, axis: x, lambda: attempt(tp, "fsdp", 3))

@@ -86,9 +86,9 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float, skip: bool = False) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if (copies := self._world.axis("dp_replicate")).size > 1:
+        if self._copies.size > 1:
             # Of stage 3, which copies require: all gradient partitions lie in one buffer.
-            dist.all_reduce(self._optimizer.grad_partitions_flat_buffer, group=copies.group)
+            dist.all_reduce(self._optimizer.grad_partitions_flat_buffer, group=self._copies.group)
         if self._stage == 0:
             # Without ZeRO, DeepSpeed has no norm of its own, and would step with any gradient.
             counted = [p.grad for p in self._counted if p.grad is not None]
@@ -173,9 +173,8 @@ class DeepSpeedEngine(Engine):
     def local_tensor(self, name: str) -> Tensor:
         parameter = self._parameters[name]
         if self._stage < 3:
-            found: Tensor = parameter.detach().flatten()
-            return found
-        partition: Tensor = parameter.ds_tensor.data.flatten()
+            return flat(parameter)
+        partition = flat(parameter.ds_tensor.data)
         return partition[: max(parameter.ds_numel - self._fsdp.rank * partition.numel(), 0)]
 
     def close(self) -> None:
@@ -201,10 +200,7 @@ def _mesh_unit(partitions: Axis, tp: Axis) -> Any:
 
 
 def _start_deepspeed(device: str) -> Any:
-    """Import DeepSpeed for a kind of device (cpu or cuda), with warnings and errors only; it adopts the process group.
-
-    It chooses its device, logs and warns as it is imported, so this has to happen in one place.
-    """
+    """Import DeepSpeed for a kind of device, cpu or cuda, with warnings and errors only, in our process group."""
     os.environ.setdefault("DS_ACCELERATOR", device)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # It calls collectives by names that PyTorch 2.13 deprecates, and would say so at each of them.

@@ -67,7 +67,7 @@ class Engine(ABC):
     ) -> None:
         self.module, self.row_slice, self._world = model, row_slice, world
         self._template = on_meta(type(model), model.config)
-        self._tp, self._fsdp = world.axis("tp"), world.axis("fsdp")
+        self._tp, self._fsdp, self._copies = world.axis("tp"), world.axis("fsdp"), world.axis("dp_replicate")
         self._stage, self._max_grad_norm = config.parallel.zero_stage, config.max_grad_norm
         self._call: Callable[..., Any] = model
         self._build(values, config, build_optimizer)
@@ -153,7 +153,7 @@ class Engine(ABC):
 
         These are views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
-        steps, axes, tensors = self._optimizer_steps(), self._world.axes, {}
+        steps, tensors = self._optimizer_steps(), {}
         for name, sharding in self._table.items():
             parameter, stepped = self._parameters[name], self._stepped(name)
             shape = sharding.part(self._template.get_parameter(sharding.source)).shape
@@ -163,11 +163,11 @@ class Engine(ABC):
                 kinds |= {kind: self._adam.state[stepped.owner][kind] for kind in MOMENTS}
             count = max(shard.numel - stepped.start, 0)
             local = {kind: flat(tensor)[stepped.numbers][:count] for kind, tensor in kinds.items()}
-            copied = stepped.owner is parameter and not isinstance(parameter, DTensor)
+            whole = stepped.owner is parameter and not isinstance(parameter, DTensor)
             copies, copy = 1, 0
-            alike = {"dp_replicate": True, "tp": sharding.dim is None, "fsdp": copied}
-            for axis in (axes[name] for name, same in alike.items() if same):
-                copies, copy = copies * axis.size, copy * axis.size + axis.rank
+            for axis, alike in ((self._copies, True), (self._tp, sharding.dim is None), (self._fsdp, whole)):
+                if alike:
+                    copies, copy = copies * axis.size, copy * axis.size + axis.rank
             tensors[name] = LocalTensor(shape, shard, stepped.start, local, copies, copy)
         persistent = self._template.state_dict()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
@@ -285,7 +285,7 @@ class FsdpEngine(Engine):
         gradients = [p.grad for p in self._whole if p.grad is not None]
         if gradients:
             total = parameters_to_vector(gradients)
-            for axis in (self._fsdp, self._world.axis("dp_replicate")):
+            for axis in (self._fsdp, self._copies):
                 if axis.size > 1:
                     dist.all_reduce(total, group=axis.group)
             vector_to_parameters(total, gradients)

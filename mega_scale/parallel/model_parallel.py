@@ -131,18 +131,14 @@ def apply_model_parallelism(
 
 def _drop(module: MegaDropout | MegaAttentionDropout, key: str, row_slice: RowSlice, tp: Axis, x: Tensor) -> Tensor:
     """Drop elements of x (B, L, D), or of attention weights (B, K, I, J), by position."""
-    place, wide = row_slice.place, x.flatten(1, -2)
-    digest = hashlib.blake2b(key.format(step=place.step).encode(), digest_size=4).digest()
-
-    def count(first: int, number: int) -> Tensor:
-        return torch.arange(first, first + number, device=x.device)
-
-    rows = count(place.first_row, wide.shape[0])
-    positions, columns = count(row_slice.first_token, wide.shape[1]), count(0, wide.shape[2])
+    wide = x.flatten(1, -2)
+    digest = hashlib.blake2b(key.format(step=row_slice.place.step).encode(), digest_size=4).digest()
+    rows, positions, columns = (torch.arange(size, device=x.device) for size in wide.shape)
+    rows, positions = rows + row_slice.place.first_row, positions + row_slice.first_token
     if isinstance(module, MegaDropout):
         columns += tp.rank * wide.shape[2]
         if module.featurewise:  # one draw for a feature of a row
-            positions = count(0, 1)
+            positions = positions.new_zeros(1)
     return positional_dropout(wide, module.p, int.from_bytes(digest, "little"), rows, positions, columns).view_as(x)
 
 
@@ -173,10 +169,8 @@ def tiny_model(config: MegaConfig, tp: int) -> MegaConfig:
 def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dtype: str = "fp32") -> SelfTest:
     """Compare loss and gradients of a tiny model in this layout with those of one process; collective.
 
-    In fp32, and then in the run's number format of forward and backward, where that is another.
-
-    Raises:
-        RuntimeError: they differ; names the parameter, the rank, and the size of the difference.
+    In fp32, and then in the run's number format of forward and backward, where that is another. Raises RuntimeError
+    where they differ, which names the parameter, the rank, and the size of the difference.
     """
     tiny = tiny_model(config, world.shape.tp)
     # Kernels for GPUs take 64 tokens or more; the last chunk is not filled.
@@ -208,7 +202,7 @@ def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dt
     sources = by_source(shardings(model)).items()
     expected = {source: assemble(parts, gradients.__getitem__) for source, parts in sources}
     forms = dict.fromkeys(("fp32", dtype))
-    errors = [_compare(tiny, inputs, labels, parallel, world, form, float(loss), expected) for form in forms]
+    errors = [_compare(tiny, inputs, labels, parallel, world, form, loss.item(), expected) for form in forms]
     return SelfTest(len(expected), errors[0])
 
 

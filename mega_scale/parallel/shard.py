@@ -132,10 +132,7 @@ class ShardedModule(nn.Module):
 
 
 class SegmentedLinear(nn.Module):
-    """The packed layer of gated attention as one layer a segment, so that each can be sharded, or not, in its own way.
-
-    `segments` are their widths by name.
-    """
+    """The packed layer of gated attention as a layer for each segment: each is sharded, or not, in its own way."""
 
     def __init__(self, channels: int, segments: Mapping[str, int]) -> None:
         super().__init__()
@@ -159,16 +156,15 @@ def shard_length(length: int, ranks: int) -> int:
 def shardings(model: nn.Module) -> dict[str, Sharding]:
     """The sharding of each parameter by name, tied names included, of a parallel model or a whole one."""
     found = {}
-    segments: dict[str, tuple[str, tuple[int, int]]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SegmentedLinear):
-            segments |= {f"{name}.{segment}": (name, rows) for segment, rows in module.rows.items()}
-        owner, place = segments.get(name, (name, None))
-        for local_name, _ in module.named_parameters(recurse=False):
-            dim = length = None
-            if isinstance(module, ShardedModule) and local_name in module.shard_dims:
-                dim, length = module.shard_dims[local_name], module.length
-            found[_join(name, local_name)] = Sharding(_join(owner, local_name), place, dim, length)
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        module, local_name = _owner(model, name)
+        packed, _, segment = name.rpartition(".")[0].rpartition(".")
+        source, rows, dim, length = name, None, None, None
+        if isinstance(whole := model.get_submodule(packed), SegmentedLinear):
+            source, rows = f"{packed}.{local_name}", whole.rows[segment]
+        if isinstance(module, ShardedModule) and local_name in module.shard_dims:
+            dim, length = module.shard_dims[local_name], module.length
+        found[name] = Sharding(source, rows, dim, length)
     return found
 
 
@@ -260,7 +256,6 @@ def fill(
         for name in tied:
             owner, local_name = _owner(model, name)
             owner._parameters[local_name] = placed
-    drawn.clear()
     constants = seeded_values(model.config, 0)
     for name, buffer in list(model.named_buffers()):
         owner, local_name = _owner(model, name)
@@ -285,11 +280,7 @@ def _value(values: Values, model: nn.Module, name: str, target: Tensor) -> Tenso
     return value
 
 
-def _join(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name
-
-
-def on_meta(module: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+def on_meta(module: type[nn.Module], *args: Any) -> Any:
     """Make a module without memory for its parameters."""
     with torch.device("meta"):
-        return module(*args, **kwargs)
+        return module(*args)

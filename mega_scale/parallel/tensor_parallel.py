@@ -12,7 +12,6 @@ width inside a layer, T ranks, V vocabulary.
 
 from collections.abc import Mapping
 from copy import copy
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -60,14 +59,9 @@ class TensorParallel(ShardedModule):
         return sum_gradient(value, axis)
 
 
-@cache
-def _mixed(kind: Any) -> type[nn.Module]:
-    return type(kind.__name__, (TensorParallel, kind), {})
-
-
 def _parallel(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any:
     """Make a module of a kind on the meta device; its parameters in `dims` are shards, every rank has its others."""
-    module: Any = on_meta(_mixed(kind), *args)
+    module: Any = on_meta(type(kind.__name__, (TensorParallel, kind), {}), *args)
     module.axis, module.shard_dims = axis, dims
     return module
 
@@ -199,11 +193,10 @@ class ChannelParallelNorm(TensorParallel):
                 "choose model.normalization_type=layernorm, scalenorm or rmsnorm"
             )
         self.axis, self.center, self.eps = axis, isinstance(whole, nn.LayerNorm), whole.eps
-        # The one number of ScaleNorm is everyone's.
-        self.shard_dims = {name: 0 for name, _ in whole.named_parameters() if name != "scalar"}
+        self.shard_dims = {"weight": 0, "bias": 0}  # the one number of ScaleNorm is everyone's
         for name, parameter in whole.named_parameters():
-            channels = len(parameter) // (axis.size if name in self.shard_dims else 1)
-            self.register_parameter(name, nn.Parameter(torch.empty(channels, device="meta")))
+            own = parameter[: len(parameter) // axis.size] if name in self.shard_dims else parameter
+            self.register_parameter(name, nn.Parameter(own.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D / T)."""
@@ -280,5 +273,4 @@ def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
             model.dense = on_meta(GatherLinear, model.dense, axis)
         model.lm_head = on_meta(VocabularyParallelHead, model.lm_head, axis)
         if model.config.tie_word_embeddings:
-            words = model.mega.embedding_layer.word_embeddings
-            model.lm_head.register_parameter("weight", words._parameters["weight"])
+            model.lm_head.weight = model.mega.embedding_layer.word_embeddings.weight

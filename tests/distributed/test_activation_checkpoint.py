@@ -45,7 +45,7 @@ class Products(TorchDispatchMode):
 
 
 def step(
-    changes: dict[str, Any], how: ActivationCheckpointing, documents: bool = False
+    changes: dict[str, Any], how: ActivationCheckpointing, documents: bool = False, mask: Tensor | None = None
 ) -> tuple[dict[str, Tensor], int]:
     """Loss, gradients and number of matrix products of one step."""
     config = tiny_run.tiny_config(**changes)
@@ -61,7 +61,11 @@ def step(
     inputs, labels = row_slice.take(Place(3, 8), ids, ids.roll(-1, 1))
     with Products() as products, row_slice:
         loss = model(
-            input_ids=inputs, shift_labels=labels, document_starts=starts if documents else None, skip_logits=True
+            input_ids=inputs,
+            shift_labels=labels,
+            attention_mask=mask,
+            document_starts=starts if documents else None,
+            skip_logits=True,
         ).loss
         loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}, products.count
@@ -85,6 +89,14 @@ def test_gradients_are_those_of_a_step_without_recomputation(model, documents):
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=f"{how}: {name}")
         if how.segment == 0:
             assert products == least if how.policy == "save_matmuls" else products > least
+
+
+def test_rows_with_a_mask_are_computed_whole():
+    mask = torch.arange(LENGTH)[None] < torch.tensor([[LENGTH], [LENGTH - 9]])
+    expected, _ = step({}, ActivationCheckpointing(), mask=mask)
+    found, _ = step({}, ActivationCheckpointing(1, "full", 16), mask=mask)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_half_precision_products_into_fp32_are_saved():

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +75,18 @@ def memory_bytes(device: torch.device) -> int:
 class Throughput:
     """Time and tokens since the last report; evaluations, samples and checkpoints can be left out of the time."""
 
-    def __init__(self, peak: float | None, ranks: int) -> None:
-        self._peak, self._ranks = peak, ranks
+    def __init__(self, model: MegaConfig, device: torch.device, dtype: str, ranks: int) -> None:
+        self.peak, self._ranks = peak_flops(device, dtype), ranks
+        self._flops_per_token = cache(partial(training_flops_per_token, model))
         self._begin(time.perf_counter())
 
     def _begin(self, now: float) -> None:
         self._since, self._tokens, self._flops, self._steps, self._waited = now, 0, 0, 0, 0.0
 
-    def add(self, tokens: int, waited: float, flops_per_token: int) -> None:
-        """Count a step of so many tokens, over all ranks, the seconds for which it waited for them, and their cost."""
+    def add(self, tokens: int, waited: float, length: int) -> None:
+        """Count a step of so many tokens over all ranks, in sequences of a length, for which it waited some seconds."""
         self._tokens += tokens
-        self._flops += tokens * flops_per_token
+        self._flops += tokens * self._flops_per_token(length)
         self._steps += 1
         self._waited += waited
 
@@ -111,8 +112,8 @@ class Throughput:
             "eta_seconds": steps_left * seconds / max(self._steps, 1),
             "loader_wait": self._waited / seconds,
         }
-        if self._peak is not None:
-            found["mfu"] = self._flops / seconds / (self._peak * self._ranks)
+        if self.peak is not None:
+            found["mfu"] = self._flops / seconds / (self.peak * self._ranks)
         self._begin(now)
         return found
 

@@ -170,8 +170,8 @@ class Stopping:
         self.step_s = self.save_s = 0.0
 
     def wanted(self) -> bool:
-        """Whether this rank wants to stop; not collective. Give it to `decide` as one number of a sum."""
-        return self._signals.asked is not None or (self._limit_s is not None and self.time_over())
+        """Whether this rank wants to stop; not collective."""
+        return self._signals.asked is not None or self.time_over()
 
     def time_over(self) -> bool:
         """Whether the clock says so."""
@@ -180,15 +180,11 @@ class Stopping:
         save_s = self.save_s or min(_UNKNOWN_SAVE_S, _UNKNOWN_SAVE_SHARE * self._limit_s)
         return time.time() - self._since + _MARGIN * (self.step_s + save_s) + _TO_LEAVE_S > self._limit_s
 
-    def decide(self, wanting: int) -> None:
-        """Raise StopRun on all ranks alike if any of them wants to stop, of which `wanting` is the number."""
-        self._agreed = self._agreed or wanting > 0
-        if self._agreed:
-            raise StopRun
-
-    def check(self) -> None:
-        """Ask all ranks, and raise StopRun if any of them wants to stop; collective."""
-        self.decide(0 if self._agreed else int(self._world.sum(torch.tensor(int(self.wanted())))))
+    def agreed(self, wanting: int | None = None) -> bool:
+        """Whether any rank wanted to stop: `wanting` is their number; without it, all are asked (collective)."""
+        if not self._agreed:
+            self._agreed = bool(self._world.sum(torch.tensor(int(self.wanted()))) if wanting is None else wanting)
+        return self._agreed
 
     def reason(self) -> str:
         """Say why the run stops; collective, the same on all ranks."""

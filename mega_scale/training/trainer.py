@@ -1,8 +1,4 @@
-"""One run on one rank, from its settings to its last checkpoint; the same for every engine and number of ranks.
-
-Read `Trainer` from top to bottom: what a rank checks alone, what all ranks agree on, set-up, the loop, one step, and
-what follows a step.
-"""
+"""One run on one rank, from its settings to its last checkpoint, for every engine; read `Trainer` from the top down."""
 
 import json
 import math
@@ -11,7 +7,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,14 +46,7 @@ from mega_scale.parallel.monitor import PEER_LOST, write_stderr
 from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals, refuse
 from mega_scale.settings import known_keys, to_yaml
 from mega_scale.training.config import build_optimizer, seconds_of
-from mega_scale.training.metrics import (
-    Reporter,
-    SlowRanks,
-    Throughput,
-    memory_bytes,
-    peak_flops,
-    training_flops_per_token,
-)
+from mega_scale.training.metrics import Reporter, SlowRanks, Throughput, memory_bytes
 from mega_scale.training.stopping import (
     DIVERGED,
     STOPPED,
@@ -105,9 +94,9 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.mesh = config.parallel.mesh(placement.size)
         self.key = read_key(config.checkpoint.key_file)
-        self.checkpoint: Path | None = None
-        if (path := resume_path(self.run_dir, config.resume)) is not None:
-            self.checkpoint, _ = find_checkpoint(path, self.key)
+        self.origin, self.checkpoint = resume_path(self.run_dir, config.resume), None
+        if self.origin is not None:
+            self.checkpoint, _ = find_checkpoint(self.origin, self.key)
         tokenizer = load_tokenizer(config.data.tokenizer)
         self.model_config = model_config(config.model, tokenizer)
         require_same(config, self.checkpoint, self.model_config, tokenizer)
@@ -117,14 +106,14 @@ class Trainer:
 
             tensors = open_folder(config.init_from)[1]
             self.values = lambda name, owner, local_name: tensors[name]
-        self.tokenizer = as_trained(tokenizer, config.data.add_bos)
-        if config.train.sample_every:
+        data, train = config.data, config.train
+        self.tokenizer = as_trained(tokenizer, data.add_bos)
+        if train.sample_every:
             from mega_scale.training.trained_model import check_sample
 
-            check_sample(self.model_config, self.tokenizer, config.train.sample_prompt, config.train.sample_tokens)
-        if line := unlike_training(tokenizer, config.data.add_bos):
+            check_sample(self.model_config, self.tokenizer, train.sample_prompt, train.sample_tokens)
+        if line := unlike_training(tokenizer, data.add_bos):
             self.log(line)
-        data, train = config.data, config.train
         dataset, self.validation = load_datasets(data, tokenizer, self.log)
         self.loader = Loader(
             dataset,
@@ -188,7 +177,15 @@ class Trainer:
             begin = 0 if self.checkpoint is None else read_state(self.checkpoint)["step"]
             status.write("running", begin)
             try:
-                stopped = self.set_up_and_train()
+                self.check_ranks_agree()
+                if self.origin is not None:
+                    self.checkpoint = self.choose_checkpoint(self.origin)
+                self.set_up()
+                try:
+                    stopped = self.train()
+                finally:
+                    self.loader.close()
+                    self.engine.close()
             except EndOfRunError as error:
                 status.write("failed", self.watchdog.step, str(error))
                 self._print_error(error)
@@ -208,7 +205,8 @@ class Trainer:
     def check_stop(self, phase: str) -> None:
         """Tell the watchdog what is done now, and stop if any rank was asked to; collective. Raises StopRun."""
         self.watchdog.beat(phase)
-        self.stopping.check()
+        if self.stopping.agreed():
+            raise StopRun
 
     def check_ranks_agree(self) -> None:
         """See that all ranks mean the same run, and test the layout if that is wanted; collective.
@@ -216,20 +214,15 @@ class Trainer:
         Raises EndOfRunError where they do not, StopRun where a run that is resumed is to stop before it begins.
         """
         world, config = self.world, self.config
-        text, checkpoint = self.loader.dataset.fingerprint, str(self.checkpoint)
-        if not world.all_agree(world.broadcast(text) == text):
-            line = "the ranks read different text: give every machine the same files, tokenizer and Python"
-            raise EndOfRunError(REFUSED, line)
-        if not world.all_agree(world.broadcast(checkpoint) == checkpoint):
-            line = f"the ranks find different checkpoints in {config.run_dir}: give all machines the same folder"
-            raise EndOfRunError(REFUSED, line)
-        hurry = False
-        try:
-            self.stopping.check()
-        except StopRun:
-            if self.checkpoint is not None:
-                raise
-            hurry = True  # a fresh run saves before it ends
+        for own, problem in (
+            (self.loader.dataset.fingerprint, "read different text: give all machines the same files and tokenizer"),
+            (str(self.checkpoint), f"find different checkpoints in {config.run_dir}: give all machines that folder"),
+        ):
+            if not world.all_agree(world.broadcast(own) == own):
+                raise EndOfRunError(REFUSED, f"the ranks {problem}")
+        hurry = self.stopping.agreed()
+        if hurry and self.checkpoint is not None:  # a fresh run saves before it ends
+            raise StopRun
         if config.parallel.self_test and not hurry:
             self.watchdog.beat("testing the layout")
             found = run_self_test(self.model_config, config.parallel, world, config.train.dtype)
@@ -243,46 +236,27 @@ class Trainer:
 
         Raises EndOfRunError where there is none, or it is of another model, tokenizer or data.
         """
-        config = self.config
+        config, found, problem = self.config, path, None
         try:
             found = choose_checkpoint(path, self.world, self.key, self.log)
-        except ValueError as error:
-            raise EndOfRunError(REFUSED, str(error)) from None
-        problem = None
-        try:
             state = read_state(found)
             self.loader.check(state["data"])
             if found != self.checkpoint:  # whose state is damaged: an older one is taken
                 require_same(config, found, self.model_config, self.tokenizer)
         except ValueError as error:
-            problem = str(error)
+            problem = f"{found}: {error}"
         if problem := self.world.first(problem):
-            raise EndOfRunError(REFUSED, f"{found}: {problem}")
+            raise EndOfRunError(REFUSED, problem)
         changed = layout_changes(state["layout"], config.parallel.layout(self.world.size))
         self.log(f"resumed from {found}" + (f", in another layout: {changed}" if changed else ""))
         if self.rank == 0 and (line := changes(config, found, state["step"])):
             self.log(line)
-        if state["step"] >= (steps := config.train.steps):
-            self.log(
-                f"nothing to do: {state['step']} steps are done and train.steps={steps}; raise train.steps to go on"
-            )
+        done, steps = state["step"], config.train.steps
+        if done >= steps:
+            self.log(f"nothing to do: {done} steps are done and train.steps={steps}; raise train.steps to go on")
         return found
 
     # Set-up
-
-    def set_up_and_train(self) -> str | None:
-        """Set the run up, and train; collective. Returns why it stopped before its end. Raises as both do."""
-        self.check_ranks_agree()
-        if self.checkpoint is not None:
-            path = resume_path(self.run_dir, self.config.resume)
-            assert path is not None
-            self.checkpoint = self.choose_checkpoint(path)
-        self.set_up()
-        try:
-            return self.train()
-        finally:
-            self.loader.close()
-            self.engine.close()
 
     def set_up(self) -> None:
         """Build the engine, load the checkpoint, begin the run folder, and make what reports and saves; collective."""
@@ -320,8 +294,7 @@ class Trainer:
                 self.log(f"{self.run_dir / 'config.yaml'} is not written: {error.strerror}")
             self.print_header(parameters)
         self.reporter = Reporter(self.run_dir, self.rank, self.progress.step, train.steps, train.tensorboard)
-        self.throughput = Throughput(peak_flops(world.device, train.dtype), world.size)
-        self.flops_per_token = cache(partial(training_flops_per_token, self.model_config))
+        self.throughput = Throughput(self.model_config, world.device, train.dtype, world.size)
         self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
         self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key)
 
@@ -388,7 +361,8 @@ class Trainer:
         # One sum says how many tokens there are, and whether the step is to be done at all.
         own = [0 if world.at.sp or world.at.tp else labelled, int(self.stopping.wanted())]
         seen, wanting = world.sum(torch.tensor(own, device=world.device)).tolist()
-        self.stopping.decide(wanting)
+        if self.stopping.agreed(wanting):
+            raise StopRun
         loss, shares = torch.zeros((), device=world.device), []
         for i, batch in enumerate(batches):
             given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
@@ -415,7 +389,7 @@ class Trainer:
         Raises EndOfRunError, see `train`, and StopRun where what was due is not complete.
         """
         progress, train = self.progress, self.config.train
-        self.throughput.add(result.tokens, result.waited, self.flops_per_token(result.length))
+        self.throughput.add(result.tokens, result.waited, result.length)
         self.reporter.advance()
         progress.count(result.tokens, result.loss, taken=result.problem is None)
         if result.problem is not None and self.after_bad_step(result):

@@ -1,6 +1,7 @@
 """Settings of training: the loop, AdamW, the learning rate's schedule, and bad steps."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,9 @@ from mega_scale.settings import require, require_ranges
 
 # Signals with which a process may be asked to end; others stand for faults, or for what Python itself needs.
 SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+
+# Minutes and seconds behind another part stay below 60; days are followed by hours.
+_DURATION = re.compile(r"(?:(?:(\d+)-)?(\d+):(?=[0-5]?\d:))?(?:(\d+):(?=[0-5]?\d$))?(\d+)", re.ASCII)
 
 # Below three quarters of parallel.timeout_s, ranks can still tell each other where they stand before collectives fail.
 _LARGEST_SHARE = 0.75
@@ -187,29 +191,21 @@ class BadStepsConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter of a model, in two groups: those that decay first.
+    """AdamW over every trainable parameter of a model, each once, in two groups: those that decay first.
 
     Weights of linear and embedding layers decay: matrices that this keeps in bounds. All else has a scale with a
-    meaning of its own: norms, biases, the EMA's damping, decay, expansion, projection and residual, the affine map of
-    queries and keys, the relative position bias. The rule looks at module types and names, never at shapes, so that
-    sharded parameters are grouped as whole ones are. A parameter tied to several modules is taken once.
+    meaning of its own: norms, biases, and what the moving average, queries, keys and relative positions have. The rule
+    looks at module types and names, never at shapes, so that sharded parameters are grouped as whole ones are.
 
-    Raises:
-        ValueError: the model has no trainable parameter.
+    Raises ValueError where the model has no trainable parameter.
     """
-    decaying: dict[nn.Parameter, None] = {}
-    others: dict[nn.Parameter, None] = {}
-    for owner in model.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                decays = name == "weight" and isinstance(owner, nn.Linear | nn.Embedding)
-                (decaying if decays else others)[parameter] = None
     # Tied to a decaying and another place, a parameter decays.
-    groups = [
-        {"params": list(decaying), "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in others if parameter not in decaying], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    decaying = dict.fromkeys(layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Embedding))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = []
+    for decays, weight_decay in ((True, config.weight_decay), (False, 0.0)):
+        if group := [parameter for parameter in parameters if (parameter in decaying) == decays]:
+            groups.append({"params": group, "weight_decay": weight_decay})
     if not groups:
         raise ValueError("the model has no trainable parameter: leave requires_grad on for at least one")
     # Fused, it reads and writes every number once a step.
@@ -221,18 +217,9 @@ def seconds_of(duration: str | int) -> float:
 
     Raises ValueError where it is no duration above 0.
     """
-    days, dash, rest = str(duration).rpartition("-")
-    parts = rest.split(":")
-    good = 1 <= len(parts) <= 3 and all(
-        part.isascii() and part.isdigit() for part in [*parts, *([days] if dash else [])]
-    )
-    # Behind the first, minutes and seconds stay below 60; days are followed by hours.
-    good = good and all(int(part) < 60 for part in parts[1:]) and (not dash or len(parts) == 3)
-    seconds = sum(int(part) * 60**i for i, part in enumerate(reversed(parts))) if good else 0
-    if good and dash:
-        seconds += int(days) * 86400
-    if seconds <= 0:
-        raise ValueError(
-            f'train.max_time={duration!r} is no duration: give seconds, or hours as "3:50:00", days as "1-03:50:00"'
-        )
+    match = _DURATION.fullmatch(str(duration))
+    parts = match.groups("0") if match else "0000"
+    seconds = sum(int(part) * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=True))
+    remedy = 'it is no duration, give seconds, or hours as "3:50:00", days as "1-03:50:00"'
+    require(seconds > 0, "train.max_time", duration, remedy)
     return float(seconds)

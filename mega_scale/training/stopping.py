@@ -1,7 +1,7 @@
 """When a run stops or goes back: signals, the clock, bad steps and ranks that hang; `status.json` says how it ended.
 
-A step whose loss or gradient is not finite, or whose loss jumps, must not change the model: no rank takes it. Too many
-in a row end the run, or take it back to its last checkpoint, from where it goes on without the data that did it.
+No rank takes a step whose loss or gradient is not finite, or whose loss jumps. Too many in a row end the run, or take
+it back to its last checkpoint, from where it goes on without the data that did it.
 """
 
 import faulthandler
@@ -124,10 +124,9 @@ class Progress:
 
 
 def rows_of(position: int, shares: Tensor, ranks: MeshShape, rows: int) -> tuple[list[int], list[str]]:
-    """Say where in the data a bad step was: rows of the run's data, [first, end), and what in them is not finite.
+    """Rows of the run's data that a bad step took, [first, end); rank and rows of micro-batches with no finite loss.
 
-    `position` counts the data steps before it, `shares` (ranks, micro-batches) holds losses, and a micro-batch has so
-    many `rows`. Names the rank and the rows of each micro-batch whose loss is not finite.
+    `position` counts the data steps before it, `shares` (ranks, micro-batches) are the losses of so many `rows` each.
     """
     micro_batches = shares.shape[1]
     first = position * micro_batches * ranks.dp * rows
@@ -156,13 +155,13 @@ class StopRun(Exception):
 class Stopping:
     """Whether the run is to stop, as all ranks see it: a signal asks, or time runs out.
 
-    It is time when what has passed since `since`, the start of this process (seconds since the epoch), with the longest
-    step and the longest save so far and a fifth more of both, would pass `limit_s`. Before the first save, one is taken
-    to last a minute, or a tenth of the limit if that is less. The trainer notes both, `step_s` and `save_s`.
+    Time runs out when the longest step and the longest save so far (`step_s` and `save_s`, which the trainer notes),
+    and a fifth more of both, would end later than `limit_s` after `since`, the start of this process (seconds since
+    the epoch). Before the first save, one is taken to last a minute, or a tenth of the limit if that is less.
     """
 
     def __init__(
-        self, world: World, signals: StopSignals, limit_s: float | None = None, since: float | None = None
+        self, world: World, signals: StopSignals, limit_s: float = math.inf, since: float | None = None
     ) -> None:
         self._world, self._signals, self._limit_s = world, signals, limit_s
         self._since = psutil.Process().create_time() if since is None else since
@@ -175,8 +174,6 @@ class Stopping:
 
     def time_over(self) -> bool:
         """Whether the clock says so."""
-        if self._limit_s is None:
-            return False
         save_s = self.save_s or min(_UNKNOWN_SAVE_S, _UNKNOWN_SAVE_SHARE * self._limit_s)
         return time.time() - self._since + _MARGIN * (self.step_s + save_s) + _TO_LEAVE_S > self._limit_s
 
@@ -199,6 +196,9 @@ class Stopping:
         return " and ".join(causes) or "train.max_time is nearly over"
 
 
+State = Literal["running", "stopped", "finished", "failed"]  # stopped: it saved, and goes on when started again
+
+
 class RunStatus:
     """Writes the state of a run into its folder; on ranks other than the first, every call does nothing."""
 
@@ -207,17 +207,10 @@ class RunStatus:
         self._active = rank == 0
         self._lock = threading.Lock()
 
-    def write(
-        self,
-        state: Literal["running", "stopped", "finished", "failed"],
-        step: int,
-        reason: str = "",
-        last: bool = False,
-    ) -> None:
-        """Replace the file as a whole, from any thread; "stopped" means saved: started again, the run goes on.
+    def write(self, state: State, step: int, reason: str = "", last: bool = False) -> None:
+        """Replace the file as a whole, from any thread; no run ends because it cannot be written.
 
-        Where it cannot be written, that is said: no run ends for it, and the reason why it ends is not hidden. After
-        the `last` one, calls do nothing: the verdict on a lost rank stands, and not the errors that follow from it.
+        After the `last` one, calls do nothing: the verdict on a lost rank stands, and not the errors that follow.
         """
         with self._lock:
             if not self._active:
@@ -231,18 +224,14 @@ class RunStatus:
 
 
 class Watchdog:
-    """Watches the main thread of this rank; use it in a `with` statement.
+    """Ends the run when this rank's main thread has not beaten for `timeout_s` (0: never); a context manager.
 
-    A rank that hangs ends the run, after every rank has printed where it stands, with all stacks. The loop beats
-    whenever something is done: a step's data, the step, a batch of an evaluation, a token, a save. All ranks do the
-    same in the same order and wait for each other, so one that hangs stops all; it is the one that is behind.
+    Before that, every rank prints where it stands, with all stacks. All ranks do the same in the same order and wait
+    for each other, so one that hangs stops all; it is the one that is behind. `at_end` is called with one line that
+    says why, in another thread, before this process ends because of a hang or of another rank.
 
     A main thread that holds the interpreter's lock keeps this watchdog from looking. Then a timer that needs no lock
-    prints the stacks, and ends the process with exit code 1 if it is the only one; the other ranks notice that this one
-    gives no answer.
-
-    `timeout_s` is the longest time without a beat, 0 for no watch. `at_end` is called with one line that says why, in
-    another thread, before this process ends because of a hang or of another rank.
+    prints the stacks, and ends a process that is alone with exit code 1; other ranks notice that this one is silent.
     """
 
     def __init__(self, world: World, timeout_s: float, at_end: Callable[[str], None]) -> None:
@@ -301,8 +290,8 @@ class Watchdog:
     def _stand(self) -> Standing:
         """Print this rank's stacks, and say where it stands.
 
-        Each line whole, as several ranks do so at once, into one pipe; past Python's buffers, whose locks the main
-        thread may hold. Source lines are left out: a file system that hangs may be why the run does.
+        Each line is written whole, as all ranks write into one pipe, and past Python's buffers, whose locks the main
+        thread may hold; without source lines, as a file system that hangs may be why the run does.
         """
         found = Standing(self._beats, self.step, self._phase, time.monotonic() - self._since)
         late = bool(self._timeout_s) and found.idle_s > self._timeout_s

@@ -166,7 +166,7 @@ class Trainer:
         """Train on all ranks, watch the progress, and keep `status.json`; collective. Returns the exit code."""
         config = self.config
         status = RunStatus(self.run_dir, self.rank)
-        limit_s = None if config.train.max_time is None else seconds_of(config.train.max_time)
+        limit_s = math.inf if config.train.max_time is None else seconds_of(config.train.max_time)
         self.stopping = Stopping(self.world, self.signals, limit_s)
 
         def end(verdict: str) -> None:

@@ -77,7 +77,8 @@ def _make_section() -> type:
         if name in FROM_TOKENIZER:
             hint, default, sentence = declared | None, None, sentence.rstrip(".") + "; null takes the tokenizer's."
         fields.append((name, hint, field(default=default, metadata={"help": sentence})))
-    return dataclasses.make_dataclass("ModelSection", fields, namespace={"__module__": __name__})
+    namespace = {"__module__": __name__, "__doc__": "The model"}
+    return dataclasses.make_dataclass("ModelSection", fields, namespace=namespace)
 
 
 if TYPE_CHECKING:
@@ -149,28 +150,13 @@ class RunConfig:
     tokenizer are that folder's, as for resume."""
 
     model: ModelSection = field(default_factory=ModelSection)
-    """The model"""
-
     data: DataConfig = field(default_factory=DataConfig)
-    """The text"""
-
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW"""
-
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """The learning rate's schedule"""
-
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The training loop"""
-
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How the model is spread over ranks"""
-
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Checkpoints"""
-
     bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
-    """Steps whose loss or gradient is not finite, or whose loss jumps"""
 
     def __post_init__(self) -> None:
         for key in ("run_dir", "resume", "init_from"):
@@ -191,10 +177,9 @@ class RunConfig:
         )
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
-        """Refuse values and combinations with which no run can start, before any process group does.
+        """Refuse (ValueError) what no run can start with; creates `run_dir`, to see that it can be written.
 
-        Creates `run_dir`, to see that it can be written. `local_size` is the number of ranks on this host, None where
-        all are on one. Raises ValueError, which names keys, values and a remedy.
+        `local_size` is the number of ranks on this host, None where all are on one.
         """
         self.data.validate()
         self.train.validate(self.parallel.timeout_s)
@@ -329,10 +314,7 @@ class Described(NamedTuple):
 
 
 def described_by(config: RunConfig, checkpoint: Path | None) -> Described | None:
-    """What the folder describes that a run takes its weights from; None where it draws them.
-
-    Raises ValueError where the folder describes no model.
-    """
+    """The model of the folder that a run takes its weights from, if any; raises ValueError where it describes none."""
     if checkpoint is None and config.init_from is None:
         return None
     from mega_scale.hub.folder import read_config
@@ -355,7 +337,7 @@ def require_same(
 ) -> None:
     """Refuse a model or tokenizer that is not that of the folder from which the weights are taken, if there is one.
 
-    `checkpoint`, verified, is that which the run goes on from; None where it starts anew.
+    A run that goes on takes them from `checkpoint`, which is verified.
     """
     if (described := described_by(config, checkpoint)) is None:
         return
@@ -409,10 +391,8 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
     """Read a run from a command line.
 
     Without `--config` the run is that of `configs/debug.yaml`, the default job. A run that goes on from a checkpoint or
-    starts from an export has its model and tokenizer, and keys that contradict it are refused. `--help` and
-    `--print-config` print and exit with code 0; whatever is refused is said in one line, and exits with code 2. Ranks
-    other than the first print nothing (`quiet`). Keys and types are checked, combinations not: see
-    `RunConfig.validate`.
+    starts from an export has its model and tokenizer. `--help` and `--print-config` exit with code 0, and what is
+    refused, in one line, with code 2; `quiet` prints nothing. For combinations of keys see `RunConfig.validate`.
     """
     try:
         configs, overrides, options = split_arguments(argv, (field.name for field in dataclasses.fields(RunConfig)))
@@ -425,8 +405,8 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
         config = adopt(config, given if configs else {key for key, _ in overrides})
     except ValueError as error:
         refuse(error, quiet=quiet)
-    if "print_config" in options:
-        if not quiet:
-            print(to_yaml(config), end="", flush=True)
-        raise SystemExit(0)
-    return config
+    if "print_config" not in options:
+        return config
+    if not quiet:
+        print(to_yaml(config), end="", flush=True)
+    raise SystemExit(0)

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import re
-import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -55,10 +54,7 @@ def require_ranges(
     not_negative: Iterable[str] = (),
     shares: Iterable[str] = (),
 ) -> None:
-    """Refuse fields of a section that are no choice of their Literal, or not above 0, 0 or above, or 0 to below 1.
-
-    All of these numbers are finite.
-    """
+    """Refuse fields that are no choice of their Literal, or not above 0, 0 or above, or 0 to below 1, and finite."""
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             remedy = f"choose one of {', '.join(map(str, get_args(hint)))}"
@@ -367,24 +363,24 @@ def format_help(section: type, description: str, options: dict[str, dict[str, An
     parser = argparse.ArgumentParser(usage=usage, description=description)
     for name, arguments in options.items():
         parser.add_argument(name, **arguments)
-    _add_keys(parser, section, "The run", "")
+    _add_keys(parser, section, "")
     return parser.format_help()
 
 
-def _add_keys(parser: argparse.ArgumentParser, section: Any, title: str, prefix: str) -> None:
+def _add_keys(parser: argparse.ArgumentParser, section: Any, prefix: str) -> None:
     hints, defaults = get_type_hints(section), section()
     sentences = {field.name: field.metadata.get("help") for field in dataclasses.fields(section)}
     if None in sentences.values():  # they stand below the fields
-        [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+        [definition] = ast.parse(inspect.getsource(section)).body
         assert isinstance(definition, ast.ClassDef)
         for node, below in itertools.pairwise(definition.body):
             if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
                 sentences[ast.unparse(node.target)] = " ".join(ast.literal_eval(below.value).split())
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group((inspect.getdoc(section) or "").partition("\n")[0].removesuffix("."))
     for name, sentence in sentences.items():
         hint, default = hints[name], getattr(defaults, name)
         if dataclasses.is_dataclass(hint):
-            _add_keys(parser, hint, str(sentence), f"{prefix}{name}.")
+            _add_keys(parser, hint, f"{prefix}{name}.")
             continue
         default = json.dumps(default) if default is None or isinstance(default, bool) else default
         text = f"{sentence} (type: {describe(hint)}, default: {default})".replace("%", "%%")

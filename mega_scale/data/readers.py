@@ -261,23 +261,23 @@ def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
         mapped = pa.memory_map(part.file)
         opened = pq.ParquetFile(mapped, page_checksum_verification=True)
         sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-        path = _column_path(opened.schema_arrow, column)
+        found = _flat(opened.schema_arrow.empty_table(), column).column_names.count(column.name)
     except _BROKEN as error:
         raise _broken_file(part.file, error, magic=b"PAR1") from None
     with opened:
         for group in range(part.start, part.stop if part.stop >= 0 else len(sizes)):
             row, end = sum(sizes[:group]), sum(sizes[: group + 1])
-            if path is None:
+            if found != 1:
                 yield column.missing(opened.schema_arrow.names)._replace(line=row + 1, rows=end - row)
                 continue
             words = "fewer rows than the file says"
             for at_once in (_ROWS_AT_ONCE, 1):  # one by one up to the damage, if there is one
                 number = sum(sizes[:group])
                 try:
-                    for batch in opened.iter_batches(at_once, row_groups=[group], columns=[".".join(path)]):
+                    for batch in opened.iter_batches(at_once, row_groups=[group], columns=[column.name]):
                         number += batch.num_rows
                         if number > row:
-                            yield from _texts(batch, path, column, row)
+                            yield from _texts(batch, column, row)
                             row = number
                     break
                 except _BROKEN as error:
@@ -302,7 +302,7 @@ def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
             while True:
                 place = mapped.tell()
                 batch = stream.read_next_batch()
-                yield from _texts(batch, _column_path(batch.schema, column), column, row)
+                yield from _texts(batch, column, row)
                 row += batch.num_rows
     except StopIteration:
         return
@@ -318,32 +318,24 @@ def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
                 yield BadRow("corrupt", f"a record batch cannot be read ({describe(error)})", row + 1, lost=lost)
             continue
         if number in wanted:
-            yield from _texts(batch, _column_path(batch.schema, column), column, row)
+            yield from _texts(batch, column, row)
         row += batch.num_rows
 
 
-def _column_path(schema: Any, column: TextColumn) -> list[str] | None:
-    """The column's name, or names that lead to it in columns of columns; None if there is none, or several."""
-    if column.name in schema.names:
-        return [column.name] if schema.names.count(column.name) == 1 else None
-    fields, path = list(schema), column.name.split(".")
-    for name in path:
-        found = [field for field in fields if field.name == name]
-        if len(found) != 1:
-            return None
-        kind = found[0].type
-        fields = [kind.field(i) for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-    return path
+def _flat(table: Any, column: TextColumn) -> Any:
+    """A table whose columns of columns have become columns of joined names, as far as needed to find the column."""
+    while column.name not in table.column_names and any(map(pa.types.is_struct, table.schema.types)):
+        table = table.flatten()
+    return table
 
 
-def _texts(batch: Any, path: list[str] | None, column: TextColumn, row: int) -> Rows:
+def _texts(batch: Any, column: TextColumn, row: int) -> Rows:
     """Rows of a batch, of which the first is number `row`, counted from 0."""
-    if path is None:
+    table = _flat(pa.Table.from_batches([batch]), column)
+    if table.column_names.count(column.name) != 1:
         yield column.missing(batch.schema.names)._replace(line=row + 1, rows=batch.num_rows)
         return
-    array = batch.column(path[0])
-    if path[1:]:
-        array = pc.struct_field(array, path[1:])
+    array = table.column(column.name).chunk(0)
     try:
         values = _plain_values(array)
     except _BROKEN:
@@ -497,9 +489,8 @@ class HubSource:
 
     def _read_stored(self, part: FileRange) -> Rows:
         table, row = self._dataset.with_format("arrow")[part.start : max(part.stop, 0)], part.start
-        path = _column_path(table.schema, self._column)
         for batch in table.to_batches(max_chunksize=_HUB_ROWS_AT_ONCE):
-            yield from _texts(batch, path, self._column, row)
+            yield from _texts(batch, self._column, row)
             row += batch.num_rows
 
     def _read_stream(self) -> Rows:

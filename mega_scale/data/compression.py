@@ -93,8 +93,8 @@ class FileBytes(io.BufferedReader):
 class _Source(io.FileIO):
     """The bytes on disk up to a size; says when the file has become shorter, or fails.
 
-    `place` is where the last read began. From `damaged` on, bytes are read one by one. `member` is the place of the
-    first byte that the next checksum covers.
+    `place` is where the last read began. Bytes from `damaged` on are read one by one. The next checksum covers those
+    from `member` on.
     """
 
     read = io.RawIOBase.read  # type: ignore[assignment]  # which reads by `readinto`

@@ -1,8 +1,7 @@
 """Read local files and data sets of the hub range by range: texts and unusable rows in order.
 
 A range is a part of a file that can be read on its own: bytes of a plain jsonl file, row groups of a parquet file,
-record batches of an arrow file; else the whole file. No file but a JSON list is in memory as a whole. A damage costs as
-few rows as the format, or pyarrow, allows.
+record batches of an arrow file; else the whole file. A damage costs as few rows as the format, or pyarrow, allows.
 """
 
 import contextlib
@@ -398,15 +397,10 @@ class FileSource:
         return [part for file in self._files for part in self._split(file, size)]
 
     def read(self, part: FileRange) -> Rows:
-        """Read the rows of a range in order.
-
-        A file that was cut is lost as a whole, and counts at least as a file of mean size, since nobody knows how much
-        is missing.
-        """
-        rows = _rows(part, self._kind, self._column)
+        """Read the rows of a range in order; a file that was cut counts as a whole, at least as one of mean size."""
         before = functools.cache(lambda: _lines_before(part) if self._kind == "json" else 0)
         number = counted = 0
-        for row in rows:
+        for row in _rows(part, self._kind, self._column):
             if isinstance(row, str):
                 number += 1
                 yield row
@@ -438,10 +432,9 @@ class FileSource:
         if not count:
             return [FileRange(file, 0, -1, total)]
         step = max(1, count * size // total)
-        stops = [*range(step, count, step), count]
         return [
-            FileRange(file, start, stop, total * (stop - start) // count)
-            for start, stop in zip([0, *stops], stops, strict=False)
+            FileRange(file, i, min(i + step, count), total * min(step, count - i) // count)
+            for i in range(0, count, step)
         ]
 
     @functools.cached_property

@@ -232,10 +232,9 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def shuffled(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
-    """Look up places (n,) of a pseudo-random permutation of 0..length-1 that needs no memory: (n,) int64.
+    """Look up places (n,) of a pseudo-random permutation of 0..length-1, by the arguments alone: (n,) int64.
 
     A Feistel network permutes the next power of four; what falls outside the range is permuted again till it is inside.
-    The order depends on the arguments only, not on a library's random generator, so a run can be resumed anywhere.
     """
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

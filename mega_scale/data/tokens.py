@@ -5,6 +5,7 @@ A shard is `NAME.tokens`, the bare array of all documents' tokens with what ends
 A folder has shards and `manifest.json`, written last: one that has it is whole. The cache holds such folders.
 """
 
+import copy
 import hashlib
 import json
 import mmap
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,17 +51,12 @@ class ShardRecord:
 
 
 class Shard:
-    """One shard, or its first `documents`, mapped when it is first read. `record` is what is taken of it."""
+    """One shard, or its first documents, mapped when it is first read. `record` is what is taken of it."""
 
-    def __init__(self, folder: Path, written: ShardRecord, dtype: str, documents: int | None = None) -> None:
-        self._folder, self._written, self._dtype = folder, written, dtype
+    def __init__(self, folder: Path, written: ShardRecord, dtype: str) -> None:
+        self._folder, self._written, self.record = folder, written, written
         self._types = {"tokens": dtype, "ends": "<i8", "text_ends": "<i8"}
         self._maps: dict[str, mmap.mmap] = {}
-        self.record = written
-        if documents is not None and documents < written.documents:
-            tokens, size = (int(self.arrays[suffix][documents - 1]) for suffix in ("ends", "text_ends"))
-            checksums = {suffix: f"{found}[:{documents}]" for suffix, found in written.checksums.items()}
-            self.record = ShardRecord(written.name, tokens, documents, size, checksums)
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -82,7 +79,13 @@ class Shard:
 
     def head(self, documents: int) -> "Shard":
         """Keep only so many of its first documents."""
-        return Shard(self._folder, self._written, self._dtype, min(documents, self.record.documents))
+        if documents >= self.record.documents:
+            return self
+        tokens, size = (int(self.arrays[suffix][documents - 1]) for suffix in ("ends", "text_ends"))
+        checksums = {suffix: f"{total}[:{documents}]" for suffix, total in self._written.checksums.items()}
+        found = copy.copy(self)
+        found.record = ShardRecord(self._written.name, tokens, documents, size, checksums)
+        return found
 
     def release(self) -> None:
         """Give back the pages that this process looked at; they stay in the page cache while there is room."""
@@ -100,9 +103,8 @@ class Shard:
                 raise ValueError(f"{path}: {error.strerror}; prepare it again") from None
             if found != size:
                 raise ValueError(f"{path} has {found} bytes, not the {size} that were written: prepare it again")
-        for suffix, expected in self._written.checksums.items() if content else ():
-            if hash_file(self._path(suffix), None).hash != expected:
-                raise ValueError(f"{self._path(suffix)} is damaged, its checksum is not {expected}: prepare it again")
+            if content and hash_file(path, None).hash != (expected := written.checksums[suffix]):
+                raise ValueError(f"{path} is damaged, its checksum is not {expected}: prepare it again")
 
     def _path(self, suffix: str) -> Path:
         return self._folder / f"{self._written.name}.{suffix}"
@@ -173,7 +175,7 @@ class TokenStore:
         return cls([shard for store in stores for shard in store._shards])
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Copy tokens `start` to below `stop` into `out` (stop - start,), the only time that they are copied."""
+        """Copy tokens `start` to below `stop` into `out` (stop - start,)."""
         i = int(np.searchsorted(self._tokens, start, side="right")) - 1
         done = 0
         while start + done < stop:
@@ -270,10 +272,8 @@ def read_manifest(folder: Path) -> PreparedManifest:
         found = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError(f"{folder} has the format {found['format']!r}, not {FORMAT!r}: prepare it again")
-        parts = {
-            part: [ShardRecord(**record) for record in content["shards"]] for part, content in found["parts"].items()
-        }
-        tally, names = Tally.from_json(found["rows"]), (found["tokenizer"], found["tokenizer_name"])
+        parts = {name: [ShardRecord(**shard) for shard in part["shards"]] for name, part in found["parts"].items()}
+        names, tally = (found["tokenizer"], found["tokenizer_name"]), Tally.from_json(found["rows"])
         return PreparedManifest(*names, found["dtype"], parts, tally, bool(found.get("add_bos", False)))
     except OSError:
         raise ValueError(
@@ -294,10 +294,9 @@ def open_part(folder: Path, manifest: PreparedManifest, part: str) -> TokenStore
 def check_content(folder: Path) -> Iterator[str]:
     """Compare all files of a folder with their checksums, and refuse damaged ones; names each shard that is good."""
     manifest = read_manifest(folder)
-    for records in manifest.parts.values():
-        for record in records:
-            Shard(folder, record, manifest.dtype).check(content=True)
-            yield record.name
+    for record in chain.from_iterable(manifest.parts.values()):
+        Shard(folder, record, manifest.dtype).check(content=True)
+        yield record.name
 
 
 # The cache of tokenised text
@@ -305,21 +304,17 @@ def check_content(folder: Path) -> Iterator[str]:
 
 def open_tokens(cache: Path, key: str) -> TokenStore | None:
     """Open the tokens that the cache has under a key; None if there are none, or they are damaged."""
-    try:
+    with suppress(OSError, ValueError):
         for _ in check_content(cache / key):
             pass
         store = open_part(cache / key, read_manifest(cache / key), _CACHED_PART)
         store.map()  # what is mapped stays readable when another process replaces the folder
-    except (OSError, ValueError):
-        return None
-    return store
+        return store
+    return None
 
 
 def write_tokens(cache: Path, key: str, documents: Iterable[Encoded], dtype: str) -> TokenStore:
-    """Write documents to the cache, which is created, as they come, so that they need not fit in memory.
-
-    The folder is renamed when it is whole: of several processes that make the same, the first one's stays.
-    """
+    """Write documents to the cache as they come; of several processes that make the same, the first one's stays."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="unfinished-") as unfinished:

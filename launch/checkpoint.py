@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mega_scale import export
 from mega_scale.checkpoint import folder as store
-from mega_scale.checkpoint.saver import convert
+from mega_scale.checkpoint.state import convert
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths

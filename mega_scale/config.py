@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mega_scale.checkpoint.folder import CheckpointConfig, find_checkpoint, read_key
-from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder, resume_path
+from mega_scale.checkpoint.folder import (
+    CheckpointConfig,
+    check_run_folder,
+    create_run_folder,
+    find_checkpoint,
+    read_key,
+    resume_path,
+)
 from mega_scale.data.config import DataConfig
 from mega_scale.files import local_path
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import xxhash
 
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.\-]+):/")
-_READ_BYTES = 2**18  # stays in the processor's cache between reading and hashing
 
 
 def local_path(path: str, key: str) -> str:
@@ -95,6 +94,12 @@ def discard(path: Path) -> None:
         path.rmdir()
 
 
+def forget(path: Path) -> None:
+    """Delete what lies at a path, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        discard(path)
+
+
 def reason(error: OSError) -> str:
     """What is wrong, without number and name of the class."""
     return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
@@ -108,8 +113,7 @@ def replace_text(path: Path, text: str) -> None:
         flush(fresh)
         os.replace(fresh, path)
     except OSError:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
+        forget(fresh)
         raise
     flush(path.parent)
 
@@ -164,14 +168,9 @@ def new_hash(key: bytes | None) -> "xxhash.xxh3_128 | hmac.HMAC":
 
 def hash_file(path: Path, key: bytes | None) -> Record:
     """Size and hash of a file; with a secret, an HMAC. Raises OSError."""
-    found, size = new_hash(key), 0
-    buffer = bytearray(_READ_BYTES)
-    view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(view[:count])
-            size += count
-    return Record(size, found.hexdigest())
+        found = hashlib.file_digest(file, lambda: new_hash(key))
+        return Record(file.tell(), found.hexdigest())
 
 
 # A lock

@@ -1,28 +1,41 @@
-"""The checkpoints of a run: their manifests, which are whole, which is the newest that holds what was written.
+"""A run folder: which job has it, its checkpoints, and which of them is the newest that holds what was written.
 
-README.md draws the folder. It bears its name only when all of it lies on the disk. `latest` is for people and other
-programs: what is resumed from is the newest checkpoint that is proven, whatever `latest` says.
+README.md draws it. A checkpoint bears its name only when all of it lies on the disk. `latest` is for people and other
+programs: a run resumes from the newest checkpoint that is proven, whatever `latest` says.
 """
 
 import contextlib
 import hmac
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mega_scale.files import FileLock, Record, discard, hash_file, local_path, new_hash, read_regular
-from mega_scale.settings import require_ranges
+from mega_scale.files import (
+    STALE_S,
+    FileLock,
+    Record,
+    discard,
+    forget,
+    hash_file,
+    local_path,
+    new_hash,
+    read_regular,
+    replace_text,
+)
+from mega_scale.settings import require, require_ranges
 
 if TYPE_CHECKING:
     from mega_scale.parallel import World
 
 MANIFEST, STATE, RANDOM, TRAINER, LATEST = "manifest.json", "state", "random", "trainer.json", "latest"
-DELETED = ".deleted"
-"""What follows the name of a checkpoint that is being deleted."""
+LOCK = "run.lock"
 
 _FORMAT = 1
 _PLAIN, _SIGNED = "xxh3_128", "hmac-sha256"
@@ -32,6 +45,13 @@ _POINTER_BYTES = 2**16
 _NAME = re.compile(r"step-[0-9]{8,}")
 _LARGE = f"{STATE}/part-"
 _NAMED = 3  # strays in a line
+_DELETED = ".deleted"  # follows the name of a checkpoint that is being deleted
+# What a run writes, beside its status and its lock; whatever else lies in its folder is its user's.
+_WRITTEN = ("checkpoints/step-*", "checkpoints/latest*", "tensorboard/events.out.tfevents.*", "metrics.jsonl*")
+_OVERWRITING = "overwriting"
+_NOTE = (
+    "A run that was started with --overwrite has yet to begin here. Delete this file to keep the run that lies here.\n"
+)
 
 
 @dataclass
@@ -59,7 +79,7 @@ class CheckpointConfig:
             self.key_file = local_path(self.key_file, "checkpoint.key_file")
 
     def validate(self) -> None:
-        """Refuse values outside their range. Raises ValueError, which names key, value and range."""
+        """Refuse values outside their range. Raises ValueError."""
         require_ranges("checkpoint", self, not_negative=("every", "keep", "keep_every"))
 
 
@@ -69,9 +89,8 @@ class CheckpointError(ValueError):
 
 # The manifest: size and hash of every file, written last, verified before anything is read
 #
-# A file system may lose or flip what it was given, and loaders do not notice: with one flipped bit, plain checkpoints
-# load as if nothing had happened. xxh3 finds accidents; against somebody who edits files on purpose a secret is
-# needed, with which every hash is an HMAC. `key` is that secret, None where there is none, in all functions here.
+# A file system may lose or flip bits, and loaders do not notice. xxh3 finds accidents; against somebody who edits files
+# on purpose every hash is an HMAC with a secret: `key`, None where there is none, in all functions here.
 
 
 class Manifest(NamedTuple):
@@ -105,13 +124,8 @@ def read_key(path: str | None) -> bytes | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
-    """Write or replace `manifest.json`, as a whole, and have the disk keep it. Raises OSError."""
-    beside = folder.with_name(f"{folder.name}.{MANIFEST}")  # inside, it would be a file that does not belong there
-    with open(beside, "wb") as file:
-        file.write(_manifest_text(manifest, key))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, folder / MANIFEST)
+    """Write or replace `manifest.json` as `replace_text` does. Raises OSError."""
+    replace_text(folder / MANIFEST, _manifest_text(manifest, key))
 
 
 def read_manifest(folder: Path, key: bytes | None) -> Manifest:
@@ -128,7 +142,7 @@ def read_manifest(folder: Path, key: bytes | None) -> Manifest:
         files = {path: Record(size, found) for path, (size, found) in content["files"].items()}
         manifest = Manifest(content["step"], content["serial"], files)
         # To the byte: what JSON reads alike, as a key given twice, was not written by us either.
-        if not hmac.compare_digest(_manifest_text(manifest, key), text):
+        if not hmac.compare_digest(_manifest_text(manifest, key).encode(), text):
             changed = "it was changed after it was written" + ("" if key is None else ", or signed with another secret")
             raise CheckpointError(f"{MANIFEST} does not have its own hash: {changed}")
         for number in (manifest.step, manifest.serial, *(record.size for record in files.values())):
@@ -145,7 +159,7 @@ def read_manifest(folder: Path, key: bytes | None) -> Manifest:
     return manifest
 
 
-def _manifest_text(manifest: Manifest, key: bytes | None) -> bytes:
+def _manifest_text(manifest: Manifest, key: bytes | None) -> str:
     content: dict[str, Any] = {
         "format": _FORMAT,
         "step": manifest.step,
@@ -155,20 +169,17 @@ def _manifest_text(manifest: Manifest, key: bytes | None) -> bytes:
     }
     found = new_hash(key)
     found.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-    return (json.dumps({**content, "digest": found.hexdigest()}, indent=1) + "\n").encode()
+    return json.dumps({**content, "digest": found.hexdigest()}, indent=1) + "\n"
 
 
 def claimed_serial(folder: Path) -> int:
     """Serial to sort by; 0 where the manifest is damaged. Not verified where it is signed: this needs no secret."""
-    try:
+    with contextlib.suppress(CheckpointError):
         return read_manifest(folder, None).serial
-    except CheckpointError:
-        pass
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         content = json.loads(read_regular(folder / MANIFEST, _MOST_BYTES))
         return max(int(content["serial"]), 0) if content["hash"] == _SIGNED else 0
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return 0
+    return 0
 
 
 def own_files(folder: Path) -> set[str]:
@@ -179,23 +190,23 @@ def own_files(folder: Path) -> set[str]:
 # What lies in a checkpoint's folder, compared with its manifest
 
 
-def verify(folder: Path, key: bytes | None = None) -> Manifest:
+def verify(folder: Path, key: bytes | None = None, share: slice = slice(None)) -> Manifest:
     """Verify that a checkpoint holds what was written: names, sizes and hashes of all files.
 
-    Raises CheckpointError, which names the folder and the first file that differs.
+    Of the files of its state, by size, only a `share` may be read. Raises CheckpointError, which names the folder and
+    the first file that differs.
     """
-    manifest = verify_quickly(folder, key)
-    if problem := _content_problem(folder, manifest, manifest.files, key):
-        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
-    return manifest
-
-
-def verify_quickly(folder: Path, key: bytes | None = None) -> Manifest:
-    """Verify manifest, names, sizes, and what is small: all but the state. Raises CheckpointError as `verify` does."""
     try:
         manifest = read_manifest(folder, key)
+        problem = _list_problem(folder, manifest)
+        large = [name for name in manifest.files if name.startswith(_LARGE)]
+        large.sort(key=lambda name: (-manifest.files[name].size, name))
         small = [name for name in manifest.files if not name.startswith(_LARGE)]
-        problem = _list_problem(folder, manifest) or _content_problem(folder, manifest, small, key)
+        for name in [] if problem else [*small, *large[share]]:
+            found, (size, expected) = hash_file(folder / name, key), manifest.files[name]
+            if not hmac.compare_digest(found.hash, str(expected)) or found.size != size:
+                problem = f"{name} does not hold what was written (its hash differs)"
+                break
     except CheckpointError as error:
         problem = str(error)
     except OSError as error:  # of a disk that fails, or a folder that may not be looked into
@@ -205,19 +216,21 @@ def verify_quickly(folder: Path, key: bytes | None = None) -> Manifest:
     return manifest
 
 
-def verify_together(folder: Path, world: "World", key: bytes | None = None) -> str | None:
-    """Verify a checkpoint, each rank some of its files; collective. Returns what is wrong, the same on all ranks."""
-    problem = None
+def verify_quickly(folder: Path, key: bytes | None = None) -> Manifest:
+    """Verify manifest, names, sizes, and what is small: all but the state. Raises CheckpointError as `verify` does."""
+    return verify(folder, key, slice(0))
+
+
+def _verify_together(folder: Path, key: bytes | None, world: "World") -> Manifest:
+    """Verify a checkpoint, each rank some of its files; collective. Raises the same CheckpointError on all ranks."""
+    problem, manifest = None, Manifest(0, 0, {})
     try:
-        manifest = verify_quickly(folder, key)
-        large = [name for name in manifest.files if name.startswith(_LARGE)]
-        large.sort(key=lambda name: (-manifest.files[name].size, name))
-        if problem := _content_problem(folder, manifest, large[world.rank :: world.size], key):
-            problem = f"{folder} is no valid checkpoint: {problem}"
+        manifest = verify(folder, key, slice(world.rank, None, world.size))
     except CheckpointError as error:
         problem = str(error)
-    first: str | None = world.first(problem)
-    return first
+    if problem := world.first(problem):
+        raise CheckpointError(problem)
+    return manifest
 
 
 def _list_problem(folder: Path, manifest: Manifest) -> str | None:
@@ -239,29 +252,13 @@ def _list_problem(folder: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _content_problem(folder: Path, manifest: Manifest, names: Iterable[str], key: bytes | None) -> str | None:
-    """Which of some files does not hold what was written."""
-    for name in names:
-        try:
-            found = hash_file(folder / name, key)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        size, expected = manifest.files[name]
-        if not hmac.compare_digest(found.hash, str(expected)) or found.size != size:
-            return f"{name} does not hold what was written (its hash differs)"
-    return None
-
-
 def _around(manifest: Manifest) -> set[str]:
     """Names that a checkpoint has beside its files: their folders, and the manifest."""
     return {parent.as_posix() for name in manifest.files for parent in PurePosixPath(name).parents} | {MANIFEST}
 
 
 def strays(folder: Path, manifest: Manifest) -> list[str]:
-    """What lies in a checkpoint's folder and is none of it, such as `.nfs...` or `.DS_Store`; nobody reads it.
-
-    Of a stray folder, only the folder itself.
-    """
+    """What lies in a checkpoint's folder and is none of it, such as `.nfs...`; of a stray folder, only itself."""
     found = {path.relative_to(folder) for path in folder.rglob("*")}
     found -= {Path(name) for name in manifest.files.keys() | _around(manifest)}
     return sorted(path.as_posix() for path in found if path.parent not in found)
@@ -294,11 +291,6 @@ def summary(folder: Path, key: bytes | None = None) -> dict[str, Any]:
 
 
 # The checkpoints of a run
-
-
-def run_lock(run_dir: Path, lost: Callable[[str], None] = lambda _: None) -> FileLock:
-    """The lock by which one job at a time has a run folder, which exists; for `lost` see `FileLock`."""
-    return FileLock(run_dir / "run.lock", lost)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -361,6 +353,7 @@ def find_checkpoint(
     *,
     older: bool = True,
     proof: Callable[[Path, bytes | None], Manifest] = verify_quickly,
+    world: "World | None" = None,
 ) -> tuple[Path, list[str]]:
     """The checkpoint that a path means: itself, or the newest of a run folder that is proven.
 
@@ -369,35 +362,39 @@ def find_checkpoint(
         key: secret with which it must be signed, if there is one.
         older: whether an older one may be taken where the newest of a run folder is damaged or gone.
         proof: `verify_quickly`, or `verify`, which reads the state too.
+        world: ranks that share the reading of all of it, instead of `proof`; then this is collective.
 
     Returns its folder, and what is to be said: what is wrong with newer ones or with `latest`, and strays, a sentence
     each. Raises ValueError where there is none, only an older one could be taken and may not be, or it is damaged:
     nothing is taken instead of a checkpoint that was named.
     """
-    if is_checkpoint(path):
-        try:
-            return path, _stray_notes(path, proof(path, key))
-        except CheckpointError as error:
-            remedy = "there is no other valid one beside it"
-            for folder in reversed(checkpoints(path.parent.parent)):
-                if folder.name != path.name:
-                    with contextlib.suppress(CheckpointError):
-                        verify_quickly(folder, key)
-                        remedy = f"resume from {folder} instead"
-                        break
-            raise CheckpointError(f"{error}; {remedy}") from None
-    problems = []
-    for folder in reversed(checkpoints(path)):
+    named = is_checkpoint(path)
+    candidates = [path] if named else checkpoints(path)[::-1]
+    if world is not None:
+        # Folders are listed once, so that all ranks try the same ones.
+        named, names = world.broadcast([named, [str(folder) for folder in candidates]])
+        candidates, proof = [Path(name) for name in names], partial(_verify_together, world=world)
+    problems: list[str] = []
+    for folder in candidates:
         try:
             manifest = proof(folder, key)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        pointer, gone = _pointer_problem(path, folder)
+        pointer, gone = ([], False) if problems or named else _pointer_problem(path, folder)
         newer = [*problems, *(pointer if gone else [])]
         if newer and not older:
             raise CheckpointError(f"{'; '.join(newer)}: to take {folder} instead, give that folder, or --allow-older")
         return folder, [*problems, *pointer, *_stray_notes(folder, manifest)]
+    if named:
+        remedy = "there is no other valid one beside it"
+        for folder in reversed(checkpoints(path.parent.parent)):
+            if folder.name != path.name:
+                with contextlib.suppress(CheckpointError):
+                    verify_quickly(folder, key)
+                    remedy = f"resume from {folder} instead"
+                    break
+        raise CheckpointError(f"{problems[0]}; {remedy}")
     if problems:
         raise CheckpointError(f"none of the {len(problems)} checkpoints in {path} is valid: {'; '.join(problems)}")
     raise ValueError(
@@ -406,49 +403,22 @@ def find_checkpoint(
     )
 
 
-def choose_checkpoint(path: Path, world: "World", key: bytes | None = None, log: Callable[[str], None] = print) -> Path:
-    """The checkpoint to go on from, proven whole by all ranks, which share the reading; collective.
-
-    Of a run folder the newest valid checkpoint is taken, and `log` is given, on rank 0, what is wrong with newer ones.
-    A checkpoint that was named itself is taken or refused.
-
-    Raises ValueError where there is none; CheckpointError where the named one is damaged, or all of the run are.
-    """
-    named = is_checkpoint(path)
-    candidates = [path] if named else checkpoints(path)[::-1]
-    names = world.broadcast([str(folder) for folder in candidates])
-    if not names:
-        find_checkpoint(path, key)  # says why
-    problems: list[str] = []
-    for folder in map(Path, names):
-        problem = verify_together(folder, world, key)
-        if problem is None:
-            pointer = [] if problems or named else _pointer_problem(path, folder)[0]
-            if world.rank == 0:
-                for line in (*pointer, *_stray_notes(folder, read_manifest(folder, key))):
-                    log(line)
-            return folder
-        problems.append(problem)
-        if world.rank == 0 and not named:
-            log(f"{problem}; an older one is tried")
-    raise CheckpointError("; ".join(problems) + ": no valid checkpoint is left to go on from")
-
-
 def _pointer_problem(run_dir: Path, newest: Path) -> tuple[list[str], bool]:
     """What is wrong with `latest`, whose word nobody takes, and whether it names a checkpoint that is gone."""
-    pointer = run_dir / "checkpoints" / LATEST
+    pointer, gone = run_dir / "checkpoints" / LATEST, False
     try:
         text = read_regular(pointer, _POINTER_BYTES).decode(errors="replace")
+        name = text.strip()
+        if text == newest.name + "\n":
+            return [], False
+        what = f"names {name[:40]!r}"
+        if name == newest.name:
+            what = "was changed after it was written"
+        else:
+            gone = bool(_NAME.fullmatch(name)) and not pointer.with_name(name).is_dir()
     except OSError as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
-        return [f"{pointer} {what}, {newest.name} is the newest valid checkpoint"], False
-    if text == newest.name + "\n":
-        return [], False
-    name = text.strip()
-    if name == newest.name:
-        return [f"{pointer} was changed after it was written, but names the newest valid checkpoint"], False
-    gone = bool(_NAME.fullmatch(name)) and not pointer.with_name(name).is_dir()
-    return [f"{pointer} names {name[:40]!r}, {newest.name} is the newest valid checkpoint"], gone
+    return [f"{pointer} {what}, {newest.name} is the newest valid checkpoint"], gone
 
 
 def _stray_notes(folder: Path, manifest: Manifest) -> list[str]:
@@ -462,21 +432,24 @@ def _stray_notes(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint, its name first: what is killed half way leaves no damaged checkpoint behind.
+    """Delete a checkpoint, its name first: a kill half way leaves no damaged one. Of a link, delete the link alone.
 
-    Of a linked one, only the link is deleted. Raises OSError; once renamed, it no longer counts.
+    Raises OSError; once renamed, it no longer counts.
     """
-    nameless = folder.with_name(folder.name + DELETED)
+    nameless = folder.with_suffix(_DELETED)
     discard(nameless)
     folder.rename(nameless)
     discard(nameless)
 
 
-def sweep(run_dir: Path) -> None:
-    """Delete what a deletion that was killed, or could not be completed, has left; what stays waits for the next."""
-    for path in run_dir.glob(f"checkpoints/step-*{DELETED}"):
-        with contextlib.suppress(OSError):
-            discard(path)
+def sweep(run_dir: Path, *endings: str) -> None:
+    """Delete what a deletion that was killed, or could not be completed, has left; what stays waits for the next.
+
+    So is every other folder whose name has one of these `endings` after the step.
+    """
+    for ending in (_DELETED, *endings):
+        for path in run_dir.glob(f"checkpoints/step-*{ending}"):
+            forget(path)
 
 
 def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
@@ -488,22 +461,21 @@ def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
 def prune(
     run_dir: Path, keep: int, keep_every: int = 0, *, damaged: bool = False, key: bytes | None = None, dry: bool = False
 ) -> list[Path]:
-    """Delete checkpoints of a run that does not train now.
+    """Delete checkpoints of a run that does not train now; `dry` only says which.
 
     Every checkpoint is verified first: damaged ones do not count among those that are kept (see `surplus`), and are
-    deleted if `damaged`. Nothing is deleted unless one that stays is valid. `dry` only says what would be.
+    deleted if `damaged`. Nothing is deleted unless one that stays is valid.
 
     Returns what was deleted. Raises ValueError where no checkpoint is valid, or a job has the folder.
     """
     valid, broken = [], []
-    with contextlib.nullcontext() if dry or not checkpoints(run_dir) else run_lock(run_dir):
+    with contextlib.nullcontext() if dry or not checkpoints(run_dir) else FileLock(run_dir / LOCK):
         for folder in checkpoints(run_dir):
             try:
                 verify(folder, key)
+                valid.append(folder)
             except CheckpointError:
                 broken.append(folder)
-            else:
-                valid.append(folder)
         if not valid:
             raise ValueError(f"{run_dir} has no valid checkpoint ({len(broken)} damaged ones): nothing is deleted")
         chosen = surplus(valid, keep, keep_every) + (broken if damaged else [])
@@ -512,3 +484,131 @@ def prune(
                 delete(folder)
             sweep(run_dir)
     return chosen
+
+
+# The folder as one job has it: what lies there is gone on with, or replaced, or left alone
+
+
+def resume_path(run_dir: Path, resume: str | None) -> Path | None:
+    """Run or checkpoint folder that a run goes on from (`resume`: latest, auto, a folder, or None); None: afresh."""
+    if resume is None or (resume == "auto" and (_is_overwritten(run_dir) or not checkpoints(run_dir))):
+        return None
+    return run_dir if resume in ("latest", "auto") else Path(resume)
+
+
+def create_run_folder(run_dir: Path) -> None:
+    """Make the folder of a run, if it is not there. Raises ValueError where it cannot be made or written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} cannot be created ({error.strerror}): choose a folder that can be written"
+        ) from None
+    saved, writable = run_dir / "checkpoints", os.access(run_dir, os.W_OK | os.X_OK)
+    require(writable, "run_dir", str(run_dir), "choose a folder that can be written")
+    free = saved.is_dir() or not os.path.lexists(saved)
+    require(free, "run_dir", str(run_dir), f"{saved} is no folder, move it away")
+
+
+def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None:
+    """Refuse a run in a folder that holds one, which it neither goes on with nor may replace (`overwrite`)."""
+    own = resume in ("latest", "auto") or (resume is not None and _lies_in(Path(resume), run_dir))
+    if overwrite and own:
+        raise ValueError(
+            f"overwrite=True with resume={resume!r}: that would delete what it goes on from; give one of the two"
+        )
+    if resume == "latest" and _is_overwritten(run_dir):
+        raise ValueError(
+            f"resume='latest': a run with --overwrite was stopped before it began in {run_dir}: start that run with "
+            f"--resume auto, or delete {run_dir / _OVERWRITING} to keep the run before it"
+        )
+    if not overwrite and not own and (_is_overwritten(run_dir) or _holds_run(run_dir)):
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} holds a run already: go on with it (--resume), replace it (--overwrite), or "
+            "choose another run_dir"
+        )
+
+
+class RunFolder:
+    """A run folder held by this job by its `lock`; for `lost` see `FileLock`. Methods but `take` are for rank 0."""
+
+    def __init__(self, run_dir: Path, resume: str | None, overwrite: bool, lost: Callable[[str], None]) -> None:
+        self._run_dir, self._resume, self._overwrite = run_dir, resume, overwrite
+        self.lock = FileLock(run_dir / LOCK, lost)
+
+    def take(self, world: "World", afresh: bool, log: Callable[[str], None]) -> str | None:
+        """Take the folder on rank 0, waiting for an owner of whom it is not known whether it lives; collective.
+
+        Returns why this job cannot have it, the same on all ranks; None where it has it. For `afresh` see `attempt`.
+        """
+        for attempts in itertools.count():
+            taken, problem = False, None
+            if world.rank == 0:
+                try:
+                    taken = self.attempt(afresh)
+                except ValueError as error:
+                    problem = str(error)
+                except OSError as error:
+                    what = f"cannot be written ({error.strerror or error}): choose a folder that can be written"
+                    problem = f"run_dir={str(self._run_dir)!r} {what}"
+                if not (taken or problem or attempts):
+                    log(
+                        f"{self._run_dir} is held by another job ({self.lock.owner}): waiting for up to "
+                        f"{STALE_S:.0f} s to see whether it lives"
+                    )
+            # The others take part in every attempt, so that none of them waits for longer than it may.
+            taken, problem = world.broadcast([taken, problem])
+            if taken or problem:
+                break
+            time.sleep(1.0)
+        return problem
+
+    def attempt(self, afresh: bool) -> bool:
+        """Take the folder; nothing in it changes yet, but that one to overwrite is marked as such.
+
+        Returns whether this job has it; if not, try again: it is not known yet whether the owner lives. Raises
+        ValueError where another job has it, or has had it since this one looked whether to start `afresh`.
+        """
+        if not self.lock.attempt():
+            return False
+        check_run_folder(self._run_dir, self._resume, self._overwrite)
+        if afresh != (resume_path(self._run_dir, self._resume) is None):
+            raise ValueError(f"another job has changed {self._run_dir} while this one started: start it again")
+        # From now on, --resume auto never goes on with what is to be overwritten, whenever this job is killed.
+        if self._overwrite and _holds_run(self._run_dir):
+            (self._run_dir / _OVERWRITING).write_text(_NOTE, encoding="utf-8")
+        return True
+
+    def begin(self, checkpoint: Path | None, key: bytes | None) -> None:
+        """Delete the run that is overwritten, if there is one: the new one begins. Raises OSError.
+
+        Where it starts afresh, without a `checkpoint`, a `config.yaml` that lies there becomes `config.yaml.before`.
+        """
+        if checkpoint is not None and self._resume not in ("latest", "auto") and _lies_in(checkpoint, self._run_dir):
+            # Named, it becomes the newest: killed before its first save, --resume auto would go on from a later one.
+            its_run = checkpoint.parent.parent
+            if checkpoints(its_run)[-1].name != checkpoint.name:
+                newest = read_manifest(checkpoint, key)._replace(serial=next_serial(its_run))
+                write_manifest(checkpoint, newest, key)
+                replace_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
+        if self._overwrite or (self._resume == "auto" and _is_overwritten(self._run_dir)):
+            for path in [path for pattern in _WRITTEN for path in self._run_dir.glob(pattern)]:
+                discard(path)
+        (self._run_dir / _OVERWRITING).unlink(missing_ok=True)
+        users, kept = self._run_dir / "config.yaml", self._run_dir / "config.yaml.before"
+        if checkpoint is None and users.exists() and not (self._overwrite or kept.exists()):
+            users.rename(kept)
+
+
+def _is_overwritten(run_dir: Path) -> bool:
+    """Whether a run was to replace the one that lies there, and did not come to begin."""
+    return (run_dir / _OVERWRITING).exists()
+
+
+def _holds_run(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return any(run_dir.glob("checkpoints/step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())

@@ -1,6 +1,6 @@
 """Writing checkpoints: beside, flushed, read back, renamed; in the background if wanted.
 
-A rank goes on training while a thread copies what it has to write into host memory, and then writes the copy. The copy
+A thread copies what a rank has to write into host memory, and then writes the copy, while training goes on. The copy
 has to be complete before the optimizer changes the state: forward and backward passes only read it. Between two steps
 the ranks ask each other whether all threads are done; then rank 0 writes index and manifest, renames the folder,
 moves `latest`, and deletes what is not to be kept. Until then the folder has another name, and is no checkpoint.
@@ -8,7 +8,6 @@ moves `latest`, and deletes what is not to be kept. Until then the folder has an
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import threading
@@ -34,19 +33,25 @@ from mega_scale.checkpoint.folder import (
     folder_of,
     next_serial,
     random_file,
-    run_lock,
     state_file,
     surplus,
     sweep,
-    verify,
     write_manifest,
 )
-from mega_scale.checkpoint.state import BUFFER, FORMAT, INDEX, StateReader, StoredRange
-from mega_scale.files import Record, discard, flush, hash_file, new_hash, reason, replace_text, write_json
+from mega_scale.files import Record, discard, flush, forget, hash_file, new_hash, reason, replace_text, write_json
 from mega_scale.parallel import Engine, World
-from mega_scale.parallel.shard import MOMENTS, WEIGHT, EngineState
+from mega_scale.parallel.shard import WEIGHT, EngineState
 
-_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
+INDEX = "index.json"
+FORMAT = 1
+BUFFER = "buffer"
+UNFINISHED = ".unfinished"
+"""What follows the name of a checkpoint that is being written."""
+
+StoredRange = tuple[int, int, int]
+"""Rank of tp whose shard it is (0 where a parameter is not sharded), first number in it, and the one after the last."""
+
+_REPLACED = ".replaced"
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
 _NAMED = 4  # ranks whose problem is told
@@ -113,14 +118,10 @@ class Saver:
         if world.rank == 0:
             # Remove what a killed run left half written, and restore what it was about to replace.
             for path in run_dir.glob(f"checkpoints/step-*{_REPLACED}"):
-                original = path.with_name(path.name.removesuffix(_REPLACED))
                 with contextlib.suppress(OSError):
-                    if not original.exists():
-                        path.rename(original)
-                _forget(path)
-            for path in run_dir.glob(f"checkpoints/step-*{_UNFINISHED}"):
-                _forget(path)
-            sweep(run_dir)
+                    if not path.with_suffix("").exists():
+                        path.rename(path.with_suffix(""))
+            sweep(run_dir, _REPLACED, UNFINISHED)
             self._serial = next_serial(run_dir)
 
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:
@@ -131,7 +132,7 @@ class Saver:
         ended = self.finish()
         began = time.perf_counter()
         folder = folder_of(self._run_dir, step)
-        unfinished = _unfinished(folder)
+        unfinished = folder.with_suffix(UNFINISHED)
         rank, state = self._world.rank, self._engine.state()
         tensors, ranges = rank_tensors(state, rank)
         if problem := self._prepare(unfinished, tensors):
@@ -146,16 +147,13 @@ class Saver:
 
         def write() -> dict[str, Record]:
             state = tensors if copying is None else copying.result()
-            found = {
-                name: _write_and_prove(unfinished / name, content, self._key)
-                for name, content in {f"{STATE}/{state_file(rank)}": state, random_file(rank): random}.items()
-            }
-            if rank == 0:
-                texts = {TRAINER: (json.dumps(trainer, indent=1) + "\n").encode(), **self._described}
-                for name, text in texts.items():
-                    (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-                    (unfinished / name).write_bytes(text)
-                    found[name] = _flush_and_hash(unfinished / name, self._key)
+            tables = {f"{STATE}/{state_file(rank)}": state, random_file(rank): random}
+            found = {name: write_and_prove(unfinished / name, table, self._key) for name, table in tables.items()}
+            trainer_text = (json.dumps(trainer, indent=1) + "\n").encode()
+            for name, text in {TRAINER: trainer_text, **self._described}.items() if rank == 0 else ():
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                (unfinished / name).write_bytes(text)
+                found[name] = flush_and_hash(unfinished / name, self._key)
             return found
 
         # The index says how many steps the optimizer has done: now, since training goes on before it is written.
@@ -179,7 +177,7 @@ class Saver:
         save = self.under_way
         if save is None or not self._world.all_agree((save.completing or save.writing).done()):
             return []
-        return self._advance(save)
+        return self._advance(save, time.perf_counter())
 
     def finish(self) -> list[Saved]:
         """Wait for the checkpoint that is being written, if there is one, and complete it."""
@@ -187,43 +185,40 @@ class Saver:
         while (save := self.under_way) is not None:
             began = time.perf_counter()
             wait([save.completing or save.writing])
-            save.stall_s += time.perf_counter() - began
-            ended = self._advance(save)
+            ended = self._advance(save, began)
         return ended
 
-    def _advance(self, save: _Save) -> list[Saved]:
+    def _advance(self, save: _Save, began: float) -> list[Saved]:
         """From written to being completed, or from there to the end; all ranks' tasks are done."""
-        began = time.perf_counter()
         if save.completing is None:
             problem = _problem(save.writing)
             reports = self._world.gather([None if problem else save.writing.result(), save.ranges, problem])
-            complete = self._staging is not None
-            save.completing = _start("complete", lambda: self._complete(save, reports), background=complete)
+            save.completing = _start("complete", lambda: self._complete(save, reports), self._staging is not None)
             save.stall_s += time.perf_counter() - began
             return []
         problem = _problem(save.completing)
         outcome = [problem, *((0, 0.0, "") if problem else save.completing.result())]
         problem, size, write_s, remark = self._world.broadcast(outcome)
         if problem and self._world.rank == 0:
-            _forget(_unfinished(save.folder))
+            forget(save.folder.with_suffix(UNFINISHED))
         self.under_way = None
         stall_s = save.stall_s + time.perf_counter() - began
         return [Saved(save.step, None if problem else save.folder, problem or remark, stall_s, write_s, size)]
 
     def _prepare(self, unfinished: Path, tensors: dict[str, Tensor]) -> str:
         """Make the folder, and see whether there is room; returns what is wrong, the same on all ranks."""
-        needed = int(_ROOM * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) + _SMALL_BYTES
+        needed = int(_ROOM * sum(tensor.nbytes for tensor in tensors.values())) + _SMALL_BYTES
         total = int(self._world.sum(torch.tensor(needed)))
         problem = ""
         if self._world.rank == 0:
             try:
-                _forget(unfinished)
+                forget(unfinished)
                 for folder in (STATE, RANDOM):
                     (unfinished / folder).mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(unfinished).free
                 if free < total:
                     problem = f"it needs {total:,} bytes, {free:,} are free in {unfinished.parent}: make room"
-                    _forget(unfinished)
+                    forget(unfinished)
             except OSError as error:
                 problem = f"rank 0: {_text(error)}"
         # Also tells the others that the folder is there.
@@ -239,10 +234,10 @@ class Saver:
         problems = [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(reports) if problem]
         if problems:
             raise OSError("; ".join(problems[:_NAMED]))
-        unfinished, replaced = _unfinished(save.folder), save.folder.with_name(save.folder.name + _REPLACED)
+        unfinished, replaced = save.folder.with_suffix(UNFINISHED), save.folder.with_suffix(_REPLACED)
         index = save.index | {"parts": [ranges for _, ranges, _ in reports]}
         files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
-        manifest = _write_index_and_manifest(unfinished, index, Manifest(save.step, self._serial, files), self._key)
+        manifest = write_index_and_manifest(unfinished, index, Manifest(save.step, self._serial, files), self._key)
         if os.path.lexists(save.folder):  # a run that was continued from before this step writes it anew
             discard(replaced)
             save.folder.rename(replaced)
@@ -254,7 +249,7 @@ class Saver:
             replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
         except OSError as error:  # nobody resumes by its word
             remark = f"{LATEST} still names another: {_text(error)}"
-        _forget(replaced)
+        forget(replaced)
         # The one just written stays in any case: it was read back, and a damaged one may seem to be newer.
         others = [folder for folder in checkpoints(self._run_dir) if folder != save.folder]
         for folder in surplus([*others, save.folder], self._config.keep, self._config.keep_every):
@@ -294,16 +289,6 @@ def _text(error: BaseException) -> str:
     return " ".join(named.split())[:300]
 
 
-def _unfinished(folder: Path) -> Path:
-    return folder.with_name(folder.name + _UNFINISHED)
-
-
-def _forget(path: Path) -> None:
-    """Delete what nobody needs, as far as that is possible."""
-    with contextlib.suppress(OSError):
-        discard(path)
-
-
 class Staging:
     """A copy of the state in host memory: one buffer, made at the first copy, as new memory costs more than the copy.
 
@@ -323,9 +308,8 @@ class Staging:
         """Copy tensors by name to the CPU, in any thread, and wait for it; the copies are valid until the next call."""
         places, end = {}, 0
         for name, tensor in tensors.items():
-            length = tensor.numel() * tensor.element_size()
-            places[name] = slice(end, end + length)
-            end += -(-length // _ALIGNMENT) * _ALIGNMENT
+            places[name] = slice(end, end + tensor.nbytes)
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         if len(self._buffer) < end:
             self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self._stream is not None)
         if self._stream is not None:
@@ -342,14 +326,14 @@ class Staging:
         return copies
 
 
-# The canonical form, written
+# The canonical form, written; state.py describes it
 
 
 def rank_tensors(state: EngineState, rank: int) -> tuple[dict[str, Tensor], dict[str, StoredRange]]:
-    """What a rank writes of its engine's state, and the range of each parameter; rank 0 writes the buffers.
+    """1-D tensors that a rank writes, by their name in the file, and the range of each parameter.
 
-    1-D tensors by their name in the file, views of the engine's memory, which only a step changes; buffers are copies,
-    since a forward pass may change them.
+    They are views of the engine's memory, which only a step changes. Rank 0 writes the buffers, copies, since a forward
+    pass may change them.
     """
     tensors: dict[str, Tensor] = {}
     ranges: dict[str, StoredRange] = {}
@@ -386,23 +370,17 @@ def write_tensors(
     update: Callable[[bytes | memoryview], None],
     read: Callable[[str], Tensor] | None = None,
 ) -> int:
-    """Write tensors as a safetensors file, hashing on the way, and have the disk keep them.
+    """Write contiguous tensors as a safetensors file, https://github.com/huggingface/safetensors#format, and flush it.
 
-    Tensors are copied from their device one at a time. The interpreter's lock is free while the system writes.
-    Format: https://github.com/huggingface/safetensors#format.
-
-    Args:
-        path: file to create.
-        tensors: by name, of any device and shape, contiguous.
-        update: is given every byte of the file, in order.
-        read: gives each tensor when it is its turn, where `tensors` has only their shapes, on the meta device.
+    Tensors are copied from their device one at a time; where they lie on the meta device, `read` gives each in its
+    turn. `update` is given every byte of the file, in order. The interpreter's lock is free while the system writes.
 
     Returns the size of the file (bytes). Raises OSError.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
-        end = offset + math.prod(tensor.shape) * tensor.element_size()
+        end = offset + tensor.nbytes
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     header = json.dumps(entries, separators=(",", ":")).encode()
@@ -432,7 +410,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _write_and_prove(
+def write_and_prove(
     path: Path, tensors: Mapping[str, Tensor], key: bytes | None, read: Callable[[str], Tensor] | None = None
 ) -> Record:
     """Write a file, flush it, and read it back. Raises OSError where it does not come back as it was."""
@@ -448,86 +426,16 @@ def _write_and_prove(
     return record
 
 
-def _flush_and_hash(path: Path, key: bytes | None) -> Record:
+def flush_and_hash(path: Path, key: bytes | None) -> Record:
     flush(path)
     return hash_file(path, key)
 
 
-def _write_index_and_manifest(folder: Path, index: dict[str, Any], manifest: Manifest, key: bytes | None) -> Manifest:
+def write_index_and_manifest(folder: Path, index: dict[str, Any], manifest: Manifest, key: bytes | None) -> Manifest:
     """Write the last two files of a checkpoint, and flush its folders: then it may get its name."""
     write_json(folder / STATE / INDEX, index)
-    manifest.files[f"{STATE}/{INDEX}"] = _flush_and_hash(folder / STATE / INDEX, key)
+    manifest.files[f"{STATE}/{INDEX}"] = flush_and_hash(folder / STATE / INDEX, key)
     write_manifest(folder, manifest, key)
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
     return manifest
-
-
-# Checkpoints rewritten in another number of files, or with another signature; memory for one parameter
-
-
-def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, new_key: bytes | None = None) -> Path:
-    """Write a checkpoint, verified first, anew into another run folder; it is resumed from as the original is.
-
-    Its state has `parts` files, as so many ranks would have written them. `new_key` is the secret to sign it with.
-    Raises ValueError where it is damaged, the destination holds a run, or a job that trains has it.
-    """
-    if parts < 1:
-        raise ValueError(f"parts={parts} is not possible: give at least 1")
-    manifest = verify(folder, key)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with run_lock(run_dir):
-        final = folder_of(run_dir, manifest.step)
-        if final.exists():
-            raise ValueError(f"{final} exists: choose another folder")
-        if checkpoints(run_dir):
-            raise ValueError(
-                f"{run_dir} holds a run already, which the new checkpoint would join: choose another folder"
-            )
-        fresh = _unfinished(final)
-        discard(fresh)
-        (fresh / STATE).mkdir(parents=True)
-        files: dict[str, Record] = {}
-        for name in manifest.files:  # what else lies there is not ours
-            if not name.startswith(f"{STATE}/"):
-                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, fresh / name)
-                files[name] = _flush_and_hash(fresh / name, new_key)
-        reader, ranges = StateReader(folder / STATE), []
-        for part in range(parts):
-            name = f"{STATE}/{state_file(part)}"
-            files[name], found = _rewrite_part(reader, fresh / name, part, parts, new_key)
-            ranges.append(found)
-        # Whole along tp.
-        table = {name: sharding._replace(dim=None, length=None) for name, sharding in reader.shardings.items()}
-        index = reader.index | {"table": table, "tp": 1, "parts": ranges}
-        _write_index_and_manifest(fresh, index, Manifest(manifest.step, manifest.serial, files), new_key)
-        fresh.rename(final)
-        flush(final.parent)
-        replace_text(final.parent / LATEST, final.name + "\n")
-    return final
-
-
-def _rewrite_part(
-    reader: StateReader, path: Path, part: int, parts: int, key: bytes | None
-) -> tuple[Record, dict[str, StoredRange]]:
-    """Write one of `parts` files, each of which has its share of every parameter."""
-    like: dict[str, Tensor] = {}
-    ranges: dict[str, StoredRange] = {}
-    for name, shape in reader.shapes.items():
-        first, last = (shape.numel() * number // parts for number in (part, part + 1))
-        if last > first:
-            ranges[name] = (0, first, last)
-            kinds = (WEIGHT, *MOMENTS) if name in reader.trained else (WEIGHT,)
-            like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in kinds}
-    if part == 0:
-        like |= {f"{BUFFER}/{name}": reader.buffer(name).to("meta") for name in reader.buffers}
-
-    def read(stored: str) -> Tensor:
-        kind, name = stored.split("/", 1)
-        if kind == BUFFER:
-            return reader.buffer(name)
-        _, first, last = ranges[name]
-        return reader.whole(name, kind).view(-1)[first:last]
-
-    return _write_and_prove(path, like, key, read), ranges

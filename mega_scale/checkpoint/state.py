@@ -1,4 +1,4 @@
-"""Model and optimizer as files, in one canonical form for both engines, and how they are read.
+"""Model and optimizer as files, in one canonical form for both engines: reading them, and rewriting them as others.
 
     index.json              shape and sharding of every parameter, and which numbers of which one lie in which file
     part-00000.safetensors  `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`, each a range of numbers, fp32
@@ -10,7 +10,8 @@ needs: the ranges that overlap with its own, or, where `tp` differs, whole param
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,37 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mega_scale.checkpoint.folder import STATE, own_files, random_file, read_state, state_file
+from mega_scale.checkpoint.folder import (
+    LATEST,
+    LOCK,
+    STATE,
+    Manifest,
+    checkpoints,
+    folder_of,
+    own_files,
+    random_file,
+    read_state,
+    state_file,
+    verify,
+)
+from mega_scale.checkpoint.saver import (
+    BUFFER,
+    FORMAT,
+    INDEX,
+    UNFINISHED,
+    StoredRange,
+    flush_and_hash,
+    write_and_prove,
+    write_index_and_manifest,
+)
+from mega_scale.files import FileLock, Record, discard, flush, replace_text
+from mega_scale.hub.folder import LazyTensors
 from mega_scale.parallel import Engine, World
-from mega_scale.parallel.shard import WEIGHT, EngineState, Shard, Sharding, assemble, by_source
+from mega_scale.parallel.shard import MOMENTS, WEIGHT, EngineState, Shard, Sharding, assemble, by_source
 
-INDEX = "index.json"
-FORMAT = 1
-BUFFER = "buffer"
 _MOST_STEPS = 2**53  # what every kind of number that counts steps can hold
 _OPEN_FILES = 64
 _DTYPE = "F32"
-
-StoredRange = tuple[int, int, int]
-"""Rank of tp whose shard it is (0 where a parameter is not sharded), first number in it, and the one after the last."""
 
 
 def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
@@ -165,6 +184,16 @@ class StateReader:
             [self._range(name, kind, shard, 0, shard.numel).view(shard.sizes) for shard in shards]
         )
 
+    def weights(self) -> LazyTensors:
+        """See `open_weights`."""
+        stored = by_source(self.shardings) | {name: [name] for name in self.buffers}
+        stored |= {name: stored[owner] for name, owner in self.ties.items()}
+
+        def read(name: str) -> Tensor:
+            return self.whole(name) if name in self.shardings else self.buffer(name)
+
+        return LazyTensors({name: functools.partial(assemble, parts, read) for name, parts in stored.items()})
+
     def buffer(self, name: str) -> Tensor:
         """A buffer, on the CPU; raises ValueError where there is none of that name."""
         try:
@@ -227,31 +256,76 @@ def _open(folder: Path, file: int) -> Any:
         raise ValueError(f"{path} cannot be read ({error}): choose another checkpoint") from None
 
 
-class LazyWeights(Mapping[str, Tensor]):
-    """Full CPU tensors by state-dict name, tied names and persistent buffers included, each read when asked for."""
-
-    def __init__(self, reader: StateReader) -> None:
-        self._reader = reader
-        self._stored = by_source(reader.shardings) | {name: [name] for name in reader.buffers}
-        self._stored |= {name: self._stored[owner] for name, owner in reader.ties.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return assemble(self._stored[name], self._read)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def _read(self, name: str) -> Tensor:
-        tensor = self._reader.whole(name) if name in self._reader.shardings else self._reader.buffer(name)
-        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
-
-
-def open_weights(folder: Path) -> LazyWeights:
+def open_weights(folder: Path) -> LazyTensors:
     """Open the weights of a state, the folder of `index.json`; memory is bounded by one tensor.
 
-    Returns full tensors by state-dict name, floating ones in fp32. Raises ValueError where files are missing.
+    Returns full CPU tensors by state-dict name, tied names and persistent buffers included. Raises ValueError where
+    files are missing.
     """
-    return LazyWeights(StateReader(folder))
+    return StateReader(folder).weights()
+
+
+# Checkpoints rewritten in another number of files, or with another signature; memory for one parameter
+
+
+def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, new_key: bytes | None = None) -> Path:
+    """Write a checkpoint, verified first, anew into another run folder; it is resumed from as the original is.
+
+    Its state has `parts` files, as so many ranks would have written them. `new_key` is the secret to sign it with.
+    Raises ValueError where it is damaged, the destination holds a run, or a job that trains has it.
+    """
+    if parts < 1:
+        raise ValueError(f"parts={parts} is not possible: give at least 1")
+    manifest = verify(folder, key)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(run_dir / LOCK):
+        final = folder_of(run_dir, manifest.step)
+        if os.path.lexists(final) or checkpoints(run_dir):
+            raise ValueError(f"{run_dir} holds a run already, or {final} exists: choose another folder")
+        fresh = final.with_suffix(UNFINISHED)
+        discard(fresh)
+        (fresh / STATE).mkdir(parents=True)
+        files: dict[str, Record] = {}
+        for name in manifest.files:  # what else lies there is not ours
+            if not name.startswith(f"{STATE}/"):
+                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, fresh / name)
+                files[name] = flush_and_hash(fresh / name, new_key)
+        reader, ranges = StateReader(folder / STATE), []
+        for part in range(parts):
+            name = f"{STATE}/{state_file(part)}"
+            files[name], found = _rewrite_part(reader, fresh / name, part, parts, new_key)
+            ranges.append(found)
+        # Whole along tp.
+        table = {name: sharding._replace(dim=None, length=None) for name, sharding in reader.shardings.items()}
+        index = reader.index | {"table": table, "tp": 1, "parts": ranges}
+        write_index_and_manifest(fresh, index, Manifest(manifest.step, manifest.serial, files), new_key)
+        fresh.rename(final)
+        flush(final.parent)
+        replace_text(final.parent / LATEST, final.name + "\n")
+    return final
+
+
+def _rewrite_part(
+    reader: StateReader, path: Path, part: int, parts: int, key: bytes | None
+) -> tuple[Record, dict[str, StoredRange]]:
+    """Write one of `parts` files, each of which has its share of every parameter."""
+    like: dict[str, Tensor] = {}
+    ranges: dict[str, StoredRange] = {}
+    for name, shape in reader.shapes.items():
+        first, last = (shape.numel() * number // parts for number in (part, part + 1))
+        if last > first:
+            ranges[name] = (0, first, last)
+            kinds = (WEIGHT, *MOMENTS) if name in reader.trained else (WEIGHT,)
+            like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in kinds}
+    if part == 0:
+        like |= {f"{BUFFER}/{name}": reader.buffer(name).to("meta") for name in reader.buffers}
+
+    def read(stored: str) -> Tensor:
+        kind, name = stored.split("/", 1)
+        if kind == BUFFER:
+            return reader.buffer(name)
+        _, first, last = ranges[name]
+        return reader.whole(name, kind).view(-1)[first:last]
+
+    return write_and_prove(path, like, key, read), ranges

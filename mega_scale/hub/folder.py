@@ -3,10 +3,11 @@
 import json
 import os
 import pickle
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,51 +109,33 @@ class _Stored(NamedTuple):
     read: Callable[[], Tensor]
 
 
-class FolderTensors(Mapping[str, Tensor]):
-    """Tensors of a folder under the names of `MegaForCausalLM`'s state dict, tied ones included, read at a look-up."""
-
-    def __init__(self, stored: dict[str, _Stored]) -> None:
-        self._stored = stored
+class LazyTensors(UserDict[str, Any]):
+    """Tensors by name, each read when it is looked up: full ones on the CPU, floating ones in fp32."""
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._stored[name].read()
-        # A copy: what lies in the mapped file must not change under the next reader.
+        tensor = self.data[name]()
+        # A copy: what lies in a mapped file must not change under the next reader.
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
 
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored
-
-
-def open_folder(path: str | os.PathLike[str], *, require_head: bool = True) -> tuple[MegaConfig, FolderTensors]:
+def open_folder(path: str | os.PathLike[str]) -> tuple[MegaConfig, LazyTensors]:
     """Open an export, or a Mega folder of transformers 4.37.2, as a causal language model's configuration and tensors.
 
     Reads `model.safetensors`, a sharded index, or `pytorch_model.bin` (without executing code from it), and checks all
-    names and shapes first. Names of a base model (without `mega.`) are taken as those of the model inside.
+    names and shapes first. Names of a base model (without `mega.`) are taken as those of the model inside. The tensors
+    have the names of `MegaForCausalLM`'s state dict, tied ones included.
 
-    A base model's folder, which has no language-model head, is refused, or, without `require_head`, the head's names
-    are absent. Tensors are full ones on the CPU, floating ones in fp32.
-
-    Raises:
-        ValueError: the folder is not readable as such, or names or shapes differ from the model's; all are listed.
+    Raises ValueError where the folder is not readable as such, names or shapes differ from the model's, which lists
+    them all, or it holds a base model, which has no language-model head.
     """
     folder = Path(path)
     config = read_config(folder)
     spec = state_dict_spec(config)
     found = _stored_tensors(folder)
-    optional: list[str] = []
     is_base_model = bool(found) and not any(name.startswith(BASE_PREFIX) for name in found)
     if is_base_model:
         found = {BASE_PREFIX + name: stored for name, stored in found.items() if not name.startswith(_POOLER)}
-        if not require_head:
-            optional = [name for name in spec.tensors if not name.startswith(BASE_PREFIX)]
-    wrong = spec.differences({name: stored.shape for name, stored in found.items()}, optional)
-    if wrong:
+    if wrong := spec.differences({name: stored.shape for name, stored in found.items()}):
         hint = "; it holds a base model, without a language-model head" if is_base_model else ""
         raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}{hint}")
     for name, owner in spec.unequal_ties(found, lambda a, b: torch.equal(a.read(), b.read())):
@@ -160,7 +143,7 @@ def open_folder(path: str | os.PathLike[str], *, require_head: bool = True) -> t
             f"{folder} ties {name} to {owner} but holds different values for them: "
             "set tie_word_embeddings to false in its config.json to keep both"
         )
-    return config, FolderTensors(spec.complete(found))
+    return config, LazyTensors({name: stored.read for name, stored in spec.complete(found).items()})
 
 
 def read_config(folder: Path) -> MegaConfig:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
-from mega_scale.checkpoint.state import open_weights
 from mega_scale.data import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.parallel import World, fill
@@ -57,6 +56,8 @@ def open_checkpoint(
     `log` is given one line that says which one is taken where none that is newer can be. For `key`, `older` and errors
     see `find_checkpoint`.
     """
+    from mega_scale.checkpoint.state import open_weights
+
     folder, notes = find_checkpoint(path, key, older=older, proof=verify)
     if notes:
         log(f"{folder} is taken: {'; '.join(notes)}")

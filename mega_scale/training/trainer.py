@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.checkpoint.folder import choose_checkpoint, find_checkpoint, read_key, read_state
-from mega_scale.checkpoint.run_folder import RunFolder, resume_path
+from mega_scale.checkpoint.folder import RunFolder, find_checkpoint, read_key, read_state, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver
-from mega_scale.checkpoint.state import load_checkpoint
 from mega_scale.config import RunConfig, load_config, model_config, require_same
 from mega_scale.data import (
     Loader,
@@ -154,7 +152,7 @@ class Trainer:
                     problem = self.folder.take(self.world, self.checkpoint is None, self.log)
                     code = REFUSED if problem else self.run_with_watchdog()
                 finally:
-                    self.folder.release()
+                    self.folder.lock.release()
         except ParallelizeError as error:
             refuse(f"rank {self.rank}: {error}")
         self.signals.ignore()
@@ -171,7 +169,7 @@ class Trainer:
 
         def end(verdict: str) -> None:
             status.write("failed", self.watchdog.step, verdict, last=True)
-            self.folder.release()
+            self.folder.lock.release()
 
         with Watchdog(self.world, config.train.hang_timeout(config.parallel.timeout_s), end) as self.watchdog:
             begin = 0 if self.checkpoint is None else read_state(self.checkpoint)["step"]
@@ -238,7 +236,9 @@ class Trainer:
         """
         config, found, problem = self.config, path, None
         try:
-            found = choose_checkpoint(path, self.world, self.key, self.log)
+            found, notes = find_checkpoint(path, self.key, world=self.world)
+            for line in notes:
+                self.log(line)
             state = read_state(found)
             self.loader.check(state["data"])
             if found != self.checkpoint:  # whose state is damaged: an older one is taken
@@ -278,6 +278,8 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.progress = Progress(config.bad_steps)
         if self.checkpoint is not None:
+            from mega_scale.checkpoint.state import load_checkpoint
+
             self.watchdog.beat("loading")
             state = load_checkpoint(self.checkpoint, self.engine, world)
             self.progress = Progress.resume(config.bad_steps, self.checkpoint, state)
@@ -429,6 +431,8 @@ class Trainer:
                 last = "there is no checkpoint before them"
             remedy = "look at those rows, lower optimizer.lr, or set bad_steps.rollbacks"
             raise EndOfRunError(DIVERGED, f"{what}; {last}; {remedy}")
+        from mega_scale.checkpoint.state import load_checkpoint
+
         row = rows[1] - rows[0]
         self.watchdog.beat("going back")
         skipped = progress.go_back(progress.folder, load_checkpoint(progress.folder, self.engine, world))

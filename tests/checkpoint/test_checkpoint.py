@@ -15,7 +15,6 @@ from mega_scale.checkpoint.folder import (
     CheckpointConfig,
     CheckpointError,
     checkpoints,
-    choose_checkpoint,
     find_checkpoint,
     read_key,
     read_state,
@@ -109,7 +108,7 @@ def test_what_was_saved_comes_back_with_its_random_state(tmp_path, key):
     following = torch.rand(4)
     engine = TinyEngine(0)
     torch.manual_seed(0)
-    assert choose_checkpoint(tmp_path, OneRank(), key) == folder
+    assert find_checkpoint(tmp_path, key, world=OneRank()) == (folder, [])
     assert load_checkpoint(folder, engine, OneRank()) == trainer(7)
     assert engine.tensors["weight"].tolist() == [4.5] * 6 and engine.tensors["exp_avg_sq"].tolist() == [6.5] * 6
     assert engine.steps == 4 and engine.told == 7
@@ -133,7 +132,7 @@ def test_the_newest_is_the_last_one_written_even_by_a_run_that_went_back(tmp_pat
     for step in (100, 200, 300, 150):
         save(tmp_path, step)
     assert checkpoints(tmp_path)[-1].name == "step-00000150"
-    assert choose_checkpoint(tmp_path, OneRank()).name == "step-00000150"
+    assert find_checkpoint(tmp_path, world=OneRank())[0].name == "step-00000150"
 
 
 def test_a_background_save_is_complete_when_it_is_polled_and_sees_nothing_of_later_steps(tmp_path):
@@ -180,7 +179,9 @@ def test_a_write_that_fails_is_reported_and_leaves_older_checkpoints_alone(tmp_p
         patched.setattr(saver, "write_tensors", fail)
         (ended,) = made.save(10, trainer(10)) + made.finish()
     assert ended.folder is None and "rank 0: No space left on device" in ended.problem
-    assert names(tmp_path) == ["step-00000005"] and choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
+    assert (
+        names(tmp_path) == ["step-00000005"] and find_checkpoint(tmp_path, world=OneRank())[0].name == "step-00000005"
+    )
     assert not list((tmp_path / "checkpoints").glob("*.unfinished"))
     (ended,) = made.save(15, trainer(15)) + made.finish()
     assert ended.folder is not None and names(tmp_path) == ["step-00000015"]
@@ -253,16 +254,15 @@ def test_a_damaged_one_is_passed_over_with_a_line_but_refused_when_it_was_named(
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    lines = []
-    assert choose_checkpoint(tmp_path, OneRank(), None, lines.append) == older
-    assert len(lines) == 1 and "part-00000.safetensors does not hold what was written" in lines[0]
+    found, lines = find_checkpoint(tmp_path, world=OneRank())
+    assert found == older and len(lines) == 1 and "part-00000.safetensors does not hold what was written" in lines[0]
     with pytest.raises(CheckpointError, match="step-00000006 is no valid checkpoint"):
-        choose_checkpoint(newer, OneRank())
+        find_checkpoint(newer, world=OneRank())
     with pytest.raises(CheckpointError, match="step-00000006"):
         verify(newer)
     older.joinpath("trainer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"trainer\.json is missing.*no valid checkpoint is left"):
-        choose_checkpoint(tmp_path, OneRank(), None, lines.append)
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* is valid.*trainer\.json is missing"):
+        find_checkpoint(tmp_path, world=OneRank())
     with pytest.raises(CheckpointError, match=r"trainer\.json is missing; resume from .*step-00000006"):
         find_checkpoint(older)
 
@@ -305,7 +305,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json"):
         find_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="neither a checkpoint"):
-        choose_checkpoint(tmp_path, OneRank())
+        find_checkpoint(tmp_path, world=OneRank())
     (tmp_path / "trainer.json").write_text("{broken")
     with pytest.raises(ValueError, match="cannot be read"):
         read_state(tmp_path)
@@ -345,7 +345,7 @@ def test_a_run_that_went_on_beside_a_damaged_checkpoint_resumes_from_its_own(tmp
     (damaged / "manifest.json").write_text("{")
     assert checkpoints(tmp_path)[-1] == damaged
     save(tmp_path, 5)
-    assert choose_checkpoint(tmp_path, OneRank()).name == "step-00000005"
+    assert find_checkpoint(tmp_path, world=OneRank())[0].name == "step-00000005"
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "trainer.json", "state/part-00000.safetensors"])
@@ -354,7 +354,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(CheckpointError, match=name):
-        choose_checkpoint(tmp_path, OneRank())
+        find_checkpoint(tmp_path, world=OneRank())
     with pytest.raises(CheckpointError, match=name):
         find_checkpoint(tmp_path)
 

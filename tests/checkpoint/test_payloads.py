@@ -14,7 +14,7 @@ from mega_scale.checkpoint.folder import (
     MANIFEST,
     CheckpointError,
     Manifest,
-    choose_checkpoint,
+    find_checkpoint,
     read_state,
     write_manifest,
 )
@@ -84,7 +84,7 @@ def use(ours, folder: Path, file: str) -> list[str]:
     def go_on():
         ours.forget()
         try:
-            load_checkpoint(choose_checkpoint(folder, ours.world, ours.key), ours.engine, ours.world)
+            load_checkpoint(find_checkpoint(folder, ours.key, world=ours.world)[0], ours.engine, ours.world)
         except ValueError:
             assert ours.unchanged(), "changed, and then refused"
             raise
@@ -159,14 +159,15 @@ def test_behind_an_untouched_manifest_nothing_is_even_parsed(ours, tmp_path, mon
     ours.forget()
     for file in damage.files(newest(ours.target)):
         with poisoned(ours, file, content) as folder, monkeypatch.context() as patched:
-            for reader in ("AutoTokenizer.from_pretrained", "MegaConfig.from_pretrained", "open_weights"):
+            for reader in ("AutoTokenizer.from_pretrained", "MegaConfig.from_pretrained"):
                 patched.setattr(f"mega_scale.training.trained_model.{reader}", parsed)
+            patched.setattr("mega_scale.checkpoint.state.open_weights", parsed)
             with nothing_runs(marker, folder):
-                for act in (lambda f: choose_checkpoint(f, ours.world), trained_model.open_model):
+                for act in (lambda f: find_checkpoint(f, world=ours.world), trained_model.open_model):
                     with pytest.raises(CheckpointError, match="is no valid checkpoint"):
                         act(folder)
-                lines = []
-                assert choose_checkpoint(ours.target, ours.world, None, lines.append).name == "step-00000003"
+                found, lines = find_checkpoint(ours.target, world=ours.world)
+                assert found.name == "step-00000003"
             assert file in lines[0] and ours.unchanged()
 
 
@@ -212,7 +213,7 @@ def test_with_a_key_a_forged_manifest_is_refused(signed, tmp_path, name):
                 signed.forget()
                 with nothing_runs(marker, folder):
                     with pytest.raises(CheckpointError, match=r"not signed with a secret|signed with another secret"):
-                        choose_checkpoint(folder, signed.world, KEY)
+                        find_checkpoint(folder, KEY, world=signed.world)
                     with pytest.raises(CheckpointError, match=r"not signed with a secret|signed with another secret"):
                         trained_model.open_model(folder, KEY)
                 assert signed.unchanged()
@@ -229,7 +230,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(ours, name):
         write_manifest(folder, Manifest(6, 2, {**records, name: Record(1, "0" * 32)}), None)
     except UnicodeEncodeError:
         pytest.skip("half a surrogate is no UTF-8: such a manifest cannot be written in the first place")
-    for act in (lambda: choose_checkpoint(folder, ours.world), lambda: trained_model.open_model(folder)):
+    for act in (lambda: find_checkpoint(folder, world=ours.world), lambda: trained_model.open_model(folder)):
         with pytest.raises(CheckpointError):
             act()
 
@@ -242,7 +243,7 @@ def test_a_checkpoint_that_links_out_of_itself_is_refused_even_with_a_fitting_ma
     part.symlink_to(tmp_path / "elsewhere")
     seal(folder)
     with pytest.raises(CheckpointError, match="no regular file"):
-        choose_checkpoint(folder, ours.world)
+        find_checkpoint(folder, world=ours.world)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_a_random_state_that_is_none_is_refused_before_anything_changes(ours, co
     seal(folder)
     ours.forget()
     with pytest.raises(ValueError, match="holds no random state"):
-        load_checkpoint(choose_checkpoint(folder, ours.world), ours.engine, ours.world)
+        load_checkpoint(find_checkpoint(folder, world=ours.world)[0], ours.engine, ours.world)
     assert ours.unchanged()
 
 
@@ -286,5 +287,5 @@ def test_other_tensors_than_the_index_says_are_refused_before_anything_changes(o
     seal(folder)
     ours.forget()
     with pytest.raises(ValueError, match=r"choose another checkpoint|another model"):
-        load_checkpoint(choose_checkpoint(folder, ours.world), ours.engine, ours.world)
+        load_checkpoint(find_checkpoint(folder, world=ours.world)[0], ours.engine, ours.world)
     assert ours.unchanged()

@@ -6,9 +6,16 @@ import signal
 
 import pytest
 
-from mega_scale.checkpoint import run_folder
-from mega_scale.checkpoint.folder import Manifest, checkpoints, find_checkpoint, write_manifest
-from mega_scale.checkpoint.run_folder import RunFolder, check_run_folder, resume_path
+from mega_scale import files
+from mega_scale.checkpoint.folder import (
+    Manifest,
+    RunFolder,
+    check_run_folder,
+    checkpoints,
+    find_checkpoint,
+    resume_path,
+    write_manifest,
+)
 from mega_scale.files import hash_file
 
 
@@ -83,15 +90,15 @@ def overwrite(run_dir, begin=True, deletions=None):
     """Overwrite a run, as a job that ends after so many deletions; none: all."""
     folder = RunFolder(run_dir, None, True, print)
     assert folder.attempt(afresh=True)
-    original, left = run_folder.shutil.rmtree, [deletions]
+    original, left = files.shutil.rmtree, [deletions]
 
-    def rmtree(path):
+    def rmtree(path, **_):
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] = None if left[0] is None else left[0] - 1
         original(path)
 
-    run_folder.shutil.rmtree = rmtree
+    files.shutil.rmtree = rmtree
     if begin:
         folder.begin(None, None)
 
@@ -129,7 +136,7 @@ def test_a_kill_before_the_new_run_begins_never_leads_back_to_the_old_one(run_di
     again = RunFolder(run_dir, "auto", False, print)
     assert again.attempt(afresh=True)
     again.begin(None, None)
-    again.release()
+    again.lock.release()
     assert not checkpoints(run_dir) and not (run_dir / "metrics.jsonl").exists() and (run_dir / "notes.txt").exists()
     assert not (run_dir / "overwriting").exists()
 
@@ -145,14 +152,14 @@ def test_a_checkpoint_that_was_named_becomes_the_newest_so_that_a_kill_does_not_
     folder = RunFolder(run_dir, str(named), False, print)
     assert folder.attempt(afresh=False)
     folder.begin(named, None)
-    folder.release()
+    folder.lock.release()
     assert find_checkpoint(run_dir) == (named, [])
     assert [path.name for path in checkpoints(run_dir)] == ["step-00000020", "step-00000010"]
     before = content(run_dir)
     folder = RunFolder(run_dir, str(named), False, print)
     assert folder.attempt(afresh=False)
     folder.begin(named, None)  # it is already
-    folder.release()
+    folder.lock.release()
     assert content(run_dir) == before
 
 
@@ -162,5 +169,5 @@ def test_a_users_own_config_file_is_kept_under_another_name(tmp_path):
         folder = RunFolder(tmp_path, "auto", False, print)
         assert folder.attempt(afresh=True)
         folder.begin(None, None)
-        folder.release()
+        folder.lock.release()
         assert (tmp_path / "config.yaml.before").read_text() == "# mine"

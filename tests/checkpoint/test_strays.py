@@ -7,9 +7,9 @@ import pytest
 from test_checkpoint import DESCRIBED, OneRank, TinyEngine, make_saver, names, save, trainer
 
 from mega_scale.checkpoint import saver
-from mega_scale.checkpoint.folder import CheckpointConfig, choose_checkpoint, find_checkpoint, prune, strays, verify
-from mega_scale.checkpoint.saver import Saver, convert
-from mega_scale.checkpoint.state import load_checkpoint
+from mega_scale.checkpoint.folder import CheckpointConfig, find_checkpoint, prune, strays, verify
+from mega_scale.checkpoint.saver import Saver
+from mega_scale.checkpoint.state import convert, load_checkpoint
 
 STRAYS = [
     ".nfs000000000a1b2c3d00000001", ".DS_Store", "notes.txt", "._trainer.json", "Thumbs.db", "state/desktop.ini",
@@ -31,8 +31,8 @@ def test_a_stray_file_voids_nothing_and_is_named_in_one_line(tmp_path, name):
     newest = save(tmp_path, 6, 2.0)
     leave(newest, name)
     verify(newest)
-    lines = []
-    assert choose_checkpoint(tmp_path, OneRank(), None, lines.append) == newest
+    found, lines = find_checkpoint(tmp_path, world=OneRank())
+    assert found == newest
     assert len(lines) == 1 and repr(name.split("/")[0] if name.startswith("@") else name) in lines[0]
     assert find_checkpoint(tmp_path) == (newest, lines) and find_checkpoint(newest) == (newest, lines)
     engine = TinyEngine(0)

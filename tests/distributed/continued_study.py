@@ -10,7 +10,7 @@ import state_folder
 import tiny_run
 import torch
 
-from mega_scale.checkpoint.state import LazyWeights, StateReader
+from mega_scale.checkpoint.state import StateReader
 from mega_scale.parallel import Engine, ParallelConfig, World
 from mega_scale.parallel.mesh import MeshShape
 
@@ -299,6 +299,6 @@ def _different(engine: Engine, source: StateReader, world: World) -> list[str]:
             if not torch.equal(tensor.cpu(), expected):
                 found.append(f"{kind}/{name}")
     found += ["steps"] * any(int(step) != source.optimizer_steps for step in state.steps)
-    weights = LazyWeights(source)
+    weights = source.weights()
     computed_with = layout_study.whole_weights(engine, world)
     return found + [f"model {name}" for name, tensor in computed_with.items() if not torch.equal(tensor, weights[name])]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mega_scale import export
+from mega_scale.checkpoint import state
 from mega_scale.checkpoint.folder import Manifest, write_manifest
 from mega_scale.files import hash_file
 from mega_scale.hub.folder import open_folder
-from mega_scale.training import trained_model
 from mega_scale.training.trainer import describe_model
 
 RUN = """
@@ -30,14 +30,14 @@ def run_folder(tmp_path, make_model, tokenizer):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         (folder / "config.yaml").write_text(RUN)
-        state = {
+        trainer = {
             "step": step,
             "tokens": 32 * step,
             "data": {},
             "layout": {"engine": "fsdp", "zero_stage": 3, "world_size": 2},
             "validation": {"loss": 2.5, "perplexity": 12.18, "bits_per_byte": 3.6067, "tokens": 64},
         }
-        (folder / "trainer.json").write_text(json.dumps(state))
+        (folder / "trainer.json").write_text(json.dumps(trainer))
         files = [path for path in folder.rglob("*") if path.is_file()]
         records = {path.relative_to(folder).as_posix(): hash_file(path, None) for path in files}
         write_manifest(folder, Manifest(step, step, records), None)
@@ -57,7 +57,7 @@ def weights(make_model, monkeypatch):
         model.opened.append(folder)
         return model.state_dict()
 
-    monkeypatch.setattr(trained_model, "open_weights", open_weights)
+    monkeypatch.setattr(state, "open_weights", open_weights)
     return model
 
 

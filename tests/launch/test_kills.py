@@ -9,8 +9,7 @@ from launching import ROOT, study
 from same_runs import metric_problems, state_problems
 
 from mega_scale.checkpoint.folder import state_file
-from mega_scale.checkpoint.saver import build_index, rank_tensors, write_tensors
-from mega_scale.checkpoint.state import INDEX
+from mega_scale.checkpoint.saver import INDEX, build_index, rank_tensors, write_tensors
 from mega_scale.parallel.shard import EngineState, LocalTensor, Shard, Sharding
 
 

@@ -104,7 +104,7 @@ def test_falling_back_to_a_checkpoint_of_another_model_is_refused_in_one_line_on
     part = tmp_path / "run/checkpoints/step-00000003/state/part-00000.safetensors"
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     arguments = [*common, f"run_dir={tmp_path / 'run'}", "--resume", "model.hidden_size=48", "train.steps=4"]
-    for older, word in ((None, "no valid checkpoint is left"), ("step-00000002", "model.hidden_size=48 (there: 16)")):
+    for older, word in ((None, "none of the 1 checkpoints"), ("step-00000002", "model.hidden_size=48 (there: 16)")):
         if older is not None:
             shutil.copytree(folder / "narrow/checkpoints" / older, tmp_path / "run/checkpoints" / older)
         code, output = start(LAUNCHERS["two forked"], arguments)

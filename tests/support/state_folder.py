@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mega_scale.checkpoint.folder import state_file
-from mega_scale.checkpoint.saver import build_index, rank_tensors, write_tensors
-from mega_scale.checkpoint.state import INDEX, StateReader
+from mega_scale.checkpoint.saver import INDEX, build_index, rank_tensors, write_tensors
+from mega_scale.checkpoint.state import StateReader
 from mega_scale.parallel import Engine, World
 
 

@@ -10,7 +10,7 @@ import tiny_run
 import torch
 from torch import Tensor
 
-from mega_scale.checkpoint.folder import CheckpointConfig, CheckpointError, choose_checkpoint
+from mega_scale.checkpoint.folder import CheckpointConfig, CheckpointError, find_checkpoint
 from mega_scale.checkpoint.saver import Saver
 from mega_scale.checkpoint.state import load_checkpoint
 from mega_scale.config import RunConfig, load_config, model_config
@@ -135,9 +135,8 @@ class Ours:
     def _load(self, run: Path) -> None:
         self.engine = engine_of(run, self.world)
         for step in (OLDER, NEWER):
-            load_checkpoint(
-                choose_checkpoint(run / "checkpoints" / f"step-{step:08d}", self.world), self.engine, self.world
-            )
+            folder, _ = find_checkpoint(run / "checkpoints" / f"step-{step:08d}", world=self.world)
+            load_checkpoint(folder, self.engine, self.world)
             self._note(step)
 
     def _note(self, step: int) -> None:
@@ -179,9 +178,8 @@ class Ours:
             Outcome, and what was said or what went wrong.
         """
         self.forget()
-        lines: list[str] = []
         try:
-            chosen = choose_checkpoint(run, self.world, self.key, lines.append)
+            chosen, lines = find_checkpoint(run, self.key, world=self.world)
         except CheckpointError as error:
             said = str(error)
             right = expected is None and any(name in said for name in names) and self.unchanged()
@@ -200,7 +198,7 @@ class Ours:
         """Have the damaged checkpoint itself refused; returns what was wrong with that."""
         self.forget()
         try:
-            choose_checkpoint(folder, self.world, self.key, print)
+            find_checkpoint(folder, self.key, world=self.world)
         except CheckpointError:
             return None if self.unchanged() else "state changed"
         return "a damaged checkpoint was taken when it was named"

@@ -1,18 +1,16 @@
 """Turns a training checkpoint, of either engine and any number of ranks, into one Hugging Face folder."""
 
 import argparse
-import platform
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mega_scale.checkpoint.folder import read_key, read_state
-from mega_scale.config import RunConfig, load_config
+from mega_scale.config import load_config
 from mega_scale.data import as_trained
 from mega_scale.files import check_destination
-from mega_scale.hub.export import DEFAULT_SHARD_BYTES, TrainingFacts, model_card, without_folder, write_export
+from mega_scale.hub.export import DEFAULT_SHARD_BYTES, model_card, write_export
 from mega_scale.parallel import check_single
 from mega_scale.process import refuse
 from mega_scale.settings import local_paths
@@ -20,7 +18,6 @@ from mega_scale.training.trained_model import open_checkpoint
 
 ALLOW_OLDER = "where the newest checkpoint of a run folder is damaged or gone, take an older one"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_PACKAGES = ("mega_scale", "torch", "transformers", "safetensors")
 
 
 def byte_size(text: str) -> int:
@@ -30,28 +27,6 @@ def byte_size(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size of at least 1 byte: write 5GB, 512MiB, or bytes")
     return size
-
-
-def training_facts(name: str, trainer: dict[str, Any], run: RunConfig, run_text: str) -> TrainingFacts:
-    """What the card of the model `name` tells: of a checkpoint's trainer.json, and of the run, also given as YAML."""
-    data = run.data
-    source = f"{without_folder(data.hub_name or '')} ({data.hub_split})" if data.source == "hub" else data.source
-    if data.mixture is not None:
-        source = f"a mixture of {', '.join(data.mixture)}"
-    files = f" ({', '.join(map(without_folder, data.path))})" if data.path else ""
-    layout = trainer["layout"]
-    validation = trainer.get("validation", {})
-    return TrainingFacts(
-        name=name,
-        step=trainer["step"],
-        tokens=trainer["tokens"],
-        validation_loss=validation.get("loss"),
-        bits_per_byte=validation.get("bits_per_byte"),
-        data=f"{source}{files}, tokenizer {without_folder(data.tokenizer)}, sequences of {data.sequence_length} tokens",
-        layout=f"{layout['engine']}, ZeRO stage {layout['zero_stage']}, {layout['world_size']} rank(s)",
-        run_config=run_text,
-        versions={"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
-    )
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -77,12 +52,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         check_destination(args.out, overwrite=args.overwrite)
         key = read_key(args.key_file)
         config, tensors, tokenizer, folder = open_checkpoint(args.checkpoint, key, older=args.allow_older)
-        run_file = folder / "config.yaml"
-        run = load_config(run_file)
+        run = load_config(folder / "config.yaml")
         tokenizer = as_trained(tokenizer, run.data.add_bos)
-        facts = training_facts(args.out.resolve().name, read_state(folder), run, run_file.read_text(encoding="utf-8"))
         how = {"dtype": args.dtype, "with_code": args.remote_code}
-        card = model_card(facts, config, tokenizer=tokenizer, **how)
+        card = model_card(args.out.resolve().name, config, read_state(folder), asdict(run), tokenizer=tokenizer, **how)
         how |= {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
         write_export(args.out, tensors, config, tokenizer, card, **how)
     except (ValueError, OSError) as error:

@@ -1,8 +1,4 @@
-"""Writes a model as one Hugging Face folder, tensor by tensor, with tokenizer, model card and, if wanted, its own code.
-
-transformers copies such Python files into one folder and imports them as one package, so they are flat: a module of
-mega_scale.model keeps its name, one of mega_scale.ops carries that name too, and imports between them become relative.
-"""
+"""Writes a model as one Hugging Face folder, tensor by tensor, with tokenizer, model card and, if wanted, its code."""
 
 import ast
 import copy
@@ -10,10 +6,11 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +63,19 @@ def write_export(
 ) -> Path:
     """Write a causal language model as a folder that `AutoModelForCausalLM` and transformers 4.37.2 load.
 
-    Safetensors (with an index when there are several files), config, generation config, tokenizer and model card.
-    Memory stays below one shard and one tensor. The folder appears under its name only when it is complete.
+    The folder, which is returned, appears under its name only when it is complete. Memory stays below one shard and one
+    tensor.
 
     Args:
-        folder: the folder to create, which is returned.
-        tensors: name to full tensor of the model's state dict; each is read once. Of tied names one is enough.
-        config: the model's configuration.
+        tensors: full ones by their names in the model's state dict; each is read once. Of tied names one is enough.
         tokenizer: saved beside the weights; its special tokens end generation.
         card: Markdown text of README.md.
         max_shard_bytes: largest weight file, bytes; a single larger tensor gets a file of its own.
         dtype: "fp32" or "bf16", of the parameters; buffers and the moving average's parameters stay in fp32.
         overwrite: whether an export that is already there is replaced.
-        with_code: whether the folder holds the model's Python files too, by which it loads without mega_scale when
-            `trust_remote_code=True` is given.
+        with_code: whether the model's Python files go along, see `remote_code`.
 
-    Raises:
-        ValueError: the destination is taken, an argument is out of range, or tensors do not fit the configuration.
+    Raises ValueError where the destination is taken, an argument is out of range, or tensors do not fit.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -212,6 +205,9 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 # The model's own code
+#
+# transformers imports such Python files as one package of one folder, so they are flat: a module of mega_scale.model
+# keeps its name, one of mega_scale.ops carries that name too, and imports between them become relative.
 
 _PACKAGE = "mega_scale"
 _ROOMS = ("model", "ops")
@@ -235,7 +231,8 @@ def auto_map(classes: dict[str, type]) -> dict[str, str]:
 def remote_code(classes: dict[str, type]) -> dict[str, str]:
     """The modules that classes need, through all their imports within the project, as text by the name of a flat file.
 
-    Raises ValueError where one imports from elsewhere than model and ops, or in a form that cannot be made relative.
+    With them a folder loads without mega_scale, where `trust_remote_code=True` is given. Raises ValueError where one
+    imports from elsewhere than model and ops, or in a form that cannot be made relative.
     """
     files: dict[str, str] = {}
     waiting = sorted({found.__module__ for found in classes.values()})
@@ -270,33 +267,28 @@ def flat_name(module: str) -> str:
 
 def _flatten(module: str, source: str) -> tuple[str, set[str]]:
     """A module's text with relative imports, and the modules of the project that it imports."""
-    lines = source.splitlines(keepends=True)
-    imported = set()
+    lines, imported = source.splitlines(keepends=True), set()
+    form = f"write `from {_PACKAGE}... import ...`"
     for node in ast.walk(ast.parse(source)):
-        where = f"{module}, line {getattr(node, 'lineno', 0)}"
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        where, target = f"{module}, line {node.lineno}", getattr(node, "module", None) or ""
         if isinstance(node, ast.Import):
             if any(alias.name.split(".")[0] == _PACKAGE for alias in node.names):
-                raise ValueError(f"{where}: write `from {_PACKAGE}... import ...`")
-            continue
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        target = node.module or ""
-        if node.level:
-            raise ValueError(f"{where}: relative imports stay within one folder: write `from {_PACKAGE}... import ...`")
-        if target.split(".")[0] != _PACKAGE:
-            continue
-        spec = importlib.util.find_spec(target)
-        is_package = spec is not None and spec.submodule_search_locations is not None
-        for alias in node.names:
-            if alias.name == "*" or (is_package and importlib.util.find_spec(f"{target}.{alias.name}") is not None):
-                raise ValueError(
-                    f"{where}: name what {target} holds, not {alias.name!r}: a flat folder has no packages"
-                )
-        imported.add(target)
-        # Columns count bytes, of which the keyword's are one a character.
-        start = lines[node.lineno - 1].encode()[: node.col_offset].decode()
-        rest = lines[node.lineno - 1][len(start) :]
-        lines[node.lineno - 1] = start + rest.replace(f"from {target} ", f"from .{flat_name(target)} ", 1)
+                raise ValueError(f"{where}: {form}")
+        elif node.level:
+            raise ValueError(f"{where}: relative imports stay within one folder: {form}")
+        elif target.split(".")[0] == _PACKAGE:
+            spec = importlib.util.find_spec(target)
+            is_package = spec is not None and spec.submodule_search_locations is not None
+            for alias in node.names:
+                if alias.name == "*" or (is_package and importlib.util.find_spec(f"{target}.{alias.name}") is not None):
+                    raise ValueError(
+                        f"{where}: name what {target} holds, not {alias.name!r}: a flat folder has no packages"
+                    )
+            imported.add(target)
+            absolute, relative = f"from {target} import", f"from .{flat_name(target)} import"
+            lines[node.lineno - 1] = lines[node.lineno - 1].replace(absolute, relative, 1)
     return "".join(lines), imported
 
 
@@ -326,6 +318,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 # Absolute, of a home or variable, above a folder, on a Windows drive or host, or a file URL.
 _OF_A_MACHINE = re.compile(r"[/~$\\]|\.\.[/\\]|[A-Za-z]:[/\\]|file:")
 _TEXTS = ("sample_prompt",)  # are no paths, whatever they begin with
+_VERSIONS = (_PACKAGE, "torch", "transformers", "safetensors")
 _NOT_IN_HF = {
     "scale_embeddings": (False, "it does not scale embeddings by sqrt(hidden_size)"),
     "final_norm": (False, "it has no norm after the last block"),
@@ -334,31 +327,21 @@ _NOT_IN_HF = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingFacts:
-    """What a card reports about a run; None and "not recorded" where nothing is known."""
-
-    name: str  # title of the model
-    step: int  # optimizer steps taken
-    tokens: int  # training tokens seen
-    validation_loss: float | None = None  # of the last evaluation, nats/token
-    bits_per_byte: float | None = None  # of the same evaluation, bits per byte of its text
-    data: str = "not recorded"  # what the model was trained on, in words
-    layout: str = "not recorded"  # engine and number of ranks, in words
-    run_config: str = ""  # the run's resolved configuration, YAML
-    versions: Mapping[str, str] = field(default_factory=dict)  # by package
-
-
 def model_card(
-    facts: TrainingFacts,
+    name: str,
     config: MegaConfig,
+    trainer: Mapping[str, Any],
+    run: Mapping[str, Any],
     *,
     dtype: str = "fp32",
     with_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
-    """Markdown text of an export's README.md, with the metadata block that model hubs read; arguments as in
-    `write_export`. Of paths on this machine it tells only the last part."""
+    """Markdown text of an export's README.md, titled `name`, with the metadata block that model hubs read.
+
+    It tells what a checkpoint's trainer.json and the settings of its `run`, by section, say; of paths on this machine
+    only the last part. For the other arguments see `write_export`.
+    """
     attention = "Attention spans the whole sequence."
     if config.use_chunking:
         attention = (
@@ -374,17 +357,30 @@ def model_card(
         "vocabulary": f"{config.vocab_size:,} tokens",
         "weights stored in": "fp32" if dtype == "fp32" else f"{dtype}; the moving average's parameters in fp32",
     }
-    training = {"steps": f"{facts.step:,}", "tokens seen": f"{facts.tokens:,}"}
-    if (loss := facts.validation_loss) is not None:
+    training = {"steps": f"{trainer['step']:,}", "tokens seen": f"{trainer['tokens']:,}"}
+    validation = trainer.get("validation", {})
+    if (loss := validation.get("loss")) is not None:
         # Beyond e^100 the figure says nothing, and exp overflows at 710.
         perplexity = f"{math.exp(loss):.2f}" if loss < 100 else "beyond measure"
         training["validation loss"] = f"{loss:.4f} nats/token (perplexity {perplexity})"
-    if facts.bits_per_byte is not None:
-        training["validation text"] = f"{facts.bits_per_byte:.4f} bits/byte"
-    training |= {"data": facts.data, "layout": facts.layout}
+    if (bits := validation.get("bits_per_byte")) is not None:
+        training["validation text"] = f"{bits:.4f} bits/byte"
+    run, layout = _without_folders(run), trainer["layout"]
+    data = run["data"]
+    source = f"{data['hub_name']} ({data['hub_split']})" if data["source"] == "hub" else data["source"]
+    if data["mixture"] is not None:
+        source = f"a mixture of {', '.join(data['mixture'])}"
+    files = f" ({', '.join(data['path'])})" if data["path"] else ""
+    length = data["sequence_length"]
+    training["data"] = f"{source}{files}, tokenizer {data['tokenizer']}, sequences of {length} tokens"
+    ranks = layout["world_size"]
+    training["layout"] = f"{layout['engine']}, ZeRO stage {layout['zero_stage']}, {ranks} rank(s)"
+    settings = yaml.safe_dump(run, sort_keys=False, allow_unicode=True).strip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
+    versions = {"python": platform.python_version(), **{package: version(package) for package in _VERSIONS}}
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mega\n- mega_scale\n---",
-        f"# {_inline(facts.name)}",
+        f"# {_inline(name)}",
         f"A Mega causal language model (arXiv 2209.10655), pretrained with mega_scale. {attention}",
         "## Load",
         _HOW_TO_LOAD,
@@ -392,16 +388,9 @@ def model_card(
         _in_transformers_4(config, tokenizer),
         f"## Model\n\n{_table(model)}",
         f"## Training\n\n{_table(training)}",
+        f"The run's configuration:\n\n{fence}yaml\n{settings}\n{fence}",
+        f"## Versions\n\n{_table(versions)}",
     ]
-    if facts.run_config.strip():
-        values = yaml.safe_load(facts.run_config)
-        cleaned, text = _without_folders(values), facts.run_config.strip()
-        if cleaned != values:
-            text = yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True).strip()
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-        sections.append(f"The run's configuration:\n\n{fence}yaml\n{text}\n{fence}")
-    if facts.versions:
-        sections.append(f"## Versions\n\n{_table(facts.versions)}")
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 
@@ -448,14 +437,12 @@ def _inline(text: str) -> str:
     return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def without_folder(text: str) -> str:
-    """The last part of a path that names places of one machine (absolute, of a home, above a folder), else the text."""
-    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if _OF_A_MACHINE.match(text) else text
-
-
 def _without_folders(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
+    """Settings with the last part only of every path that names places of one machine."""
+    if isinstance(value, Mapping):
         return {_without_folders(name): _without_folders(inner, str(name)) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_folders(inner) for inner in value]
-    return without_folder(value) if isinstance(value, str) and key not in _TEXTS else value
+    if not isinstance(value, str) or key in _TEXTS or not _OF_A_MACHINE.match(value):
+        return value
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]

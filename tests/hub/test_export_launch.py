@@ -79,7 +79,8 @@ def test_exports_the_newest_checkpoint_of_a_run(tmp_path, run_folder, weights, c
         "| validation text | 3.6067 bits/byte |",
         "| layout | fsdp, ZeRO stage 3, 2 rank(s) |",
         "| data | text (one.txt, two.txt), tokenizer byte, sequences of 32 tokens |",
-        RUN.strip(),
+        "  source: text\n",
+        "  - one.txt\n  - two.txt\n",
         f"| torch | {torch.__version__} |",
     ):
         assert expected in card

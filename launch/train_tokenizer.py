@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         documents = load_corpus(config).train
         tokenizer = train_bpe(documents, args.vocab_size)
-        write_folder(args.folder, tokenizer.save_pretrained)
+        with write_folder(args.folder) as folder:
+            tokenizer.save_pretrained(folder)
         made = {"vocab_size": len(tokenizer), "rows": documents.tally.rows}
         print(json.dumps(made), *documents.tally.lines(), sep="\n")
     except (ValueError, OSError) as error:

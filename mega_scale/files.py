@@ -13,9 +13,8 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import xxhash
@@ -26,8 +25,7 @@ _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.\-]+):/")
 def local_path(path: str, key: str) -> str:
     """Expand `~` and `~user` in a path, a glob or a name, given as `key`.
 
-    Raises ValueError where it is empty, or begins with a scheme (`s3://`, or what is left of one, `s3:/`) or an unknown
-    user.
+    Raises ValueError where it is empty, or begins with a scheme (`s3://` or `s3:/`) or an unknown user.
     """
     if not path.strip():
         raise ValueError(f"{key}={path!r} names nothing: give a path, or leave {key} out")
@@ -52,7 +50,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON as `replace_text` does."""
+    """Write JSON with `replace_text`."""
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -133,15 +131,15 @@ def check_destination(folder: Path, *, overwrite: bool, kind: str = "export", ho
         raise ValueError(f"{folder} holds no {holds}, so it is no {kind} and stays: choose another folder")
 
 
-def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Create or replace a folder as a whole: `write` fills another one, which gets its name when it is complete."""
+@contextlib.contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Create or replace a folder as a whole: what is written into the one given gets its name when all went well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "replaced"))
     partial.mkdir()
     try:
-        write(partial)
+        yield partial
         if folder.exists() and any(folder.iterdir()):
-            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
             folder.rename(replaced)
             partial.rename(folder)
             shutil.rmtree(replaced)
@@ -189,30 +187,15 @@ class LockedError(ValueError):
     """A living process holds the lock."""
 
 
-class _Owner(NamedTuple):
-    """What a lock says, and a stamp that changes with every touch."""
-
-    record: dict[str, Any]
-    stamp: tuple[int, ...]
-
-    @property
-    def token(self) -> str:
-        return str(self.record.get("token", "unknown"))
-
-    def __str__(self) -> str:
-        host, pid, since = (self.record.get(key, "unknown") for key in ("host", "pid", "since"))
-        return f"host {host}, process {pid}, since {since}"
-
-
 class FileLock:
     """One process at a time: a lock that holds on NFS, and that nobody has to remove for a dead owner.
 
-    Its file says who holds it. It appears whole or not at all, as a hard link, which NFS makes atomically too. Its
-    owner touches it every few seconds. An owner on this machine is dead when its process is gone; one elsewhere when
-    the file has not changed for a while by the clock of whoever watches, since clocks of hosts differ.
+    Its file says who holds it. It appears whole or not at all, as a hard link, which NFS makes atomically too. An owner
+    on this machine is dead when its process is gone. One elsewhere touches the file every `beat_s` seconds, and is dead
+    when the file has not changed for `stale_s` by the clock of whoever watches, since clocks of hosts differ.
 
-    A dead owner's lock is replaced by the one process that makes its successor, a file with the dead owner's token in
-    its name. One that dies while it does so is succeeded in the same way.
+    A dead owner's lock is replaced by the one process that takes another lock, with the dead owner's token in its name.
+    One that dies while it does so is succeeded in the same way.
 
     `lost` is called with one line, in another thread, when another process has taken the lock of this living one, as it
     may when this one was suspended.
@@ -235,46 +218,41 @@ class FileLock:
             "started": _started(os.getpid()),
             "token": secrets.token_hex(8),
         }
-        self._watched: tuple[_Owner, float] | None = None
+        self._watched: dict[str, tuple[tuple[int, ...], float]] = {}
         self._released = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def attempt(self) -> bool:
         """Take the lock, if it is free or its owner is dead. False: it is not known yet whether the owner lives.
 
         Raises LockedError where a living process holds it, and OSError where the folder cannot be written.
         """
-        while not self._create(self._path):
-            first = last = _read(self._path)
-            steps: list[Path] = []
-            while last is not None:
-                steps.append(self._path.with_name(f"{self._path.name}.after-{last.token}"))
-                following = _read(steps[-1])
-                if following is None:
-                    break
-                last = following
-            if first is None or last is None:
+        if not self._take(self._path):
+            return False
+        threading.Thread(target=self._keep, name="file lock", daemon=True).start()
+        return True
+
+    def _take(self, path: Path) -> bool:
+        """Make the lock, or replace a dead owner's; False: it is not known yet whether the owner lives."""
+        while not self._create(path):
+            owner = _read(path)
+            if owner is None:
                 continue  # released meanwhile
-            if not self._dead(last):
+            successor = path.with_name(f"{path.name}.after-{owner['token']}")
+            if not self._dead(owner) or not self._take(successor):
                 return False
-            if not self._create(steps[-1]):
-                continue
-            now = _read(self._path)
-            if now is None or now.token != first.token:
-                steps[-1].unlink(missing_ok=True)
-                continue
-            os.replace(self._write(), self._path)
-            for step in steps:
-                step.unlink(missing_ok=True)
-            break
-        self._thread = threading.Thread(target=self._keep, name="file lock", daemon=True)
-        self._thread.start()
+            now = _read(path)
+            taken = now is not None and now["token"] == owner["token"]
+            if taken:
+                os.replace(self._write(), path)
+            successor.unlink(missing_ok=True)
+            if taken:
+                break
         return True
 
     @property
     def owner(self) -> str:
         """Who holds it, in words."""
-        return str(_read(self._path) or "nobody")
+        return _in_words(_read(self._path))
 
     def release(self) -> None:
         """Let others have the folder; may be called twice, and by a process that does not hold the lock."""
@@ -288,29 +266,26 @@ class FileLock:
             time.sleep(_LOOK_S)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
-    def _dead(self, owner: _Owner) -> bool:
+    def _dead(self, owner: dict[str, Any]) -> bool:
         """Whether an owner is known to be dead. Raises LockedError where it lives."""
-        here = self._own["machine"] is not None and owner.record.get("machine") == self._own["machine"]
-        if here and _started(int(owner.record["pid"])) != owner.record["started"]:
-            return True
-        if not here:
-            if self._watched is None or self._watched[0].token != owner.token:
-                self._watched = owner, time.monotonic()
-            if self._watched[0].stamp == owner.stamp:
-                return time.monotonic() - self._watched[1] > self._stale_s
+        if self._own["machine"] is not None and owner.get("machine") == self._own["machine"]:
+            if _started(int(owner["pid"])) != owner["started"]:
+                return True
+        else:
+            stamp, since = self._watched.setdefault(owner["token"], (owner["stamp"], time.monotonic()))
+            if stamp == owner["stamp"]:
+                return time.monotonic() - since > self._stale_s
         raise LockedError(
-            f"{self._path.parent} is in use by another job ({owner}): wait for its end, choose another folder, or, if "
-            f"you know that it is dead, delete {self._path}"
+            f"{self._path.parent} is in use by another job ({_in_words(owner)}): wait for its end, choose another "
+            f"folder, or, if you know that it is dead, delete {self._path}"
         )
 
     def _holds(self) -> bool:
         found = _read(self._path)
-        return found is not None and found.token == self._own["token"]
+        return found is not None and found["token"] == self._own["token"]
 
     def _keep(self) -> None:
         while not self._released.wait(self._beat_s):
@@ -346,8 +321,11 @@ class FileLock:
         return fresh
 
 
-def _read(path: Path) -> _Owner | None:
-    """What a lock says; None where there is none. Opened anew, since only that asks an NFS server."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a lock says, and a `stamp` that changes with every touch; None where there is none.
+
+    It is opened anew, since only that asks an NFS server.
+    """
     try:
         # No link is followed, which may lead nowhere, and no pipe waited for: they are there, and say nothing.
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -363,7 +341,13 @@ def _read(path: Path) -> _Owner | None:
         int(record["pid"])
     except (ValueError, TypeError, KeyError):  # half written by another program, or where there are no hard links
         record = {}
-    return _Owner(record, (status.st_ino, status.st_size, status.st_mtime_ns))
+    stamp = status.st_ino, status.st_size, status.st_mtime_ns
+    return {**record, "token": str(record.get("token", "unknown")), "stamp": stamp}
+
+
+def _in_words(owner: dict[str, Any] | None) -> str:
+    host, pid, since = ((owner or {}).get(key, "unknown") for key in ("host", "pid", "since"))
+    return f"host {host}, process {pid}, since {since}"
 
 
 def _machine() -> str | None:

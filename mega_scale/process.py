@@ -41,10 +41,7 @@ def refuse(message: object, *, quiet: bool = False) -> NoReturn:
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a command: output that could not be written is an error, in one line.
-
-    Ctrl-C ends it in one line too, with exit code 130; it is unblocked here, see above.
-    """
+    """Run a command, which output that could not be written, and Ctrl-C, end in one line and with an exit code."""
     output, code = keep_streams(), None
     gc.freeze()  # what imports made stays: looking through it at the end takes 0.4 s
     try:
@@ -63,7 +60,7 @@ def run_command(main: Callable[[], Any]) -> None:
 
 
 class Stream:
-    """A text stream whose failures are noted, and raised nowhere; `tell` is given one line when they begin.
+    """A text stream for `print`, whose failures are noted and raised nowhere; `tell` gets one line when they begin.
 
     What its encoding lacks is written as an escape (`\\u1234`). What could not be written is tried again with the next
     text, as far as the stream's own buffer holds it.
@@ -80,12 +77,10 @@ class Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As `print` needs it."""
         self._written = self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """As `print` needs it."""
         if self._try(self._stream.flush) and self._written:
             self.problem = None
         self._written = False
@@ -137,9 +132,7 @@ class StopSignals:
     """
 
     def __init__(self, again_s: float = _AGAIN_S) -> None:
-        self._pid = os.getpid()
-        self._again_s = again_s
-        self._watching = False
+        self._pid, self._again_s, self._watching = os.getpid(), again_s, False
         self._listening: set[signal.Signals] = set()
         self.asked: str | None = None
 
@@ -153,7 +146,13 @@ class StopSignals:
             signal.signal(number, self._note)
             signal.siginterrupt(number, False)  # C code below us may not expect to be interrupted
         if signal.SIGINT in wanted and not self._watching:
-            self._watch_interrupts()
+            ours, pythons = os.pipe()
+            os.set_blocking(pythons, False)
+            # Python writes a signal's number there as it comes, whatever the main thread does.
+            signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
+            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+            threading.Thread(target=self._end_at_the_second, args=(ours,), daemon=True).start()
+            self._watching = True
         dropped, self._listening = self._listening - wanted, wanted
         for number in dropped:
             signal.signal(number, signal.SIG_DFL)
@@ -165,15 +164,6 @@ class StopSignals:
         """Be deaf to them: for the end, while a launcher that saw another rank end sends signals to all."""
         for number in self._listening:
             signal.signal(number, signal.SIG_IGN)
-
-    def _watch_interrupts(self) -> None:
-        ours, pythons = os.pipe()
-        os.set_blocking(pythons, False)
-        # Python writes a signal's number there as it comes, whatever the main thread does.
-        signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-        threading.Thread(target=self._end_at_the_second, args=(ours,), daemon=True).start()
-        self._watching = True
 
     def _end_at_the_second(self, numbers: int) -> None:
         first: float | None = None
@@ -201,7 +191,5 @@ class StopSignals:
 def _say(line: str) -> None:
     """Print a line on the first rank, past Python's buffers, whose locks the main thread may hold."""
     if next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0":
-        try:
+        with contextlib.suppress(OSError):
             os.write(2, f"mega_scale | {line}\n".encode())
-        except OSError:
-            return  # nobody reads it

@@ -198,26 +198,22 @@ def verify(folder: Path, key: bytes | None = None, share: slice = slice(None)) -
     """
     try:
         manifest = read_manifest(folder, key)
-        problem = _list_problem(folder, manifest)
+        _check_list(folder, manifest)
         large = [name for name in manifest.files if name.startswith(_LARGE)]
         large.sort(key=lambda name: (-manifest.files[name].size, name))
-        small = [name for name in manifest.files if not name.startswith(_LARGE)]
-        for name in [] if problem else [*small, *large[share]]:
-            found, (size, expected) = hash_file(folder / name, key), manifest.files[name]
-            if not hmac.compare_digest(found.hash, str(expected)) or found.size != size:
-                problem = f"{name} does not hold what was written (its hash differs)"
-                break
+        for name in [*(name for name in manifest.files if not name.startswith(_LARGE)), *large[share]]:
+            if hash_file(folder / name, key) != manifest.files[name]:
+                raise CheckpointError(f"{name} does not hold what was written (its hash differs)")
+        return manifest
     except CheckpointError as error:
         problem = str(error)
     except OSError as error:  # of a disk that fails, or a folder that may not be looked into
         problem = f"{error.filename or folder} cannot be read ({error.strerror or error})"
-    if problem is not None:
-        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
-    return manifest
+    raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
 
 
 def verify_quickly(folder: Path, key: bytes | None = None) -> Manifest:
-    """Verify manifest, names, sizes, and what is small: all but the state. Raises CheckpointError as `verify` does."""
+    """`verify` all but the state: manifest, names, sizes, and what is small."""
     return verify(folder, key, slice(0))
 
 
@@ -233,23 +229,21 @@ def _verify_together(folder: Path, key: bytes | None, world: "World") -> Manifes
     return manifest
 
 
-def _list_problem(folder: Path, manifest: Manifest) -> str | None:
-    """What is wrong with names and sizes, without reading the files."""
+def _check_list(folder: Path, manifest: Manifest) -> None:
+    """Verify names and sizes, without reading the files."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     for name in _around(manifest) & found.keys():
         # A link to a folder is none of the checkpoint's own, and its files are not looked through.
         if found[name].is_symlink() or found[name].is_dir() == (name == MANIFEST):
-            return f"{name} is a link, or no longer what it was"
+            raise CheckpointError(f"{name} is a link, or no longer what it was")
         del found[name]
     if missing := manifest.files.keys() - found.keys():
-        return f"{min(missing)} is missing"
+        raise CheckpointError(f"{min(missing)} is missing")
     for name, record in manifest.files.items():
         if found[name].is_symlink() or not found[name].is_file():
-            return f"{name} is no regular file"
-        size = found[name].stat().st_size
-        if size != record.size:
-            return f"{name} has {size} bytes, {record.size} were written"
-    return None
+            raise CheckpointError(f"{name} is no regular file")
+        if (size := found[name].stat().st_size) != record.size:
+            raise CheckpointError(f"{name} has {size} bytes, {record.size} were written")
 
 
 def _around(manifest: Manifest) -> set[str]:
@@ -268,11 +262,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read `trainer.json` of a checkpoint. Raises ValueError where it holds something else than a trainer writes."""
     try:
         found = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
-        for name in ("step", "tokens"):
-            if type(found[name]) is not int or found[name] < 0:
-                raise ValueError(f"{name} is {str(found[name])[:40]!r}")
-        for name in ("data", "layout"):
-            if not isinstance(found[name], dict):
+        for name, kind in {"step": int, "tokens": int, "data": dict, "layout": dict}.items():
+            if type(found[name]) is not kind or (kind is int and found[name] < 0):
                 raise ValueError(f"{name} is {str(found[name])[:40]!r}")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{folder / TRAINER} cannot be read ({error!r}): choose another checkpoint") from None
@@ -313,10 +304,7 @@ def _step_of(folder: Path) -> int:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, in the order in which they were written, whatever state they are in.
-
-    A link is one of them, though it may lead to a disk that is not there.
-    """
+    """The checkpoint folders of a run, and links to them, in the order in which they were written, whole or not."""
     named = [path for path in run_dir.glob("checkpoints/step-*") if _NAME.fullmatch(path.name)]
     return sorted((path for path in named if path.is_dir() or path.is_symlink()), key=_age)
 
@@ -357,12 +345,8 @@ def find_checkpoint(
 ) -> tuple[Path, list[str]]:
     """The checkpoint that a path means: itself, or the newest of a run folder that is proven.
 
-    Args:
-        path: of a checkpoint or run folder.
-        key: secret with which it must be signed, if there is one.
-        older: whether an older one may be taken where the newest of a run folder is damaged or gone.
-        proof: `verify_quickly`, or `verify`, which reads the state too.
-        world: ranks that share the reading of all of it, instead of `proof`; then this is collective.
+    `verify_quickly` does not read its state, `verify` does. The ranks of a `world` share the reading of all of it;
+    then this is collective. Unless `older`, no other is taken where the newest of a run folder is damaged or gone.
 
     Returns its folder, and what is to be said: what is wrong with newer ones or with `latest`, and strays, a sentence
     each. Raises ValueError where there is none, only an older one could be taken and may not be, or it is damaged:
@@ -382,18 +366,15 @@ def find_checkpoint(
             problems.append(str(error))
             continue
         pointer, gone = ([], False) if problems or named else _pointer_problem(path, folder)
-        newer = [*problems, *(pointer if gone else [])]
-        if newer and not older:
+        if not older and (newer := problems or (pointer if gone else [])):
             raise CheckpointError(f"{'; '.join(newer)}: to take {folder} instead, give that folder, or --allow-older")
         return folder, [*problems, *pointer, *_stray_notes(folder, manifest)]
     if named:
         remedy = "there is no other valid one beside it"
-        for folder in reversed(checkpoints(path.parent.parent)):
-            if folder.name != path.name:
-                with contextlib.suppress(CheckpointError):
-                    verify_quickly(folder, key)
+        for folder in checkpoints(path.parent.parent):
+            with contextlib.suppress(CheckpointError):
+                if folder.name != path.name and verify_quickly(folder, key):
                     remedy = f"resume from {folder} instead"
-                    break
         raise CheckpointError(f"{problems[0]}; {remedy}")
     if problems:
         raise CheckpointError(f"none of the {len(problems)} checkpoints in {path} is valid: {'; '.join(problems)}")
@@ -432,10 +413,7 @@ def _stray_notes(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint, its name first: a kill half way leaves no damaged one. Of a link, delete the link alone.
-
-    Raises OSError; once renamed, it no longer counts.
-    """
+    """Delete a checkpoint, its name first: a kill half way leaves no damaged one. Raises OSError."""
     nameless = folder.with_suffix(_DELETED)
     discard(nameless)
     folder.rename(nameless)
@@ -443,10 +421,7 @@ def delete(folder: Path) -> None:
 
 
 def sweep(run_dir: Path, *endings: str) -> None:
-    """Delete what a deletion that was killed, or could not be completed, has left; what stays waits for the next.
-
-    So is every other folder whose name has one of these `endings` after the step.
-    """
+    """Delete what a deletion that was killed or failed has left, and what has one of these `endings` after its step."""
     for ending in (_DELETED, *endings):
         for path in run_dir.glob(f"checkpoints/step-*{ending}"):
             forget(path)
@@ -461,12 +436,10 @@ def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
 def prune(
     run_dir: Path, keep: int, keep_every: int = 0, *, damaged: bool = False, key: bytes | None = None, dry: bool = False
 ) -> list[Path]:
-    """Delete checkpoints of a run that does not train now; `dry` only says which.
+    """Delete checkpoints of a run that does not train now, and return them; `dry` only does the latter.
 
     Every checkpoint is verified first: damaged ones do not count among those that are kept (see `surplus`), and are
-    deleted if `damaged`. Nothing is deleted unless one that stays is valid.
-
-    Returns what was deleted. Raises ValueError where no checkpoint is valid, or a job has the folder.
+    deleted if `damaged`. Raises ValueError where no checkpoint is valid, or a job has the folder.
     """
     valid, broken = [], []
     with contextlib.nullcontext() if dry or not checkpoints(run_dir) else FileLock(run_dir / LOCK):

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +98,8 @@ class _Save:
 class Saver:
     """Writes the checkpoints of a run; methods are collective, except for `wait_copied`.
 
-    `described` has the contents of `config.yaml` and of the files in `model/`, by path, on the first rank. `under_way`
-    is the checkpoint that is being written, if any, on all ranks alike.
+    `described` has `config.yaml` and the files in `model/`, by path, on the first rank. `under_way` is the checkpoint
+    that is being written, if any, on all ranks alike.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Saver:
             self._serial = next_serial(run_dir)
 
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:
-        """Begin a checkpoint, or write it where saves are not asynchronous; waits for the one before.
+        """Begin a checkpoint, or write it where saves are not asynchronous; wait for the one before.
 
         Returns what ended meanwhile: the save before, and this one if it is not asynchronous or could not begin.
         """
@@ -290,10 +290,7 @@ def _text(error: BaseException) -> str:
 
 
 class Staging:
-    """A copy of the state in host memory: one buffer, made at the first copy, as new memory costs more than the copy.
-
-    From a GPU, copies go into locked memory, beside what else it computes.
-    """
+    """A copy of the state in one buffer of host memory, locked beside a GPU: new memory costs more than the copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -378,31 +375,29 @@ def write_tensors(
     Returns the size of the file (bytes). Raises OSError.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    end = 0
     for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    with open(path, "wb", buffering=0) as file:
 
-        def write(content: memoryview) -> int:
+    def contents() -> Iterator[memoryview]:
+        yield memoryview(len(header).to_bytes(8, "little") + header)
+        for name, like in tensors.items():
+            if like.numel():
+                yield _as_bytes((like if read is None else read(name)).cpu()).numpy().data
+
+    with open(path, "wb", buffering=0) as file:
+        for content in contents():
             # In chunks, which are still in the processor's cache when they are hashed.
             for start in range(0, len(content), _CHUNK_BYTES):
                 chunk = content[start : start + _CHUNK_BYTES]
                 update(chunk)
                 while chunk:
                     chunk = chunk[file.write(chunk) :]
-            return len(content)
-
-        total = write(memoryview(len(header).to_bytes(8, "little") + header))
-        for name, like in tensors.items():
-            if like.numel():
-                tensor = like if read is None else read(name)
-                total += write(_as_bytes(tensor.cpu()).numpy().data)
         os.fsync(file.fileno())
-    return total
+        return file.tell()
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ _DTYPE = "F32"
 def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
     """Bring engine and random state to where a verified checkpoint left them, whichever layout wrote it; collective.
 
-    Returns what `trainer.json` holds. Raises ValueError where it holds another model, or what no trainer wrote; nothing
-    was changed then.
+    Returns what `trainer.json` holds. Raises ValueError, having changed nothing, where it holds another model, or what
+    no trainer wrote.
     """
     state = read_state(folder)
     # Nothing in training draws from it that ranks do not draw alike, so other ranks than before go on without.
@@ -138,8 +138,11 @@ class StateReader:
 
     def load(self, state: EngineState) -> None:
         """Write what the files hold into an engine's memory, which is changed only if all of it fits."""
-        here = {name: local.shape for name, local in state.tensors.items()}
+        buffers = {name: self.buffer(name) for name in state.buffers if name in self.buffers}
         there = {name: self.shapes.get(name) for name in self.shardings}
+        there |= {name: buffer.shape for name, buffer in buffers.items()}
+        here = {name: local.shape for name, local in state.tensors.items()}
+        here |= {name: buffer.shape for name, buffer in state.buffers.items()}
         if names := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
             shapes = (found.get(names[0]) for found in (there, here))
             texts = ["missing" if shape is None else str(tuple(shape)) for shape in shapes]
@@ -150,13 +153,6 @@ class StateReader:
         trained = {name for name, local in state.tensors.items() if len(local.tensors) > 1}
         if missing := trained - self.trained:
             raise ValueError(f"{self._folder} has no moments of {min(missing)}, which is trained here")
-        buffers = {name: self.buffer(name) for name in state.buffers}
-        for name, buffer in state.buffers.items():
-            if buffers[name].shape != buffer.shape:
-                texts = [str(tuple(one.shape)) for one in (buffers[name], buffer)]
-                raise ValueError(
-                    f"{self._folder} holds another model: buffer {name} is {texts[0]} there and {texts[1]} here"
-                )
         wanted = [
             (tensor, (name, kind, local.shard, local.start, local.start + len(tensor)))
             for name, local in state.tensors.items()
@@ -203,7 +199,6 @@ class StateReader:
         return found
 
     def _shards(self, name: str) -> list[Shard]:
-        """The shards in which a parameter is stored."""
         sharding = self.shardings[name]
         ranks = 1 if sharding.dim is None else self.tp
         return [sharding.shard(self.shapes[name], rank, ranks) for rank in range(ranks)]
@@ -234,7 +229,7 @@ class StateReader:
         return found
 
     def _slice(self, file: int, name: str, length: int) -> Any:
-        """A tensor (length,) of the format that states are stored in, of which slices can be read."""
+        """A stored tensor (length,), of which slices can be read."""
         try:
             stored = self._file(file).get_slice(name)
         except SafetensorError as error:

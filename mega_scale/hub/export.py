@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTo
 from transformers.models.auto import modeling_auto
 
 from mega_scale.data import end_ids, prompt_ids, separator_id, vocabulary_size
-from mega_scale.files import check_destination, write_folder
+from mega_scale.files import check_destination, write_folder, write_json
 from mega_scale.hub.folder import StateDictSpec, state_dict_spec
 from mega_scale.model import MegaConfig
 from mega_scale.model.configuration_mega import SAVED_BY
@@ -89,17 +89,14 @@ def write_export(
         )
     check_destination(folder, overwrite=overwrite)
     spec = state_dict_spec(config)
-    wrong = spec.differences({name: spec.tensors[name].shape if name in spec.tensors else () for name in tensors})
-    if wrong:
+    shapes = {name: spec.tensors[name].shape if name in spec.tensors else () for name in tensors}
+    if wrong := spec.differences(shapes):
         raise ValueError(f"the tensors do not fit the configuration: {'; '.join(wrong)}")
-
-    def write(target: Path) -> None:
+    with write_folder(folder) as target:
         (target / "README.md").write_text(card, encoding="utf-8")
         _write_configs(target, config, tokenizer, DTYPES[dtype], with_code)
         write_tokenizer(target, tokenizer)
         _write_weights(target, tensors, spec, max_shard_bytes, DTYPES[dtype])
-
-    write_folder(folder, write)
     return folder
 
 
@@ -126,7 +123,7 @@ def _write_weights(
         shutil.copymode(folder / "README.md", folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_configs(
@@ -171,7 +168,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    _write_json(path, settings)
+    write_json(path, settings)
     path = folder / "tokenizer.json"
     definition = json.loads(path.read_text(encoding="utf-8"))
     merges = _merges(definition)
@@ -180,7 +177,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for part in _parts(definition, ("pre_tokenizer", "decoder")):
         if part["type"] == "Metaspace":
             part["add_prefix_space"] = part["prepend_scheme"] != "never"
-    _write_json(path, definition)
+    write_json(path, definition)
 
 
 def _parts(definition: dict[str, Any], rooms: Any) -> list[dict[str, Any]]:
@@ -198,10 +195,6 @@ def _parts(definition: dict[str, Any], rooms: Any) -> list[dict[str, Any]]:
 def _merges(definition: dict[str, Any]) -> list[list[str]]:
     merges = definition["model"].get("merges") or []
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # The model's own code

@@ -10,6 +10,7 @@ import argparse
 import os
 import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from mega_scale.model import MegaConfig, MegaForCausalLM, MegaForMaskedLM, MegaM
 
 EMA_INPUTS = ("delta", "alpha")
 _UNUSED_BUFFER = "rel_pos_bias._float_tensor"
+_ONE_SWITCH = ("final_norm", "normalize_before_mega", "normalize_before_ffn")
 _BIAS_TABLE = "rel_pos_bias.rel_pos_bias"
 _NORM = ("weight", "bias", "scalar", "running_mean", "running_var", "num_batches_tracked")
 
@@ -42,49 +44,89 @@ _MEGA_LAYER = {
     "move.gamma": "ema_gate.kernel_projection_matrix",
     "move.omega": "ema_gate.residual_weight",
 }
-_POSITIONAL_BIAS = {
-    "rel_pos_bias.rel_pos_bias": "rel_pos_bias.rel_pos_bias",
-    "rel_pos_bias.alpha": "rel_pos_bias.alpha",
-    "rel_pos_bias.beta": "rel_pos_bias.b_param",
-    "rel_pos_bias._float_tensor": "rel_pos_bias._float_tensor",
-}
 
 
-def _linear(*modules: str) -> dict[str, str]:
-    return {f"{module}.{name}": f"{module}.{name}" for module in modules for name in ("weight", "bias")}
+def _same(module: str, *names: str) -> dict[str, str]:
+    return {f"{module}.{name}": f"{module}.{name}" for name in names}
 
 
-def _within(part: str, *tables: dict[str, str]) -> dict[str, str]:
-    norm = {f"norm.norm.{name}": f"norm.norm.{name}" for name in _NORM}
-    return {f"{part}.{theirs}": f"{part}.{ours}" for table in (norm, *tables) for theirs, ours in table.items()}
+def _block(part: str, linear: tuple[str, ...], *tables: dict[str, str]) -> dict[str, str]:
+    tables = (*tables, _same("norm.norm", *_NORM), *(_same(module, "weight", "bias") for module in linear))
+    return {f"{part}.{theirs}": f"{part}.{ours}" for table in tables for theirs, ours in table.items()}
 
 
+_POSITIONAL_BIAS = _same("rel_pos_bias", "rel_pos_bias", "alpha", "_float_tensor")
+_POSITIONAL_BIAS["rel_pos_bias.beta"] = "rel_pos_bias.b_param"
 _BLOCK = {
-    **_within("mega_layer", _MEGA_LAYER, _POSITIONAL_BIAS, _linear("v_proj", "mx_proj", "h_proj")),
-    **_within("cross_attn", _POSITIONAL_BIAS, _linear("q_proj", "k_proj", "v_proj", "h_proj")),
-    **_within("nffn", _linear("fc1", "fc2")),
+    **_block("mega_layer", ("v_proj", "mx_proj", "h_proj"), _MEGA_LAYER, _POSITIONAL_BIAS),
+    **_block("cross_attn", ("q_proj", "k_proj", "v_proj", "h_proj"), _POSITIONAL_BIAS),
+    **_block("nffn", ("fc1", "fc2")),
 }
+
+# Field of MegaConfig to the option in fairseq's checkpoint; {side} is encoder or decoder.
+_SHARED_OPTIONS = {
+    "hidden_size": "{side}_embed_dim",
+    "intermediate_size": "{side}_hidden_dim",
+    "nffn_hidden_size": "{side}_ffn_embed_dim",
+    "num_hidden_layers": "{side}_layers",
+    "activation": "activation_fn",
+    "attention_activation": "attention_activation_fn",
+    "dropout_prob": "dropout",
+    "embedding_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "use_feature_dropout": "feature_dropout",
+    "relative_positional_bias": "rel_pos_bias",
+    "truncation": "truncation_length",
+}
+_TRANSLATION_OPTIONS = {
+    **_SHARED_OPTIONS,
+    "shared_representation_size": "{side}_z_dim",
+    "ema_projection_size": "{side}_n_dim",
+    "chunk_size": "{side}_chunk_size",
+    "hidden_dropout_prob": "hidden_dropout",
+    "nffn_activation_dropout_prob": "activation_dropout",
+    "normalization_type": "normalization_type",
+    "normalize_before_mega": "normalize_before",
+    "scale_embeddings": "no_scale_embedding",
+}
+_OPTIONS = {
+    "lm": {
+        **_TRANSLATION_OPTIONS,
+        "max_positions": "max_target_positions",
+        "tie_word_embeddings": "share_decoder_input_output_embed",
+    },
+    "encoder": {**_TRANSLATION_OPTIONS, "max_positions": "max_source_positions"},
+    "lra": {
+        **_SHARED_OPTIONS,
+        "shared_representation_size": "z_dim",
+        "ema_projection_size": "n_dim",
+        "chunk_size": "chunk_size",
+        "hidden_dropout_prob": "act_dropout",
+        "nffn_activation_dropout_prob": "act_dropout",
+        "normalization_type": "norm_type",
+        "normalize_before_mega": "encoder_normalize_before",
+        "max_positions": "max_positions",
+    },
+}
+CHECKPOINT_LAYOUTS = tuple(_OPTIONS)
 
 
 class FairseqLayout(NamedTuple):
-    """How one kind of fairseq model names its tensors."""
+    """How one kind of fairseq model names its tensors; all names are fairseq's, but for `base`."""
 
     build: Callable[[MegaConfig], nn.Module]  # makes the model here that holds the same weights
-    base: str  # prefix of the backbone in its names
-    embedding: str  # fairseq's name of the word embedding
-    blocks: str  # fairseq's prefix of the list of blocks
-    final_norm: str | None = None  # fairseq's prefix of the norm after the last block; None where the model has none
+    base: str  # prefix of the backbone in the names here
+    embedding: str  # the word embedding
+    blocks: str  # prefix of the list of blocks
+    final_norm: str | None = None  # prefix of the norm after the last block; None where the model has none
     final_affine: bool = False  # whether that norm always has parameters (in language models it is an option)
-    head: Mapping[str, str] = MappingProxyType({})  # fairseq's names of the head to ours
-    version: str | None = None  # fairseq's name of a buffer that holds the format's number, 3
+    head: Mapping[str, str] = MappingProxyType({})  # names of the head to ours
+    version: str | None = None  # a buffer that holds the format's number, 3
     can_scale: bool = False  # whether embeddings may be multiplied by sqrt(hidden_size)
-    others: tuple[str, ...] = ()  # prefixes of names of another model in the same checkpoint, which are left out
+    others: tuple[str, ...] = ()  # prefixes of another model in the same checkpoint, which is left out
 
 
-def _backbone(config: MegaConfig) -> MegaModel:
-    return MegaModel(config, add_pooling_layer=False)
-
-
+_BACKBONE = partial(MegaModel, add_pooling_layer=False)
 LAYOUTS = {
     "lm": FairseqLayout(
         build=MegaForCausalLM,
@@ -98,7 +140,7 @@ LAYOUTS = {
         others=("encoder.",),  # beside this decoder: layout="encoder" converts it
     ),
     "encoder": FairseqLayout(
-        build=_backbone,
+        build=_BACKBONE,
         base="",
         embedding="encoder.embed_tokens.weight",
         blocks="encoder.layers.",
@@ -109,7 +151,7 @@ LAYOUTS = {
         others=("decoder.",),  # beside this encoder: layout="lm" converts it
     ),
     "lra": FairseqLayout(
-        build=_backbone,
+        build=_BACKBONE,
         base="",
         embedding="encoder.encoder.embed_tokens.embed.weight",
         blocks="encoder.encoder.layers.",
@@ -169,16 +211,14 @@ def fairseq_to_mega(
     encoder-decoder, the mean-pooling classifier of `lra`, and parameters of a final norm that change nothing.
 
     Args:
-        state: fairseq's state dict.
         config: of the model here (see `config_from_args`).
         layout: "lm" (mega_lm, or the decoder of an encoder-decoder) to `MegaForCausalLM`; "encoder" (of an
             encoder-decoder) or "lra" (sentence encoder) to `MegaModel` without pooler; "mlm" (the masked language
             model that transformers 4.37.2 converts: `mega.encoders`, `mlm_head`) to `MegaForMaskedLM`.
         ema_input: what weighs the input of the moving average: "delta" or "alpha".
 
-    Raises:
-        ValueError: a name without counterpart, a missing one, a shape that differs, tied weights that differ, or a
-            configuration that no fairseq model of this kind computes; all names are listed.
+    Raises ValueError, with all names, for one without counterpart, a missing one, shapes or tied weights that differ,
+    or a configuration that no fairseq model of this kind computes.
     """
     kind, ours = _prepare(config, layout, ema_input)
     table = name_table(kind, config.num_hidden_layers)
@@ -213,8 +253,7 @@ def fairseq_to_mega(
         # The table here begins at the same distance; what follows lies beyond a chunk and is never read.
         found[name] = torch.cat([bias, bias.new_zeros(length - bias.shape[0])])
     unused = [name for name in ours.tensors if name.endswith(_UNUSED_BUFFER)]
-    wrong = ours.differences({name: tensor.shape for name, tensor in found.items()}, optional=unused)
-    if wrong:
+    if wrong := ours.differences({name: tensor.shape for name, tensor in found.items()}, optional=unused):
         raise ValueError(f"the fairseq weights, under the names used here, do not fit: {'; '.join(wrong)}")
     for name, owner in ours.unequal_ties(found, torch.equal):
         raise ValueError(
@@ -231,18 +270,14 @@ def mega_to_fairseq(
 ) -> dict[str, Tensor]:
     """Convert a model's state dict to fairseq's names and shapes: the reverse of `fairseq_to_mega`.
 
-    Of tied names one is enough. fairseq loads the result strictly (of an "lra" model: all but its classifier).
-
-    Raises:
-        ValueError: the tensors do not fit the configuration, or fairseq has no such model; all names are listed.
+    Of tied names one is enough. fairseq loads the result strictly (of an "lra" model: all but its classifier). Raises
+    ValueError, with all names, where the tensors do not fit the configuration, or fairseq has no such model.
     """
     kind, ours = _prepare(config, layout, ema_input)
-    wrong = ours.differences({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    if wrong:
+    if wrong := ours.differences({name: tensor.shape for name, tensor in tensors.items()}):
         raise ValueError(f"the tensors do not fit the configuration: {'; '.join(wrong)}")
     table = {name: theirs for theirs, name in name_table(kind, config.num_hidden_layers).items()}
-    unknown = [name for name in ours.tensors if name not in table]
-    if unknown:
+    if unknown := [name for name in ours.tensors if name not in table]:
         raise ValueError(
             f"a fairseq model of layout={layout!r} has no counterpart of {', '.join(unknown)}: the switches "
             "are add_lm_hidden_dense_layer, lm_head_bias and add_token_type_embeddings"
@@ -270,21 +305,15 @@ def _prepare(config: MegaConfig, layout: str, ema_input: str) -> tuple[FairseqLa
     kind = layout_named(layout)
     if ema_input not in EMA_INPUTS:
         raise ValueError(f"ema_input={ema_input!r} is unknown: choose one of {', '.join(EMA_INPUTS)}")
-    if kind.final_norm is None:
-        if config.final_norm:
-            raise ValueError(
-                f"final_norm=True: a fairseq model of layout={layout!r} has no final norm, set it to False"
-            )
-    elif not config.final_norm == config.normalize_before_mega == config.normalize_before_ffn:
-        raise ValueError(
-            f"final_norm={config.final_norm}, normalize_before_mega={config.normalize_before_mega} and "
-            f"normalize_before_ffn={config.normalize_before_ffn}: fairseq has one switch for the three "
-            "(--normalize-before), make them equal"
-        )
+    lacking = f"a fairseq model of layout={layout!r}"
+    if kind.final_norm is None and config.final_norm:
+        raise ValueError(f"final_norm=True: {lacking} has no final norm, set it to False")
+    switches = {name: getattr(config, name) for name in _ONE_SWITCH}
+    if kind.final_norm is not None and len(set(switches.values())) > 1:
+        given = ", ".join(f"{name}={value}" for name, value in switches.items())
+        raise ValueError(f"{given}: fairseq has one switch for the three (--normalize-before), make them equal")
     if config.scale_embeddings and not kind.can_scale:
-        raise ValueError(
-            f"scale_embeddings=True: a fairseq model of layout={layout!r} does not scale embeddings, set it to False"
-        )
+        raise ValueError(f"scale_embeddings=True: {lacking} does not scale embeddings, set it to False")
     return kind, state_dict_spec(config, kind.build)
 
 
@@ -331,55 +360,6 @@ class FairseqCheckpoint(NamedTuple):
     args: dict[str, Any]  # the command line's options, such as decoder_embed_dim; empty for a bare state dict
 
 
-# Field of MegaConfig to fairseq option; {side} is encoder or decoder.
-_SHARED_OPTIONS = {
-    "hidden_size": "{side}_embed_dim",
-    "intermediate_size": "{side}_hidden_dim",
-    "nffn_hidden_size": "{side}_ffn_embed_dim",
-    "num_hidden_layers": "{side}_layers",
-    "activation": "activation_fn",
-    "attention_activation": "attention_activation_fn",
-    "dropout_prob": "dropout",
-    "embedding_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
-    "use_feature_dropout": "feature_dropout",
-    "relative_positional_bias": "rel_pos_bias",
-    "truncation": "truncation_length",
-}
-_TRANSLATION_OPTIONS = {
-    **_SHARED_OPTIONS,
-    "shared_representation_size": "{side}_z_dim",
-    "ema_projection_size": "{side}_n_dim",
-    "chunk_size": "{side}_chunk_size",
-    "hidden_dropout_prob": "hidden_dropout",
-    "nffn_activation_dropout_prob": "activation_dropout",
-    "normalization_type": "normalization_type",
-    "normalize_before_mega": "normalize_before",
-    "scale_embeddings": "no_scale_embedding",
-}
-_OPTIONS = {
-    "lm": {
-        **_TRANSLATION_OPTIONS,
-        "max_positions": "max_target_positions",
-        "tie_word_embeddings": "share_decoder_input_output_embed",
-    },
-    "encoder": {**_TRANSLATION_OPTIONS, "max_positions": "max_source_positions"},
-    "lra": {
-        **_SHARED_OPTIONS,
-        "shared_representation_size": "z_dim",
-        "ema_projection_size": "n_dim",
-        "chunk_size": "chunk_size",
-        "hidden_dropout_prob": "act_dropout",
-        "nffn_activation_dropout_prob": "act_dropout",
-        "normalization_type": "norm_type",
-        "normalize_before_mega": "encoder_normalize_before",
-        "max_positions": "max_positions",
-    },
-}
-_SIDES = {"lm": "decoder", "encoder": "encoder", "lra": "encoder"}
-CHECKPOINT_LAYOUTS = tuple(_SIDES)
-
-
 def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
     """Read a checkpoint that fairseq saved (`model` and `args`), or a bare state dict: a file of `torch.save`.
 
@@ -406,20 +386,18 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
 def find_layout(state: Mapping[str, Tensor]) -> str:
     """Which of `LAYOUTS` a state dict has, told by its word embedding. Raises ValueError for none, or several."""
     found = [name for name, layout in LAYOUTS.items() if layout.embedding in state]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if len(found) > 1:
         raise ValueError(f"the checkpoint holds several models: choose --layout {' or --layout '.join(found)}")
-    expected = ", ".join(layout.embedding for layout in LAYOUTS.values())
-    raise ValueError(
-        f"no word embedding among the names (looked for {expected}): an adaptive input, an input of numbers, and "
-        "models other than Mega cannot be converted"
-    )
+    if not found:
+        expected = ", ".join(layout.embedding for layout in LAYOUTS.values())
+        raise ValueError(
+            f"no word embedding among the names (looked for {expected}): an adaptive input, an input of numbers, and "
+            "models other than Mega cannot be converted"
+        )
+    return found[0]
 
 
-def config_from_args(
-    checkpoint: FairseqCheckpoint, layout: str, changes: Mapping[str, Any] | None = None
-) -> MegaConfig:
+def config_from_args(checkpoint: FairseqCheckpoint, layout: str, changes: dict[str, Any] | None = None) -> MegaConfig:
     """The configuration of a fairseq model of a layout (one of `CHECKPOINT_LAYOUTS`), from its checkpoint's options.
 
     `changes` are fields that replace what the options say, or stand in for options that the checkpoint lacks. Raises
@@ -428,14 +406,12 @@ def config_from_args(
     kind = layout_named(layout)
     if layout not in _OPTIONS:
         raise ValueError(f"a checkpoint of layout={layout!r} names no options: build its MegaConfig by hand")
-    changes = dict(changes or {})
-    options = {field: name.format(side=_SIDES[layout]) for field, name in _OPTIONS[layout].items()}
-    absent = [
-        f"{field} ({name})" for field, name in options.items() if field not in changes and name not in checkpoint.args
-    ]
-    if absent:
-        raise ValueError(f"the checkpoint does not say {', '.join(absent)}: give the fields with --set FIELD=VALUE")
+    changes = changes or {}
+    side = "decoder" if layout == "lm" else "encoder"
+    options = {field: name.format(side=side) for field, name in _OPTIONS[layout].items()}
     values = {field: checkpoint.args[name] for field, name in options.items() if name in checkpoint.args}
+    if absent := [f"{field} ({name})" for field, name in options.items() if field not in values | changes]:
+        raise ValueError(f"the checkpoint does not say {', '.join(absent)}: give the fields with --set FIELD=VALUE")
     if "scale_embeddings" in values:
         values["scale_embeddings"] = not values["scale_embeddings"]
     values |= changes
@@ -451,9 +427,9 @@ def config_from_args(
     if not values["use_normalized_ffn"]:
         del values["nffn_hidden_size"]
     before = values["normalize_before_mega"]
-    derived = {"normalize_before_ffn": before, "final_norm": before, "add_lm_hidden_dense_layer": False}
     learned = any(name.startswith(f"{kind.final_norm}norm.") for name in checkpoint.state)
-    derived["final_norm_affine"] = before and learned
+    derived = {"normalize_before_ffn": before, "final_norm": before, "final_norm_affine": before and learned}
+    derived["add_lm_hidden_dense_layer"] = False
     if layout == "lm":
         cross = any(".cross_attn." in name for name in checkpoint.state)
         derived |= {"is_decoder": True, "bidirectional": False, "lm_head_bias": False, "add_cross_attention": cross}
@@ -503,10 +479,8 @@ def convert_checkpoint(
     """Write the model of fairseq's file `checkpoint` as a Hugging Face folder `out`; returns its layout.
 
     A language model needs a tokenizer. Without a layout, the names tell it; for `layout` and `ema_input` see
-    `fairseq_to_mega`. `changes` are fields of MegaConfig that replace what the checkpoint says.
-
-    Raises:
-        ValueError: the checkpoint is not readable, has parts without counterpart, or the destination is taken.
+    `fairseq_to_mega`, for `changes` `config_from_args`. Raises ValueError where the checkpoint is not readable or has
+    parts without counterpart, or the destination is taken.
     """
     check_destination(out, overwrite=overwrite)
     read = read_fairseq(checkpoint)
@@ -519,14 +493,11 @@ def convert_checkpoint(
             raise ValueError("a language model needs a tokenizer: give --dictionary dict.txt, or --tokenizer")
         write_export(out, tensors, config, tokenizer, card, overwrite=overwrite)
         return layout
-    model = MegaModel(config, add_pooling_layer=False)
+    model = _BACKBONE(config)
     model.load_state_dict(tensors, strict=True)
-
-    def write(folder: Path) -> None:
+    with write_folder(out) as folder:
         model.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer)
-
-    write_folder(out, write)
     return layout

@@ -19,12 +19,7 @@ from mega_scale.model.configuration_mega import warn_if_norm_differs
 
 BASE_PREFIX = "mega."
 _POOLER = "pooler."  # a base model may carry one, which no language model has
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_WEIGHT_FILES = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 _LISTED = 8
 T = TypeVar("T")
 
@@ -68,19 +63,20 @@ class StateDictSpec(NamedTuple):
         Of tied names one is enough; those in `optional` may be absent.
         """
         present = {self.owner(name) for name in shapes} | set(optional)
-        missing = [name for name in self.stored() if name not in present]
-        unexpected = [name for name in shapes if name not in self.tensors]
-        misshapen = [
-            f"{name} is {tuple(shape)}, expected {tuple(self.tensors[name].shape)}"
-            for name, shape in shapes.items()
-            if name in self.tensors and tuple(shape) != tuple(self.tensors[name].shape)
-        ]
-        lines = []
-        for kind, names in {"missing": missing, "unexpected": unexpected, "mis-shaped": misshapen}.items():
-            if names:
-                more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-                lines.append(f"{kind} ({len(names)}): {', '.join(names[:_LISTED])}{more}")
-        return lines
+        wrong = {
+            "missing": [name for name in self.stored() if name not in present],
+            "unexpected": [name for name in shapes if name not in self.tensors],
+            "mis-shaped": [
+                f"{name} is {tuple(shape)}, expected {tuple(self.tensors[name].shape)}"
+                for name, shape in shapes.items()
+                if name in self.tensors and tuple(shape) != tuple(self.tensors[name].shape)
+            ],
+        }
+        return [f"{kind} ({len(names)}): {_some(names)}" for kind, names in wrong.items() if names]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f", and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def state_dict_spec(config: MegaConfig, build: Callable[[MegaConfig], nn.Module] | None = None) -> StateDictSpec:
@@ -93,18 +89,12 @@ def state_dict_spec(config: MegaConfig, build: Callable[[MegaConfig], nn.Module]
     buffers = dict(model.named_buffers())
     # A state dict detaches its values: identity survives only with keep_vars.
     tensors = model.state_dict(keep_vars=True)
-    first: dict[int, str] = {}
-    ties = {}
-    for name, tensor in tensors.items():
-        owner = first.setdefault(id(tensor), name)
-        if owner != name:
-            ties[name] = owner
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    ties = {name: first[id(tensor)] for name, tensor in tensors.items() if first[id(tensor)] != name}
     return StateDictSpec(dict(tensors), ties, frozenset(name for name in tensors if name in buffers))
 
 
 class _Stored(NamedTuple):
-    """A tensor of a folder, and how it is read."""
-
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
@@ -151,11 +141,10 @@ def read_config(folder: Path) -> MegaConfig:
 
     Raises ValueError where the folder has none, or that of another kind of model.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: name an export or a Hugging Face folder of a Mega model")
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no config.json: name an export or a Hugging Face folder of a Mega model")
+        what = "holds no config.json" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{folder} {what}: name an export or a Hugging Face folder of a Mega model")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -184,9 +173,8 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index} names {name!r}, which is not a file in {folder}")
         files[name] = _open_file(folder / name)
-    absent = [name for name, file in weight_map.items() if name not in files[file]]
-    if absent:
-        raise ValueError(f"{index} names tensors that its files do not hold: {', '.join(absent[:_LISTED])}")
+    if absent := [name for name, file in weight_map.items() if name not in files[file]]:
+        raise ValueError(f"{index} names tensors that its files do not hold: {_some(absent)}")
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
@@ -201,8 +189,7 @@ def _open_file(path: Path) -> dict[str, _Stored]:
             }
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"{path} cannot be read: {reason}") from error
+        raise ValueError(f"{path} cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds something else than named tensors: save a model's state_dict()")
     return {name: _Stored(tuple(tensor.shape), partial(content.__getitem__, name)) for name, tensor in content.items()}

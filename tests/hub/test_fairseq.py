@@ -254,7 +254,7 @@ def test_misfits_are_listed():
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        (LM, {"final_norm": False}, "final_norm=False, normalize_before_mega=True .* one switch"),
+        (LM, {"final_norm": False}, "final_norm=False, normalize_before_mega=True, .* one switch"),
         (LM, {"normalize_before_ffn": False}, "normalize_before_ffn=False: fairseq has one switch"),
         (CASES["lra"], {"scale_embeddings": True}, "layout='lra' does not scale embeddings"),
         (CASES["masked"], {"final_norm": True}, "layout='mlm' has no final norm"),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+_LONGEST_REASON = 300  # characters
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.\-]+):/")
 
 
@@ -98,9 +99,12 @@ def forget(path: Path) -> None:
         discard(path)
 
 
-def reason(error: OSError) -> str:
-    """What is wrong, without number and name of the class."""
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+def reason(error: BaseException) -> str:
+    """What is wrong, in one line; of an OSError without its number and the name of the class."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        text = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return " ".join(text.split())[:_LONGEST_REASON]
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -173,12 +177,7 @@ def hash_file(path: Path, key: bytes | None) -> Record:
 
 # A lock
 
-BEAT_S = 5.0
-"""The owner touches the lock so often (seconds)."""
-
-STALE_S = 60.0
-"""An owner on another machine is dead when it has not touched the lock for so long (seconds)."""
-
+BEAT_S, STALE_S = 5.0, 60.0
 _LOOK_S = 0.5
 _LONGEST = 2**16  # bytes of a lock
 
@@ -190,12 +189,10 @@ class LockedError(ValueError):
 class FileLock:
     """One process at a time: a lock that holds on NFS, and that nobody has to remove for a dead owner.
 
-    Its file says who holds it. It appears whole or not at all, as a hard link, which NFS makes atomically too. An owner
-    on this machine is dead when its process is gone. One elsewhere touches the file every `beat_s` seconds, and is dead
-    when the file has not changed for `stale_s` by the clock of whoever watches, since clocks of hosts differ.
-
-    A dead owner's lock is replaced by the one process that takes another lock, with the dead owner's token in its name.
-    One that dies while it does so is succeeded in the same way.
+    Its file says who holds it, and appears whole, as a hard link, which NFS makes atomically too. An owner on this
+    machine is dead when its process is gone. One elsewhere touches the file every `beat_s` seconds, and is dead when it
+    has not changed for `stale_s` by the clock of whoever watches, since clocks of hosts differ. A dead owner's lock is
+    replaced by the one process that takes another lock, with the dead owner's token in its name.
 
     `lost` is called with one line, in another thread, when another process has taken the lock of this living one, as it
     may when this one was suspended.
@@ -241,11 +238,11 @@ class FileLock:
             if not self._dead(owner) or not self._take(successor):
                 return False
             now = _read(path)
-            taken = now is not None and now["token"] == owner["token"]
-            if taken:
+            dead = now is not None and now["token"] == owner["token"]  # and not succeeded meanwhile
+            if dead:
                 os.replace(self._write(), path)
             successor.unlink(missing_ok=True)
-            if taken:
+            if dead:
                 break
         return True
 
@@ -322,12 +319,9 @@ class FileLock:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock says, and a `stamp` that changes with every touch; None where there is none.
-
-    It is opened anew, since only that asks an NFS server.
-    """
+    """What a lock says, and a `stamp` that changes with every touch; None where there is none."""
     try:
-        # No link is followed, which may lead nowhere, and no pipe waited for: they are there, and say nothing.
+        # Opened anew, since only that asks an NFS server. Links and pipes are there, and say nothing.
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             found, status = file.read(_LONGEST), os.fstat(file.fileno())
     except FileNotFoundError:

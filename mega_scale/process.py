@@ -16,14 +16,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-REFUSED = 2
-"""Exit code of a command that is refused."""
-
-NOT_WRITTEN = 74
-"""Exit code of a command whose output, or a run whose last checkpoint, could not be written (EX_IOERR)."""
-
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a command that got SIGINT, and of a run that got it again."""
+# Exit codes of a command that is refused, of one whose output, or a run whose last checkpoint, could not be written
+# (EX_IOERR), and of a command that got SIGINT, or a run that got it again.
+REFUSED, NOT_WRITTEN, INTERRUPTED = 2, 74, 128 + signal.SIGINT
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 """Signals that ask a run to stop, where its settings name no others."""
@@ -121,14 +116,11 @@ def keep_streams() -> Stream:
 class StopSignals:
     """Which stop signal this process got first, if any; others after it change nothing, but for SIGINT.
 
-    A handler only takes a note, so nothing that runs is disturbed: a save goes on, and a system call is begun again. In
-    a process that was forked from this one, a signal does what it does by default.
+    A handler only notes the signal's name, in `asked`, so nothing that runs is disturbed: a save goes on, and a system
+    call is begun again. In a process that was forked from this one, a signal does what it does by default.
 
     A second SIGINT ends the process at once, in a thread, since the main thread may be in a computation or wait for
     other ranks. For `again_s` seconds from the first on, others are taken for the same one.
-
-    Attributes:
-        asked: name of the first signal; None before any came.
     """
 
     def __init__(self, again_s: float = _AGAIN_S) -> None:

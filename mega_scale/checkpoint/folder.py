@@ -27,6 +27,7 @@ from mega_scale.files import (
     local_path,
     new_hash,
     read_regular,
+    reason,
     replace_text,
 )
 from mega_scale.settings import require, require_ranges
@@ -153,7 +154,7 @@ def read_manifest(folder: Path, key: bytes | None) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read ({' '.join(repr(error).split())[:200]})") from None
+        raise CheckpointError(f"{MANIFEST} cannot be read ({reason(error)})") from None
     if folder.name.startswith("step-") and folder.name != f"step-{manifest.step:08d}":
         raise CheckpointError(f"{MANIFEST} is of step {manifest.step}, not of this folder")
     return manifest

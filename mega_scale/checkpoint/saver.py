@@ -220,7 +220,7 @@ class Saver:
                     problem = f"it needs {total:,} bytes, {free:,} are free in {unfinished.parent}: make room"
                     forget(unfinished)
             except OSError as error:
-                problem = f"rank 0: {_text(error)}"
+                problem = f"rank 0: {reason(error)}"
         # Also tells the others that the folder is there.
         return str(self._world.broadcast(problem))
 
@@ -248,7 +248,7 @@ class Saver:
         try:
             replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
         except OSError as error:  # nobody resumes by its word
-            remark = f"{LATEST} still names another: {_text(error)}"
+            remark = f"{LATEST} still names another: {reason(error)}"
         forget(replaced)
         # The one just written stays in any case: it was read back, and a damaged one may seem to be newer.
         others = [folder for folder in checkpoints(self._run_dir) if folder != save.folder]
@@ -281,12 +281,7 @@ def _start(name: str, work: Callable[[], Any], background: bool = True) -> Futur
 
 def _problem(done: Future[Any]) -> str:
     error = done.exception()
-    return "" if error is None else _text(error)
-
-
-def _text(error: BaseException) -> str:
-    named = reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return " ".join(named.split())[:300]
+    return "" if error is None else reason(error)
 
 
 class Staging:

@@ -43,7 +43,7 @@ from mega_scale.checkpoint.saver import (
     write_and_prove,
     write_index_and_manifest,
 )
-from mega_scale.files import FileLock, Record, discard, flush, replace_text
+from mega_scale.files import FileLock, Record, discard, flush, reason, replace_text
 from mega_scale.hub.folder import LazyTensors
 from mega_scale.parallel import Engine, World
 from mega_scale.parallel.shard import MOMENTS, WEIGHT, EngineState, Shard, Sharding, assemble, by_source
@@ -70,8 +70,7 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
             if torch.cuda.is_available() and "cuda" in random:
                 torch.Generator("cuda").set_state(random["cuda"])
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(repr(error).split())[:200]
-            raise ValueError(f"{path} holds no random state ({reason}): choose another checkpoint") from None
+            raise ValueError(f"{path} holds no random state ({reason(error)}): choose another checkpoint") from None
     with torch.no_grad():
         StateReader(folder / STATE).load(engine.state())
     engine.loaded(state["step"])
@@ -239,8 +238,8 @@ class StateReader:
             raise self._lacks(file, name, f"it is {found}, the index says {expected}")
         return stored
 
-    def _lacks(self, file: int, name: str, reason: object) -> ValueError:
-        return ValueError(f"{self._folder / state_file(file)} lacks {name} ({reason}): choose another checkpoint")
+    def _lacks(self, file: int, name: str, why: object) -> ValueError:
+        return ValueError(f"{self._folder / state_file(file)} lacks {name} ({why}): choose another checkpoint")
 
 
 def _open(folder: Path, file: int) -> Any:

@@ -1,9 +1,7 @@
 """The original fairseq Mega models and ours: weights by tables of names that run both ways, checkpoints, dictionaries.
 
-fairseq calls the moving average `move`; in the layout of its published checkpoints `delta` weighs the input and `alpha`
-damps the past, which is the reverse of the paper. Its last version weighs the input with `alpha`; names and shapes are
-the same. Its q/k affine is called `gamma` and `beta`, as is a part of the moving average, and `beta` is also half of
-the rotary bias.
+In fairseq's published checkpoints `delta` weighs the input of the moving average (`move`) and `alpha` damps the past,
+the reverse of the paper. Its last version weighs the input with `alpha`; names and shapes are the same.
 """
 
 import argparse
@@ -23,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mega_scale.files import check_destination, write_folder
+from mega_scale.files import check_destination, reason, write_folder
 from mega_scale.hub.export import write_export, write_tokenizer
 from mega_scale.hub.folder import StateDictSpec, state_dict_spec
 from mega_scale.model import MegaConfig, MegaForCausalLM, MegaForMaskedLM, MegaModel
@@ -233,10 +231,10 @@ def fairseq_to_mega(
         if table.get(name) in ours.tensors:
             found[table[name]] = tensor
         else:
-            reasons = (reason for piece, reason in NO_COUNTERPART.items() if piece in name)
-            unknown.setdefault(next(reasons, "a model of this configuration has none"), []).append(name)
+            causes = (cause for piece, cause in NO_COUNTERPART.items() if piece in name)
+            unknown.setdefault(next(causes, "a model of this configuration has none"), []).append(name)
     if unknown:
-        lines = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in unknown.items())
+        lines = "; ".join(f"{', '.join(names)} ({cause})" for cause, names in unknown.items())
         raise ValueError(f"no counterpart in this configuration: {lines}")
     centre = config.chunk_size if config.use_chunking else config.max_positions
     for name in [name for name in found if name.endswith(_BIAS_TABLE)]:
@@ -331,8 +329,8 @@ def _unit_final_norm(kind: FairseqLayout, ours: StateDictSpec, config: MegaConfi
 def _other_ema_input(tensors: Mapping[str, Tensor], config: MegaConfig, omega_sign: int) -> dict[str, Tensor]:
     """Exchange the roles of alpha and delta.
 
-    The code that weighs the input with alpha also counts a token itself once, not in either direction. The part that
-    the reverse direction adds here, k2[0] x, has the form of the residual omega x, which takes it up.
+    The code that weighs the input with alpha also counts a token itself once, not in either direction. What the reverse
+    direction adds here, k2[0] x, has the form of the residual omega x, which takes it up.
     """
     out = dict(tensors)
     for name in tensors:
@@ -370,10 +368,9 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:300] or repr(error)
         raise ValueError(
-            f"{path} cannot be read as tensors and plain values ({reason}): open it where you trust it, and save "
-            '{"model": checkpoint["model"], "args": checkpoint["args"]} with a torch of 1.6 or newer'
+            f"{path} cannot be read as tensors and plain values ({reason(error)}): open it where you trust it, and "
+            'save {"model": checkpoint["model"], "args": checkpoint["args"]} with a torch of 1.6 or newer'
         ) from error
     whole = isinstance(content, dict) and "model" in content
     state = content["model"] if whole else content

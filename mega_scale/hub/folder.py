@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mega_scale import model as mega  # its models are imported when they are used: reading a configuration needs none
+from mega_scale.files import reason
 from mega_scale.model import MegaConfig
 from mega_scale.model.configuration_mega import warn_if_norm_differs
 
@@ -189,7 +190,7 @@ def _open_file(path: Path) -> dict[str, _Stored]:
             }
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds something else than named tensors: save a model's state_dict()")
     return {name: _Stored(tuple(tensor.shape), partial(content.__getitem__, name)) for name, tensor in content.items()}

@@ -112,16 +112,12 @@ def read_key(path: str | None) -> bytes | None:
     if path is None:
         return None
     try:
-        key = Path(path).read_bytes().strip()
+        if len(key := Path(path).read_bytes().strip()) >= _SHORTEST_KEY:
+            return key
+        problem = f"holds {len(key)} bytes: give a secret of {_SHORTEST_KEY} or more"
     except OSError as error:
-        raise ValueError(
-            f"checkpoint.key_file={path!r} cannot be read ({error.strerror}): name a readable file"
-        ) from None
-    if len(key) < _SHORTEST_KEY:
-        raise ValueError(
-            f"checkpoint.key_file={path!r} holds {len(key)} bytes: give a secret of {_SHORTEST_KEY} or more"
-        )
-    return key
+        problem = f"cannot be read ({error.strerror}): name a readable file"
+    raise ValueError(f"checkpoint.key_file={path!r} {problem}")
 
 
 def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
@@ -175,12 +171,12 @@ def _manifest_text(manifest: Manifest, key: bytes | None) -> str:
 
 def claimed_serial(folder: Path) -> int:
     """Serial to sort by; 0 where the manifest is damaged. Not verified where it is signed: this needs no secret."""
-    with contextlib.suppress(CheckpointError):
-        return read_manifest(folder, None).serial
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    try:
         content = json.loads(read_regular(folder / MANIFEST, _MOST_BYTES))
-        return max(int(content["serial"]), 0) if content["hash"] == _SIGNED else 0
-    return 0
+        signed = content["hash"] == _SIGNED
+        return max(int(content["serial"]), 0) if signed else read_manifest(folder, None).serial
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
 
 
 def own_files(folder: Path) -> set[str]:
@@ -213,9 +209,8 @@ def verify(folder: Path, key: bytes | None = None, share: slice = slice(None)) -
     raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
 
 
-def verify_quickly(folder: Path, key: bytes | None = None) -> Manifest:
-    """`verify` all but the state: manifest, names, sizes, and what is small."""
-    return verify(folder, key, slice(0))
+verify_quickly = partial(verify, share=slice(0))
+"""`verify` all but the state: manifest, names, sizes, and what is small."""
 
 
 def _verify_together(folder: Path, key: bytes | None, world: "World") -> Manifest:

@@ -45,13 +45,12 @@ from mega_scale.parallel.shard import WEIGHT, EngineState
 INDEX = "index.json"
 FORMAT = 1
 BUFFER = "buffer"
-UNFINISHED = ".unfinished"
-"""What follows the name of a checkpoint that is being written."""
+# What follows the name of a checkpoint while it is written, and until another of its step has its place.
+UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 StoredRange = tuple[int, int, int]
 """Rank of tp whose shard it is (0 where a parameter is not sharded), first number in it, and the one after the last."""
 
-_REPLACED = ".replaced"
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
 _NAMED = 4  # ranks whose problem is told
@@ -298,21 +297,17 @@ class Staging:
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors by name to the CPU, in any thread, and wait for it; the copies are valid until the next call."""
-        places, end = {}, 0
-        for name, tensor in tensors.items():
-            places[name] = slice(end, end + tensor.nbytes)
-            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if len(self._buffer) < end:
-            self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self._stream is not None)
+        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]
+        if len(self._buffer) < sum(sizes):
+            self._buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._stream is not None)
         if self._stream is not None:
             # A thread begins on the first GPU, where leaving the stream would make a context of this process.
             torch.cuda.set_device(self._stream.device)
         copies = {}
         with torch.cuda.stream(self._stream):
-            for name, tensor in tensors.items():
-                room = self._buffer[places[name]]
-                room.copy_(_as_bytes(tensor), non_blocking=True)
-                copies[name] = room.view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), room in zip(tensors.items(), self._buffer[: sum(sizes)].split(sizes), strict=True):
+                copy = room[: tensor.nbytes].copy_(_as_bytes(tensor), non_blocking=True)
+                copies[name] = copy.view(tensor.dtype).view(tensor.shape)
         if self._stream is not None:
             self._stream.synchronize()
         return copies

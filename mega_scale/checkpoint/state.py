@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,7 +50,6 @@ from mega_scale.parallel.shard import MOMENTS, WEIGHT, EngineState, Shard, Shard
 
 _MOST_STEPS = 2**53  # what every kind of number that counts steps can hold
 _OPEN_FILES = 64
-_DTYPE = "F32"
 
 
 def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
@@ -191,11 +190,7 @@ class StateReader:
 
     def buffer(self, name: str) -> Tensor:
         """A buffer, on the CPU; raises ValueError where there is none of that name."""
-        try:
-            found: Tensor = self._file(0).get_tensor(f"{BUFFER}/{name}")
-        except SafetensorError as error:
-            raise self._lacks(0, f"{BUFFER}/{name}", error) from None
-        return found
+        return self._tensor(0, f"{BUFFER}/{name}")
 
     def _shards(self, name: str) -> list[Shard]:
         sharding = self.shardings[name]
@@ -203,23 +198,23 @@ class StateReader:
         return [sharding.shard(self.shapes[name], rank, ranks) for rank in range(ranks)]
 
     def _range(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> Tensor:
-        parts = [stored[numbers] for stored, numbers in self._find(name, kind, shard, start, stop)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else torch.empty(0)
+        parts = self._find(name, kind, shard, start, stop) or [torch.empty(0)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _find(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> list[tuple[Any, slice]]:
-        """Stored tensors, in order, and which of their numbers make up a range, or what it is cut from; reads none."""
+    def _find(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> list[Tensor]:
+        """Parts of stored tensors, in order, that make up a range, or what it is cut from; reads none."""
         wanted = [(shard, start, stop)]
         if start < stop and (name, shard) not in self._stored:
             wanted = [(other, 0, other.numel) for other in self._shards(name)]
-        found: list[tuple[Any, slice]] = []
+        found: list[Tensor] = []
         for one, first, last in wanted:
             at = first
             for file, begin, end in self._stored.get((name, one), []):
                 if begin <= at < min(end, last):
-                    stored = self._slice(file, f"{kind}/{name}", end - begin)
-                    found.append((stored, slice(at - begin, min(end, last) - begin)))
+                    stored = self._tensor(file, f"{kind}/{name}")
+                    if stored.dtype != torch.float32 or stored.shape != (end - begin,):
+                        raise self._lacks(file, f"{kind}/{name}", f"it is {stored.dtype}, {tuple(stored.shape)}")
+                    found.append(stored[at - begin : min(end, last) - begin])
                     at = min(end, last)
             if at < last:
                 raise ValueError(
@@ -227,27 +222,22 @@ class StateReader:
                 )
         return found
 
-    def _slice(self, file: int, name: str, length: int) -> Any:
-        """A stored tensor (length,), of which slices can be read."""
-        try:
-            stored = self._file(file).get_slice(name)
-        except SafetensorError as error:
-            raise self._lacks(file, name, error) from None
-        found, expected = (stored.get_dtype(), stored.get_shape()), (_DTYPE, [length])
-        if found != expected:
-            raise self._lacks(file, name, f"it is {found}, the index says {expected}")
-        return stored
+    def _tensor(self, file: int, name: str) -> Tensor:
+        """A stored tensor, mapped into memory."""
+        if (found := self._file(file).get(name)) is None:
+            raise self._lacks(file, name, "it has none of that name")
+        return found
 
-    def _lacks(self, file: int, name: str, why: object) -> ValueError:
+    def _lacks(self, file: int, name: str, why: str) -> ValueError:
         return ValueError(f"{self._folder / state_file(file)} lacks {name} ({why}): choose another checkpoint")
 
 
-def _open(folder: Path, file: int) -> Any:
+def _open(folder: Path, file: int) -> dict[str, Tensor]:
     path = folder / state_file(file)
     try:
-        return safe_open(path, "pt")
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): choose another checkpoint") from None
+        raise ValueError(f"{path} cannot be read ({reason(error)}): choose another checkpoint") from None
 
 
 def open_weights(folder: Path) -> LazyTensors:

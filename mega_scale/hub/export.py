@@ -64,15 +64,12 @@ def write_export(
     """Write a causal language model as a folder that `AutoModelForCausalLM` and transformers 4.37.2 load.
 
     The folder, which is returned, appears under its name only when it is complete. Memory stays below one shard and one
-    tensor.
+    tensor: `tensors`, full ones by their names in the state dict, are read once each; of tied names one is enough.
 
     Args:
-        tensors: full ones by their names in the model's state dict; each is read once. Of tied names one is enough.
-        tokenizer: saved beside the weights; its special tokens end generation.
         card: Markdown text of README.md.
         max_shard_bytes: largest weight file, bytes; a single larger tensor gets a file of its own.
         dtype: "fp32" or "bf16", of the parameters; buffers and the moving average's parameters stay in fp32.
-        overwrite: whether an export that is already there is replaced.
         with_code: whether the model's Python files go along, see `remote_code`.
 
     Raises ValueError where the destination is taken, an argument is out of range, or tensors do not fit.
@@ -229,12 +226,7 @@ def remote_code(classes: dict[str, type]) -> dict[str, str]:
     """
     files: dict[str, str] = {}
     waiting = sorted({found.__module__ for found in classes.values()})
-    done: set[str] = set()
-    while waiting:
-        module = waiting.pop()
-        if module in done:
-            continue
-        done.add(module)
+    for module in waiting:  # which grows
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             raise ValueError(f"{module} has no source file")
@@ -244,7 +236,7 @@ def remote_code(classes: dict[str, type]) -> dict[str, str]:
             raise ValueError(f"two modules would become {name}, one of them {module}: rename it")
         text, imported = _flatten(module, Path(spec.origin).read_text(encoding="utf-8"))
         files[name] = f"# Made by {_PACKAGE} from its own {path}; edits belong there.\n{text}"
-        waiting.extend(imported)
+        waiting += sorted(imported.difference(waiting))
     return dict(sorted(files.items()))
 
 

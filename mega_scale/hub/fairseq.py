@@ -125,29 +125,25 @@ class FairseqLayout(NamedTuple):
 
 
 _BACKBONE = partial(MegaModel, add_pooling_layer=False)
+
+
+def _half(side: str, other: str, **more: Any) -> FairseqLayout:
+    """The layout of one side of an encoder-decoder, `other` being that beside it, which another layout converts."""
+    return FairseqLayout(
+        embedding=f"{side}.embed_tokens.weight",
+        blocks=f"{side}.layers.",
+        final_norm=f"{side}.final_norm.",
+        version=f"{side}.version",
+        can_scale=True,
+        others=(f"{other}.",),
+        **more,
+    )
+
+
+_LM_HEAD = {"decoder.output_projection.weight": "lm_head.weight"}
 LAYOUTS = {
-    "lm": FairseqLayout(
-        build=MegaForCausalLM,
-        base="mega.",
-        embedding="decoder.embed_tokens.weight",
-        blocks="decoder.layers.",
-        final_norm="decoder.final_norm.",
-        head={"decoder.output_projection.weight": "lm_head.weight"},
-        version="decoder.version",
-        can_scale=True,
-        others=("encoder.",),  # beside this decoder: layout="encoder" converts it
-    ),
-    "encoder": FairseqLayout(
-        build=_BACKBONE,
-        base="",
-        embedding="encoder.embed_tokens.weight",
-        blocks="encoder.layers.",
-        final_norm="encoder.final_norm.",
-        final_affine=True,
-        version="encoder.version",
-        can_scale=True,
-        others=("decoder.",),  # beside this encoder: layout="lm" converts it
-    ),
+    "lm": _half("decoder", "encoder", build=MegaForCausalLM, base="mega.", head=_LM_HEAD),
+    "encoder": _half("encoder", "decoder", build=_BACKBONE, base="", final_affine=True),
     "lra": FairseqLayout(
         build=_BACKBONE,
         base="",
@@ -179,13 +175,6 @@ NO_COUNTERPART = {
 }
 
 
-def layout_named(name: str) -> FairseqLayout:
-    """The layout of that name; raises ValueError where there is none."""
-    if name not in LAYOUTS:
-        raise ValueError(f"layout={name!r} is unknown: choose one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
-
-
 def name_table(layout: FairseqLayout, blocks: int) -> dict[str, str]:
     """Every name that a fairseq model of this kind and number of blocks can have, to the one here; one to one."""
     table = {layout.embedding: f"{layout.base}embedding_layer.word_embeddings.weight", **layout.head}
@@ -205,7 +194,7 @@ def fairseq_to_mega(
 ) -> dict[str, Tensor]:
     """Convert a fairseq model's state dict to that of the model here, tied names included, in a new model's dtypes.
 
-    Left out, because nothing here computes with them: the number of the format (`version`), the other half of an
+    Left out is what nothing here computes with: the number of the format (`version`), the other half of an
     encoder-decoder, the mean-pooling classifier of `lra`, and parameters of a final norm that change nothing.
 
     Args:
@@ -300,9 +289,10 @@ def mega_to_fairseq(
 
 
 def _prepare(config: MegaConfig, layout: str, ema_input: str) -> tuple[FairseqLayout, StateDictSpec]:
-    kind = layout_named(layout)
-    if ema_input not in EMA_INPUTS:
-        raise ValueError(f"ema_input={ema_input!r} is unknown: choose one of {', '.join(EMA_INPUTS)}")
+    for key, value, known in (("layout", layout, LAYOUTS), ("ema_input", ema_input, EMA_INPUTS)):
+        if value not in known:
+            raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(known)}")
+    kind = LAYOUTS[layout]
     lacking = f"a fairseq model of layout={layout!r}"
     if kind.final_norm is None and config.final_norm:
         raise ValueError(f"final_norm=True: {lacking} has no final norm, set it to False")
@@ -359,9 +349,9 @@ class FairseqCheckpoint(NamedTuple):
 
 
 def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
-    """Read a checkpoint that fairseq saved (`model` and `args`), or a bare state dict: a file of `torch.save`.
+    """Map a checkpoint of fairseq (`model` and `args`), or a bare state dict, into memory, without running its code.
 
-    It is mapped into memory, and nothing in it is executed. Raises ValueError where it cannot be, or holds no model.
+    Raises ValueError where it cannot be read so, or holds no model.
     """
     try:
         # The options are a Namespace, which holds values and runs nothing when it is read.
@@ -397,12 +387,12 @@ def find_layout(state: Mapping[str, Tensor]) -> str:
 def config_from_args(checkpoint: FairseqCheckpoint, layout: str, changes: dict[str, Any] | None = None) -> MegaConfig:
     """The configuration of a fairseq model of a layout (one of `CHECKPOINT_LAYOUTS`), from its checkpoint's options.
 
-    `changes` are fields that replace what the options say, or stand in for options that the checkpoint lacks. Raises
-    ValueError where an option is absent and not replaced, or no model here has it.
+    `changes` are fields that replace options, or stand in for absent ones. Raises ValueError where an option is absent
+    and not replaced, or no model here has it.
     """
-    kind = layout_named(layout)
     if layout not in _OPTIONS:
         raise ValueError(f"a checkpoint of layout={layout!r} names no options: build its MegaConfig by hand")
+    kind = LAYOUTS[layout]
     changes = changes or {}
     side = "decoder" if layout == "lm" else "encoder"
     options = {field: name.format(side=side) for field, name in _OPTIONS[layout].items()}
@@ -442,10 +432,9 @@ _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def tokenizer_from_dictionary(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Read a dictionary, a word and its count a line, as a tokenizer that splits at white space, as fairseq does.
+    """Read a dictionary, a word and its count a line, as a tokenizer with fairseq's ids that splits at white space.
 
-    It has fairseq's ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then the words in order. Raises ValueError where a
-    line is not a word and a count, or a word comes twice.
+    Raises ValueError where a line is not a word and a count, or a word comes twice.
     """
     vocabulary = {word: number for number, word in enumerate(_SPECIAL)}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):

@@ -5,12 +5,12 @@ import os
 import pickle
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mega_scale import model as mega  # its models are imported when they are used: reading a configuration needs none
@@ -54,15 +54,11 @@ class StateDictSpec(NamedTuple):
     def stored_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """Dtype of `name` in a folder whose parameters are `dtype`: buffers and the moving average keep their own."""
         exact = any(module in name.split(".") for module in mega.MegaPreTrainedModel.fp32_modules)
-        if exact or name in self.buffers or not self.tensors[name].is_floating_point():
-            return self.tensors[name].dtype
-        return dtype
+        keeps = exact or name in self.buffers or not self.tensors[name].is_floating_point()
+        return self.tensors[name].dtype if keeps else dtype
 
     def differences(self, shapes: Mapping[str, Collection[int]], optional: Iterable[str] = ()) -> list[str]:
-        """What is wrong with tensors of these names and shapes: a line each for missing, unexpected, mis-shaped ones.
-
-        Of tied names one is enough; those in `optional` may be absent.
-        """
+        """What is wrong with names and shapes, a line a kind. Of tied names one is enough; `optional` may lack."""
         present = {self.owner(name) for name in shapes} | set(optional)
         wrong = {
             "missing": [name for name in self.stored() if name not in present],
@@ -81,10 +77,7 @@ def _some(names: list[str]) -> str:
 
 
 def state_dict_spec(config: MegaConfig, build: Callable[[MegaConfig], nn.Module] | None = None) -> StateDictSpec:
-    """The state dict of the model that `build` makes (default: `MegaForCausalLM`), without memory for its weights.
-
-    Raises ValueError, with the names of the fields, where no such model exists.
-    """
+    """The state dict of the model that `build` makes (default: `MegaForCausalLM`), without memory for its weights."""
     with torch.device("meta"):
         model = (build or mega.MegaForCausalLM)(config)
     buffers = dict(model.named_buffers())
@@ -93,11 +86,6 @@ def state_dict_spec(config: MegaConfig, build: Callable[[MegaConfig], nn.Module]
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     ties = {name: first[id(tensor)] for name, tensor in tensors.items() if first[id(tensor)] != name}
     return StateDictSpec(dict(tensors), ties, frozenset(name for name in tensors if name in buffers))
-
-
-class _Stored(NamedTuple):
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
 
 
 class LazyTensors(UserDict[str, Any]):
@@ -112,12 +100,10 @@ class LazyTensors(UserDict[str, Any]):
 def open_folder(path: str | os.PathLike[str]) -> tuple[MegaConfig, LazyTensors]:
     """Open an export, or a Mega folder of transformers 4.37.2, as a causal language model's configuration and tensors.
 
-    Reads `model.safetensors`, a sharded index, or `pytorch_model.bin` (without executing code from it), and checks all
-    names and shapes first. Names of a base model (without `mega.`) are taken as those of the model inside. The tensors
-    have the names of `MegaForCausalLM`'s state dict, tied ones included.
+    Tensors, of safetensors or `pytorch_model.bin` (without running its code), have the names of `MegaForCausalLM`'s
+    state dict, tied ones included; those of a base model (without `mega.`) are taken as the model's inside.
 
-    Raises ValueError where the folder is not readable as such, names or shapes differ from the model's, which lists
-    them all, or it holds a base model, which has no language-model head.
+    Raises ValueError where the folder cannot be read, or names or shapes differ from the model's; all are listed.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -125,23 +111,20 @@ def open_folder(path: str | os.PathLike[str]) -> tuple[MegaConfig, LazyTensors]:
     found = _stored_tensors(folder)
     is_base_model = bool(found) and not any(name.startswith(BASE_PREFIX) for name in found)
     if is_base_model:
-        found = {BASE_PREFIX + name: stored for name, stored in found.items() if not name.startswith(_POOLER)}
-    if wrong := spec.differences({name: stored.shape for name, stored in found.items()}):
+        found = {BASE_PREFIX + name: tensor for name, tensor in found.items() if not name.startswith(_POOLER)}
+    if wrong := spec.differences({name: tensor.shape for name, tensor in found.items()}):
         hint = "; it holds a base model, without a language-model head" if is_base_model else ""
         raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}{hint}")
-    for name, owner in spec.unequal_ties(found, lambda a, b: torch.equal(a.read(), b.read())):
+    for name, owner in spec.unequal_ties(found, torch.equal):
         raise ValueError(
             f"{folder} ties {name} to {owner} but holds different values for them: "
             "set tie_word_embeddings to false in its config.json to keep both"
         )
-    return config, LazyTensors({name: stored.read for name, stored in spec.complete(found).items()})
+    return config, LazyTensors({name: tensor.detach for name, tensor in spec.complete(found).items()})
 
 
 def read_config(folder: Path) -> MegaConfig:
-    """Read the configuration of an export, or of a Mega folder of transformers 4.37.2.
-
-    Raises ValueError where the folder has none, or that of another kind of model.
-    """
+    """Read the configuration of such a folder. Raises ValueError where it has none, or that of another model."""
     path = folder / "config.json"
     if not path.is_file():
         what = "holds no config.json" if folder.is_dir() else "is not a folder"
@@ -157,8 +140,8 @@ def read_config(folder: Path) -> MegaConfig:
     return MegaConfig.from_pretrained(folder)
 
 
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    """Every tensor of the folder by its stored name."""
+def _stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder by its stored name, mapped into memory rather than read."""
     chosen = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if chosen is None:
         raise ValueError(f"{folder} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}")
@@ -179,18 +162,14 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
-def _open_file(path: Path) -> dict[str, _Stored]:
-    """The tensors of one file, mapped into memory rather than read, without running code from it."""
+def _open_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, without running code from it."""
     try:
         if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt", device="cpu")
-            return {
-                name: _Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
-                for name in file.keys()  # noqa: SIM118  it is no mapping
-            }
+            return load_file(path)
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds something else than named tensors: save a model's state_dict()")
-    return {name: _Stored(tuple(tensor.shape), partial(content.__getitem__, name)) for name, tensor in content.items()}
+    return content

@@ -385,14 +385,10 @@ def _pointer_problem(run_dir: Path, newest: Path) -> tuple[list[str], bool]:
     pointer, gone = run_dir / "checkpoints" / LATEST, False
     try:
         text = read_regular(pointer, _POINTER_BYTES).decode(errors="replace")
-        name = text.strip()
         if text == newest.name + "\n":
             return [], False
-        what = f"names {name[:40]!r}"
-        if name == newest.name:
-            what = "was changed after it was written"
-        else:
-            gone = bool(_NAME.fullmatch(name)) and not pointer.with_name(name).is_dir()
+        what = f"holds {text[:40]!r}"
+        gone = bool(_NAME.fullmatch(text.strip())) and not pointer.with_name(text.strip()).is_dir()
     except OSError as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
     return [f"{pointer} {what}, {newest.name} is the newest valid checkpoint"], gone

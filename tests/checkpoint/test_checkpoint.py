@@ -316,7 +316,7 @@ def test_a_pointer_that_is_stale_or_missing_is_told(tmp_path):
     pointer = tmp_path / "checkpoints" / "latest"
     pointer.write_text("step-00000001\n")
     found, lines = find_checkpoint(tmp_path)
-    assert found == folder and "names 'step-00000001', step-00000003 is the newest" in lines[0]
+    assert found == folder and r"holds 'step-00000001\n', step-00000003 is the newest" in lines[0]
     pointer.unlink()
     assert "is missing" in find_checkpoint(tmp_path)[1][0]
 

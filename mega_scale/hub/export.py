@@ -87,8 +87,7 @@ def write_export(
     check_destination(folder, overwrite=overwrite)
     spec = state_dict_spec(config)
     shapes = {name: spec.tensors[name].shape if name in spec.tensors else () for name in tensors}
-    if wrong := spec.differences(shapes):
-        raise ValueError(f"the tensors do not fit the configuration: {'; '.join(wrong)}")
+    spec.require(shapes, "the tensors do not fit the configuration")
     with write_folder(folder) as target:
         (target / "README.md").write_text(card, encoding="utf-8")
         _write_configs(target, config, tokenizer, DTYPES[dtype], with_code)

@@ -240,9 +240,9 @@ def fairseq_to_mega(
         # The table here begins at the same distance; what follows lies beyond a chunk and is never read.
         found[name] = torch.cat([bias, bias.new_zeros(length - bias.shape[0])])
     unused = [name for name in ours.tensors if name.endswith(_UNUSED_BUFFER)]
-    if wrong := ours.differences({name: tensor.shape for name, tensor in found.items()}, optional=unused):
-        raise ValueError(f"the fairseq weights, under the names used here, do not fit: {'; '.join(wrong)}")
-    for name, owner in ours.unequal_ties(found, torch.equal):
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    ours.require(shapes, "the fairseq weights, under the names used here, do not fit", optional=unused)
+    for name, owner in ours.unequal_ties(found):
         raise ValueError(
             f"tie_word_embeddings=True, but {name} and {owner} differ in the fairseq weights: set it to False"
         )
@@ -261,8 +261,8 @@ def mega_to_fairseq(
     ValueError, with all names, where the tensors do not fit the configuration, or fairseq has no such model.
     """
     kind, ours = _prepare(config, layout, ema_input)
-    if wrong := ours.differences({name: tensor.shape for name, tensor in tensors.items()}):
-        raise ValueError(f"the tensors do not fit the configuration: {'; '.join(wrong)}")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    ours.require(shapes, "the tensors do not fit the configuration")
     table = {name: theirs for theirs, name in name_table(kind, config.num_hidden_layers).items()}
     if unknown := [name for name in ours.tensors if name not in table]:
         raise ValueError(

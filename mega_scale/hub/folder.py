@@ -42,10 +42,10 @@ class StateDictSpec(NamedTuple):
         by_owner |= {name: value for name, value in found.items() if name not in self.ties}
         return {name: by_owner[self.owner(name)] for name in self.tensors if self.owner(name) in by_owner}
 
-    def unequal_ties(self, found: Mapping[str, T], equal: Callable[[T, T], bool]) -> list[tuple[str, str]]:
+    def unequal_ties(self, found: Mapping[str, Tensor]) -> list[tuple[str, str]]:
         """Names that share a tensor but were found with different values."""
         both = [(name, owner) for name, owner in self.ties.items() if name in found and owner in found]
-        return [(name, owner) for name, owner in both if not equal(found[name], found[owner])]
+        return [(name, owner) for name, owner in both if not torch.equal(found[name], found[owner])]
 
     def stored(self) -> list[str]:
         """Names that a folder holds: each tensor once."""
@@ -57,8 +57,11 @@ class StateDictSpec(NamedTuple):
         keeps = exact or name in self.buffers or not self.tensors[name].is_floating_point()
         return self.tensors[name].dtype if keeps else dtype
 
-    def differences(self, shapes: Mapping[str, Collection[int]], optional: Iterable[str] = ()) -> list[str]:
-        """What is wrong with names and shapes, a line a kind. Of tied names one is enough; `optional` may lack."""
+    def require(self, shapes: Mapping[str, Collection[int]], problem: str, optional: Iterable[str] = ()) -> None:
+        """Raise ValueError, with this `problem` and all that differ, where these are not its names and shapes.
+
+        Of tied names one is enough; those in `optional` may be absent.
+        """
         present = {self.owner(name) for name in shapes} | set(optional)
         wrong = {
             "missing": [name for name in self.stored() if name not in present],
@@ -69,7 +72,8 @@ class StateDictSpec(NamedTuple):
                 if name in self.tensors and tuple(shape) != tuple(self.tensors[name].shape)
             ],
         }
-        return [f"{kind} ({len(names)}): {_some(names)}" for kind, names in wrong.items() if names]
+        if lines := [f"{kind} ({len(names)}): {_some(names)}" for kind, names in wrong.items() if names]:
+            raise ValueError(f"{problem}: {'; '.join(lines)}")
 
 
 def _some(names: list[str]) -> str:
@@ -109,13 +113,12 @@ def open_folder(path: str | os.PathLike[str]) -> tuple[MegaConfig, LazyTensors]:
     config = read_config(folder)
     spec = state_dict_spec(config)
     found = _stored_tensors(folder)
-    is_base_model = bool(found) and not any(name.startswith(BASE_PREFIX) for name in found)
-    if is_base_model:
+    problem = f"the weights in {folder} do not fit its config.json"
+    if found and not any(name.startswith(BASE_PREFIX) for name in found):
         found = {BASE_PREFIX + name: tensor for name, tensor in found.items() if not name.startswith(_POOLER)}
-    if wrong := spec.differences({name: tensor.shape for name, tensor in found.items()}):
-        hint = "; it holds a base model, without a language-model head" if is_base_model else ""
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}{hint}")
-    for name, owner in spec.unequal_ties(found, torch.equal):
+        problem = f"{problem}, as it holds a base model, without a language-model head"
+    spec.require({name: tensor.shape for name, tensor in found.items()}, problem)
+    for name, owner in spec.unequal_ties(found):
         raise ValueError(
             f"{folder} ties {name} to {owner} but holds different values for them: "
             "set tie_word_embeddings to false in its config.json to keep both"

@@ -177,25 +177,6 @@ class SlowRanks:
         return lines
 
 
-def _data_parts(values: dict[str, float]) -> list[str]:
-    """What a console line says of the data: waiting, padding, bad rows, epochs, and tokens of several sources."""
-    shown = {"loader_wait": "wait {:.1%}", "sequence_length": "length {:,}", "padding": "padding {:.1%}"}
-    parts = [text.format(values[key]) for key, text in shown.items() if key in values]
-    counts = {
-        "bad rows {:,.0f}": sum(value for name, value in values.items() if name.startswith("bad_rows/")),
-        "lost {:,.0f} bytes of text": values.get("lost_bytes", 0),
-        "bad steps {:,.0f}": values.get("bad_steps", 0),
-    }
-    parts += [text.format(count) for text, count in counts.items() if count]
-    names = [key.removeprefix("tokens/") for key in values if key.startswith("tokens/")]
-    if len(names) == 1 and f"epochs/{names[0]}" in values:
-        return [*parts, f"epoch {values[f'epochs/{names[0]}']:.2f}"]
-    for name in names:
-        epochs = f"{values[f'epochs/{name}']:.2f} epochs, " if f"epochs/{name}" in values else ""
-        parts.append(f"{name} {epochs}{values[f'tokens/{name}']:,.0f} tok")
-    return parts
-
-
 class Reporter:
     """Writes on rank 0; on other ranks every call does nothing. A disk that fails is reported, and ends no run.
 
@@ -267,7 +248,21 @@ class Reporter:
         ]
         if "mfu" in values:
             parts.insert(5, f"mfu {values['mfu']:.1%}")
-        self.log(" | ".join([*parts, *_data_parts(values)]))
+        shown = {"loader_wait": "wait {:.1%}", "sequence_length": "length {:,}", "padding": "padding {:.1%}"}
+        parts += [text.format(values[key]) for key, text in shown.items() if key in values]
+        counts = {
+            "bad rows {:,.0f}": sum(value for name, value in values.items() if name.startswith("bad_rows/")),
+            "lost {:,.0f} bytes of text": values.get("lost_bytes", 0),
+            "bad steps {:,.0f}": values.get("bad_steps", 0),
+        }
+        parts += [text.format(count) for text, count in counts.items() if count]
+        names = [key.removeprefix("tokens/") for key in values if key.startswith("tokens/")]
+        if len(names) == 1 and f"epochs/{names[0]}" in values:
+            parts.append(f"epoch {values[f'epochs/{names.pop()}']:.2f}")
+        for name in names:
+            epochs = f"{values[f'epochs/{name}']:.2f} epochs, " if f"epochs/{name}" in values else ""
+            parts.append(f"{name} {epochs}{values[f'tokens/{name}']:,.0f} tok")
+        self.log(" | ".join(parts))
         self._record(step, "train", values)
 
     def bad_step(

@@ -134,30 +134,26 @@ class Trainer:
         if self.rank == 0:
             print(f"mega_scale | {line}", flush=True)
 
-    def _print_error(self, error: object) -> None:
-        if self.rank == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-
     # From joining the ranks to the exit code
 
     def run(self) -> int:
         """Join the other ranks, take the run folder, and train; returns the exit code, the same on all ranks.
 
-        Raises SystemExit where this rank, perhaps alone, cannot build its engine.
+        Raises SystemExit where the folder is refused, or where this rank, perhaps alone, cannot build its engine.
         """
         try:
             with World.start(self.config.parallel) as self.world:
                 self.folder = RunFolder(self.run_dir, self.config.resume, self.config.overwrite, _end_without_folder)
                 try:
                     problem = self.folder.take(self.world, self.checkpoint is None, self.log)
-                    code = REFUSED if problem else self.run_with_watchdog()
+                    code = 0 if problem else self.run_with_watchdog()
                 finally:
                     self.folder.lock.release()
         except ParallelizeError as error:
             refuse(f"rank {self.rank}: {error}")
         self.signals.ignore()
         if problem:
-            self._print_error(problem)
+            refuse(problem, quiet=self.rank != 0)
         return code
 
     def run_with_watchdog(self) -> int:
@@ -186,7 +182,8 @@ class Trainer:
                     self.engine.close()
             except EndOfRunError as error:
                 status.write("failed", self.watchdog.step, str(error))
-                self._print_error(error)
+                if self.rank == 0:
+                    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
                 return error.code
             except StopRun:
                 # Before it began to train: nothing was done that is not in its checkpoint.

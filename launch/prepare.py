@@ -82,7 +82,7 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> None:
     preparation = Preparation(args.folder, config, tokenizer, shard_bytes=shard_bytes, overwrite=args.overwrite)
     if args.executor != "processes":
         local = args.processes if args.executor == "datatrove" else None
-        run_on_cluster(args.folder, config, shard_bytes, tasks=args.tasks, processes=local, slurm=slurm)
+        run_on_cluster(preparation, tasks=args.tasks, processes=local, slurm=slurm)
         if local is None:
             print(f"submitted; {args.folder / 'manifest.json'} is there when it is done")
             return

@@ -1,11 +1,14 @@
 """The keys under `data:`, mixtures of sources, and the checks that need nothing but the file system."""
 
 import glob
+import math
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,14 +24,13 @@ Damage = Literal["truncated_file", "corrupt", "unreadable"]  # of a file
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _HUB_TIMEOUT_S = 5.0
 # Keys that say where text comes from, which a source of a mixture may have; the other keys hold for all sources.
-_SOURCE_KEYS = (
+SOURCE_KEYS = (
     "source", "path", "hub_name", "hub_config", "hub_split", "text_column", "validation_path", "validation_split",
     "validation_fraction", "max_documents", "streaming",
 )  # fmt: skip
 _SHARED_DEFAULTS = ("text_column", "validation_fraction", "streaming")  # which may stand beside a mixture, too
 
-# A rule: whether it is broken, the key, its value, and the remedy.
-_Rule = tuple[object, str, object, str]
+_Rule = tuple[object, str, str]  # whether it is broken, the key, and the remedy
 
 
 @dataclass
@@ -140,18 +142,23 @@ class DataConfig:
     """Folder for tokenised text (path); null takes ~/.cache/mega_scale."""
 
     def __post_init__(self) -> None:
-        for key in ("path", "validation_path"):
-            if isinstance(value := getattr(self, key), list):
-                found = [local_path(part, f"data.{key}") if isinstance(part, str) else part for part in value]
-                setattr(self, key, found)
-        for key in ("hub_name", "tokenizer", "cache_dir"):
-            if isinstance(value := getattr(self, key), str):
+        for key in ("path", "validation_path", "hub_name", "tokenizer", "cache_dir"):
+            value = getattr(self, key)
+            if isinstance(value, list):
+                setattr(self, key, [local_path(part, f"data.{key}") for part in value])
+            elif isinstance(value, str):
                 setattr(self, key, local_path(value, f"data.{key}"))
 
     @property
     def lengths(self) -> "LengthSchedule | None":
         """The length schedule; None if all sequences have `sequence_length`."""
         return None if self.length_schedule is None else LengthSchedule(self.length_schedule, self.sequence_length)
+
+    @property
+    def files(self) -> list[str]:
+        """All files to train and to validate on."""
+        paths = [*(self.path or []), *(self.validation_path or [])] if self.source in FILE_SOURCES else []
+        return expand_paths(paths, "path")
 
     @property
     def separate_validation(self) -> bool:
@@ -161,96 +168,81 @@ class DataConfig:
     @property
     def validates(self) -> bool:
         """Whether any text is held out for validation."""
-        if self.mixture is not None:
-            return any(entry.config.validates for entry in mixture_entries(self).values())
-        return self.separate_validation or bool(self.validation_fraction)
+        sources = [entry.config for entry in mixture_entries(self).values()]
+        return any(source.separate_validation or source.validation_fraction for source in sources)
 
     def validate(self) -> None:
         """Check every key without reading any text. Raises ValueError for the first that cannot work."""
-        if self.mixture is not None:
-            for name, entry in mixture_entries(self).items():
-                try:
-                    entry.config.validate()
-                except ValueError as error:
-                    raise ValueError(f"data.mixture.{name}: {error}") from None
-            return
-        for rules in (self._source_rules(), self._hub_rules(), self._number_rules(), self._streaming_rules()):
-            for broken, key, value, remedy in rules:
-                if broken:
-                    raise _refusal(key, value, remedy)
+        for name, (source, *_) in mixture_entries(self).items():
+            try:
+                for broken, key, remedy in chain(source._text_rules(), source._order_rules()):
+                    if broken:
+                        raise _refusal(key, getattr(source, key), remedy)
+            except ValueError as error:
+                raise of_source(name, error) from None
 
-    def _source_rules(self) -> Iterator[_Rule]:
+    def _text_rules(self) -> Iterator[_Rule]:
+        source, is_hub, name = self.source, self.source == "hub", self.hub_name or ""
         for key, choices in (("source", Source), ("packing", Packing), ("packing_order", PackingOrder)):
-            value, names = getattr(self, key), get_args(choices)
-            yield value not in names, key, value, f"choose one of {', '.join(names)}"
-        best_fit, alignment = self.packing_order == "best_fit", self.document_alignment
-        remedy = (
-            f"it is for documents that are kept apart, not for data.packing={self.packing!r}; set data.packing=reset, "
-            "or packing_order=in_order"
-        )
-        yield best_fit and self.packing != "reset", "packing_order", "best_fit", remedy
-        remedy = "only data.packing_order=best_fit has it"
-        yield alignment != 1 and not best_fit, "document_alignment", alignment, remedy
-        if self.source == "prepared":
-            several, remedy = not self.path or len(self.path) != 1, "source prepared needs one folder"
-            yield several, "path", self.path, f"{remedy}; several can be a data.mixture"
-            folder, remedy = (self.path or [""])[0], "name a folder that launch/prepare.py has written to its end"
-            yield not os.path.isfile(f"{folder}/manifest.json"), "path", folder, f"it has no manifest.json; {remedy}"
+            names = get_args(choices)
+            yield getattr(self, key) not in names, key, f"choose one of {', '.join(names)}"
+        if source == "prepared":
+            folders = self.path or []
+            yield len(folders) != 1, "path", "source prepared needs one folder; several can be a data.mixture"
+            remedy = "it has no manifest.json; name a folder that launch/prepare.py has written to its end"
+            yield not os.path.isfile(f"{folders[0]}/manifest.json"), "path", remedy
         for key, is_needed in (("path", True), ("validation_path", False)):
             paths = getattr(self, key)
-            if self.source in FILE_SOURCES and (is_needed or paths is not None):
-                remedy = f"source {self.source} needs files or globs"
-                yield not paths, key, paths, remedy if is_needed else "name files or globs, or leave it null"
+            if source in FILE_SOURCES and (is_needed or paths is not None):
+                yield not paths, key, f"source {source} needs files or globs" + ("" if is_needed else ", or null")
                 expand_paths(paths, key)
-            elif not (self.source == "prepared" and is_needed):
+            elif not (source == "prepared" and is_needed):
                 remedy = f"set data.source to what they are ({', '.join(FILE_SOURCES)}), or {key} to null"
-                yield paths is not None, key, paths, f"source {self.source} reads no files; {remedy}"
-        yield not self.text_column, "text_column", self.text_column, "name the column that holds the text"
-
-    def _hub_rules(self) -> Iterator[_Rule]:
-        name, split, is_hub = self.hub_name or "", self.validation_split, self.source == "hub"
+                yield paths is not None, key, f"source {source} reads no files; {remedy}"
+        yield not self.text_column, "text_column", "name the column that holds the text"
         for key in ("hub_name", "hub_config", "validation_split"):
-            value, remedy = getattr(self, key), f"only source hub has it, not {self.source}; set it to null"
-            yield value is not None and not is_hub, key, value, remedy
-        is_name, remedy = HUB_NAME.fullmatch(name) or os.path.isdir(name), "source hub needs a data set's name, such as"
-        yield is_hub and not is_name, "hub_name", self.hub_name, f'{remedy} "owner/name"'
-        yield is_hub and not self.hub_split, "hub_split", self.hub_split, 'name a split, such as "train"'
-        same, remedy = is_hub and split == self.hub_split, "it is what is trained on; name another split"
-        yield same, "validation_split", split, remedy
+            is_given = getattr(self, key) is not None
+            yield is_given and not is_hub, key, f"only source hub has it, not {source}; set it to null"
+        if is_hub:
+            is_name = HUB_NAME.fullmatch(name) or os.path.isdir(name)
+            yield not is_name, "hub_name", 'source hub needs a data set\'s name, such as "owner/name"'
+            yield not self.hub_split, "hub_split", 'name a split, such as "train"'
+            same = self.validation_split == self.hub_split
+            yield same, "validation_split", "it is what is trained on; name another split"
+        name = self.tokenizer
+        is_name = name == "byte" or HUB_NAME.fullmatch(name) or os.path.isdir(name)
+        yield not is_name, "tokenizer", 'no such folder; give "byte", an existing tokenizer folder, or a hub name'
+        yield os.path.isfile(self.cache_dir or ""), "cache_dir", "it is a file; name a folder"
 
-    def _number_rules(self) -> Iterator[_Rule]:
-        fraction, length, alignment = self.validation_fraction, self.sequence_length, self.document_alignment
-        yield not 0 <= fraction < 1, "validation_fraction", fraction, "give 0, or a share below 1 such as 0.05"
-        for key in ("validation_documents", "max_documents"):
-            value = getattr(self, key)
-            yield value is not None and value < 1, key, value, "give at least 1, or null for all"
-        yield not 0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "give a share from 0 to 1"
-        for key in ("max_document_bytes", "shuffle_buffer", "prefetch"):
-            yield getattr(self, key) < 1, key, getattr(self, key), "give at least 1"
-        yield self.workers < 0, "workers", self.workers, "give a number of processes, or 0"
-        yield length < 2, "sequence_length", length, "give at least 2 tokens"
-        remedy = f"give a divisor of data.sequence_length={length}"
-        yield alignment < 1 or length % alignment, "document_alignment", alignment, remedy
-        yield self.seed < 0, "seed", self.seed, "give a whole number, 0 or more"
+    def _order_rules(self) -> Iterator[_Rule]:
+        for keys, least, most, remedy in (
+            (("validation_fraction",), 0, math.nextafter(1, 0), "give 0, or a share below 1 such as 0.05"),
+            (("validation_documents", "max_documents"), 1, math.inf, "give at least 1, or null for all"),
+            (("max_bad_share",), 0, 1, "give a share from 0 to 1"),
+            (("max_document_bytes", "shuffle_buffer", "prefetch"), 1, math.inf, "give at least 1"),
+            (("workers",), 0, math.inf, "give a number of processes, or 0"),
+            (("sequence_length",), 2, math.inf, "give at least 2 tokens"),
+            (("seed",), 0, math.inf, "give a whole number, 0 or more"),
+        ):
+            for key in keys:
+                value = getattr(self, key)
+                yield value is not None and not least <= value <= most, key, remedy
         self.lengths  # noqa: B018  refuses what is no schedule
-
-    def _streaming_rules(self) -> Iterator[_Rule]:
+        best_fit, length, alignment = self.packing_order == "best_fit", self.sequence_length, self.document_alignment
+        remedy = f"data.packing={self.packing!r} cuts them; set data.packing=reset, or packing_order=in_order"
+        yield best_fit and self.packing != "reset", "packing_order", f"whole documents are kept apart, but {remedy}"
+        yield alignment != 1 and not best_fit, "document_alignment", "only data.packing_order=best_fit has it"
+        divides = alignment >= 1 and length % alignment == 0
+        yield not divides, "document_alignment", f"give a divisor of data.sequence_length={length}"
         if self.streaming:
-            no_stream = self.source in ("python-stdlib", "prepared")
-            yield no_stream, "streaming", True, f"source {self.source} is no stream; set data.streaming=false"
+            is_stored = self.source in ("python-stdlib", "prepared")
+            yield is_stored, "streaming", f"source {self.source} is no stream; set data.streaming=false"
             remedy = "a stream does not keep where documents start; set data.streaming=false, or prepare the data"
-            yield self.packing == "reset", "packing", "reset", remedy
+            yield self.packing == "reset", "packing", remedy
+            is_endless = self.validation_documents is None and self.max_documents is None
             held_out = self.validation_fraction and not self.separate_validation
-            endless = held_out and self.validation_documents is None and not self.max_documents
-            remedy = (
-                "holding out a share of a stream would read it to its end; say after how many documents to stop, give "
-                "validation text of its own, or set data.validation_fraction=0"
-            )
-            yield endless, "validation_documents", None, remedy
-        name, remedy = self.tokenizer, 'no such folder; give "byte", an existing tokenizer folder, or a hub name'
-        yield not (name == "byte" or os.path.isdir(name) or HUB_NAME.fullmatch(name)), "tokenizer", name, remedy
-        is_file = self.cache_dir is not None and os.path.isfile(self.cache_dir)
-        yield is_file, "cache_dir", self.cache_dir, "it is a file; name a folder"
+            remedy = "a stream would be read to its end; give a number of documents, validation text of its own"
+            yield held_out and is_endless, "validation_documents", f"{remedy}, or data.validation_fraction=0"
 
 
 def _refusal(key: str, value: object, remedy: str) -> ValueError:
@@ -264,19 +256,18 @@ def expand_paths(paths: Sequence[str], key: str) -> list[str]:
     """
     files: list[str] = []
     for pattern in paths:
-        expanded = os.path.expanduser(pattern)
-        if os.path.isdir(expanded):
+        if os.path.isdir(pattern):
             raise _refusal(key, pattern, "it is a folder; name its files, for example with a glob such as folder/*.txt")
         # A file whose name holds glob characters is still a file.
-        names = [expanded] if os.path.isfile(expanded) else sorted(glob.glob(expanded, recursive=True))
+        names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         for name in names:
             if os.path.islink(name) and not os.path.exists(name):
                 raise _refusal(key, pattern, f"{name} is a link to nothing; repair or remove it")
-            if os.path.isdir(name) and os.path.splitext(expanded)[1]:
+            if os.path.isdir(name) and os.path.splitext(pattern)[1]:
                 raise _refusal(key, pattern, f"{name} is a folder; name its files, for example {name}/*")
         matches = [os.path.abspath(name) for name in names if os.path.isfile(name)]
         if not matches:
-            what = "the glob matches no file" if glob.has_magic(expanded) else "no such file"
+            what = "the glob matches no file" if glob.has_magic(pattern) else "no such file"
             raise _refusal(key, pattern, f"{what} (looked from {os.getcwd()}); correct the path")
         files += matches
     return list(dict.fromkeys(files))
@@ -322,7 +313,7 @@ def find_on_hub(name: str, kind: Literal["model", "dataset"]) -> Literal["there"
 
 
 class MixtureEntry(NamedTuple):
-    """One source of a mixture: the keys under `data:` as they hold for it, and its share.
+    """One source: the keys under `data:` as they hold for it, and its share.
 
     That is of the rows, or `by_epochs`, how often it is read while a source of `epochs: 1` is read once.
     """
@@ -333,38 +324,46 @@ class MixtureEntry(NamedTuple):
 
 
 def mixture_entries(config: DataConfig) -> dict[str, MixtureEntry]:
-    """Read `data.mixture`: its sources by name, in the order given; ValueError for what it cannot have."""
+    """Read `data.mixture`: its sources by name, in the order given; ValueError for what it cannot have.
+
+    Without a mixture, the one source has the name "".
+    """
+    if config.mixture is None:
+        return {"": MixtureEntry(config, Fraction(1), by_epochs=False)}
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in _SOURCE_KEYS and field.name not in _SHARED_DEFAULTS and value != field.default:
+        if field.name in SOURCE_KEYS and field.name not in _SHARED_DEFAULTS and value != field.default:
             raise _refusal(field.name, value, "data.mixture names the sources; give the key to one of them")
     if not config.mixture:
         raise _refusal("mixture", {}, "name sources, or set it to null")
-    found = {}
+    found, known = {}, (*SOURCE_KEYS, "weight", "epochs")
     for name, entry in config.mixture.items():
         where = f"data.mixture.{name}"
         if not isinstance(entry, dict):
             raise ValueError(f"{where}={entry!r}: give the source's keys, such as source, path and weight")
-        for key in entry:
-            if key not in (*_SOURCE_KEYS, "weight", "epochs"):
-                words = ", ".join((*_SOURCE_KEYS, "weight", "epochs"))
-                raise ValueError(f"{where}.{key} is not a key of a source: it can have {words}")
+        for key in entry.keys() - set(known):
+            raise ValueError(f"{where}.{key} is not a key of a source: it can have {', '.join(known)}")
         if "weight" in entry and "epochs" in entry:
             raise ValueError(f"{where} has a weight and epochs: give one of them")
         kind = "weight" if "weight" in entry else "epochs"
         share = entry.get(kind, 1)
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
             raise ValueError(f"{where}.{kind}={share!r}: give a number above 0")
-        keys = {key: value for key, value in entry.items() if key in _SOURCE_KEYS}
+        keys = {key: value for key, value in entry.items() if key in SOURCE_KEYS}
         keys |= {key: [keys[key]] for key in ("path", "validation_path") if isinstance(keys.get(key), str)}
         try:
             source = replace(config, mixture=None, **keys)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise of_source(name, error) from None
         found[name] = MixtureEntry(source, Fraction(str(share)), kind == "epochs")
     if len({entry.by_epochs for entry in found.values()}) > 1:
         raise ValueError("data.mixture: some sources have a weight and some have epochs; give all of them the same")
     return found
+
+
+def of_source(name: str, error: ValueError) -> ValueError:
+    """Say of which source of a mixture an error is."""
+    return ValueError(f"data.mixture.{name}: {error}") if name else error
 
 
 class LengthSchedule:
@@ -394,5 +393,4 @@ class LengthSchedule:
 
     def at(self, step: int) -> int:
         """The length of a step's rows, tokens; `step` is the number of steps done before."""
-        stages = zip(reversed(self._steps), reversed(self.lengths), strict=True)
-        return next(length for first, length in stages if first <= step)
+        return self.lengths[bisect_right(self._steps, step) - 1]

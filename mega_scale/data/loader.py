@@ -17,38 +17,29 @@ from dataclasses import asdict
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
-from mega_scale.data.config import (
-    FILE_SOURCES,
-    DataConfig,
-    LengthSchedule,
-    MixtureEntry,
-    cache_folder,
-    expand_paths,
-    mixture_entries,
-)
+from mega_scale.data.config import DataConfig, LengthSchedule, cache_folder, mixture_entries, of_source
 from mega_scale.data.packing import MISSING, Dataset, Mixture, PackedDataset, StreamedDataset
 from mega_scale.data.sources import Documents, Tally, load_corpus, load_documents
 from mega_scale.data.tokenizer import tokenizer_digest
 from mega_scale.data.tokens import TokenStore, open_part, read_manifest, tokenise
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _IGNORED = -100  # a label that no loss counts
+_Log = Callable[[str], None]
 
 
 # Datasets of a configuration
 
 
 def load_datasets(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None] = lambda _: None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, log: _Log = lambda _: None
 ) -> tuple[Dataset | Mixture, PackedDataset | None]:
     """Make what a run trains on and what it validates on, None if the configuration holds out nothing.
 
@@ -56,61 +47,54 @@ def load_datasets(
     a key cannot work, the text cannot be read, a part has less than one row, or prepared data has another tokenizer.
     """
     config.validate()
-    entries = {"": MixtureEntry(config, Fraction(1), False)} if config.mixture is None else mixture_entries(config)
     datasets, weights = dict[str, Dataset](), dict[str, Fraction]()
     validation, left_out = list[TokenStore](), Tally()
-    for name, (source, share, by_epochs) in entries.items():
+    for name, (source, share, by_epochs) in mixture_entries(config).items():
         try:
-            datasets[name], held_out, tally = _load_source(source, tokenizer, log)
-            if not by_epochs:
-                weights[name] = share
-            elif isinstance(dataset := datasets[name], PackedDataset):
-                weights[name] = share * len(dataset)
-            else:
-                raise ValueError("how long a stream is is not known; give it and all others a weight")
+            dataset, held_out, tally = _load_source(source, tokenizer, log)
+            datasets[name], weights[name] = dataset, share
+            if by_epochs:
+                if isinstance(dataset, StreamedDataset):
+                    raise ValueError("how long a stream is is not known; give it and all others a weight")
+                weights[name] *= len(dataset)
         except ValueError as error:
-            raise ValueError(f"data.mixture.{name}: {error}" if name else str(error)) from None
+            raise of_source(name, error) from None
         if held_out is not None:
             validation.append(held_out)
             left_out.merge(tally)
     train = Mixture(datasets, weights) if config.mixture is not None else datasets[""]
     if not validation:
         return train, None
-    own = "data.validation_split" if config.source == "hub" else "data.validation_path"
-    remedy = (
-        f"whole documents are held out, data.validation_fraction={config.validation_fraction} of them; raise it, give "
-        f"text of its own with {own}, set it to 0, or give a shorter sequence_length"
-    )
-    if config.separate_validation:
-        remedy = "give more validation text, or a shorter sequence_length"
+    remedy = "give more validation text, or shorter sequences"
+    if not config.separate_validation:
+        own = f"name text of its own (data.{'validation_split' if config.source == 'hub' else 'validation_path'})"
+        remedy = f"raise data.validation_fraction={config.validation_fraction}, set it to 0, or {own}"
     return train, _packed(config, TokenStore.joined(validation), left_out, "the text to validate on", remedy)
 
 
-def load_whole(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> PackedDataset:
+def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
     """Make one dataset of all of a configuration's text, which is not prepared, to evaluate on; holds out nothing.
 
     A text that is shorter than a row makes one that is not full.
     """
     config.validate()
     documents = load_documents(config)
-    store = _tokenise(config, tokenizer, documents, "whole")
+    store = _tokenise(config, tokenizer, documents, "whole", lambda _: None)
     if not store.tokens:
         raise ValueError(f"{_source(config)} holds no text: give some")
     return _packed(config, store, documents.tally)
 
 
 def _load_source(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, log: _Log
 ) -> tuple[Dataset, TokenStore | None, Tally]:
     """What to train on, and the documents to validate on with what was left out of a text of their own."""
-    fraction = config.validation_fraction
-    held_out = f" (data.validation_fraction={fraction} of the documents is held out)"
-    if config.separate_validation or not fraction:
-        held_out = ""
+    share, validation, left_out = config.validation_fraction, None, Tally()
+    held_out = f" (data.validation_fraction={share} is held out)" if share and not config.separate_validation else ""
     words, remedy = f"the text to train on ({_source(config)})", f"give more text{held_out}, or shorter sequences"
     if config.source == "prepared":
         store, validation, tally = _open_prepared(config, tokenizer)
-        return _packed(config, store, tally, words, remedy), validation, Tally()
+        return _packed(config, store, tally, words, remedy), validation, left_out
     corpus = load_corpus(config)
     dataset: Dataset
     if config.streaming:
@@ -121,42 +105,42 @@ def _load_source(
         store = _tokenise(config, tokenizer, corpus.train, "train", log)
         # What the reading found, before the next one begins.
         dataset = _packed(config, store, copy.deepcopy(corpus.train.tally), words, remedy)
-    if corpus.validation is None:
-        return dataset, None, Tally()
-    texts = corpus.validation
-    if config.streaming:  # hashing and tokenising would each read the stream, so its few documents are kept meanwhile
-        kept = functools.cache(lambda: list(corpus.validation or []))
-        texts = Documents(lambda order: iter(kept()), corpus.validation.tally)
-    store = _tokenise(config, tokenizer, texts, "validation", log)
-    return dataset, store, copy.deepcopy(texts.tally) if config.separate_validation else Tally()
+    if (texts := corpus.validation) is not None:
+        if config.streaming:  # hashing and tokenising would each read it, so its few documents are kept meanwhile
+            kept = functools.cache(lambda: list(corpus.validation or []))
+            texts = Documents(lambda order: iter(kept()), texts.tally)
+        validation = _tokenise(config, tokenizer, texts, "validation", log)
+        if config.separate_validation:
+            left_out = copy.deepcopy(texts.tally)
+    return dataset, validation, left_out
 
 
 def _open_prepared(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TokenStore, TokenStore | None, Tally]:
     """Documents to train on, to validate on, and what was left out when they were prepared."""
-    assert config.path is not None
-    folder = Path(config.path[0]).expanduser()
+    [path] = config.path or [""]
+    folder, fraction = Path(path), config.validation_fraction
     manifest = read_manifest(folder)
     if manifest.add_bos != config.add_bos:
         raise ValueError(
-            f"data.add_bos={config.add_bos}: the data in {str(folder)!r} was prepared with data.add_bos="
-            f"{manifest.add_bos}; set it so, or prepare the data again"
+            f"data.add_bos={config.add_bos}: the data in {path!r} was prepared with data.add_bos={manifest.add_bos}; "
+            "set it so, or prepare the data again"
         )
     if manifest.tokenizer != (digest := tokenizer_digest(tokenizer, config.add_bos)):
         raise ValueError(
-            f"data.tokenizer={config.tokenizer!r} (hash {digest}) is not the tokenizer of the data in {str(folder)!r}, "
+            f"data.tokenizer={config.tokenizer!r} (hash {digest}) is not the tokenizer of the data in {path!r}, "
             f"{manifest.tokenizer_name!r} (hash {manifest.tokenizer}): set "
             f"data.tokenizer={str(folder / 'tokenizer')!r}, or prepare the data again"
         )
     train = open_part(folder, manifest, "train").first_documents(config.max_documents)
-    if not config.validation_fraction:
+    if not fraction:
         return train, None, manifest.tally
     validation = open_part(folder, manifest, "validation").first_documents(config.validation_documents)
     if not validation.tokens:
         raise ValueError(
-            f"data.path={str(folder)!r} was prepared without a validation part, but data.validation_fraction="
-            f"{config.validation_fraction}: set it to 0, or prepare the data again"
+            f"data.validation_fraction={fraction}, but data.path={path!r} was prepared without a validation part: set "
+            "it to 0, or prepare the data again"
         )
     return train, validation, manifest.tally
 
@@ -175,24 +159,18 @@ def _packed(
 
 
 def _tokenise(
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    documents: Documents,
-    part: str,
-    log: Callable[[str], None] = lambda _: None,
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, documents: Documents, part: str, log: _Log
 ) -> TokenStore:
     """Tokens of documents, under a name that processes agree on without reading text: settings, tokenizer and files."""
-    paths = [*(config.path or []), *(config.validation_path or [])] if config.source in FILE_SOURCES else []
-    files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in expand_paths(paths, "path")]
+    files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in config.files]
     described = json.dumps([part, asdict(config), tokenizer_digest(tokenizer), files])
     name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
     return tokenise(documents, tokenizer, cache_folder(config.cache_dir), name, config.add_bos, log)
 
 
 def _source(config: DataConfig) -> str:
-    if config.source == "hub":
-        return f"data.hub_name={config.hub_name!r}, data.hub_split={config.hub_split!r}"
-    return f"data.source={config.source!r}" if config.path is None else f"data.path={config.path!r}"
+    given = {key: getattr(config, key) for key in ("source", "path", "hub_name")}
+    return ", ".join(f"data.{key}={value!r}" for key, value in given.items() if value)
 
 
 # Batches
@@ -456,17 +434,16 @@ def _leave_signals_to_the_run(worker: int) -> None:
     A worker that they killed would take the run with it, in the middle of what it does to end well. The run still ends
     its workers by SIGTERM; that one is told from others by its sender.
     """
-    parent = os.getppid()
+    parent, answered = os.getppid(), {n for n in signal.valid_signals() if callable(signal.getsignal(n))}
 
     def end_by_parent_only() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
         os._exit(0)
 
-    for number in signal.valid_signals() - {signal.SIGCHLD, signal.SIGTERM}:
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_IGN)
-    if callable(signal.getsignal(signal.SIGTERM)):
+    for number in answered - {signal.SIGCHLD, signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if signal.SIGTERM in answered:
         # Blocked before the first thread starts, it is blocked in all of them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_by_parent_only, daemon=True).start()

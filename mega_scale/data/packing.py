@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from mega_scale.data.config import Packing, PackingOrder
 from mega_scale.data.sources import Documents, Tally, shuffled
 from mega_scale.data.tokenizer import encode
 from mega_scale.data.tokens import TokenStore
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MISSING = -1  # no token
 _KEPT_SPANS = 1 << 18  # about, of 24 bytes each
@@ -220,7 +218,7 @@ class StreamedDataset:
     def __init__(
         self,
         documents: Documents,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         packing: Packing = "concat",
         *,

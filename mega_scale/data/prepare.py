@@ -15,18 +15,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from mega_scale.data.config import DataConfig, FileRange
+from transformers import PreTrainedTokenizerBase
+
+from mega_scale.data.config import SOURCE_KEYS, DataConfig, FileRange
 from mega_scale.data.sources import Tally, is_held_out, open_source, usable
 from mega_scale.data.tokenizer import batched, encode, load_tokenizer, token_type, tokenizer_digest
 from mega_scale.data.tokens import FORMAT, PreparedManifest, ShardRecord, ShardWriter, write_manifest
 from mega_scale.files import FileLock, write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LOCK = "prepare.lock"
 """File by which one job at a time has the folder."""
@@ -34,11 +34,8 @@ LOCK = "prepare.lock"
 _PLAN = "plan.json"
 # What a preparation writes beside its plan and tokenizer; the file that declares it whole is the first to go.
 _WRITTEN = ("manifest.json", "[0-9][0-9][0-9][0-9][0-9]*.json", "train-*", "validation-*", "*.unfinished*")
-# Settings that decide what the files hold.
-_SETTINGS = (
-    "source", "path", "hub_name", "hub_config", "hub_split", "text_column", "validation_path", "validation_split",
-    "validation_fraction", "max_document_bytes",
-)  # fmt: skip
+# Settings that decide what the files hold: all that say where text comes from, but for those refused here.
+_SETTINGS = (*(key for key in SOURCE_KEYS if key not in ("max_documents", "streaming")), "max_document_bytes")
 
 
 class ShardPlan(NamedTuple):
@@ -57,34 +54,31 @@ class Preparation:
     """One folder's preparation: what is to be done, and one shard of it, of `shard_bytes` bytes of its files.
 
     A folder that was begun in the same way is gone on with; `overwrite` deletes what was prepared there. `shards` says
-    what every shard is made of.
-
-    Raises:
-        ValueError: A key cannot be prepared, the text cannot be found, the folder holds something else, or what is to
-            be overwritten is in use.
+    what every shard is made of. Raises ValueError where a key cannot be prepared, the text cannot be found, the folder
+    holds something else, or what is to be overwritten is in use.
     """
 
     def __init__(
         self,
         folder: Path,
         config: DataConfig,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         *,
         shard_bytes: int,
         overwrite: bool = False,
     ) -> None:
-        apart, here = "prepare each source into a folder of its own", "it holds for training; set it to null here"
-        refusals = {
-            "mixture": (config.mixture is not None, f"{apart}, and mix the folders"),
-            "streaming": (config.streaming, "preparing reads ranges in parallel; set it to false"),
-            "max_documents": (config.max_documents is not None, here),
-            "validation_documents": (config.validation_documents is not None, here),
-            "source": (config.source == "prepared", "it is prepared; name the text"),
-        }
-        for key, (wrong, remedy) in refusals.items():
-            if wrong:
-                raise ValueError(f"data.{key}={getattr(config, key)!r}: {remedy}")
-        self._folder, self._config, self._tokenizer = folder, config, tokenizer
+        here = "it holds for training; set it to null here"
+        for key, remedy in {
+            "mixture": "prepare each source into a folder of its own, and mix the folders",
+            "streaming": "preparing reads ranges in parallel; set it to false",
+            "max_documents": here,
+            "validation_documents": here,
+            "source": "it is prepared; name the text",
+        }.items():
+            value = getattr(config, key)
+            if value == "prepared" if key == "source" else value not in (None, False):
+                raise ValueError(f"data.{key}={value!r}: {remedy}")
+        self.folder, self.config, self.shard_bytes, self._tokenizer = folder, config, shard_bytes, tokenizer
         self._sources = {False: open_source(config)}
         if config.separate_validation:
             self._sources[True] = open_source(config, held_out=True)
@@ -98,7 +92,7 @@ class Preparation:
                 self.shards[-1].ranges.append(part)
                 held += part.size
         self._digest = tokenizer_digest(tokenizer, config.add_bos)
-        self._plan = self._claim(shard_bytes, overwrite)
+        self._plan = self._claim(overwrite)
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not done."""
@@ -107,35 +101,28 @@ class Preparation:
     def tally(self) -> Tally:
         """Rows of the shards that are done, and the bad ones."""
         total = Tally(bytes=sum(shard.size for shard in self.shards))
-        for i in range(len(self.shards)):
-            if self._record(i).is_file():
-                total.merge(Tally.from_json(_read_json(self._record(i))["rows"]))
+        for record in self._records():
+            total.merge(Tally.from_json(record["rows"]))
         return total
 
     def make(self, number: int) -> Tally:
         """Make one shard; gives its rows, and the bad ones.
 
-        Raises:
-            ValueError: The text cannot be read, or another job has overwritten the folder.
+        Raises ValueError where the text cannot be read, or another job has overwritten the folder.
         """
-        (held_out, ranges), fraction, tally = self.shards[number], self._config.validation_fraction, Tally()
-        parts = ["train", "validation"] if fraction else ["train"]
-        if True in self._sources:
-            parts = ["validation"] if held_out else ["train"]
-        dtype = token_type(self._tokenizer)
-        writers = {part: ShardWriter(self._folder, f"{part}-{number:05}", dtype) for part in parts}
+        (held_out, ranges), fraction, tally = self.shards[number], self.config.validation_fraction, Tally()
+        is_split = fraction > 0 and not self.config.separate_validation
+        parts, dtype = ["validation" if held_out else "train"], token_type(self._tokenizer)
+        if is_split:
+            parts = ["train", "validation"]
+        writers = {part: ShardWriter(self.folder, f"{part}-{number:05}", dtype) for part in parts}
         rows = (row for part in ranges for row in self._sources[held_out].read(part))
         for texts in batched(usable(rows, tally)):
-            split = {parts[0]: texts}
-            if len(parts) > 1:
-                apart = [is_held_out(text, fraction) for text in texts]
-                split = {
-                    part: [text for text, is_apart in zip(texts, apart, strict=True) if is_apart == (part != "train")]
-                    for part in parts
-                }
-            for part, chosen in split.items():
-                for encoded in encode(chosen, self._tokenizer, self._config.add_bos):
-                    writers[part].add(encoded)
+            apart = [held_out or (is_split and is_held_out(text, fraction)) for text in texts]
+            for part, writer in writers.items():
+                chosen = [text for text, is_apart in zip(texts, apart, strict=True) if is_apart == (part != "train")]
+                for encoded in encode(chosen, self._tokenizer, self.config.add_bos):
+                    writer.add(encoded)
         self._require_own()
         records = {part: asdict(writer.close()) for part, writer in writers.items()}
         write_json(self._record(number), {"shards": records, "rows": tally.to_json()})
@@ -144,48 +131,52 @@ class Preparation:
     def finish(self) -> PreparedManifest:
         """Declare the folder whole.
 
-        Raises:
-            ValueError: A shard is missing, there are too many bad rows (names the last one's file and line), or another
-                job has overwritten the folder.
+        Raises ValueError where a shard is missing, there are too many bad rows (names the last one's file and line), or
+        another job has overwritten the folder.
         """
         self._require_own()
         if missing := self.missing():
-            raise ValueError(f"{len(missing)} of {len(self.shards)} shards of {str(self._folder)!r} are missing: go on")
+            raise ValueError(f"{len(missing)} of {len(self.shards)} shards of {str(self.folder)!r} are missing: go on")
         tally = self.tally()
-        tally.check(self._config.max_bad_share, ended=True)
+        tally.check(self.config.max_bad_share, ended=True)
         parts: dict[str, list[ShardRecord]] = {}
-        for i in range(len(self.shards)):
-            for part, record in _read_json(self._record(i))["shards"].items():
-                parts.setdefault(part, []).append(ShardRecord(**record))
-        for leftover in self._folder.glob("*.unfinished*"):
+        for record in self._records():
+            for part, shard in record["shards"].items():
+                parts.setdefault(part, []).append(ShardRecord(**shard))
+        for leftover in self.folder.glob("*.unfinished*"):
             leftover.unlink()
-        self._tokenizer.save_pretrained(self._folder / "tokenizer")
-        dtype, add_bos = token_type(self._tokenizer), self._config.add_bos
-        manifest = PreparedManifest(self._digest, self._config.tokenizer, dtype, parts, tally, add_bos)
-        write_manifest(self._folder, manifest)
+        self._tokenizer.save_pretrained(self.folder / "tokenizer")
+        dtype, add_bos = token_type(self._tokenizer), self.config.add_bos
+        manifest = PreparedManifest(self._digest, self.config.tokenizer, dtype, parts, tally, add_bos)
+        write_manifest(self.folder, manifest)
         return manifest
 
     def _record(self, number: int) -> Path:
-        return self._folder / f"{number:05}.json"
+        return self.folder / f"{number:05}.json"
+
+    def _records(self) -> list[Any]:
+        """What the shards that are done say."""
+        paths = map(self._record, range(len(self.shards)))
+        return [_read_json(path) for path in paths if path.is_file()]
 
     def _require_own(self) -> None:
-        if _read_json(self._folder / _PLAN) != self._plan:
-            raise ValueError(f"{str(self._folder)!r} was overwritten by another job meanwhile: this one ends")
+        if _read_json(self.folder / _PLAN) != self._plan:
+            raise ValueError(f"{str(self.folder)!r} was overwritten by another job meanwhile: this one ends")
 
-    def _claim(self, shard_bytes: int, overwrite: bool) -> Any:
+    def _claim(self, overwrite: bool) -> Any:
         """Write down what the folder is for, or refuse one that is for something else; gives what is written."""
         names = sorted({part.file for shard in self.shards for part in shard.ranges if os.path.isfile(part.file)})
         plan = {
             "format": FORMAT,
             "tokenizer": self._digest,
-            "shard_bytes": shard_bytes,
-            "settings": {key: getattr(self._config, key) for key in _SETTINGS},
+            "shard_bytes": self.shard_bytes,
+            "settings": {key: getattr(self.config, key) for key in _SETTINGS},
             # Size and time of change, by which a changed file is noticed.
             "files": {name: [os.path.getsize(name), os.stat(name).st_mtime_ns] for name in names},
             "units": self.shards,
         }
         plan = json.loads(json.dumps(plan))  # as it is read
-        folder, path = str(self._folder), self._folder / _PLAN
+        folder, path = str(self.folder), self.folder / _PLAN
         if path.is_file() and not overwrite:
             there = _read_json(path)
             different = [key for key, value in plan.items() if there.get(key) != value]
@@ -195,10 +186,10 @@ class Preparation:
                     "to go on, replace it with --overwrite, or name another folder"
                 )
             return there
-        if not path.is_file() and self._folder.is_dir() and any(self._folder.iterdir()):
+        if not path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{folder!r} is not empty, and no data was prepared there: name another folder")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             if path.is_file():
                 self._clear()
             write_json(path, plan)
@@ -208,12 +199,12 @@ class Preparation:
 
     def _clear(self) -> None:
         """Delete what was prepared, but for the plan, which is written anew; refused while another job makes it."""
-        tokenizer = self._folder / "tokenizer"
-        if Path(self._config.tokenizer).resolve().is_relative_to(tokenizer.resolve()):
+        tokenizer = self.folder / "tokenizer"
+        if Path(self.config.tokenizer).resolve().is_relative_to(tokenizer.resolve()):
             where = "lies in the folder that is to be overwritten: copy it elsewhere"
-            raise ValueError(f"data.tokenizer={self._config.tokenizer!r} {where}")
-        with FileLock(self._folder / LOCK):
-            for old in [old for pattern in _WRITTEN for old in self._folder.glob(pattern)]:
+            raise ValueError(f"data.tokenizer={self.config.tokenizer!r} {where}")
+        with FileLock(self.folder / LOCK):
+            for old in [old for pattern in _WRITTEN for old in self.folder.glob(pattern)]:
                 old.unlink(missing_ok=True)
             shutil.rmtree(tokenizer, ignore_errors=True)
 
@@ -228,8 +219,7 @@ def _read_json(path: Path) -> Any:
 def run(preparation: Preparation, processes: int, max_bad_share: float) -> Iterator[int]:
     """Make all missing shards in processes of this machine; yields the number of each when it is done.
 
-    Raises:
-        ValueError: The text cannot be read, has too many bad rows, or a process ended.
+    Raises ValueError where the text cannot be read, has too many bad rows, or a process ended.
     """
     tally, waiting = preparation.tally(), preparation.missing()
     # Forked, they share the tokenizer and the source.
@@ -278,43 +268,12 @@ def _make(number: int) -> Tally:
 # Tasks of datatrove, on many machines
 
 
-@dataclass(frozen=True)
-class ClusterStep:
-    """A step of a datatrove pipeline: makes a task's share of the missing shards, or declares the folder whole."""
-
-    folder: Path
-    config: DataConfig
-    shard_bytes: int
-    finish: bool = False
-
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-        """Do it; passes `data` on, which is nothing."""
-        preparation = self.open()
-        if self.finish:
-            preparation.finish()
-            return data
-        for number in preparation.missing():
-            if number % world_size == rank:
-                preparation.make(number)
-                preparation.tally().check(self.config.max_bad_share, ended=False)
-        return data
-
-    def open(self) -> Preparation:
-        """Open the preparation in a process that has only its description."""
-        tokenizer = load_tokenizer(self.config.tokenizer)
-        return Preparation(self.folder, self.config, tokenizer, shard_bytes=self.shard_bytes)
-
-
-def run_on_cluster(
-    folder: Path, config: DataConfig, shard_bytes: int, *, tasks: int, processes: int | None, slurm: dict[str, str]
-) -> None:
-    """Prepare a folder by `tasks` tasks of datatrove's executors; run again, they go on with what is missing.
+def run_on_cluster(preparation: Preparation, *, tasks: int, processes: int | None, slurm: dict[str, str]) -> None:
+    """Make all missing shards in `tasks` tasks of datatrove's executors, and declare the folder whole.
 
     So many `processes` run at once on this machine; None submits the tasks to Slurm and returns, with `slurm` the
-    arguments of datatrove's SlurmPipelineExecutor. Logs go beside the folder.
-
-    Raises:
-        ValueError: datatrove is not installed, or Slurm's partition or time is not said.
+    arguments of datatrove's SlurmPipelineExecutor. Logs go beside the folder. Raises ValueError where datatrove is not
+    installed, or Slurm's partition or time is not said.
     """
     try:
         from datatrove.executor.local import LocalPipelineExecutor  # noqa: PLC0415  an extra
@@ -323,21 +282,33 @@ def run_on_cluster(
         raise ValueError("datatrove is not installed: pip install 'mega_scale[cluster]'") from None
     if processes is None and (missing := {"partition", "time"} - set(slurm)):
         raise ValueError(f"--slurm needs {' and '.join(sorted(missing))}, as in --slurm partition=cpu time=12:00:00")
-    folder = folder.absolute()
-    make = ClusterStep(folder, config, shard_bytes)
-    finish = ClusterStep(folder, config, shard_bytes, finish=True)
-    make.open()  # the tasks find the plan, and none of them has to write it
+    folder = preparation.folder.absolute()
+    step = partial(_do_task, folder, preparation.config, preparation.shard_bytes)
+    logs = folder.with_name(f"{folder.name}-logs")
     # What is done is known by its files; a task that was marked as done would leave out a shard that was lost.
     common: dict[str, Any] = {"skip_completed": False}
-    logs = folder.with_name(f"{folder.name}-logs")
     if processes is not None:
-        LocalPipelineExecutor([make], tasks, processes, str(logs / "shards"), **common).run()
-        LocalPipelineExecutor([finish], 1, 1, str(logs / "manifest"), **common).run()
+        LocalPipelineExecutor([partial(step, False)], tasks, processes, str(logs / "shards"), **common).run()
+        preparation.finish()
         return
     common |= {key: int(value) if value.isdecimal() else value for key, value in slurm.items()}
 
-    def job(step: ClusterStep, name: str, tasks: int, **keys: Any) -> SlurmPipelineExecutor:
+    def job(name: str, tasks: int, **keys: Any) -> SlurmPipelineExecutor:
         names = {"job_name": f"{folder.name}-{name}", "logging_dir": str(logs / name)}
-        return SlurmPipelineExecutor([step], tasks=tasks, **names, **keys, **common)
+        return SlurmPipelineExecutor([partial(step, name == "manifest")], tasks=tasks, **names, **keys, **common)
 
-    job(finish, "manifest", 1, depends=job(make, "shards", tasks)).run()
+    job("manifest", 1, depends=job("shards", tasks)).run()
+
+
+def _do_task(
+    folder: Path, config: DataConfig, shard_bytes: int, last: bool, data: Any, rank: int, world_size: int
+) -> None:
+    """Make a task's share of the missing shards, or as the `last` task declare the folder whole."""
+    preparation = Preparation(folder, config, load_tokenizer(config.tokenizer), shard_bytes=shard_bytes)
+    if last:
+        preparation.finish()
+        return
+    for number in preparation.missing():
+        if number % world_size == rank:
+            preparation.make(number)
+            preparation.tally().check(config.max_bad_share, ended=False)

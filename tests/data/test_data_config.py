@@ -69,7 +69,7 @@ def test_defaults_are_valid():
         ({"length_schedule": [[0, 1024]]}, ["a length of 1024", "512"]),
         ({"source": "prepared"}, ["data.path=None", "one folder"]),
         ({"source": "prepared", "path": ["a", "b"]}, ["data.path=['a', 'b']", "data.mixture"]),
-        ({"source": "prepared", "path": ["."]}, ["data.path='.'", "manifest.json", "launch/prepare.py"]),
+        ({"source": "prepared", "path": ["."]}, ["data.path=['.']", "manifest.json", "launch/prepare.py"]),
         ({"mixture": {}}, ["data.mixture={}"]),
         ({"mixture": {"a": "b"}}, ["data.mixture.a='b'"]),
         ({"mixture": {"a": {"paht": "a.txt"}}}, ["data.mixture.a.paht", "weight"]),

@@ -40,8 +40,12 @@ def config_of(corpus: Path, **keys) -> DataConfig:
     return DataConfig(source="json", path=[str(corpus / "*.jsonl")], cache_dir=str(corpus / "cache"), **keys)
 
 
+def opened(folder: Path, config: DataConfig, shard_bytes: int = 3000) -> Preparation:
+    return Preparation(folder, config, load_tokenizer(config.tokenizer), shard_bytes=shard_bytes)
+
+
 def prepare(folder: Path, config: DataConfig, processes: int = 1, shard_bytes: int = 3000) -> Preparation:
-    preparation = Preparation(folder, config, load_tokenizer(config.tokenizer), shard_bytes=shard_bytes)
+    preparation = opened(folder, config, shard_bytes)
     for _ in run(preparation, processes, config.max_bad_share):
         pass
     preparation.finish()
@@ -253,11 +257,11 @@ def one_file(tmp_path) -> DataConfig:
 def test_local_executor_makes_the_same_files(one_file, tmp_path):
     pytest.importorskip("datatrove")
     prepare(tmp_path / "own", one_file)
-    run_on_cluster(tmp_path / "local", one_file, 3000, tasks=3, processes=1, slurm={})
+    run_on_cluster(opened(tmp_path / "local", one_file), tasks=3, processes=1, slurm={})
     assert contents(tmp_path / "local") == contents(tmp_path / "own")
     lost = tmp_path / "local/00002.json"
     lost.unlink()
-    run_on_cluster(tmp_path / "local", one_file, 3000, tasks=2, processes=1, slurm={})
+    run_on_cluster(opened(tmp_path / "local", one_file), tasks=2, processes=1, slurm={})
     assert contents(tmp_path / "local") == contents(tmp_path / "own")
 
 
@@ -273,9 +277,9 @@ def test_slurm_jobs_make_the_same_files(one_file, tmp_path, monkeypatch):
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     keys = {"partition": "cpu", "time": "00:10:00"}
-    run_on_cluster(tmp_path / "slurm", one_file, 3000, tasks=2, processes=None, slurm=keys)
+    run_on_cluster(opened(tmp_path / "slurm", one_file), tasks=2, processes=None, slurm=keys)
     log = commands / "sbatch.log"
     assert (tmp_path / "slurm/manifest.json").exists(), log.read_text() if log.exists() else "nothing was submitted"
     assert contents(tmp_path / "slurm") == contents(tmp_path / "own")
     with pytest.raises(ValueError, match="partition and time"):
-        run_on_cluster(tmp_path / "slurm", one_file, 3000, tasks=2, processes=None, slurm={})
+        run_on_cluster(opened(tmp_path / "slurm", one_file), tasks=2, processes=None, slurm={})

@@ -1,8 +1,7 @@
 """The `decode` command: whether decoding stays as fast, and its cache as small, as a text grows.
 
-Our step is timed at several contexts, and beside it models of transformers at one of them. Every contender decodes a
-window as long as our chunk, centred on its context, so that our step meets every place of a chunk, and a model whose
-cache grows has the named context on average.
+Every contender decodes a window as long as our chunk, centred on its context: ours meets every place of a chunk, and
+a model whose cache grows has the named context on average.
 """
 
 import argparse

@@ -1,8 +1,6 @@
 """The `ema`, `bandwidth` and `kernels` commands: the damped moving average beside transformers 4.37.2's, and on GPUs.
 
-`bandwidth`: its share of a copy's bandwidth. Bytes are the fewest there can be: forward reads x and writes y, backward
-reads x and dy and writes dx; what kernels move beyond that counts against them. `kernels` needs no GPU.
-
+`bandwidth` counts the fewest bytes there can be: forward reads x and writes y, backward reads x and dy and writes dx.
 Legend: B batch, L tokens, D channels, N averages a channel.
 """
 
@@ -73,10 +71,7 @@ class EmaMemory:
 
 
 def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int, device: str = "cpu") -> dict[str, Tensor]:
-    """Input, output gradient and freshly initialised parameters of one layer, drawn from a seed, fp32.
-
-    x and dy are (B, L, D); damping, decay and expansion (D, N, 1); projection (D, N).
-    """
+    """Fresh fp32 tensors: x and dy (B, L, D); damping, decay and expansion (D, N, 1); projection (D, N)."""
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device)
     signs = 1.0 - 2.0 * (torch.arange(states, device=device) % 2)

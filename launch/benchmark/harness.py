@@ -123,8 +123,8 @@ class WorkerError(ValueError):
 class Worker:
     """An object in a process of its own, whose methods are called over pipes, a line of JSON each way.
 
-    `target` is `MODULE:CLASS` of this folder, `name` what messages call it. Standard error goes to the terminal with
-    `show_errors`; otherwise its last line is quoted where the worker fails. One that cannot be started is a ValueError.
+    `target` is `MODULE:CLASS` of this folder, `name` what messages call it. Without `show_errors` the last line of
+    standard error is quoted where the worker fails. One that cannot be started is a ValueError.
     """
 
     def __init__(
@@ -207,10 +207,7 @@ def serve(target: str, arguments: str, threads: str) -> None:
 
 
 def in_turns(contenders: Mapping[str, Callable[[], T]], repeats: int, warmup: int) -> dict[str, list[T]]:
-    """Run contenders in turns (A B C A B C ...), so that a change in the machine's load meets all of them.
-
-    Returns what the runs after the warm-up returned, such as their milliseconds.
-    """
+    """What contenders return, after the warm-up, in turns (A B C A B C ...), so that the machine's load meets all."""
     found: dict[str, list[T]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
         for name, run in contenders.items():
@@ -270,8 +267,7 @@ def compare(
 
 
 def timed_rows(times: Mapping[str, Sequence[float]], beside: str | None = None) -> list[dict[str, Any]]:
-    """A row a contender: times, median, least, greatest, and the median of its times over those of `beside`, the first
-    if not given, in the same turns, which met the same load."""
+    """A row a contender; `ratio` is the median of its times over those of `beside`, or the first, in the same turns."""
     reference = times[beside or next(iter(times))]
     return [
         {
@@ -327,10 +323,9 @@ def hardware() -> str:
 
 
 class PeakMemory:
-    """Watches how far this process grows from here on: its resident memory at its highest, less that of now.
+    """How far this process's resident memory grows from here on, on Linux; elsewhere a ValueError.
 
     `ru_maxrss` would not do: a process inherits it from the one that started it, and it cannot be set back.
-    Raises ValueError where the system keeps no such figure; only Linux does.
     """
 
     def __init__(self) -> None:

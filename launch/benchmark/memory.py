@@ -1,10 +1,6 @@
 """The `memory` and `long` commands: what one long sequence takes to train, shared by ranks, or in segments by one.
 
-`memory`: for every length and every number of ranks, new processes on this machine's CPUs take one optimizer step,
-through the same calls as a run. Each measures itself; a layout whose loss or gradient is not that of one process is not
-reported. `long`: one process takes the trainer's step with a recipe's model, recomputed a segment at a time.
-
-Legend: L tokens of the sequence, P ranks that share it, C chunk.
+Ranks are new processes on this machine's CPUs, which take one optimizer step through the calls of a run.
 """
 
 import argparse
@@ -61,11 +57,10 @@ def build_engine(config: MegaConfig, how: EngineConfig, world: World, seed: int 
 
 
 class SavedBytes(TorchDispatchMode):
-    """Counts what a forward pass leaves in memory for its backward pass, in a `with` statement around the forward pass.
+    """Counts what the forward pass in its `with` statement leaves in memory, but for what `model`'s parameters hold.
 
-    Every tensor that an operation makes is followed until the count, whoever holds it: hooks on what autograd saves
-    would not see what hooks within them save. A view counts with its whole storage; what `model`'s parameters hold at
-    that moment, sharded or gathered, does not count.
+    Every storage that an operation makes is followed: hooks on what autograd saves would not see what hooks within
+    them save.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,7 +71,6 @@ class SavedBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation and follow what it makes, without holding it."""
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -102,11 +96,8 @@ class Rank:
         self._text = torch.randint(self._config.vocab_size, (1, length + 1), generator=generator)
 
     def needs(self, warm_up: bool) -> dict[str, float]:
-        """What a step needed: loss (nats a token) and norm of the whole, seconds, and bytes: `saved` by forward for
-        backward, of the process `before`, and `growth` to its peak.
-
-        It follows a short one, which makes what every process makes but once; or it is the first, where that counts,
-        and saved bytes are not counted.
+        """Loss (nats a token) and norm of a step, its seconds, and bytes: `saved` by forward for backward, of the
+        process `before`, and its `growth` to the peak; after a short step, or of the first, whose `saved` is 0.
         """
         with World.start(self._how.parallel) as world:
             engine = build_engine(self._config, self._how, world, self._seed)

@@ -1,7 +1,6 @@
-"""What is measured beside ours: models of transformers, in workers whose Python has the release that is asked for.
+"""Models of transformers, and what is timed of them and of ours: a training step, a decoding step, a moving average.
 
-Runs under the peer's Python, which has torch, safetensors and transformers (4.37.2 for Mega), and imports nothing of
-mega_scale. What a training step is, a decoding step and the work of a moving average, is said here once, for ours too.
+Runs under the peer's Python too, which has torch, safetensors and transformers (4.37.2 for Mega), not mega_scale.
 """
 
 import copy
@@ -21,11 +20,7 @@ EMA_PARAMETERS = ("damping", "decay", "expansion", "projection")
 
 
 def mega_arguments(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the configuration of a causal, chunked Mega without dropout, ours or transformers'.
-
-    `sizes` has vocabulary, hidden, layers, shared, values, states, `feed_forward` where it is not `values`, `chunk`, 0
-    for attention over the whole sequence, and `normalization` where it is not scalenorm.
-    """
+    """Configuration of a causal Mega without dropout, ours or transformers'; `chunk` 0 is the whole sequence."""
     return {
         "vocab_size": sizes["vocabulary"], "hidden_size": sizes["hidden"], "num_hidden_layers": sizes["layers"],
         "shared_representation_size": sizes["shared"], "intermediate_size": sizes["values"],
@@ -226,7 +221,7 @@ class EmaStep:
 class PeerEma(EmaStep):
     """Kernel and FFT convolution of transformers 4.37.2's moving average, without its residual and silu.
 
-    `problem` is a file of safetensors: x and dy (B, L, D); damping, decay, expansion (D, N, 1); projection (D, N).
+    `problem` is a file of what `ema.ema_problem` makes.
     """
 
     def __init__(self, problem: str) -> None:

@@ -1,13 +1,8 @@
 """The `step` and `mfu` commands: a whole training step beside models of transformers, by length.
 
-`step`: every contender has a process of its own. They take turns, with a matrix product of the model's own sizes
-between them, by each library that PyTorch has for it, so that each figure stands beside the machine's ceilings of that
-moment. transformers' Mega gets our initial weights, and has to give our loss and gradient norm before anything is
-timed; so has ours when compiled.
-
-`mfu`: on a GPU, a recipe's model against a Llama of its size. Ours is the trainer's own step: its engine on one
-process, bf16 with fp32 masters, sliced loss, clipping, AdamW. MFU is the model's operations over the vendor's peak of
-matrix products; recomputed activations do not count.
+`step`: between the contenders' turns, matrix products of the model's sizes are timed, as the machine's ceiling of that
+moment. transformers' Mega gets our initial weights. `mfu`: on a GPU, the trainer's own step of a recipe's model beside
+a Llama of its size; MFU is the model's operations over the vendor's peak, and recomputation does not count.
 """
 
 import argparse
@@ -70,11 +65,7 @@ MFU = common(config=str(harness.ROOT / "configs/mega-1.3b.yaml"), lengths=[4096,
 
 
 class OurTraining(TrainingStep):
-    """A training step of our model on one device, without an engine.
-
-    `ours` writes its initial weights, `ours bf16` and `ours compiled` read them; `segment` of `sizes` is that of
-    activation checkpointing, 0 keeps all activations.
-    """
+    """A training step of our model without an engine; `ours` writes its initial weights, the other kinds read them."""
 
     def __init__(self, kind: str, sizes: dict[str, Any], length: int, weights: str) -> None:
         torch.manual_seed(0)
@@ -203,10 +194,7 @@ def check_plot(file: str) -> None:
 
 
 def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], title: str) -> None:
-    """Draw the time per token against the length, one line a contender, with bars from its least to its greatest.
-
-    `costs` are median, least and greatest microseconds a token by contender and length.
-    """
+    """Draw median, least and greatest microseconds a token, by contender and length, against the length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")

@@ -412,11 +412,10 @@ def delete(folder: Path) -> None:
     discard(nameless)
 
 
-def sweep(run_dir: Path, *endings: str) -> None:
-    """Delete what a deletion that was killed or failed has left, and what has one of these `endings` after its step."""
-    for ending in (_DELETED, *endings):
-        for path in run_dir.glob(f"checkpoints/step-*{ending}"):
-            forget(path)
+def sweep(run_dir: Path, ending: str = _DELETED) -> None:
+    """Delete what a deletion (or, by another `ending` of its name, a save) that was killed or failed has left."""
+    for path in run_dir.glob(f"checkpoints/step-*{ending}"):
+        forget(path)
 
 
 def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:

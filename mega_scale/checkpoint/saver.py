@@ -117,10 +117,13 @@ class Saver:
         if world.rank == 0:
             # Remove what a killed run left half written, and restore what it was about to replace.
             for path in run_dir.glob(f"checkpoints/step-*{_REPLACED}"):
-                with contextlib.suppress(OSError):
-                    if not path.with_suffix("").exists():
+                if path.with_suffix("").exists():
+                    forget(path)
+                else:
+                    with contextlib.suppress(OSError):
                         path.rename(path.with_suffix(""))
-            sweep(run_dir, _REPLACED, UNFINISHED)
+            sweep(run_dir, UNFINISHED)
+            sweep(run_dir)
             self._serial = next_serial(run_dir)
 
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:

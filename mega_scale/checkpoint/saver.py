@@ -21,23 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.checkpoint.folder import (
-    LATEST,
-    RANDOM,
-    STATE,
-    TRAINER,
-    CheckpointConfig,
-    Manifest,
-    checkpoints,
-    delete,
-    folder_of,
-    next_serial,
-    random_file,
-    state_file,
-    surplus,
-    sweep,
-    write_manifest,
-)
+from mega_scale.checkpoint import folder as store
 from mega_scale.files import Record, discard, flush, forget, hash_file, new_hash, reason, replace_text, write_json
 from mega_scale.parallel import Engine, World
 from mega_scale.parallel.shard import WEIGHT, EngineState
@@ -107,7 +91,7 @@ class Saver:
         engine: Engine,
         world: World,
         described: Mapping[str, bytes],
-        config: CheckpointConfig,
+        config: store.CheckpointConfig,
         key: bytes | None = None,
     ) -> None:
         self._run_dir, self._engine, self._world, self._described = run_dir, engine, world, described
@@ -122,9 +106,9 @@ class Saver:
                 else:
                     with contextlib.suppress(OSError):
                         path.rename(path.with_suffix(""))
-            sweep(run_dir, UNFINISHED)
-            sweep(run_dir)
-            self._serial = next_serial(run_dir)
+            store.sweep(run_dir, UNFINISHED)
+            store.sweep(run_dir)
+            self._serial = store.next_serial(run_dir)
 
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:
         """Begin a checkpoint, or write it where saves are not asynchronous; wait for the one before.
@@ -133,7 +117,7 @@ class Saver:
         """
         ended = self.finish()
         began = time.perf_counter()
-        folder = folder_of(self._run_dir, step)
+        folder = store.folder_of(self._run_dir, step)
         unfinished = folder.with_suffix(UNFINISHED)
         rank, state = self._world.rank, self._engine.state()
         tensors, ranges = rank_tensors(state, rank)
@@ -149,10 +133,10 @@ class Saver:
 
         def write() -> dict[str, Record]:
             state = tensors if copying is None else copying.result()
-            tables = {f"{STATE}/{state_file(rank)}": state, random_file(rank): random}
+            tables = {f"{store.STATE}/{store.state_file(rank)}": state, store.random_file(rank): random}
             found = {name: write_and_prove(unfinished / name, table, self._key) for name, table in tables.items()}
             trainer_text = (json.dumps(trainer, indent=1) + "\n").encode()
-            for name, text in {TRAINER: trainer_text, **self._described}.items() if rank == 0 else ():
+            for name, text in {store.TRAINER: trainer_text, **self._described}.items() if rank == 0 else ():
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 (unfinished / name).write_bytes(text)
                 found[name] = flush_and_hash(unfinished / name, self._key)
@@ -215,7 +199,7 @@ class Saver:
         if self._world.rank == 0:
             try:
                 forget(unfinished)
-                for folder in (STATE, RANDOM):
+                for folder in (store.STATE, store.RANDOM):
                     (unfinished / folder).mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(unfinished).free
                 if free < total:
@@ -239,7 +223,8 @@ class Saver:
         unfinished, replaced = save.folder.with_suffix(UNFINISHED), save.folder.with_suffix(_REPLACED)
         index = save.index | {"parts": [ranges for _, ranges, _ in reports]}
         files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
-        manifest = write_index_and_manifest(unfinished, index, Manifest(save.step, self._serial, files), self._key)
+        manifest = store.Manifest(save.step, self._serial, files)
+        write_index_and_manifest(unfinished, index, manifest, self._key)
         if os.path.lexists(save.folder):  # a run that was continued from before this step writes it anew
             discard(replaced)
             save.folder.rename(replaced)
@@ -248,16 +233,16 @@ class Saver:
         self._serial += 1
         remark = ""
         try:
-            replace_text(save.folder.parent / LATEST, save.folder.name + "\n")
+            replace_text(save.folder.parent / store.LATEST, save.folder.name + "\n")
         except OSError as error:  # nobody resumes by its word
-            remark = f"{LATEST} still names another: {reason(error)}"
+            remark = f"{store.LATEST} still names another: {reason(error)}"
         forget(replaced)
         # The one just written stays in any case: it was read back, and a damaged one may seem to be newer.
-        others = [folder for folder in checkpoints(self._run_dir) if folder != save.folder]
-        for folder in surplus([*others, save.folder], self._config.keep, self._config.keep_every):
+        others = [folder for folder in store.checkpoints(self._run_dir) if folder != save.folder]
+        for folder in store.surplus([*others, save.folder], self._config.keep, self._config.keep_every):
             with contextlib.suppress(OSError):
-                delete(folder)
-        sweep(self._run_dir)
+                store.delete(folder)
+        store.sweep(self._run_dir)
         return manifest.bytes, time.perf_counter() - save.began, remark
 
 
@@ -419,11 +404,10 @@ def flush_and_hash(path: Path, key: bytes | None) -> Record:
     return hash_file(path, key)
 
 
-def write_index_and_manifest(folder: Path, index: dict[str, Any], manifest: Manifest, key: bytes | None) -> Manifest:
+def write_index_and_manifest(folder: Path, index: dict[str, Any], manifest: store.Manifest, key: bytes | None) -> None:
     """Write the last two files of a checkpoint, and flush its folders: then it may get its name."""
-    write_json(folder / STATE / INDEX, index)
-    manifest.files[f"{STATE}/{INDEX}"] = flush_and_hash(folder / STATE / INDEX, key)
-    write_manifest(folder, manifest, key)
+    write_json(folder / store.STATE / INDEX, index)
+    manifest.files[f"{store.STATE}/{INDEX}"] = flush_and_hash(folder / store.STATE / INDEX, key)
+    store.write_manifest(folder, manifest, key)
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
-    return manifest

@@ -20,29 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mega_scale.checkpoint.folder import (
-    LATEST,
-    LOCK,
-    STATE,
-    Manifest,
-    checkpoints,
-    folder_of,
-    own_files,
-    random_file,
-    read_state,
-    state_file,
-    verify,
-)
-from mega_scale.checkpoint.saver import (
-    BUFFER,
-    FORMAT,
-    INDEX,
-    UNFINISHED,
-    StoredRange,
-    flush_and_hash,
-    write_and_prove,
-    write_index_and_manifest,
-)
+from mega_scale.checkpoint import folder as store
+from mega_scale.checkpoint import saver
 from mega_scale.files import FileLock, Record, discard, flush, reason, replace_text
 from mega_scale.hub.folder import LazyTensors
 from mega_scale.parallel import Engine, World
@@ -58,11 +37,11 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
     Returns what `trainer.json` holds. Raises ValueError, having changed nothing, where it holds another model, or what
     no trainer wrote.
     """
-    state = read_state(folder)
+    state = store.read_state(folder)
     # Nothing in training draws from it that ranks do not draw alike, so other ranks than before go on without.
     random: dict[str, Tensor] = {}
-    if random_file(world.rank) in own_files(folder):
-        path = folder / random_file(world.rank)
+    if store.random_file(world.rank) in store.own_files(folder):
+        path = folder / store.random_file(world.rank)
         try:
             random = load_file(path)
             torch.Generator().set_state(random["cpu"])
@@ -71,7 +50,7 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no random state ({reason(error)}): choose another checkpoint") from None
     with torch.no_grad():
-        StateReader(folder / STATE).load(engine.state())
+        StateReader(folder / store.STATE).load(engine.state())
     engine.loaded(state["step"])
     if random:
         torch.set_rng_state(random["cpu"])
@@ -91,9 +70,9 @@ class StateReader:
         self._folder = folder
         self._file = functools.lru_cache(_OPEN_FILES)(functools.partial(_open, folder))
         try:
-            found: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            if found["format"] != FORMAT:
-                raise ValueError(f"it has format {found['format']}, this version reads {FORMAT}")
+            found: dict[str, Any] = json.loads((folder / saver.INDEX).read_text(encoding="utf-8"))
+            if found["format"] != saver.FORMAT:
+                raise ValueError(f"it has format {found['format']}, this version reads {saver.FORMAT}")
             self.index = found
             self.shardings = {
                 name: Sharding(source, None if rows is None else tuple(rows), *rest)
@@ -106,7 +85,7 @@ class StateReader:
             self._check_counts()
             self._stored = self._stored_shards(found["parts"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-            raise ValueError(f"{folder / INDEX} cannot be read ({error!r}): choose another checkpoint") from None
+            raise ValueError(f"{folder / saver.INDEX} cannot be read ({error!r}): choose another checkpoint") from None
 
     def _check_counts(self) -> None:
         """See that counts are counts, so that nothing is looped over that no model has."""
@@ -190,7 +169,7 @@ class StateReader:
 
     def buffer(self, name: str) -> Tensor:
         """A buffer, on the CPU; raises ValueError where there is none of that name."""
-        return self._tensor(0, f"{BUFFER}/{name}")
+        return self._tensor(0, f"{saver.BUFFER}/{name}")
 
     def _shards(self, name: str) -> list[Shard]:
         sharding = self.shardings[name]
@@ -229,11 +208,11 @@ class StateReader:
         return found
 
     def _lacks(self, file: int, name: str, why: str) -> ValueError:
-        return ValueError(f"{self._folder / state_file(file)} lacks {name} ({why}): choose another checkpoint")
+        return ValueError(f"{self._folder / store.state_file(file)} lacks {name} ({why}): choose another checkpoint")
 
 
 def _open(folder: Path, file: int) -> dict[str, Tensor]:
-    path = folder / state_file(file)
+    path = folder / store.state_file(file)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -260,42 +239,42 @@ def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, n
     """
     if parts < 1:
         raise ValueError(f"parts={parts} is not possible: give at least 1")
-    manifest = verify(folder, key)
+    manifest = store.verify(folder, key)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(run_dir / LOCK):
-        final = folder_of(run_dir, manifest.step)
-        if os.path.lexists(final) or checkpoints(run_dir):
+    with FileLock(run_dir / store.LOCK):
+        final = store.folder_of(run_dir, manifest.step)
+        if os.path.lexists(final) or store.checkpoints(run_dir):
             raise ValueError(f"{run_dir} holds a run already, or {final} exists: choose another folder")
-        fresh = final.with_suffix(UNFINISHED)
+        fresh = final.with_suffix(saver.UNFINISHED)
         discard(fresh)
-        (fresh / STATE).mkdir(parents=True)
+        (fresh / store.STATE).mkdir(parents=True)
         files: dict[str, Record] = {}
         for name in manifest.files:  # what else lies there is not ours
-            if not name.startswith(f"{STATE}/"):
+            if not name.startswith(f"{store.STATE}/"):
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, fresh / name)
-                files[name] = flush_and_hash(fresh / name, new_key)
-        reader, ranges = StateReader(folder / STATE), []
+                files[name] = saver.flush_and_hash(fresh / name, new_key)
+        reader, ranges = StateReader(folder / store.STATE), []
         for part in range(parts):
-            name = f"{STATE}/{state_file(part)}"
+            name = f"{store.STATE}/{store.state_file(part)}"
             files[name], found = _rewrite_part(reader, fresh / name, part, parts, new_key)
             ranges.append(found)
         # Whole along tp.
         table = {name: sharding._replace(dim=None, length=None) for name, sharding in reader.shardings.items()}
         index = reader.index | {"table": table, "tp": 1, "parts": ranges}
-        write_index_and_manifest(fresh, index, Manifest(manifest.step, manifest.serial, files), new_key)
+        saver.write_index_and_manifest(fresh, index, store.Manifest(manifest.step, manifest.serial, files), new_key)
         fresh.rename(final)
         flush(final.parent)
-        replace_text(final.parent / LATEST, final.name + "\n")
+        replace_text(final.parent / store.LATEST, final.name + "\n")
     return final
 
 
 def _rewrite_part(
     reader: StateReader, path: Path, part: int, parts: int, key: bytes | None
-) -> tuple[Record, dict[str, StoredRange]]:
+) -> tuple[Record, dict[str, saver.StoredRange]]:
     """Write one of `parts` files, each of which has its share of every parameter."""
     like: dict[str, Tensor] = {}
-    ranges: dict[str, StoredRange] = {}
+    ranges: dict[str, saver.StoredRange] = {}
     for name, shape in reader.shapes.items():
         first, last = (shape.numel() * number // parts for number in (part, part + 1))
         if last > first:
@@ -303,13 +282,13 @@ def _rewrite_part(
             kinds = (WEIGHT, *MOMENTS) if name in reader.trained else (WEIGHT,)
             like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in kinds}
     if part == 0:
-        like |= {f"{BUFFER}/{name}": reader.buffer(name).to("meta") for name in reader.buffers}
+        like |= {f"{saver.BUFFER}/{name}": reader.buffer(name).to("meta") for name in reader.buffers}
 
     def read(stored: str) -> Tensor:
         kind, name = stored.split("/", 1)
-        if kind == BUFFER:
+        if kind == saver.BUFFER:
             return reader.buffer(name)
         _, first, last = ranges[name]
         return reader.whole(name, kind).view(-1)[first:last]
 
-    return write_and_prove(path, like, key, read), ranges
+    return saver.write_and_prove(path, like, key, read), ranges

@@ -13,7 +13,6 @@ Legend: B batch, K chunks, I queries, J keys, C chunk, Z width of queries and ke
 block, G chunks of all rows.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import ANY_LENGTH, in_memory, once_differentiable, tracing, without_autocast
+from mega_scale.ops import ANY_LENGTH, in_memory, once_differentiable, runs_triton, tracing, without_autocast
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
+_HALVES = (torch.bfloat16, torch.float16)
 # Queries of a block of the causal form; on a GPU products have to be larger.
 _CPU_BLOCK, _GPU_BLOCK = 128, 512
 
@@ -142,7 +142,10 @@ def chunk_attention(
     if impl == "auto":
         # Python counts blocks of queries, and one chunk may be of a length that a compiler leaves open.
         any_length = tracing() in ANY_LENGTH or (k.shape[1] == 1 and torch.compiler.is_compiling())
-        kernels, blocks = whole and v.is_cuda and _suits_triton(v), whole and documents is None and not any_length
+        kernels, blocks = (
+            whole and v.dtype in _HALVES and runs_triton(v),
+            whole and documents is None and not any_length,
+        )
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
     if impl == "causal":
@@ -166,17 +169,6 @@ def chunk_attention(
         assert of_q is not None and of_k is not None and of_v is not None
         parts.append(_masked_attention(of_q, of_k, of_v, bias, mask, own, **rules)[0][0])
     return torch.cat(parts)[documents.order].view(*q.shape[:3], v.shape[-1]), None
-
-
-def _suits_triton(v: Tensor) -> bool:
-    """Whether `auto` takes the Triton kernels for values on a GPU."""
-    return (
-        v.dtype in (torch.bfloat16, torch.float16)
-        and in_memory(v)
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(v.device) >= (8, 0)
-        and importlib.util.find_spec("triton") is not None
-    )
 
 
 def _masked_attention(

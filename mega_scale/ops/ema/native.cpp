@@ -5,10 +5,12 @@
 // the state before it are walked apart, and the latter is found anew at the block's end, by q to the power of its tokens:
 // so rounding counts blocks and not tokens.
 //
-// Legend: B batch, L length, D channels, N averages per channel, padded to a multiple of PADDING; G groups, M blocks.
+// Legend: B batch, L length, D channels, N averages per channel, P those padded to a multiple of PADDING; G groups, M blocks.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -52,7 +54,7 @@ constexpr int TOKENS = 32;
 // Averages at a time: forward they hide each other's latency, backward they leave registers for three gradients each.
 constexpr int FORWARD = 8, BACKWARD = 4, PADDING = 8;
 
-// Of one group: (N, W) each; fade is what a block leaves of a state.
+// Of one group: (P, W) each; fade is what a block leaves of a state.
 struct Coefficients {
     const float *rate, *gain, *projection, *fade;
 };
@@ -64,8 +66,38 @@ struct Sizes {
     int64_t batch, length, channels, averages;
     int64_t groups() const { return (channels + W - 1) / W; }
     int64_t blocks() const { return (length + TOKENS - 1) / TOKENS; }
-    int64_t state() const { return averages * W; }          // of a group
+    int64_t padded() const { return (averages + PADDING - 1) / PADDING * PADDING; }
+    int64_t state() const { return padded() * W; }             // of a group
     int64_t all_states() const { return groups() * state(); }  // of a sequence
+};
+
+// Coefficients or states of so many rows (D, N) as (G, P, W), filled up with zeros.
+class Grouped {
+    struct Free {
+        void operator()(float *all) const { ::operator delete[](all, std::align_val_t{64}); }
+    };
+    const Sizes sizes;
+    const int64_t rows;
+    std::unique_ptr<float[], Free> all;
+
+    template <typename Function>
+    void each(Function of_pair) const {  // of places in groups and in rows
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t d = 0; d < sizes.channels; d++)
+                for (int64_t n = 0; n < sizes.averages; n++)
+                    of_pair(row * sizes.all_states() + d / W * sizes.state() + n * W + d % W,
+                            (row * sizes.channels + d) * sizes.averages + n);
+    }
+
+  public:
+    Grouped(const Sizes &sizes, int64_t rows, const float *from)
+        : sizes(sizes), rows(rows), all(new (std::align_val_t{64}) float[rows * sizes.all_states()]()) {
+        if (from) each([&](int64_t in, int64_t out) { all[in] = from[out]; });
+    }
+    float *data() const { return all.get(); }
+    void write(float *to) const {
+        each([&](int64_t in, int64_t out) { to[out] = all[in]; });
+    }
 };
 
 // One block of one group of one sequence.
@@ -186,32 +218,33 @@ inline void backward(const float *x, const float *dy, Coefficients c, const floa
 
 extern "C" {
 
-int mega_ema_width() { return W; }
 int mega_ema_tokens() { return TOKENS; }
-int mega_ema_padding() { return PADDING; }
+// Numbers of a sequence's states before a block: (G, P, W).
+int64_t mega_ema_states(int64_t channels, int64_t averages) { return Sizes{1, 1, channels, averages}.all_states(); }
 
-// x and y (B, L, D); coefficients (5, G, N, W): rate, gain, projection, what a whole block and what the last one leaves of
-// a state; resets (B, L) or null; state (B, G, N, W), from before x to after it; befores (B, M, G, N, W), states before
-// every block, or null.
+// x and y (B, L, D); coefficients (5, D, N): rate, gain, projection, what a whole block and what the last one leaves of a
+// state; resets (B, L) or null; state (B, D, N), from before x to after it; befores (B, M, G, P, W), states before every
+// block, or null.
 void mega_ema_forward(const float *x, const float *coefficients, const uint8_t *resets, float *state, float *y,
                       float *befores, int64_t batch, int64_t length, int64_t channels, int64_t averages,
                       int64_t threads) {
     const Sizes sizes{batch, length, channels, averages};
+    const Grouped grouped(sizes, 5, coefficients), running(sizes, batch, state);
     const int64_t all = sizes.all_states();
-    share(sizes.groups(), threads, [=](int64_t first, int64_t end) {
+    share(sizes.groups(), threads, [&](int64_t first, int64_t end) {
         alignas(64) float in[TOKENS * W], out[TOKENS * W];
         for (int64_t b = 0; b < sizes.batch; b++)
             for (int64_t m = 0; m < sizes.blocks(); m++)
                 for (int64_t g = first; g < end; g++) {
                     const Place at = place(sizes, b, m, g);
-                    float *own = state + b * all + g * sizes.state();
+                    float *own = running.data() + b * all + g * sizes.state();
                     if (befores)
                         std::memcpy(befores + (b * sizes.blocks() + m) * all + g * sizes.state(), own,
                                     sizes.state() * sizeof(float));
                     take(x, sizes.channels, at, in);
                     std::memset(out, 0, sizeof out);
                     for (int64_t n = 0; n < sizes.averages; n += FORWARD) {
-                        const float *c = coefficients + g * sizes.state() + n * W;
+                        const float *c = grouped.data() + g * sizes.state() + n * W;
                         const Coefficients some{c, c + all, c + 2 * all, c + (m + 1 < sizes.blocks() ? 3 : 4) * all};
                         if (resets)
                             forward<true>(in, some, resets + at.row, at.tokens, own + n * W, out);
@@ -221,16 +254,18 @@ void mega_ema_forward(const float *x, const float *coefficients, const uint8_t *
                     put(out, sizes.channels, at, y);
                 }
     });
+    running.write(state);
 }
 
-// As above; dy and dx (B, L, D); adjoint (B, G, N, W), the gradient of the states after x, then of those before it;
-// gradients (3, G, N, W), of the first three, added to.
+// As above; dy and dx (B, L, D); adjoint (B, D, N), the gradient of the states after x, then of those before it;
+// gradients (3, D, N), of the first three.
 void mega_ema_backward(const float *x, const float *dy, const float *coefficients, const float *befores,
                        const uint8_t *resets, float *adjoint, float *dx, float *gradients, int64_t batch, int64_t length,
                        int64_t channels, int64_t averages, int64_t threads) {
     const Sizes sizes{batch, length, channels, averages};
+    const Grouped grouped(sizes, 5, coefficients), running(sizes, batch, adjoint), sums(sizes, 3, nullptr);
     const int64_t all = sizes.all_states();
-    share(sizes.groups(), threads, [=](int64_t first, int64_t end) {
+    share(sizes.groups(), threads, [&](int64_t first, int64_t end) {
         alignas(64) float in[TOKENS * W], up[TOKENS * W], down[TOKENS * W];
         for (int64_t b = 0; b < sizes.batch; b++)
             for (int64_t m = sizes.blocks() - 1; m >= 0; m--)
@@ -241,9 +276,10 @@ void mega_ema_backward(const float *x, const float *dy, const float *coefficient
                     std::memset(down, 0, sizeof down);
                     for (int64_t n = 0; n < sizes.averages; n += BACKWARD) {
                         const int64_t offset = g * sizes.state() + n * W;
-                        const float *c = coefficients + offset, *before = befores + (b * sizes.blocks() + m) * all + offset;
+                        const float *c = grouped.data() + offset;
+                        const float *before = befores + (b * sizes.blocks() + m) * all + offset;
                         const Coefficients some{c, c + all, c + 2 * all, c + (m + 1 < sizes.blocks() ? 3 : 4) * all};
-                        float *d = gradients + offset, *own = adjoint + b * all + offset;
+                        float *d = sums.data() + offset, *own = running.data() + b * all + offset;
                         const Gradients of_some{d, d + all, d + 2 * all};
                         if (resets)
                             backward<true>(in, up, some, before, resets + at.row, at.tokens, own, down, of_some);
@@ -253,6 +289,8 @@ void mega_ema_backward(const float *x, const float *dy, const float *coefficient
                     put(down, sizes.channels, at, dx);
                 }
     });
+    running.write(adjoint);
+    sums.write(gradients);
 }
 
 }  // extern "C"

@@ -2,7 +2,7 @@
 
 The library is kept where PyTorch keeps its extensions, named by a hash of the source and the compiler's command.
 
-Legend: B batch, L length, D channels, N moving averages per channel; G groups of W channels, as in native.cpp.
+Legend: B batch, L length, D channels, N moving averages per channel.
 """
 
 import ctypes
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops import in_memory, once_differentiable
@@ -61,20 +60,6 @@ def native_ema(
     return y, end
 
 
-def _grouped(tensor: Tensor, native: ctypes.CDLL) -> Tensor:
-    """(..., D, N) to (..., G, N, W), both filled up with zeros; a copy."""
-    channels, averages = tensor.shape[-2:]
-    width = native.mega_ema_width()
-    padded = F.pad(tensor, (0, -averages % native.mega_ema_padding(), 0, -channels % width))
-    return padded.unflatten(-2, (-1, width)).mT.clone(memory_format=torch.contiguous_format)
-
-
-def _ungrouped(tensor: Tensor, like: Tensor) -> Tensor:
-    """(..., G, N, W) to (..., D, N) of `like`."""
-    channels, averages = like.shape
-    return tensor.mT.flatten(-3, -2)[..., :channels, :averages].contiguous()
-
-
 class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,19 +75,18 @@ class _Walk(torch.autograd.Function):
         """x (B, L, D), coefficients (D, N), state (B, D, N), resets (B, L), whether there will be a backward pass."""
         native: Any = library()
         batch, length, channels = x.shape
-        tokens = native.mega_ema_tokens()
+        averages, tokens = log_decay.shape[1], native.mega_ema_tokens()
         blocks = -(-length // tokens)
         fades = (log_decay * count for count in (tokens, length - (blocks - 1) * tokens))
-        ready = [torch.expm1(log_decay), gain, projection, *(fade.exp() for fade in fades)]
-        coefficients, running = _grouped(torch.stack(ready), native), _grouped(state, native)
-        befores = x.new_empty(batch, blocks, *coefficients.shape[1:]) if keeps else None
-        y = torch.empty_like(x)
+        coefficients = torch.stack([torch.expm1(log_decay), gain, projection, *(fade.exp() for fade in fades)])
+        befores = x.new_empty(batch, blocks, native.mega_ema_states(channels, averages)) if keeps else None
+        y, end = torch.empty_like(x), state.clone(memory_format=torch.contiguous_format)
         threads = max(1, min(torch.get_num_threads(), x.numel() // _OF_A_THREAD))
-        ctx.sizes = batch, length, channels, coefficients.shape[2], threads
-        tensors = x, coefficients, resets, running, y, befores
+        ctx.sizes = batch, length, channels, averages, threads
+        tensors = x, coefficients, resets, end, y, befores
         native.mega_ema_forward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
         ctx.save_for_backward(x, log_decay, coefficients, befores, resets)
-        return y, _ungrouped(running, log_decay)
+        return y, end
 
     @staticmethod
     @once_differentiable
@@ -110,12 +94,12 @@ class _Walk(torch.autograd.Function):
         """Finds the states inside a block anew, from the one before it."""
         native: Any = library()
         x, log_decay, coefficients, befores, resets = ctx.saved_tensors
-        dy, adjoint = dy.contiguous(), _grouped(d_end, native)
-        dx, gradients = torch.empty_like(x), torch.zeros_like(coefficients[:3])
+        dy, adjoint = dy.contiguous(), d_end.clone(memory_format=torch.contiguous_format)
+        dx, gradients = torch.empty_like(x), torch.empty_like(coefficients[:3])
         tensors = x, dy, coefficients, befores, resets, adjoint, dx, gradients
         native.mega_ema_backward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
-        d_rate, d_gain, d_projection = _ungrouped(gradients, log_decay)
-        return dx, d_rate * log_decay.exp(), d_gain, d_projection, _ungrouped(adjoint, log_decay), None, None
+        d_rate, d_gain, d_projection = gradients
+        return dx, d_rate * log_decay.exp(), d_gain, d_projection, adjoint, None, None
 
 
 @cache
@@ -139,6 +123,7 @@ def library() -> ctypes.CDLL | None:
     for function, tensors in ((found.mega_ema_forward, 6), (found.mega_ema_backward, 8)):
         function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 5
         function.restype = None
+    found.mega_ema_states.argtypes, found.mega_ema_states.restype = [ctypes.c_int64] * 2, ctypes.c_int64
     return found
 
 

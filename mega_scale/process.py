@@ -14,17 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # Exit codes of a command that is refused, of one whose output, or a run whose last checkpoint, could not be written
-# (EX_IOERR), and of a command that got SIGINT, or a run that got it again.
-REFUSED, NOT_WRITTEN, INTERRUPTED = 2, 74, 128 + signal.SIGINT
+# (EX_IOERR), of a rank that ends because of another one (EX_TEMPFAIL: nothing is wrong with the run, start it again),
+# and of a command that got SIGINT, or a run that got it again.
+REFUSED, NOT_WRITTEN, PEER_LOST, INTERRUPTED = 2, 74, 75, 128 + signal.SIGINT
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 """Signals that ask a run to stop, where its settings name no others."""
 
 # Ctrl-C reaches every process of a terminal, and launchers pass it on to the same ones: within a moment it is one.
 _AGAIN_S = 2.0
+_WHOLE_WRITE = 4096  # bytes that a pipe takes without another writer's between them (PIPE_BUF of Linux)
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
@@ -181,7 +183,24 @@ class StopSignals:
 
 
 def _say(line: str) -> None:
-    """Print a line on the first rank, past Python's buffers, whose locks the main thread may hold."""
+    """Print a line on the first rank."""
     if next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0":
-        with contextlib.suppress(OSError):
-            os.write(2, f"mega_scale | {line}\n".encode())
+        write_stderr(f"mega_scale | {line}")
+
+
+def write_stderr(line: str) -> None:
+    """Write a line to standard error past Python's buffer, whose lock the main thread may hold.
+
+    It is cut where it is too long to be whole among others' lines, and lost where it cannot be written.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode(errors="replace")[: _WHOLE_WRITE - 1] + b"\n")
+
+
+class Standing(NamedTuple):
+    """Where a rank stands, to be compared with others: all ranks do the same things in the same order."""
+
+    beats: int  # things done since the start
+    step: int  # optimizer step under way
+    phase: str
+    idle_s: float  # time since the last beat (seconds)

@@ -24,7 +24,7 @@ from mega_scale.config import load_config, model_config
 from mega_scale.data import load_tokenizer
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.mesh import check_segments
-from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.process import PEER_LOST
 from mega_scale.training.config import OptimizerConfig, build_optimizer
 
 from . import harness

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from mega_scale.parallel.engine import BuildOptimizer, Engine
     from mega_scale.parallel.mesh import Placement, check_single, placement
     from mega_scale.parallel.model_parallel import SelfTest, parallelize, run_self_test
-    from mega_scale.parallel.monitor import Standing
     from mega_scale.parallel.shard import EngineState, Place, Values, fill, seeded_values
     from mega_scale.parallel.world import World
 
@@ -20,7 +19,6 @@ _MODULES = {
     "config": ("EngineConfig", "ParallelConfig", "layout_changes"),
     "engine": ("BuildOptimizer", "Engine"),
     "mesh": ("Placement", "check_single", "placement"),
-    "monitor": ("Standing",),
     "model_parallel": ("SelfTest", "parallelize", "run_self_test"),
     "shard": ("EngineState", "Place", "Values", "fill", "seeded_values"),
     "world": ("World",),
@@ -36,6 +34,6 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BuildOptimizer", "Engine", "EngineConfig", "EngineState", "ParallelConfig", "Place", "Placement", "SelfTest",
-    "Standing", "Values", "World", "check_single", "fill", "layout_changes", "parallelize", "placement",
+    "Values", "World", "check_single", "fill", "layout_changes", "parallelize", "placement",
     "run_self_test", "seeded_values",
 ]  # fmt: skip

@@ -15,34 +15,30 @@ word each says where it stands, and the verdict names those that are behind.
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
 from mega_scale.parallel.mesh import PORT_OPTIONS, meeting_point, placement
-
-PEER_LOST = 75
-"""Exit code of a rank that ends because of another one (EX_TEMPFAIL: nothing is wrong with the run, start it again)."""
+from mega_scale.process import PEER_LOST, Standing, write_stderr
 
 WELL, ALARM, HANG, LEFT = "well", "alarm", "hang", "left"
 
 _LONGEST_BEAT_S = 1.0
-# A silent rank is given up, however long collectives may take: a process that lives beats whatever it computes.
-_PATIENCE_S = 30.0
-# In beats. A rank is given up at 30 of the timeout's 40, so that all ranks have ended when the timeout is over.
+# In beats. A silent rank is given up at 30 of the timeout's 40, so that all ranks have ended when the timeout is over.
+# That is after 30 s, however long collectives may take: a process that lives beats whatever it computes.
 _TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _VICTIM_WAITS, _NEWS_SPREAD, _LOOKS = 40, 30, 5, 12, 2, 3
 _ANSWERS_TAKE = 5
 _REFUSAL_S = 5.0
 _REASON_LENGTH, _NAMED = 300, 16
-_WHOLE_WRITE = 4096  # bytes that a pipe takes without another writer's between them (PIPE_BUF of Linux)
 _REMEDY = "see its output and the network, then start the run again with --resume"
 
 _FIRST_PAUSE_S = 0.1
@@ -52,62 +48,50 @@ _ANSWERS_TAKE_S = 5.0  # what listens at the address is another program if it do
 _OTHER_ADDRESS = f"choose another port ({PORT_OPTIONS}), and an address of rank 0's host that all hosts can reach"
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """The store, seen from one rank."""
-
-    store: dist.Store  # connection of the main thread and of the process group
-    watch: dist.Store  # the monitor's own: one that hangs holds up everybody who shares it
-    address: str  # host:port
-    launchers: bool  # whether the launcher keeps it; else rank 0 does
-    hosted: bool  # whether this process keeps it, so that it is gone when the process ends
-
-
-def connect(timeout_s: float) -> Rendezvous:
+def connect(timeout_s: float) -> tuple[dist.Store, dist.Store, str, bool]:
     """Reach the store within a time (seconds): torchrun's agents keep one; under other launchers rank 0 does.
 
     No other program and no earlier attempt of the launcher shares its keys. Raises ConnectionError, which names the
     address, where it cannot be reached in time, rank 0 cannot listen on it, or another program or run does.
+
+    Returns:
+        A connection for the main thread and the process group, another one for the monitor (one that hangs holds up
+        everybody who shares it), host:port, and whether the launcher keeps the store.
     """
     place = placement()
     host, port = meeting_point(place)
-    address = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     hosted = place.rank == 0 and not agent
     deadline = time.monotonic() + timeout_s
     _reach(host, port, deadline, listens=not hosted)
     left = max(deadline - time.monotonic(), 1.0)
-    found: list[list[dist.Store] | dist.DistError] = []
+    found: list[Any] = []
 
     def build() -> None:
         timeout = timedelta(seconds=left / 2)  # the constructor tries twice
         try:
-            stores = [
-                dist.TCPStore(
-                    host, port, is_master=hosted and first, timeout=timeout, wait_for_workers=False, multi_tenant=True
-                )
-                for first in (True, False)
-            ]
+            for keeps in (hosted, False):
+                found.append(dist.TCPStore(host, port, None, keeps, timeout, wait_for_workers=False, multi_tenant=True))
         except dist.DistError as error:
             found.append(error)
-        else:
-            found.append(list(stores))
+
+    def problem(what: str) -> ConnectionError:
+        return ConnectionError(f"at {host}:{port} (MASTER_ADDR, MASTER_PORT), {what}; {_OTHER_ADDRESS}")
 
     # In another thread, as a program that accepts a connection and says nothing is waited for forever.
     thread = threading.Thread(target=build, daemon=True)
     thread.start()
     thread.join(left if hosted or agent else min(left, _ANSWERS_TAKE_S))
-    if not found:
-        raise ConnectionError(f"what listens at {address} is no key-value store of this run: {_OTHER_ADDRESS}")
-    if isinstance(found[0], dist.DistError):
-        problem = "this rank cannot keep the key-value store" if hosted else "the key-value store does not answer"
-        reason = (str(found[0]).splitlines() or [""])[0]
-        raise ConnectionError(f"{problem} at {address}: {reason}; {_OTHER_ADDRESS}")
-    for store in found[0]:
-        store.set_timeout(timedelta(seconds=timeout_s))
+    if thread.is_alive():
+        raise problem("what listens is no key-value store of this run")
+    if isinstance(found[-1], dist.DistError):
+        what = "this rank cannot keep the key-value store" if hosted else "the key-value store does not answer"
+        raise problem(f"{what}: {(str(found[-1]).splitlines() or [''])[0]}")
     # torchrun's store outlives a restart of its workers.
     prefix = f"mega_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    main, watch = (dist.PrefixStore(prefix, store) for store in found[0])
+    main, watch = (dist.PrefixStore(prefix, store) for store in found)
+    for store in (main, watch):
+        store.set_timeout(timedelta(seconds=timeout_s))
     if hosted:
         main.set("size", str(place.size))
     elif not agent:
@@ -115,10 +99,10 @@ def connect(timeout_s: float) -> Rendezvous:
         try:
             main.wait(["size"], timedelta(seconds=_ANSWERS_TAKE_S))
         except dist.DistError:
-            raise ConnectionError(f"the key-value store at {address} is another program's: {_OTHER_ADDRESS}") from None
+            raise problem("the key-value store is another program's") from None
         if main.get("size").decode() != str(place.size) or main.add(f"came/{place.rank}", 1) > 1:
-            raise ConnectionError(f"another run meets at {address}: {_OTHER_ADDRESS}")
-    return Rendezvous(main, watch, f"{host}:{port}", agent, hosted)
+            raise problem("another run meets")
+    return main, watch, f"{host}:{port}", agent
 
 
 def _reach(host: str, port: int, deadline: float, listens: bool) -> None:
@@ -130,108 +114,82 @@ def _reach(host: str, port: int, deadline: float, listens: bool) -> None:
     while True:
         try:
             socket.getaddrinfo(host, port)
-            break
+            if listens:
+                socket.create_connection((host, port), max(deadline - time.monotonic(), _FIRST_PAUSE_S)).close()
+            return
         except (OSError, UnicodeError) as error:
-            if time.monotonic() + _LONGEST_PAUSE_S > names_known:
+            unknown = isinstance(error, (socket.gaierror, UnicodeError))
+            pause = min(2 * pause, _LONGEST_PAUSE_S, (names_known if unknown else deadline) - time.monotonic())
+            if pause <= 0:
                 raise ConnectionError(
                     f"MASTER_ADDR={host!r} cannot be resolved on this host ({error}): give an address of rank 0's "
                     "host, or a name that every host resolves"
+                    if unknown
+                    else f"{host}:{port} (MASTER_ADDR, MASTER_PORT) cannot be reached: {error}; see whether rank 0 "
+                    "started, and whether this host resolves that name and may connect to that port"
                 ) from None
-        time.sleep(_LONGEST_PAUSE_S)
-    while listens:
-        try:
-            with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), _FIRST_PAUSE_S)):
-                return
-        except OSError as error:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise ConnectionError(
-                    f"{host}:{port} (MASTER_ADDR, MASTER_PORT) cannot be reached: {error}; see whether rank 0 started, "
-                    "and whether this host resolves that name and may connect to that port"
-                ) from None
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
-
-
-class Standing(NamedTuple):
-    """Where a rank stands, to be compared with others: all ranks do the same things in the same order."""
-
-    beats: int  # things done since the start
-    step: int  # optimizer step under way
-    phase: str
-    idle_s: float  # time since the last beat (seconds)
+        time.sleep(pause)
 
 
 class PeerMonitor:
     """One rank's watch over the others; see the file's head.
 
+    Making one is collective: it meets all other ranks, of two or more, within `timeout_s`. Later, when a rank is lost,
+    all others have ended within a minute, and within that time.
+
     Two threads: one talks to the store, and hangs if the store's host cannot be reached; the other one notices that.
-    When a rank is lost, all others have ended within a minute, and within `timeout_s`.
+
+    Attributes:
+        store: where a process group can keep its keys.
+
+    Raises:
+        SystemExit: the store cannot be reached in time; standard error has one line with its address. When it is
+            reached but not all ranks come, the process ends with a line that names them. The exit code is 75.
     """
 
-    def __init__(self, rendezvous: Rendezvous, rank: int, size: int, timeout_s: float) -> None:
-        self._rendezvous, self._rank, self._size, self._timeout_s = rendezvous, rank, size, timeout_s
-        self._beat_s = min(_LONGEST_BEAT_S, timeout_s / _TIMEOUT)
-        self._long = min(_PATIENCE_S, _PATIENCE * timeout_s / _TIMEOUT)
-        self._short = min(_PATIENCE_IN_ALARM * self._beat_s, self._long)
+    def __init__(self, rank: int, size: int, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        self._rank, self._size, self._timeout_s = rank, size, timeout_s
         self._name = f"rank {rank} ({socket.gethostname()})"
-        self._keeper = "the launcher" if rendezvous.launchers else "rank 0"
+        self._beat_s = min(_LONGEST_BEAT_S, timeout_s / _TIMEOUT)
+        try:
+            self.store, self._own_store, self._address, agent = connect(timeout_s)
+        except ConnectionError as error:
+            _say(self._name, str(error))
+            raise SystemExit(PEER_LOST) from None
+        self._hosted = rank == 0 and not agent  # so that the store is gone when this process ends
+        self._keeper = "the launcher" if agent else "rank 0"
 
         # What the main thread asks of the talking one, and its answers.
         self._report: str | None = None
-        self._leaving = self._failed = False
+        self._leaving = self._failed = self._hang = False
         self._wake, self._told, self._stopped = threading.Event(), threading.Event(), threading.Event()
 
         # What is known of the others.
-        self._met = self._alarm = self._store_gone = False
+        self._met = self._alarm = False
         self._contact = self._heard = time.monotonic()
         self._next = (rank + 1) % size
         self._next_beat = ""
         self._sample: tuple[float, list[str]] | None = None
 
-        # What is known of hangs: how to answer, whether to declare one, when this rank answered, and whether it judges.
+        # How to answer a hang, and when to judge it: 0 until this rank has answered, then never on all but one.
         self._standing: Callable[[], Standing] = lambda: Standing(0, 0, "start-up", 0.0)
         self._before_end: Callable[[str], None] | None = None
-        self._hang = self._judge = False
-        self._answered: float | None = None
+        self._judges_at = 0.0
 
         self._ending = threading.Lock()
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch_store)]
-
-    @classmethod
-    def start(cls, rank: int, size: int, timeout_s: float) -> "PeerMonitor":
-        """Meet all other ranks of two or more, and watch them from then on; collective.
-
-        Raises:
-            SystemExit: the store cannot be reached in time; standard error has one line with its address. When it is
-                reached but not all ranks come, the process ends with a line that names them. The exit code is 75.
-        """
-        deadline = time.monotonic() + timeout_s
-        try:
-            rendezvous = connect(timeout_s)
-        except ConnectionError as error:
-            _say(f"rank {rank} ({socket.gethostname()})", str(error))
-            raise SystemExit(PEER_LOST) from None
-        monitor = cls(rendezvous, rank, size, timeout_s)
-        if verdict := monitor._meet(deadline):
-            monitor._report = verdict
-            monitor._tell(_VICTIM_WAITS * monitor._beat_s)
-            monitor._end(verdict)
-        return monitor
-
-    @property
-    def store(self) -> dist.Store:
-        """Where a process group can keep its keys."""
-        return self._rendezvous.store
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch_contact)]
+        if verdict := self._meet(deadline):
+            self._report = verdict
+            self._tell(_VICTIM_WAITS)
+            self._end(verdict)
 
     def watch(self, standing: Callable[[], Standing], before_end: Callable[[str], None] | None) -> None:
-        """Let this rank be asked where it stands.
+        """Let this rank be asked where it stands; both are called in another thread.
 
-        Args:
-            standing: called once, in another thread, when some rank declares a hang: prints this rank's stacks, and
-                says where it stands.
-            before_end: called with the verdict in another thread, before this process ends because of another rank; it
-                is not waited for longer than news take to spread.
+        `standing` is called once, when some rank declares a hang: it prints this rank's stacks, and says where it
+        stands. `before_end` is called with the verdict before this process ends because of another rank; it is not
+        waited for longer than news take to spread.
         """
         self._standing, self._before_end = standing, before_end
 
@@ -249,14 +207,14 @@ class PeerMonitor:
         if self._stopped.is_set():
             return
         self._leaving = True
-        self._tell(self._long)
-        if self._rendezvous.hosted:
+        self._tell(_PATIENCE)
+        if self._hosted:
             with contextlib.suppress(dist.DistError):  # a rank that works on and on is no failure of this one
                 self.store.wait(["all left"], timedelta(seconds=self._timeout_s))
         self._stop()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this rank ends, with the error of its main thread.
+        """Tell the others why this rank ends, with the error of its main thread, and live on until they have read it.
 
         If a collective failed, the process ends with the line that names the culprit, if one is found within seconds;
         else this rank is named as the one that failed.
@@ -268,16 +226,13 @@ class PeerMonitor:
         self._failed = True
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
         self._report = f"{self._name} failed: {reason}; its own output says more"
-        self._tell(_VICTIM_WAITS * self._beat_s)
-
-    def linger(self) -> None:
-        """Live on until the others have read why this rank ends: the store, or neighbours, may end with it."""
-        time.sleep(_NEWS_SPREAD * self._beat_s)
+        self._tell(_VICTIM_WAITS)
+        time.sleep(_NEWS_SPREAD * self._beat_s)  # the store, or neighbours, may end with this rank
         self._stop()
 
     def _meet(self, deadline: float) -> str | None:
         """Wait for all ranks; says why, if they do not come."""
-        store, address = self.store, self._rendezvous.address
+        store = self.store
         store.compare_set("news", "", WELL)
         store.set(f"host/{self._rank}", socket.gethostname())
         store.set(f"beat/{self._rank}", "0")
@@ -288,23 +243,26 @@ class PeerMonitor:
         try:
             store.wait(["all arrived"], timedelta(seconds=max(deadline - time.monotonic(), self._beat_s)))
         except dist.DistNetworkError:
-            return f"the key-value store at {address} was lost while the ranks met; see the output of {self._keeper}"
+            return (
+                f"the key-value store at {self._address} was lost while the ranks met; see the output of {self._keeper}"
+            )
         except dist.DistError:
             missing = [rank for rank in range(self._size) if not store.check([f"host/{rank}"])]
             return (
-                f"of {self._size} ranks, {_ranks(missing)} did not come to {address} within {self._timeout_s:g} s; see "
-                "whether every host was started, with the same address and number of hosts, and what they printed"
+                f"of {self._size} ranks, {_ranks(missing)} did not come to {self._address} within "
+                f"{self._timeout_s:g} s; see whether every host was started, with the same address and number of "
+                "hosts, and what they printed"
             )
-        if not self._rendezvous.launchers:
-            self._keeper = f"rank 0 ({_texts(store, ['host/0'])[0]})"
+        if self._keeper == "rank 0":
+            self._keeper = self._where([0])
         self._heard = time.monotonic()
         self._met = True
         return None
 
-    def _tell(self, longest_s: float) -> None:
-        """Have the talking thread say at once what there is to say."""
+    def _tell(self, longest: int) -> None:
+        """Have the talking thread say at once what there is to say; waits for it so many beats at most."""
         self._wake.set()
-        self._told.wait(longest_s)
+        self._told.wait(longest * self._beat_s)
 
     def _stop(self) -> None:
         # A thread that comes back from the store while the interpreter ends aborts the process.
@@ -312,6 +270,9 @@ class PeerMonitor:
         self._wake.set()
         for thread in self._threads:
             thread.join(_NEWS_SPREAD * self._beat_s)
+
+    def _patience_s(self) -> float:
+        return (_PATIENCE_IN_ALARM if self._alarm else _PATIENCE) * self._beat_s
 
     def _talk(self) -> None:
         beats = 0
@@ -321,114 +282,108 @@ class PeerMonitor:
                 self._exchange(str(beats))
             except RuntimeError:
                 # The connection broke, so the process that keeps the store is gone, and the store with it.
-                self._store_gone = True
+                self._alarm = True
                 self._told.set()  # as far as it can be
                 return
             self._wake.wait(self._beat_s)
             self._wake.clear()
 
     def _exchange(self, beat: str) -> None:
-        store, leaving, report = self._rendezvous.watch, self._leaving, self._report
+        store, leaving, report = self._own_store, self._leaving, self._report
         store.set(f"beat/{self._rank}", LEFT if leaving else beat)
         if self._alarm:
             store.compare_set("news", WELL, ALARM)
         if report is not None:
             self._publish(report)
-        if self._hang and not self._judge and self._answered is None:
+        if self._hang:
             store.compare_set("news", WELL, HANG)
         if leaving and not self._told.is_set() and store.add("left", 1) == self._size:
             store.set("all left", "")
         watched = [f"beat/{self._next}"] if self._met and self._next != self._rank else []
-        news, *beats = _texts(store, ["news", *watched])
+        news, *beats = (value.decode() for value in store.multi_get(["news", *watched]))
         self._contact = time.monotonic()
         if leaving or report is not None:
             self._told.set()
         if news == ALARM:
             self._alarm = True
-        elif news == HANG and self._answered is None:
-            # Say where this rank stands; the first to do so waits for the others, and names those that are behind.
+        elif news == HANG and not self._judges_at:
+            # The first rank that says where it stands waits for the others, and names those that are behind.
             store.set(f"standing/{self._rank}", json.dumps(self._standing()))
-            self._judge = store.add("answers", 1) == 1
-            self._answered = time.monotonic()
+            first = store.add("answers", 1) == 1
+            self._judges_at = time.monotonic() + _ANSWERS_TAKE * self._beat_s if first else math.inf
         elif news == HANG:
-            if self._judge and time.monotonic() - (self._answered or 0.0) > _ANSWERS_TAKE * self._beat_s:
-                self._publish(self._judgement(), HANG)
+            if time.monotonic() > self._judges_at:
+                self._publish(self._judgement())
         elif news != WELL and not self._failed:
             self._end(news)
         if beats:
             self._look(beats[0])
 
     def _judgement(self) -> str:
-        store = self._rendezvous.watch
-        found: dict[int, Standing] = {}
-        for rank in range(self._size):
-            if store.check([f"standing/{rank}"]):
-                found[rank] = Standing(*json.loads(store.get(f"standing/{rank}")))
-        least = min(standing.beats for standing in found.values())
-        behind = [rank for rank, standing in found.items() if standing.beats == least]
-        mute = [rank for rank in range(self._size) if rank not in found]
-        stacks = "the stacks of every rank are in its output; start the run again with --resume"
-        if mute:
-            # That others are behind follows from it.
+        """Name the ranks that did not answer, if any, as that others are behind follows from it; else those behind."""
+        answered = [rank for rank in range(self._size) if self._own_store.check([f"standing/{rank}"])]
+        texts = self._read("standing", answered)
+        found = {rank: Standing(*json.loads(text)) for rank, text in zip(answered, texts, strict=True)}
+        if mute := [rank for rank in range(self._size) if rank not in found]:
             idle_s = max(standing.idle_s for standing in found.values())
-            return (
+            said = (
                 f"{self._where(mute)} gave no sign of life when asked, after {idle_s:.0f} s without progress: died, "
-                f"cannot be reached, or hang{'s' if len(mute) == 1 else ''} while keeping Python's lock; {stacks}"
+                f"cannot be reached, or hang{'s' if len(mute) == 1 else ''} while keeping Python's lock"
             )
-        at = found[behind[0]]
-        waiting = "" if len(behind) == self._size else "; the others wait"
-        return (
-            f"{self._where(behind)} hang{'s' if len(behind) == 1 else ''}: no progress for {at.idle_s:.0f} s in step "
-            f"{at.step}, {at.phase}{waiting}; {stacks}"
-        )
+        else:
+            at = min(found.values(), key=lambda standing: standing.beats)
+            behind = [rank for rank, standing in found.items() if standing.beats == at.beats]
+            said = (
+                f"{self._where(behind)} hang{'s' if len(behind) == 1 else ''}: no progress for {at.idle_s:.0f} s in "
+                f"step {at.step}, {at.phase}{'; the others wait' if len(behind) < self._size else ''}"
+            )
+        return f"{said}; the stacks of every rank are in its output; start the run again with --resume"
 
     def _look(self, beat: str) -> None:
         """Compare the next rank's beat with the last one; by this host's clock, since hosts' clocks differ."""
-        now = time.monotonic()
-        patience = self._short if self._alarm else self._long
-        if beat == LEFT:
-            self._next, self._next_beat, self._heard, self._sample = (self._next + 1) % self._size, "", now, None
-            return
+        now, patience = time.monotonic(), self._patience_s()
         if beat != self._next_beat:
+            if beat == LEFT:
+                self._next, beat = (self._next + 1) % self._size, ""
             self._next_beat, self._heard, self._sample = beat, now, None
-            return
-        sampling = self._sample is None and now - self._heard > patience / 2
-        judging = self._sample is not None and now - self._heard > patience and now - self._sample[0] > patience / 2
-        if not sampling and not judging:
-            return
-        beats = _texts(self._rendezvous.watch, [f"beat/{rank}" for rank in range(self._size)])
-        earlier, self._sample = self._sample, (now, beats) if sampling else None
-        if earlier is not None:
-            both = enumerate(zip(earlier[1], beats, strict=True))
+        elif self._sample is None:
+            if now - self._heard > patience / 2:
+                self._sample = now, self._read("beat", range(self._size))
+        elif now - self._heard > patience and now - self._sample[0] > patience / 2:
+            both = enumerate(zip(self._sample[1], self._read("beat", range(self._size)), strict=True))
             silent = [rank for rank, (old, new) in both if old == new != LEFT and rank != self._rank]
+            self._sample = None
             if self._next in silent:
                 self._publish(
                     f"{self._where(silent)} gave no sign of life for {now - self._heard:.0f} s: died, or cannot be "
                     f"reached; {_REMEDY}"
                 )
 
+    def _read(self, what: str, ranks: Iterable[int]) -> list[str]:
+        return [value.decode() for value in self._own_store.multi_get([f"{what}/{rank}" for rank in ranks])]
+
     def _where(self, ranks: list[int]) -> str:
         """Ranks by host."""
         found: dict[str, list[int]] = {}
-        for rank, host in zip(ranks, _texts(self._rendezvous.watch, [f"host/{rank}" for rank in ranks]), strict=True):
+        for rank, host in zip(ranks, self._read("host", ranks), strict=True):
             found.setdefault(host, []).append(rank)
         return ", ".join(f"{_ranks(there)} ({host})" for host, there in found.items())
 
-    def _publish(self, verdict: str, *before_it: str) -> None:
-        for before in before_it or (WELL, ALARM, HANG):
-            self._rendezvous.watch.compare_set("news", before, verdict)
+    def _publish(self, verdict: str) -> None:
+        for before in (WELL, ALARM, HANG):
+            self._own_store.compare_set("news", before, verdict)
 
-    def _watch_store(self) -> None:
+    def _watch_contact(self) -> None:
         looks = 0
         while not self._stopped.wait(self._beat_s):
             silent = time.monotonic() - self._contact
             # Several looks: a process that was suspended has not listened either.
-            looks = looks + 1 if silent > (self._short if self._alarm or self._store_gone else self._long) else 0
+            looks = looks + 1 if silent > self._patience_s() else 0
             if looks >= _LOOKS and not self._failed:
-                what = "has been lost" if self._store_gone else "has not answered"
+                what = "has not answered" if self._threads[0].is_alive() else "has been lost"
                 self._end(
-                    f"{self._keeper}, which keeps the key-value store at {self._rendezvous.address}, {what} for "
-                    f"{silent:.0f} s: died, or cannot be reached; {_REMEDY}"
+                    f"{self._keeper}, which keeps the key-value store at {self._address}, {what} for {silent:.0f} s: "
+                    f"died, or cannot be reached; {_REMEDY}"
                 )
 
     def _end(self, verdict: str) -> None:
@@ -438,7 +393,7 @@ class PeerMonitor:
             if self._before_end is not None:
                 # What it does may hang where the main thread does, in a file system perhaps.
                 threading.Thread(target=self._before_end, args=(verdict,), daemon=True).start()
-        # As in linger: a launcher ends a host's other ranks with the first.
+        # As in `fail`: a launcher ends a host's other ranks with the first.
         time.sleep(_NEWS_SPREAD * self._beat_s)
         with contextlib.suppress(OSError):  # of a full disk, or a reader that left: this process ends all the same
             sys.stdout.flush()
@@ -451,14 +406,12 @@ def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s:
 
     A refusal is mostly that of all ranks, and the first one prints it. So a rank other than the first looks for
     `longest_s`, or until `hurry` says to give up, whether that one has come, which it does only if it is not refused.
-
-    Returns:
-        Whether the first rank had come, so that this one has to print the refusal.
+    Returns whether it had, so that this one has to print the refusal.
     """
     deadline, store = time.monotonic() + longest_s, None
     while time.monotonic() < deadline and not hurry():
         try:
-            store = store or connect(_LONGEST_BEAT_S).store
+            store = store or connect(_LONGEST_BEAT_S)[0]
             if not store.check(["host/0"]):  # waiting for it would print warnings
                 time.sleep(_FIRST_PAUSE_S)
                 continue
@@ -471,15 +424,6 @@ def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s:
     return False
 
 
-def write_stderr(line: str) -> None:
-    """Write a line to standard error past Python's buffer, whose lock the main thread may hold.
-
-    It is cut where it is too long to be whole among others' lines, and lost where it cannot be written.
-    """
-    with contextlib.suppress(OSError):
-        os.write(2, line.rstrip("\n").encode(errors="replace")[: _WHOLE_WRITE - 1] + b"\n")
-
-
 def _failed_by_others(error: BaseException | None) -> bool:
     """Whether the error, or what it came from, is one that a process group or store raises when others are gone."""
     while error is not None:
@@ -490,10 +434,6 @@ def _failed_by_others(error: BaseException | None) -> bool:
     return False
 
 
-def _texts(store: dist.Store, keys: list[str]) -> list[str]:
-    return [value.decode() for value in store.multi_get(keys)]
-
-
 def _ranks(ranks: list[int]) -> str:
     names = ", ".join(str(rank) for rank in ranks[:_NAMED])
     more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
@@ -501,4 +441,4 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _say(name: str, verdict: str) -> None:
-    write_stderr(f"error: {name} ends with exit code {PEER_LOST}: {' '.join(verdict.split())}\n")
+    write_stderr(f"error: {name} ends with exit code {PEER_LOST}: {' '.join(verdict.split())}")

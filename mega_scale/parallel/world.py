@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import count
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,9 @@ from torch import Tensor
 from mega_scale.ops import once_differentiable
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.mesh import Coordinates, MeshShape, placement
-from mega_scale.parallel.monitor import PeerMonitor
+
+if TYPE_CHECKING:
+    from mega_scale.parallel.monitor import PeerMonitor
 
 _LET_GLOO_FINISH_S = 0.1
 
@@ -179,7 +181,7 @@ class World:
     device: torch.device
     shape: MeshShape  # ranks along each dimension of the mesh
     axes: dict[str, Axis]  # dp_replicate, fsdp (dp_shard and sp together), sp and tp, as this rank sees them
-    monitor: PeerMonitor | None  # watches the other ranks; None where there are none
+    monitor: "PeerMonitor | None"  # watches the other ranks; None where there are none
     timeout_s: float  # longest wait of one rank for the others
     store: dist.Store  # keys and values that all ranks share
     _gathers: Iterator[int] = field(default_factory=count)  # numbers them
@@ -201,7 +203,11 @@ class World:
             torch.cuda.set_device(device)
             # NCCL's watchdog would abort a victim of another rank before the monitor has named that one.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        monitor = PeerMonitor.start(rank, size, config.timeout_s) if size > 1 else None
+        monitor = None
+        if size > 1:
+            from mega_scale.parallel.monitor import PeerMonitor
+
+            monitor = PeerMonitor(rank, size, config.timeout_s)
         # Alone, a process needs no port that another could hold.
         store = dist.HashStore() if monitor is None else monitor.store
         try:
@@ -217,7 +223,6 @@ class World:
         except Exception as error:
             if monitor is not None:
                 monitor.fail(error)
-                monitor.linger()
             raise
         return cls(rank, size, local_rank, device, shape, axes, monitor, config.timeout_s, store)
 
@@ -245,8 +250,6 @@ class World:
         if self.monitor is not None and error is not None:
             self.monitor.fail(error)
         self.close(failed=error is not None)
-        if self.monitor is not None and error is not None:
-            self.monitor.linger()
 
     @cached_property
     def at(self) -> Coordinates:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from mega_scale.files import replace_text
-from mega_scale.parallel import Standing, World
+from mega_scale.parallel import World
 from mega_scale.parallel.mesh import MeshShape
-from mega_scale.parallel.monitor import PEER_LOST, write_stderr
-from mega_scale.process import StopSignals
+from mega_scale.process import PEER_LOST, Standing, StopSignals, write_stderr
 from mega_scale.training.config import BadStepsConfig
 
 STOPPED = 85
@@ -274,7 +273,7 @@ class Watchdog:
                 continue
             found = self._stand()
             reason = f"the run hangs: no progress for {found.idle_s:.0f} s in step {found.step}, {found.phase}"
-            write_stderr(f"error: {reason}; start it again with --resume\n")
+            write_stderr(f"error: {reason}; start it again with --resume")
             writer = threading.Thread(target=self._at_end, args=(reason,), daemon=True)
             writer.start()
             writer.join(_LONGEST_PAUSE_S)
@@ -298,11 +297,11 @@ class Watchdog:
         rank = f"rank {self._world.rank}"
         write_stderr(
             f"mega_scale | {rank} {'makes no progress' if late else 'is stopped'}: step {found.step}, {found.phase}, "
-            f"for {found.idle_s:.0f} s; stacks of all threads:\n"
+            f"for {found.idle_s:.0f} s; stacks of all threads:"
         )
         for thread, top in sys._current_frames().items():
-            write_stderr(f"{rank} | Thread {thread:#x} (most recent call first):\n")
+            write_stderr(f"{rank} | Thread {thread:#x} (most recent call first):")
             for frame, line in traceback.walk_stack(top):
                 code = frame.f_code
-                write_stderr(f'{rank} |   File "{code.co_filename}", line {line} in {code.co_name}\n')
+                write_stderr(f'{rank} |   File "{code.co_filename}", line {line} in {code.co_name}')
         return found

@@ -40,8 +40,7 @@ from mega_scale.parallel import (
     seeded_values,
 )
 from mega_scale.parallel.model_parallel import ParallelizeError
-from mega_scale.parallel.monitor import PEER_LOST, write_stderr
-from mega_scale.process import NOT_WRITTEN, REFUSED, StopSignals, refuse
+from mega_scale.process import NOT_WRITTEN, PEER_LOST, REFUSED, StopSignals, refuse, write_stderr
 from mega_scale.settings import known_keys, to_yaml
 from mega_scale.training.config import build_optimizer, seconds_of
 from mega_scale.training.metrics import Reporter, SlowRanks, Throughput, memory_bytes
@@ -571,5 +570,5 @@ def describe_model(config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> di
 
 def _end_without_folder(reason: str) -> None:
     """End this process, and so the run: the folder belongs to another job."""
-    write_stderr(f"error: {' '.join(reason.split())}: this one ends, and saves nothing more\n")
+    write_stderr(f"error: {' '.join(reason.split())}: this one ends, and saves nothing more")
     os._exit(PEER_LOST)

@@ -13,7 +13,7 @@ from launching import TINY
 from same_runs import metric_problems, rows, state_problems
 
 from mega_scale.checkpoint.folder import CheckpointError, checkpoints, verify
-from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.process import PEER_LOST
 
 STEPS, KEEP, KILLS_IN_A_CHAIN = 12, 2, 5
 TIMEOUT_S = 60

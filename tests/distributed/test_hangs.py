@@ -6,7 +6,7 @@ import time
 import pytest
 from test_monitor import HOST, run
 
-from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.process import PEER_LOST
 from mega_scale.training.stopping import Watchdog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

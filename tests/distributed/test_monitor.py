@@ -13,7 +13,8 @@ import torch.distributed as dist
 import warm
 
 from mega_scale.parallel import ParallelConfig, World
-from mega_scale.parallel.monitor import PEER_LOST, tell_refusal
+from mega_scale.parallel.monitor import tell_refusal
+from mega_scale.process import PEER_LOST
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

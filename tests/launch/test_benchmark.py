@@ -12,7 +12,7 @@ from launching import ROOT
 
 from launch.benchmark import harness, memory, step
 from launch.benchmark.__main__ import main
-from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.process import PEER_LOST
 
 
 @pytest.mark.slow

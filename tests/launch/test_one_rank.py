@@ -9,8 +9,7 @@ import pytest
 import warm
 from launching import ROOT, TINY
 
-from mega_scale.parallel.monitor import PEER_LOST
-from mega_scale.process import REFUSED
+from mega_scale.process import PEER_LOST, REFUSED
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from mega_scale.parallel.monitor import PEER_LOST
+from mega_scale.process import PEER_LOST
 from mega_scale.training.config import TrainConfig, seconds_of
 from mega_scale.training.stopping import DIVERGED, STOPPED, RunStatus, Stopping
 

@@ -15,20 +15,13 @@ if TYPE_CHECKING:
     from mega_scale.parallel.shard import EngineState, Place, Values, fill, seeded_values
     from mega_scale.parallel.world import World
 
-_MODULES = {
-    "config": ("EngineConfig", "ParallelConfig", "layout_changes"),
-    "engine": ("BuildOptimizer", "Engine"),
-    "mesh": ("Placement", "check_single", "placement"),
-    "model_parallel": ("SelfTest", "parallelize", "run_self_test"),
-    "shard": ("EngineState", "Place", "Values", "fill", "seeded_values"),
-    "world": ("World",),
-}
-
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    modules = ("mesh", "config", "world", "shard", "engine", "model_parallel")  # each imports those before
+    for module in modules if name in __all__ else ():
+        found = importlib.import_module(f"{__name__}.{module}")
+        if hasattr(found, name):
+            return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -3,23 +3,19 @@
 DeepSpeed's native keys are merged over ours, and what accelerate launch was told about training is held against them.
 """
 
-import copy
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from math import gcd
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
-import torch
+from torch import cuda
 
 from mega_scale.files import local_path
 from mega_scale.parallel.mesh import MeshShape
 from mega_scale.settings import require
-
-ENGINES = ("fsdp", "deepspeed")
-DEVICES = ("auto", "cpu", "cuda")
-POLICIES = ("full", "save_matmuls")
 
 
 class ActivationCheckpointing(NamedTuple):
@@ -94,45 +90,31 @@ class ParallelConfig:
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse (ValueError) what cannot run on so many ranks, `local_size` of them on this host (None: all)."""
-        name = "parallel.activation_checkpoint_policy"
-        for key, value, choices in (
-            ("parallel.engine", self.engine, ENGINES),
-            (name, self.activation_checkpoint_policy, POLICIES),
-            ("parallel.device", self.device, DEVICES),
-        ):
-            require(value in choices, key, value, f"choose one of {', '.join(choices)}")
-        require(self.zero_stage in range(4), "parallel.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
-        every = "choose 0 for no block, 1 for every block, n for every n-th"
-        require(self.activation_checkpoint >= 0, "parallel.activation_checkpoint", self.activation_checkpoint, every)
-        require(self.timeout_s >= 1, "parallel.timeout_s", self.timeout_s, "choose at least 1 second")
-        if self.engine == "fsdp" and self.zero_stage == 0:
-            raise ValueError(
-                "parallel.zero_stage=0 splits nothing, which parallel.engine=fsdp cannot do: "
-                "choose a stage of 1 to 3, or parallel.engine=deepspeed"
-            )
-        saving = self.activation_checkpoint_policy == "save_matmuls"
-        if saving and self.engine == "deepspeed" and self.zero_stage == 3:
-            raise ValueError(
-                f"{name}='save_matmuls' with parallel.engine=deepspeed and zero_stage=3: its linear layers change "
-                "matmul outputs after they were saved: use parallel.engine=fsdp, a zero_stage below 3, or "
-                f"{name}=full"
-            )
-        if self.engine == "fsdp" and self.ds_config:
-            raise ValueError(
-                f"parallel.ds_config={self.ds_config} has no effect with parallel.engine=fsdp: "
-                "remove it, or choose parallel.engine=deepspeed"
-            )
+        policy, fsdp = "activation_checkpoint_policy", self.engine == "fsdp"
+        for key in ("engine", policy, "device"):
+            choices = get_args(get_type_hints(ParallelConfig)[key])
+            remedy = f"choose one of {', '.join(choices)}"
+            require(getattr(self, key) in choices, f"parallel.{key}", getattr(self, key), remedy)
+        for good, key, remedy in (
+            (self.zero_stage in range(4), "zero_stage", "choose 0, 1, 2 or 3"),
+            (self.activation_checkpoint >= 0, "activation_checkpoint", "choose 0 for no block, n for every n-th"),
+            (self.timeout_s >= 1, "timeout_s", "choose at least 1 second"),
+            (self.zero_stage > 0 or not fsdp, "zero_stage", "fsdp has to split something, choose 1 to 3, or deepspeed"),
+            (self.activation_checkpoint_policy == "full" or fsdp or self.zero_stage < 3, policy,
+             "linear layers of engine=deepspeed with zero_stage=3 change matmul outputs after they were saved, choose "
+             "full, parallel.engine=fsdp, or a zero_stage below 3"),
+            (not self.ds_config or not fsdp, "ds_config", "fsdp has no use for it, remove it, or use engine=deepspeed"),
+            (self.device != "cuda" or cuda.is_available(), "device", "there is no CUDA device, choose cpu or auto"),
+        ):  # fmt: skip
+            require(good, f"parallel.{key}", getattr(self, key), remedy)
         self.mesh(world_size)
-        here = local_size or world_size
-        if here % self.tp:
-            # The collectives of tensor parallelism run several times a layer.
-            also = "" if self.dp_shard == -1 else " with parallel.dp_shard=-1"
-            raise ValueError(
-                f"parallel.tp={self.tp} does not divide the {here} ranks of this host, and ranks that share channels "
-                f"must share a host: use parallel.tp={gcd(here, self.tp)}{also}"
-            )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("parallel.device='cuda', but PyTorch sees no CUDA device: choose cpu or auto")
+        here, also = local_size or world_size, "" if self.dp_shard == -1 else " with parallel.dp_shard=-1"
+        # The collectives of tensor parallelism run several times a layer.
+        remedy = (
+            f"it does not divide the {here} ranks of this host, and ranks that share channels must share a host; use "
+            f"parallel.tp={gcd(here, self.tp)}{also}"
+        )
+        require(here % self.tp == 0, "parallel.tp", self.tp, remedy)
 
 
 @dataclass(frozen=True)
@@ -179,17 +161,11 @@ class EngineConfig:
         return _merge(ours, self.parallel.ds_config)
 
 
-_LAYOUT_KEYS = {"engine": "parallel.engine", "zero_stage": "parallel.zero_stage", "world_size": "processes"}
-
-
 def layout_changes(saved: dict[str, Any], here: dict[str, Any]) -> str:
     """Say in which settings the layout of this run differs from that of a checkpoint; empty where they are the same."""
-    changed = [
-        f"{_LAYOUT_KEYS.get(key, f'parallel.{key}')} {saved.get(key)} -> {value}"
-        for key, value in here.items()
-        if saved.get(key) != value
-    ]
-    return ", ".join(changed)
+    changed = [key for key, value in here.items() if saved.get(key) != value]
+    names = {key: "processes" if key == "world_size" else f"parallel.{key}" for key in changed}
+    return ", ".join(f"{name} {saved.get(key)} -> {here[key]}" for key, name in names.items())
 
 
 # Keys of DeepSpeed, or sections of them, that say what another setting of ours says, and that setting. Two answers to
@@ -225,39 +201,53 @@ _OWNED = {
 }
 OWNERS = {key: owner for owner, keys in _OWNED.items() for key in keys.split()}
 
+_SWITCH, _COUNT, _NATURAL = "true or false", "a whole number of at least 1", "a whole number of at least 0"
+_PATH, _DEVICE = "a path", "none or cpu"
+_EXPECTED: dict[str, Callable[[Any], bool]] = {
+    _SWITCH: lambda value: type(value) is bool,
+    _COUNT: lambda value: type(value) is int and value >= 1,
+    _NATURAL: lambda value: type(value) is int and value >= 0,
+    "a whole number": lambda value: type(value) is int,
+    "a number": lambda value: type(value) in (int, float),
+    "text": lambda value: type(value) is str,
+    _PATH: lambda value: type(value) is str,
+    _DEVICE: lambda value: value in ("none", "cpu", "nvme"),  # of nvme, `_check_native` says more
+    "a list of texts": lambda value: type(value) is list,
+}
 # What is computed stays, and where it lies is compared with one process: tests/distributed/test_native_keys.py.
 _ZERO = {
-    bool: """contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm
+    _SWITCH: """contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm
         round_robin_gradients parameter_alignment ignore_unused_parameters stage3_use_all_reduce_for_fetch_params
         stage3_allgather_sequential memory_efficient_linear override_module_apply log_trace_cache_warnings
         enable_sanity_checks cpu_offload cpu_offload_param cpu_offload_use_pin_memory
         offload_optimizer.pin_memory offload_param.pin_memory
         zero_quantized_gradients""",  # the last is refused in words of its own
-    int: """reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
-        stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
-        stage3_max_reuse_distance offload_optimizer.buffer_count offload_param.buffer_count""",
-    str: "offload_optimizer.device offload_optimizer.nvme_path offload_param.device offload_param.nvme_path",
+    _COUNT: """reduce_bucket_size allgather_bucket_size sub_group_size offload_optimizer.buffer_count
+        offload_param.buffer_count""",
+    _NATURAL: """stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
+        stage3_max_live_parameters stage3_max_reuse_distance""",
+    _PATH: "offload_optimizer.nvme_path offload_param.nvme_path",
+    _DEVICE: "offload_optimizer.device offload_param.device",
 }
 _REPORTS = {
-    bool: """wall_clock_breakdown memory_breakdown dump_state timers.throughput.enabled timers.throughput.synchronized
-        flops_profiler.enabled flops_profiler.detailed comms_logger.enabled comms_logger.prof_all comms_logger.verbose
-        comms_logger.debug tensorboard.enabled csv_monitor.enabled wandb.enabled""",
-    int: "steps_per_print flops_profiler.profile_step flops_profiler.module_depth flops_profiler.top_modules",
-    float: "flops_profiler.recompute_fwd_factor",
-    str: """flops_profiler.output_file tensorboard.output_path tensorboard.job_name csv_monitor.output_path
-        csv_monitor.job_name wandb.group wandb.team wandb.project""",
-    list: "comms_logger.prof_ops",
+    _SWITCH: """wall_clock_breakdown memory_breakdown dump_state timers.throughput.enabled
+        timers.throughput.synchronized flops_profiler.enabled flops_profiler.detailed comms_logger.enabled
+        comms_logger.prof_all comms_logger.verbose comms_logger.debug tensorboard.enabled csv_monitor.enabled
+        wandb.enabled""",
+    _COUNT: "steps_per_print",
+    _NATURAL: "flops_profiler.profile_step flops_profiler.top_modules",
+    "a whole number": "flops_profiler.module_depth",
+    "a number": "flops_profiler.recompute_fwd_factor",
+    "text": "tensorboard.job_name csv_monitor.job_name wandb.group wandb.team wandb.project",
+    _PATH: "flops_profiler.output_file tensorboard.output_path csv_monitor.output_path",
+    "a list of texts": "comms_logger.prof_ops",
 }
-KEYS: dict[str, type] = {key: kind for kind, keys in _REPORTS.items() for key in keys.split()} | {
-    f"zero_optimization.{key}": kind for kind, keys in _ZERO.items() for key in keys.split()
+KEYS: dict[str, str] = {key: expected for expected, keys in _REPORTS.items() for key in keys.split()} | {
+    f"zero_optimization.{key}": expected for expected, keys in _ZERO.items() for key in keys.split()
 }
-"""Native keys that are passed on to DeepSpeed, with the type of their values; every other one is refused."""
+"""Native keys that are passed on to DeepSpeed, with what it expects as their values; every other one is refused."""
 
 _SECTIONS = {path[:end] for path in KEYS for end, letter in enumerate(path) if letter == "."}
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
-_FROM_ONE = ("steps_per_print", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "buffer_count")
-_PATHS = ("nvme_path", "output_path", "output_file")
-_MAY_BE_NEGATIVE = ("flops_profiler.module_depth",)
 # Further names under which DeepSpeed reads a key.
 _ALIASES = {key.replace("stage3_", ""): key for key in KEYS if "stage3_" in key}
 _SUPERSEDED = {
@@ -279,44 +269,36 @@ _REFUSED = {
         autotuning graph_harvesting aio comet disable_allgather disable_python_gc log_level""",
 }
 
-# Keys of zero_optimization that move gradients or weights away from the device.
-_OFFLOADS = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
-
 
 def _check_native(zero: dict[str, Any], mesh: MeshShape) -> None:
     """Refuse native keys of the section zero_optimization with which DeepSpeed cannot train on a mesh."""
-    copies = f"parallel.dp_replicate={mesh.dp_replicate}"
-    if mesh.dp_replicate > 1 and zero["stage"] < 3:
-        raise ValueError(
-            f"{copies} with parallel.engine=deepspeed makes copies of a sharded model, but parallel.zero_stage="
-            f"{zero['stage']} does not shard its weights: use parallel.zero_stage=3, or parallel.engine=fsdp"
-        )
-    for key in _OFFLOADS:
-        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
-            raise ValueError(
-                f"parallel.ds_config.zero_optimization.{key}.device='nvme' keeps state out of memory, from which "
-                "checkpoints are written: use 'cpu'"
-            )
-        if _offloads(zero.get(key)) and zero["stage"] < (3 if "param" in key else 1):
-            raise ValueError(
-                f"parallel.ds_config.zero_optimization.{key}={zero[key]!r} moves what parallel.zero_stage="
-                f"{zero['stage']} does not split: remove that key, or use parallel.zero_stage=3"
-            )
-        if mesh.dp_replicate > 1 and _offloads(zero.get(key)):
-            raise ValueError(
-                f"{copies} sums gradients between copies on the device, which "
-                f"parallel.ds_config.zero_optimization.{key}={zero[key]!r} takes them away from: remove that key, or "
-                "use parallel.dp_replicate=1, or parallel.engine=fsdp without ds_config"
-            )
-    if zero.get("zero_quantized_gradients"):
-        raise ValueError(
-            "parallel.ds_config.zero_optimization.zero_quantized_gradients=true rounds gradients to 4 bits and reduces "
-            f"them over all ranks, whatever {copies} and parallel.tp={mesh.tp}: remove that key"
-        )
-
-
-def _offloads(value: Any) -> bool:
-    return value.get("device", "none") != "none" if isinstance(value, dict) else bool(value)
+    copies, stage = f"parallel.dp_replicate={mesh.dp_replicate}", f"parallel.zero_stage={zero['stage']}"
+    native = "parallel.ds_config.zero_optimization"
+    rules = [
+        (mesh.dp_replicate > 1 and zero["stage"] < 3,
+         f"{copies} with parallel.engine=deepspeed makes copies of a sharded model, but {stage} does not shard its "
+         "weights: use parallel.zero_stage=3, or parallel.engine=fsdp"),
+        (zero.get("zero_quantized_gradients", False),
+         f"{native}.zero_quantized_gradients=true rounds gradients to 4 bits and reduces them over all ranks, whatever "
+         f"{copies} and parallel.tp={mesh.tp}: remove that key"),
+    ]  # fmt: skip
+    # What moves gradients or weights away from the device.
+    for key in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param"):
+        value = zero.get(key)
+        device = value.get("device", "none") if isinstance(value, dict) else "cpu" if value else "none"
+        rules += [
+            (device == "nvme",
+             f"{native}.{key}.device='nvme' keeps state out of memory, from which checkpoints are written: use 'cpu'"),
+            (device != "none" and zero["stage"] < (3 if "param" in key else 1),
+             f"{native}.{key}={value!r} moves what {stage} does not split: remove that key, or use "
+             "parallel.zero_stage=3"),
+            (device != "none" and mesh.dp_replicate > 1,
+             f"{copies} sums gradients between copies on the device, which {native}.{key}={value!r} takes them away "
+             "from: remove that key, or use parallel.dp_replicate=1, or parallel.engine=fsdp without ds_config"),
+        ]  # fmt: skip
+    for broken, message in rules:
+        if broken:
+            raise ValueError(message)
 
 
 def _leaves(user: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -335,117 +317,100 @@ def _within(path: str, paths: Iterable[str]) -> str | None:
 
 
 def _merge(ours: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:
+    """Native keys of the user put into ours, in place."""
     own, given = dict(_leaves(ours)), dict[str, Any]()
     for written, value in _leaves(user):
         if written in given:
             raise ValueError(f"parallel.ds_config.{written}={value!r} is given twice, nested and with dots: keep one")
-        given[written] = value
-    merged = copy.deepcopy(ours)
+        whole = isinstance(value, float) and value.is_integer()  # as in 5e8
+        given[written] = int(value) if whole else value
     for written, value in given.items():
         name, path = f"parallel.ds_config.{written}", _ALIASES.get(written, written)
         if owner := _within(path, OWNERS):
             if path not in own or own[path] != value or isinstance(own[path], bool) != isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} contradicts {OWNERS[owner]}: set it there and remove it here")
             continue
-        _refuse_unknown(name, path, value)
+        if problem := _unknown(path, value):
+            raise ValueError(f"{name}={value!r}{problem}")
         if path in _SECTIONS or value is None or (value == "auto" and path.startswith("zero_optimization.")):
             continue  # as if it was not there
         twin = _SUPERSEDED.get(path, path)
         if twin != written and any(_within(other, [twin]) for other in given):
             raise ValueError(f"{name}={value!r} is an older name of parallel.ds_config.{twin}: remove one of the two")
-        place = merged
+        expected = KEYS[path]
+        if not _EXPECTED[expected](value):
+            raise ValueError(f"{name}={value!r} is not allowed: expected {expected}")
+        place = ours
         *sections, last = path.split(".")
         for section in sections:
             place = place.setdefault(section, {})
-        place[last] = _typed(name, path, value)
-    return merged
+        place[last] = local_path(value, name) if expected == _PATH else value
+    return ours
 
 
-def _refuse_unknown(name: str, path: str, value: Any) -> None:
-    for why, keys in _REFUSED.items():
-        if _within(path, keys.split()):
-            raise ValueError(f"{name}={value!r} is not passed on to DeepSpeed: {why}; remove it")
+def _unknown(path: str, value: Any) -> str | None:
+    """Why a key that no setting of ours stands for is not passed on; None where it is."""
+    if why := next((why for why, keys in _REFUSED.items() if _within(path, keys.split())), None):
+        return f" is not passed on to DeepSpeed: {why}; remove it"
     if path in _SECTIONS:
         off = value in ({}, None) or (value is False and path.startswith("zero_optimization.offload_"))
-        if not off:
-            raise ValueError(f"{name}={value!r}: DeepSpeed expects a section of keys there")
-    elif path not in KEYS:
-        if outer := _within(path, KEYS):
-            raise ValueError(f"{name}={value!r}: DeepSpeed expects a single value as {outer}")
-        known = [*KEYS, *_ALIASES, *_SECTIONS]
-        nearest = max(known, key=lambda key: SequenceMatcher(None, path, key).ratio())
-        near = f"parallel.ds_config.{nearest}"
-        raise ValueError(f"{name}={value!r} is no key that is passed on to DeepSpeed: the nearest one is {near}")
-
-
-def _typed(name: str, path: str, value: Any) -> Any:
-    kind, key = KEYS[path], path.rpartition(".")[2]
-    expected = _WORDS[kind]
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # as in 5e8
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if kind is int and path not in _MAY_BE_NEGATIVE:
-        least = int(key in _FROM_ONE)
-        expected += f" of at least {least}"
-        fits = fits and value >= least
-    elif key == "device":
-        expected, fits = "none or cpu", value in ("none", "cpu", "nvme")  # of nvme, `check_mesh` says more
-    if not fits:
-        raise ValueError(f"{name}={value!r} is not allowed: expected {expected}")
-    return local_path(value, name) if key in _PATHS else value
+        return None if off else ": DeepSpeed expects a section of keys there"
+    if path in KEYS:
+        return None
+    if outer := _within(path, KEYS):
+        return f": DeepSpeed expects a single value as {outer}"
+    [nearest] = get_close_matches(path, [*KEYS, *_ALIASES, *_SECTIONS], 1, 0.0)
+    return f" is no key that is passed on to DeepSpeed: the nearest one is parallel.ds_config.{nearest}"
 
 
 def check_accelerate(config: EngineConfig, world_size: int) -> None:
     """Refuse a run that does something else than accelerate launch, or its configuration file, was told."""
     parallel, mesh, stage = config.parallel, config.parallel.mesh(world_size), config.parallel.zero_stage
     accumulation, clip, every = config.accumulation, config.max_grad_norm, config.parallel.activation_checkpoint
-    cpu = parallel.device == "cpu" or not torch.cuda.is_available()
+    cpu = parallel.device == "cpu" or not cuda.is_available()
     engine, zero = f"parallel.engine={parallel.engine}", f"parallel.zero_stage={stage}"
-    # Variable, option, values that agree with the run or that it has when nobody sets it, and our key for it.
-    options: list[tuple[str, str, tuple[Any, ...], str]] = [
-        ("ACCELERATE_USE_CPU", "cpu", ("false", str(cpu)), f"parallel.device={parallel.device}"),
-        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", ("no", config.dtype), f"train.dtype={config.dtype}"),
-        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", ("no", "inductor" if config.compile else "no"),
-         f"train.compile={config.compile}"),
-        ("ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", ("false",), engine),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", (accumulation,),
-         f"train.global_batch_size and train.micro_batch_size, which make {accumulation}"),
-        ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", (clip,), f"optimizer.max_grad_norm={clip:g}"),
-        ("ACCELERATE_USE_DEEPSPEED", "use_deepspeed", ("false", str(parallel.engine == "deepspeed")), engine),
-        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "deepspeed_config_file", (),
-         "parallel.ds_config, where its keys belong"),
-        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "zero_stage", (stage,), zero),
-    ]  # fmt: skip
-    native = parallel.ds_config.get("zero_optimization")
+    # By variable, values that agree with the run or that it has when nobody sets it, and our key for it.
+    told: dict[str, tuple[tuple[Any, ...], str]] = {
+        "ACCELERATE_USE_CPU": (("false", cpu), f"parallel.device={parallel.device}"),
+        "ACCELERATE_MIXED_PRECISION": (("no", config.dtype), f"train.dtype={config.dtype}"),
+        "ACCELERATE_DYNAMO_BACKEND": (("no", "inductor" if config.compile else ""), f"train.compile={config.compile}"),
+        "ACCELERATE_USE_MEGATRON_LM": (("false",), engine),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            (accumulation,), f"train.global_batch_size and train.micro_batch_size, which make {accumulation}"
+        ),
+        "ACCELERATE_GRADIENT_CLIPPING": ((clip,), f"optimizer.max_grad_norm={clip:g}"),
+        "ACCELERATE_USE_DEEPSPEED": (("false", parallel.engine == "deepspeed"), engine),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ((), "parallel.ds_config, where its keys belong"),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ((stage,), zero),
+    }  # fmt: skip
+    native = dict(_leaves(parallel.ds_config))
     for what in ("optimizer", "param"):
-        section = native.get(f"offload_{what}") if isinstance(native, dict) else None
-        device = section.get("device", "none") if isinstance(section, dict) else "none"
-        ours = f"parallel.ds_config.zero_optimization.offload_{what}.device={device}"
-        variable = f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE"
-        options.append((variable, f"offload_{what}_device", (str(device),), ours))
+        key = f"zero_optimization.offload_{what}.device"
+        device = native.get(key, "none")
+        told[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE"] = (device,), f"parallel.ds_config.{key}={device}"
     if _is_set("ACCELERATE_USE_FSDP"):
         # FULL_SHARD, false and the like are accelerate's own defaults, so they may not be what anybody said.
-        below = ("shard_grad_op", "2") if stage < 3 else ()
+        below, replicate = ("shard_grad_op", "2") if stage < 3 else (), f"parallel.dp_replicate={mesh.dp_replicate}"
         strategies = ("full_shard", "1", *below, *(("hybrid_shard", "4") if mesh.dp_replicate > 1 else ()))
         recompute = f"parallel.activation_checkpoint={every}"
-        options += [
-            ("ACCELERATE_USE_FSDP", "use_fsdp", (str(parallel.engine == "fsdp"),), engine),
-            ("FSDP_SHARDING_STRATEGY", "fsdp_sharding_strategy", strategies,
-             f"{zero} with parallel.dp_replicate={mesh.dp_replicate}"),
-            ("FSDP_RESHARD_AFTER_FORWARD", "fsdp_reshard_after_forward",
-             ("true", *strategies, *(("false",) if stage < 3 else ())), zero),
-            ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params", ("false",), engine),
-            ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing", ("false", str(every > 0)), recompute),
-            ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "fsdp_activation_checkpointing_offload", ("false",), recompute),
-            ("FSDP_IGNORED_MODULES", "fsdp_ignored_modules", (), f"{engine}, which shards all"),
-        ]  # fmt: skip
+        told |= {
+            "ACCELERATE_USE_FSDP": ((parallel.engine == "fsdp",), engine),
+            "FSDP_SHARDING_STRATEGY": (strategies, f"{zero} with {replicate}"),
+            "FSDP_RESHARD_AFTER_FORWARD": (("true", *strategies, *(("false",) if stage < 3 else ())), zero),
+            "FSDP_OFFLOAD_PARAMS": (("false",), engine),
+            "FSDP_ACTIVATION_CHECKPOINTING": (("false", every > 0), recompute),
+            "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), recompute),
+            "FSDP_IGNORED_MODULES": ((), f"{engine}, which shards all"),
+        }
     if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        sizes = {axis: (size, f"parallel.{axis}={size}") for axis, size in mesh._asdict().items()}
-        sizes["cp"] = (1, f"parallel.sp={mesh.sp}, which shares sequences here")
-        for axis, (size, ours) in sizes.items():
-            variable = f"PARALLELISM_CONFIG_{axis.upper()}_SIZE"
-            options.append((variable, f"parallelism_config_{axis}_size", (size,), ours))
-    for variable, name, fits, ours in options:
+        told |= {
+            f"PARALLELISM_CONFIG_{axis.upper()}_SIZE": ((size,), f"parallel.{axis}={size}")
+            for axis, size in mesh._asdict().items()
+        }
+        told["PARALLELISM_CONFIG_CP_SIZE"] = (1,), f"parallel.sp={mesh.sp}, which shares sequences here"
+    renamed = {"ACCELERATE_USE_CPU": "cpu", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file"}
+    for variable, (fits, ours) in told.items():
+        name = renamed.get(variable, variable.lower().removeprefix("accelerate_").removeprefix("deepspeed_"))
         value = os.environ.get(variable, "").strip().lower()
         if value not in ("", "none", "auto") and not any(_same(value, good) for good in fits):
             raise ValueError(
@@ -459,9 +424,6 @@ def _is_set(variable: str) -> bool:
 
 
 def _same(said: str, ours: Any) -> bool:
-    if isinstance(ours, str):
-        return said == ours.lower()
-    try:
-        return float(said) == float(ours)
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):
+        return float(said) == float(ours) and not isinstance(ours, bool)
+    return said == str(ours).lower()

@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from math import gcd, prod
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PORT_OPTIONS = (
@@ -27,6 +27,7 @@ _MPI = (
     ("PMI_RANK", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
 )
 _SLURM_HOSTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+_SLURM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
 _FIRST_SPECIAL_STEP = 2**32 - 16  # Slurm's numbers for batch scripts, interactive shells and the like
 _JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID")
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below those that Linux gives to connections
@@ -73,8 +74,10 @@ def meeting_point(place: Placement) -> tuple[str, int]:
     """Host and port where the ranks of a run meet: MASTER_ADDR and MASTER_PORT, or what follows from the job."""
     env = os.environ
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
-    if host is None:
-        host = "127.0.0.1" if place.local_size == place.size else next(iter(_hosts()), None)
+    if host is None and place.local_size == place.size:
+        host = "127.0.0.1"
+    elif host is None and (name := next((name for name in _SLURM_HOSTS if name in env), None)):
+        host = first_host(name, env[name])
     if not (host or "").strip():
         raise ValueError(
             f"MASTER_ADDR={host!r} names no host, and {place.size} ranks have to know where rank 0 is: export "
@@ -131,42 +134,23 @@ def _place() -> Placement | None:
 def _slurm_local_size(size: str) -> int | None:
     """Tasks of this step on this node; None where Slurm does not say."""
     env, name = os.environ, "SLURM_STEP_TASKS_PER_NODE"
-    if name not in env:
-        return None if len(_hosts()) < 2 or not env[size].isdecimal() else -(-int(env[size]) // len(_hosts()))
-    counts: list[int] = []
-    for part in env[name].split(","):
-        form = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if form is None:
-            raise ValueError(f"{name}={env[name]!r} is not a list of numbers such as 2(x3),1: {_START}")
-        counts += [int(form[1])] * int(form[2] or 1)
-    return counts[_number("SLURM_NODEID", env.get("SLURM_NODEID", "0"), 0, len(counts) - 1, f"{name}={env[name]!r}")]
+    if name in env:  # for example 2(x3),1
+        each = re.sub(r"(\d+)\(x(\d+)\)", lambda many: ",".join([many[1]] * int(many[2])), env[name]).split(",")
+        node = _number("SLURM_NODEID", env.get("SLURM_NODEID", "0"), 0, len(each) - 1, f"{name}={env[name]!r}")
+        return _number(name, each[node], 1, None, _START)
+    nodes = next((_number(name, env[name], 1, None, _START) for name in _SLURM_NODES if name in env), 1)
+    return -(-_number(size, env[size], 1, None, _START) // nodes)
 
 
-def _hosts() -> list[str]:
-    """The hosts of Slurm's step or job, in their order; none outside of one."""
-    name = next((name for name in _SLURM_HOSTS if name in os.environ), None)
-    return [] if name is None else expand_hosts(name, os.environ[name])
-
-
-def expand_hosts(name: str, text: str) -> list[str]:
-    """Write out Slurm's list of hosts in a variable: `gpu[001-004,7],login1` is gpu001, gpu002 and so on, in order."""
-    bracket = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
-    if not re.fullmatch(rf"(?:[^\[\],\s]|{bracket})+(?:,(?:[^\[\],\s]|{bracket})+)*", text):
+def first_host(name: str, text: str) -> str:
+    """The first one in Slurm's list of hosts, a variable: gpu001 of `gpu[001-004,7],login1`."""
+    bracket = r"\[(\d+)(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
+    entry = rf"(?:[^\[\],\s]|{bracket})+"
+    if not re.fullmatch(rf"{entry}(?:,{entry})*", text):
         raise ValueError(
             f"{name}={text!r} is not a list of hosts such as gpu[001-004,7]: export MASTER_ADDR, or {_START}"
         )
-    hosts: list[str] = []
-    for entry in re.findall(rf"(?:[^\[\],]|{bracket})+", text):
-        names = [""]
-        for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", entry):
-            ends = [plain] if plain else []
-            for part in ranges.split(",") if ranges else ():
-                first, _, last = part.partition("-")
-                # As wide as the first number: 001-003.
-                ends += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
-            names = [begin + end for begin in names for end in ends]
-        hosts += names
-    return hosts
+    return re.sub(rf"{bracket}|,.*", r"\1", text)
 
 
 def _require(names: tuple[str, ...]) -> None:
@@ -228,11 +212,11 @@ class MeshShape(NamedTuple):
             if size < 1 and (axis, size) != ("dp_shard", -1):
                 rest = ", or parallel.dp_shard=-1 for what the other axes leave" if axis == "dp_shard" else ""
                 raise ValueError(f"parallel.{axis}={size} is no number of ranks: use parallel.{axis}=1 or more{rest}")
-        fixed = {axis: size for axis, size in asked.items() if size != -1}
-        taken = prod(fixed.values())
-        if world_size % taken or (dp_shard != -1 and taken != world_size):
-            _refuse_mesh(fixed, world_size)
-        return cls(dp_replicate, world_size // (dp_replicate * sp * tp), sp, tp)
+        inner = dp_replicate * sp * tp
+        found = cls(dp_replicate, world_size // inner if dp_shard == -1 else dp_shard, sp, tp)
+        if found.size != world_size:
+            raise ValueError(_misfit({axis: size for axis, size in asked.items() if size != -1}, world_size))
+        return found
 
     @property
     def size(self) -> int:
@@ -275,7 +259,7 @@ def multiples(unit: int, wanted: int) -> str:
     return nearest([max(wanted // unit, 1) * unit, -(-wanted // unit) * unit], wanted)
 
 
-def _refuse_mesh(fixed: dict[str, int], world_size: int) -> NoReturn:
+def _misfit(fixed: dict[str, int], world_size: int) -> str:
     """Say which of the axes that have a size could have another, or how many processes would fill them."""
     names = " x ".join(f"parallel.{axis}={size}" for axis, size in fixed.items())
     taken = prod(fixed.values())
@@ -295,16 +279,14 @@ def _refuse_mesh(fixed: dict[str, int], world_size: int) -> NoReturn:
     else:
         relation, processes = "does not divide the number of processes", multiples(taken, world_size)
     remedies.append(f"start {processes} processes")
-    raise ValueError(f"{names} = {taken} {relation}, {world_size}: {', or '.join(remedies)}")
+    return f"{names} = {taken} {relation}, {world_size}: {', or '.join(remedies)}"
 
 
 def check_tensor_parallel(model: Any, tp: int) -> None:
     """Refuse a model, a MegaConfig or the `model` section of a run, whose channels `tp` ranks cannot share."""
     if tp == 1:
         return
-    why = "only the causal moving average shares its channels"
-    both_ways = (model.bidirectional, "model.bidirectional=True", why, "model.bidirectional=false")
-    _refuse_broken(f"parallel.tp={tp}", [*_norm_and_encoder(model), both_ways])
+    _check_model(model, f"parallel.tp={tp}", both_ways="only the causal moving average shares its channels")
     widths = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
     if model.use_normalized_ffn:
         widths["nffn_hidden_size"] = model.nffn_hidden_size
@@ -333,10 +315,8 @@ def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
         lengths = range(min(at_most, -(-length // sp)), 0, -1)
         return next((chunk for chunk in lengths if length > (sp - 1) * share(chunk)), 1)
 
-    remedy = f"model.use_chunking=true with model.chunk_size={chunk_that_fits(model.max_positions)}"
-    why = "attention would reach over all ranks"
-    unchunked = (not model.use_chunking, "model.use_chunking=False", why, remedy)
-    _refuse_broken(f"parallel.sp={sp}", [*_norm_and_encoder(model), _truncation(model, "rank to rank"), unchunked])
+    chunk = f" with model.chunk_size={chunk_that_fits(model.max_positions)}"
+    _check_model(model, f"parallel.sp={sp}", part="rank", chunk=chunk)
     if length <= (sp - 1) * share(model.chunk_size):
         raise ValueError(
             f"data.sequence_length={length} is too short for parallel.sp={sp} with model.chunk_size="
@@ -357,16 +337,13 @@ def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
             f"{name} with parallel.activation_checkpoint=0: only blocks that are recomputed are computed in segments; "
             "use parallel.activation_checkpoint=1, or parallel.activation_checkpoint_segment=0"
         )
-    rules = [
-        *_norm_and_encoder(model),
-        _truncation(model, "segment to segment"),
-        (not model.use_chunking, "model.use_chunking=False", "attention would reach over all segments",
-         "model.use_chunking=true"),
-        (model.bidirectional, "model.bidirectional=True", "states would cross segments in both directions",
-         "model.bidirectional=false"),
-        (sp > 1, f"parallel.sp={sp}", "ranks pass one state for their whole part of a row", "parallel.sp=1"),
-    ]  # fmt: skip
-    _refuse_broken(name, rules, off=0)
+    both_ways = "states would cross segments in both directions"
+    _check_model(model, name, off=0, part="segment", both_ways=both_ways)
+    if sp > 1:
+        raise ValueError(
+            f"{name} with parallel.sp={sp}: ranks pass one state for their whole part of a row; use parallel.sp=1, or "
+            "parallel.activation_checkpoint_segment=0"
+        )
     if segment % model.chunk_size:
         raise ValueError(
             f"{name} is not a multiple of model.chunk_size={model.chunk_size}: "
@@ -374,27 +351,27 @@ def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
         )
 
 
-_Rule = tuple[bool, str, str, str]
-"""Whether it is broken, by which setting, why that is one, and the remedy."""
+def _check_model(
+    model: Any, setting: str, *, off: int = 1, part: str = "", both_ways: str = "", chunk: str = ""
+) -> None:
+    """Refuse a model that cannot be computed in parts.
 
-
-def _norm_and_encoder(model: Any) -> list[_Rule]:
+    `part` names those of a row; `both_ways` says why it has to be causal; `chunk` is a remedy beside chunking.
+    """
     norm = model.normalization_type
-    return [
-        (norm in ("batchnorm", "syncbatchnorm"), f"model.normalization_type={norm!r}",
-         "its statistics run over the tokens of a batch, which differ between ranks",
-         "model.normalization_type=scalenorm, layernorm or rmsnorm"),
-        (model.add_cross_attention, "model.add_cross_attention=True",
-         "what attends to an encoder is not shared by ranks", "model.add_cross_attention=false"),
-    ]  # fmt: skip
-
-
-def _truncation(model: Any, way: str) -> _Rule:
-    why = f"a truncated moving average has no state to pass from {way}"
-    return (model.truncation is not None, f"model.truncation={model.truncation}", why, "model.truncation=null")
-
-
-def _refuse_broken(axis: str, rules: list[_Rule], off: int = 1) -> None:
-    for broken, setting, why, remedy in rules:
+    for broken, key, value, why, remedy in (
+        (norm in ("batchnorm", "syncbatchnorm"), "normalization_type", norm,
+         "its statistics run over tokens of a batch, which differ between ranks", "scalenorm, layernorm or rmsnorm"),
+        (model.add_cross_attention, "add_cross_attention", True,
+         "what attends to an encoder is not shared by ranks", "false"),
+        (model.bidirectional and both_ways, "bidirectional", True, both_ways, "false"),
+        (model.truncation is not None and part, "truncation", model.truncation,
+         f"a truncated moving average has no state to pass from {part} to {part}", "null"),
+        (not model.use_chunking and part, "use_chunking", False,
+         f"attention would reach over all {part}s", f"true{chunk}"),
+    ):  # fmt: skip
         if broken:
-            raise ValueError(f"{axis} with {setting}: {why}; use {remedy}, or {axis.partition('=')[0]}={off}")
+            raise ValueError(
+                f"{setting} with model.{key}={value!r}: {why}; use model.{key}={remedy}, or "
+                f"{setting.partition('=')[0]}={off}"
+            )

@@ -10,7 +10,7 @@ Legend: B batch, L length, D channels of the residual stream, E width of values,
 width inside a layer, T ranks, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
 from mega_scale.parallel.mesh import check_tensor_parallel
 from mega_scale.parallel.shard import SegmentedLinear, ShardedModule, on_meta, shard_length
-from mega_scale.parallel.world import Axis, Gather, gather_replicated, reduce_scatter, start_gather, sum_gradient
+from mega_scale.parallel.world import Axis, gather, gather_replicated, reduce_scatter, start_gather, sum_gradient
 
 
 class TensorParallel(ShardedModule):
@@ -78,12 +78,12 @@ class _Gathering(nn.Module):
     """Gathers the channels of an input, (B, L, D / T) to (B, L, D), from when they are known until they are needed."""
 
     axis: Axis
-    _coming: Gather | None = None
+    _coming: Callable[[], Tensor] | None = None
 
     def expect(self, x: Tensor) -> None:
         """Start before the layer is called with x."""
         # As a matrix product will see it, so that under autocast only 16 bits of a number travel.
-        self._coming = Gather(x.to(autocast_dtype(x.device) or x.dtype), self.axis)
+        self._coming = gather(x.to(autocast_dtype(x.device) or x.dtype), self.axis)
 
     def gathered(self, x: Tensor) -> Tensor:
         """All channels of x, which is what was given to `expect` if anything was."""
@@ -91,7 +91,7 @@ class _Gathering(nn.Module):
             self.expect(x)
         coming, self._coming = self._coming, None
         assert coming is not None
-        return coming.wait()
+        return coming()
 
     def forward(self, x: Tensor) -> Any:
         return super().forward(self.gathered(x))

@@ -98,34 +98,29 @@ def with_backward(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Call
     return _WithBackward.apply(x, forward, backward)
 
 
-class Gather:
-    """The columns of all ranks side by side: (..., D / T) to (..., D); gradients are summed and scattered."""
+def gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Start to put the columns of all ranks side by side, (..., D / T) to (..., D); gradients are summed and scattered.
 
-    def __init__(self, x: Tensor, axis: Axis) -> None:
-        box: list[Pending] = []
+    Returns what waits for them, to be called once.
+    """
+    box: list[Pending] = []
 
-        def start(x: Tensor) -> Tensor:
-            box.append(start_gather(x, axis))
-            return box[0].buffer  # still being filled
+    def start(x: Tensor) -> Tensor:
+        box.append(start_gather(x, axis))
+        return box[0].buffer  # still being filled
 
-        # What comes along the graph is an empty stand-in of the buffer's shape; the gradient is on its way.
-        self._buffer = with_backward(x, start, lambda gradient: box.pop().wait())
-        self._axis, self._box = axis, box
+    def finish(buffer: Tensor) -> Tensor:
+        box.pop().wait()
+        return _join(buffer)
 
-    def wait(self) -> Tensor:
-        """(..., D); to be called once."""
-        axis, box = self._axis, self._box  # a graph that refers to this object, which refers to it, is never freed
+    def start_backward(gradient: Tensor) -> Tensor:
+        parts = _cut(gradient, axis)
+        box.append(start_reduce_scatter(parts, axis))
+        return parts
 
-        def finish(buffer: Tensor) -> Tensor:
-            box.pop().wait()
-            return _join(buffer)
-
-        def start(gradient: Tensor) -> Tensor:
-            parts = _cut(gradient, axis)
-            box.append(start_reduce_scatter(parts, axis))
-            return parts
-
-        return with_backward(self._buffer, finish, start)
+    # What comes along the graph is an empty stand-in of the buffer's shape; the gradient is on its way.
+    buffer = with_backward(x, start, lambda gradient: box.pop().wait())
+    return lambda: with_backward(buffer, finish, start_backward)
 
 
 def gather_replicated(x: Tensor, axis: Axis) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 
 from mega_scale.config import RunConfig
 from mega_scale.parallel import Placement, check_single, placement
-from mega_scale.parallel.mesh import expand_hosts, meeting_point
+from mega_scale.parallel.mesh import first_host, meeting_point
 
 TORCHRUN = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "node0", "MASTER_PORT": 29500}
 SRUN = {
@@ -59,6 +59,8 @@ def told(monkeypatch):
         # What the versions of Slurm, or the way to the process, may leave out.
         ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1, "SLURM_STEP_ID": 3}, Placement(1, 2, 1, 2)),
         ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1}, Placement(1, 2, 1, 2)),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": None, "SLURM_STEP_NUM_NODES": 3}, Placement(5, 6, 1, 2)),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": None, "SLURM_JOB_NUM_NODES": 4}, Placement(5, 6, 1, 2)),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_STEP_NODELIST": "a[1-3]"}, Placement(5, 6, 1, 2)),
     ],
 )  # fmt: skip
@@ -150,17 +152,19 @@ def test_ranks_of_one_host_need_no_name_for_it(told):
     assert meeting_point(placement())[0] == "127.0.0.1"
 
 
-def test_lists_of_hosts_are_written_out():
+def test_the_first_of_a_list_of_hosts_is_found():
     known = {
-        "login1": ["login1"],
-        "gpu[001-003,7],login1": ["gpu001", "gpu002", "gpu003", "gpu7", "login1"],
-        "r[1-2]n[09-10]-ib": ["r1n09-ib", "r1n10-ib", "r2n09-ib", "r2n10-ib"],
-        "a,b[2],c.example.org": ["a", "b2", "c.example.org"],
+        "login1": "login1",
+        "gpu[001-003,7],login1": "gpu001",
+        "gpu[7,001-003]": "gpu7",
+        "r[1-2]n[09-10]-ib": "r1n09-ib",
+        "a,b[2],c.example.org": "a",
+        "c.example.org,b[2]": "c.example.org",
     }
-    assert {text: expand_hosts("SLURM_NODELIST", text) for text in known} == known
+    assert {text: first_host("SLURM_NODELIST", text) for text in known} == known
     for text in ("", "gpu[1", "gpu1]", "gpu[1-]", "gpu[]", "a,,b", "a b"):
         with pytest.raises(ValueError, match="SLURM_NODELIST="):
-            expand_hosts("SLURM_NODELIST", text)
+            first_host("SLURM_NODELIST", text)
 
 
 @pytest.mark.parametrize("variables", [TORCHRUN, SRUN, OPEN_MPI, HYDRA])

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from math import gcd, prod
 from typing import Any, NamedTuple
 
+from mega_scale.settings import require
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PORT_OPTIONS = (
     "deepspeed --master_port, torchrun --master-port, accelerate launch --main_process_port, else MASTER_PORT"
@@ -73,20 +75,20 @@ def placement() -> Placement:
 def meeting_point(place: Placement) -> tuple[str, int]:
     """Host and port where the ranks of a run meet: MASTER_ADDR and MASTER_PORT, or what follows from the job."""
     env = os.environ
-    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
+    host = env.get("MASTER_ADDR")
     if host is None and place.local_size == place.size:
         host = "127.0.0.1"
     elif host is None and (name := next((name for name in _SLURM_HOSTS if name in env), None)):
         host = first_host(name, env[name])
-    if not (host or "").strip():
-        raise ValueError(
-            f"MASTER_ADDR={host!r} names no host, and {place.size} ranks have to know where rank 0 is: export "
-            "MASTER_ADDR=HOST (mpirun of Open MPI: -x MASTER_ADDR=HOST; of MPICH and Intel MPI: -genv MASTER_ADDR HOST)"
-        )
-    if port is None:
+    remedy = (
+        f"it is no host, and {place.size} ranks have to know where rank 0 is, export MASTER_ADDR=HOST (mpirun of Open "
+        "MPI: -x MASTER_ADDR=HOST; of MPICH and Intel MPI: -genv MASTER_ADDR HOST)"
+    )
+    require(bool((host or "").strip()), "MASTER_ADDR", host, remedy)
+    if "MASTER_PORT" not in env:
         job = ".".join(env.get(name, "") for name in _JOBS)
         return str(host), _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
-    return str(host), _number("MASTER_PORT", port, 1, 65_535, f"choose a free port ({PORT_OPTIONS})")
+    return str(host), _number("MASTER_PORT", 1, 65_535, f"choose a free port ({PORT_OPTIONS})")
 
 
 def check_single(command: str) -> None:
@@ -101,21 +103,20 @@ def check_single(command: str) -> None:
 
 def _place() -> Placement | None:
     """What a launcher, mpirun or srun say, in this order; None where none of them started this process."""
-    env = os.environ
-    if "RANK" in env:
-        _require(VARIABLES)
-        local_size = "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # torchrun; deepspeed
-        return _read(*VARIABLES[:3], local_size)
+    env, here = os.environ, 0
     mpi = [names for names in _MPI if names[0] in env]
     complete = next((names for names in mpi if all(name in env for name in names)), None)
-    if complete is not None:
-        rank, size, local_rank, local_size = complete
-        return _read(rank, size, local_rank, local_size)
     # Batch scripts and shells of salloc have the job's variables too, and are alone.
     step = env.get("SLURM_STEP_ID", "")
     in_step = int(step) < _FIRST_SPECIAL_STEP if step.isdecimal() else env.get("SLURM_PROCID", "0") != "0"
-    if "SLURM_STEP_NUM_TASKS" in env or in_step:
-        rank, local_rank = "SLURM_PROCID", "SLURM_LOCALID"
+    if "RANK" in env:
+        _require(VARIABLES)
+        rank, size, local_rank = VARIABLES[:3]
+        local_size = "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # torchrun; deepspeed
+    elif complete is not None:
+        rank, size, local_rank, local_size = complete
+    elif "SLURM_STEP_NUM_TASKS" in env or in_step:
+        rank, local_rank, local_size = "SLURM_PROCID", "SLURM_LOCALID", ""
         size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
         _require((rank, size, local_rank))
         for other in {names[0] for names in mpi}:  # Slurm's own PMI numbers tasks as Slurm does
@@ -123,33 +124,41 @@ def _place() -> Placement | None:
                 raise ValueError(
                     f"{other}={env[other]!r} contradicts {rank}={env[rank]!r}: unset one of them, or {_START}"
                 )
-        return _read(rank, size, local_rank, None, _slurm_local_size(size))
-    if mpi:
-        _require(mpi[0])
-    if "PMIX_RANK" in env:
-        _require(("PMIX_RANK", *VARIABLES))
-    return None
+        here = _slurm_local_size(size)
+    else:
+        if mpi:
+            _require(mpi[0])
+        if "PMIX_RANK" in env:
+            _require(("PMIX_RANK", *VARIABLES))
+        return None
+    ranks = _number(size, 1, None, _START)
+    of_all = f"{size}={ranks}; {_START}"
+    if env.get(local_size):
+        here = _number(local_size, 1, ranks, of_all)
+    here = here or ranks
+    at = _number(local_rank, 0, here - 1, f"{here} ranks are on this machine; {_START}")
+    return Placement(_number(rank, 0, ranks - 1, of_all), ranks, at, here)
 
 
-def _slurm_local_size(size: str) -> int | None:
-    """Tasks of this step on this node; None where Slurm does not say."""
+def _slurm_local_size(size: str) -> int:
+    """Tasks of this step on this node."""
     env, name = os.environ, "SLURM_STEP_TASKS_PER_NODE"
-    if name in env:  # for example 2(x3),1
-        each = re.sub(r"(\d+)\(x(\d+)\)", lambda many: ",".join([many[1]] * int(many[2])), env[name]).split(",")
-        node = _number("SLURM_NODEID", env.get("SLURM_NODEID", "0"), 0, len(each) - 1, f"{name}={env[name]!r}")
-        return _number(name, each[node], 1, None, _START)
-    nodes = next((_number(name, env[name], 1, None, _START) for name in _SLURM_NODES if name in env), 1)
-    return -(-_number(size, env[size], 1, None, _START) // nodes)
+    if name not in env:
+        nodes = next((_number(name, 1, None, _START) for name in _SLURM_NODES if name in env), 1)
+        return -(-_number(size, 1, None, _START) // nodes)
+    # For example 2(x3),1.
+    each = re.sub(r"(\d+)\(x(\d+)\)", lambda many: ",".join([many[1]] * int(many[2])), env[name]).split(",")
+    require(all(map(str.isdecimal, each)), name, env[name], f"it is no list of numbers such as 2(x3),1, {_START}")
+    node = _number("SLURM_NODEID", 0, len(each) - 1, f"{name}={env[name]!r}") if "SLURM_NODEID" in env else 0
+    return int(each[node])
 
 
 def first_host(name: str, text: str) -> str:
     """The first one in Slurm's list of hosts, a variable: gpu001 of `gpu[001-004,7],login1`."""
     bracket = r"\[(\d+)(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
     entry = rf"(?:[^\[\],\s]|{bracket})+"
-    if not re.fullmatch(rf"{entry}(?:,{entry})*", text):
-        raise ValueError(
-            f"{name}={text!r} is not a list of hosts such as gpu[001-004,7]: export MASTER_ADDR, or {_START}"
-        )
+    remedy = f"it is no list of hosts such as gpu[001-004,7], export MASTER_ADDR, or {_START}"
+    require(re.fullmatch(rf"{entry}(?:,{entry})*", text) is not None, name, text, remedy)
     return re.sub(rf"{bracket}|,.*", r"\1", text)
 
 
@@ -163,23 +172,13 @@ def _require(names: tuple[str, ...]) -> None:
         )
 
 
-def _read(rank: str, size: str, local_rank: str, local_size: str | None, local: int | None = None) -> Placement:
-    """Numbers from the variables of these names, which have to fit each other."""
-    env = os.environ
-    ranks = _number(size, env[size], 1, None, _START)
-    here = local or ranks
-    if local_size is not None and env.get(local_size):
-        here = _number(local_size, env[local_size], 1, ranks, f"{size}={ranks}; {_START}")
-    number = _number(rank, env[rank], 0, ranks - 1, f"{size}={ranks}; {_START}")
-    at = _number(local_rank, env[local_rank], 0, here - 1, f"{here} ranks are on this machine; {_START}")
-    return Placement(number, ranks, at, here)
-
-
-def _number(name: str, text: str, least: int, most: int | None, remedy: str) -> int:
-    bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
-    if not re.fullmatch(r"-?[0-9]+", text) or int(text) < least or (most is not None and int(text) > most):
-        raise ValueError(f"{name}={text!r} is not possible, it has to be a whole number {bounds}: {remedy}")
-    return int(text)
+def _number(name: str, least: int, most: int | None, remedy: str) -> int:
+    """The whole number that a variable holds, within bounds."""
+    text, bounds = os.environ[name], f"from {least} to {most}" if most is not None else f"of at least {least}"
+    number = int(text) if re.fullmatch(r"-?[0-9]+", text) else least - 1
+    good = least <= number and (most is None or number <= most)
+    require(good, name, text, f"it has to be a whole number {bounds}: {remedy}")
+    return number
 
 
 class Coordinates(NamedTuple):
@@ -209,9 +208,9 @@ class MeshShape(NamedTuple):
         """
         asked = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "sp": sp, "tp": tp}
         for axis, size in asked.items():
-            if size < 1 and (axis, size) != ("dp_shard", -1):
-                rest = ", or parallel.dp_shard=-1 for what the other axes leave" if axis == "dp_shard" else ""
-                raise ValueError(f"parallel.{axis}={size} is no number of ranks: use parallel.{axis}=1 or more{rest}")
+            rest = ", or parallel.dp_shard=-1 for what the other axes leave" if axis == "dp_shard" else ""
+            remedy = f"use parallel.{axis}=1 or more{rest}"
+            require(size > 0 or (axis, size) == ("dp_shard", -1), f"parallel.{axis}", size, remedy)
         inner = dp_replicate * sp * tp
         found = cls(dp_replicate, world_size // inner if dp_shard == -1 else dp_shard, sp, tp)
         if found.size != world_size:
@@ -291,11 +290,8 @@ def check_tensor_parallel(model: Any, tp: int) -> None:
     if model.use_normalized_ffn:
         widths["nffn_hidden_size"] = model.nffn_hidden_size
     for key, width in widths.items():
-        if width % tp:
-            raise ValueError(
-                f"parallel.tp={tp} does not divide model.{key}={width}: use model.{key}={multiples(tp, width)}, or "
-                f"parallel.tp={gcd(tp, *widths.values())}"
-            )
+        remedy = f"use model.{key}={multiples(tp, width)}, or parallel.tp={gcd(tp, *widths.values())}"
+        require(width % tp == 0, "parallel.tp", tp, f"it does not divide model.{key}={width}, {remedy}")
 
 
 def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
@@ -327,28 +323,19 @@ def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
 
 def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
     """Refuse a model whose recomputed blocks (0: none) cannot be computed `segment` tokens (0: a row) at a time."""
-    name = f"parallel.activation_checkpoint_segment={segment}"
-    if segment < 0:
-        raise ValueError(f"{name} is negative: choose 0 for whole rows, or a multiple of model.chunk_size")
+    key, chunk = "parallel.activation_checkpoint_segment", model.chunk_size
+    require(segment >= 0, key, segment, "choose 0 for whole rows, or a multiple of model.chunk_size")
     if segment == 0:
         return
-    if every == 0:
-        raise ValueError(
-            f"{name} with parallel.activation_checkpoint=0: only blocks that are recomputed are computed in segments; "
-            "use parallel.activation_checkpoint=1, or parallel.activation_checkpoint_segment=0"
-        )
+    off = f"or {key}=0"
+    why = "only blocks that parallel.activation_checkpoint=0 would recompute are computed in segments"
+    require(every > 0, key, segment, f"{why}, use parallel.activation_checkpoint=1, {off}")
     both_ways = "states would cross segments in both directions"
-    _check_model(model, name, off=0, part="segment", both_ways=both_ways)
-    if sp > 1:
-        raise ValueError(
-            f"{name} with parallel.sp={sp}: ranks pass one state for their whole part of a row; use parallel.sp=1, or "
-            "parallel.activation_checkpoint_segment=0"
-        )
-    if segment % model.chunk_size:
-        raise ValueError(
-            f"{name} is not a multiple of model.chunk_size={model.chunk_size}: "
-            f"use {multiples(model.chunk_size, segment)}"
-        )
+    _check_model(model, f"{key}={segment}", off=0, part="segment", both_ways=both_ways)
+    why = f"ranks pass one state for their whole part of a row with parallel.sp={sp}"
+    require(sp == 1, key, segment, f"{why}, use parallel.sp=1, {off}")
+    remedy = f"it is no multiple of model.chunk_size={chunk}, use {multiples(chunk, segment)}"
+    require(segment % chunk == 0, key, segment, remedy)
 
 
 def _check_model(

@@ -179,10 +179,7 @@ class PeerMonitor:
 
         self._ending = threading.Lock()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch_contact)]
-        if verdict := self._meet(deadline):
-            self._report = verdict
-            self._tell(_VICTIM_WAITS)
-            self._end(verdict)
+        self._meet(deadline)
 
     def watch(self, standing: Callable[[], Standing], before_end: Callable[[str], None] | None) -> None:
         """Let this rank be asked where it stands; both are called in another thread.
@@ -230,8 +227,8 @@ class PeerMonitor:
         time.sleep(_NEWS_SPREAD * self._beat_s)  # the store, or neighbours, may end with this rank
         self._stop()
 
-    def _meet(self, deadline: float) -> str | None:
-        """Wait for all ranks; says why, if they do not come."""
+    def _meet(self, deadline: float) -> None:
+        """Wait for all ranks; ends this process, and those that came, if they do not come."""
         store = self.store
         store.compare_set("news", "", WELL)
         store.set(f"host/{self._rank}", socket.gethostname())
@@ -242,22 +239,25 @@ class PeerMonitor:
             store.set("all arrived", "")
         try:
             store.wait(["all arrived"], timedelta(seconds=max(deadline - time.monotonic(), self._beat_s)))
+            if self._keeper == "rank 0":
+                self._keeper = self._where([0])
+            self._heard = time.monotonic()
+            self._met = True
+            return
         except dist.DistNetworkError:
-            return (
-                f"the key-value store at {self._address} was lost while the ranks met; see the output of {self._keeper}"
+            verdict = (
+                f"the key-value store at {self._address} was lost while ranks met; see what {self._keeper} printed"
             )
         except dist.DistError:
             missing = [rank for rank in range(self._size) if not store.check([f"host/{rank}"])]
-            return (
+            verdict = (
                 f"of {self._size} ranks, {_ranks(missing)} did not come to {self._address} within "
                 f"{self._timeout_s:g} s; see whether every host was started, with the same address and number of "
                 "hosts, and what they printed"
             )
-        if self._keeper == "rank 0":
-            self._keeper = self._where([0])
-        self._heard = time.monotonic()
-        self._met = True
-        return None
+        self._report = verdict
+        self._tell(_VICTIM_WAITS)
+        self._end(verdict)
 
     def _tell(self, longest: int) -> None:
         """Have the talking thread say at once what there is to say; waits for it so many beats at most."""

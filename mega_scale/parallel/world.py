@@ -225,26 +225,23 @@ class World:
         """The same ranks on another mesh."""
         return replace(self, shape=shape, axes=join_axes(shape, self.rank, self.timeout_s))
 
-    def close(self, failed: bool = False) -> None:
-        """Leave the process group; may be called twice. The rank that keeps the ranks' store waits for all to leave."""
-        if self.monitor is not None and not failed:
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Leave the process group; the rank that keeps the ranks' store waits for all to leave."""
+        if self.monitor is not None and error is None:
             self.monitor.leave()
+        elif self.monitor is not None and error is not None:
+            self.monitor.fail(error)
         # After an error NCCL would wait for collectives that never end: the end of the process closes its connections.
-        if not dist.is_initialized() or (failed and dist.get_backend() == "nccl"):
+        if error is not None and dist.get_backend() == "nccl":
             return
         if dist.get_backend() == "gloo":
             # gloo's threads take the interpreter's lock to drop the tensors of their last collective, and abort the
             # process if they ask for it when the interpreter is already ending.
             time.sleep(_LET_GLOO_FINISH_S)
         dist.destroy_process_group()
-
-    def __enter__(self) -> "World":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self.monitor is not None and error is not None:
-            self.monitor.fail(error)
-        self.close(failed=error is not None)
 
     @cached_property
     def at(self) -> Coordinates:

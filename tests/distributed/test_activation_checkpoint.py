@@ -137,9 +137,9 @@ def test_only_the_stream_is_as_long_as_a_row():
 @pytest.mark.parametrize(
     "changes,segment,every,sp,words",
     [
-        ({}, -1, 1, 1, "negative"),
+        ({}, -1, 1, 1, "segment=-1 .*choose 0 for whole rows"),
         ({}, 16, 0, 1, "activation_checkpoint=0"),
-        ({}, 12, 1, 1, r"multiple of model.chunk_size=8: use 8 or 16"),
+        ({}, 12, 1, 1, r"multiple of model.chunk_size=8, use 8 or 16"),
         ({}, 16, 1, 2, "parallel.sp=2"),
         ({"use_chunking": False}, 16, 1, 1, "model.use_chunking=False"),
         ({"truncation": 8}, 16, 1, 1, "model.truncation=8"),

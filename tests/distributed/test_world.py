@@ -43,7 +43,6 @@ def collectives() -> dict[str, Any]:
             "empty": world.broadcast("" if world.rank == 0 else "x"),
         }
         world.barrier()
-    world.close()
     return found
 
 

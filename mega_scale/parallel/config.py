@@ -79,9 +79,7 @@ class ParallelConfig:
 
     def mesh(self, world_size: int) -> MeshShape:
         """The mesh of a run of `world_size` ranks; raises as `MeshShape.resolve` does."""
-        return MeshShape.resolve(
-            world_size, dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, sp=self.sp, tp=self.tp
-        )
+        return MeshShape.resolve(world_size, self.dp_replicate, self.dp_shard, self.sp, self.tp)
 
     def layout(self, world_size: int) -> dict[str, Any]:
         """Engine, ZeRO stage, ranks and mesh of a run of `world_size` ranks, as plain JSON to keep in a checkpoint."""

@@ -67,7 +67,7 @@ class Engine(ABC):
     ) -> None:
         self.module, self.row_slice, self._world = model, row_slice, world
         self._template = on_meta(type(model), model.config)
-        self._tp, self._fsdp, self._copies = world.axis("tp"), world.axis("fsdp"), world.axis("dp_replicate")
+        self._tp, self._fsdp, self._copies = world.axes["tp"], world.axes["fsdp"], world.axes["dp_replicate"]
         self._stage, self._max_grad_norm = config.parallel.zero_stage, config.max_grad_norm
         self._call: Callable[..., Any] = model
         self._build(values, config, build_optimizer)
@@ -250,7 +250,7 @@ class FsdpEngine(Engine):
         # Ranks of this one's tp, (dp_replicate, fsdp); without copies, (fsdp,).
         ranks = torch.arange(world.size, device="cpu").view(*world.shape)[..., world.at.tp].flatten(1)
         names = ("dp_replicate", "fsdp") if len(ranks) > 1 else ("fsdp",)
-        groups: list[Any] = [world.axis(name).group for name in names]
+        groups: list[Any] = [world.axes[name].group for name in names]
         mesh = DeviceMesh.from_group(groups, world.device.type, ranks.squeeze(0), mesh_dim_names=names)
         options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": self._stage == 3}
         policy, blocks = MixedPrecisionPolicy(), list(model.get_submodule("mega.layers").children())

@@ -9,14 +9,12 @@ import re
 import zlib
 from collections.abc import Iterable
 from math import gcd, prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from mega_scale.settings import require
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PORT_OPTIONS = (
-    "deepspeed --master_port, torchrun --master-port, accelerate launch --main_process_port, else MASTER_PORT"
-)
+PORT_OPTIONS = "deepspeed --master_port, torchrun --master-port, accelerate launch --main_process_port, MASTER_PORT"
 
 _START = "start the script with deepspeed, torchrun, accelerate launch, srun, mpirun or plain python"
 # Variables for the rank, the number of ranks, and the same two on one machine. What mpirun starts may itself run in a
@@ -199,9 +197,7 @@ class MeshShape(NamedTuple):
     tp: int  # ranks that share the channels of every layer
 
     @classmethod
-    def resolve(
-        cls, world_size: int, *, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int = 1
-    ) -> "MeshShape":
+    def resolve(cls, world_size: int, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int = 1) -> Self:
         """Lay all ranks of a run out on the mesh; dp_shard=-1 takes what the other dimensions leave.
 
         Raises ValueError where a size is impossible, or the mesh does not hold all ranks.

@@ -60,7 +60,7 @@ def parallelize(
     """
     try:
         config.validate(world.size)
-        sp, tp, checkpointing = world.axis("sp"), world.axis("tp"), config.parallel.checkpointing
+        sp, tp, checkpointing = world.axes["sp"], world.axes["tp"], config.parallel.checkpointing
         row_slice = apply_model_parallelism(
             model, sp=sp, tp=tp, checkpointing=checkpointing, seed=config.seed, compile=config.compile
         )
@@ -227,7 +227,7 @@ def _compare(
     )
     engine.module.train()
     before = {name: (local.start, engine.local_tensor(name).clone()) for name, local in engine.state().tensors.items()}
-    first = 2 * world.dp.rank
+    first = 2 * world.shape.dp_rank(world.rank)
     rows = slice(first, first + 2)
     share = engine.forward(inputs[rows], labels[rows], _ITEMS, Place(0, first))
     engine.backward(share, last=True)

@@ -175,7 +175,7 @@ class World:
     local_rank: int  # on this machine
     device: torch.device
     shape: MeshShape  # ranks along each dimension of the mesh
-    axes: dict[str, Axis]  # dp_replicate, fsdp (dp_shard and sp together), sp and tp, as this rank sees them
+    axes: dict[str, Axis]  # dp_replicate, fsdp (dp_shard and sp together), sp and tp
     monitor: "PeerMonitor | None"  # watches the other ranks; None where there are none
     timeout_s: float  # longest wait of one rank for the others
     store: dist.Store  # keys and values that all ranks share
@@ -248,15 +248,6 @@ class World:
         """The index of this rank along each dimension of the mesh."""
         return self.shape.coordinates(self.rank)
 
-    @cached_property
-    def dp(self) -> Axis:
-        """The ranks that read different rows, which have no group of their own."""
-        return Axis(None, self.shape.dp_rank(self.rank), self.shape.dp)
-
-    def axis(self, name: str) -> Axis:
-        """The ranks along one axis: dp_replicate, fsdp (dp_shard and sp together), sp or tp; not collective."""
-        return self.axes[name]
-
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
@@ -276,10 +267,7 @@ class World:
 
     def all_gather(self, value: Tensor) -> Tensor:
         """Every rank's tensor, of one shape and dtype, stacked in the order of ranks on the CPU of all ranks."""
-        own = value.detach().to(self.device)
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(found, own)
-        return torch.stack(found).cpu()
+        return start_gather(value.detach().to(self.device), Axis(None, self.rank, self.size)).wait().cpu()
 
     def all_agree(self, flag: bool) -> bool:
         """Whether a flag is true on every rank; the same answer on all ranks."""

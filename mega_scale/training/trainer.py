@@ -366,7 +366,7 @@ class Trainer:
             given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
             inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
             # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
-            place = Place(step - 1, (i * world.dp.size + world.dp.rank) * len(inputs))
+            place = Place(step - 1, (i * self.mesh.dp + self.mesh.dp_rank(self.rank)) * len(inputs))
             share = self.engine.forward(inputs, labels, seen, place, starts)
             self.engine.backward(share, last=i == len(batches) - 1)
             shares.append(share.detach())

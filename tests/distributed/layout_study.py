@@ -126,7 +126,7 @@ def whole_weights(engine: Engine, world: World) -> dict[str, Tensor]:
     table, local = shardings(engine.module), engine_study.parts(engine.module)
     for name, sharding in table.items() if world.shape.tp > 1 else ():
         shards = [torch.empty_like(local[name]) for _ in range(world.shape.tp)]
-        torch.distributed.all_gather(shards, local[name].contiguous(), group=world.axis("tp").group)
+        torch.distributed.all_gather(shards, local[name].contiguous(), group=world.axes["tp"].group)
         local[name] = sharding.join(shards)
     return {source: assemble(names, local.__getitem__) for source, names in by_source(table).items()}
 

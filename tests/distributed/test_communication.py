@@ -30,7 +30,7 @@ def train_once(world: World, engine: str, variant: str, tokens: int) -> tuple[li
         made.backward(loss, last=True)
     made.step(1e-3)
     made.close()
-    group = world.axis("tp" if world.shape.tp > 1 else "sp").group
+    group = world.axes["tp" if world.shape.tp > 1 else "sp"].group
     return forward.over(group), backward.over(group)
 
 
@@ -40,10 +40,10 @@ def accumulate(world: World, engine: str) -> tuple[list[int], float]:
     made.module.train()
     calls = []
     for i in range(3):
-        inputs = (torch.arange(2 * 61).view(ROWS, 61) + 7 * i + 100 * world.dp.rank) % 60
+        inputs = (torch.arange(2 * 61).view(ROWS, 61) + 7 * i + 100 * world.shape.dp_rank(world.rank)) % 60
         with Recorder() as recorder:
             made.backward(made.forward(inputs, inputs + 1, 12 * 61, Place()), last=i == 2)
-        sent = recorder.over(world.axis("dp_replicate").group) if world.shape.dp_replicate > 1 else []
+        sent = recorder.over(world.axes["dp_replicate"].group) if world.shape.dp_replicate > 1 else []
         calls.append(len([call for call in sent if call.operation == "allreduce_"]))
     norm = made.step(1e-3)
     made.close()

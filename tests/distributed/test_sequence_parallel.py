@@ -76,7 +76,7 @@ def train_once(activation: str, sp: Axis, every: int) -> dict[str, Tensor]:
 
 def study() -> dict[Any, dict[str, Tensor]]:
     with World.start(ParallelConfig(timeout_s=120, sp=4)) as world:
-        return {(name, every): train_once(name, world.axis("sp"), every) for name in ACTIVATIONS for every in (0, 1)}
+        return {(name, every): train_once(name, world.axes["sp"], every) for name in ACTIVATIONS for every in (0, 1)}
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,10 @@ def layout_changes(saved: dict[str, Any], here: dict[str, Any]) -> str:
     return ", ".join(f"{name} {saved.get(key)} -> {here[key]}" for key, name in names.items())
 
 
+def _paths(keys: str) -> list[str]:
+    return keys.replace("zero.", "zero_optimization.").split()
+
+
 # Keys of DeepSpeed, or sections of them, that say what another setting of ours says, and that setting. Two answers to
 # one question would be settled by DeepSpeed without a word.
 _OWNED = {
@@ -173,7 +177,7 @@ _OWNED = {
     "train.micro_batch_size": "train_micro_batch_size_per_gpu",
     "train.global_batch_size and train.micro_batch_size": """gradient_accumulation_steps managed_gradient_accumulation
         elasticity""",
-    "optimizer.max_grad_norm": "gradient_clipping zero_optimization.compute_grad_norm",
+    "optimizer.max_grad_norm": "gradient_clipping zero.compute_grad_norm",
     "train.global_batch_size (losses are sums over tokens divided by their number)": """gradient_allreduce_op
         gradient_predivide_factor prescale_gradients""",
     "the optimizer section": "optimizer zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
@@ -186,63 +190,47 @@ _OWNED = {
     "model.vocab_size": "vocabulary_size",
     "parallel.activation_checkpoint": "activation_checkpointing",
     "train.compile": "compile",
-    "the checkpoint section": """checkpoint nebula datastates zero_optimization.load_from_fp32_weights
-        zero_optimization.elastic_checkpoint zero_optimization.pipeline_loading_checkpoint
-        zero_optimization.gather_16bit_weights_on_model_save
-        zero_optimization.stage3_gather_16bit_weights_on_model_save
-        zero_optimization.stage3_gather_fp16_weights_on_model_save""",
+    "the checkpoint section": """checkpoint nebula datastates zero.load_from_fp32_weights zero.elastic_checkpoint
+        zero.pipeline_loading_checkpoint zero.gather_16bit_weights_on_model_save
+        zero.stage3_gather_16bit_weights_on_model_save zero.stage3_gather_fp16_weights_on_model_save""",
     "the data section": "dataloader_drop_last data_efficiency",
     "data.length_schedule": "curriculum_learning",
-    "parallel.zero_stage": "zero_optimization.stage",
-    "parallel.dp_shard and parallel.dp_replicate": """zero_optimization.mics_shard_size
-        zero_optimization.mics_hierarchical_params_gather zero_optimization.zero_hpz_partition_size""",
+    "parallel.zero_stage": "zero.stage",
+    "parallel.dp_shard and parallel.dp_replicate": """zero.mics_shard_size zero.mics_hierarchical_params_gather
+        zero.zero_hpz_partition_size""",
 }
-OWNERS = {key: owner for owner, keys in _OWNED.items() for key in keys.split()}
+OWNERS = {key: owner for owner, keys in _OWNED.items() for key in _paths(keys)}
 
-_SWITCH, _COUNT, _NATURAL = "true or false", "a whole number of at least 1", "a whole number of at least 0"
-_PATH, _DEVICE = "a path", "none or cpu"
-_EXPECTED: dict[str, Callable[[Any], bool]] = {
-    _SWITCH: lambda value: type(value) is bool,
-    _COUNT: lambda value: type(value) is int and value >= 1,
-    _NATURAL: lambda value: type(value) is int and value >= 0,
-    "a whole number": lambda value: type(value) is int,
-    "a number": lambda value: type(value) in (int, float),
-    "text": lambda value: type(value) is str,
-    _PATH: lambda value: type(value) is str,
-    _DEVICE: lambda value: value in ("none", "cpu", "nvme"),  # of nvme, `_check_native` says more
-    "a list of texts": lambda value: type(value) is list,
-}
-# What is computed stays, and where it lies is compared with one process: tests/distributed/test_native_keys.py.
-_ZERO = {
-    _SWITCH: """contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm
-        round_robin_gradients parameter_alignment ignore_unused_parameters stage3_use_all_reduce_for_fetch_params
-        stage3_allgather_sequential memory_efficient_linear override_module_apply log_trace_cache_warnings
-        enable_sanity_checks cpu_offload cpu_offload_param cpu_offload_use_pin_memory
-        offload_optimizer.pin_memory offload_param.pin_memory
-        zero_quantized_gradients""",  # the last is refused in words of its own
-    _COUNT: """reduce_bucket_size allgather_bucket_size sub_group_size offload_optimizer.buffer_count
-        offload_param.buffer_count""",
-    _NATURAL: """stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
-        stage3_max_live_parameters stage3_max_reuse_distance""",
-    _PATH: "offload_optimizer.nvme_path offload_param.nvme_path",
-    _DEVICE: "offload_optimizer.device offload_param.device",
-}
-_REPORTS = {
-    _SWITCH: """wall_clock_breakdown memory_breakdown dump_state timers.throughput.enabled
-        timers.throughput.synchronized flops_profiler.enabled flops_profiler.detailed comms_logger.enabled
-        comms_logger.prof_all comms_logger.verbose comms_logger.debug tensorboard.enabled csv_monitor.enabled
-        wandb.enabled""",
-    _COUNT: "steps_per_print",
-    _NATURAL: "flops_profiler.profile_step flops_profiler.top_modules",
-    "a whole number": "flops_profiler.module_depth",
-    "a number": "flops_profiler.recompute_fwd_factor",
-    "text": "tensorboard.job_name csv_monitor.job_name wandb.group wandb.team wandb.project",
-    _PATH: "flops_profiler.output_file tensorboard.output_path csv_monitor.output_path",
-    "a list of texts": "comms_logger.prof_ops",
-}
-KEYS: dict[str, str] = {key: expected for expected, keys in _REPORTS.items() for key in keys.split()} | {
-    f"zero_optimization.{key}": expected for expected, keys in _ZERO.items() for key in keys.split()
-}
+# By what DeepSpeed expects of a value: a test of it, and the keys that are passed on with such a value. What is
+# computed stays, and where it lies is compared with one process: tests/distributed/test_native_keys.py.
+_PASSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "true or false": (lambda value: type(value) is bool, """wall_clock_breakdown memory_breakdown dump_state
+        timers.throughput.enabled timers.throughput.synchronized flops_profiler.enabled flops_profiler.detailed
+        comms_logger.enabled comms_logger.prof_all comms_logger.verbose comms_logger.debug tensorboard.enabled
+        csv_monitor.enabled wandb.enabled zero.contiguous_gradients zero.reduce_scatter zero.allgather_partitions
+        zero.use_multi_rank_bucket_allreduce zero.overlap_comm zero.round_robin_gradients zero.parameter_alignment
+        zero.ignore_unused_parameters zero.stage3_use_all_reduce_for_fetch_params zero.stage3_allgather_sequential
+        zero.memory_efficient_linear zero.override_module_apply zero.log_trace_cache_warnings
+        zero.enable_sanity_checks zero.cpu_offload zero.cpu_offload_param zero.cpu_offload_use_pin_memory
+        zero.offload_optimizer.pin_memory zero.offload_param.pin_memory
+        zero.zero_quantized_gradients"""),  # the last is refused in words of its own
+    "a whole number of at least 1": (lambda value: type(value) is int and value >= 1, """steps_per_print
+        zero.reduce_bucket_size zero.allgather_bucket_size zero.sub_group_size zero.offload_optimizer.buffer_count
+        zero.offload_param.buffer_count"""),
+    "a whole number of at least 0": (lambda value: type(value) is int and value >= 0, """flops_profiler.profile_step
+        flops_profiler.top_modules zero.stage3_prefetch_bucket_size zero.stage3_param_persistence_threshold
+        zero.stage3_model_persistence_threshold zero.stage3_max_live_parameters zero.stage3_max_reuse_distance"""),
+    "a whole number": (lambda value: type(value) is int, "flops_profiler.module_depth"),
+    "a number": (lambda value: type(value) in (int, float), "flops_profiler.recompute_fwd_factor"),
+    "text": (lambda value: type(value) is str, """tensorboard.job_name csv_monitor.job_name wandb.group wandb.team
+        wandb.project"""),
+    "a path": (lambda value: type(value) is str, """flops_profiler.output_file tensorboard.output_path
+        csv_monitor.output_path zero.offload_optimizer.nvme_path zero.offload_param.nvme_path"""),
+    "none or cpu": (lambda value: value in ("none", "cpu", "nvme"),  # of nvme, `_check_native` says more
+                    "zero.offload_optimizer.device zero.offload_param.device"),
+    "a list of texts": (lambda value: type(value) is list, "comms_logger.prof_ops"),
+}  # fmt: skip
+KEYS = {key: expected for expected, (_, keys) in _PASSED.items() for key in _paths(keys)}
 """Native keys that are passed on to DeepSpeed, with what it expects as their values; every other one is refused."""
 
 _SECTIONS = {path[:end] for path in KEYS for end, letter in enumerate(path) if letter == "."}
@@ -254,15 +242,14 @@ _SUPERSEDED = {
 }
 # Keys of DeepSpeed that no setting of ours stands for, by the reason why they are not passed on.
 _REFUSED = {
-    "it changes what is computed": """zero_optimization.zero_quantized_weights
-        zero_optimization.zero_quantized_nontrainable_weights zero_optimization.zeropp_loco_param weight_quantization
-        quantize_training compression_training eigenvalue sparse_attention sparse_gradients progressive_layer_drop""",
-    "weights and moments would lie where checkpoints do not look for them": """zero_optimization.zenflow
-        zero_optimization.legacy_stage1 zero_optimization.save_muon_momentum_buffer_in_memory
-        zero_optimization.offload_optimizer.ratio zero_optimization.offload_optimizer.super_offload
-        zero_optimization.offload_optimizer.cpuadam_cores_perc""",
-    "DeepSpeed fails with it in this model's first step": """zero_optimization.stage3_module_granularity_threshold
-        zero_optimization.module_granularity_threshold zero_optimization.leaf_module""",
+    "it changes what is computed": """zero.zero_quantized_weights zero.zero_quantized_nontrainable_weights
+        zero.zeropp_loco_param weight_quantization quantize_training compression_training eigenvalue sparse_attention
+        sparse_gradients progressive_layer_drop""",
+    "weights and moments would lie where checkpoints do not look for them": """zero.zenflow zero.legacy_stage1
+        zero.save_muon_momentum_buffer_in_memory zero.offload_optimizer.ratio zero.offload_optimizer.super_offload
+        zero.offload_optimizer.cpuadam_cores_perc""",
+    "DeepSpeed fails with it in this model's first step": """zero.stage3_module_granularity_threshold
+        zero.module_granularity_threshold zero.leaf_module""",
     "this trainer does not use it": """pipeline hybrid_engine expert_parallel use_data_before_expert_parallelism
         autotuning graph_harvesting aio comet disable_allgather disable_python_gc log_level""",
 }
@@ -336,19 +323,19 @@ def _merge(ours: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:
         if twin != written and any(_within(other, [twin]) for other in given):
             raise ValueError(f"{name}={value!r} is an older name of parallel.ds_config.{twin}: remove one of the two")
         expected = KEYS[path]
-        if not _EXPECTED[expected](value):
+        if not _PASSED[expected][0](value):
             raise ValueError(f"{name}={value!r} is not allowed: expected {expected}")
         place = ours
         *sections, last = path.split(".")
         for section in sections:
             place = place.setdefault(section, {})
-        place[last] = local_path(value, name) if expected == _PATH else value
+        place[last] = local_path(value, name) if expected == "a path" else value
     return ours
 
 
 def _unknown(path: str, value: Any) -> str | None:
     """Why a key that no setting of ours stands for is not passed on; None where it is."""
-    if why := next((why for why, keys in _REFUSED.items() if _within(path, keys.split())), None):
+    if why := next((why for why, keys in _REFUSED.items() if _within(path, _paths(keys))), None):
         return f" is not passed on to DeepSpeed: {why}; remove it"
     if path in _SECTIONS:
         off = value in ({}, None) or (value is False and path.startswith("zero_optimization.offload_"))

@@ -62,8 +62,7 @@ def placement() -> Placement:
     said = env.get("WORLD_SIZE", str(place.size))
     if "RANK" not in env and said != str(place.size):
         raise ValueError(
-            f"WORLD_SIZE={said!r} contradicts the {place.size} processes that srun or mpirun started: unset it, or "
-            "start as many"
+            f"WORLD_SIZE={said!r} contradicts the {place.size} processes that srun or mpirun started: unset it"
         )
     if place.size > 1:
         meeting_point(place)
@@ -117,11 +116,9 @@ def _place() -> Placement | None:
         rank, local_rank, local_size = "SLURM_PROCID", "SLURM_LOCALID", ""
         size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
         _require((rank, size, local_rank))
-        for other in {names[0] for names in mpi}:  # Slurm's own PMI numbers tasks as Slurm does
-            if env[other] != env[rank]:
-                raise ValueError(
-                    f"{other}={env[other]!r} contradicts {rank}={env[rank]!r}: unset one of them, or {_START}"
-                )
+        # Slurm's own PMI numbers tasks as Slurm does.
+        if other := next((names[0] for names in mpi if env[names[0]] != env[rank]), None):
+            raise ValueError(f"{other}={env[other]!r} contradicts {rank}={env[rank]!r}: unset one of them, or {_START}")
         here = _slurm_local_size(size)
     else:
         if mpi:

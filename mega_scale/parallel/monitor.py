@@ -132,19 +132,13 @@ def _reach(host: str, port: int, deadline: float, listens: bool) -> None:
 
 
 class PeerMonitor:
-    """One rank's watch over the others; see the file's head.
+    """One rank's watch over the others; see the file's head. Making one is collective: all ranks, two or more, meet.
 
-    Making one is collective: it meets all other ranks, of two or more, within `timeout_s`. Later, when a rank is lost,
-    all others have ended within a minute, and within that time.
+    When a rank is lost, all others have ended within a minute, and within `timeout_s`. Two threads: one talks to the
+    store, which is also for the process group, and hangs if the store's host cannot be reached; the other notices that.
 
-    Two threads: one talks to the store, and hangs if the store's host cannot be reached; the other one notices that.
-
-    Attributes:
-        store: where a process group can keep its keys.
-
-    Raises:
-        SystemExit: the store cannot be reached in time; standard error has one line with its address. When it is
-            reached but not all ranks come, the process ends with a line that names them. The exit code is 75.
+    Raises SystemExit where the store cannot be reached in time, after a line with its address. Where not all ranks
+    come, the process ends with a line that names them. The exit code is 75.
     """
 
     def __init__(self, rank: int, size: int, timeout_s: float) -> None:
@@ -155,7 +149,7 @@ class PeerMonitor:
         try:
             self.store, self._own_store, self._address, agent = connect(timeout_s)
         except ConnectionError as error:
-            _say(self._name, str(error))
+            self._say(str(error))
             raise SystemExit(PEER_LOST) from None
         self._hosted = rank == 0 and not agent  # so that the store is gone when this process ends
         self._keeper = "the launcher" if agent else "rank 0"
@@ -182,11 +176,10 @@ class PeerMonitor:
         self._meet(deadline)
 
     def watch(self, standing: Callable[[], Standing], before_end: Callable[[str], None] | None) -> None:
-        """Let this rank be asked where it stands; both are called in another thread.
+        """Let this rank be asked where it stands; both functions are called in another thread.
 
-        `standing` is called once, when some rank declares a hang: it prints this rank's stacks, and says where it
-        stands. `before_end` is called with the verdict before this process ends because of another rank; it is not
-        waited for longer than news take to spread.
+        `standing` prints this rank's stacks, once, when some rank declares a hang. `before_end` gets the verdict before
+        this process ends because of another rank; it is not waited for longer than news take to spread.
         """
         self._standing, self._before_end = standing, before_end
 
@@ -196,13 +189,10 @@ class PeerMonitor:
         self._wake.set()
 
     def leave(self) -> None:
-        """Say that this rank has done its work, so that nobody misses it; may be called twice.
+        """Say that this rank has done its work, so that nobody misses it.
 
-        The rank that keeps the store waits for the others to say the same, at most the timeout: without the store they
-        would take it for dead.
+        The rank that keeps the store waits for all to say so, at most the timeout: they would take it for dead.
         """
-        if self._stopped.is_set():
-            return
         self._leaving = True
         self._tell(_PATIENCE)
         if self._hosted:
@@ -386,10 +376,13 @@ class PeerMonitor:
                     f"died, or cannot be reached; {_REMEDY}"
                 )
 
+    def _say(self, verdict: str) -> None:
+        write_stderr(f"error: {self._name} ends with exit code {PEER_LOST}: {' '.join(verdict.split())}")
+
     def _end(self, verdict: str) -> None:
         """End this process, whatever its main thread waits for."""
         if self._ending.acquire(blocking=False):
-            _say(self._name, verdict)
+            self._say(verdict)
             if self._before_end is not None:
                 # What it does may hang where the main thread does, in a file system perhaps.
                 threading.Thread(target=self._before_end, args=(verdict,), daemon=True).start()
@@ -438,7 +431,3 @@ def _ranks(ranks: list[int]) -> str:
     names = ", ".join(str(rank) for rank in ranks[:_NAMED])
     more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {names}{more}"
-
-
-def _say(name: str, verdict: str) -> None:
-    write_stderr(f"error: {name} ends with exit code {PEER_LOST}: {' '.join(verdict.split())}")

@@ -24,6 +24,7 @@ from torch import Tensor
 from mega_scale.ops import once_differentiable
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.mesh import Coordinates, MeshShape, placement
+from mega_scale.settings import require
 
 if TYPE_CHECKING:
     from mega_scale.parallel.monitor import PeerMonitor
@@ -165,9 +166,8 @@ def share_cores(local_size: int) -> None:
 class World:
     """All ranks of a run; every method is collective, so all ranks call it in the same order.
 
-    Use it in a `with` statement: when a rank fails, its connections close, and the ranks that wait for it end at once
-    rather than after the timeout. They end with exit code 75 and one line that names it, as they do when it is killed
-    or cannot be reached.
+    Use it in a `with` statement: when a rank fails, is killed or cannot be reached, the others end at once rather than
+    after the timeout, with exit code 75 and one line that names it.
     """
 
     rank: int  # 0 to size - 1
@@ -185,15 +185,12 @@ class World:
     def start(cls, config: ParallelConfig) -> "World":
         """Join the process group, NCCL on CUDA and gloo on CPUs, and share this machine's cores with its other ranks.
 
-        Raises:
-            ValueError: the launcher's variables are incomplete, the mesh does not hold the ranks, or there are fewer
-                CUDA devices than local ranks.
-            SystemExit: the ranks cannot meet within the timeout; standard error has one line that says who is missing.
+        Raises ValueError where the launcher's variables are incomplete, the mesh does not hold the ranks, or there are
+        fewer CUDA devices than local ranks; SystemExit, after a line that says who is missing, where not all come.
         """
         rank, size, local_rank, local_size = placement()
         share_cores(local_size)
-        device = _device(config.device, local_rank)
-        shape = config.mesh(size)
+        device, shape = _device(config.device, local_rank), config.mesh(size)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             # NCCL's watchdog would abort a victim of another rank before the monitor has named that one.
@@ -253,11 +250,9 @@ class World:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum(self, value: Tensor, alike: Sequence[str] = ()) -> Tensor:
-        """Sum of a tensor over all ranks, on this rank's device.
+        """Sum over all ranks of a tensor of one shape and dtype, on this rank's device.
 
-        Args:
-            value: any shape and dtype, the same on all ranks; left as it is.
-            alike: axes along which ranks hold the same value, which is to count once.
+        Ranks along the axes `alike` hold the same value, which counts once.
         """
         total = value.detach().to(self.device, copy=True)
         if any(getattr(self.at, name) for name in alike):
@@ -327,11 +322,11 @@ def join_axes(shape: MeshShape, rank: int, timeout_s: float) -> dict[str, Axis]:
 def _device(choice: str, local_rank: int) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if torch.cuda.device_count() == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
+    count = torch.cuda.device_count()
+    if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
         return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each task its own GPU only
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"parallel.device={choice!r} with local rank {local_rank}, but this machine has "
-            f"{torch.cuda.device_count()} CUDA devices: start fewer processes, or choose parallel.device=cpu"
-        )
+    remedy = (
+        f"local rank {local_rank} is beyond this machine's {count} CUDA devices, start fewer processes, or use CPUs"
+    )
+    require(local_rank < count, "parallel.device", choice, remedy)
     return torch.device("cuda", local_rank)

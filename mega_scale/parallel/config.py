@@ -93,6 +93,8 @@ class ParallelConfig:
             choices = get_args(get_type_hints(ParallelConfig)[key])
             remedy = f"choose one of {', '.join(choices)}"
             require(getattr(self, key) in choices, f"parallel.{key}", getattr(self, key), remedy)
+        self.mesh(world_size)
+        here, also = local_size or world_size, "" if self.dp_shard == -1 else " with parallel.dp_shard=-1"
         for good, key, remedy in (
             (self.zero_stage in range(4), "zero_stage", "choose 0, 1, 2 or 3"),
             (self.activation_checkpoint >= 0, "activation_checkpoint", "choose 0 for no block, n for every n-th"),
@@ -103,16 +105,11 @@ class ParallelConfig:
              "full, parallel.engine=fsdp, or a zero_stage below 3"),
             (not self.ds_config or not fsdp, "ds_config", "fsdp has no use for it, remove it, or use engine=deepspeed"),
             (self.device != "cuda" or cuda.is_available(), "device", "there is no CUDA device, choose cpu or auto"),
+            # The collectives of tensor parallelism run several times a layer.
+            (here % self.tp == 0, "tp", f"it does not divide the {here} ranks of this host, and ranks that share "
+             f"channels must share a host; use parallel.tp={gcd(here, self.tp)}{also}"),
         ):  # fmt: skip
             require(good, f"parallel.{key}", getattr(self, key), remedy)
-        self.mesh(world_size)
-        here, also = local_size or world_size, "" if self.dp_shard == -1 else " with parallel.dp_shard=-1"
-        # The collectives of tensor parallelism run several times a layer.
-        remedy = (
-            f"it does not divide the {here} ranks of this host, and ranks that share channels must share a host; use "
-            f"parallel.tp={gcd(here, self.tp)}{also}"
-        )
-        require(here % self.tp == 0, "parallel.tp", self.tp, remedy)
 
 
 @dataclass(frozen=True)

@@ -188,34 +188,34 @@ class PeerMonitor:
         self._hang = True
         self._wake.set()
 
-    def leave(self) -> None:
-        """Say that this rank has done its work, so that nobody misses it.
+    def leave(self, error: BaseException | None) -> None:
+        """Say that this rank has done its work, so that nobody misses it, or with which error its main thread ends.
 
-        The rank that keeps the store waits for all to say so, at most the timeout: they would take it for dead.
+        The rank that keeps the store waits for all to be done, at most the timeout: they would take it for dead. If a
+        collective failed, the process ends with the line that names the culprit, if one is found within seconds; else
+        this rank is named as the one that failed, and lives on until the others have read why.
         """
-        self._leaving = True
-        self._tell(_PATIENCE)
-        if self._hosted:
-            with contextlib.suppress(dist.DistError):  # a rank that works on and on is no failure of this one
-                self.store.wait(["all left"], timedelta(seconds=self._timeout_s))
-        self._stop()
-
-    def fail(self, error: BaseException) -> None:
-        """Tell the others why this rank ends, with the error of its main thread, and live on until they have read it.
-
-        If a collective failed, the process ends with the line that names the culprit, if one is found within seconds;
-        else this rank is named as the one that failed.
-        """
-        if _failed_by_others(error):
-            self._alarm = True
-            self._wake.set()
-            time.sleep(_VICTIM_WAITS * self._beat_s)
-        self._failed = True
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
-        self._report = f"{self._name} failed: {reason}; its own output says more"
-        self._tell(_VICTIM_WAITS)
-        time.sleep(_NEWS_SPREAD * self._beat_s)  # the store, or neighbours, may end with this rank
-        self._stop()
+        if error is None:
+            self._leaving = True
+            self._tell(_PATIENCE)
+            if self._hosted:
+                with contextlib.suppress(dist.DistError):  # a rank that works on and on is no failure of this one
+                    self.store.wait(["all left"], timedelta(seconds=self._timeout_s))
+        else:
+            if _failed_by_others(error):
+                self._alarm = True
+                self._wake.set()
+                time.sleep(_VICTIM_WAITS * self._beat_s)
+            self._failed = True
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
+            self._report = f"{self._name} failed: {reason}; its own output says more"
+            self._tell(_VICTIM_WAITS)
+            time.sleep(_NEWS_SPREAD * self._beat_s)  # the store, or neighbours, may end with this rank
+        # A thread that comes back from the store while the interpreter ends aborts the process.
+        self._stopped.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(_NEWS_SPREAD * self._beat_s)
 
     def _meet(self, deadline: float) -> None:
         """Wait for all ranks; ends this process, and those that came, if they do not come."""
@@ -253,13 +253,6 @@ class PeerMonitor:
         """Have the talking thread say at once what there is to say; waits for it so many beats at most."""
         self._wake.set()
         self._told.wait(longest * self._beat_s)
-
-    def _stop(self) -> None:
-        # A thread that comes back from the store while the interpreter ends aborts the process.
-        self._stopped.set()
-        self._wake.set()
-        for thread in self._threads:
-            thread.join(_NEWS_SPREAD * self._beat_s)
 
     def _patience_s(self) -> float:
         return (_PATIENCE_IN_ALARM if self._alarm else _PATIENCE) * self._beat_s
@@ -386,7 +379,7 @@ class PeerMonitor:
             if self._before_end is not None:
                 # What it does may hang where the main thread does, in a file system perhaps.
                 threading.Thread(target=self._before_end, args=(verdict,), daemon=True).start()
-        # As in `fail`: a launcher ends a host's other ranks with the first.
+        # A launcher ends a host's other ranks with the first.
         time.sleep(_NEWS_SPREAD * self._beat_s)
         with contextlib.suppress(OSError):  # of a full disk, or a reader that left: this process ends all the same
             sys.stdout.flush()

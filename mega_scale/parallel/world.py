@@ -214,7 +214,7 @@ class World:
             axes = join_axes(shape, rank, config.timeout_s)
         except Exception as error:
             if monitor is not None:
-                monitor.fail(error)
+                monitor.leave(error)
             raise
         return cls(rank, size, local_rank, device, shape, axes, monitor, config.timeout_s, store)
 
@@ -227,10 +227,8 @@ class World:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Leave the process group; the rank that keeps the ranks' store waits for all to leave."""
-        if self.monitor is not None and error is None:
-            self.monitor.leave()
-        elif self.monitor is not None and error is not None:
-            self.monitor.fail(error)
+        if self.monitor is not None:
+            self.monitor.leave(error)
         # After an error NCCL would wait for collectives that never end: the end of the process closes its connections.
         if error is not None and dist.get_backend() == "nccl":
             return

@@ -248,7 +248,7 @@ class FsdpEngine(Engine):
         """Make every block a unit, without the EMA in it where its precision differs, and the rest the root."""
         model, world = self.module, self._world
         # Ranks of this one's tp, (dp_replicate, fsdp); without copies, (fsdp,).
-        ranks = torch.arange(world.size, device="cpu").view(*world.shape)[..., world.at.tp].flatten(1)
+        ranks = torch.arange(world.size, device="cpu").view(*world.shape)[..., world.axes["tp"].rank].flatten(1)
         names = ("dp_replicate", "fsdp") if len(ranks) > 1 else ("fsdp",)
         groups: list[Any] = [world.axes[name].group for name in names]
         mesh = DeviceMesh.from_group(groups, world.device.type, ranks.squeeze(0), mesh_dim_names=names)

@@ -93,8 +93,8 @@ def check_single(command: str) -> None:
     place = _place()
     if place is not None and place.size > 1:
         raise ValueError(
-            f"{command} is one process, and this is rank {place.rank} of {place.size} that a launcher started: start "
-            "it with plain python, under Slurm with srun --ntasks=1"
+            f"{command} is one process, and this is rank {place.rank} of {place.size}: start it with plain python, or "
+            "with srun --ntasks=1"
         )
 
 
@@ -176,15 +176,6 @@ def _number(name: str, least: int, most: int | None, remedy: str) -> int:
     return number
 
 
-class Coordinates(NamedTuple):
-    """The index of a rank along each dimension, 0 to below its size."""
-
-    dp_replicate: int
-    dp_shard: int
-    sp: int
-    tp: int
-
-
 class MeshShape(NamedTuple):
     """The number of ranks along each dimension; ranks are numbered row-major, tp fastest so that they share a host."""
 
@@ -223,12 +214,6 @@ class MeshShape(NamedTuple):
     def fsdp(self) -> int:
         """Ranks over which the parameters of one copy are sharded."""
         return self.dp_shard * self.sp
-
-    def coordinates(self, rank: int) -> Coordinates:
-        """The index of a rank, 0 to size - 1, along each dimension."""
-        assert 0 <= rank < self.size, f"rank {rank} of {self.size}"
-        row = self.dp_rank(rank)
-        return Coordinates(row // self.dp_shard, row % self.dp_shard, rank // self.tp % self.sp, rank % self.tp)
 
     def dp_rank(self, rank: int) -> int:
         """The number of a rank among those that read different rows, 0 to dp - 1."""

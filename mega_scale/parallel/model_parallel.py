@@ -237,7 +237,7 @@ def _compare(
     worst, worst_name = 0.0, ""
     for name, (start, old) in before.items():
         whole = expected[table[name].source]
-        reference = table[name].local(whole, world.at.tp, world.shape.tp).flatten()
+        reference = table[name].local(whole, world.axes["tp"].rank, world.shape.tp).flatten()
         if len(old) < len(reference):
             reference = reference[start : start + len(old)]
         gradient = old - engine.local_tensor(name)

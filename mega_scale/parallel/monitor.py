@@ -35,14 +35,11 @@ WELL, ALARM, HANG, LEFT = "well", "alarm", "hang", "left"
 _LONGEST_BEAT_S = 1.0
 # In beats. A silent rank is given up at 30 of the timeout's 40, so that all ranks have ended when the timeout is over.
 # That is after 30 s, however long collectives may take: a process that lives beats whatever it computes.
-_TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _VICTIM_WAITS, _NEWS_SPREAD, _LOOKS = 40, 30, 5, 12, 2, 3
-_ANSWERS_TAKE = 5
-_REFUSAL_S = 5.0
+_TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _ANSWERS_TAKE, _VICTIM_WAITS, _NEWS_SPREAD, _LOOKS = 40, 30, 5, 5, 12, 2, 3
 _REASON_LENGTH, _NAMED = 300, 16
 _REMEDY = "see its output and the network, then start the run again with --resume"
 
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _NAMES_TAKE_S = 20.0  # a cluster may announce a host's name after its processes have started
 _ANSWERS_TAKE_S = 5.0  # what listens at the address is another program if it does not answer as our store by then
 _OTHER_ADDRESS = f"choose another port ({PORT_OPTIONS}), and an address of rank 0's host that all hosts can reach"
@@ -387,7 +384,7 @@ class PeerMonitor:
         os._exit(PEER_LOST)
 
 
-def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s: float = _REFUSAL_S) -> bool:
+def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s: float = 5.0) -> bool:
     """Tell the ranks that have come to meet that this one is refused before it does; they end, and print why.
 
     A refusal is mostly that of all ranks, and the first one prints it. So a rank other than the first looks for
@@ -396,17 +393,14 @@ def tell_refusal(rank: int, why: object, hurry: Callable[[], object], longest_s:
     """
     deadline, store = time.monotonic() + longest_s, None
     while time.monotonic() < deadline and not hurry():
-        try:
+        with contextlib.suppress(ConnectionError, dist.DistError):
             store = store or connect(_LONGEST_BEAT_S)[0]
-            if not store.check(["host/0"]):  # waiting for it would print warnings
-                time.sleep(_FIRST_PAUSE_S)
-                continue
-            store.compare_set("news", "", WELL)
-            reason = " ".join(str(why).split())[:_REASON_LENGTH]
-            store.compare_set("news", WELL, f"rank {rank} ({socket.gethostname()}) was refused: {reason}")
-        except (ConnectionError, dist.DistError):
-            continue
-        return True
+            if store.check(["host/0"]):  # waiting for it would print warnings
+                store.compare_set("news", "", WELL)
+                reason = " ".join(str(why).split())[:_REASON_LENGTH]
+                store.compare_set("news", WELL, f"rank {rank} ({socket.gethostname()}) was refused: {reason}")
+                return True
+        time.sleep(_FIRST_PAUSE_S)
     return False
 
 

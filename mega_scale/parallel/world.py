@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from mega_scale.ops import once_differentiable
 from mega_scale.parallel.config import ParallelConfig
-from mega_scale.parallel.mesh import Coordinates, MeshShape, placement
+from mega_scale.parallel.mesh import MeshShape, placement
 from mega_scale.settings import require
 
 if TYPE_CHECKING:
@@ -80,11 +79,12 @@ def _join(parts: Tensor) -> Tensor:
     return parts.movedim(0, -2).flatten(-2)
 
 
+_Map = Callable[[Tensor], Tensor]
+
+
 class _WithBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, forward: _Map, backward: _Map) -> Tensor:
         ctx.turned = backward
         return forward(x)
 
@@ -94,7 +94,7 @@ class _WithBackward(torch.autograd.Function):
         return ctx.turned(gradient), None, None
 
 
-def with_backward(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+def with_backward(x: Tensor, forward: _Map, backward: _Map) -> Tensor:
     """`forward(x)`, whose gradient is `backward` of its output's."""
     return _WithBackward.apply(x, forward, backward)
 
@@ -238,11 +238,6 @@ class World:
             time.sleep(_LET_GLOO_FINISH_S)
         dist.destroy_process_group()
 
-    @cached_property
-    def at(self) -> Coordinates:
-        """The index of this rank along each dimension of the mesh."""
-        return self.shape.coordinates(self.rank)
-
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
@@ -253,7 +248,7 @@ class World:
         Ranks along the axes `alike` hold the same value, which counts once.
         """
         total = value.detach().to(self.device, copy=True)
-        if any(getattr(self.at, name) for name in alike):
+        if any(self.axes[name].rank for name in alike):
             total.zero_()
         dist.all_reduce(total)
         return total

@@ -357,7 +357,7 @@ class Trainer:
         self.watchdog.beat("computing")
         labelled = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
         # One sum says how many tokens there are, and whether the step is to be done at all.
-        own = [0 if world.at.sp or world.at.tp else labelled, int(self.stopping.wanted())]
+        own = [0 if world.axes["sp"].rank or world.axes["tp"].rank else labelled, int(self.stopping.wanted())]
         seen, wanting = world.sum(torch.tensor(own, device=world.device)).tolist()
         if self.stopping.agreed(wanting):
             raise StopRun

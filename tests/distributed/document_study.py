@@ -58,10 +58,10 @@ def run(world: World, engine: str, changes: dict[str, Any], activation_checkpoin
     """Loss of all ranks, gradients by name, and this rank's part of the logits."""
     made = _engine(world, engine, changes, activation_checkpoint)
     tokens, labels, starts = documents_alone.packed()
-    before = layout_study.whole_weights(made, world)
+    before, sp = layout_study.whole_weights(made, world), world.axes["sp"]
     with torch.no_grad():
         length = documents_alone.LENGTH // world.shape.sp
-        part = slice(world.at.sp * length, (world.at.sp + 1) * length)
+        part = slice(sp.rank * length, (sp.rank + 1) * length)
         made.module.eval()
         made.row_slice.take(Place(), tokens, labels)
         with made.row_slice:
@@ -76,7 +76,7 @@ def run(world: World, engine: str, changes: dict[str, Any], activation_checkpoin
     after = layout_study.whole_weights(made, world)
     made.close()
     gradients = {name: before[name] - after[name] for name in before}
-    return {"loss": total, "gradients": gradients, "logits": logits.clone(), "part": world.at.sp, "start": before}
+    return {"loss": total, "gradients": gradients, "logits": logits.clone(), "part": sp.rank, "start": before}
 
 
 def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -5,45 +5,28 @@ from itertools import product
 import pytest
 
 from mega_scale.parallel import ParallelConfig
-from mega_scale.parallel.mesh import Coordinates, MeshShape, divisors, multiples, nearest
+from mega_scale.parallel.mesh import MeshShape, divisors, multiples, nearest
 
 SHAPES = [MeshShape(*sizes) for sizes in product((1, 2, 3), (1, 2, 4), (1, 2), (1, 3))]
 
 
 def test_axes_are_those_of_shapes_and_of_the_settings():
-    assert MeshShape._fields == Coordinates._fields
     assert all(hasattr(ParallelConfig, axis) for axis in MeshShape._fields)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ranks_are_numbered_row_major_with_tp_fastest(shape):
-    expected = list(product(*(range(size) for size in shape)))
-    assert [shape.coordinates(rank) for rank in range(shape.size)] == expected
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ranks_with_one_dp_rank_are_those_that_share_rows(shape):
-    assert shape.size == shape.dp * shape.sp * shape.tp == shape.dp_replicate * shape.fsdp * shape.tp
-    readers: dict[int, list[Coordinates]] = {}
-    for rank in range(shape.size):
-        readers.setdefault(shape.dp_rank(rank), []).append(shape.coordinates(rank))
-    assert sorted(readers) == list(range(shape.dp))
-    for together in readers.values():
-        assert len({at[:2] for at in together}) == 1
-        assert len({at[2:] for at in together}) == len(together) == shape.sp * shape.tp
+    """Ranks are numbered row-major, tp fastest."""
+    places = list(product(*(range(size) for size in shape)))
+    assert shape.size == len(places) == shape.dp * shape.sp * shape.tp == shape.dp_replicate * shape.fsdp * shape.tp
+    for rank, (replicate, shard, _, _) in enumerate(places):
+        assert shape.dp_rank(rank) == replicate * shape.dp_shard + shard
 
 
 def test_a_mesh_of_sixteen():
     shape = MeshShape(2, 2, 2, 2)
-    assert shape.coordinates(13) == Coordinates(dp_replicate=1, dp_shard=1, sp=0, tp=1)
     assert [shape.dp_rank(rank) for rank in range(16)] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     assert (shape.size, shape.dp, shape.fsdp) == (16, 4, 4)
-
-
-@pytest.mark.parametrize("rank", [-1, 4])
-def test_there_is_no_rank_outside(rank):
-    with pytest.raises(AssertionError):
-        MeshShape(1, 2, 1, 2).coordinates(rank)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from itertools import product
 from typing import Any
 
 import pytest
@@ -67,15 +68,15 @@ def test_a_rank_makes_its_own_groups_only(shape, calls, rank, monkeypatch):
     try:
         axes = join_axes(shape, rank, 1234)
         assert len(made) == calls and all(options["timeout"] == timedelta(seconds=1234) for options in made)
-        at = shape.coordinates(rank)._asdict()
+        places = [dict(zip(shape._fields, place, strict=True)) for place in product(*map(range, shape))]
         for name, along in {
             "dp_replicate": ["dp_replicate"],
             "fsdp": ["dp_shard", "sp"],
             "sp": ["sp"],
             "tp": ["tp"],
         }.items():
-            fixed = {axis: index for axis, index in at.items() if axis not in along}
-            ranks = [r for r in range(shape.size) if shape.coordinates(r)._asdict().items() >= fixed.items()]
+            fixed = {axis: index for axis, index in places[rank].items() if axis not in along}
+            ranks = [other for other, place in enumerate(places) if place.items() >= fixed.items()]
             assert (axes[name].rank, axes[name].size) == (ranks.index(rank), len(ranks))
             if len(ranks) > 1:
                 assert dist.get_process_group_ranks(axes[name].group) == ranks

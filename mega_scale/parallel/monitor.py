@@ -51,9 +51,8 @@ def connect(timeout_s: float) -> tuple[dist.Store, dist.Store, str, bool]:
     No other program and no earlier attempt of the launcher shares its keys. Raises ConnectionError, which names the
     address, where it cannot be reached in time, rank 0 cannot listen on it, or another program or run does.
 
-    Returns:
-        A connection for the main thread and the process group, another one for the monitor (one that hangs holds up
-        everybody who shares it), host:port, and whether the launcher keeps the store.
+    Returns a connection for the main thread and the process group, one for the monitor (one that hangs holds up all who
+    share it), host:port, and whether the launcher keeps the store.
     """
     place = placement()
     host, port = meeting_point(place)
@@ -232,9 +231,7 @@ class PeerMonitor:
             self._met = True
             return
         except dist.DistNetworkError:
-            verdict = (
-                f"the key-value store at {self._address} was lost while ranks met; see what {self._keeper} printed"
-            )
+            verdict = f"the key-value store at {self._address} was lost while ranks met; see {self._keeper}'s output"
         except dist.DistError:
             missing = [rank for rank in range(self._size) if not store.check([f"host/{rank}"])]
             verdict = (

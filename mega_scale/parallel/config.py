@@ -365,12 +365,14 @@ def check_accelerate(config: EngineConfig, world_size: int) -> None:
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ((), "parallel.ds_config, where its keys belong"),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ((stage,), zero),
     }  # fmt: skip
+    uses = {what: os.environ.get(f"ACCELERATE_USE_{what}", "").lower() for what in ("FSDP", "PARALLELISM_CONFIG")}
+    is_set = {what: value in ("true", "1", "yes", "on") for what, value in uses.items()}
     native = dict(_leaves(parallel.ds_config))
     for what in ("optimizer", "param"):
         key = f"zero_optimization.offload_{what}.device"
         device = native.get(key, "none")
         told[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE"] = (device,), f"parallel.ds_config.{key}={device}"
-    if _is_set("ACCELERATE_USE_FSDP"):
+    if is_set["FSDP"]:
         # FULL_SHARD, false and the like are accelerate's own defaults, so they may not be what anybody said.
         below, replicate = ("shard_grad_op", "2") if stage < 3 else (), f"parallel.dp_replicate={mesh.dp_replicate}"
         strategies = ("full_shard", "1", *below, *(("hybrid_shard", "4") if mesh.dp_replicate > 1 else ()))
@@ -384,7 +386,7 @@ def check_accelerate(config: EngineConfig, world_size: int) -> None:
             "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), recompute),
             "FSDP_IGNORED_MODULES": ((), f"{engine}, which shards all"),
         }
-    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if is_set["PARALLELISM_CONFIG"]:
         told |= {
             f"PARALLELISM_CONFIG_{axis.upper()}_SIZE": ((size,), f"parallel.{axis}={size}")
             for axis, size in mesh._asdict().items()
@@ -399,10 +401,6 @@ def check_accelerate(config: EngineConfig, world_size: int) -> None:
                 f"accelerate launch --{name} ({variable}={value}) contradicts {ours}: say there what you want, and "
                 f"take --{name} out of accelerate's command, or {name} out of its configuration file"
             )
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("true", "1", "yes", "on")
 
 
 def _same(said: str, ours: Any) -> bool:

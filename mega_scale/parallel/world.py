@@ -28,8 +28,6 @@ from mega_scale.settings import require
 if TYPE_CHECKING:
     from mega_scale.parallel.monitor import PeerMonitor
 
-_LET_GLOO_FINISH_S = 0.1
-
 
 class Axis(NamedTuple):
     """One dimension of the mesh as this rank sees it."""
@@ -191,7 +189,9 @@ class World:
         rank, size, local_rank, local_size = placement()
         share_cores(local_size)
         device, shape = _device(config.device, local_rank), config.mesh(size)
+        backend, timeout = "gloo", timedelta(seconds=config.timeout_s)
         if device.type == "cuda":
+            backend = "nccl"
             torch.cuda.set_device(device)
             # NCCL's watchdog would abort a victim of another rank before the monitor has named that one.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
@@ -203,14 +203,8 @@ class World:
         # Alone, a process needs no port that another could hold.
         store = dist.HashStore() if monitor is None else monitor.store
         try:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=config.timeout_s),
-                store=store,
-                device_id=device if device.type == "cuda" else None,
-            )
+            used = device if backend == "nccl" else None
+            dist.init_process_group(backend, timeout=timeout, world_size=size, rank=rank, store=store, device_id=used)
             axes = join_axes(shape, rank, config.timeout_s)
         except Exception as error:
             if monitor is not None:
@@ -235,7 +229,7 @@ class World:
         if dist.get_backend() == "gloo":
             # gloo's threads take the interpreter's lock to drop the tensors of their last collective, and abort the
             # process if they ask for it when the interpreter is already ending.
-            time.sleep(_LET_GLOO_FINISH_S)
+            time.sleep(0.1)
         dist.destroy_process_group()
 
     def barrier(self) -> None:

@@ -312,7 +312,7 @@ def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
     _check_model(model, f"{key}={segment}", off=0, part="segment", both_ways=both_ways)
     why = f"ranks pass one state for their whole part of a row with parallel.sp={sp}"
     require(sp == 1, key, segment, f"{why}, use parallel.sp=1, {off}")
-    remedy = f"it is no multiple of model.chunk_size={chunk}, use {multiples(chunk, segment)}"
+    remedy = f"it is not a multiple of model.chunk_size={chunk}, use {multiples(chunk, segment)}"
     require(segment % chunk == 0, key, segment, remedy)
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from math import gcd
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 from torch import cuda
 
 from mega_scale.files import local_path
 from mega_scale.parallel.mesh import MeshShape
-from mega_scale.settings import require
+from mega_scale.settings import require, require_ranges
 
 
 class ActivationCheckpointing(NamedTuple):
@@ -88,17 +88,12 @@ class ParallelConfig:
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse (ValueError) what cannot run on so many ranks, `local_size` of them on this host (None: all)."""
-        policy, fsdp = "activation_checkpoint_policy", self.engine == "fsdp"
-        for key in ("engine", policy, "device"):
-            choices = get_args(get_type_hints(ParallelConfig)[key])
-            remedy = f"choose one of {', '.join(choices)}"
-            require(getattr(self, key) in choices, f"parallel.{key}", getattr(self, key), remedy)
+        require_ranges("parallel", self, positive=("timeout_s",), not_negative=("activation_checkpoint",))
         self.mesh(world_size)
         here, also = local_size or world_size, "" if self.dp_shard == -1 else " with parallel.dp_shard=-1"
+        policy, fsdp = "activation_checkpoint_policy", self.engine == "fsdp"
         for good, key, remedy in (
             (self.zero_stage in range(4), "zero_stage", "choose 0, 1, 2 or 3"),
-            (self.activation_checkpoint >= 0, "activation_checkpoint", "choose 0 for no block, n for every n-th"),
-            (self.timeout_s >= 1, "timeout_s", "choose at least 1 second"),
             (self.zero_stage > 0 or not fsdp, "zero_stage", "fsdp has to split something, choose 1 to 3, or deepspeed"),
             (self.activation_checkpoint_policy == "full" or fsdp or self.zero_stage < 3, policy,
              "linear layers of engine=deepspeed with zero_stage=3 change matmul outputs after they were saved, choose "

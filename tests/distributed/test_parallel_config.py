@@ -32,7 +32,7 @@ def validate(parallel: ParallelConfig, local_size: int | None = None) -> None:
         ({"engine": "ddp"}, r"parallel\.engine='ddp'", "fsdp, deepspeed"),
         ({"zero_stage": 4}, r"parallel\.zero_stage=4", "choose 0, 1, 2 or 3"),
         ({"engine": "fsdp", "zero_stage": 0}, r"parallel\.zero_stage=0", "deepspeed"),
-        ({"activation_checkpoint": -1}, r"parallel\.activation_checkpoint=-1", "choose 0"),
+        ({"activation_checkpoint": -1}, r"parallel\.activation_checkpoint=-1", "must be 0 or above"),
         (
             {"activation_checkpoint_policy": "all"},
             r"parallel\.activation_checkpoint_policy='all'",
@@ -43,7 +43,7 @@ def validate(parallel: ParallelConfig, local_size: int | None = None) -> None:
             r"activation_checkpoint_policy='save_matmuls'",
             "engine=fsdp",
         ),
-        ({"timeout_s": 0}, r"parallel\.timeout_s=0", "at least 1"),
+        ({"timeout_s": 0}, r"parallel\.timeout_s=0", "must be above 0"),
         ({"device": "tpu"}, r"parallel\.device='tpu'", "auto, cpu, cuda"),
         ({"engine": "fsdp", "ds_config": {"wall_clock_breakdown": True}}, r"parallel\.ds_config=", "remove it"),
     ],

@@ -90,7 +90,7 @@ CASES = [
         "data.sequence_length=100",
         ["data.sequence_length=128", "model.chunk_size=13"],
     ),
-    Bad("data.sequence_length=100", "model.chunk_size=64 does not divide", ["data.sequence_length=128"]),
+    Bad("data.sequence_length=100", "does not divide data.sequence_length=100", ["data.sequence_length=128"]),
     # Rows
     Bad(
         "parallel.tp=2 train.global_batch_size=18",

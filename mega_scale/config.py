@@ -234,8 +234,7 @@ class RunConfig:
         )
         require(model.relative_positional_bias != "simple" or reach <= model.max_positions, key, reach, remedy)
         check_tensor_parallel(model, tp)
-        checkpointing = self.parallel.checkpointing
-        check_segments(model, checkpointing.segment, checkpointing.every, sp)
+        check_segments(model, self.parallel.activation_checkpoint_segment, self.parallel.activation_checkpoint, sp)
         check_sequence_parallel(model, length, sp)
 
     def _check_training(self, dp: int) -> None:

@@ -29,7 +29,6 @@ from mega_scale.ops.elementwise import compile_gates
 from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import EngineConfig, ParallelConfig, World
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
-from mega_scale.parallel.config import ActivationCheckpointing
 from mega_scale.parallel.mesh import check_segments
 from mega_scale.parallel.shard import RowSlice
 from mega_scale.training.metrics import peak_flops, training_flops_per_token
@@ -75,7 +74,7 @@ class OurTraining(TrainingStep):
         else:
             model.load_state_dict(load_file(weights))
         if sizes["segment"]:
-            how = ActivationCheckpointing(every=1, segment=sizes["segment"])
+            how = ParallelConfig(activation_checkpoint=1, activation_checkpoint_segment=sizes["segment"])
             checkpoint_activations(model, how, RowSlice())
         if kind == "ours compiled":
             compile_gates(model)  # as train.compile does

@@ -20,7 +20,7 @@ from mega_scale.model.attention import BlockOutput, MegaBlock
 from mega_scale.model.cache import LayerState
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
-from mega_scale.parallel.config import ActivationCheckpointing
+from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.shard import RowSlice, on_meta
 
 _MATMULS = [
@@ -38,7 +38,7 @@ _MATMULS = [
 
 
 def checkpoint_activations(
-    model: nn.Module, how: ActivationCheckpointing, row_slice: RowSlice, contexts: Callable[[], Any] = noop_context_fn
+    model: nn.Module, how: ParallelConfig, row_slice: RowSlice, contexts: Callable[[], Any] = noop_context_fn
 ) -> None:
     """Turn checkpointing on for every n-th block of a model on the meta device; names of parameters stay as they are.
 
@@ -59,13 +59,14 @@ def checkpoint_activations(
         forward, again = contexts()
         return saving(forward, replay=False), saving(again, replay=True)
 
-    context_fn = contexts if how.policy == "full" else with_matmuls
+    context_fn = contexts if how.activation_checkpoint_policy == "full" else with_matmuls
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
     layers: Any = model.get_submodule("mega.layers")
-    for index in range(how.every - 1, len(layers), how.every):
+    every, segment = how.activation_checkpoint, how.activation_checkpoint_segment
+    for index in range(every - 1, len(layers), every):
         block = layers[index]
-        if how.segment:
-            layers[index] = on_meta(SegmentedBlock, block, how.segment, row_slice, recompute)
+        if segment:
+            layers[index] = on_meta(SegmentedBlock, block, segment, row_slice, recompute)
         else:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = recompute

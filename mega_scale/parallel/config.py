@@ -9,21 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from math import gcd
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import cuda
 
 from mega_scale.files import local_path
 from mega_scale.parallel.mesh import MeshShape
 from mega_scale.settings import require, require_ranges
-
-
-class ActivationCheckpointing(NamedTuple):
-    """Which blocks are recomputed in the backward pass, and how."""
-
-    every: int = 0  # 0 for no block, 1 for every block, n for the n-th, the 2n-th, ... block
-    policy: str = "full"  # recomputes everything; save_matmuls saves matmul outputs and recomputes what is cheap
-    segment: int = 0  # tokens that are computed and recomputed at a time, whole chunks; 0 for whole rows
 
 
 @dataclass
@@ -69,13 +61,6 @@ class ParallelConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; auto takes CUDA where there is one (no unit)."""
-
-    @property
-    def checkpointing(self) -> ActivationCheckpointing:
-        """The settings of activation checkpointing."""
-        return ActivationCheckpointing(
-            self.activation_checkpoint, self.activation_checkpoint_policy, self.activation_checkpoint_segment
-        )
 
     def mesh(self, world_size: int) -> MeshShape:
         """The mesh of a run of `world_size` ranks; raises as `MeshShape.resolve` does."""

@@ -19,7 +19,7 @@ from mega_scale.model import MegaConfig, MegaForCausalLM, MegaPreTrainedModel
 from mega_scale.model.layers import MegaAttentionDropout, MegaDropout, MegaLinear, MegaMultiDimensionDampedEma
 from mega_scale.model.modeling_mega import LanguageModelHead
 from mega_scale.ops.elementwise import compile_gates, positional_dropout
-from mega_scale.parallel.config import ActivationCheckpointing, EngineConfig, ParallelConfig
+from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
 from mega_scale.parallel.mesh import check_segments, check_sequence_parallel
 from mega_scale.parallel.shard import (
@@ -60,9 +60,9 @@ def parallelize(
     """
     try:
         config.validate(world.size)
-        sp, tp, checkpointing = world.axes["sp"], world.axes["tp"], config.parallel.checkpointing
+        sp, tp = world.axes["sp"], world.axes["tp"]
         row_slice = apply_model_parallelism(
-            model, sp=sp, tp=tp, checkpointing=checkpointing, seed=config.seed, compile=config.compile
+            model, sp=sp, tp=tp, checkpointing=config.parallel, seed=config.seed, compile=config.compile
         )
         kind: type[Engine] = FsdpEngine
         if config.parallel.engine == "deepspeed":
@@ -79,7 +79,7 @@ def apply_model_parallelism(
     *,
     sp: Axis,
     tp: Axis,
-    checkpointing: ActivationCheckpointing,
+    checkpointing: ParallelConfig,
     seed: int,
     compile: bool = False,
 ) -> RowSlice:
@@ -89,7 +89,7 @@ def apply_model_parallelism(
     the model which part of the global batch it computes.
     """
     config, head = model.config, model.get_output_embeddings()
-    check_segments(config, checkpointing.segment, checkpointing.every, sp.size)
+    check_segments(config, checkpointing.activation_checkpoint_segment, checkpointing.activation_checkpoint, sp.size)
     check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1)
     contexts = noop_context_fn
@@ -120,7 +120,7 @@ def apply_model_parallelism(
         from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism
 
         apply_tensor_parallelism(model, tp)
-    if checkpointing.every:
+    if checkpointing.activation_checkpoint:
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 
         checkpoint_activations(model, checkpointing, row_slice, contexts)
@@ -181,7 +181,7 @@ def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dt
 
     # One process: loss and gradients by name of the state dict, of the whole batch.
     model = on_meta(MegaForCausalLM, tiny)
-    row_slice = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=ActivationCheckpointing(), seed=_SEED)
+    row_slice = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=ParallelConfig(), seed=_SEED)
     values, template = seeded_values(tiny, _SEED), on_meta(MegaForCausalLM, tiny)
     fill(
         model,

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mega_scale.model import MegaForCausalLM
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
-from mega_scale.parallel import Place, seeded_values
-from mega_scale.parallel.activation_checkpoint import ActivationCheckpointing
+from mega_scale.parallel import ParallelConfig, Place, seeded_values
 from mega_scale.parallel.mesh import check_segments
 from mega_scale.parallel.model_parallel import apply_model_parallelism
 from mega_scale.parallel.shard import fill
@@ -44,8 +43,13 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def recomputing(every: int, policy: str, segment: int) -> ParallelConfig:
+    how = {"activation_checkpoint_policy": policy, "activation_checkpoint_segment": segment}
+    return ParallelConfig(activation_checkpoint=every, **how)
+
+
 def step(
-    changes: dict[str, Any], how: ActivationCheckpointing, documents: bool = False, mask: Tensor | None = None
+    changes: dict[str, Any], how: ParallelConfig, documents: bool = False, mask: Tensor | None = None
 ) -> tuple[dict[str, Tensor], int]:
     """Loss, gradients and number of matrix products of one step."""
     config = tiny_run.tiny_config(**changes)
@@ -74,7 +78,7 @@ def step(
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_a_step_without_recomputation(model, documents):
-    expected, least = step(MODELS[model], ActivationCheckpointing(), documents)
+    expected, least = step(MODELS[model], ParallelConfig(), documents)
     hows = [
         (1, "full", 0),
         (1, "save_matmuls", 0),
@@ -83,18 +87,18 @@ def test_gradients_are_those_of_a_step_without_recomputation(model, documents):
         (1, "full", 64),
         (1, "full", 8),
     ]
-    for how in itertools.starmap(ActivationCheckpointing, hows):
+    for how in itertools.starmap(recomputing, hows):
         found, products = step(MODELS[model], how, documents)
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=f"{how}: {name}")
-        if how.segment == 0:
-            assert products == least if how.policy == "save_matmuls" else products > least
+        if how.activation_checkpoint_segment == 0:
+            assert products == least if how.activation_checkpoint_policy == "save_matmuls" else products > least
 
 
 def test_rows_with_a_mask_are_computed_whole():
     mask = torch.arange(LENGTH)[None] < torch.tensor([[LENGTH], [LENGTH - 9]])
-    expected, _ = step({}, ActivationCheckpointing(), mask=mask)
-    found, _ = step({}, ActivationCheckpointing(1, "full", 16), mask=mask)
+    expected, _ = step({}, ParallelConfig(), mask=mask)
+    found, _ = step({}, recomputing(1, "full", 16), mask=mask)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
 
@@ -106,7 +110,7 @@ def test_half_precision_products_into_fp32_are_saved():
         x = torch.randn(2, 4, 4, dtype=torch.bfloat16, requires_grad=True)
     counts = {}
     for policy in ("full", "save_matmuls"):
-        apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=ActivationCheckpointing(1, policy, 0), seed=1)
+        apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=recomputing(1, policy, 0), seed=1)
         checkpoint: Any = model.mega.layers[0]._gradient_checkpointing_func
         with Products((torch.ops.aten.bmm.dtype,)) as products:
             checkpoint(lambda x: torch.bmm(x.detach(), x.detach(), out_dtype=torch.float32) * x, x).sum().backward()
@@ -130,7 +134,7 @@ def test_only_the_stream_is_as_long_as_a_row():
     width = tiny_run.tiny_config().hidden_size
     for segment in (8, 0):
         with Widest() as widest:
-            step({}, ActivationCheckpointing(1, "full", segment))
+            step({}, recomputing(1, "full", segment))
         assert (widest.width == width) if segment else (widest.width > width)
 
 

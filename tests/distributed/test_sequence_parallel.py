@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mega_scale.model import MegaForCausalLM, MegaForMaskedLM
 from mega_scale.parallel import ParallelConfig, Place, World, seeded_values
-from mega_scale.parallel.activation_checkpoint import ActivationCheckpointing
 from mega_scale.parallel.model_parallel import apply_model_parallelism
 from mega_scale.parallel.shard import START, RowSlice, assemble, by_source, fill, shardings
 from mega_scale.parallel.world import ALONE, Axis
@@ -51,7 +50,9 @@ def train_once(activation: str, sp: Axis, every: int) -> dict[str, Tensor]:
     config = encoder(activation)
     with torch.device("meta"):
         model, template = MegaForMaskedLM(config), MegaForMaskedLM(config)
-    row_slice = apply_model_parallelism(model, sp=sp, tp=ALONE, checkpointing=ActivationCheckpointing(every), seed=1)
+    row_slice = apply_model_parallelism(
+        model, sp=sp, tp=ALONE, checkpointing=ParallelConfig(activation_checkpoint=every), seed=1
+    )
     place = {"template": template}
     fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)
     model.train()
@@ -107,7 +108,7 @@ def test_what_cannot_be_spread_is_refused(axes, changes, message):
         model = MegaForCausalLM(tiny_run.tiny_config(intermediate_size=20, nffn_hidden_size=24, **changes))
     axis = {"sp": ALONE, "tp": ALONE} | {axes: Axis(None, 0, 2)}
     with pytest.raises(ValueError, match=message):
-        apply_model_parallelism(model, **axis, checkpointing=ActivationCheckpointing(), seed=0)
+        apply_model_parallelism(model, **axis, checkpointing=ParallelConfig(), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -307,16 +307,16 @@ def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
         return
     except _BROKEN as error:
         raise _broken_file(part.file, error, place) from None
-    wanted = range(part.start, part.stop if part.stop >= 0 else opened.num_record_batches)
-    for number in range(wanted.stop):
+    count = opened.num_record_batches
+    for number in range(part.stop if part.stop >= 0 else count):  # those before the range have rows, too
         try:
             batch = opened.get_batch(number)
         except _BROKEN as error:
-            if number in wanted:
-                lost = mapped.size() // opened.num_record_batches
-                yield BadRow("corrupt", f"a record batch cannot be read ({describe(error)})", row + 1, lost=lost)
+            if number >= part.start:
+                detail = f"a record batch cannot be read ({describe(error)})"
+                yield BadRow("corrupt", detail, row + 1, lost=mapped.size() // count)
             continue
-        if number in wanted:
+        if number >= part.start:
             yield from _texts(batch, column, row)
         row += batch.num_rows
 
@@ -487,21 +487,16 @@ class HubSource:
             row += batch.num_rows
 
     def _read_stream(self) -> Rows:
-        rows, number = iter(self._dataset), 0
-        while True:
-            # Only the reading is guarded: what goes wrong in the consumer is not the source's fault.
-            try:
-                row = next(rows, None)
-            except Exception as error:
-                raise ValueError(
-                    f"{self._name} cannot be read behind row {number} ({_cause(error)}): repair it, or set "
-                    "data.streaming=false, which reads around bad rows"
-                ) from None
-            if row is None:
-                return
-            number += 1
-            found = self._column.of_object(row)
-            yield found if isinstance(found, str) else found._replace(line=number)
+        number = 0
+        try:
+            for number, row in enumerate(self._dataset, 1):
+                found = self._column.of_object(row)
+                yield found if isinstance(found, str) else found._replace(line=number)
+        except Exception as error:
+            raise ValueError(
+                f"{self._name} cannot be read behind row {number} ({_cause(error)}): repair it, or set "
+                "data.streaming=false, which reads around bad rows"
+            ) from None
 
 
 def open_files(config: DataConfig, held_out: bool) -> FileSource | HubSource:

@@ -283,11 +283,11 @@ def read_manifest(folder: Path) -> PreparedManifest:
         raise ValueError(f"{str(folder / _MANIFEST)!r} is damaged: prepare the data again") from None
 
 
-def open_part(folder: Path, manifest: PreparedManifest, part: str) -> TokenStore:
-    """Open the documents of a part, none if the folder has no such part; reads none of them."""
+def open_part(folder: Path, manifest: PreparedManifest, part: str, *, content: bool = False) -> TokenStore:
+    """Open the documents of a part, none if the folder has no such part; reads them only to check their `content`."""
     shards = [Shard(folder, record, manifest.dtype) for record in manifest.parts.get(part, [])]
     for shard in shards:
-        shard.check(content=False)
+        shard.check(content=content)
     return TokenStore(shards)
 
 
@@ -305,9 +305,7 @@ def check_content(folder: Path) -> Iterator[str]:
 def open_tokens(cache: Path, key: str) -> TokenStore | None:
     """Open the tokens that the cache has under a key; None if there are none, or they are damaged."""
     with suppress(OSError, ValueError):
-        for _ in check_content(cache / key):
-            pass
-        store = open_part(cache / key, read_manifest(cache / key), _CACHED_PART)
+        store = open_part(cache / key, read_manifest(cache / key), _CACHED_PART, content=True)
         store.map()  # what is mapped stays readable when another process replaces the folder
         return store
     return None

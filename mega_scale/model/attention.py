@@ -4,7 +4,7 @@ Legend: B batch, L length, S encoder length, D channels, Z width of queries and 
 K chunks.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mega_scale.model.cache import EncoderState, LayerState, remember
+from mega_scale.model.cache import DocumentBorders, LayerState, LeftPadding, remember
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.layers import (
     BIASES,
@@ -22,7 +22,6 @@ from mega_scale.model.layers import (
     MegaNormalizedFeedForwardNetwork,
     MegaSequenceNorm,
 )
-from mega_scale.model.rows import DocumentBorders, LeftPadding, align
 from mega_scale.ops import ANY_LENGTH, chunk_count, join_chunks, split_chunks, tracing
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.elementwise import EAGER, recomputed
@@ -98,28 +97,14 @@ class MegaMovingAverageGatedAttention(nn.Module):
             if return_state and torch.compiler.is_exporting():
                 # A number would hold for the calls that are like this one.
                 seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
-            elif mask is not None and mask.shape[1] != seen + length:
-                mask = align(mask, seen + length)
-            kept = None
+            kept: tuple[Tensor, Tensor] | None
             if pads is not None:
                 padding = LeftPadding.lay(pads, seen, 0 if state is None else state.keys.shape[1], length, self.chunk)
-                valid = padding.valid(mask, seen + length)
-                attended, weights, kept = self._attend_left_padded(q, k, v, valid, state, padding, return_weights)
+                attended, weights, kept = self._attend_left_padded(q, k, v, mask, state, padding, return_weights)
             else:
-                # Where new tokens leave the chunk open, they are remembered before they are attended to, which spares a
-                # decoding step the copy of a chunk; but a tensor with a gradient must not change.
-                if (
-                    return_state
-                    and state is not None
-                    and self.chunk is not None
-                    and not torch.is_grad_enabled()
-                    and 0 < seen % self.chunk < self.chunk - length
-                ):
-                    kept = remember(state, k, v, self.chunk)
+                kept = remember(state, k, v, self.chunk) if return_state else None
                 documents = None if borders is None else borders.chunks
                 attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
-                if return_state and kept is None:
-                    kept = remember(state, k, v, self.chunk)
         with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + self.h_proj(gated)
         if self.config.activation == "silu" and not self.dropout.drops:
@@ -146,18 +131,17 @@ class MegaMovingAverageGatedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of new tokens to their chunk: of q (B, L, Z) to remembered keys and k; returns (B, L, E).
 
-        With `kept`, the open chunk's keys and values (B, C, .) hold the new ones already.
+        What will be remembered, `kept`, holds the new ones already.
         """
         length, any_length = q.shape[1], tracing() in ANY_LENGTH
         position: Any = 0 if state is None else state.position
         seen = position % self.chunk if self.chunk else position
-        if kept is not None:
-            k, v = (tensor[:, : seen + length] for tensor in kept)
-        elif state is not None and seen:
-            k = torch.cat([state.keys[:, :seen], k], 1)
-            # Dropout of values happens below, on remembered ones too: a cache is not used while training.
-            v = torch.cat([state.values[:, :seen], v], 1)
         total = seen + length
+        # Dropout of values happens below, on remembered ones too: a cache is not used while training.
+        if seen and kept is not None and (self.chunk is None or total < self.chunk):
+            k, v = (tensor[:, :total] for tensor in kept)
+        elif seen and state is not None:
+            k, v = torch.cat([state.keys[:, :seen], k], 1), torch.cat([state.values[:, :seen], v], 1)
         key_mask = None if mask is None else mask[:, -total:]
         if self.chunk is None or (not any_length and total <= self.chunk):
             out, weights = self._attend_in_chunks(q, k, v, key_mask, seen, return_weights, documents)
@@ -178,7 +162,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        valid: Tensor,
+        mask: Tensor | None,
         state: LayerState | None,
         padding: LeftPadding,
         return_weights: bool,
@@ -186,7 +170,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         """The same for left-padded rows; also returns the keys and values to remember."""
         k = padding.in_slots(k, None if state is None else state.keys)
         v = padding.in_slots(v, None if state is None else state.values)
-        kept = (k, v)
+        kept, valid = (k, v), padding.valid(mask)
         if self.chunk is not None:
             kept = padding.open_chunk(k, self.chunk), padding.open_chunk(v, self.chunk)
         if padding.length == 1:
@@ -285,17 +269,6 @@ class MegaGatedCrossAttention(nn.Module):
         return out, None if weights is None else weights.squeeze(1)
 
 
-class BlockOutput(NamedTuple):
-    """What a block returns: the residual stream and, or none, weights of self-attention and of cross-attention
-    (B, L, S), and the states after x."""
-
-    x: Tensor
-    weights: Tensor | None
-    cross_weights: Tensor | None
-    state: LayerState | None
-    encoder: EncoderState | None
-
-
 class MegaBlock(GradientCheckpointingLayer):
     """One layer of a Mega model: the unit of activation checkpointing and of sharding."""
 
@@ -313,14 +286,15 @@ class MegaBlock(GradientCheckpointingLayer):
         encoder_output: Tensor | None = None,
         encoder_mask: Tensor | None = None,
         state: LayerState | None = None,
-        encoder: EncoderState | None = None,
+        encoder: tuple[Tensor, Tensor] | None = None,
         return_state: bool = False,
         return_weights: bool = False,
         borders: DocumentBorders | None = None,
-    ) -> BlockOutput:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, LayerState | None, tuple[Tensor, Tensor] | None]:
         """Update the residual stream; arguments as in `MegaMovingAverageGatedAttention`.
 
         Cross-attention takes the encoder's output (B, S, D), or what an earlier call made of it, and its mask (B, S).
+        Also returns, or none, weights of self-attention and of cross-attention (B, L, S), and the states after x.
         """
         seen = 0 if state is None else state.position
         x, weights, state = self.mega_layer(x, mask, pads, state, return_state, return_weights, borders)
@@ -329,11 +303,9 @@ class MegaBlock(GradientCheckpointingLayer):
         if self.cross_attn is not None:
             if encoder is None:
                 assert encoder_output is not None, "MegaModel refuses cross-attention without an encoder's output"
-                encoder = EncoderState(*self.cross_attn.project(encoder_output))
+                encoder = self.cross_attn.project(encoder_output)
             offset = seen if pads is None else seen - pads
-            x, cross_weights = self.cross_attn(
-                x, encoder.keys, encoder.values, encoder_mask, offset, return_weights, new_mask
-            )
+            x, cross_weights = self.cross_attn(x, *encoder, encoder_mask, offset, return_weights, new_mask)
         if self.nffn is not None:
             x = self.nffn(x, new_mask)
-        return BlockOutput(x, weights, cross_weights, state, encoder if return_state else None)
+        return x, weights, cross_weights, state, encoder if return_state else None

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, logging
 
 from mega_scale.model.attention import MegaBlock, MegaMovingAverageGatedAttention
-from mega_scale.model.cache import MegaCache, check_cache
+from mega_scale.model.cache import DOCUMENT_KEYS, MegaCache, encoder_mask, leading_pads, read_rows
 from mega_scale.model.configuration_mega import BATCH_NORMS, CLASSES, MegaConfig, warn_if_norm_differs
 from mega_scale.model.layers import (
     BIASES,
@@ -30,7 +30,7 @@ from mega_scale.model.layers import (
     MegaScaleNorm,
     MegaSequenceNorm,
 )
-from mega_scale.model.rows import DOCUMENT_KEYS, encoder_mask, leading_pads, read_rows
+from mega_scale.ops import in_memory
 from mega_scale.ops.linear import linear_cross_entropy
 
 logger = logging.get_logger(__name__)
@@ -290,26 +290,40 @@ class MegaModel(MegaPreTrainedModel):
         )
 
     def _cache(self, past: Cache | None, use_cache: bool | None, batch: int) -> MegaCache | None:
+        """The cache from which `batch` rows go on: the one given, or a new one, or none."""
         config = self.config
         if isinstance(past, EncoderDecoderCache) and not any(
             getattr(layer, "is_initialized", False) for layer in past.self_attention_cache.layers
         ):
             # HF's encoder-decoder wrapper hands in an empty cache of its own kind, and takes back what we return.
             past, use_cache = None, True
-        own = None if past is None else check_cache(past, config.num_hidden_layers, batch)
-        if use_cache or own is not None:
-            if not config.is_decoder:
-                raise ValueError("a cache needs is_decoder=True and bidirectional=False: set them, or use_cache=False")
-            if config.truncation is not None:
-                raise ValueError(
-                    f"truncation={config.truncation} leaves the moving average without a finite state to cache: "
-                    "pass use_cache=False, or set truncation=None"
-                )
-        if own is not None:
-            return own
         if use_cache is None:
             use_cache = config.use_cache and config.is_decoder and config.truncation is None and not self.training
-        return MegaCache(config.num_hidden_layers) if use_cache else None
+        if past is None and not use_cache:
+            return None
+        if not config.is_decoder:
+            raise ValueError("a cache needs is_decoder=True and bidirectional=False: set them, or use_cache=False")
+        if config.truncation is not None:
+            raise ValueError(
+                f"truncation={config.truncation} leaves the moving average without a finite state to cache: "
+                "pass use_cache=False, or set truncation=None"
+            )
+        if past is None:
+            return MegaCache(config.num_hidden_layers)
+        if not isinstance(past, MegaCache):
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}: Mega takes mega_scale.MegaCache, the one that it "
+                "returns; leave past_key_values out to begin with an empty one"
+            )
+        if len(past.states) != config.num_hidden_layers:
+            raise ValueError(f"past_key_values has {len(past.states)} layers, the model {config.num_hidden_layers}")
+        if (state := past.states[0].state) is not None:
+            if state.ema.shape[0] != batch:
+                raise ValueError(f"past_key_values holds {state.ema.shape[0]} rows, the input {batch}")
+            if in_memory(state.ema) and state.ema.is_inference() and not torch.is_inference_mode_enabled():
+                # What inference mode made can, outside of it, neither be written nor take part in gradients.
+                past.apply(torch.clone)
+        return past
 
 
 class LanguageModelHead(nn.Linear):

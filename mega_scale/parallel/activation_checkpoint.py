@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from mega_scale.model.attention import BlockOutput, MegaBlock
-from mega_scale.model.cache import LayerState
-from mega_scale.model.rows import DocumentBorders
+from mega_scale.model.attention import MegaBlock
+from mega_scale.model.cache import DocumentBorders, LayerState
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.shard import RowSlice, on_meta
@@ -116,7 +115,7 @@ class SegmentedBlock(MegaBlock):
             self.add_module(name, module)
         self._segment_length, self._row_slice, self._recompute = segment, row_slice, recompute
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BlockOutput:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Anything but training on plain rows is computed whole."""
         given = inspect.signature(MegaBlock.forward).bind(self, x, *args, **kwargs).arguments
         borders: DocumentBorders | None = given.pop("borders", None)
@@ -131,7 +130,7 @@ class SegmentedBlock(MegaBlock):
             out, state = self._recompute(self._segment, part, state, begin, end < x.shape[1], own)
             outputs.append(out)
             begin = end
-        return BlockOutput(torch.cat(outputs, 1), None, None, None, None)
+        return torch.cat(outputs, 1), None, None, None, None
 
     def _segment(
         self, x: Tensor, average: Tensor | None, begin: int, more: bool, borders: DocumentBorders | None
@@ -142,7 +141,7 @@ class SegmentedBlock(MegaBlock):
         first = self._row_slice.first_token
         self._row_slice.first_token = first + begin
         try:
-            out = super().forward(x, state=state, return_state=more, borders=borders)
+            out, _, _, state, _ = super().forward(x, state=state, return_state=more, borders=borders)
         finally:
             self._row_slice.first_token = first  # recomputation ends with an exception when it has all that it needs
-        return out.x, None if out.state is None else out.state.ema
+        return out, None if state is None else state.ema

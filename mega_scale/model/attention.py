@@ -16,7 +16,6 @@ from mega_scale.model.cache import DocumentBorders, LayerState, LeftPadding, rem
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.layers import (
     BIASES,
-    MegaAttentionDropout,
     MegaDropout,
     MegaMultiDimensionDampedEma,
     MegaNormalizedFeedForwardNetwork,
@@ -39,7 +38,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
-        self.attention_dropout = MegaAttentionDropout(config.attention_probs_dropout_prob)
+        self.attention_dropout = MegaDropout(config.attention_probs_dropout_prob)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
         self.ema_gate = MegaMultiDimensionDampedEma(config)
         self.v_proj = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -107,7 +106,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
                 attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
         with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + self.h_proj(gated)
-        if self.config.activation == "silu" and not self.dropout.drops:
+        if self.config.activation == "silu" and not (self.dropout.training and self.dropout.p):
             out = self.gates.update(x, update, candidate)
         else:
             out = torch.addcmul(x, torch.sigmoid(update), self.dropout(self.activation(candidate)) - x)
@@ -199,13 +198,15 @@ class MegaMovingAverageGatedAttention(nn.Module):
         q, k, v = (t.unsqueeze(1) if size is None else split_chunks(t, size) for t in (q, k, self.hidden_dropout(v)))
         if key_mask is not None:
             key_mask = key_mask.unsqueeze(1) if size is None else split_chunks(key_mask, size)
+        dropping = self.attention_dropout
         return chunk_attention(
             q, k, v, self.rel_pos_bias(q.shape[2], k.shape[2], offset),
             activation=self.config.attention_activation,
             causal=self.config.is_decoder,
             offset=offset,
             key_mask=key_mask,
-            dropout=self.attention_dropout.rule(),
+            # A fused attention drops by itself, but for a rule of a trainer's.
+            dropout=0.0 if not dropping.training else dropping if dropping.drop else dropping.p,
             return_weights=return_weights,
             documents=documents,
             impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, logging
 
 from mega_scale.model.configuration_mega import MegaConfig
-from mega_scale.model.modeling_mega import INTEGERS, MegaModel, MegaPreTrainedModel, cross_entropy, mean
+from mega_scale.model.modeling_mega import INTEGERS, MegaModel, MegaPreTrainedModel, cross_entropy, mean, valid_token
 
 logger = logging.get_logger(__name__)
 
@@ -40,20 +40,6 @@ class MegaHeadModel(MegaPreTrainedModel):
         fixed = {"use_cache": False, "return_dict": True, "one_answer_a_row": self.one_answer_a_row}
         outputs = self.mega(*args, **{**kwargs, **fixed})
         return outputs.last_hidden_state, {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-
-
-def sequence_token(hidden: Tensor, attention_mask: Tensor | None, config: MegaConfig) -> Tensor:
-    """Take the vector that stands for a sequence (B, L, D): the first valid token's, or a decoder's last valid token's.
-
-    A decoder's first token has seen nothing but itself, and a padded row's first token may be padding. Of a row without
-    any valid token it is the outermost position.
-    """
-    last = config.is_decoder
-    if attention_mask is None:
-        return hidden[:, -1 if last else 0]
-    valid = attention_mask.to(hidden.device).bool().int()
-    index = hidden.shape[1] - 1 - valid.flip(1).argmax(1) if last else valid.argmax(1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
 
 
 def _classifier_dropout(config: MegaConfig) -> nn.Dropout:
@@ -173,7 +159,9 @@ class MegaForSequenceClassification(MegaHeadModel):
     ) -> SequenceClassifierOutput:
         """Logits (B, K), and their loss when labels are given, as `sequence_loss` takes them."""
         hidden, outputs = self.encode(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-        logits = self.classifier(sequence_token(hidden, attention_mask, self.config))
+        # A decoder's first token has seen nothing but itself.
+        token = valid_token(hidden, attention_mask, last=self.config.is_decoder)
+        logits = self.classifier(token)
         loss = None
         if labels is not None:
             # The configuration stays as it is: what one batch suggests must not decide for the next.
@@ -223,7 +211,7 @@ class MegaForMultipleChoice(MegaHeadModel):
         inputs |= {"inputs_embeds": inputs_embeds, "position_ids": kwargs.get("position_ids")}
         rows = {key: None if value is None else value.flatten(0, 1) for key, value in inputs.items()}
         hidden, outputs = self.encode(**kwargs | rows)
-        token = sequence_token(hidden, rows["attention_mask"], self.config)
+        token = valid_token(hidden, rows["attention_mask"], last=self.config.is_decoder)
         assert self.mega.pooler is not None
         pooled = self.mega.pooler(token[:, None])
         logits = self.classifier(self.dropout(pooled)).view(given.shape[:2])

@@ -40,36 +40,14 @@ class MegaDropout(nn.Module):
         self.p = float(p)
         self.featurewise = featurewise
 
-    @property
-    def drops(self) -> bool:
-        """Whether it does anything now."""
-        return self.training and self.p > 0.0
-
     def forward(self, x: Tensor) -> Tensor:
-        if not self.drops:
+        if not self.training or self.p == 0.0:
             return x
         if self.drop is not None:
             return self.drop(x)
         if self.featurewise:
             return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
         return F.dropout(x, self.p)
-
-
-class MegaAttentionDropout(nn.Module):
-    """Says how attention weights are dropped while training; a fused attention drops them itself.
-
-    A module only to know whether it is training: what `rule` returns is no tensor, so it cannot be a forward.
-    """
-
-    drop: Callable[[Tensor], Tensor] | None = None  # as that of `MegaDropout`; attention is then not fused
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = float(p)
-
-    def rule(self) -> float | Callable[[Tensor], Tensor]:
-        """A probability, or a function of weights (B, K, I, J)."""
-        return (self.drop or self.p) if self.training else 0.0
 
 
 class MegaScaleNorm(nn.Module):
@@ -86,18 +64,14 @@ class MegaScaleNorm(nn.Module):
         return divide_by_rms(x, self.scalar, self.eps)
 
 
-class MegaRMSNorm(nn.Module):
+class MegaRMSNorm(nn.RMSNorm):
     """`g x / rms(x)` with a learned g per channel (arXiv 1910.07467). In 4.37.2 it returns its input unnormalised."""
 
-    weight: nn.Parameter | None
-
-    def __init__(self, channels: int, eps: float = _EPSILON, affine: bool = True) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_parameter("weight", nn.Parameter(torch.ones(channels)) if affine else None)
+    def __init__(self, channels: int, eps: float = _EPSILON, elementwise_affine: bool = True) -> None:
+        super().__init__(channels, eps, elementwise_affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        return divide_by_rms(x, self.weight, self.eps)
+        return divide_by_rms(x, self.weight, self.eps or 0.0)
 
 
 class MegaSequenceNorm(nn.Module):
@@ -106,18 +80,13 @@ class MegaSequenceNorm(nn.Module):
     def __init__(self, kind: str, channels: int, affine: bool = True) -> None:
         super().__init__()
         self.norm: nn.Module
-        if kind == "layernorm":
-            self.norm = nn.LayerNorm(channels, _EPSILON, elementwise_affine=affine)
-        elif kind == "scalenorm":
-            self.norm = MegaScaleNorm(affine=affine)
-        elif kind == "rmsnorm":
-            self.norm = MegaRMSNorm(channels, affine=affine)
-        elif kind == "batchnorm":
-            self.norm = nn.BatchNorm1d(channels, eps=_EPSILON, affine=affine)
-        elif kind == "syncbatchnorm":
-            self.norm = nn.SyncBatchNorm(channels, eps=_EPSILON, affine=affine)
+        if kind == "scalenorm":
+            self.norm = MegaScaleNorm(_EPSILON, affine)
+        elif kind in BATCH_NORMS:
+            norm = nn.BatchNorm1d if kind == "batchnorm" else nn.SyncBatchNorm
+            self.norm = norm(channels, eps=_EPSILON, affine=affine)
         else:
-            raise ValueError(f"normalization_type={kind!r} is unknown")
+            self.norm = (nn.LayerNorm if kind == "layernorm" else MegaRMSNorm)(channels, _EPSILON, affine)
         self.over_batch = kind in BATCH_NORMS
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

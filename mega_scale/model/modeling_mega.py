@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, logging
 
 from mega_scale.model.attention import MegaBlock, MegaMovingAverageGatedAttention
-from mega_scale.model.cache import DOCUMENT_KEYS, MegaCache, encoder_mask, leading_pads, read_rows
+from mega_scale.model.cache import DOCUMENT_KEYS, MegaCache, encoder_mask, read_rows
 from mega_scale.model.configuration_mega import BATCH_NORMS, CLASSES, MegaConfig, warn_if_norm_differs
 from mega_scale.model.layers import (
     BIASES,
@@ -146,19 +146,27 @@ class MegaPreTrainedModel(PreTrainedModel):
                     init.copy_(tensor, value.to(tensor.device, tensor.dtype))
 
 
+def valid_token(x: Tensor, mask: Tensor | None, last: bool = False) -> Tensor:
+    """Take each row's first, or last, valid token, (B, L, D) to (B, D); of a row without any, the outermost position.
+
+    The mask (B, L) is 1 or true at valid tokens; none: all are.
+    """
+    if mask is None:
+        return x[:, -1 if last else 0]
+    valid = mask.to(x.device).bool().int()
+    index = x.shape[1] - 1 - valid.flip(1).argmax(1) if last else valid.argmax(1)
+    return x[torch.arange(x.shape[0], device=x.device), index]
+
+
 class MegaPooler(nn.Module):
-    """tanh of a dense layer over the first token; behind padding on the left, the first real one."""
+    """tanh of a dense layer over the first valid token, (B, L, D) to (B, D)."""
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D) to (B, D); mask (B, L) bool marks real tokens."""
-        if mask is None:
-            return torch.tanh(self.dense(x[:, 0]))
-        first = leading_pads(mask).clamp(max=x.shape[1] - 1)
-        return torch.tanh(self.dense(x[torch.arange(x.shape[0], device=x.device), first]))
+        return torch.tanh(self.dense(valid_token(x, mask)))
 
 
 class MegaModel(MegaPreTrainedModel):

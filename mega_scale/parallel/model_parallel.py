@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
 from mega_scale.model import MegaConfig, MegaForCausalLM, MegaPreTrainedModel
-from mega_scale.model.layers import MegaAttentionDropout, MegaDropout, MegaLinear, MegaMultiDimensionDampedEma
+from mega_scale.model.layers import MegaDropout, MegaLinear, MegaMultiDimensionDampedEma
 from mega_scale.model.modeling_mega import LanguageModelHead
 from mega_scale.ops.elementwise import compile_gates, positional_dropout
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
@@ -110,7 +110,7 @@ def apply_model_parallelism(
             kind = LanguageModelHead if module is head else MegaLinear
             new = on_meta(kind, module.in_features, module.out_features, module.bias is not None)
             new.weight, new.bias = module.weight, module.bias  # ties stay
-        elif isinstance(module, MegaDropout | MegaAttentionDropout) and module.p > 0:
+        elif isinstance(module, MegaDropout) and module.p > 0:
             module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp)
         elif isinstance(module, MegaMultiDimensionDampedEma) and sp.size > 1:
             module.carry = lambda: exchange if row_slice.cut else None
@@ -129,13 +129,13 @@ def apply_model_parallelism(
     return row_slice
 
 
-def _drop(module: MegaDropout | MegaAttentionDropout, key: str, row_slice: RowSlice, tp: Axis, x: Tensor) -> Tensor:
+def _drop(module: MegaDropout, key: str, row_slice: RowSlice, tp: Axis, x: Tensor) -> Tensor:
     """Drop elements of x (B, L, D), or of attention weights (B, K, I, J), by position."""
     wide = x.flatten(1, -2)
     digest = hashlib.blake2b(key.format(step=row_slice.place.step).encode(), digest_size=4).digest()
     rows, positions, columns = (torch.arange(size, device=x.device) for size in wide.shape)
     rows, positions = rows + row_slice.place.first_row, positions + row_slice.first_token
-    if isinstance(module, MegaDropout):
+    if x.dim() == 3:
         columns += tp.rank * wide.shape[2]
         if module.featurewise:  # one draw for a feature of a row
             positions = positions.new_zeros(1)

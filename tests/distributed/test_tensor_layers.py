@@ -23,7 +23,7 @@ NORMS = {
     "layernorm": lambda: nn.LayerNorm(12, 1e-5),
     "layernorm plain": lambda: nn.LayerNorm(12, 1e-5, elementwise_affine=False),
     "rmsnorm": lambda: MegaRMSNorm(12),
-    "rmsnorm plain": lambda: MegaRMSNorm(12, affine=False),
+    "rmsnorm plain": lambda: MegaRMSNorm(12, elementwise_affine=False),
     "scalenorm": MegaScaleNorm,
     "scalenorm plain": lambda: MegaScaleNorm(affine=False),
 }

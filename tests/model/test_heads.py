@@ -6,7 +6,7 @@ from builders import make_ids, make_model
 from every_class import ENCODER, HEADS, LENGTH, answers, inputs_of, labels_of, make
 from torch.nn import functional
 
-from mega_scale.model.heads import MegaClassificationHead, cross_entropy, sequence_loss, sequence_token
+from mega_scale.model.heads import MegaClassificationHead, cross_entropy, sequence_loss, valid_token
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -105,11 +105,10 @@ def test_losses_are_computed_in_fp32():
 def test_the_token_that_stands_for_a_sequence():
     hidden = torch.arange(12.0).view(3, 4, 1)
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]])
-    encoder, decoder = make("MegaForMaskedLM").config, make("MegaForCausalLM").config
-    assert sequence_token(hidden, None, encoder)[:, 0].tolist() == [0, 4, 8]
-    assert sequence_token(hidden, None, decoder)[:, 0].tolist() == [3, 7, 11]
-    assert sequence_token(hidden, mask, encoder)[:, 0].tolist() == [0, 6, 8]
-    assert sequence_token(hidden, mask.bool(), decoder)[:, 0].tolist() == [2, 7, 11]
+    assert valid_token(hidden, None)[:, 0].tolist() == [0, 4, 8]
+    assert valid_token(hidden, None, last=True)[:, 0].tolist() == [3, 7, 11]
+    assert valid_token(hidden, mask)[:, 0].tolist() == [0, 6, 8]
+    assert valid_token(hidden, mask.bool(), last=True)[:, 0].tolist() == [2, 7, 11]
 
 
 @pytest.mark.parametrize("decoder", [True, False], ids=["decoder", "encoder"])

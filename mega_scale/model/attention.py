@@ -64,18 +64,13 @@ class MegaMovingAverageGatedAttention(nn.Module):
         return_weights: bool = False,
         borders: DocumentBorders | None = None,
     ) -> tuple[Tensor, Tensor | None, LayerState | None]:
-        """Update the residual stream.
+        """Update the residual stream (B, L, D) after `state`; also returns weights and the state after x, or none.
 
         Args:
-            x: (B, L, D).
-            mask: bool, true for valid positions: (B, L), or (B, position + L) after a state.
-            pads: padding before each row's first token, (B,) int64; none where no row has any.
-            state: of the tokens before x; decoders only.
+            mask: (B, L) bool, true for valid positions; after a state also of columns before them.
+            pads: padding before each row's first token, (B,) int64, from which chunks count; none where no row has any.
             borders: of the documents in x, in rows without padding before them; none where each row has one.
-
-        Returns:
-            (B, L, D); weights, (B, K, C, C) or (B, 1, L, position + L) while one chunk holds everything, or none; state
-            or none. With `pads`, chunks and so their weights count from each row's first token.
+            return_weights: (B, K, C, C), or (B, 1, L, position + L) while one chunk holds everything.
         """
         length = x.shape[1]
         new_mask = None if mask is None else mask[:, -length:]
@@ -96,14 +91,13 @@ class MegaMovingAverageGatedAttention(nn.Module):
             if return_state and torch.compiler.is_exporting():
                 # A number would hold for the calls that are like this one.
                 seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
-            kept: tuple[Tensor, Tensor] | None
-            if pads is not None:
+            kept = remember(state, k, v, self.chunk) if return_state and pads is None else None
+            if pads is None:
+                documents = None if borders is None else borders.chunks
+                attended, weights = self._attend(q, k, v, mask, state, kept, return_weights, documents)
+            else:
                 padding = LeftPadding.lay(pads, seen, 0 if state is None else state.keys.shape[1], length, self.chunk)
                 attended, weights, kept = self._attend_left_padded(q, k, v, mask, state, padding, return_weights)
-            else:
-                kept = remember(state, k, v, self.chunk) if return_state else None
-                documents = None if borders is None else borders.chunks
-                attended, weights = self._attend(q, k, v, mask, state, return_weights, documents, kept)
         with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + self.h_proj(gated)
         if self.config.activation == "silu" and not (self.dropout.training and self.dropout.p):
@@ -124,14 +118,11 @@ class MegaMovingAverageGatedAttention(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         state: LayerState | None,
+        kept: tuple[Tensor, Tensor] | None,
         return_weights: bool,
         documents: ChunkDocuments | None,
-        kept: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of new tokens to their chunk: of q (B, L, Z) to remembered keys and k; returns (B, L, E).
-
-        What will be remembered, `kept`, holds the new ones already.
-        """
+        """Attention of q (B, L, Z) to remembered keys and k, which `kept` holds already; returns (B, L, E)."""
         length, any_length = q.shape[1], tracing() in ANY_LENGTH
         position: Any = 0 if state is None else state.position
         seen = position % self.chunk if self.chunk else position
@@ -198,15 +189,14 @@ class MegaMovingAverageGatedAttention(nn.Module):
         q, k, v = (t.unsqueeze(1) if size is None else split_chunks(t, size) for t in (q, k, self.hidden_dropout(v)))
         if key_mask is not None:
             key_mask = key_mask.unsqueeze(1) if size is None else split_chunks(key_mask, size)
-        dropping = self.attention_dropout
+        drop = self.attention_dropout
         return chunk_attention(
             q, k, v, self.rel_pos_bias(q.shape[2], k.shape[2], offset),
             activation=self.config.attention_activation,
             causal=self.config.is_decoder,
             offset=offset,
             key_mask=key_mask,
-            # A fused attention drops by itself, but for a rule of a trainer's.
-            dropout=0.0 if not dropping.training else dropping if dropping.drop else dropping.p,
+            dropout=0.0 if not drop.training else drop if drop.drop else drop.p,  # a fused one drops by itself
             return_weights=return_weights,
             documents=documents,
             impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",
@@ -229,10 +219,6 @@ class MegaGatedCrossAttention(nn.Module):
         self.h_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.rel_pos_bias = BIASES[config.relative_positional_bias](config)
 
-    def project(self, encoder: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (B, S, Z) and values (B, S, D) of an encoder's output (B, S, D)."""
-        return self.k_proj(encoder), self.activation(self.v_proj(encoder))
-
     def forward(
         self,
         x: Tensor,
@@ -243,10 +229,9 @@ class MegaGatedCrossAttention(nn.Module):
         return_weights: bool = False,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Update the residual stream (B, L, D); also returns weights (B, L, S) or none.
+        """Update the residual stream x (B, L, D) from position `offset` on, one number or (B,); mask (B, L) is of x.
 
-        Keys (B, S, Z), values (B, S, D) and their mask (B, S) are of the encoder's output; x begins at `offset`, one
-        number or (B,); batch norms need its mask (B, L).
+        Keys (B, S, Z), values (B, S, D) and their mask (B, S) are the encoder's. Also returns weights (B, L, S).
         """
         config = self.config
         prenorm = config.normalize_before_mega
@@ -301,12 +286,11 @@ class MegaBlock(GradientCheckpointingLayer):
         x, weights, state = self.mega_layer(x, mask, pads, state, return_state, return_weights, borders)
         new_mask = None if mask is None else mask[:, -x.shape[1] :]
         cross_weights = None
-        if self.cross_attn is not None:
+        if (attn := self.cross_attn) is not None:
             if encoder is None:
-                assert encoder_output is not None, "MegaModel refuses cross-attention without an encoder's output"
-                encoder = self.cross_attn.project(encoder_output)
+                encoder = attn.k_proj(encoder_output), attn.activation(attn.v_proj(encoder_output))
             offset = seen if pads is None else seen - pads
-            x, cross_weights = self.cross_attn(x, *encoder, encoder_mask, offset, return_weights, new_mask)
+            x, cross_weights = attn(x, *encoder, encoder_mask, offset, return_weights, new_mask)
         if self.nffn is not None:
             x = self.nffn(x, new_mask)
         return x, weights, cross_weights, state, encoder if return_state else None

@@ -22,29 +22,20 @@ _ROWS = ("mask", "documents", "encoder_mask")  # tensors of a cache that say som
 # What transformers' flattened batches say of documents.
 DOCUMENT_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
-# States
-
 
 @dataclass(eq=False)
 class LayerState:
-    """State of one block's self-attention after `position` columns of the input.
+    """State of one block's self-attention: keys and values are those of the open chunk in their places, of which those
+    after the last token are unused; without chunks, all of them."""
 
-    Args:
-        ema: h of the moving average, (B, D, N) fp32.
-        keys: keys of the open chunk in their places, (B, C, Z), places after the last token being unused; without
-            chunks, all keys (B, position, Z).
-        values: values likewise, (B, C, E) or (B, position, E).
-        position: columns seen, padding included; in a program that is being exported, a tensor without dimensions.
-    """
-
-    ema: Tensor
-    keys: Tensor
-    values: Tensor
-    position: int | Tensor
+    ema: Tensor  # h of the moving average, (B, D, N) fp32
+    keys: Tensor  # (B, C, Z), or (B, position, Z)
+    values: Tensor  # (B, C, E), or (B, position, E)
+    position: int | Tensor  # columns seen, padding included; a tensor without dimensions while a program is exported
 
 
 class MegaCacheLayer(CacheLayerMixin):
-    """Holds one block's states behind the interface by which `generate()` handles caches."""
+    """One block's states, behind the interface by which `generate()` handles caches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +53,6 @@ class MegaCacheLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen; see `LayerState.position`."""
         position: Any = 0 if self.state is None else self.state.position
         return position
 
@@ -219,8 +209,7 @@ pytree.register_pytree_node(
 class LeftPadding(NamedTuple):
     """Left-padded rows, moved so that each has its first token at the start of a chunk.
 
-    Slot 0 of a row is the first position of the chunk that is open before its new tokens; slots before `shift` hold
-    what is remembered of that chunk.
+    Slot 0 is the first position of the chunk that is open before the new tokens; slots before `shift` are remembered.
     """
 
     shift: Tensor  # slot of the first new token, (B,); negative while a row is still padding
@@ -341,18 +330,13 @@ def read_rows(
     cache: MegaCache | None,
     x: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, "DocumentBorders | None"]:
-    """Join what a call says of its rows to what the cache remembers of the tokens before, and note it there.
+    """Join what a call says of its rows x (B, L, D) to what the cache remembers of those before, and note it there.
 
-    Args:
-        attention_mask: (B, L), of the new tokens, or (B, past + L); none: all new tokens are valid.
-        document_starts: (B, L) bool, true where a document begins.
-        extras: the same, as `DOCUMENT_KEYS` say it.
-        x: the new tokens, (B, L, D).
+    The other arguments are those of `MegaModel`, `extras` the `DOCUMENT_KEYS` among them.
 
     Returns:
-        (B, M + L) bool, true for valid columns, or none where all are; the padding before each row's first token,
-        (B,) int64, where positions depend on it and some row has any; and the documents, none where every row holds
-        one.
+        (B, M + L) bool, true for valid columns, none where all are; padding before each row's first token, (B,) int64,
+        none where no row has any or positions do not depend on it; documents, none where every row holds one.
     """
     mask, pads = _mask_and_pads(attention_mask, config, cache, x)
     shape = tuple(x.shape[:2])
@@ -423,15 +407,10 @@ def _mask_and_pads(
 
 @dataclass(frozen=True)
 class DocumentBorders:
-    """What blocks need to keep documents apart; no tuple, so that engines hand it on as it is.
+    """What blocks need to keep documents apart; no tuple, so that engines hand it on as it is."""
 
-    Args:
-        starts: (B, L) bool, true where a document begins.
-        chunks: of the keys as attention lays them out, (B, K, C), or (B, 1, remembered + L) where one chunk has all.
-    """
-
-    starts: Tensor
-    chunks: ChunkDocuments
+    starts: Tensor  # (B, L) bool, true where a document begins
+    chunks: ChunkDocuments  # of keys as attention lays them out, (B, K, C), or (B, 1, remembered + L) in one chunk
 
     def between(self, begin: int, end: int) -> "DocumentBorders":
         """Of the tokens from `begin` to before `end`, where chunks begin; of rows without remembered keys."""

@@ -43,8 +43,7 @@ class MegaConfig(PreTrainedConfig):
         use_chunking: Whether attention stays inside chunks of `chunk_size` tokens (Mega-chunk, linear cost).
         chunk_size: Attention chunk C, in tokens; read when `use_chunking` is true.
         truncation: Length of the moving average's kernel, in tokens; none means unlimited.
-        normalize_before_mega: Whether the attention sublayer normalises its input (pre-norm) rather than its
-            output.
+        normalize_before_mega: Whether the attention sublayer normalises its input (pre-norm) rather than its output.
         normalization_type: One of scalenorm, layernorm, rmsnorm, batchnorm, syncbatchnorm.
         norm_affine: Whether norms have learned parameters.
         activation: Activation of values, outputs and feed-forward: silu, relu, linear, gelu or gelu_accurate.
@@ -57,34 +56,26 @@ class MegaConfig(PreTrainedConfig):
         nffn_hidden_size: Inner width F of the feed-forward network, in channels.
         normalize_before_ffn: Whether the feed-forward network normalises its input rather than its output.
         nffn_activation_dropout_prob: Dropout inside the feed-forward network, as a probability.
-        max_positions: Length of the table of the simple positional bias, in tokens; a hard limit only for that
-            bias.
+        max_positions: Length of the simple positional bias's table, in tokens; without chunks the longest sequence.
         add_token_type_embeddings: Whether token type embeddings are added to word embeddings.
         type_vocab_size: Number of token types.
-        initializer_range: Standard deviation of initial weights of linear layers, embeddings and positional
-            biases.
-        ema_delta_alpha_range: Standard deviation of the initial damping and decay of the moving average, before
-            the sigmoid.
+        initializer_range: Standard deviation of initial weights: linear layers, embeddings and positional biases.
+        ema_delta_alpha_range: Standard deviation of the average's initial damping and decay, before the sigmoid.
         ema_beta_range: Standard deviation of the initial expansion of the moving average about 1, -1, 1, ...
-        ema_gamma_omega_range: Standard deviation of the initial projection and residual weight of the moving
-            average.
-        pad_token_id: Id of the padding token, whose embedding stays at zero; a token that also ends or begins
-            texts is learned.
+        ema_gamma_omega_range: Standard deviation of the average's initial projection and residual weight.
+        pad_token_id: Id of the padding token; its embedding stays at zero, unless it also ends or begins texts.
         bos_token_id: Id of the token that begins a text.
         eos_token_id: Id of the token that ends a text.
-        relative_positional_bias: Additive positional bias of the attention scores: rotary (any length) or
-            simple (a table).
+        relative_positional_bias: Positional bias added to attention scores: rotary (any length) or simple (a table).
         classifier_dropout: Dropout of classification heads, as a probability; none means `hidden_dropout_prob`.
         use_cache: Whether a decoder returns a cache for generation when no labels are given.
         add_lm_hidden_dense_layer: Whether a dense layer with tanh precedes the language-model head.
         is_decoder: Whether attention is causal.
         add_cross_attention: Whether every block of a decoder attends to an encoder.
         tie_word_embeddings: Whether the language-model head shares its weight with the word embeddings.
-        scale_embeddings: Whether word embeddings are multiplied by sqrt(D), as in the paper's language models;
-            not in 4.37.2.
+        scale_embeddings: Whether word embeddings are times sqrt(D), as in the paper's language models; not in 4.37.2.
         final_norm: Whether a norm follows the last block, as in the paper's pre-norm models; not in 4.37.2.
-        final_norm_affine: Whether that norm has learned parameters: not in the paper's language models, but in
-            its encoders; not in 4.37.2.
+        final_norm_affine: Whether it has learned parameters, as in the paper's encoders only; not in 4.37.2.
         embedding_dropout_prob: Dropout of the embeddings, as a probability; not in 4.37.2.
         lm_head_bias: Whether the language-model head has a bias; 4.37.2 always has one.
     """
@@ -139,8 +130,7 @@ class MegaConfig(PreTrainedConfig):
     lm_head_bias: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Files of 4.37.2 hold the number of heads, which is no choice.
-        kwargs.pop("num_attention_heads", None)
+        kwargs.pop("num_attention_heads", None)  # files of 4.37.2 hold it; it is no choice
         # Where no class of its name is in transformers, TRL reads the map of remote code without asking for one.
         kwargs.setdefault("auto_map", {})
         super().__post_init__(**kwargs)
@@ -154,17 +144,12 @@ class MegaConfig(PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Mega has one attention head; libraries that ask for the number get it here."""
-        return 1
+        return 1  # for libraries that ask
 
     @property
     def layer_types(self) -> list[str]:
-        """Kind of every block: each carries a recurrent state along the sequence.
-
-        `linear_attention` is the name by which third-party sequence parallelism recognises such layers, and refuses
-        them, instead of restarting the moving average on every rank. A decoder with cross-attention says `hybrid`,
-        which is as true: from `linear_attention`, EncoderDecoderModel's `generate()` makes caches that it cannot use.
-        """
+        """Kind of every block: `linear_attention`, by which third-party sequence parallelism refuses layers with a
+        recurrent state; with cross-attention `hybrid`, as `generate()` would make caches that no model here can use."""
         return ["hybrid" if self.add_cross_attention else "linear_attention"] * self.num_hidden_layers
 
     def special_ids(self) -> dict[str, list[int]]:
@@ -189,7 +174,7 @@ class MegaConfig(PreTrainedConfig):
                 )
 
     def validate_architecture(self) -> None:
-        """Refuse values and combinations that no Mega model can have."""
+        """Refuse values and combinations that no Mega model can have; strict dataclasses call `validate_...`."""
         choices = {
             "normalization_type": NORMALIZATION_TYPES,
             "attention_activation": ATTENTION_ACTIVATIONS,
@@ -200,13 +185,10 @@ class MegaConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "ema_projection_size"]
-        sizes += ["shared_representation_size"]
-        parts = {
-            "nffn_hidden_size": self.use_normalized_ffn,
-            "max_positions": self.relative_positional_bias == "simple",
-            "type_vocab_size": self.add_token_type_embeddings,
-        }
-        for name in [*sizes, *(name for name, used in parts.items() if used)]:
+        sizes += ["shared_representation_size", *(["nffn_hidden_size"] if self.use_normalized_ffn else [])]
+        sizes += ["max_positions"] if self.relative_positional_bias == "simple" else []
+        sizes += ["type_vocab_size"] if self.add_token_type_embeddings else []
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in (name for name in type(self).__annotations__ if name.endswith("dropout_prob")):
@@ -225,10 +207,7 @@ class MegaConfig(PreTrainedConfig):
             )
 
     def check_for_model(self) -> None:
-        """Refuse combinations that a configuration may pass through while it is edited, but no model can have.
-
-        Not a `validate_...` method: strict dataclasses run those whenever a configuration is made.
-        """
+        """Refuse combinations that a configuration may pass through while it is edited, but no model can have."""
         if (self.pad_token_id or 0) >= 0:
             # No row could be its embedding. 4.37.2 loads a negative one, and models whose other ids lie outside.
             self.check_special_ids("pad_token_id")

@@ -1,7 +1,6 @@
 """The heads over the backbone, but for the causal language model.
 
-Their `forward` takes what `MegaModel.forward` takes, labels, and `num_items_in_batch`: what the sum of losses is
-divided by, by default the number of labels here that count.
+Their `forward` takes what `MegaModel.forward` takes, labels, and `num_items_in_batch` as `mean` has it.
 
 Legend: B batch, M choices, L length, D channels, V vocabulary, K classes.
 """
@@ -106,9 +105,9 @@ class MegaClassificationHead(nn.Module):
 def sequence_loss(
     logits: Tensor, labels: Tensor, problem_type: str | None = None, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """Loss of logits (B, K), one prediction a sequence: mean square, cross-entropy, or binary cross-entropy.
+    """Loss of logits (B, K), one prediction a sequence, by labels: (B,) classes, (B, K) zeros and ones for several, or
+    values of a regression, (B, K) or if K = 1 (B,): cross-entropy, binary cross-entropy, or mean square.
 
-    Labels are (B,) classes, (B, K) zeros and ones for several labels, or (B, K) values of a regression, (B,) if K = 1.
     By default the problem is a regression if K = 1, else one label if the labels are integers, else several.
     """
     if problem_type is None:
@@ -160,12 +159,9 @@ class MegaForSequenceClassification(MegaHeadModel):
         """Logits (B, K), and their loss when labels are given, as `sequence_loss` takes them."""
         hidden, outputs = self.encode(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         # A decoder's first token has seen nothing but itself.
-        token = valid_token(hidden, attention_mask, last=self.config.is_decoder)
-        logits = self.classifier(token)
-        loss = None
-        if labels is not None:
-            # The configuration stays as it is: what one batch suggests must not decide for the next.
-            loss = sequence_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+        logits = self.classifier(valid_token(hidden, attention_mask, last=self.config.is_decoder))
+        problem = self.config.problem_type  # stays as it is: what one batch suggests must not decide for the next
+        loss = None if labels is None else sequence_loss(logits, labels, problem, num_items_in_batch)
         return SequenceClassifierOutput(loss=loss, logits=logits, **outputs)
 
 
@@ -198,7 +194,7 @@ class MegaForMultipleChoice(MegaHeadModel):
         rows, the choices of a batch one after the other.
         """
         name, given, dimensions = "input_ids", input_ids, 3
-        if given is None:
+        if input_ids is None:
             name, given, dimensions = "inputs_embeds", inputs_embeds, 4
         if given is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -213,8 +209,7 @@ class MegaForMultipleChoice(MegaHeadModel):
         hidden, outputs = self.encode(**kwargs | rows)
         token = valid_token(hidden, rows["attention_mask"], last=self.config.is_decoder)
         assert self.mega.pooler is not None
-        pooled = self.mega.pooler(token[:, None])
-        logits = self.classifier(self.dropout(pooled)).view(given.shape[:2])
+        logits = self.classifier(self.dropout(self.mega.pooler(token[:, None]))).view(given.shape[:2])
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MultipleChoiceModelOutput(loss=loss, logits=logits, **outputs)
 

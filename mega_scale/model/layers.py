@@ -26,7 +26,7 @@ class MegaLinear(nn.Linear):
     """`x weight^T + bias`, by whichever library is fastest on a CPU whatever hooks it has: what trainers make of it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (B, L, D), any floating dtype; returns (B, L, W)."""
+        """(B, L, D), any floating dtype, to (B, L, W)."""
         return linear(input, self.weight, self.bias)
 
 
@@ -155,14 +155,11 @@ class MegaRotaryRelativePositionalBias(nn.Module):
 
 
 BIASES = {"rotary": MegaRotaryRelativePositionalBias, "simple": MegaSimpleRelativePositionalBias}
-"""By `relative_positional_bias`."""
 
 
 class MegaMultiDimensionDampedEma(nn.Module):
-    """`silu(EMA(x) + omega x)` (arXiv 2209.10655, equations 5 and 6; omega and silu as in the public implementations).
-
-    Its parameters are kept in fp32: a decay close to one does not survive bf16.
-    """
+    """`silu(EMA(x) + omega x)` (arXiv 2209.10655, equations 5 and 6; omega and silu as in the public implementations),
+    with parameters in fp32: a decay close to one does not survive bf16."""
 
     carry: Callable[[], Carry | None] | None = None  # what brings the state of other parts, where x is a part of rows
 
@@ -219,11 +216,9 @@ class MegaEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, token_type_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Embed input_ids (B, L), or take inputs_embeds (B, L, D) in their place; token types, (B, L) or (1, L), are 0.
+        """Embed input_ids (B, L), or take inputs_embeds (B, L, D); token types, (B, L) or (1, L), are 0 by default.
 
-        Raises:
-            ValueError: both or none of ids and embeddings; no token in a row; other shapes or dtypes; ids that no row
-                belongs to.
+        Raises ValueError for both or none of the two, for other shapes or dtypes, and for ids that have no row.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or (input_ids is not None and inputs_embeds is not None):

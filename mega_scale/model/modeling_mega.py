@@ -43,15 +43,10 @@ def initial_tensor(
 ) -> Tensor | None:
     """Draw the initial value of one parameter or buffer, as the reference does (transformers 4.37.2 `_init_weights`).
 
-    The module may lie on the meta device: only its class and shapes are read. The generator is a CPU's; none means
-    PyTorch's global one.
-
-    Returns:
-        The full tensor on the CPU, fp32 (integers keep their dtype); none when the module is not one of Mega's.
+    Only the module's class and shapes are read. The generator is a CPU's, by default PyTorch's global one. Returns the
+    full tensor on the CPU, fp32 (integers keep their dtype); none when the module is not one of Mega's.
     """
-    tensor: Tensor | None = module._parameters.get(name)
-    if tensor is None:
-        tensor = module._buffers[name]
+    tensor: Tensor | None = {**module._buffers, **module._parameters}[name]
     if tensor is None:
         return None
     shape = tensor.shape
@@ -147,10 +142,7 @@ class MegaPreTrainedModel(PreTrainedModel):
 
 
 def valid_token(x: Tensor, mask: Tensor | None, last: bool = False) -> Tensor:
-    """Take each row's first, or last, valid token, (B, L, D) to (B, D); of a row without any, the outermost position.
-
-    The mask (B, L) is 1 or true at valid tokens; none: all are.
-    """
+    """Each row's first, or last, valid token, (B, L, D) to (B, D); of a row without any, the outermost position."""
     if mask is None:
         return x[:, -1 if last else 0]
     valid = mask.to(x.device).bool().int()
@@ -170,20 +162,14 @@ class MegaPooler(nn.Module):
 
 
 class MegaModel(MegaPreTrainedModel):
-    """The backbone: embeddings, blocks, and if wanted a pooler over the first token.
-
-    The configuration is an encoder's, or with `is_decoder=True, bidirectional=False` a decoder's.
-    """
+    """The backbone, an encoder's or with `is_decoder=True, bidirectional=False` a decoder's; a pooler if wanted."""
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embedding_layer = MegaEmbeddings(config)
         self.layers = nn.ModuleList([MegaBlock(config) for _ in range(config.num_hidden_layers)])
-        self.final_norm = (
-            MegaSequenceNorm(config.normalization_type, config.hidden_size, affine=config.final_norm_affine)
-            if config.final_norm
-            else None
-        )
+        final_norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.final_norm_affine)
+        self.final_norm = final_norm if config.final_norm else None
         self.pooler = MegaPooler(config) if add_pooling_layer else None
         self.post_init()
 
@@ -212,29 +198,25 @@ class MegaModel(MegaPreTrainedModel):
         """Run the blocks over a batch.
 
         Args:
-            input_ids: (B, L) int64; or give `inputs_embeds`, (B, L, D).
+            input_ids: (B, L) int64, as `token_type_ids`; or give `inputs_embeds`, (B, L, D).
             attention_mask: (B, L), or with a cache also (B, past + L), of bool or 0 and 1; 1 or true for valid
-                positions. The cache remembers the masks of the tokens before. Rows padded on the left count positions,
-                and chunks, from their first valid token.
-            token_type_ids: (B, L) int64.
+                positions. The cache remembers earlier masks. Rows padded on the left count positions, and chunks, from
+                their first valid token.
             encoder_hidden_states: (B, S, D), what cross-attention attends to; its mask is (B, S). Neither is needed
                 again with a cache.
             past_key_values: cache of the tokens before these, of any number; decoders only.
             use_cache: default: `config.use_cache` of a decoder that is not training.
             output_attentions: (B, K, C, C) a block, or (B, 1, L, past + L) without chunks; (B, L, S) to an encoder.
-            output_hidden_states: the embeddings and every block's output.
             document_starts: (B, L) bool, true at the first token of every document where rows hold several: the moving
                 average begins anew there, and attention in a chunk stays inside a document. Chunks count from the row's
-                start. With a cache, a document that began before goes on until the next one starts. (Numbers of
-                documents could not say whether a row that is continued, or cut over ranks, goes on with one.)
+                start. With a cache, a document that began before goes on until the next one starts.
             kwargs: what transformers' `DataCollatorWithFlattening` says of documents, in place of `document_starts`:
                 `position_ids` (B, L) or (1, L) that begin again at 0; `seq_idx` likewise, another number for each
-                document; `cu_seq_lens_q`, `cu_seq_lens_k` (documents + 1,), where documents begin and the last one ends
-                in the flattened batch; `max_length_q`, `max_length_k`, no document being longer. Others are ignored.
+                document; `cu_seq_lens_q`, `cu_seq_lens_k` (documents + 1,), borders in the flattened batch;
+                `max_length_q`, `max_length_k`, no document being longer.
 
         Raises:
-            ValueError: inputs that exclude, lack or contradict each other; masks that do not fit; a cache in an encoder
-                or with truncation; documents in rows that are padded on the left, with truncation or cross-attention.
+            ValueError: inputs that exclude, lack or contradict each other, or do not fit.
         """
         config = self.config
         if (
@@ -267,18 +249,9 @@ class MegaModel(MegaPreTrainedModel):
         hidden_states, attentions, cross_attentions = [x], [], []
         for i, block in enumerate(self.layers):
             layer = None if cache is None else cache.states[i]
-            # By position: reentrant checkpointing gives back a plain tuple.
+            known = (None, None) if layer is None else (layer.state, layer.encoder)
             x, weights, cross_weights, state, encoder = block(
-                x,
-                mask,
-                pads,
-                encoder_hidden_states,
-                source_mask,
-                None if layer is None else layer.state,
-                None if layer is None else layer.encoder,
-                layer is not None,
-                output_attentions,
-                borders,
+                x, mask, pads, encoder_hidden_states, source_mask, *known, layer is not None, output_attentions, borders
             )
             if layer is not None:
                 layer.state, layer.encoder = state, encoder
@@ -366,8 +339,7 @@ def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy, in nats and fp32, of logits (..., K) with integer labels (...), of which -100 does not count;
-    divided as `mean` has it."""
+    """The `mean` cross-entropy of logits (..., K) with integer labels (...), but for -100, in nats and fp32."""
     check_labels(labels, logits.shape[:-1])
     labels = labels.reshape(-1).to(logits.device, torch.long)
     total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels, reduction="sum")
@@ -394,10 +366,7 @@ def sliced_cross_entropy(head: nn.Module, x: Tensor, labels: Tensor, num_items: 
 
 
 class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
-    """Mega with a language-model head: optional dense layer with tanh, then a linear layer, tied by default.
-
-    The configuration is a decoder's: `is_decoder=True, bidirectional=False`.
-    """
+    """A decoder with a language-model head: optional dense layer with tanh, then a linear layer, tied by default."""
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
     # The moving average cannot take tokens back, so generate() refuses assisted decoding.
@@ -442,24 +411,19 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         """Logits, and the cross-entropy of the next token when labels are given; other arguments as in `MegaModel`.
 
         Args:
-            labels: (B, L) int64, the tokens themselves; -100 is ignored. The loss compares position t with label t + 1:
-                set to -100 those that would predict the first token of a document from the one before.
+            labels: (B, L) int64, the tokens themselves, of which t + 1 is compared with position t; -100 is ignored:
+                set it where the first token of a document would be predicted from the one before.
             logits_to_keep: compute only the last n logits (0: all), or those at the given positions.
-            num_items_in_batch: what the sum of token losses is divided by; default: the number of valid tokens here.
-            kwargs: `shift_labels` (B, L) int64, before `labels` where both are given: the next token of every position,
-                for rows cut from a longer text; -100 is ignored. `skip_logits=True`: compute the loss a few tokens at a
-                time, and no logits. (The Trainer expects every named argument with "label" in it in each batch.)
+            num_items_in_batch: what the sum of losses is divided by; default: the number of labels that count.
+            kwargs: `shift_labels` (B, L) int64, in place of `labels`: the next token of every position. (The Trainer
+                expects every named argument with "label" in it.) `skip_logits=True`: a loss without whole logits.
         """
         following: Tensor | None = kwargs.get("shift_labels")
         if following is None and labels is not None:
             following = F.pad(labels[:, 1:], (0, 1), value=-100)
+        inputs = input_ids, attention_mask, token_type_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask
         outputs = self.mega(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
+            *inputs,
             past_key_values=past_key_values,
             use_cache=False if following is not None and use_cache is None else use_cache,
             output_attentions=output_attentions,

@@ -186,9 +186,13 @@ class TokenStore:
             i += 1
         self._count(out.nbytes)
 
-    def ends(self, first: int, last: int, suffix: Literal["ends", "text_ends"] = "ends") -> np.ndarray:
-        """Places after the last token of documents `first` to below `last`, or UTF-8 bytes up to there, int64."""
-        found, before = [np.empty(0, np.int64)], self._tokens if suffix == "ends" else self._bytes
+    def bounds(self, first: int, last: int, suffix: Literal["ends", "text_ends"] = "ends") -> np.ndarray:
+        """Starts of documents `first` to below `last`, and the last one's end: (last - first + 1,) int64.
+
+        As places of tokens, or as UTF-8 bytes of all text up to there.
+        """
+        found, before = [np.zeros(int(first == 0), np.int64)], self._tokens if suffix == "ends" else self._bytes
+        first = max(first - 1, 0)  # a document starts where the one before ends
         i = int(np.searchsorted(self._documents, first, side="right")) - 1
         while first < last:
             within, end = first - int(self._documents[i]), self._shards[i].record.documents
@@ -198,14 +202,6 @@ class TokenStore:
             i += 1
         self._count(sum(numbers.nbytes for numbers in found))
         return np.concatenate(found)
-
-    def bounds(self, first: int, last: int, suffix: Literal["ends", "text_ends"] = "ends") -> np.ndarray:
-        """Starts of documents `first` to below `last`, and the last one's end: (last - first + 1,) int64.
-
-        As places of tokens, or as UTF-8 bytes of all text up to there.
-        """
-        ends = self.ends(max(first - 1, 0), last, suffix)
-        return np.append(0, ends) if first == 0 else ends
 
     def document_at(self, place: int) -> int:
         """Find the document that has the token at a place (0 to below `tokens`)."""

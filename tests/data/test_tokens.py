@@ -31,7 +31,7 @@ def test_what_is_written_is_what_is_opened(tmp_path):
         found = np.zeros(6, np.int64)
         stored.read(0, 6, found)
         assert found.tolist() == [0, 1, 2, 3, 4, 60_000]
-        assert stored.ends(0, 3).tolist() == [2, 5, 6]
+        assert stored.bounds(0, 3).tolist() == [0, 2, 5, 6]
         assert (stored.tokens, stored.documents, stored.bytes) == (6, 3, 8)
     assert not list(tmp_path.glob("unfinished-*"))
 

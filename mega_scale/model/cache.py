@@ -68,7 +68,6 @@ class MegaCacheLayer(CacheLayerMixin):
         )
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by what the function makes of it."""
         if self.state is not None:
             state = self.state
             self.state = LayerState(function(state.ema), function(state.keys), function(state.values), state.position)
@@ -95,7 +94,6 @@ class MegaCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
         parts: list[Iterable[Any]] = [vars(layer.state).values() for layer in self.states if layer.state is not None]
         parts += [layer.encoder for layer in self.states if layer.encoder is not None]
         return sum(tensor.nbytes for part in parts for tensor in part if isinstance(tensor, Tensor))
@@ -105,7 +103,6 @@ class MegaCache(Cache):
         self.pads = self.documents = self.mask = self.encoder_mask = None
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Take rows `beam_idx` (B,), as beam search does after each step."""
         self.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -23,10 +23,9 @@ _INDICES = (torch.int64, torch.int32)  # dtypes of token ids
 
 
 class MegaLinear(nn.Linear):
-    """`x weight^T + bias`, by whichever library is fastest on a CPU whatever hooks it has: what trainers make of it."""
+    """(B, L, D) to (B, L, W), by whichever library is fastest on a CPU whatever hooks it has: for trainers."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, L, D), any floating dtype, to (B, L, W)."""
         return linear(input, self.weight, self.bias)
 
 

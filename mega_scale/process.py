@@ -20,6 +20,9 @@ from typing import Any, NamedTuple, NoReturn
 # (EX_IOERR), of a rank that ends because of another one (EX_TEMPFAIL: nothing is wrong with the run, start it again),
 # and of a command that got SIGINT, or a run that got it again.
 REFUSED, NOT_WRITTEN, PEER_LOST, INTERRUPTED = 2, 74, 75, 128 + signal.SIGINT
+# Of a run that ends because of bad steps in a row (EX_DATAERR: starting it again as it is does not help), and of one
+# that saved and stopped because it was asked to, and goes on when it is started again.
+DIVERGED, STOPPED = 65, 85
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 """Signals that ask a run to stop, where its settings name no others."""

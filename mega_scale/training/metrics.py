@@ -100,11 +100,7 @@ class Throughput:
         return self._waited / steps, (time.perf_counter() - self._since) / steps
 
     def report(self, steps_left: int) -> dict[str, float]:
-        """Figures of the interval that ends now; the next one begins.
-
-        Tokens per second over all ranks, seconds left, share of the time that this rank waited for the loader, and MFU
-        where the peak is known.
-        """
+        """Figures of the interval that ends now; `loader_wait` is this rank's share of it, `mfu` of a known peak."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         found = {
@@ -140,26 +136,20 @@ def probe(device: torch.device) -> float:
 
 
 def slower(seconds: list[float], factor: float, at_least: float = 0.0) -> list[int]:
-    """Ranks that take longer than `factor` times the median, and than `at_least` seconds.
-
-    Of an even number of ranks the lower median counts: of two, one may be slow.
-    """
+    """Ranks above `factor` times the lower median, so that one of two may be slow, and above `at_least` seconds."""
     median = statistics.median_low(seconds)
     return [rank for rank, own in enumerate(seconds) if own > max(factor * median, at_least)]
 
 
 class SlowRanks:
-    """Compares ranks at every report, and names those that were slow at this one and at the one before.
-
-    Slow is above `factor` times the median; 0 compares nothing.
-    """
+    """Names ranks above `factor` times the median at this report and at the one before; 0 compares nothing."""
 
     def __init__(self, world: World, factor: float) -> None:
         self._world, self._factor = world, factor
         self._before: set[tuple[int, str]] = set()
 
     def report(self, waited_s: float, step_s: float) -> list[str]:
-        """A line for each slow rank, the same on all ranks; collective. For its arguments see `Throughput.per_step`."""
+        """A line for each slow rank, the same on all ranks; collective. Takes what `Throughput.per_step` returns."""
         if not self._factor:
             return []
         own = torch.tensor([waited_s, probe(self._world.device), step_s])

@@ -29,12 +29,6 @@ from mega_scale.parallel.mesh import MeshShape
 from mega_scale.process import PEER_LOST, Standing, StopSignals, write_stderr
 from mega_scale.training.config import BadStepsConfig
 
-STOPPED = 85
-"""Exit code of a run that saved and stopped because it was asked to: start it again, and it goes on."""
-
-DIVERGED = 65
-"""Exit code of a run that ends because of bad steps in a row (EX_DATAERR: starting it again as it is does not help)."""
-
 _MARGIN = 1.2  # steps and saves are not all alike
 _TO_LEAVE_S = 2.0  # for leaving the process group, and for Python's end
 _UNKNOWN_SAVE_S = 60.0

@@ -38,7 +38,7 @@ def log_to_stderr(line: str) -> None:
 def open_model(path: Path, key: bytes | None = None, *, log: Callable[[str], None] = log_to_stderr) -> Opened:
     """Open an export or Hugging Face folder (it has config.json), or what `open_checkpoint` opens; reads no weights.
 
-    Raises ValueError where it is none of these, is damaged, or its weights do not fit its configuration.
+    Raises ValueError where it is none of these, is damaged, or does not fit its configuration.
     """
     if not (path / "config.json").is_file() or checkpoints(path):
         return open_checkpoint(path, key, log=log)

@@ -40,21 +40,11 @@ from mega_scale.parallel import (
     seeded_values,
 )
 from mega_scale.parallel.model_parallel import ParallelizeError
-from mega_scale.process import NOT_WRITTEN, PEER_LOST, REFUSED, StopSignals, refuse, write_stderr
+from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr
 from mega_scale.settings import known_keys, to_yaml
 from mega_scale.training.config import build_optimizer, seconds_of
 from mega_scale.training.metrics import Reporter, SlowRanks, Throughput, memory_bytes
-from mega_scale.training.stopping import (
-    DIVERGED,
-    STOPPED,
-    EndOfRunError,
-    Progress,
-    RunStatus,
-    Stopping,
-    StopRun,
-    Watchdog,
-    rows_of,
-)
+from mega_scale.training.stopping import EndOfRunError, Progress, RunStatus, Stopping, StopRun, Watchdog, rows_of
 
 # Keys by which the same run would have other numbers; of those of `parallel`, another line tells.
 _NUMBERS: tuple[str, ...] = ("model.", "data.", "optimizer.", "schedule.", "bad_steps.", "parallel.ds_config")

@@ -6,7 +6,7 @@ import pytest
 from faults import ENGINES, STOPPED, assert_same_steps, faulty, saved, status, text
 from launching import metrics
 
-from mega_scale.training.stopping import DIVERGED
+from mega_scale.process import DIVERGED
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 

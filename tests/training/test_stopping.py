@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from mega_scale.process import PEER_LOST
+from mega_scale.process import DIVERGED, PEER_LOST, STOPPED
 from mega_scale.training.config import TrainConfig, seconds_of
-from mega_scale.training.stopping import DIVERGED, STOPPED, RunStatus, Stopping
+from mega_scale.training.stopping import RunStatus, Stopping
 
 
 def test_exit_codes_are_those_that_the_readme_lists():

@@ -15,8 +15,7 @@ block, G chunks of all rows.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +25,17 @@ from mega_scale.ops import ANY_LENGTH, in_memory, once_differentiable, runs_trit
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
-_HALVES = (torch.bfloat16, torch.float16)
 # Queries of a block of the causal form; on a GPU products have to be larger.
 _CPU_BLOCK, _GPU_BLOCK = 128, 512
 
 
-@dataclass(frozen=True)
-class ChunkDocuments:
-    """Which document each key of a chunk is of; make it with `of`, once for all layers.
+class ChunkDocuments(NamedTuple):
+    """Which document each key of a chunk is of; make it with `of`, once for all layers. All are int64."""
 
-    Args:
-        numbers: (B, K, J) int64: keys see each other where their numbers are equal.
-        several: (M,) int64: the chunks, counted as b * K + k, that hold more than one document.
-        single: (B K - M,) int64: the others.
-        order: (B K,) int64: where each chunk stands when those of `single` come before those of `several`.
-    """
-
-    numbers: Tensor
-    several: Tensor
-    single: Tensor
-    order: Tensor
+    numbers: Tensor  # (B, K, J): keys see each other where these are equal
+    several: Tensor  # (M,): the chunks, counted as b * K + k, that hold more than one document
+    single: Tensor  # (B K - M,): the others
+    order: Tensor  # (B K,): where each chunk stands when those of `single` come before those of `several`
 
     @classmethod
     def of(cls, numbers: Tensor) -> "ChunkDocuments":
@@ -142,10 +132,8 @@ def chunk_attention(
     if impl == "auto":
         # Python counts blocks of queries, and one chunk may be of a length that a compiler leaves open.
         any_length = tracing() in ANY_LENGTH or (k.shape[1] == 1 and torch.compiler.is_compiling())
-        kernels, blocks = (
-            whole and v.dtype in _HALVES and runs_triton(v),
-            whole and documents is None and not any_length,
-        )
+        kernels = whole and v.dtype in (torch.bfloat16, torch.float16) and runs_triton(v)
+        blocks = whole and documents is None and not any_length
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
     if impl == "causal":
@@ -257,16 +245,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int =
     """
     with without_autocast(q.device):
         dtype = torch.promote_types(v.dtype, torch.float32)
-        matrix = _Toeplitz.apply(bias.to(dtype), q.shape[2])
         q, k = (t.to(dtype).flatten(0, 1) for t in (q, k))
-        return _CausalAttention.apply(q, k, v.flatten(0, 1), matrix, block).view(v.shape)
+        return _CausalAttention.apply(q, k, v.flatten(0, 1), bias.to(dtype), block).view(v.shape)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, block: int) -> Tensor:
-        """q, k (G, C, Z), v (G, C, E), matrix (C, C)."""
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int) -> Tensor:
+        """q, k (G, C, Z), v (G, C, E), bias (2C - 1,)."""
         ctx.block, scale, chunk = block, q.shape[-1] ** -0.5, q.shape[1]
+        matrix = bias.unfold(0, chunk, 1).flip(0)
         future = torch.full((block, block), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         out, kept = torch.empty_like(v), []
         for begin in range(0, chunk, block):
@@ -304,7 +292,7 @@ class _CausalAttention(torch.autograd.Function):
             else:
                 d_k[:, :end].baddbmm_(d_scores.mT, own)
                 d_v[:, :end].baddbmm_(weights.mT, d_out)
-        return d_q, d_k, d_v, d_matrix, None
+        return d_q, d_k, d_v, _by_distance(d_matrix), None
 
 
 def key_minus_query(queries: int, keys: int, offset: int | Tensor, device: torch.device | str) -> Tensor:
@@ -338,7 +326,11 @@ class _Toeplitz(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Sums of diagonals: with I zeros behind each row, read in rows one shorter, a diagonal is a column."""
-        queries, keys = gradient.shape[-2:]
-        rows = F.pad(gradient.flip(-2), (0, queries)).flatten(-2)
-        return rows[..., : queries * (queries + keys - 1)].unflatten(-1, (queries, -1)).sum(-2), None
+        return _by_distance(gradient), None
+
+
+def _by_distance(matrix: Tensor) -> Tensor:
+    """Sums of diagonals: with I zeros behind each row, read in rows one shorter, a diagonal is a column."""
+    queries, keys = matrix.shape[-2:]
+    rows = F.pad(matrix.flip(-2), (0, queries)).flatten(-2)
+    return rows[..., : queries * (queries + keys - 1)].unflatten(-1, (queries, -1)).sum(-2)

@@ -202,25 +202,18 @@ class RunConfig:
         self._check_folders()
 
     def _check_model(self) -> None:
-        model, length, tp, sp = self.model, self.data.sequence_length, self.parallel.tp, self.parallel.sp
+        model, data, tp, sp = self.model, self.data, self.parallel.tp, self.parallel.sp
         require(model.is_decoder, "model.is_decoder", False, "a causal language model is trained, set it to true")
         remedy = "pretraining on text has no encoder to attend to, set it to false"
         require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
         model_config(model)
-        remedy = (
-            f"with model.truncation={model.truncation}, a moving average cannot begin anew inside a sequence: set "
-            "model.truncation=null, or data.packing=none or concat"
-        )
-        require(self.data.packing != "reset" or model.truncation is None, "data.packing", "reset", remedy)
-        chunk, whole = model.chunk_size, sp * model.chunk_size
+        length, chunk, whole = data.sequence_length, model.chunk_size, sp * model.chunk_size
         if model.use_chunking:
             # In a schedule, every rank has whole chunks, so that nothing is padded.
-            for short in self.data.lengths.lengths if self.data.lengths else ():
-                remedy = (
-                    f"{short} is not a multiple of parallel.sp={sp} x model.chunk_size={chunk} = {whole}, use "
-                    f"{multiples(whole, short)}"
-                )
-                require(short % whole == 0, "data.length_schedule", self.data.length_schedule, remedy)
+            for short in data.lengths.lengths if data.lengths else ():
+                units = f"parallel.sp={sp} x model.chunk_size={chunk} = {whole}"
+                remedy = f"{short} is not a multiple of {units}, use {multiples(whole, short)}"
+                require(short % whole == 0, "data.length_schedule", data.length_schedule, remedy)
             remedy = (
                 f"it does not divide data.sequence_length={length}, use a sequence_length of "
                 f"{multiples(chunk, length)}, or a chunk_size of {nearest(divisors(length), chunk)}"
@@ -228,39 +221,39 @@ class RunConfig:
             padded = sp > 1
             require(length % chunk == 0 or padded, "model.chunk_size", chunk, remedy)
         key, reach = ("model.chunk_size", chunk) if model.use_chunking else ("data.sequence_length", length)
-        remedy = (
-            f"model.relative_positional_bias='simple' reaches model.max_positions={model.max_positions}: set that to "
-            f"at least {reach}, or take the rotary"
-        )
-        require(model.relative_positional_bias != "simple" or reach <= model.max_positions, key, reach, remedy)
+        for rule in (
+            (data.packing != "reset" or model.truncation is None, "data.packing", "reset",
+             f"with model.truncation={model.truncation}, a moving average cannot begin anew inside a sequence: set "
+             "model.truncation=null, or data.packing=none or concat"),
+            (model.relative_positional_bias != "simple" or reach <= model.max_positions, key, reach,
+             f"model.relative_positional_bias='simple' reaches model.max_positions={model.max_positions}: set that to "
+             f"at least {reach}, or take the rotary"),
+        ):  # fmt: skip
+            require(*rule)
         check_tensor_parallel(model, tp)
         check_segments(model, self.parallel.activation_checkpoint_segment, self.parallel.activation_checkpoint, sp)
         check_sequence_parallel(model, length, sp)
 
     def _check_training(self, dp: int) -> None:
-        train, truncation = self.train, self.model.truncation
-        on_cpu = self.parallel.device == "cpu" or not torch.cuda.is_available()
-        remedy = f"a CPU needs a C++ compiler ({', '.join(_COMPILERS)}) in the PATH, install one, or set it to false"
-        require(not (train.compile and on_cpu) or any(map(shutil.which, _COMPILERS)), "train.compile", True, remedy)
-        remedy = (
-            f"it leaves no state to generate from, but train.sample_every={train.sample_every}: set sample_every=0, or "
-            "truncation=null"
-        )
-        require(truncation is None or not train.sample_every, "model.truncation", truncation, remedy)
-        batch, micro = train.global_batch_size, train.micro_batch_size
-        remedy = multiples(dp * micro, batch)
+        train, truncation, batch = self.train, self.model.truncation, self.train.global_batch_size
+        on_cpu, micro = self.parallel.device == "cpu" or not torch.cuda.is_available(), train.micro_batch_size
+        sizes = f"global_batch_size of {multiples(dp * micro, batch)}"
         if batch % dp == 0:
-            remedy += f", or a micro_batch_size of {nearest(divisors(batch // dp), micro, count=3)}"
-        remedy = (
-            f"it is not a multiple of {dp} data-parallel ranks x train.micro_batch_size={micro} = {dp * micro} "
-            f"sequences, use a global_batch_size of {remedy}"
-        )
-        require(batch % (dp * micro) == 0, "train.global_batch_size", batch, remedy)
-        remedy = (
-            "it needs validation text, but data.validation_fraction=0 and no other is named: set that, "
-            "data.validation_path or data.validation_split, or train.eval_every=0"
-        )
-        require(not train.eval_every or self.data.validates, "train.eval_every", train.eval_every, remedy)
+            sizes += f", or a micro_batch_size of {nearest(divisors(batch // dp), micro, count=3)}"
+        for rule in (
+            (not (train.compile and on_cpu) or any(map(shutil.which, _COMPILERS)), "train.compile", True,
+             f"a CPU needs a C++ compiler ({', '.join(_COMPILERS)}) in the PATH, install one, or set it to false"),
+            (truncation is None or not train.sample_every, "model.truncation", truncation,
+             f"it leaves no state to generate from, but train.sample_every={train.sample_every}: set sample_every=0, "
+             "or truncation=null"),
+            (batch % (dp * micro) == 0, "train.global_batch_size", batch,
+             f"it is not a multiple of {dp} data-parallel ranks x train.micro_batch_size={micro} = {dp * micro} "
+             f"sequences, use a {sizes}"),
+            (not train.eval_every or self.data.validates, "train.eval_every", train.eval_every,
+             "it needs validation text, but data.validation_fraction=0 and no other is named: set that, "
+             "data.validation_path or data.validation_split, or train.eval_every=0"),
+        ):  # fmt: skip
+            require(*rule)
 
     def _check_folders(self) -> None:
         run_dir = Path(self.run_dir)

@@ -217,8 +217,7 @@ class Saver:
         """
         if reports is None:
             return 0, 0.0, ""
-        problems = [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(reports) if problem]
-        if problems:
+        if problems := [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(reports) if problem]:
             raise OSError("; ".join(problems[:_NAMED]))
         unfinished, replaced = save.folder.with_suffix(UNFINISHED), save.folder.with_suffix(_REPLACED)
         index = save.index | {"parts": [ranges for _, ranges, _ in reports]}

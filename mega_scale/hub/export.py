@@ -397,11 +397,9 @@ def _in_transformers_4(config: MegaConfig, tokenizer: PreTrainedTokenizerBase | 
         if any(" " in piece for pair in _merges(definition) for piece in pair):
             beyond.append("the tokenizer merges pieces with spaces in them, which its files cannot hold there")
         if definition["model"].get("ignore_merges"):
-            words = "the tokenizer takes a whole word before its merges (`ignore_merges`), which it does not do there"
-            beyond.append(words)
+            beyond.append("the tokenizer takes a whole word before its merges (`ignore_merges`), but not there")
         if any(part["type"] == "Metaspace" and not part.get("split", True) for part in _parts(definition, _KINDS)):
-            words = "the tokenizer does not split at spaces (`Metaspace` with `split=false`), which it does there"
-            beyond.append(words)
+            beyond.append("the tokenizer does not split at spaces (`Metaspace` with `split=false`), but does there")
     elif tokenizer is not None:
         beyond.append(f"the tokenizer is of the class `{type(tokenizer).__name__}`, which was not tried there")
     if not beyond:

@@ -213,13 +213,10 @@ def fairseq_to_mega(
     found: dict[str, Tensor] = {}
     unknown: dict[str, list[str]] = {}
     for name, tensor in state.items():
-        if name == kind.version or name.startswith(kind.others):
-            continue
-        if name in same and torch.equal(tensor.to(same[name].dtype), same[name]):
-            continue
+        unit = name in same and torch.equal(tensor.to(same[name].dtype), same[name])
         if table.get(name) in ours.tensors:
             found[table[name]] = tensor
-        else:
+        elif not (unit or name == kind.version or name.startswith(kind.others)):
             causes = (cause for piece, cause in NO_COUNTERPART.items() if piece in name)
             unknown.setdefault(next(causes, "a model of this configuration has none"), []).append(name)
     if unknown:

@@ -163,19 +163,16 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
     def _end_at_the_second(self, numbers: int) -> None:
-        first: float | None = None
         # torchrun passes Ctrl-C on to ranks that the terminal does not reach: the first as SIGINT, the next as SIGTERM.
         again = {signal.SIGINT, *([signal.SIGTERM] if "TORCHELASTIC_RUN_ID" in os.environ else [])}
-        while True:
-            came = set(os.read(numbers, 64))
-            if not came & ({signal.SIGINT} if first is None else again):
-                continue
-            if first is None:
-                first = time.monotonic()
-                _say("SIGINT: the run saves after what is under way, and ends; the next one ends it at once")
-            elif time.monotonic() - first > self._again_s:
-                _say("SIGINT again: the run ends at once, without a save")
-                os._exit(INTERRUPTED)
+        while signal.SIGINT not in os.read(numbers, 64):
+            pass
+        first = time.monotonic()
+        _say("SIGINT: the run saves after what is under way, and ends; the next one ends it at once")
+        while again.isdisjoint(os.read(numbers, 64)) or time.monotonic() - first <= self._again_s:
+            pass
+        _say("SIGINT again: the run ends at once, without a save")
+        os._exit(INTERRUPTED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

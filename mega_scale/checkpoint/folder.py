@@ -273,8 +273,8 @@ def summary(folder: Path, key: bytes | None = None) -> dict[str, Any]:
         manifest, state = verify_quickly(folder, key), read_state(folder)
     except ValueError as error:
         return found | {"problem": str(error)}
-    found |= {"step": manifest.step, "bytes": manifest.bytes, "tokens": state["tokens"]}
-    return found | {"loss": state.get("validation", {}).get("loss"), "layout": state["layout"]}
+    found |= {"step": manifest.step, "bytes": manifest.bytes, "tokens": state["tokens"], "layout": state["layout"]}
+    return found | {"loss": state.get("validation", {}).get("loss")}
 
 
 # The checkpoints of a run
@@ -341,8 +341,8 @@ def find_checkpoint(
 ) -> tuple[Path, list[str]]:
     """The checkpoint that a path means: itself, or the newest of a run folder that is proven.
 
-    `verify_quickly` does not read its state, `verify` does. The ranks of a `world` share the reading of all of it;
-    then this is collective. Unless `older`, no other is taken where the newest of a run folder is damaged or gone.
+    `proof` is `verify_quickly`, or `verify`, which reads its state too. Where a `world` is given, its ranks share the
+    reading of all of it, and this is collective. `older`: an older one may be taken for one that is damaged or gone.
 
     Returns its folder, and what is to be said: what is wrong with newer ones or with `latest`, and strays, a sentence
     each. Raises ValueError where there is none, only an older one could be taken and may not be, or it is damaged:

@@ -143,7 +143,7 @@ def _convert_text(text: str, hint: Any) -> Any:
     return _convert(text, hint)
 
 
-def _allowed(key: str, value: Any, known: dict[str, Any], convert: Callable[[Any, Any], Any]) -> Any:
+def allowed(key: str, value: Any, known: dict[str, Any], convert: Callable[[Any, Any], Any] = _convert) -> Any:
     """A key's value, converted to its type; refuses any other, and a key that is unknown, with the one most like it."""
     if key in known:
         try:
@@ -300,7 +300,7 @@ def resolve(
                 key, now = RENAMED[written] if stored and written in RENAMED else (written, None)
                 if key in layer:
                     raise ValueError(f"{key} is given twice: keep one")
-                layer[key] = _allowed(key, now[value] if now else value, known, _convert)
+                layer[key] = allowed(key, now[value] if now else value, known)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         values |= layer
@@ -310,7 +310,7 @@ def resolve(
         if text is None and (mapping or key in known):
             raise ValueError(f"{key} has no value: write {key}=VALUE")
         if mapping is None:
-            values[key] = _allowed(key, text, known, _convert_text)
+            values[key] = allowed(key, text, known, _convert_text)
         else:
             values[mapping] = values.get(mapping) or {}
             _set_inside(values[mapping], key, key.removeprefix(f"{mapping}."), str(text))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from mega_scale.files import local_path
+from mega_scale.settings import allowed, known_keys
 
 Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared"]
 FILE_SOURCES = ("text", "json", "parquet", "arrow")
@@ -182,7 +183,7 @@ class DataConfig:
                 raise of_source(name, error) from None
 
     def _text_rules(self) -> Iterator[_Rule]:
-        source, is_hub, name = self.source, self.source == "hub", self.hub_name or ""
+        source, name = self.source, self.hub_name or ""
         for key, choices in (("source", Source), ("packing", Packing), ("packing_order", PackingOrder)):
             names = get_args(choices)
             yield getattr(self, key) not in names, key, f"choose one of {', '.join(names)}"
@@ -200,15 +201,14 @@ class DataConfig:
                 remedy = f"set data.source to what they are ({', '.join(FILE_SOURCES)}), or {key} to null"
                 yield paths is not None, key, f"source {source} reads no files; {remedy}"
         yield not self.text_column, "text_column", "name the column that holds the text"
-        for key in ("hub_name", "hub_config", "validation_split"):
-            is_given = getattr(self, key) is not None
-            yield is_given and not is_hub, key, f"only source hub has it, not {source}; set it to null"
-        if is_hub:
+        if source == "hub":
             is_name = HUB_NAME.fullmatch(name) or os.path.isdir(name)
             yield not is_name, "hub_name", 'source hub needs a data set\'s name, such as "owner/name"'
             yield not self.hub_split, "hub_split", 'name a split, such as "train"'
-            same = self.validation_split == self.hub_split
-            yield same, "validation_split", "it is what is trained on; name another split"
+            is_trained = self.validation_split == self.hub_split
+            yield is_trained, "validation_split", "it is what is trained on; name another split"
+        for key in ("hub_name", "hub_config", "validation_split") if source != "hub" else ():
+            yield getattr(self, key) is not None, key, f"only source hub has it, not {source}; set it to null"
         name = self.tokenizer
         is_name = name == "byte" or HUB_NAME.fullmatch(name) or os.path.isdir(name)
         yield not is_name, "tokenizer", 'no such folder; give "byte", an existing tokenizer folder, or a hub name'
@@ -296,7 +296,7 @@ def cache_folder(cache_dir: str | None) -> Path:
 def find_on_hub(name: str, kind: Literal["model", "dataset"]) -> Literal["there", "absent", "unreachable"]:
     """Ask the Hugging Face hub once for a name, because the clients' own retries take most of a minute.
 
-    Tokenizers are models there. A name that is hidden from this user is absent; without a network, all are unreachable.
+    A name that is hidden from this user is absent; without a network, all are unreachable.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415  a quarter of a second
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError  # noqa: PLC0415
@@ -336,23 +336,21 @@ def mixture_entries(config: DataConfig) -> dict[str, MixtureEntry]:
             raise _refusal(field.name, value, "data.mixture names the sources; give the key to one of them")
     if not config.mixture:
         raise _refusal("mixture", {}, "name sources, or set it to null")
-    found, known = {}, (*SOURCE_KEYS, "weight", "epochs")
+    found, types = {}, known_keys(DataConfig)
     for name, entry in config.mixture.items():
         where = f"data.mixture.{name}"
         if not isinstance(entry, dict):
             raise ValueError(f"{where}={entry!r}: give the source's keys, such as source, path and weight")
-        for key in entry.keys() - set(known):
-            raise ValueError(f"{where}.{key} is not a key of a source: it can have {', '.join(known)}")
-        if "weight" in entry and "epochs" in entry:
-            raise ValueError(f"{where} has a weight and epochs: give one of them")
-        kind = "weight" if "weight" in entry else "epochs"
-        share = entry.get(kind, 1)
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
+        known = {f"{where}.{key}": types.get(key, float) for key in (*SOURCE_KEYS, "weight", "epochs")}
+        given = {key: allowed(f"{where}.{key}", value, known) for key, value in entry.items()}
+        kind = "weight" if "weight" in given else "epochs"
+        share = given.pop(kind, 1)
+        if not 0 < share < math.inf:
             raise ValueError(f"{where}.{kind}={share!r}: give a number above 0")
-        keys = {key: value for key, value in entry.items() if key in SOURCE_KEYS}
-        keys |= {key: [keys[key]] for key in ("path", "validation_path") if isinstance(keys.get(key), str)}
+        if "epochs" in given:
+            raise ValueError(f"{where} has a weight and epochs: give one of them")
         try:
-            source = replace(config, mixture=None, **keys)
+            source = replace(config, mixture=None, **given)
         except ValueError as error:
             raise of_source(name, error) from None
         found[name] = MixtureEntry(source, Fraction(str(share)), kind == "epochs")
@@ -378,14 +376,13 @@ class LengthSchedule:
         key = f"data.length_schedule={stages!r}"
         if not stages or any(not isinstance(stage, list | tuple) or len(stage) != 2 for stage in stages):
             raise ValueError(f"{key}: give pairs [first step, tokens], such as [[0, 512], [1000, 1024]]")
-        self._steps = [stage[0] for stage in stages]
-        self.lengths = [stage[1] for stage in stages]
-        if self._steps[0] != 0 or any(a >= b for a, b in zip(self._steps, self._steps[1:], strict=False)):
+        self._steps, self.lengths = ([stage[i] for stage in stages] for i in (0, 1))
+        if self._steps[0] != 0 or self._steps != sorted(set(self._steps)):
             raise ValueError(f"{key}: steps {self._steps} must begin at 0 and ascend; sort them, the first being 0")
+        divisors = [n for n in range(2, sequence_length + 1) if sequence_length % n == 0]
         for length in self.lengths:
-            if length < 2 or sequence_length % length:
-                near = [n for n in range(2, sequence_length + 1) if sequence_length % n == 0]
-                near = sorted(sorted(near, key=lambda n: abs(n - length))[:3])
+            if length not in divisors:
+                near = sorted(sorted(divisors, key=lambda n: abs(n - length))[:3])
                 raise ValueError(
                     f"{key}: a length of {length} does not divide data.sequence_length={sequence_length}, the rows "
                     f"that are read; take one of {', '.join(map(str, near))}, or another sequence_length"

@@ -71,7 +71,6 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> None:
 
     from mega_scale.data.prepare import LOCK, Preparation, run, run_on_cluster
     from mega_scale.data.tokenizer import load_tokenizer, unlike_training
-    from mega_scale.data.tokens import read_manifest
     from mega_scale.files import FileLock
 
     # Every process has a core of its own already.
@@ -87,13 +86,12 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> None:
             print(f"submitted; {args.folder / 'manifest.json'} is there when it is done")
             return
     with FileLock(args.folder / LOCK):
-        missing, sizes = set(preparation.missing()), [shard.size for shard in preparation.shards]
+        missing, sizes = set(preparation.missing()), preparation.sizes
         done = sum(size for i, size in enumerate(sizes) if i not in missing)
         with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None) as bar:
             for number in run(preparation, args.processes, config.max_bad_share):
                 bar.update(sizes[number])
-        preparation.finish()
-    manifest = read_manifest(args.folder)
+        manifest = preparation.finish()
     rows = manifest.tally
     found = {part: manifest.totals(part) for part in manifest.parts}
     lost = {"lost_bytes": sum(rows.lost.values())} if rows.lost else {}

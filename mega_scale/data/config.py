@@ -45,13 +45,11 @@ class DataConfig:
     mark of UTF-8 is left out."""
 
     path: list[str] | None = None
-    """Files or globs to read (paths), for source text, json, parquet and arrow; read in this order. For source
-    prepared, the folder."""
+    """Files or globs to read in this order (paths), for sources that are files; the folder of source prepared."""
 
     mixture: dict[str, Any] | None = None
-    """Several sources by name, each a mapping of its own keys (source, path, hub_name and the like) and either
-    weight, its share of the rows, or epochs, how often it is read relative to the others (1 by default); null reads
-    the one source that the other keys name."""
+    """Several sources by name, each with its own keys (source, path, hub_name and the like) and either weight, its
+    share of the rows, or epochs, how often it is read relative to the others (1 by default)."""
 
     hub_name: str | None = None
     """Name of a Hugging Face data set, such as "owner/name", or the folder of one, for source hub."""
@@ -74,8 +72,7 @@ class DataConfig:
     counts as a whole. They are skipped and counted; more of either end the run."""
 
     validation_path: list[str] | None = None
-    """Files or globs to validate on (paths), for source text, json, parquet and arrow; null holds out a share of the
-    text."""
+    """Files or globs to validate on (paths), for sources that are files; null holds out a share of the text."""
 
     validation_split: str | None = None
     """Name of the data set's split to validate on, for source hub; null holds out a share of the text."""
@@ -95,22 +92,19 @@ class DataConfig:
     """The built-in "byte" (one token a UTF-8 byte), or a Hugging Face tokenizer's folder or hub name."""
 
     add_bos: bool = False
-    """Whether documents begin with what the tokenizer puts before a text (<s>, [CLS]), or with its bos where it puts
-    nothing; false: documents follow one another, each ended by eos, else sep. Checkpoints and exports hold the
-    tokenizer as it was trained with."""
+    """Whether documents begin with what the tokenizer puts before a text (<s>, [CLS]), or else with its bos; false:
+    they follow one another, each ended by eos, else sep. Exports hold the tokenizer as it was trained with."""
 
     sequence_length: int = 512
     """Length of a training sequence (tokens)."""
 
     length_schedule: list[list[int]] | None = None
     """Shorter sequences by step, as pairs [first step, tokens] such as [[0, 512], [1000, 1024]]; each length divides
-    `sequence_length`, whose sequences are cut to it, so a batch keeps its number of tokens; null: always
-    `sequence_length`. Validation uses that."""
+    `sequence_length`, whose sequences are cut to it. A batch keeps its number of tokens; validation is not cut."""
 
     packing: Packing = "concat"
-    """How documents become sequences: concat (end to end, cut anywhere), reset (the same, but documents are kept apart:
-    the moving average begins anew, attention and loss stay inside a document), or none (each alone, in sequences that
-    are not full)."""
+    """How documents become sequences: concat (end to end, cut anywhere), reset (the same, but the moving average begins
+    anew, attention and loss stay inside a document), or none (each alone, in sequences that are not full)."""
 
     packing_order: PackingOrder = "in_order"
     """Which documents share a sequence: in_order (as they come, cut where a sequence ends), or, with packing reset,
@@ -367,9 +361,7 @@ def of_source(name: str, error: ValueError) -> ValueError:
 class LengthSchedule:
     """Shorter sequences at first: from each stage's step on, rows have its length, which divides L.
 
-    What a run reads is always rows of L = `data.sequence_length` tokens. At a step of length l, each is read as L / l
-    rows, one after the other in the same micro-batch. So a batch has as many tokens at every length, every token is
-    read once, and the position stays a function of the step.
+    At a step of length l, each row of L = `data.sequence_length` tokens is read as L / l rows of the same micro-batch.
     """
 
     def __init__(self, stages: Sequence[Any], sequence_length: int) -> None:
@@ -379,9 +371,9 @@ class LengthSchedule:
         self._steps, self.lengths = ([stage[i] for stage in stages] for i in (0, 1))
         if self._steps[0] != 0 or self._steps != sorted(set(self._steps)):
             raise ValueError(f"{key}: steps {self._steps} must begin at 0 and ascend; sort them, the first being 0")
-        divisors = [n for n in range(2, sequence_length + 1) if sequence_length % n == 0]
         for length in self.lengths:
-            if length not in divisors:
+            if length < 2 or sequence_length % length:
+                divisors = [n for n in range(2, sequence_length + 1) if sequence_length % n == 0]
                 near = sorted(sorted(divisors, key=lambda n: abs(n - length))[:3])
                 raise ValueError(
                     f"{key}: a length of {length} does not divide data.sequence_length={sequence_length}, the rows "

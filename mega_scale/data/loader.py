@@ -182,9 +182,7 @@ class Loader:
     A step has `global_batch_size` rows over `world_size` ranks that read different ones (ranks that share a sequence or
     a layer have the same `rank`), `micro_batch_size` of them at once. `seed` orders every epoch anew. `workers`
     processes read `prefetch` steps ahead each; 0 reads when a step asks for it. `lengths` cuts the rows of each step.
-
-    Raises:
-        ValueError: The sizes do not fit each other, or there are fewer rows than one global batch.
+    Raises ValueError where sizes do not fit each other, or there are fewer rows than one global batch.
     """
 
     def __init__(
@@ -202,7 +200,10 @@ class Loader:
         pin_memory: bool = False,
         lengths: LengthSchedule | None = None,
     ) -> None:
-        _check_rank(micro_batch_size, rank, world_size)
+        if micro_batch_size < 1:
+            raise ValueError(f"train.micro_batch_size={micro_batch_size}: give at least 1 row")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} ranks: give 0 to {world_size - 1}")
         at_once = micro_batch_size * world_size
         if global_batch_size < 1 or global_batch_size % at_once:
             raise ValueError(
@@ -229,8 +230,7 @@ class Loader:
                     "batch, or a shorter sequence_length"
                 )
         first = next(iter(self.dataset.datasets.values()))
-        # What a run keeps to its end.
-        self._kept = {
+        self._kept = {  # to the end of a run
             "sequence_length": first.sequence_length,
             "packing": first.packing,
             "packing_order": first.order,
@@ -262,13 +262,12 @@ class Loader:
         `tokens/NAME` and `epochs/NAME` of every source, see `state_dict`; `padding`, the share of places from which
         nothing is predicted so far; bad rows; the last step's `sequence_length`, if it follows a schedule.
         """
-        state = self.state_dict(step)
-        found: dict[str, float] = {}
-        for name, figures in state["sources"].items():
+        sources, found = self.state_dict(step)["sources"], dict[str, float]()
+        for name, figures in sources.items():
             found |= {f"{key}/{name}": figures[key] for key in ("tokens", "epochs") if figures[key] is not None}
-        tokens = [figures["tokens"] for figures in state["sources"].values()]
+        tokens = [figures["tokens"] for figures in sources.values()]
         if step and None not in tokens:
-            found["padding"] = 1 - sum(tokens) / (state["rows"] * self.dataset.sequence_length)
+            found["padding"] = 1 - sum(tokens) / (step * self._global * self.dataset.sequence_length)
         if self.lengths is not None:
             found["sequence_length"] = self.lengths.at(max(step - 1, 0))
         return found | self._bad_rows
@@ -294,19 +293,14 @@ class Loader:
         """Refuse to continue a run, whose `state_dict` is given, on other data or in another order."""
         # What older checkpoints do not name.
         there = {"packing_order": "in_order", "document_alignment": 1} | state
+        keys = {"global_batch_size": "train.global_batch_size", "fingerprint": "the text's fingerprint"}
         for name, value in self._kept.items():
-            if there.get(name) == value:
-                continue
-            key = f"{'train' if name == 'global_batch_size' else 'data'}.{name}"
-            if name == "fingerprint":
+            if there.get(name) != value:
+                remedy = "set it so" if name != "fingerprint" else "give the same data.* keys, files and Python"
                 raise ValueError(
-                    f"the text to train on (fingerprint {value}) is not the checkpoint's ({there.get(name)}): give the "
-                    "same data.* keys, files and Python, or start a new run from the weights with init_from"
+                    f"{keys.get(name, f'data.{name}')}={value!r}, but the checkpoint was trained with "
+                    f"{there.get(name)!r}: {remedy} to continue, or start a new run from the weights with init_from"
                 )
-            raise ValueError(
-                f"{key}={value!r}, but the checkpoint was trained with {there.get(name)!r}: set it so to continue, or "
-                "start a new run from the weights with init_from"
-            )
 
     def close(self) -> None:
         """End the worker processes."""
@@ -332,7 +326,6 @@ def validation_batches(
     What is missing in the last batches is filled with rows whose labels are all -100, which no loss counts. Batches are
     as those of `Loader.batches`. Raises ValueError where there is nothing to predict.
     """
-    _check_rank(micro_batch_size, rank, world_size)
     total = min(rows, len(dataset))
     if total < 1:
         raise ValueError(
@@ -362,13 +355,6 @@ def _batch(rows: np.ndarray, starts: np.ndarray | None) -> dict[str, Tensor]:
         batch["shift_labels"] = torch.where(marks[:, 1:], _IGNORED, batch["shift_labels"])
         batch["document_starts"] = marks[:, :-1].clone()
     return batch
-
-
-def _check_rank(micro_batch_size: int, rank: int, world_size: int) -> None:
-    if micro_batch_size < 1:
-        raise ValueError(f"train.micro_batch_size={micro_batch_size}: give at least 1 row")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not one of {world_size} ranks: give 0 to {world_size - 1}")
 
 
 # Reading ahead
@@ -431,8 +417,7 @@ class ReadAhead:
 def _leave_signals_to_the_run(worker: int) -> None:
     """Survive the signals that the run itself answers: a terminal, launchers and Slurm send them to all of a job.
 
-    A worker that they killed would take the run with it, in the middle of what it does to end well. The run still ends
-    its workers by SIGTERM; that one is told from others by its sender.
+    A worker that they killed would take the run with it. The run's own SIGTERM is told from others by its sender.
     """
     parent, answered = os.getppid(), {n for n in signal.valid_signals() if callable(signal.getsignal(n))}
 

@@ -1,14 +1,14 @@
 """From documents to rows of a fixed length: stored, of a stream, or of several datasets by weight.
 
-Shapes: L sequence length, n rows. A row has L + 1 places: 0..L-1 are read, 1..L are predicted. In order, the next row
-starts with the last token of the one before, so that in an epoch every token but the first is predicted exactly once
-(with packing "reset", every token but the first of its document). Places without a token hold `MISSING`.
+A row has L + 1 places (L sequence length): 0..L-1 are read, 1..L are predicted. In order, the next row starts with the
+last token of the one before, so that in an epoch every token but the first is predicted exactly once (with packing
+"reset", every token but the first of its document). Places without a token hold `MISSING`.
 """
 
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, islice
@@ -63,11 +63,10 @@ class PackedDataset:
         return math.ceil(max(self.tokens - 1, 0) / self.sequence_length)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Read rows (n,) by number: (n, L + 1) int64 tokens, and MISSING behind the last one, or to align the next."""
+        """Read rows (n,) by number: (n, L + 1) int64 tokens."""
         found = np.full((len(indices), self.sequence_length + 1), MISSING)
-        for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
-            for place, start, stop in self._spans(index):
-                self._store.read(start, stop, row[place : place + stop - start])
+        for row, place, start, stop in self._spans(indices):
+            self._store.read(start, stop, found[row, place : place + stop - start])
         return found
 
     def document_starts(self, indices: np.ndarray) -> np.ndarray:
@@ -77,12 +76,11 @@ class PackedDataset:
         A row that goes on with a document has False at its first place, and places without a token are False.
         """
         found = np.zeros((len(indices), self.sequence_length + 1), bool)
-        for row, index in zip(found, np.asarray(indices).tolist(), strict=True):
-            for place, start, stop in self._spans(index):
-                # Documents end where the next one starts.
-                starts = self._store.bounds(self._store.document_at(start), self._store.document_at(stop - 1))
-                row[place + starts[starts >= start] - start] = True
-                row[place] |= place > 0
+        for row, place, start, stop in self._spans(indices):
+            # Documents end where the next one starts.
+            starts = self._store.bounds(self._store.document_at(start), self._store.document_at(stop - 1))
+            found[row, place + starts[starts >= start] - start] = True
+            found[row, place] |= place > 0
         return found
 
     def tokens_per_byte(self, rows: int, text_size: Callable[[np.ndarray], int]) -> float:
@@ -94,7 +92,7 @@ class PackedDataset:
         if rows >= len(self):
             return self.tokens / self.bytes
         joined: list[list[int]] = []
-        for start, stop in sorted((start, stop) for row in range(rows) for _, start, stop in self._spans(row)):
+        for start, stop in sorted((start, stop) for _, _, start, stop in self._spans(range(rows))):
             if joined and start <= joined[-1][1]:  # the next row begins with the last token of the one before
                 joined[-1][1] = max(stop, joined[-1][1])
             else:
@@ -113,15 +111,18 @@ class PackedDataset:
             size += int(sizes.sum())
         return sum(stop - start for start, stop in joined) / max(size, 1)
 
-    def _spans(self, row: int) -> Sequence[Sequence[int]]:
-        """What lies in a row, from left to right: a place in it, and the tokens start to below stop of the store.
+    def _spans(self, indices: Iterable[int]) -> Iterator[tuple[int, int, int, int]]:
+        """What lies in rows, from left to right: which of them, a place, and tokens start to below stop of the store.
 
-        In each but the first, a document begins or goes on afresh.
+        In each span but the first of a row, a document begins or goes on afresh.
         """
-        if self._windows is not None:
-            return self._windows.spans(row)
-        start = row * self.sequence_length
-        return [(0, start, min(start + self.sequence_length + 1, self.tokens))]
+        for row, index in enumerate(indices):
+            if self._windows is not None:
+                for place, start, stop in self._windows.spans(index):
+                    yield row, place, start, stop
+            else:
+                start = int(index) * self.sequence_length
+                yield row, 0, start, min(start + self.sequence_length + 1, self.tokens)
 
 
 class _Windows:
@@ -145,13 +146,12 @@ class _Windows:
         counts = [self._fit(first)[2].max(initial=-1) + 1 for first in range(0, store.documents, self._documents)]
         self.before = np.cumsum([0, *counts])  # rows before each window, and all
 
-    def spans(self, row: int) -> list[list[int]]:
+    def spans(self, row: int) -> Any:
         """See `PackedDataset._spans`."""
         number = int(np.searchsorted(self.before, row, side="right")) - 1
         spans, begins = self._packed(number)
         within = row - int(self.before[number])
-        found: list[list[int]] = spans[begins[within] : begins[within + 1]].tolist()
-        return found
+        return spans[begins[within] : begins[within + 1]].tolist()
 
     def _pack(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Spans of a window row by row, (n, 3), and where those of each row begin, (rows + 1,)."""
@@ -205,10 +205,10 @@ def fit(sizes: np.ndarray, capacity: int) -> list[int]:
 class StreamedDataset:
     """Rows of L + 1 tokens, cut from documents that are read again at every epoch: those that packing would store.
 
-    Rows are numbered over all epochs, without end. Reading them in ascending order costs one pass over the text; going
-    back, or resuming far from the start, reads the text again from the epoch's start. `buffer` is the number of texts
-    held in memory to draw from when shuffling. `fingerprint` is a hash of the first rows' tokens in the corpus's own
-    order, `tally` counts the rows of text that this process has read in this epoch.
+    Rows are numbered over all epochs, without end. Ascending, they cost one pass over the text; going back, or resuming
+    far from the start, reads it again from the epoch's start. `buffer` texts are held in memory to draw from when
+    shuffling. `fingerprint` is a hash of the first rows' tokens in the corpus's own order, `tally` counts the rows of
+    text that this process has read in this epoch.
     """
 
     tokens: None = None  # how many there are is not known
@@ -301,11 +301,10 @@ Dataset = PackedDataset | StreamedDataset
 class Mixture:
     """Rows of one or more datasets of the same length, numbered over all epochs without end; each has its own epochs.
 
-    `weights` are the shares of the rows by name, above 0; None for one dataset. Which dataset a row comes from follows
-    from its number alone, in exact arithmetic: after any number of rows every dataset is within a few rows of its
-    share, and after as many as the (whole) weights add up to, exactly at it. `tokens` counts an epoch of all datasets,
-    None with a stream; `lengths` are the rows of an epoch by name, but for streams. `fingerprint` is a hash of all
-    datasets and their weights; a single dataset's own.
+    `weights` are the shares of the rows by name, above 0. Which dataset a row comes from follows from its number alone,
+    in exact arithmetic: after any number of rows every dataset is within a few rows of its share, and after as many as
+    whole weights add up to, exactly at it. `tokens` counts an epoch of all datasets, None with a stream; `lengths` are
+    the rows of an epoch by name, but for streams. `fingerprint` is of all datasets and their weights.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset], weights: Mapping[str, Fraction | int] | None = None) -> None:

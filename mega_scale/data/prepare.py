@@ -1,7 +1,6 @@
 """Text to prepared data, shard by shard: in parallel, and after an interruption only what is missing.
 
-What each shard holds follows from the text, the settings and the size of a shard, not from the number of processes. A
-shard is done when its record, `00000.json`, is there; the manifest is written when all are. So interrupted or not, with
+A shard is done when its record, `00000.json`, is there; the manifest is written when all are. Interrupted or not, with
 one process, many, or datatrove's tasks on many machines, the files are the same to the byte.
 """
 
@@ -18,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,24 +37,13 @@ _WRITTEN = ("manifest.json", "[0-9][0-9][0-9][0-9][0-9]*.json", "train-*", "vali
 _SETTINGS = (*(key for key in SOURCE_KEYS if key not in ("max_documents", "streaming")), "max_document_bytes")
 
 
-class ShardPlan(NamedTuple):
-    """What one shard is made of: whether its text is all for validation, and file ranges in order."""
-
-    held_out: bool
-    ranges: list[FileRange]
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(part.size for part in self.ranges)
-
-
 class Preparation:
     """One folder's preparation: what is to be done, and one shard of it, of `shard_bytes` bytes of its files.
 
     A folder that was begun in the same way is gone on with; `overwrite` deletes what was prepared there. `shards` says
-    what every shard is made of. Raises ValueError where a key cannot be prepared, the text cannot be found, the folder
-    holds something else, or what is to be overwritten is in use.
+    of every shard whether all of its text is for validation, and the ranges in it; `sizes` are their bytes. Raises
+    ValueError where a key cannot be prepared, the text cannot be found, the folder holds something else, or what is to
+    be overwritten is in use.
     """
 
     def __init__(
@@ -82,15 +70,15 @@ class Preparation:
         self._sources = {False: open_source(config)}
         if config.separate_validation:
             self._sources[True] = open_source(config, held_out=True)
-        self.shards: list[ShardPlan] = []
+        self.shards: list[tuple[bool, list[FileRange]]] = []
+        self.sizes: list[int] = []
         for held_out, source in self._sources.items():
-            held = shard_bytes + 1
-            for part in source.ranges(shard_bytes):  # small ones are joined until they have the size of a shard
-                if held + part.size > shard_bytes:
-                    self.shards.append(ShardPlan(held_out, []))
-                    held = 0
-                self.shards[-1].ranges.append(part)
-                held += part.size
+            for i, part in enumerate(source.ranges(shard_bytes)):  # small ones are joined to the size of a shard
+                if i == 0 or self.sizes[-1] + part.size > shard_bytes:
+                    self.shards.append((held_out, []))
+                    self.sizes.append(0)
+                self.shards[-1][1].append(part)
+                self.sizes[-1] += part.size
         self._digest = tokenizer_digest(tokenizer, config.add_bos)
         self._plan = self._claim(overwrite)
 
@@ -100,7 +88,7 @@ class Preparation:
 
     def tally(self) -> Tally:
         """Rows of the shards that are done, and the bad ones."""
-        total = Tally(bytes=sum(shard.size for shard in self.shards))
+        total = Tally(bytes=sum(self.sizes))
         for record in self._records():
             total.merge(Tally.from_json(record["rows"]))
         return total
@@ -165,7 +153,7 @@ class Preparation:
 
     def _claim(self, overwrite: bool) -> Any:
         """Write down what the folder is for, or refuse one that is for something else; gives what is written."""
-        names = sorted({part.file for shard in self.shards for part in shard.ranges if os.path.isfile(part.file)})
+        names = sorted({part.file for _, ranges in self.shards for part in ranges if os.path.isfile(part.file)})
         plan = {
             "format": FORMAT,
             "tokenizer": self._digest,
@@ -188,25 +176,21 @@ class Preparation:
             return there
         if not path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{folder!r} is not empty, and no data was prepared there: name another folder")
+        tokenizer = self.folder / "tokenizer"
+        if path.is_file() and Path(self.config.tokenizer).resolve().is_relative_to(tokenizer.resolve()):
+            where = "lies in the folder that is to be overwritten: copy it elsewhere"
+            raise ValueError(f"data.tokenizer={self.config.tokenizer!r} {where}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if path.is_file():
-                self._clear()
+            if path.is_file():  # all but the plan, which is written anew, is deleted
+                with FileLock(self.folder / LOCK):
+                    for old in [old for pattern in _WRITTEN for old in self.folder.glob(pattern)]:
+                        old.unlink(missing_ok=True)
+                    shutil.rmtree(tokenizer, ignore_errors=True)
             write_json(path, plan)
         except OSError as error:
             raise ValueError(f"{folder!r} cannot be written ({error.strerror}): name another folder") from None
         return plan
-
-    def _clear(self) -> None:
-        """Delete what was prepared, but for the plan, which is written anew; refused while another job makes it."""
-        tokenizer = self.folder / "tokenizer"
-        if Path(self.config.tokenizer).resolve().is_relative_to(tokenizer.resolve()):
-            where = "lies in the folder that is to be overwritten: copy it elsewhere"
-            raise ValueError(f"data.tokenizer={self.config.tokenizer!r} {where}")
-        with FileLock(self.folder / LOCK):
-            for old in [old for pattern in _WRITTEN for old in self.folder.glob(pattern)]:
-                old.unlink(missing_ok=True)
-            shutil.rmtree(tokenizer, ignore_errors=True)
 
 
 def _read_json(path: Path) -> Any:

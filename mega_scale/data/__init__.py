@@ -1,7 +1,6 @@
 """Text to tokens to batches: corpus, tokenizer, packing, and a loader that is a pure function of the step.
 
-Modules are imported when a name is asked for: torch, pyarrow and transformers cost seconds, which a command that
-refuses its keys need not pay.
+Names are imported when asked for: a command that refuses its keys need not wait for torch, pyarrow and transformers.
 """
 
 import importlib

@@ -73,10 +73,7 @@ def load_datasets(
 
 
 def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
-    """Make one dataset of all of a configuration's text, which is not prepared, to evaluate on; holds out nothing.
-
-    A text that is shorter than a row makes one that is not full.
-    """
+    """Make one dataset of all of a configuration's text, which is not prepared, to evaluate on; holds out nothing."""
     config.validate()
     documents = load_documents(config)
     store = _tokenise(config, tokenizer, documents, "whole", lambda _: None)
@@ -291,8 +288,7 @@ class Loader:
 
     def check(self, state: dict[str, Any]) -> None:
         """Refuse to continue a run, whose `state_dict` is given, on other data or in another order."""
-        # What older checkpoints do not name.
-        there = {"packing_order": "in_order", "document_alignment": 1} | state
+        there = {"packing_order": "in_order", "document_alignment": 1} | state  # older ones do not name them
         keys = {"global_batch_size": "train.global_batch_size", "fingerprint": "the text's fingerprint"}
         for name, value in self._kept.items():
             if there.get(name) != value:
@@ -321,10 +317,9 @@ class Loader:
 def validation_batches(
     dataset: PackedDataset, rows: int, micro_batch_size: int, rank: int, world_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Split the first rows of a dataset over ranks, with as many batches of the same shape for each.
+    """Split the first rows of a dataset over ranks, with as many batches, as those of `Loader.batches`, for each.
 
-    What is missing in the last batches is filled with rows whose labels are all -100, which no loss counts. Batches are
-    as those of `Loader.batches`. Raises ValueError where there is nothing to predict.
+    The last ones are filled with rows whose labels are all -100. Raises ValueError where there is nothing to predict.
     """
     total = min(rows, len(dataset))
     if total < 1:

@@ -58,9 +58,8 @@ class PackedDataset:
         self.tally = tally or Tally()
 
     def __len__(self) -> int:
-        if self._windows is not None:
-            return int(self._windows.before[-1])
-        return math.ceil(max(self.tokens - 1, 0) / self.sequence_length)
+        in_order = -(-max(self.tokens - 1, 0) // self.sequence_length)
+        return in_order if self._windows is None else int(self._windows.before[-1])
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Read rows (n,) by number: (n, L + 1) int64 tokens."""

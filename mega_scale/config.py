@@ -50,16 +50,10 @@ _DESCRIPTION = """Every key below can stand in a YAML file (as sections) and on 
 --train.steps=200 or --train.steps 200. Command line beats files, a later file beats an earlier one, files beat the
 defaults shown here. A key that is unknown is refused."""
 _OPTIONS = {
-    "--config": {
-        "metavar": "FILE",
-        "help": "YAML file of keys; may be given several times; without it, configs/debug.yaml (path)",
-    },
-    "--print-config": {
-        "action": "store_true",
-        "help": "Print the resolved run as YAML, which runs again as it is, and exit",
-    },
-    "--max-time": {"metavar": "TIME", "help": "The same as train.max_time=TIME (seconds, or H:MM:SS)"},
-    "--local-rank": {"metavar": "N", "help": "Accepted from launchers, and ignored"},
+    "--config FILE": "YAML file of keys; may be given several times; without it, configs/debug.yaml (path)",
+    "--print-config": "Print the resolved run as YAML, which runs again as it is, and exit",
+    "--max-time TIME": "The same as train.max_time=TIME (seconds, or H:MM:SS)",
+    "--local-rank N": "Accepted from launchers, and ignored",
 }
 _COMPILERS = ("c++", "g++", "clang++")
 

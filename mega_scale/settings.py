@@ -354,15 +354,17 @@ def _build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
 # Help
 
 
-def format_help(section: type, description: str, options: dict[str, dict[str, Any]]) -> str:
-    """What `--help` prints: options, with argparse's arguments, and every key with its sentence, type and default."""
+def format_help(section: type, description: str, options: dict[str, str]) -> str:
+    """What `--help` prints: options, as "--config FILE", and every key with its sentence, type and default."""
     usage = (
         "%(prog)s [--config FILE] [KEY=VALUE ...] [--resume [CHECKPOINT]] [--overwrite] [--max-time TIME] "
         "[--print-config] [--help]"
     )
     parser = argparse.ArgumentParser(usage=usage, description=description)
-    for name, arguments in options.items():
-        parser.add_argument(name, **arguments)
+    for option, sentence in options.items():
+        name, _, value = option.partition(" ")
+        shown: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
+        parser.add_argument(name, help=sentence, **shown)
     _add_keys(parser, section, "")
     return parser.format_help()
 

@@ -254,13 +254,14 @@ def blocked_ema(
     which all blocks of all sequences share. A document begins a block of its own.
     """
     log_decay, gain, projection = coefficients
-    (batch, length, channels), averages = x.shape, log_decay.shape[1]
+    batch, length, channels = x.shape
     places = keep = None
     if resets is None:
         blocks = chunk_count(length, _BLOCK)
         last = torch.full((batch,), (length - 1) // _BLOCK, device=x.device)
         filled = length - last * _BLOCK  # tokens of the last block
-        tokens = F.pad(x, (0, 0, 0, blocks * _BLOCK - length))
+        full = not tracing() and length % _BLOCK == 0
+        tokens = x if full else F.pad(x, (0, 0, 0, blocks * _BLOCK - length))
     else:
         position = torch.arange(length, device=x.device).expand(batch, length)
         opens = (position - torch.where(resets, position, 0).cummax(1).values) % _BLOCK == 0
@@ -270,7 +271,7 @@ def blocked_ema(
         keep = x.new_ones(batch, blocks).scatter_reduce(1, block, (~resets).to(x.dtype), "amin")
         row = torch.arange(batch, device=x.device)[:, None]
         places = ((row * blocks + block) * _BLOCK + place).flatten()
-        tokens = x.new_zeros(batch * blocks * _BLOCK, channels).index_copy(0, places, x.flatten(0, 1))
+        tokens = x.new_zeros(batch * blocks * _BLOCK, channels).index_copy_(0, places, x.flatten(0, 1))
         tokens = tokens.view(batch, -1, channels)
     tokens = split_chunks(tokens, _BLOCK)  # (B, M, c, D)
 
@@ -278,10 +279,10 @@ def blocked_ema(
     powers = torch.exp(log_decay[:, None] * steps[:, None])  # (D, c + 1, N)
     kernel = torch.einsum("dn,dcn->cd", projection * gain, powers[:, :_BLOCK])
     into = gain[:, None] * powers[:, :_BLOCK].flip(1)
-    matrices = torch.cat([_toeplitz(kernel).permute(2, 1, 0), into], 2)  # of a block's tokens
     by_channel = tokens.permute(3, 0, 1, 2).contiguous().flatten(1, 2)
-    inside, ends = (by_channel @ matrices).split([_BLOCK, averages], 2)
-    before = _states_before(ends.unflatten(1, (batch, -1)), log_decay * _BLOCK, state, keep)
+    ends = torch.bmm(by_channel, into).unflatten(1, (batch, -1))
+    before = _states_before(ends, log_decay * _BLOCK, state, keep)
+    inside = torch.bmm(by_channel, _toeplitz(kernel).permute(2, 1, 0))  # what a block's tokens give each other
     y = torch.baddbmm(inside, before.flatten(1, 2), (projection[:, None] * powers[:, 1:]).mT)
     if y.requires_grad and not tracing():
         y.register_hook(Tensor.contiguous)  # products of a transposed gradient would copy it, a channel at a time

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# By command: the module that has it, and what it measures. Only that module is imported.
+# By command: what it measures, and the module that is imported for it, which has its options as COMMAND in capitals and
+# run_COMMAND, which measures and prints.
 COMMANDS = {
     "ema": ("ema", "forward and backward of the damped moving average"),
     "step": ("step", "a training step against peers, by length"),
@@ -53,15 +54,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     top.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="what to measure")
     top.add_argument("options", nargs=argparse.REMAINDER, help="see COMMAND --help")
     chosen = top.parse_args(arguments)
-    module, words = COMMANDS[chosen.command]
-    command = load(module).COMMANDS[chosen.command]
+    name, words = COMMANDS[chosen.command]
+    module = load(name)
     parser = argparse.ArgumentParser(
         prog=f"benchmark {chosen.command}",
         description=f"Measure {words}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    load("harness").add_options(parser, command)
-    parser.set_defaults(command=chosen.command, run=command.run)
+    load("harness").add_options(parser, getattr(module, chosen.command.upper()))
+    parser.set_defaults(command=chosen.command, run=getattr(module, f"run_{chosen.command}"))
     return parser.parse_args(chosen.options)
 
 

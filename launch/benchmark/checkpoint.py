@@ -23,24 +23,24 @@ from mega_scale.parallel import EngineConfig, ParallelConfig, World
 from mega_scale.parallel.deepspeed import DeepSpeedEngine
 
 from . import harness
-from .harness import Command, Option
+from .harness import Option, common
 from .memory import build_engine
 from .peers import mega_arguments
 
 _BYTES_A_PARAMETER = 12  # weight and two moments, fp32
 _HIDDEN = 512
 _TOKENS = 128
-OPTIONS = {
+CHECKPOINT = common(repeats=7, warmup=1) | {
     "megabytes": Option(200, "size of model and optimizer, 10^6 bytes"),
     "folder": Option(None, "where to write; a temporary folder if not given"),
 }
 
 
-def run(args: argparse.Namespace) -> None:
+def run_checkpoint(args: argparse.Namespace) -> None:
     """Time saves, and print a table. Raises ValueError where a checkpoint cannot be written."""
     with tempfile.TemporaryDirectory(dir=args.folder) as name, World.start(ParallelConfig()) as world:
         folder = Path(name)
-        config = model_of_size(args.megabytes * 10**6)
+        config, size = model_of_size(args.megabytes * 10**6)
         engine = build_engine(config, EngineConfig(ParallelConfig(engine="fsdp")), world)
         zero = build_engine(config, EngineConfig(ParallelConfig(engine="deepspeed", zero_stage=3)), world)
         assert isinstance(zero, DeepSpeedEngine)
@@ -103,28 +103,22 @@ def run(args: argparse.Namespace) -> None:
         "greatest": "{greatest:,.1f}", "of ours": "{ratio:.2f}",
     }  # fmt: skip
     note = (
-        f"{_bytes(config) / 1e6:,.0f} MB. Ours is hashed, flushed and read back, DCP's is flushed, DeepSpeed's is "
+        f"{size / 1e6:,.0f} MB. Ours is hashed, flushed and read back, DCP's is flushed, DeepSpeed's is "
         f"neither. Forward and backward of {_TOKENS} tokens, which run while ours is copied and written: {busy:.1f} "
         f"ms, {idle:.1f} ms alone ({busy / idle:.2f})."
     )
-    sizes = {"bytes": _bytes(config), "compute_alone_ms": idle, "compute_beside_ms": busy}
-    harness.report(args, columns, harness.timed_rows(stalls), note, figures=sizes)
+    figures = {"bytes": size, "compute_alone_ms": idle, "compute_beside_ms": busy}
+    harness.report(args, columns, harness.timed_rows(stalls), note, figures=figures)
 
 
-def model_of_size(wanted: int) -> MegaConfig:
-    """About so many bytes of model and optimizer: as many layers as they hold."""
+def model_of_size(wanted: int) -> tuple[MegaConfig, int]:
+    """About so many bytes of model and optimizer, by the number of layers; and how many they are."""
 
     def config(layers: int) -> MegaConfig:
         sizes = {"hidden": _HIDDEN, "shared": 128, "values": 2 * _HIDDEN, "states": 16, "chunk": 0}
         return MegaConfig(**mega_arguments({**sizes, "layers": layers, "vocabulary": 256}))
 
-    one, two = (_bytes(config(layers)) for layers in (1, 2))
-    return config(1 + max(round((wanted - one) / (two - one)), 0))
-
-
-def _bytes(config: MegaConfig) -> int:
     with torch.device("meta"):
-        return _BYTES_A_PARAMETER * MegaForCausalLM(config).num_parameters()
-
-
-COMMANDS = {"checkpoint": Command(OPTIONS, run, repeats=7, warmup=1)}
+        one, two = (_BYTES_A_PARAMETER * MegaForCausalLM(config(layers)).num_parameters() for layers in (1, 2))
+    more = max(round((wanted - one) / (two - one)), 0)
+    return config(1 + more), one + more * (two - one)

@@ -28,7 +28,7 @@ from mega_scale.data.tokenizer import train_bpe
 from mega_scale.data.tokens import PreparedManifest, ShardRecord, open_part, read_manifest, write_manifest
 
 from . import harness
-from .harness import Command, Option, common
+from .harness import Option, common
 from .peers import mega_arguments
 
 _DOCUMENT = 1000  # tokens
@@ -42,12 +42,13 @@ LOADER = common(length=2048, batch=8) | {
     "workers": Option(0, "processes that read ahead", least=0),
     "model-rate": Option(20_000.0, "tokens/s that the model to feed consumes"),
 }
-PREPARE = {
+PREPARE = common(repeats=1, warmup=0) | {
     "megabytes": Option(200, "text to tokenise, MB"),
     "vocab-size": Option(16_000, "of the BPE tokenizer trained for it"),
     "shard-mb": Option(16, "text of one shard, MB"),
 }
 RESET = common(batch=4, length=2048, layers=2, states=16, chunk=256, activation="softmax", seed=0) | {
+    **common(repeats=15, warmup=2),
     "hidden": Option(512, "channels D; values, feed-forward 2 D, keys D / 4"),
     "document": Option([100, 500, 2000], "mean length, tokens"),
     "clock": Option("cpu", "wall time, or this process's CPU time, which waits for no other", list(_CLOCKS)),
@@ -61,10 +62,9 @@ def run_loader(args: argparse.Namespace) -> None:
         for megabytes in args.megabytes:
             place = Path(folder) / str(megabytes)
             write_sparse(place, megabytes)
-            how = {"name": f"loader of {megabytes} MB", "threads": args.threads}
-            with harness.Worker("data:Reading", {"folder": str(place)}, **how) as worker:
-                sizes = (args.length, args.batch, args.steps, args.packing, args.packing_order, args.workers)
-                rate, memory = worker.call("measure", *sizes)
+            sizes = (args.length, args.batch, args.steps, args.packing, args.packing_order, args.workers)
+            with harness.worker("data", name=f"loader of {megabytes} MB", threads=args.threads) as call:
+                rate, memory = call("read", str(place), *sizes)
             row = {"megabytes": megabytes, "tokens_per_second": rate, "memory": memory, "memory_mib": memory / 2**20}
             rows.append({**row, "rate": rate / 1e6, "times_model": rate / args.model_rate})
     columns = {
@@ -86,35 +86,22 @@ def write_sparse(folder: Path, megabytes: int) -> None:
     write_manifest(folder, PreparedManifest("", "", "<u2", {"train": [record]}, Tally()))
 
 
-class Reading:
-    """Reads a folder of prepared data as a run does; in a worker, whose memory nothing else has used."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-
-    def measure(
-        self, length: int, batch: int, steps: int, packing: Packing, order: PackingOrder, workers: int
-    ) -> tuple[float, int]:
-        """Tokens per second, and bytes that the process holds at most, more than before."""
-        before = most = harness.resident("VmRSS")
-        store = open_part(self._folder, read_manifest(self._folder), "train")
-        loader = Loader(
-            PackedDataset(store, length, packing, order=order),
-            global_batch_size=batch,
-            micro_batch_size=batch,
-            rank=0,
-            world_size=1,
-            workers=workers,
-        )
-        loader.batches(0)
-        began = time.perf_counter()
-        for step in range(1, steps + 1):
-            loader.batches(step)
-            if step % 10 == 0:
-                most = max(most, harness.resident("VmRSS"))
-        seconds = time.perf_counter() - began
-        loader.close()
-        return steps * batch * length / seconds, most - before
+def read(
+    folder: str, length: int, batch: int, steps: int, packing: Packing, order: PackingOrder, workers: int
+) -> tuple[float, int]:
+    """Tokens per second of a run that reads prepared data, and the most bytes by which that grows the process."""
+    before = most = harness.resident("VmRSS")
+    store = open_part(Path(folder), read_manifest(Path(folder)), "train")
+    packed = PackedDataset(store, length, packing, order=order)
+    loader = Loader(packed, global_batch_size=batch, micro_batch_size=batch, rank=0, world_size=1, workers=workers)
+    began = time.perf_counter()
+    for step in range(1, steps + 1):
+        loader.batches(step)
+        if step % 10 == 0:
+            most = max(most, harness.resident("VmRSS"))
+    seconds = time.perf_counter() - began
+    loader.close()
+    return steps * batch * length / seconds, most - before
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -208,10 +195,3 @@ def documents(batch: int, length: int, mean: int, seed: int) -> Tensor:
     starts = torch.zeros(batch * length, dtype=torch.bool)
     starts[places[places < len(starts)]] = True
     return starts.view(batch, length)
-
-
-COMMANDS = {
-    "loader": Command(LOADER, run_loader),
-    "prepare": Command(PREPARE, run_prepare, repeats=1),
-    "reset": Command(RESET, run_reset, repeats=15, warmup=2),
-}

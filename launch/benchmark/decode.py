@@ -6,34 +6,26 @@ a model whose cache grows has the named context on average.
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mega_scale import MegaCache, MegaConfig, MegaForCausalLM
 
 from . import harness
-from .harness import Command, Option, common
-from .peers import PEERS, Contender, Decoding, mega_arguments
+from .harness import Option, common
+from .peers import PEERS, Decoding, mega_arguments
 
 TOLERANCE = 1e-3
 _CHECKED = 16  # tokens of a window whose logits are compared
 _PREFILL = 8192
-_OPTIONS = common(chunk=128, hidden=64, layers=2, shared=32, values=128, states=16, vocabulary=256) | {
+DECODE = common(chunk=128, hidden=64, layers=2, shared=32, values=128, states=16, vocabulary=256) | {
     "contexts": Option([1024, 2048, 16384], "tokens of context at which our step is timed"),
     "peer-context": Option(2048, "tokens of context of the other models, one of --contexts"),
-    **common(activation="softmax", seed=0, peer_python=None),
+    **common(activation="softmax", seed=0, peer_python=None, repeats=5, warmup=1),
 }
-
-
-class OurDecoding(Decoding):
-    """Greedy decoding with a model of this project."""
-
-    def truth(self, tokens: Tensor) -> Tensor:
-        """Logits of one call with all tokens after the same cache, which goes the way that prefill goes."""
-        return self.model(tokens, past_key_values=self.past(), use_cache=True).logits
 
 
 def cache_bytes(config: MegaConfig, element_size: int) -> int:
@@ -44,7 +36,7 @@ def cache_bytes(config: MegaConfig, element_size: int) -> int:
 
 
 @torch.no_grad()
-def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, seed: int) -> list[OurDecoding]:
+def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, seed: int) -> list[Decoding]:
     """Read one text, and keep the cache where each window of so many tokens begins, about ascending contexts.
 
     Raises ValueError where the cache's size is not that of the formula.
@@ -60,11 +52,11 @@ def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, se
             read = until
         if cache.nbytes != expected:
             raise ValueError(f"the cache holds {cache.nbytes} bytes after {start} tokens, expected {expected}")
-        windows.append(OurDecoding(model, cache, torch.tensor([[3]])))
+        windows.append(Decoding(model, cache, torch.tensor([[3]])))
     return windows
 
 
-def run(args: argparse.Namespace) -> None:
+def run_decode(args: argparse.Namespace) -> None:
     """Check, time and print. Raises ValueError where what is decoded is wrong, or options do not fit."""
     contexts = sorted(set(args.contexts))
     if contexts[0] <= args.chunk // 2:
@@ -75,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = MegaForCausalLM(MegaConfig(**mega_arguments(sizes), attention_activation=args.activation)).eval()
     windows = our_windows(model, contexts, args.chunk, args.seed)
-    contenders: dict[str, Contender | harness.Worker] = {
+    contenders: dict[str, Callable[..., Any]] = {
         f"mega_scale at {context}": window for context, window in zip(contexts, windows, strict=True)
     }
     known = {name: windows[0].describe() for name in contenders}
@@ -85,14 +77,14 @@ def run(args: argparse.Namespace) -> None:
         for kind in ("llama", *(["mega"] if args.peer_python else [])):
             label = "Mega, unchunked" if kind == "mega" else PEERS[kind][0]
             how = {"name": label, "threads": args.threads, "python": args.peer_python if kind == "mega" else None}
-            worker = stack.enter_context(harness.Worker("peers:PeerDecoding", {"kind": kind, **arguments}, **how))
-            found = worker.call("describe")
+            call = stack.enter_context(harness.worker("peers:peer_decoding", {"kind": kind, **arguments}, **how))
+            found = call("describe")
             name = f"{label} (transformers {found['transformers']}) at {args.peer_context}"
-            contenders[name], known[name] = worker, found
-        errors = {name: contender.call("error", _CHECKED) for name, contender in contenders.items()}
+            contenders[name], known[name] = call, found
+        errors = {name: call("error", _CHECKED) for name, call in contenders.items()}
         for name, error in errors.items():
             harness.check_errors(name, {"decoded logits": error}, TOLERANCE)
-        runs = {name: partial(each.call, "run", args.chunk) for name, each in contenders.items()}
+        runs = {name: partial(call, "run", args.chunk) for name, call in contenders.items()}
         times = harness.in_turns(runs, args.repeats, args.warmup)
     rows = harness.timed_rows(times, beside=f"mega_scale at {args.peer_context}")
     for row in rows:
@@ -105,6 +97,3 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     note = f"Ours, slowest context over fastest: {growth:.3f}; its cache holds {held} bytes at each."
     harness.report(args, columns, rows, note, figures={"cache_bytes": held, "slowest_over_fastest_context": growth})
-
-
-COMMANDS = {"decode": Command(_OPTIONS, run, repeats=5, warmup=1)}

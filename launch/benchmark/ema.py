@@ -20,7 +20,7 @@ from torch import Tensor
 from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
 
 from . import harness
-from .harness import Command, Option, common
+from .harness import Option, common
 from .peers import EMA_PARAMETERS, EmaStep
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -29,7 +29,8 @@ _GPU_FORMS = ["triton", "blocked"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _COPY_BYTES = 2**31
 _CHECKED_CHANNELS = 16
-BANDWIDTH = common(batch=1, length=32768, hidden=4096, states=16) | {
+EMA = common(batch=2, length=2048, hidden=512, states=16, seed=0, peer_python=None, repeats=20, warmup=3)
+BANDWIDTH = common(batch=1, length=32768, hidden=4096, states=16, repeats=30, warmup=5) | {
     "dtypes": Option(list(_DTYPES), "of tokens", list(_DTYPES)),
     "impls": Option(_GPU_FORMS, "forms of the moving average", _GPU_FORMS),
 }
@@ -53,21 +54,19 @@ def our_ema(impl: str, problem: Mapping[str, Tensor]) -> EmaStep:
     return EmaStep(average, leaves, problem["dy"])
 
 
-class EmaMemory:
-    """Measures how much memory ours needs for a problem in a file; in a worker that gives freed memory back."""
+def peak_memory(file: str, impl: str) -> float:
+    """By how much a forward and backward pass of a problem in a file grows the process, in sizes of x.
 
-    def __init__(self, problem: str) -> None:
-        # Copied, as the pages of a mapped file would count when they are first read.
-        self._problem = {name: tensor.clone() for name, tensor in load_file(problem).items()}
-
-    def peak(self, impl: str) -> float:
-        """By how much a forward and backward pass grows the process, in sizes of x."""
-        sequences = {name: self._problem[name][:, :64].contiguous() for name in ("x", "dy")}
-        our_ema(impl, self._problem | sequences).run()  # loads what is loaded at a first call
-        ema = our_ema(impl, self._problem)
-        peak = harness.PeakMemory()
-        ema.run()
-        return peak.growth() / self._problem["x"].nbytes
+    It is one whose memory goes back to the system when it is freed.
+    """
+    # Copied, as the pages of a mapped file would count when they are first read.
+    problem = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    sequences = {name: problem[name][:, :64].contiguous() for name in ("x", "dy")}
+    our_ema(impl, problem | sequences).run()  # loads what is loaded at a first call
+    ema = our_ema(impl, problem)
+    peak = harness.watch_peak()
+    ema.run()
+    return peak() / problem["x"].nbytes
 
 
 def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int, device: str = "cpu") -> dict[str, Tensor]:
@@ -97,21 +96,21 @@ def run_ema(args: argparse.Namespace) -> None:
         save_file(problem, file)
 
         how = {"threads": args.threads, "name": "the process that measures memory", "environment": harness.GIVES_BACK}
-        memory = stack.enter_context(harness.Worker("ema:EmaMemory", {"problem": file}, **how))
+        memory = stack.enter_context(harness.worker("ema", **how))
         if args.peer_python:
             how = {"threads": args.threads, "name": f"--peer-python {args.peer_python}", "python": args.peer_python}
-            peer = stack.enter_context(harness.Worker("peers:PeerEma", {"problem": file}, **how))
-            theirs = peer.call("describe")
+            peer = stack.enter_context(harness.worker("peers:PeerEma", {"problem": file}, **how))
+            theirs = peer("describe")
             versions = {f"peer's {package}": version for package, version in theirs.items()}
-            peer.call("write_results", results)
+            peer("write_results", results)
             name = f"transformers {theirs['transformers']}"
-            found[name], timed[name] = load_file(results), lambda: peer.call("time")
+            found[name], timed[name] = load_file(results), partial(peer, "time")
         truth = our_ema("recurrent", {name: tensor.double() for name, tensor in problem.items()}).run()
         errors = {name: harness.compare(name, each, truth, TOLERANCE["fp32"]) for name, each in found.items()}
         rows = harness.timed_rows(harness.in_turns(timed, args.repeats, args.warmup))
         for row in rows:
             row["error"] = errors[row["name"]]
-            row["extra_memory"] = memory.call("peak", row["name"]) if row["name"] in FORMS else None
+            row["extra_memory"] = memory("peak_memory", file, row["name"]) if row["name"] in FORMS else None
     columns = {
         "": "{name}", "median ms": "{median:.3f}", "min": "{least:.3f}", "max": "{greatest:.3f}",
         "times native": "{ratio:.2f}", "largest error": "{error:.1e}", "extra memory, in inputs": "{extra_memory:.2f}",
@@ -186,12 +185,3 @@ def run_kernels(args: argparse.Namespace) -> None:
     }  # fmt: skip
     note = "Compiled here by triton and its ptxas, and not run."
     harness.report(args, columns, rows, note, versions={"triton": compiler_version()})
-
-
-COMMANDS = {
-    "ema": Command(
-        common(batch=2, length=2048, hidden=512, states=16, seed=0, peer_python=None), run_ema, repeats=20, warmup=3
-    ),
-    "bandwidth": Command(BANDWIDTH, run_bandwidth, repeats=30, warmup=5),
-    "kernels": Command(KERNELS, run_kernels),
-}

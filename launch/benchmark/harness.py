@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,15 +46,6 @@ class Option(NamedTuple):
     help: str
     choices: Sequence[str] | None = None
     least: int = 1  # smallest integer that is allowed
-
-
-class Command(NamedTuple):
-    """A command: its own options by name, and the function that measures and prints."""
-
-    options: Mapping[str, Option]
-    run: Callable[[argparse.Namespace], None]
-    repeats: int = 0  # default of --repeats; 0 for a command without --repeats and --warmup
-    warmup: int = 0
 
 
 _COMMON = {
@@ -85,7 +76,7 @@ def common(**defaults: Any) -> dict[str, Option]:
     return {name: _COMMON[name]._replace(default=default) for name, default in names.items()}
 
 
-def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
+def add_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
     """Declare a command's options, and those that all commands have."""
 
     def integer(text: str, least: int) -> int:
@@ -93,10 +84,7 @@ def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
             raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
         return int(text)
 
-    options = {**command.options, **common(threads=1, json=None)}
-    if command.repeats:
-        options |= common(repeats=command.repeats, warmup=command.warmup)
-    for name, option in options.items():
+    for name, option in {**options, **common(threads=1, json=None)}.items():
         several = isinstance(option.default, list)
         sample = option.default[0] if several else option.default
         details: dict[str, Any] = {"action": "store_true"}
@@ -120,77 +108,59 @@ class WorkerError(ValueError):
         self.status = status
 
 
-class Worker:
-    """An object in a process of its own, whose methods are called over pipes, a line of JSON each way.
+@contextlib.contextmanager
+def worker(
+    target: str,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    name: str,
+    threads: int,
+    python: str | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    show_errors: bool = False,
+) -> Iterator[Callable[..., Any]]:
+    """Yields what calls, by name, a function in a process of its own, over pipes, a line of JSON each way.
 
-    `target` is `MODULE:CLASS` of this folder, `name` what messages call it. Without `show_errors` the last line of
-    standard error is quoted where the worker fails. One that cannot be started is a ValueError.
+    `target` is `MODULE` of this folder, or `MODULE:NAME` of what makes, of `arguments`, an object with methods to call.
+    Messages call it `name`. Without `show_errors` the last line of standard error is quoted where it fails. One that
+    cannot be started is a ValueError, and a call is a WorkerError where the process ends instead of answering.
     """
-
-    def __init__(
-        self,
-        target: str,
-        arguments: Mapping[str, Any],
-        *,
-        name: str,
-        threads: int,
-        python: str | None = None,
-        environment: Mapping[str, str] = MappingProxyType({}),
-        show_errors: bool = False,
-    ) -> None:
-        self._name = name
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  `__exit__` does
-        command = [python or sys.executable, str(Path(__file__).parent), "worker", target]
+    command = [python or sys.executable, str(Path(__file__).parent), "worker", target]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         try:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [*command, json.dumps(dict(arguments)), str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=None if show_errors else self._errors,
+                stderr=None if show_errors else errors,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
             )
         except OSError as error:
-            self._errors.close()
             raise ValueError(f"{name} cannot be started: {error.strerror}") from error
 
-    def __enter__(self) -> Self:
-        return self
+        def call(method: str, *arguments: Any) -> Any:
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):  # It has ended; the missing answer says so.
+                print(json.dumps([method, *arguments]), file=process.stdin, flush=True)
+            if line := process.stdout.readline():
+                return json.loads(line)
+            status = process.wait()
+            errors.seek(0)
+            last_line = (errors.read().strip() or "no message").splitlines()[-1]
+            if status == -signal.SIGKILL:
+                last_line = "killed, as a system does that is short of memory"
+            raise WorkerError(f"{name} ended with exit status {status}: {last_line}", status)
 
-    def __exit__(self, *_: object) -> None:
-        """End it, and give it ten seconds for that."""
-        with contextlib.suppress(BrokenPipeError):
-            try:
-                self._process.communicate(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.communicate()
-        self._errors.close()
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """What a method of the object returns."""
-        self.ask(method, *arguments)
-        return self.answer()
-
-    def ask(self, method: str, *arguments: Any) -> None:
-        """Call a method, and do not wait for what it returns."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # It has ended; the missing answer says so.
-            self._process.stdin.write(json.dumps([method, *arguments]) + "\n")
-            self._process.stdin.flush()
-
-    def answer(self) -> Any:
-        """What the method returned that was asked for. Raises WorkerError when the process ends instead."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
-        status = self._process.wait()
-        self._errors.seek(0)
-        last_line = (self._errors.read().strip() or "no message").splitlines()[-1]
-        if status == -signal.SIGKILL:
-            last_line = "killed, as a system does that is short of memory"
-        raise WorkerError(f"{self._name} ended with exit status {status}: {last_line}", status)
+        try:
+            yield call
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                try:
+                    process.communicate(timeout=10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.communicate()
 
 
 def serve(target: str, arguments: str, threads: str) -> None:
@@ -199,8 +169,10 @@ def serve(target: str, arguments: str, threads: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_num_threads(int(threads))
-    module, name = target.split(":")
-    served = getattr(importlib.import_module(f"{__package__}.{module}"), name)(**json.loads(arguments))
+    module, _, name = target.partition(":")
+    served = importlib.import_module(f"{__package__}.{module}")
+    if name:
+        served = getattr(served, name)(**json.loads(arguments))
     for line in sys.stdin:
         method, *values = json.loads(line)
         answers.write(json.dumps(getattr(served, method)(*values)) + "\n")
@@ -322,23 +294,16 @@ def hardware() -> str:
     return f"{processor}, {os.cpu_count()} logical cores, {platform.system()} {platform.machine()}"
 
 
-class PeakMemory:
-    """How far this process's resident memory grows from here on, on Linux; elsewhere a ValueError.
+def watch_peak() -> Callable[[], int]:
+    """What says, in bytes, how far this process's resident memory has grown since now; Linux only, else a ValueError.
 
     `ru_maxrss` would not do: a process inherits it from the one that started it, and it cannot be set back.
     """
-
-    def __init__(self) -> None:
-        if not (_STATUS.exists() and _RESET_PEAK.exists()):
-            raise ValueError(
-                f"peak memory is read from {_STATUS} and reset in {_RESET_PEAK}, which exist on Linux only"
-            )
-        _RESET_PEAK.write_text("5", encoding="ascii")  # the peak is now what is resident
-        self._before = resident("VmRSS")
-
-    def growth(self) -> int:
-        """Bytes so far."""
-        return max(resident("VmHWM") - self._before, 0)
+    if not (_STATUS.exists() and _RESET_PEAK.exists()):
+        raise ValueError(f"peak memory is read from {_STATUS} and reset in {_RESET_PEAK}, which exist on Linux only")
+    _RESET_PEAK.write_text("5", encoding="ascii")  # the peak is now what is resident
+    before = resident("VmRSS")
+    return lambda: max(resident("VmHWM") - before, 0)
 
 
 def resident(field: str) -> int:

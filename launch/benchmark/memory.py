@@ -6,12 +6,14 @@ Ranks are new processes on this machine's CPUs, which take one optimizer step th
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import socket
 import sys
 import time
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from mega_scale.process import PEER_LOST
 from mega_scale.training.config import OptimizerConfig, build_optimizer
 
 from . import harness
-from .harness import Command, Option, common
+from .harness import Option, WorkerError, common
 from .peers import mega_arguments
 
 TOLERANCE = 1e-5
@@ -86,94 +88,78 @@ class SavedBytes(TorchDispatchMode):
         return sum(held.values())
 
 
-class Rank:
-    """One rank, in a worker, of a run on random tokens, as only sizes matter; the launcher's variables say which."""
+def needs(
+    config: dict[str, Any], parallel: dict[str, Any], dtype: str, length: int, seed: int, warm_up: bool
+) -> dict[str, float]:
+    """One rank, in a worker, takes a step on random tokens; the launcher's variables say which.
 
-    def __init__(self, config: dict[str, Any], parallel: dict[str, Any], dtype: str, length: int, seed: int) -> None:
-        self._config, self._seed = MegaConfig.from_dict(config), seed
-        self._how = EngineConfig(ParallelConfig(**parallel, device="cpu"), dtype=dtype)
-        generator = torch.Generator().manual_seed(seed)
-        self._text = torch.randint(self._config.vocab_size, (1, length + 1), generator=generator)
-
-    def needs(self, warm_up: bool) -> dict[str, float]:
-        """Loss (nats a token) and norm of a step, its seconds, and bytes: `saved` by forward for backward, of the
-        process `before`, and its `growth` to the peak; after a short step, or of the first, whose `saved` is 0.
-        """
-        with World.start(self._how.parallel) as world:
-            engine = build_engine(self._config, self._how, world, self._seed)
-            try:
-                if warm_up:
-                    # Without a learning rate it makes the optimizer's state and changes no weight.
-                    short = self._how.parallel.sp * self._config.chunk_size + 1
-                    _step(engine, world, self._text[:, :short], 0.0, count_saved=True)
-                gc.collect()
-                world.barrier()
-                before, peak, began = harness.resident("VmRSS"), harness.PeakMemory(), time.perf_counter()
-                found = _step(engine, world, self._text, 1e-3, count_saved=warm_up)
-                return {**found, "before": before, "growth": peak.growth(), "seconds": time.perf_counter() - began}
-            finally:
-                engine.close()
+    Returns loss (nats a token) and norm of the step, its seconds, and bytes: `saved` by forward for backward, of the
+    process `before`, and its `growth` to the peak; after a short step, or of the first, whose `saved` is 0.
+    """
+    model, how = MegaConfig.from_dict(config), EngineConfig(ParallelConfig(**parallel, device="cpu"), dtype=dtype)
+    text = torch.randint(model.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(seed))
+    with World.start(how.parallel) as world:
+        engine = build_engine(model, how, world, seed)
+        try:
+            if warm_up:
+                # Without a learning rate it makes the optimizer's state and changes no weight.
+                train_step(engine, world, text[:, : how.parallel.sp * model.chunk_size + 1], 0.0, count_saved=True)
+            gc.collect()
+            world.barrier()
+            before, peak, began = harness.resident("VmRSS"), harness.watch_peak(), time.perf_counter()
+            found = train_step(engine, world, text, 1e-3, count_saved=warm_up)
+            return {**found, "before": before, "growth": peak(), "seconds": time.perf_counter() - began}
+        finally:
+            engine.close()
 
 
-def _step(engine: Engine, world: World, text: Tensor, lr: float, count_saved: bool) -> dict[str, float]:
-    """Train on the next tokens of a text (1, L + 1)."""
+def train_step(engine: Engine, world: World, text: Tensor, lr: float, *, count_saved: bool = False) -> dict[str, float]:
+    """Train on the next tokens of texts (B, L + 1)."""
     inputs, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     saved_bytes = SavedBytes(engine.module) if count_saved else None
     with saved_bytes or contextlib.nullcontext():
         loss = engine.forward(inputs, labels, labels.numel())
     saved = saved_bytes.total() if saved_bytes else 0
     engine.backward(loss, last=True)
-    return {"loss": float(world.sum(loss.detach())), "norm": engine.step(lr), "saved": saved}
-
-
-def tokens_per_rank(length: int, sp: int, chunk: int) -> int:
-    """The fewest whole chunks with which all ranks hold the sequence; one rank alone needs no padding."""
-    return -(-length // (sp * chunk)) * chunk if sp > 1 else length
+    norm = engine.step(lr)
+    return {"loss": float(world.sum(loss.detach())), "norm": norm, "saved": saved}
 
 
 def measure(args: argparse.Namespace, length: int, sp: int) -> list[dict[str, float]]:
-    """What each rank needs to train one sequence: new processes, which find each other as under any launcher."""
+    """What each rank needs to train one sequence: new processes, which find each other as under any launcher.
+
+    Raises the WorkerError of the one that failed: the others end as they lost it.
+    """
     # So wide that the gradient depends on what came before.
     sizes = harness.integers(args) | {"feed_forward": 2 * args.hidden, "normalization": "layernorm"}
     config = MegaConfig(**mega_arguments(sizes), initializer_range=0.1)
     parallel = {"engine": args.engine, "sp": sp, "activation_checkpoint": args.activation_checkpoint}
-    run = {"config": json.loads(config.to_json_string()), "parallel": parallel, "dtype": "fp32"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     meeting = {"WORLD_SIZE": str(sp), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with contextlib.ExitStack() as stack:
-        workers = []
+        ranks = []
         for rank in range(sp):
             how: dict[str, Any] = {"name": f"rank {rank} of --sp {sp} at --lengths {length}", "threads": args.threads}
             how["environment"] = {**harness.GIVES_BACK, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            worker = harness.Worker("memory:Rank", {**run, "length": length, "seed": args.seed}, **how)
-            workers.append(stack.enter_context(worker))
-        return answers(workers)
-
-
-def answers(workers: Sequence[harness.Worker]) -> list[dict[str, float]]:
-    """What each rank needs; raises the WorkerError of the one that failed: the others end as they lost it."""
-    found: list[dict[str, float]] = []
-    errors: list[harness.WorkerError] = []
-    for worker in workers:
-        worker.ask("needs", True)
-    for worker in workers:
-        try:
-            found.append(worker.answer())
-        except harness.WorkerError as error:
-            errors.append(error)
-    if errors:
-        raise min(errors, key=lambda error: error.status == PEER_LOST)
-    return found
+            ranks.append(stack.enter_context(harness.worker("memory", **how)))
+        pool = stack.enter_context(ThreadPoolExecutor(sp))
+        what = (json.loads(config.to_json_string()), parallel, "fp32", length, args.seed, True)
+        found = [pool.submit(call, "needs", *what) for call in ranks]
+        errors = [error for each in found if (error := each.exception())]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, WorkerError) and error.status == PEER_LOST)
+        return [each.result() for each in found]
 
 
 def run_memory(args: argparse.Namespace) -> None:
     """Measure, check, print. Raises ValueError where a layout computes something else than one process."""
-    harness.PeakMemory()  # which not every system counts
-    layouts = [(length, sp) for length in sorted(set(args.lengths)) for sp in sorted({1, *args.sp})]
-    for length, sp in layouts:
-        share = tokens_per_rank(length, sp, args.chunk)
+    harness.watch_peak()  # which not every system counts
+    layouts: dict[tuple[int, int], int] = {}  # tokens a rank
+    for length, sp in itertools.product(sorted(set(args.lengths)), sorted({1, *args.sp})):
+        # The fewest whole chunks with which all ranks hold the sequence; one rank alone needs no padding.
+        share = layouts[length, sp] = -(-length // (sp * args.chunk)) * args.chunk if sp > 1 else length
         if (sp - 1) * share >= length:
             raise ValueError(
                 f"--sp {sp} is too much for --lengths {length} with --chunk {args.chunk}: the last rank's whole "
@@ -181,14 +167,14 @@ def run_memory(args: argparse.Namespace) -> None:
             )
     rows: list[dict[str, Any]] = []
     alone: dict[str, Any] = {}
-    for length, sp in layouts:
+    for (length, sp), tokens in layouts.items():
         began = time.monotonic()
         ranks = measure(args, length, sp)
         print(f"{length} tokens on {sp} ranks: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         # Of the rank that needs most.
         most = {what: max(rank[what] for rank in ranks) for what in ("saved", "growth")}
         row: dict[str, Any] = {**ranks[0], **most}
-        row |= {"length": length, "sp": sp, "tokens": tokens_per_rank(length, sp, args.chunk), "ranks": ranks}
+        row |= {"length": length, "sp": sp, "tokens": tokens, "ranks": ranks}
         alone = row if sp == 1 else alone
         # The loss of a fresh model hardly feels what came before a chunk; its gradient does.
         truth, found = ({"loss": each["loss"], "gradient norm": each["norm"]} for each in (alone, row))
@@ -216,12 +202,11 @@ def run_long(args: argparse.Namespace) -> None:
     config = model_config(recipe.model, load_tokenizer(recipe.data.tokenizer))
     check_segments(config, args.segment, 1, 1)
     parallel = {"engine": "fsdp", "activation_checkpoint": 1, "activation_checkpoint_segment": args.segment}
-    run = {"config": json.loads(config.to_json_string()), "parallel": parallel, "dtype": args.dtype}
     how = {"name": "the process that takes the step", "threads": args.threads, "environment": harness.GIVES_BACK}
-    with harness.Worker("memory:Rank", {**run, "length": args.length, "seed": 0}, **how) as worker:
-        needs = worker.call("needs", False)
-    peak = (needs["before"] + needs["growth"]) / 1e9
-    row = {**needs, "peak_gb": peak, "before_gb": needs["before"] / 1e9, "rate": args.length / needs["seconds"]}
+    with harness.worker("memory", **how) as call:
+        row = call("needs", json.loads(config.to_json_string()), parallel, args.dtype, args.length, 0, False)
+    peak = (row["before"] + row["growth"]) / 1e9
+    row |= {"peak_gb": peak, "before_gb": row["before"] / 1e9, "rate": args.length / row["seconds"]}
     columns = {
         "peak memory of the process, GB": "{peak_gb:.2f}", "before the step": "{before_gb:.2f}",
         "seconds": "{seconds:.1f}", "tokens/s": "{rate:,.0f}", "loss": "{loss:.4f}", "gradient norm": "{norm:.4f}",
@@ -229,6 +214,3 @@ def run_long(args: argparse.Namespace) -> None:
     harness.report(args, columns, [row])
     if peak > args.limit_gb:
         raise ValueError(f"the step needed {peak:.2f} GB, --limit-gb {args.limit_gb:g} allows no more")
-
-
-COMMANDS = {"memory": Command(MEMORY, run_memory), "long": Command(LONG, run_long)}

@@ -13,7 +13,7 @@ import transformers as _transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .harness import PeakMemory, milliseconds, relative_error
+from .harness import milliseconds, relative_error, watch_peak
 
 transformers: Any = _transformers  # of whichever release the interpreter has
 EMA_PARAMETERS = ("damping", "decay", "expansion", "projection")
@@ -77,7 +77,7 @@ class Contender:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def __call__(self, method: str, *arguments: Any) -> Any:
         """As a worker is called."""
         return getattr(self, method)(*arguments)
 
@@ -98,20 +98,29 @@ class TrainingStep(Contender):
 
     def check(self, length: int) -> dict[str, float]:
         """Loss and gradient norm of the first step, and the megabytes by which it grew the process at its peak."""
-        peak = PeakMemory()
-        loss = self._gradients(self._tokens(length))
-        norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
-        self._update()
-        return {"loss": float(loss), "norm": float(norm), "megabytes": peak.growth() / 1e6}
+        peak, norms = watch_peak(), []
+
+        def note() -> None:
+            gradients = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
+            norms.append(float(torch.stack(gradients).norm()))
+
+        loss = self.step(self._tokens(length), note)
+        return {"loss": float(loss), "norm": norms[0], "megabytes": peak() / 1e6}
 
     def time(self, length: int) -> float:
         """Milliseconds of a step."""
         return milliseconds(lambda: self.step(self._tokens(length)))
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, before_update: Callable[[], object] = int) -> Tensor:
         """Take a step; returns its loss."""
-        loss = self._gradients(tokens)
-        self._update()
+        loss = self._loss(tokens)
+        loss.backward()
+        loss = loss.detach()
+        before_update()
+        if self._clip < math.inf:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         return loss
 
     def _tokens(self, length: int) -> Tensor:
@@ -119,86 +128,72 @@ class TrainingStep(Contender):
         generator = torch.Generator().manual_seed(length)
         return torch.randint(1, self.model.config.vocab_size, (1, length), generator=generator)
 
-    def _gradients(self, tokens: Tensor) -> Tensor:
-        loss = self._loss(tokens)
-        loss.backward()
-        return loss.detach()
 
-    def _update(self) -> None:
-        if self._clip < math.inf:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-
-
-class PeerTraining(TrainingStep):
+def peer_training(kind: str, sizes: dict[str, Any], length: int, weights: str) -> TrainingStep:
     """A training step of a peer; `weights` is a file with initial weights of ours, which mega gets."""
-
-    def __init__(self, kind: str, sizes: dict[str, Any], length: int, weights: str) -> None:
-        torch.manual_seed(0)
-        model = PEERS[kind][1](sizes, length)
-        if kind == "mega":
-            model.load_state_dict(load_file(weights))
-        super().__init__(model)
+    torch.manual_seed(0)
+    model = PEERS[kind][1](sizes, length)
+    if kind == "mega":
+        model.load_state_dict(load_file(weights))
+    return TrainingStep(model)
 
 
 class Decoding(Contender):
-    """Greedy decoding from where a text ends, with a cache of the text and its next token, (1, 1) int64."""
+    """Greedy decoding from where a text ends, with a cache of the text and its next token, (1, 1) int64.
 
-    def __init__(self, model: nn.Module, cache: Any, token: Tensor) -> None:
+    `truth` computes logits (1, n, V) of the next tokens (1, n), not one by one; without it, one call after the cache
+    does, which goes the way that prefill goes.
+    """
+
+    def __init__(
+        self, model: nn.Module, cache: Any, token: Tensor, truth: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__(model)
         self._past, self._first = copy.deepcopy(cache), token
-
-    def past(self) -> Any:
-        """A copy of the cache of the tokens so far."""
-        return copy.deepcopy(self._past)
-
-    def truth(self, tokens: Tensor) -> Tensor:
-        """Logits (1, n, V) of the next tokens (1, n), not decoded one by one."""
-        raise NotImplementedError
-
-    def restart(self) -> None:
-        """Go back to the end of the text."""
-        self._cache, self._token = self.past(), self._first
+        self._truth = truth or (lambda tokens: self._forward(tokens, copy.deepcopy(self._past)).logits)
 
     def run(self, steps: int) -> float:
         """Decode so many tokens from the end of the text; milliseconds a token."""
-        self.restart()
+        self._restart()
         return milliseconds(lambda: [self._step() for _ in range(steps)]) / steps
 
     @torch.no_grad()
     def error(self, steps: int) -> float:
         """Largest difference of some steps' logits from the truth, relative to the largest."""
-        self.restart()
+        self._restart()
         tokens, logits = [], []
         for _ in range(steps):
             tokens.append(self._token)
             logits.append(self._step())
-        return relative_error(torch.cat(logits, 1), self.truth(torch.cat(tokens, 1)))
+        return relative_error(torch.cat(logits, 1), self._truth(torch.cat(tokens, 1)))
+
+    def _restart(self) -> None:
+        self._cache, self._token = copy.deepcopy(self._past), self._first
+
+    def _forward(self, tokens: Tensor, cache: Any) -> Any:
+        return self.model(tokens, past_key_values=cache, use_cache=True)
 
     @torch.no_grad()
     def _step(self) -> Tensor:
         """Logits (1, 1, V)."""
-        out = self.model(self._token, past_key_values=self._cache, use_cache=True)
+        out = self._forward(self._token, self._cache)
         self._cache, logits = out.past_key_values, out.logits[:, -1:]
         self._token = logits.argmax(-1)
         return logits
 
 
-class PeerDecoding(Decoding):
-    """Greedy decoding with mega or llama after a random text of `start` tokens."""
+def peer_decoding(kind: str, sizes: dict[str, Any], start: int, seed: int) -> Decoding:
+    """Greedy decoding with mega or llama after a random text of `start` tokens; one pass without a cache is true."""
+    torch.manual_seed(seed)
+    model: Any = PEERS[kind][1]({**sizes, "chunk": 0}, start + 4096).eval()
+    text = torch.randint(3, sizes["vocabulary"], (1, start))
+    with torch.no_grad():
+        past = model(text, use_cache=True).past_key_values
 
-    def __init__(self, kind: str, sizes: dict[str, Any], start: int, seed: int) -> None:
-        torch.manual_seed(seed)
-        model = PEERS[kind][1]({**sizes, "chunk": 0}, start + 4096)
-        self._text = torch.randint(3, sizes["vocabulary"], (1, start))
-        with torch.no_grad():
-            past = model.eval()(self._text, use_cache=True).past_key_values
-        super().__init__(model, past, self._text[:, -1:])
+    def truth(tokens: Tensor) -> Tensor:
+        return model(torch.cat([text, tokens], 1), use_cache=False).logits[:, -tokens.shape[1] :]
 
-    def truth(self, tokens: Tensor) -> Tensor:
-        """Of one forward pass without a cache."""
-        return self.model(torch.cat([self._text, tokens], 1), use_cache=False).logits[:, -tokens.shape[1] :]
+    return Decoding(model, past, text[:, -1:], truth)
 
 
 class EmaStep:

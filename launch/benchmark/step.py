@@ -34,8 +34,8 @@ from mega_scale.parallel.shard import RowSlice
 from mega_scale.training.metrics import peak_flops, training_flops_per_token
 
 from . import harness
-from .harness import Command, Option, common
-from .memory import build_engine
+from .harness import Option, common
+from .memory import build_engine, train_step
 from .peers import PEERS, TrainingStep, mega_arguments
 
 TOLERANCE = 1e-3
@@ -48,12 +48,13 @@ STEP = common(lengths=[2048, 8192], hidden=512, layers=4, shared=128, states=16,
     "bf16": Option(False, "also time ours with bf16 matrix products (autocast)"),
     "compile": Option(False, "also time ours with train.compile"),
     "peers": Option(["llama"], "models of about our size to compare with; none leaves them out", ["llama", "mamba2"]),
-    **common(peer_python=None),
+    **common(peer_python=None, repeats=3, warmup=1),
     "malloc": Option("kept", "processes keep freed memory, in huge pages, or as the system does", ["kept", "default"]),
     "segment": Option(0, "parallel.activation_checkpoint_segment of ours, tokens; 0 keeps all activations", least=0),
     "plot": Option(None, "PNG or SVG file for a picture of the time per token against the length (extra `plot`)"),
 }
 MFU = common(config=str(harness.ROOT / "configs/mega-1.3b.yaml"), lengths=[4096, 32768, 131072]) | {
+    **common(repeats=5, warmup=3),
     "tokens": Option(32768, "of a step; one sequence where it is longer"),
     "recompute": Option([2, 2, 1], "for each length, every n-th block; 0 for none", least=0),
     "segment": Option([0, 0, 0], "for each length, parallel.activation_checkpoint_segment, tokens", least=0),
@@ -63,27 +64,25 @@ MFU = common(config=str(harness.ROOT / "configs/mega-1.3b.yaml"), lengths=[4096,
 }
 
 
-class OurTraining(TrainingStep):
+def our_training(kind: str, sizes: dict[str, Any], length: int, weights: str) -> TrainingStep:
     """A training step of our model without an engine; `ours` writes its initial weights, the other kinds read them."""
+    torch.manual_seed(0)
+    model = MegaForCausalLM(MegaConfig(**mega_arguments(sizes), max_positions=length))
+    if kind == "ours":
+        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, weights)
+    else:
+        model.load_state_dict(load_file(weights))
+    if sizes["segment"]:
+        how = ParallelConfig(activation_checkpoint=1, activation_checkpoint_segment=sizes["segment"])
+        checkpoint_activations(model, how, RowSlice())
+    if kind == "ours compiled":
+        compile_gates(model)  # as train.compile does
 
-    def __init__(self, kind: str, sizes: dict[str, Any], length: int, weights: str) -> None:
-        torch.manual_seed(0)
-        model = MegaForCausalLM(MegaConfig(**mega_arguments(sizes), max_positions=length))
-        if kind == "ours":
-            save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, weights)
-        else:
-            model.load_state_dict(load_file(weights))
-        if sizes["segment"]:
-            how = ParallelConfig(activation_checkpoint=1, activation_checkpoint_segment=sizes["segment"])
-            checkpoint_activations(model, how, RowSlice())
-        if kind == "ours compiled":
-            compile_gates(model)  # as train.compile does
+    def loss(tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "ours bf16"):
+            return model(input_ids=tokens, labels=tokens, skip_logits=True).loss
 
-        def loss(tokens: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "ours bf16"):
-                return model(input_ids=tokens, labels=tokens, skip_logits=True).loss
-
-        super().__init__(model, loss)
+    return TrainingStep(model, loss)
 
 
 def run_step(args: argparse.Namespace) -> None:
@@ -131,27 +130,27 @@ def _rows(args: argparse.Namespace, length: int, flops: float, parameters: int) 
         sizes = harness.integers(args) | {"parameters": parameters}
         arguments = {"sizes": sizes, "length": length, "weights": f"{folder}/weights.safetensors"}
 
-        def start(kind: str, environment: Mapping[str, str]) -> harness.Worker:
-            target = "step:OurTraining" if kind.startswith("ours") else "peers:PeerTraining"
+        def start(kind: str, environment: Mapping[str, str]) -> contextlib.AbstractContextManager[Callable[..., Any]]:
+            target = "step:our_training" if kind.startswith("ours") else "peers:peer_training"
             how: dict[str, Any] = {"name": kind, "threads": args.threads, "environment": environment}
             if kind == "mega":
                 how |= {"name": f"--peer-python {args.peer_python}", "python": args.peer_python}
-            return harness.Worker(target, {"kind": kind, **arguments}, **how)
+            return harness.worker(target, {"kind": kind, **arguments}, **how)
 
         for kind in kinds:
-            with start(kind, harness.GIVES_BACK) as worker:
-                first[kind] = worker.call("check", length)
+            with start(kind, harness.GIVES_BACK) as call:
+                first[kind] = call("check", length)
         for kind in {"mega", "ours compiled"} & set(kinds):
             harness.compare(kind, first[kind], {name: first["ours"][name] for name in ("loss", "norm")}, TOLERANCE)
         environment = harness.KEEPS_MEMORY if args.malloc == "kept" else {}
         workers = {kind: stack.enter_context(start(kind, environment)) for kind in kinds}
-        known = {kind: worker.call("describe") for kind, worker in workers.items()}
+        known = {kind: call("describe") for kind, call in workers.items()}
 
-        def timed(worker: harness.Worker) -> tuple[dict[str, float], float]:
+        def timed(call: Callable[..., Any]) -> tuple[dict[str, float], float]:
             products = product_rates(_PRODUCT_TOKENS, args.hidden, 2 * args.values)
-            return products, 1e3 * length / worker.call("time", length)
+            return products, 1e3 * length / call("time", length)
 
-        contenders = {kind: partial(timed, worker) for kind, worker in workers.items()}
+        contenders = {kind: partial(timed, call) for kind, call in workers.items()}
         found = harness.in_turns(contenders, args.repeats, args.warmup)
     products = [rates for turns in found.values() for rates, _ in turns]
     ceilings = {name: statistics.median(rates[name] for rates in products) for name in products[0]}
@@ -214,86 +213,70 @@ def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], ti
     figure.savefig(file, dpi=150)
 
 
-class GpuTraining:
-    """One contender of `mfu`, ours or llama, at a length, in a worker."""
+def train_on_gpu(options: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a contender's training step and the GPU's peak memory; nothing of that where it is too small."""
+    args = argparse.Namespace(**options)
+    config = model_config(load_config(args.config).model)
+    batch = max(args.tokens // args.length, 1)
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens = torch.randint(3, config.vocab_size, (batch, args.length + 1), device="cuda", generator=generator)
+    with World.start(ParallelConfig(engine="fsdp", device="cuda")) as world:
+        try:
+            train, known = _ours(args, config, world) if args.kind == "ours" else _llama(args, config)
+            losses = [float(train(tokens)) for _ in range(args.warmup)]
+            torch.cuda.reset_peak_memory_stats()
+            times = harness.gpu_milliseconds(lambda: losses.append(float(train(tokens))), args.repeats, 0)
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            if args.profile:
+                activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+                with torch.profiler.profile(activities=activities) as profile:
+                    train(tokens)
+                    torch.cuda.synchronize()
+                print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30), file=sys.stderr)
+        except torch.OutOfMemoryError:
+            return {}
+    found = {"milliseconds": times, "median_ms": statistics.median(times), "loss": losses[-1], "peak_gb": peak}
+    return {"batch": batch, **found, **known}
 
-    def __init__(self, kind: str, length: int, recompute: int, segment: int, options: dict[str, Any]) -> None:
-        self._length, self._recompute, self._segment = length, recompute, segment
-        self._build = self._ours if kind == "ours" else self._llama
-        self._options = argparse.Namespace(**options)
-        self._config = model_config(load_config(self._options.config).model)
 
-    def measure(self) -> dict[str, Any]:
-        """Milliseconds of a training step and the GPU's peak memory; nothing of that where it is too small."""
-        options, batch = self._options, max(self._options.tokens // self._length, 1)
-        generator = torch.Generator("cuda").manual_seed(0)
-        size = (batch, self._length + 1)
-        tokens = torch.randint(3, self._config.vocab_size, size, device="cuda", generator=generator)
-        with World.start(ParallelConfig(engine="fsdp", device="cuda")) as world:
-            try:
-                train, known = self._build(world)
-                losses = [float(train(tokens)) for _ in range(options.warmup)]
-                torch.cuda.reset_peak_memory_stats()
-                times = harness.gpu_milliseconds(lambda: losses.append(float(train(tokens))), options.repeats, 0)
-                peak = torch.cuda.max_memory_allocated() / 1e9
-                if options.profile:
-                    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-                    with torch.profiler.profile(activities=activities) as profile:
-                        train(tokens)
-                        torch.cuda.synchronize()
-                    print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30), file=sys.stderr)
-            except torch.OutOfMemoryError:
-                return {}
-        found = {"milliseconds": times, "median_ms": statistics.median(times), "loss": losses[-1], "peak_gb": peak}
-        return {"batch": batch, **found, **known}
+_Built = tuple[Callable[[Tensor], Tensor | float], dict[str, float]]  # a training step; parameters and operations
 
-    def _ours(self, world: World) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
-        """This project's trainer: its engine on one process, sliced loss, fused AdamW, bf16 with fp32 masters."""
-        parallel = ParallelConfig(
-            engine="fsdp",
-            activation_checkpoint=self._recompute,
-            activation_checkpoint_segment=self._segment,
-            device="cuda",
-        )
-        how = EngineConfig(parallel, dtype="bf16", compile=self._options.compile)
-        engine = build_engine(self._config, how, world)
 
-        def train(tokens: Tensor) -> Tensor:
-            inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-            loss = engine.forward(inputs, labels, labels.numel())
-            engine.backward(loss, last=True)
-            loss = loss.detach()
-            engine.step(1e-4)
-            return loss
+def _ours(args: argparse.Namespace, config: MegaConfig, world: World) -> _Built:
+    """This project's trainer: its engine on one process, sliced loss, fused AdamW, bf16 with fp32 masters."""
+    recomputed = {"activation_checkpoint": args.recompute, "activation_checkpoint_segment": args.segment}
+    parallel = ParallelConfig(engine="fsdp", device="cuda", **recomputed)
+    engine = build_engine(config, EngineConfig(parallel, dtype="bf16", compile=args.compile), world)
+    flops = training_flops_per_token(config, args.length)
+    known: dict[str, float] = {"parameters": engine.module.num_parameters(), "flops_per_token": flops}
+    return lambda tokens: train_step(engine, world, tokens, 1e-4)["loss"], known
 
-        flops = training_flops_per_token(self._config, self._length)
-        return train, {"parameters": engine.module.num_parameters(), "flops_per_token": flops}
 
-    def _llama(self, world: World) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
-        """transformers' Llama with flash attention (sdpa) under autocast, our sliced loss, fused AdamW."""
-        with torch.device("meta"):
-            parameters = MegaForCausalLM(self._config).num_parameters()
-        width, layers, words = self._config.hidden_size, self._config.num_hidden_layers, self._config.vocab_size
-        sizes = {"vocabulary": words, "hidden": width, "layers": layers, "parameters": parameters, "llama_head": 128}
-        with torch.device("cuda"):
-            model: Any = PEERS["llama"][1](sizes, self._length)
-        for number, layer in enumerate(model.model.layers, start=1):
-            if self._options.compile:
-                layer.forward = torch.compile(layer.forward)
-            if self._recompute and number % self._recompute == 0:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+def _llama(args: argparse.Namespace, config: MegaConfig) -> _Built:
+    """transformers' Llama with flash attention (sdpa) under autocast, our sliced loss, fused AdamW."""
+    with torch.device("meta"):
+        parameters = MegaForCausalLM(config).num_parameters()
+    width, layers, words = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    sizes = {"vocabulary": words, "hidden": width, "layers": layers, "parameters": parameters, "llama_head": 128}
+    with torch.device("cuda"):
+        model: Any = PEERS["llama"][1](sizes, args.length)
+    for number, layer in enumerate(model.model.layers, start=1):
+        if args.compile:
+            layer.forward = torch.compile(layer.forward)
+        if args.recompute and number % args.recompute == 0:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
-        def loss(tokens: Tensor) -> Tensor:
-            labels = tokens[:, 1:].contiguous()
-            with torch.autocast("cuda", torch.bfloat16):
-                hidden = model.model(input_ids=tokens[:, :-1].contiguous()).last_hidden_state
-                return linear_cross_entropy(hidden, model.lm_head.weight, None, labels) / labels.numel()
+    def loss(tokens: Tensor) -> Tensor:
+        labels = tokens[:, 1:].contiguous()
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden = model.model(input_ids=tokens[:, :-1].contiguous()).last_hidden_state
+            return linear_cross_entropy(hidden, model.lm_head.weight, None, labels) / labels.numel()
 
-        # Six a weight, and causal attention, whose queries see half of the keys on average.
-        weights = layers * width * (4 * width + 3 * model.config.intermediate_size) + width * words
-        flops = 3 * (2 * weights + layers * 4 * width * (self._length + 1) / 2)
-        train = TrainingStep(model, loss, lr=1e-4, clip=1.0).step
-        return train, {"parameters": model.num_parameters(), "flops_per_token": flops}
+    # Six a weight, and causal attention, whose queries see half of the keys on average.
+    weights = layers * width * (4 * width + 3 * model.config.intermediate_size) + width * words
+    flops = 3 * (2 * weights + layers * 4 * width * (args.length + 1) / 2)
+    train = TrainingStep(model, loss, lr=1e-4, clip=1.0).step
+    return train, {"parameters": model.num_parameters(), "flops_per_token": flops}
 
 
 def run_mfu(args: argparse.Namespace) -> None:
@@ -309,8 +292,8 @@ def run_mfu(args: argparse.Namespace) -> None:
     for kind, layout in itertools.product(("ours", *args.peers), layouts):
         row: dict[str, Any] = {"kind": kind, **dict(zip(("length", "recompute", "segment"), layout, strict=True))}
         how = {"name": f"{kind} at {row['length']} tokens", "threads": args.threads, "show_errors": True}
-        with harness.Worker("step:GpuTraining", {**row, "options": options}, **how) as worker:
-            row |= {"step": "out of memory", **worker.call("measure")}
+        with harness.worker("step", **how) as call:
+            row |= {"step": "out of memory", **call("train_on_gpu", {**options, **row})}
         if "median_ms" in row:
             row |= {"step": f"{row['median_ms']:,.1f}", "rate": 1e3 * row["batch"] * row["length"] / row["median_ms"]}
             row["of_ceiling"] = row["rate"] * row["flops_per_token"] / ceiling
@@ -332,6 +315,3 @@ def matmul_flops() -> float:
     """Operations per second of large bf16 matrix products of random numbers, the median of ten."""
     a, b = (torch.randn(_MATRIX, _MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * _MATRIX**3 / (statistics.median(harness.gpu_milliseconds(lambda: a @ b, 10, 3)) / 1e3)
-
-
-COMMANDS = {"step": Command(STEP, run_step, repeats=3, warmup=1), "mfu": Command(MFU, run_mfu, repeats=5, warmup=3)}

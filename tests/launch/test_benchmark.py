@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from launching import ROOT
 
 from launch.benchmark import harness, memory, step
-from launch.benchmark.__main__ import main
+from launch.benchmark.__main__ import main, parse
 from mega_scale.process import PEER_LOST
 
 
@@ -103,10 +104,10 @@ def test_what_is_not_correct_is_not_reported(wrong):
 def test_a_peer_that_cannot_import_its_library_says_so(tmp_path):
     arguments = {"problem": str(tmp_path / "none.safetensors")}
     with (
-        harness.Worker("peers:PeerEma", arguments, name="the peer", threads=1) as worker,
+        harness.worker("peers:PeerEma", arguments, name="the peer", threads=1) as call,
         pytest.raises(ValueError, match=r"the peer ended with exit status 1: ModuleNotFoundError: .*\.mega"),
     ):
-        worker.call("time")
+        call("time")
 
 
 def test_a_worker_that_is_killed_is_said_to_be(monkeypatch, tmp_path):
@@ -114,38 +115,30 @@ def test_a_worker_that_is_killed_is_said_to_be(monkeypatch, tmp_path):
     script.write_text("#!/bin/sh\necho a warning >&2\nkill -9 $$\n")
     script.chmod(0o755)
     with (
-        harness.Worker("", {}, name="it", threads=1, python=str(script)) as worker,
+        harness.worker("", name="it", threads=1, python=str(script)) as call,
         pytest.raises(harness.WorkerError, match="it ended with exit status -9: killed, as a system does that is"),
     ):
-        worker.call("time")
+        call("time")
 
 
-class FakeRank:
-    """A rank that ends with a status."""
+def test_the_rank_that_failed_is_named_not_those_that_lost_it(monkeypatch):
+    def fail(status):
+        raise harness.WorkerError(f"ended with {status}", status)
 
-    def __init__(self, status):
-        self.status = status
-
-    def ask(self, method, warm_up):
-        pass
-
-    def answer(self):
-        raise harness.WorkerError(f"ended with {self.status}", self.status)
-
-
-def test_the_rank_that_failed_is_named_not_those_that_lost_it():
+    statuses = iter([PEER_LOST, 1, PEER_LOST])
+    monkeypatch.setattr(harness, "worker", lambda *_, **__: nullcontext(lambda *_: fail(next(statuses))))
     with pytest.raises(harness.WorkerError, match="ended with 1"):
-        memory.answers([FakeRank(PEER_LOST), FakeRank(1), FakeRank(PEER_LOST)])
+        memory.measure(parse(["memory"]), length=1, sp=3)
 
 
 def test_peak_memory_is_counted_from_when_it_is_asked_for():
     gone = torch.ones(2**26)  # 256 MiB, more than a heap keeps
     del gone
-    peak = harness.PeakMemory()
-    assert peak.growth() < 2**20
+    growth = harness.watch_peak()
+    assert growth() < 2**20
     held = torch.ones(2**26)
     del held
-    assert 2**28 <= peak.growth() + 2**20 < 2**29
+    assert 2**28 <= growth() + 2**20 < 2**29
 
 
 def test_growth_with_length_is_the_slope_of_logarithms():

@@ -1,6 +1,7 @@
 """The benchmarks' commands measure what they say, on tiny models, and refuse to report what is wrong."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -60,8 +61,8 @@ def test_steps_in_segments_and_compiled_ones_are_the_same_step(tmp_path, change)
     sizes = {"vocabulary": 64, "hidden": 32, "layers": 2, "shared": 8, "values": 24, "states": 2, "chunk": 16}
     weights = str(tmp_path / "weights.safetensors")
     kind, segment = change.get("kind", "ours"), change.get("segment", 0)
-    whole = step.OurTraining("ours", {**sizes, "segment": 0}, 64, weights).check(64)
-    other = step.OurTraining(kind, {**sizes, "segment": segment}, 64, weights).check(64)
+    whole = step.our_training("ours", {**sizes, "segment": 0}, 64, weights).check(64)
+    other = step.our_training(kind, {**sizes, "segment": segment}, 64, weights).check(64)
     tolerance = 0.02 if kind == "ours bf16" else 1e-5
     assert all(other[name] == pytest.approx(whole[name], rel=tolerance) for name in ("loss", "norm"))
 
@@ -87,23 +88,15 @@ def test_decode_compares_contexts_and_a_llama(run):
 def test_decode_refuses_a_cache_that_grows_and_wrong_logits(monkeypatch, capsys, name, value, message):
     monkeypatch.setattr(decode, name, value)
     if name == "_CHECKED":
-        monkeypatch.setattr(decode.OurDecoding, "error", lambda self, steps: float("nan"))
-        monkeypatch.setattr(harness, "Worker", lambda *_, **__: FakePeer())
+        monkeypatch.setattr(decode.Decoding, "error", lambda self, steps: float("nan"))
+        monkeypatch.setattr(harness, "worker", lambda *_, **__: nullcontext(fake_peer))
     assert main(["decode", *DECODE]) == 2
     assert message in capsys.readouterr().err
 
 
-class FakePeer:
-    """A worker that decodes without an error."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def call(self, method, *_):
-        return {"parameters": 1, "transformers": "0"} if method == "describe" else 0.0
+def fake_peer(method, *_):
+    """Stands in for calls of a worker that decodes without an error."""
+    return {"parameters": 1, "transformers": "0"} if method == "describe" else 0.0
 
 
 @pytest.mark.launch
@@ -241,15 +234,14 @@ def mfu(monkeypatch, run):
     monkeypatch.setattr(step, "matmul_flops", lambda: 8e14)
     monkeypatch.setattr(step, "peak_flops", lambda device, dtype: 1e15)
 
-    class Trainer(FakePeer):
-        def call(self, method, *_):
-            answer = answers.pop(0) if method == "measure" else None
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+    def train(*_):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     answers = []
-    monkeypatch.setattr(harness, "Worker", lambda *_, **__: Trainer())
+    monkeypatch.setattr(harness, "worker", lambda *_, **__: nullcontext(train))
     arguments = ["mfu", "--peers", "--lengths", "4096", "131072", "--segment", "0", "0", "--recompute", "2", "1"]
 
     def measure(*given):

@@ -240,7 +240,7 @@ def remote_code(classes: dict[str, type]) -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """Name of a module in a flat folder: attention for mega_scale.model.attention, ops_ema for mega_scale.ops.ema."""
+    """Name of a module in a flat folder: layers for mega_scale.model.layers, ops_ema for mega_scale.ops.ema."""
     package, *parts = module.split(".")
     if package != _PACKAGE or not parts or parts[0] not in _ROOMS:
         raise ValueError(

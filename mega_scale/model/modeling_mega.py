@@ -19,12 +19,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
-from mega_scale.model.attention import MegaBlock, MegaMovingAverageGatedAttention
 from mega_scale.model.cache import DOCUMENT_KEYS, MegaCache, encoder_mask, read_rows
 from mega_scale.model.configuration_mega import BATCH_NORMS, CLASSES, MegaConfig, warn_if_norm_differs
 from mega_scale.model.layers import (
     BIASES,
+    MegaBlock,
     MegaEmbeddings,
+    MegaMovingAverageGatedAttention,
     MegaMultiDimensionDampedEma,
     MegaRMSNorm,
     MegaScaleNorm,

@@ -81,7 +81,7 @@ def chunk_attention(
     Args:
         q: (B, K, I, Z), any floating dtype; k is (B, K, J, Z), v (B, K, J, E).
         bias: (I + J - 1,), or (B, I + J - 1) with an offset for every row: its entry m belongs to key minus query
-            `m - (I - 1) - offset` (see `key_minus_query`).
+            `m - (I - 1) - offset`.
         causal: whether query i sees keys up to `i + offset` only.
         offset: keys that precede the first query, tokens: one number, or (B,) int64, one for every row.
         key_mask: (B, K, J) bool, true for valid keys. A softmax chunk without any valid key attends as if unmasked.
@@ -293,15 +293,6 @@ class _CausalAttention(torch.autograd.Function):
                 d_k[:, :end].baddbmm_(d_scores.mT, own)
                 d_v[:, :end].baddbmm_(weights.mT, d_out)
         return d_q, d_k, d_v, _by_distance(d_matrix), None
-
-
-def key_minus_query(queries: int, keys: int, offset: int | Tensor, device: torch.device | str) -> Tensor:
-    """The distances j - (i + offset) that occur between I queries and J keys, ascending: int64, (I + J - 1,).
-
-    With an offset for every row, (B,), they are (B, I + J - 1).
-    """
-    distances = torch.arange(-(queries - 1), keys, device=device)
-    return distances - (offset[:, None] if isinstance(offset, Tensor) else offset)
 
 
 def toeplitz(vector: Tensor, queries: int) -> Tensor:

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from mega_scale.model.attention import MegaBlock
 from mega_scale.model.cache import DocumentBorders, LayerState
+from mega_scale.model.layers import MegaBlock
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.shard import RowSlice, on_meta

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mega_scale.model import MegaForCausalLM, MegaPreTrainedModel
-from mega_scale.model.attention import MegaBlock, MegaMovingAverageGatedAttention
 from mega_scale.model.layers import (
+    MegaBlock,
     MegaEmbeddings,
     MegaLinear,
+    MegaMovingAverageGatedAttention,
     MegaMultiDimensionDampedEma,
     MegaNormalizedFeedForwardNetwork,
     MegaRMSNorm,

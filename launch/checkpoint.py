@@ -22,8 +22,7 @@ from mega_scale import export
 from mega_scale.checkpoint import folder as store
 from mega_scale.checkpoint.state import convert
 from mega_scale.parallel import check_single
-from mega_scale.process import refuse, run_command
-from mega_scale.settings import local_paths
+from mega_scale.process import run_command
 from mega_scale.training.trained_model import log_to_stderr
 
 
@@ -70,7 +69,7 @@ def run_verify(args: argparse.Namespace, key: bytes | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what is refused is said in one line, with exit code 2."""
+    """Run the command. Raises ValueError or OSError for what is refused."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["export"]:
         export.main(given[1:], prog="checkpoint.py export")
@@ -80,47 +79,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("path", type=Path, help="run folder; to verify or convert, also a checkpoint folder")
     shared.add_argument("--key-file", help="secret with which the checkpoints are signed")
-    words = "a line for each checkpoint of a run; hashes of the state are not read"
-    command = commands.add_parser("list", help=words, parents=[shared])
+    command = commands.add_parser("list", help="a line for each of a run; the state is not read", parents=[shared])
     command.add_argument("--json", action="store_true", help="a JSON object for each")
-    words = "read every byte, and compare it with the manifest; of a run, all of its checkpoints"
-    commands.add_parser("verify", help=words, parents=[shared])
+    commands.add_parser("verify", help="compare every byte with the manifest; of a run, of all", parents=[shared])
     words = "write a checkpoint, of a run the newest, in more or fewer files, or with a secret"
     command = commands.add_parser("convert", help=words, parents=[shared])
     command.add_argument("out", type=Path, help="run folder to write it to, which can be resumed from")
     command.add_argument("--allow-older", action="store_true", help=export.ALLOW_OLDER)
     command.add_argument("--parts", type=int, default=1, help="files for the state (default: 1)")
     command.add_argument("--new-key-file", help="secret to sign the new checkpoint with")
-    words = "delete old or damaged checkpoints; the last valid one stays"
-    command = commands.add_parser("prune", help=words, parents=[shared])
+    command = commands.add_parser("prune", help="delete old or damaged ones; the last valid stays", parents=[shared])
     command.add_argument("--keep", type=int, default=0, help="newest valid checkpoints to keep; 0 keeps all")
     command.add_argument("--keep-every", type=int, default=0, help="keep those of steps that this divides")
     command.add_argument("--damaged", action="store_true", help="delete damaged ones too")
     command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     commands.add_parser("export", help="write a Hugging Face folder; takes what launch/export.py takes", add_help=False)
     args = parser.parse_args(given)
-    try:
-        check_single("launch/checkpoint.py")
-        local_paths(args)
-        code, key = 0, store.read_key(args.key_file)
-        match args.command:
-            case "list":
-                code = run_list(args, key)
-            case "verify":
-                code = run_verify(args, key)
-            case "convert":
-                folder, notes = store.find_checkpoint(args.path, key, older=args.allow_older, proof=store.verify)
-                if notes:
-                    log_to_stderr(f"{folder} is taken: {'; '.join(notes)}")
-                print(f"wrote {convert(folder, args.out, args.parts, key, store.read_key(args.new_key_file))}")
-            case "prune":
-                if args.keep < 1 and not args.damaged:
-                    raise ValueError("nothing to do: give --keep with at least 1, or --damaged")
-                newest = args.keep, args.keep_every
-                for folder in store.prune(args.path, *newest, damaged=args.damaged, key=key, dry=args.dry_run):
-                    print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
-    except (ValueError, OSError) as error:
-        refuse(error)
+    check_single("launch/checkpoint.py", args)
+    code, key = 0, store.read_key(args.key_file)
+    match args.command:
+        case "list":
+            code = run_list(args, key)
+        case "verify":
+            code = run_verify(args, key)
+        case "convert":
+            folder, notes = store.find_checkpoint(args.path, key, older=args.allow_older, proof=store.verify)
+            if notes:
+                log_to_stderr(f"{folder} is taken: {'; '.join(notes)}")
+            print(f"wrote {convert(folder, args.out, args.parts, key, store.read_key(args.new_key_file))}")
+        case "prune":
+            if args.keep < 1 and not args.damaged:
+                raise ValueError("nothing to do: give --keep with at least 1, or --damaged")
+            newest = args.keep, args.keep_every
+            for folder in store.prune(args.path, *newest, damaged=args.damaged, key=key, dry=args.dry_run):
+                print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
     raise SystemExit(code)
 
 

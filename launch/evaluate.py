@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from mega_scale.checkpoint.folder import read_key
 from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.process import refuse, run_command
-from mega_scale.settings import local_paths
+from mega_scale.settings import local_paths, require
 from mega_scale.training.trained_model import evaluate, load_model, log_to_stderr, loss_of
 
 
@@ -43,20 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON line")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by launchers
     args = parser.parse_args(arguments)
-    rank = 0
+    rank, size = placement()[:2]
     try:
-        rank, size = placement()[:2]
         local_paths(args)
-        settings = DataConfig(
-            source=args.source,
-            path=args.text,
-            text_column=args.text_column,
-            sequence_length=args.sequence_length,
-            packing=args.packing,
-            validation_fraction=0.0,
-        )
-        if args.batch_size < 1:
-            raise ValueError(f"--batch-size {args.batch_size} is not possible: give at least 1")
+        require(args.batch_size > 0, "--batch-size", args.batch_size, "give at least 1")
+        how: Any = {"sequence_length": args.sequence_length, "packing": args.packing, "validation_fraction": 0.0}
+        settings = DataConfig(args.source, args.text, text_column=args.text_column, **how)
         log = log_to_stderr if rank == 0 else lambda line: None
         model, tokenizer, folder = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file), log=log)
         dataset = load_whole(replace(settings, add_bos=adds_bos(tokenizer)), tokenizer)
@@ -76,12 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(problem, quiet=rank != 0)
     if rank == 0:
         print(*dataset.tally.lines(), sep="\n", end="\n" if dataset.tally.bad else "", file=sys.stderr)
-        print(
-            json.dumps({"model": str(folder), **found._asdict()})
-            if args.json
-            else f"loss {found.loss:.4f} nats/token | perplexity {found.perplexity:.3f} | "
+        line = (
+            f"loss {found.loss:.4f} nats/token | perplexity {found.perplexity:.3f} | "
             f"{found.bits_per_byte:.4f} bits/byte | {found.tokens:,} tokens, {dataset.bytes:,} bytes | {folder}"
         )
+        print(json.dumps({"model": str(folder), **found._asdict()}) if args.json else line)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import torch
 from mega_scale.checkpoint.folder import read_key
 from mega_scale.hub.export import DTYPES
 from mega_scale.parallel import check_single
-from mega_scale.process import refuse, run_command
-from mega_scale.settings import local_paths
+from mega_scale.process import run_command
+from mega_scale.settings import require
 from mega_scale.training.trained_model import check_sample, generate_text, load_model, log_to_stderr
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what is refused is said in one line, with exit code 2."""
+    """Run the command. Raises ValueError or OSError for what is refused."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="run folder (its newest checkpoint), checkpoint, export or HF folder")
     parser.add_argument("--prompt", default="", help="text to continue; empty begins a document")
@@ -36,18 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: fp32)")
     args = parser.parse_args(arguments)
-    try:
-        check_single("launch/generate.py")
-        local_paths(args)
-        good = {"max_new_tokens": args.max_new_tokens > 0, "temperature": args.temperature >= 0}
-        for name, possible in (good | {"top_p": 0 < args.top_p <= 1}).items():
-            if not possible:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not possible: see --help")
-        device, key = torch.device(args.device), read_key(args.key_file)
-        model, tokenizer, folder = load_model(args.model, device, DTYPES[args.dtype], key)
-        check_sample(model.config, tokenizer, args.prompt, args.max_new_tokens)
-    except (ValueError, OSError) as error:
-        refuse(error)
+    check_single("launch/generate.py", args)
+    require(args.max_new_tokens > 0, "--max-new-tokens", args.max_new_tokens, "give at least 1")
+    require(args.temperature >= 0, "--temperature", args.temperature, "give 0 or more")
+    require(0 < args.top_p <= 1, "--top-p", args.top_p, "give more than 0, and at most 1")
+    device, key = torch.device(args.device), read_key(args.key_file)
+    model, tokenizer, folder = load_model(args.model, device, DTYPES[args.dtype], key)
+    check_sample(model.config, tokenizer, args.prompt, args.max_new_tokens)
     log_to_stderr(f"text by {folder}")
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "temperature", "top_p", "stop_at_eos")}
     print(generate_text(model, tokenizer, args.prompt, **sampling))

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from mega_scale.config import parse
 from mega_scale.parallel import check_single
-from mega_scale.process import refuse, run_command
-from mega_scale.settings import local_paths
+from mega_scale.process import run_command
+from mega_scale.settings import require
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what is refused is said in one line, with exit code 2."""
+    """Run the command. Raises ValueError or OSError for what is refused."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s FOLDER [options] [--config FILE] [data.KEY=VALUE ...]",
         description=(__doc__ or "").splitlines()[0],
@@ -43,25 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help=words)
     parser.add_argument("--verify", action="store_true", help="only compare the folder's files with their checksums")
     args, rest = parser.parse_known_args(arguments)
-    try:
-        check_single("launch/prepare.py")
-        local_paths(args)
-        if not args.verify:
-            prepare(args, rest)
-            return
+    check_single("launch/prepare.py", args)
+    if args.verify:
         from mega_scale.data.tokens import check_content
 
         for name in check_content(args.folder):
             print(f"{name} is good", flush=True)
-    except (ValueError, OSError) as error:
-        refuse(error)
+    else:
+        prepare(args, rest)
 
 
 def prepare(args: argparse.Namespace, rest: list[str]) -> None:
     """Make the folder, and say in one line what it holds and what was left out."""
     for option in ("processes", "shard_mb", "tasks"):
-        if (value := getattr(args, option)) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} {value} is not possible: give at least 1")
+        value = getattr(args, option)
+        require(value > 0, f"--{option.replace('_', '-')}", value, "give at least 1")
     keys = [word for word in args.slurm if word.startswith("data.")]
     slurm = dict(word.split("=", 1) for word in args.slurm if "=" in word and word not in keys)
     config = parse([*keys, *rest]).data

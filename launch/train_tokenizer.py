@@ -16,12 +16,11 @@ from pathlib import Path
 from mega_scale.config import parse
 from mega_scale.files import check_destination, write_folder
 from mega_scale.parallel import check_single
-from mega_scale.process import refuse, run_command
-from mega_scale.settings import local_paths
+from mega_scale.process import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what is refused is said in one line, with exit code 2."""
+    """Run the command. Raises ValueError or OSError for what is refused."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s FOLDER [--vocab-size N] [--overwrite] [--config FILE] [data.KEY=VALUE ...]",
         description=(__doc__ or "").splitlines()[0],
@@ -31,26 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000, help="ids, special ones included (default: 32000)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier tokenizer")
     args, rest = parser.parse_known_args(arguments)
-    try:
-        check_single("launch/train_tokenizer.py")
-        local_paths(args)
-        check_destination(args.folder, overwrite=args.overwrite, kind="tokenizer", holds="tokenizer.json")
-        config = parse(rest).data
-        config.validate()
-        if config.source == "prepared" or config.mixture is not None:
-            raise ValueError("a tokenizer is trained on one source of text: set data.source and data.path to it")
+    check_single("launch/train_tokenizer.py", args)
+    check_destination(args.folder, overwrite=args.overwrite, kind="tokenizer", holds="tokenizer.json")
+    config = parse(rest).data
+    config.validate()
+    if config.source == "prepared" or config.mixture is not None:
+        raise ValueError("a tokenizer is trained on one source of text: set data.source and data.path to it")
 
-        from mega_scale.data.sources import load_corpus
-        from mega_scale.data.tokenizer import train_bpe
+    from mega_scale.data.sources import load_corpus
+    from mega_scale.data.tokenizer import train_bpe
 
-        documents = load_corpus(config).train
-        tokenizer = train_bpe(documents, args.vocab_size)
-        with write_folder(args.folder) as folder:
-            tokenizer.save_pretrained(folder)
-        made = {"vocab_size": len(tokenizer), "rows": documents.tally.rows}
-        print(json.dumps(made), *documents.tally.lines(), sep="\n")
-    except (ValueError, OSError) as error:
-        refuse(error)
+    documents = load_corpus(config).train
+    tokenizer = train_bpe(documents, args.vocab_size)
+    with write_folder(args.folder) as folder:
+        tokenizer.save_pretrained(folder)
+    made = {"vocab_size": len(tokenizer), "rows": documents.tally.rows}
+    print(json.dumps(made), *documents.tally.lines(), sep="\n")
 
 
 if __name__ == "__main__":

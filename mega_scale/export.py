@@ -12,8 +12,6 @@ from mega_scale.data import as_trained
 from mega_scale.files import check_destination
 from mega_scale.hub.export import DEFAULT_SHARD_BYTES, model_card, write_export
 from mega_scale.parallel import check_single
-from mega_scale.process import refuse
-from mega_scale.settings import local_paths
 from mega_scale.training.trained_model import open_checkpoint
 
 ALLOW_OLDER = "where the newest checkpoint of a run folder is damaged or gone, take an older one"
@@ -30,7 +28,7 @@ def byte_size(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Run the command; what is refused is said in one line, with exit code 2. The help calls the program `prog`."""
+    """Run the command, which its help calls `prog`. Raises ValueError or OSError for what is refused."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to create")
@@ -38,26 +36,19 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--max-shard-size", type=byte_size, default=DEFAULT_SHARD_BYTES, help=words)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters (default: fp32)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    words = (
-        "add the model's Python files, so that the folder loads with torch and transformers alone: "
-        "from_pretrained(folder, trust_remote_code=True)"
-    )
+    words = "add the model's Python files: torch and transformers alone then load it, by trust_remote_code=True"
     parser.add_argument("--remote-code", action="store_true", help=words)
     parser.add_argument("--allow-older", action="store_true", help=ALLOW_OLDER)
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     args = parser.parse_args(arguments)
-    try:
-        check_single("launch/export.py")
-        local_paths(args)
-        check_destination(args.out, overwrite=args.overwrite)
-        key = read_key(args.key_file)
-        config, tensors, tokenizer, folder = open_checkpoint(args.checkpoint, key, older=args.allow_older)
-        run = load_config(folder / "config.yaml")
-        tokenizer = as_trained(tokenizer, run.data.add_bos)
-        how = {"dtype": args.dtype, "with_code": args.remote_code}
-        card = model_card(args.out.resolve().name, config, read_state(folder), asdict(run), tokenizer=tokenizer, **how)
-        how |= {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
-        write_export(args.out, tensors, config, tokenizer, card, **how)
-    except (ValueError, OSError) as error:
-        refuse(error)
+    check_single("launch/export.py", args)
+    check_destination(args.out, overwrite=args.overwrite)
+    key = read_key(args.key_file)
+    config, tensors, tokenizer, folder = open_checkpoint(args.checkpoint, key, older=args.allow_older)
+    run = load_config(folder / "config.yaml")
+    tokenizer = as_trained(tokenizer, run.data.add_bos)
+    how = {"dtype": args.dtype, "with_code": args.remote_code}
+    card = model_card(args.out.resolve().name, config, read_state(folder), asdict(run), tokenizer=tokenizer, **how)
+    how |= {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
+    write_export(args.out, tensors, config, tokenizer, card, **how)
     print(f"exported {folder} to {args.out}")

@@ -36,12 +36,16 @@ _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 def refuse(message: object, *, quiet: bool = False) -> NoReturn:
     """End the program with exit code 2 and one line, `error: ...`, on standard error; `quiet` leaves the line out."""
     if not quiet:
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        _print_error(message)
     raise SystemExit(REFUSED)
 
 
+def _print_error(message: object) -> None:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a command, which output that could not be written, and Ctrl-C, end in one line and with an exit code."""
+    """Run a command; a refusal (ValueError, OSError), output that cannot be written, and Ctrl-C end it in one line."""
     output, code = keep_streams(), None
     gc.freeze()  # what imports made stays: looking through it at the end takes 0.4 s
     try:
@@ -49,10 +53,13 @@ def run_command(main: Callable[[], Any]) -> None:
         main()
     except SystemExit as end:
         code = end.code
+    except (ValueError, OSError) as error:
+        code = REFUSED
+        _print_error(error)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends what is being tidied up
         code = INTERRUPTED
-        print("error: interrupted", file=sys.stderr, flush=True)
+        _print_error("interrupted")
     output.flush()
     if not code and output.problem is not None:
         code = NOT_WRITTEN

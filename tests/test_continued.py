@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import exit_code
 
 from launch.pretrain import main as pretrain
 from mega_scale import export
@@ -39,12 +40,9 @@ OTHERS = {
 
 def run(*words, command=pretrain):
     """Exit code and all that was printed."""
-    text, code = io.StringIO(), 0
+    text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        try:
-            command([str(word) for word in words])
-        except SystemExit as end:
-            code = end.code or 0
+        code = exit_code(command, *words)
     return code, text.getvalue()
 
 

@@ -29,45 +29,35 @@ COMMANDS = {
 }
 
 
-def load(module: str) -> Any:
-    """A module of this folder.
+if not __package__:
+    # Python's path has the folder that was started, not the one that holds it: the package is loaded from its place.
+    __package__ = "benchmark"
+    spec = importlib.util.spec_from_file_location(__package__, Path(__file__).with_name("__init__.py"))
+    assert spec is not None
+    sys.modules[__package__] = importlib.util.module_from_spec(spec)
 
-    `python launch/benchmark` puts the folder on Python's path, not the folder that holds it, and so knows no package:
-    it is loaded from its place.
-    """
-    if not __package__ and "benchmark" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).with_name("__init__.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{__package__ or 'benchmark'}.{module}")
+
+def load(name: str) -> Any:
+    """A module of this folder."""
+    return importlib.import_module(f".{name}", __package__)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, of this process if not given; `run` of the result is the command's function."""
-    lines = [f"  {name:<12}{words}" for name, (_, words) in COMMANDS.items()]
-    top = argparse.ArgumentParser(
-        prog="benchmark",
-        description=(__doc__ or "").splitlines()[0],
-        epilog="\n".join(["commands:", *lines]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="what to measure")
-    top.add_argument("options", nargs=argparse.REMAINDER, help="see COMMAND --help")
-    chosen = top.parse_args(arguments)
-    name, words = COMMANDS[chosen.command]
-    module = load(name)
-    parser = argparse.ArgumentParser(
-        prog=f"benchmark {chosen.command}",
-        description=f"Measure {words}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    load("harness").add_options(parser, getattr(module, chosen.command.upper()))
-    parser.set_defaults(command=chosen.command, run=getattr(module, f"run_{chosen.command}"))
-    return parser.parse_args(chosen.options)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    top = argparse.ArgumentParser(prog="benchmark", description=(__doc__ or "").splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, (module, words) in COMMANDS.items():
+        how: Any = {"description": f"Measure {words}.", "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+        parser = commands.add_parser(command, help=words, **how)
+        if command in given[:1]:
+            load("harness").add_options(parser, getattr(load(module), command.upper()))
+            parser.set_defaults(run=getattr(load(module), f"run_{command}"))
+    return top.parse_args(given)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns 2, after one line on standard error, when something is wrong."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. Raises ValueError or OSError where something cannot be measured, or is wrong."""
     # A worker under a peer's Python, which lacks them, comes not here.
     import torch
 
@@ -75,13 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    try:
-        local_paths(args)
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    local_paths(args)
+    args.run(args)
 
 
 if __name__ == "__main__":
@@ -90,4 +75,4 @@ if __name__ == "__main__":
     else:
         from mega_scale.process import run_command
 
-        run_command(lambda: sys.exit(main()))
+        run_command(main)

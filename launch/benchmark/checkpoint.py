@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,29 +71,24 @@ def run_checkpoint(args: argparse.Namespace) -> None:
             newest[:] = [ended[-1].folder]
             return 1e3 * ended[-1].stall_s
 
-        def theirs(save: Callable[..., Any]) -> float:
-            states = engine.state().tensors
-            state = {f"{kind}/{name}": tensor for name, each in states.items() for kind, tensor in each.tensors.items()}
-            target = folder / save.__name__
+        def theirs(save: Callable[[], Any]) -> float:
             shutil.rmtree(target, ignore_errors=True)
-            futures: list[Any] = []
-            stall = harness.milliseconds(lambda: futures.append(save(state, checkpoint_id=target)))
-            if save is dcp.async_save:
-                futures[0].result()
+            results: list[Any] = []
+            stall = harness.milliseconds(lambda: results.append(save()))
+            if isinstance(results[0], Future):
+                results[0].result()
             return stall
 
-        def deepspeed() -> float:
-            target = folder / "deepspeed"
-            shutil.rmtree(target, ignore_errors=True)
-            return harness.milliseconds(lambda: zero._engine.save_checkpoint(str(target), tag="zero"))
-
+        target = folder / "theirs"
+        states = engine.state().tensors
+        state = {f"{kind}/{name}": tensor for name, each in states.items() for kind, tensor in each.tensors.items()}
         contenders: dict[str, Callable[[], float]] = {
             "ours, synchronous": partial(ours, synchronous),
             "ours, asynchronous": partial(ours, asynchronous),
             "ours, verification before a load": partial(harness.milliseconds, lambda: verify(newest[0])),
-            "DCP, dcp.save": partial(theirs, dcp.save),
-            "DCP, dcp.async_save": partial(theirs, dcp.async_save),
-            "DeepSpeed, save_checkpoint": deepspeed,
+            "DCP, dcp.save": partial(theirs, lambda: dcp.save(state, checkpoint_id=target)),
+            "DCP, dcp.async_save": partial(theirs, lambda: dcp.async_save(state, checkpoint_id=target)),
+            "DeepSpeed, save_checkpoint": partial(theirs, lambda: zero._engine.save_checkpoint(str(target), tag="it")),
         }
         stalls = harness.in_turns(contenders, args.repeats, args.warmup)
         zero.close()
@@ -107,8 +103,8 @@ def run_checkpoint(args: argparse.Namespace) -> None:
         f"neither. Forward and backward of {_TOKENS} tokens, which run while ours is copied and written: {busy:.1f} "
         f"ms, {idle:.1f} ms alone ({busy / idle:.2f})."
     )
-    figures = {"bytes": size, "compute_alone_ms": idle, "compute_beside_ms": busy}
-    harness.report(args, columns, harness.timed_rows(stalls), note, figures=figures)
+    rows = harness.timed_rows(stalls)
+    harness.report(args, columns, rows, note, bytes=size, compute_alone_ms=idle, compute_beside_ms=busy)
 
 
 def model_of_size(wanted: int) -> tuple[MegaConfig, int]:

@@ -40,7 +40,6 @@ LOADER = common(length=2048, batch=8) | {
     "packing": Option("concat", "as data.packing", get_args(Packing)),
     "packing-order": Option("in_order", "as data.packing_order", get_args(PackingOrder)),
     "workers": Option(0, "processes that read ahead", least=0),
-    "model-rate": Option(20_000.0, "tokens/s that the model to feed consumes"),
 }
 PREPARE = common(repeats=1, warmup=0) | {
     "megabytes": Option(200, "text to tokenise, MB"),
@@ -63,13 +62,12 @@ def run_loader(args: argparse.Namespace) -> None:
             place = Path(folder) / str(megabytes)
             write_sparse(place, megabytes)
             sizes = (args.length, args.batch, args.steps, args.packing, args.packing_order, args.workers)
-            with harness.worker("data", name=f"loader of {megabytes} MB", threads=args.threads) as call:
+            with harness.worker("data", name=f"loader of {megabytes} MB") as call:
                 rate, memory = call("read", str(place), *sizes)
-            row = {"megabytes": megabytes, "tokens_per_second": rate, "memory": memory, "memory_mib": memory / 2**20}
-            rows.append({**row, "rate": rate / 1e6, "times_model": rate / args.model_rate})
+            row = {"megabytes": megabytes, "tokens_per_second": rate, "memory": memory}
+            rows.append({**row, "rate": rate / 1e6, "memory_mib": memory / 2**20})
     columns = {
-        "MB of tokens": "{megabytes}", "million tokens/s": "{rate:.1f}",
-        f"times {args.model_rate:,.0f} tokens/s": "{times_model:.0f}", "memory added, MiB": "{memory_mib:.1f}",
+        "MB of tokens": "{megabytes}", "million tokens/s": "{rate:.1f}", "memory added, MiB": "{memory_mib:.1f}",
     }  # fmt: skip
     harness.report(args, columns, rows, f"uint16, documents of {_DOCUMENT} tokens, shuffled; a process for each size.")
 
@@ -139,9 +137,8 @@ def run_prepare(args: argparse.Namespace) -> None:
     for row in rows:
         row |= {"seconds": row["least"] / 1e3, "rate": size / 1e3 / row["least"]}
     note = f"{size / 1e6:.0f} MB of Python sources and documentation, one process each."
-    harness.report(
-        args, {"": "{name}", "seconds": "{seconds:.1f}", "MB/s": "{rate:.2f}"}, rows, note, figures={"bytes": size}
-    )
+    columns = {"": "{name}", "seconds": "{seconds:.1f}", "MB/s": "{rate:.2f}"}
+    harness.report(args, columns, rows, note, bytes=size)
 
 
 def run_reset(args: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ def run_decode(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         for kind in ("llama", *(["mega"] if args.peer_python else [])):
             label = "Mega, unchunked" if kind == "mega" else PEERS[kind][0]
-            how = {"name": label, "threads": args.threads, "python": args.peer_python if kind == "mega" else None}
+            how: Any = {"name": label, "python": args.peer_python if kind == "mega" else None}
             call = stack.enter_context(harness.worker("peers:peer_decoding", {"kind": kind, **arguments}, **how))
             found = call("describe")
             name = f"{label} (transformers {found['transformers']}) at {args.peer_context}"
@@ -96,4 +96,4 @@ def run_decode(args: argparse.Namespace) -> None:
         "max": "{greatest:.3f}", "times ours": "{ratio:.2f}", "largest error": "{error:.1e}",
     }  # fmt: skip
     note = f"Ours, slowest context over fastest: {growth:.3f}; its cache holds {held} bytes at each."
-    harness.report(args, columns, rows, note, figures={"cache_bytes": held, "slowest_over_fastest_context": growth})
+    harness.report(args, columns, rows, note, cache_bytes=held, slowest_over_fastest_context=growth)

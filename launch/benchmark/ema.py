@@ -94,11 +94,8 @@ def run_ema(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         file, results = f"{folder}/problem.safetensors", f"{folder}/results.safetensors"
         save_file(problem, file)
-
-        how = {"threads": args.threads, "name": "the process that measures memory", "environment": harness.GIVES_BACK}
-        memory = stack.enter_context(harness.worker("ema", **how))
         if args.peer_python:
-            how = {"threads": args.threads, "name": f"--peer-python {args.peer_python}", "python": args.peer_python}
+            how: Any = {"name": f"--peer-python {args.peer_python}", "python": args.peer_python}
             peer = stack.enter_context(harness.worker("peers:PeerEma", {"problem": file}, **how))
             theirs = peer("describe")
             versions = {f"peer's {package}": version for package, version in theirs.items()}
@@ -108,9 +105,10 @@ def run_ema(args: argparse.Namespace) -> None:
         truth = our_ema("recurrent", {name: tensor.double() for name, tensor in problem.items()}).run()
         errors = {name: harness.compare(name, each, truth, TOLERANCE["fp32"]) for name, each in found.items()}
         rows = harness.timed_rows(harness.in_turns(timed, args.repeats, args.warmup))
-        for row in rows:
-            row["error"] = errors[row["name"]]
-            row["extra_memory"] = memory("peak_memory", file, row["name"]) if row["name"] in FORMS else None
+        with harness.worker("ema", name="the process that measures memory", environment=harness.GIVES_BACK) as memory:
+            for row in rows:
+                row["error"] = errors[row["name"]]
+                row["extra_memory"] = memory("peak_memory", file, row["name"]) if row["name"] in FORMS else None
     columns = {
         "": "{name}", "median ms": "{median:.3f}", "min": "{least:.3f}", "max": "{greatest:.3f}",
         "times native": "{ratio:.2f}", "largest error": "{error:.1e}", "extra memory, in inputs": "{extra_memory:.2f}",
@@ -136,7 +134,7 @@ def run_bandwidth(args: argparse.Namespace) -> None:
         "backward ms": "{backward_ms:.3f}", "backward share": "{backward_share:.2f}", "largest error": "{error:.1e}",
     }  # fmt: skip
     note = f"{gpu}. A copy moves {ceiling / 1e12:.2f} TB/s; shares are of that, for the fewest bytes there can be."
-    harness.report(args, columns, rows, note, figures={"gpu": gpu, "copy_bytes_per_s": ceiling})
+    harness.report(args, columns, rows, note, gpu=gpu, copy_bytes_per_s=ceiling)
 
 
 def _bandwidth(impl: str, dtype: str, args: argparse.Namespace, ceiling: float) -> dict[str, Any]:

@@ -100,41 +100,33 @@ def integers(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if isinstance(value, int)}
 
 
-class WorkerError(ValueError):
-    """A worker ended without an answer, with an exit status."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 @contextlib.contextmanager
 def worker(
     target: str,
     arguments: Mapping[str, Any] = MappingProxyType({}),
     *,
     name: str,
-    threads: int,
     python: str | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
     show_errors: bool = False,
 ) -> Iterator[Callable[..., Any]]:
-    """Yields what calls, by name, a function in a process of its own, over pipes, a line of JSON each way.
+    """Yields what calls, by name, a function in a process with as many threads, over pipes, a line of JSON each way.
 
     `target` is `MODULE` of this folder, or `MODULE:NAME` of what makes, of `arguments`, an object with methods to call.
     Messages call it `name`. Without `show_errors` the last line of standard error is quoted where it fails. One that
-    cannot be started is a ValueError, and a call is a WorkerError where the process ends instead of answering.
+    cannot be started is a ValueError, as is a call where the process ends instead, from a CalledProcessError.
     """
-    command = [python or sys.executable, str(Path(__file__).parent), "worker", target]
+    threads = str(torch.get_num_threads())
+    command = [python or sys.executable, str(Path(__file__).parent), "worker", target, json.dumps(dict(arguments))]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         try:
             process = subprocess.Popen(
-                [*command, json.dumps(dict(arguments)), str(threads)],
+                [*command, threads],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if show_errors else errors,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
+                env={**os.environ, "OMP_NUM_THREADS": threads, **environment},
             )
         except OSError as error:
             raise ValueError(f"{name} cannot be started: {error.strerror}") from error
@@ -150,7 +142,8 @@ def worker(
             last_line = (errors.read().strip() or "no message").splitlines()[-1]
             if status == -signal.SIGKILL:
                 last_line = "killed, as a system does that is short of memory"
-            raise WorkerError(f"{name} ended with exit status {status}: {last_line}", status)
+            ended = subprocess.CalledProcessError(status, name)
+            raise ValueError(f"{name} ended with exit status {status}: {last_line}") from ended
 
         try:
             yield call
@@ -256,9 +249,9 @@ def report(
     rows: Iterable[Mapping[str, Any]],
     *notes: str,
     versions: Mapping[str, str] = MappingProxyType({}),
-    figures: Mapping[str, Any] = MappingProxyType({}),
+    **figures: Any,
 ) -> None:
-    """Print on what and with which options was measured, a table and notes; `--json` names a file for all figures.
+    """Print on what and with which options was measured, a table and notes; `--json` names a file for all `figures`.
 
     `columns` maps a head to a format of a row's figures; a cell is empty where they are missing or none.
     """

@@ -8,7 +8,6 @@ import contextlib
 import gc
 import itertools
 import json
-import socket
 import sys
 import time
 import weakref
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +30,7 @@ from mega_scale.process import PEER_LOST
 from mega_scale.training.config import OptimizerConfig, build_optimizer
 
 from . import harness
-from .harness import Option, WorkerError, common
+from .harness import Option, common
 from .peers import mega_arguments
 
 TOLERANCE = 1e-5
@@ -51,9 +51,8 @@ def build_engine(config: MegaConfig, how: EngineConfig, world: World, seed: int 
     """The trainer's engine of a model with values from a seed, and AdamW with its defaults, ready to train."""
     with torch.device("meta"):
         model = MegaForCausalLM(config)
-    optimizer = OptimizerConfig()
     values = seeded_values(config, seed)
-    engine = parallelize(model, values, how, world, lambda sharded: build_optimizer(sharded, optimizer))
+    engine = parallelize(model, values, how, world, lambda sharded: build_optimizer(sharded, OptimizerConfig()))
     engine.module.train()
     return engine
 
@@ -98,19 +97,15 @@ def needs(
     """
     model, how = MegaConfig.from_dict(config), EngineConfig(ParallelConfig(**parallel, device="cpu"), dtype=dtype)
     text = torch.randint(model.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(seed))
-    with World.start(how.parallel) as world:
-        engine = build_engine(model, how, world, seed)
-        try:
-            if warm_up:
-                # Without a learning rate it makes the optimizer's state and changes no weight.
-                train_step(engine, world, text[:, : how.parallel.sp * model.chunk_size + 1], 0.0, count_saved=True)
-            gc.collect()
-            world.barrier()
-            before, peak, began = harness.resident("VmRSS"), harness.watch_peak(), time.perf_counter()
-            found = train_step(engine, world, text, 1e-3, count_saved=warm_up)
-            return {**found, "before": before, "growth": peak(), "seconds": time.perf_counter() - began}
-        finally:
-            engine.close()
+    with World.start(how.parallel) as world, contextlib.closing(build_engine(model, how, world, seed)) as engine:
+        if warm_up:
+            # Without a learning rate it makes the optimizer's state and changes no weight.
+            train_step(engine, world, text[:, : how.parallel.sp * model.chunk_size + 1], 0.0, count_saved=True)
+        gc.collect()
+        world.barrier()
+        before, peak, began = harness.resident("VmRSS"), harness.watch_peak(), time.perf_counter()
+        found = train_step(engine, world, text, 1e-3, count_saved=warm_up)
+        return {**found, "before": before, "growth": peak(), "seconds": time.perf_counter() - began}
 
 
 def train_step(engine: Engine, world: World, text: Tensor, lr: float, *, count_saved: bool = False) -> dict[str, float]:
@@ -128,28 +123,25 @@ def train_step(engine: Engine, world: World, text: Tensor, lr: float, *, count_s
 def measure(args: argparse.Namespace, length: int, sp: int) -> list[dict[str, float]]:
     """What each rank needs to train one sequence: new processes, which find each other as under any launcher.
 
-    Raises the WorkerError of the one that failed: the others end as they lost it.
+    Raises the ValueError of the one that failed: the others end as they lost it.
     """
     # So wide that the gradient depends on what came before.
     sizes = harness.integers(args) | {"feed_forward": 2 * args.hidden, "normalization": "layernorm"}
     config = MegaConfig(**mega_arguments(sizes), initializer_range=0.1)
     parallel = {"engine": args.engine, "sp": sp, "activation_checkpoint": args.activation_checkpoint}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = {"WORLD_SIZE": str(sp), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"WORLD_SIZE": str(sp), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
     with contextlib.ExitStack() as stack:
         ranks = []
         for rank in range(sp):
-            how: dict[str, Any] = {"name": f"rank {rank} of --sp {sp} at --lengths {length}", "threads": args.threads}
-            how["environment"] = {**harness.GIVES_BACK, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(stack.enter_context(harness.worker("memory", **how)))
+            name = f"rank {rank} of --sp {sp} at --lengths {length}"
+            environment = {**harness.GIVES_BACK, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(stack.enter_context(harness.worker("memory", name=name, environment=environment)))
         pool = stack.enter_context(ThreadPoolExecutor(sp))
         what = (json.loads(config.to_json_string()), parallel, "fp32", length, args.seed, True)
         found = [pool.submit(call, "needs", *what) for call in ranks]
         errors = [error for each in found if (error := each.exception())]
         if errors:
-            raise min(errors, key=lambda error: isinstance(error, WorkerError) and error.status == PEER_LOST)
+            raise min(errors, key=lambda error: getattr(error.__cause__, "returncode", None) == PEER_LOST)
         return [each.result() for each in found]
 
 
@@ -173,8 +165,7 @@ def run_memory(args: argparse.Namespace) -> None:
         print(f"{length} tokens on {sp} ranks: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         # Of the rank that needs most.
         most = {what: max(rank[what] for rank in ranks) for what in ("saved", "growth")}
-        row: dict[str, Any] = {**ranks[0], **most}
-        row |= {"length": length, "sp": sp, "tokens": tokens, "ranks": ranks}
+        row: dict[str, Any] = {**ranks[0], **most, "length": length, "sp": sp, "tokens": tokens, "ranks": ranks}
         alone = row if sp == 1 else alone
         # The loss of a fresh model hardly feels what came before a chunk; its gradient does.
         truth, found = ({"loss": each["loss"], "gradient norm": each["norm"]} for each in (alone, row))
@@ -202,8 +193,7 @@ def run_long(args: argparse.Namespace) -> None:
     config = model_config(recipe.model, load_tokenizer(recipe.data.tokenizer))
     check_segments(config, args.segment, 1, 1)
     parallel = {"engine": "fsdp", "activation_checkpoint": 1, "activation_checkpoint_segment": args.segment}
-    how = {"name": "the process that takes the step", "threads": args.threads, "environment": harness.GIVES_BACK}
-    with harness.worker("memory", **how) as call:
+    with harness.worker("memory", name="the process that takes the step", environment=harness.GIVES_BACK) as call:
         row = call("needs", json.loads(config.to_json_string()), parallel, args.dtype, args.length, 0, False)
     peak = (row["before"] + row["growth"]) / 1e9
     row |= {"peak_gb": peak, "before_gb": row["before"] / 1e9, "rate": args.length / row["seconds"]}

@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,14 @@ def run_step(args: argparse.Namespace) -> None:
         parameters = MegaForCausalLM(config).num_parameters()
     flops = training_flops_per_token(config, max(args.lengths))
     rows = [row for length in args.lengths for row in _rows(args, length, flops, parameters)]
-    costs: dict[str, dict[int, list[float]]] = {}  # microseconds a token
+    rates: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
-        cost = [1e6 / row[rate] for rate in ("median", "greatest", "least")]
-        costs.setdefault(row["name"], {})[row["length"]] = cost
-    powers = {
-        name: exponent({length: length * cost[0] for length, cost in found.items()})
-        for name, found in costs.items()
-        if len(found) > 1
-    }
+        rates.setdefault(row["name"], {})[row["length"]] = row
+    times = {name: {length: length / row["median"] for length, row in own.items()} for name, own in rates.items()}
+    powers = {name: exponent(found) for name, found in times.items() if len(found) > 1}
     if args.plot:
         title = f"Training step of one sequence, {args.threads} CPU thread(s)\n{harness.hardware()}"
-        plot_costs(args.plot, costs, title)
+        plot_costs(args.plot, rates, title)
     columns = {
         "tokens": "{length:,}", "": "{name} ({parameters:,})", "tokens/s": "{median:,.0f}", "least": "{least:,.0f}",
         "greatest": "{greatest:,.0f}", "of torch.mm": "{shares[torch.mm]:.2f}", "of oneDNN": "{shares[oneDNN]:.2f}",
@@ -124,7 +120,7 @@ def run_step(args: argparse.Namespace) -> None:
         "the model's sizes in fp32 reach by them in the same turns.",
         *(f"Time of {name} grows as length to the power of {power:.2f}." for name, power in powers.items()),
     ]
-    harness.report(args, columns, rows, *notes, figures={"flops_per_token": flops, "exponents": powers})
+    harness.report(args, columns, rows, *notes, flops_per_token=flops, exponents=powers)
 
 
 def _rows(args: argparse.Namespace, length: int, flops: float, parameters: int) -> list[dict[str, Any]]:
@@ -139,7 +135,7 @@ def _rows(args: argparse.Namespace, length: int, flops: float, parameters: int) 
 
         def start(kind: str, environment: Mapping[str, str]) -> contextlib.AbstractContextManager[Callable[..., Any]]:
             target = "step:our_training" if kind.startswith("ours") else "peers:peer_training"
-            how: dict[str, Any] = {"name": kind, "threads": args.threads, "environment": environment}
+            how: dict[str, Any] = {"name": kind, "environment": environment}
             if kind == "mega":
                 how |= {"name": f"--peer-python {args.peer_python}", "python": args.peer_python}
             return harness.worker(target, {"kind": kind, **arguments}, **how)
@@ -198,17 +194,17 @@ def check_plot(file: str) -> None:
         raise ValueError(f"--plot {file}: there is no such folder")
 
 
-def plot_costs(file: str, costs: Mapping[str, Mapping[int, Sequence[float]]], title: str) -> None:
-    """Draw median, least and greatest microseconds a token, by contender and length, against the length."""
+def plot_costs(file: str, rates: Mapping[str, Mapping[int, Mapping[str, Any]]], title: str) -> None:
+    """Draw microseconds a token of median, least and greatest tokens/s, by contender and length, against the length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
-    for name, found in costs.items():
-        [line] = axes.plot(list(found), [median for median, _, _ in found.values()], marker="o", label=name)
-        least, greatest = ([cost[i] for cost in found.values()] for i in (1, 2))
-        axes.vlines(list(found), least, greatest, color=line.get_color())
-    every = sorted({length for found in costs.values() for length in found})
+    for name, found in rates.items():
+        cost = {which: [1e6 / row[which] for row in found.values()] for which in ("median", "least", "greatest")}
+        [line] = axes.plot(list(found), cost["median"], marker="o", label=name)
+        axes.vlines(list(found), cost["greatest"], cost["least"], color=line.get_color())
+    every = sorted({length for found in rates.values() for length in found})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(every, labels=[f"{length:,}" for length in every])
@@ -298,8 +294,7 @@ def run_mfu(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for kind, layout in itertools.product(("ours", *args.peers), layouts):
         row: dict[str, Any] = {"kind": kind, **dict(zip(("length", "recompute", "segment"), layout, strict=True))}
-        how = {"name": f"{kind} at {row['length']} tokens", "threads": args.threads, "show_errors": True}
-        with harness.worker("step", **how) as call:
+        with harness.worker("step", name=f"{kind} at {row['length']} tokens", show_errors=True) as call:
             row |= {"step": "out of memory", **call("train_on_gpu", {**options, **row})}
         if "median_ms" in row:
             row |= {"step": f"{row['median_ms']:,.1f}", "rate": 1e3 * row["batch"] * row["length"] / row["median_ms"]}
@@ -315,7 +310,7 @@ def run_mfu(args: argparse.Namespace) -> None:
     }  # fmt: skip
     sheet = f", the data sheet says {peak / 1e12:.0f}" if peak else ""
     note = f"{gpu}. Matrix products of {_MATRIX} reach {ceiling / 1e12:.0f} TFLOP/s{sheet}."
-    harness.report(args, columns, rows, note, figures={"gpu": gpu, "ceiling": ceiling, "peak": peak})
+    harness.report(args, columns, rows, note, gpu=gpu, ceiling=ceiling, peak=peak)
 
 
 def matmul_flops() -> float:

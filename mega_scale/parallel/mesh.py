@@ -4,6 +4,7 @@ deepspeed, torchrun and accelerate set RANK and its like, which win wherever the
 MPI, MVAPICH2, MPICH and Intel MPI number the processes that they start in variables of their own.
 """
 
+import argparse
 import os
 import re
 import zlib
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from math import gcd, prod
 from typing import Any, NamedTuple, Self
 
-from mega_scale.settings import require
+from mega_scale.settings import local_paths, require
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PORT_OPTIONS = "deepspeed --master_port, torchrun --master-port, accelerate launch --main_process_port, MASTER_PORT"
@@ -88,14 +89,15 @@ def meeting_point(place: Placement) -> tuple[str, int]:
     return str(host), _number("MASTER_PORT", 1, 65_535, f"choose a free port ({PORT_OPTIONS})")
 
 
-def check_single(command: str) -> None:
-    """Refuse (ValueError) to run a script of one process, `command`, once a rank, all in one folder."""
+def check_single(command: str, args: argparse.Namespace) -> None:
+    """Begin a script of one process, `command`: refuse (ValueError) to run it once a rank; see `local_paths`."""
     place = _place()
     if place is not None and place.size > 1:
         raise ValueError(
             f"{command} is one process, and this is rank {place.rank} of {place.size}: start it with plain python, or "
             "with srun --ntasks=1"
         )
+    local_paths(args)
 
 
 def _place() -> Placement | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import exit_code
 
 from launch import checkpoint as command
 from launch.pretrain import main as pretrain
@@ -47,9 +48,7 @@ def run_dir(trained, tmp_path):
 
 
 def run(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        command.main([str(argument) for argument in arguments])
-    return ended.value.code
+    return exit_code(command.main, *arguments)
 
 
 def damage(folder: Path) -> None:
@@ -113,10 +112,9 @@ def test_signed_checkpoints_need_their_secret(trained, tmp_path, capsys):
     assert run("verify", tmp_path / "open") == 0
     assert run("convert", tmp_path / "open", tmp_path / "again", "--new-key-file", key) == 0
     assert run("verify", tmp_path / "again", "--key-file", key) == 0
-    with pytest.raises(SystemExit) as ended:
-        command.main(["export", str(trained / "signed"), str(tmp_path / "export")])
-    assert ended.value.code == 2 and "checkpoint.key_file" in capsys.readouterr().err
-    command.main(["export", str(trained / "signed"), str(tmp_path / "export"), "--key-file", str(key)])
+    assert run("export", trained / "signed", tmp_path / "export") == 2
+    assert "checkpoint.key_file" in capsys.readouterr().err
+    assert run("export", trained / "signed", tmp_path / "export", "--key-file", key) == 0
     assert (tmp_path / "export" / "model.safetensors").is_file()
 
 

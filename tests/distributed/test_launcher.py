@@ -1,6 +1,7 @@
 """What launchers and job schedulers say of a process, and options of training that accelerate launch was told."""
 
 import os
+from argparse import Namespace
 
 import pytest
 
@@ -83,13 +84,13 @@ def test_a_process_learns_its_place_from_what_started_it(told, variables, place)
 def test_a_process_that_nothing_numbered_is_alone(told, variables):
     told(variables)
     assert placement() == ALONE
-    check_single("launch/export.py")
+    check_single("launch/export.py", Namespace())
 
 
 def test_the_shell_of_a_step_of_one_task_is_alone(told):
     told(SRUN, SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_NODEID=0, SLURM_STEP_TASKS_PER_NODE="1")
     assert placement()[:2] == (0, 1)
-    check_single("launch/export.py")
+    check_single("launch/export.py", Namespace())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_the_first_of_a_list_of_hosts_is_found():
 def test_a_command_of_one_process_is_not_run_once_a_rank(told, variables):
     told(variables)
     with pytest.raises(ValueError, match="is one process, and this is rank"):
-        check_single("launch/export.py")
+        check_single("launch/export.py", Namespace())
 
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from commands import exit_code
 
 from mega_scale import export
 from mega_scale.checkpoint import state
@@ -112,9 +113,7 @@ def test_refusals_are_one_line(tmp_path, run_folder, capsys):
         (run_folder, taken): "taken exists and is not empty",
     }
     for arguments, message in refusals.items():
-        with pytest.raises(SystemExit) as caught:
-            export.main([str(argument) for argument in arguments])
-        assert caught.value.code == 2
+        assert exit_code(export.main, *arguments) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert message in lines[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import exit_code
 from fairseq_equations import Model, Options, random_state
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -230,9 +231,7 @@ def test_the_command_writes_an_encoder_and_says_what_it_refuses(tmp_path, launch
         (str(tmp_path / "lm.pt"), str(tmp_path / "lm")): "give --dictionary",
         (str(checkpoint), str(tmp_path / "new"), "--layout", "lm"): "the checkpoint does not say",
     }.items():
-        with pytest.raises(SystemExit) as caught:
-            launched.main(list(arguments))
-        assert caught.value.code == 2
+        assert exit_code(launched.main, *arguments) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert message in lines[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import damage
 import pytest
+from commands import exit_code
 from safetensors.torch import load_file
 
 from launch import checkpoint, evaluate, generate
@@ -30,12 +31,9 @@ TINY = [
 
 def run(command, *arguments):
     """Exit code, standard output, and standard error."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            command.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code or 0
+        code = exit_code(command.main, *arguments)
     return code, out.getvalue(), err.getvalue()
 
 

@@ -17,26 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mega_scale.checkpoint.folder import (
-    CheckpointConfig,
-    check_run_folder,
-    create_run_folder,
-    find_checkpoint,
-    read_key,
-    resume_path,
-)
+from mega_scale.checkpoint import folder as store
 from mega_scale.data.config import DataConfig
 from mega_scale.files import local_path
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
+from mega_scale.parallel import mesh
 from mega_scale.parallel.config import EngineConfig, ParallelConfig, check_accelerate
-from mega_scale.parallel.mesh import (
-    check_segments,
-    check_sequence_parallel,
-    check_tensor_parallel,
-    divisors,
-    multiples,
-    nearest,
-)
 from mega_scale.process import refuse
 from mega_scale.settings import format_help, read_yaml, require, resolve, split_arguments, to_yaml
 from mega_scale.training.config import BadStepsConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -94,7 +80,7 @@ def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | No
     """
     values = {name: value for name, value in dataclasses.asdict(section).items() if value is not None}
     if tokenizer is not None:
-        from mega_scale.data import separator_id, vocabulary_size
+        from mega_scale.data.tokenizer import separator_id, vocabulary_size
 
         size = vocabulary_size(tokenizer)
         remedy = f"it is less than the {size} ids of the tokenizer, leave it null, or set it to at least that"
@@ -155,7 +141,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: store.CheckpointConfig = field(default_factory=store.CheckpointConfig)
     bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
 
     def __post_init__(self) -> None:
@@ -206,11 +192,11 @@ class RunConfig:
             # In a schedule, every rank has whole chunks, so that nothing is padded.
             for short in data.lengths.lengths if data.lengths else ():
                 units = f"parallel.sp={sp} x model.chunk_size={chunk} = {whole}"
-                remedy = f"{short} is not a multiple of {units}, use {multiples(whole, short)}"
+                remedy = f"{short} is not a multiple of {units}, use {mesh.multiples(whole, short)}"
                 require(short % whole == 0, "data.length_schedule", data.length_schedule, remedy)
             remedy = (
                 f"it does not divide data.sequence_length={length}, use a sequence_length of "
-                f"{multiples(chunk, length)}, or a chunk_size of {nearest(divisors(length), chunk)}"
+                f"{mesh.multiples(chunk, length)}, or a chunk_size of {mesh.nearest(mesh.divisors(length), chunk)}"
             )
             padded = sp > 1
             require(length % chunk == 0 or padded, "model.chunk_size", chunk, remedy)
@@ -224,16 +210,16 @@ class RunConfig:
              f"at least {reach}, or take the rotary"),
         ):  # fmt: skip
             require(*rule)
-        check_tensor_parallel(model, tp)
-        check_segments(model, self.parallel.activation_checkpoint_segment, self.parallel.activation_checkpoint, sp)
-        check_sequence_parallel(model, length, sp)
+        mesh.check_tensor_parallel(model, tp)
+        mesh.check_segments(model, self.parallel.activation_checkpoint_segment, self.parallel.activation_checkpoint, sp)
+        mesh.check_sequence_parallel(model, length, sp)
 
     def _check_training(self, dp: int) -> None:
         train, truncation, batch = self.train, self.model.truncation, self.train.global_batch_size
         on_cpu, micro = self.parallel.device == "cpu" or not torch.cuda.is_available(), train.micro_batch_size
-        sizes = f"global_batch_size of {multiples(dp * micro, batch)}"
+        sizes = f"global_batch_size of {mesh.multiples(dp * micro, batch)}"
         if batch % dp == 0:
-            sizes += f", or a micro_batch_size of {nearest(divisors(batch // dp), micro, count=3)}"
+            sizes += f", or a micro_batch_size of {mesh.nearest(mesh.divisors(batch // dp), micro, count=3)}"
         for rule in (
             (not (train.compile and on_cpu) or any(map(shutil.which, _COMPILERS)), "train.compile", True,
              f"a CPU needs a C++ compiler ({', '.join(_COMPILERS)}) in the PATH, install one, or set it to false"),
@@ -251,21 +237,21 @@ class RunConfig:
 
     def _check_folders(self) -> None:
         run_dir = Path(self.run_dir)
-        create_run_folder(run_dir)
-        key = read_key(self.checkpoint.key_file)
+        store.create_run_folder(run_dir)
+        key = store.read_key(self.checkpoint.key_file)
         if self.resume is not None and self.resume != "auto":
             try:
-                find_checkpoint(run_dir if self.resume == "latest" else Path(self.resume), key)
+                store.find_checkpoint(run_dir if self.resume == "latest" else Path(self.resume), key)
             except (ValueError, OSError) as error:
                 raise ValueError(f"resume={self.resume!r}: {error}") from None
-        starts = resume_path(run_dir, self.resume) is None
+        starts = store.resume_path(run_dir, self.resume) is None
         described = self.init_from is None or os.path.isfile(f"{self.init_from}/config.json")
         remedy = (
             "it has no config.json, give the folder of a Hugging Face model or an export (a run is exported by python "
             "launch/export.py RUN FOLDER)"
         )
         require(described or not starts, "init_from", self.init_from, remedy)
-        check_run_folder(run_dir, self.resume, self.overwrite)
+        store.check_run_folder(run_dir, self.resume, self.overwrite)
 
 
 # What a run takes from the folder that it goes on from or starts from
@@ -349,9 +335,9 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
     `given`, which its user gave, is refused where it contradicts the folder.
     """
     try:
-        path = resume_path(Path(config.run_dir), config.resume)
-        key = read_key(config.checkpoint.key_file)
-        described = described_by(config, None if path is None else find_checkpoint(path, key)[0])
+        path = store.resume_path(Path(config.run_dir), config.resume)
+        key = store.read_key(config.checkpoint.key_file)
+        described = described_by(config, None if path is None else store.find_checkpoint(path, key)[0])
     except (ValueError, OSError):
         return config
     if described is None:

@@ -17,19 +17,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mega_scale.files import (
-    STALE_S,
-    FileLock,
-    Record,
-    discard,
-    forget,
-    hash_file,
-    local_path,
-    new_hash,
-    read_regular,
-    reason,
-    replace_text,
-)
+from mega_scale import files
+from mega_scale.files import FileLock, Record, discard, read_regular, replace_text
 from mega_scale.settings import require, require_ranges
 
 if TYPE_CHECKING:
@@ -77,7 +66,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.key_file is not None:
-            self.key_file = local_path(self.key_file, "checkpoint.key_file")
+            self.key_file = files.local_path(self.key_file, "checkpoint.key_file")
 
     def validate(self) -> None:
         """Refuse values outside their range. Raises ValueError."""
@@ -103,7 +92,6 @@ class Manifest(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
         return sum(record.size for record in self.files.values())
 
 
@@ -121,7 +109,6 @@ def read_key(path: str | None) -> bytes | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest, key: bytes | None) -> None:
-    """Write or replace `manifest.json` as `replace_text` does. Raises OSError."""
     replace_text(folder / MANIFEST, _manifest_text(manifest, key))
 
 
@@ -136,13 +123,13 @@ def read_manifest(folder: Path, key: bytes | None) -> Manifest:
         if algorithm != (_PLAIN if key is None else _SIGNED):
             needed = "it is signed: set checkpoint.key_file" if key is None else "it is not signed with a secret"
             raise CheckpointError(f"{MANIFEST} has hashes of kind {algorithm!r}: {needed}")
-        files = {path: Record(size, found) for path, (size, found) in content["files"].items()}
-        manifest = Manifest(content["step"], content["serial"], files)
+        listed = {path: Record(size, found) for path, (size, found) in content["files"].items()}
+        manifest = Manifest(content["step"], content["serial"], listed)
         # To the byte: what JSON reads alike, as a key given twice, was not written by us either.
         if not hmac.compare_digest(_manifest_text(manifest, key).encode(), text):
             changed = "it was changed after it was written" + ("" if key is None else ", or signed with another secret")
             raise CheckpointError(f"{MANIFEST} does not have its own hash: {changed}")
-        for number in (manifest.step, manifest.serial, *(record.size for record in files.values())):
+        for number in (manifest.step, manifest.serial, *(record.size for record in listed.values())):
             if type(number) is not int or number < 0:
                 raise CheckpointError(f"{MANIFEST} has {str(number)[:40]} where a count belongs")
     except CheckpointError:
@@ -150,7 +137,7 @@ def read_manifest(folder: Path, key: bytes | None) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read ({reason(error)})") from None
+        raise CheckpointError(f"{MANIFEST} cannot be read ({files.reason(error)})") from None
     if folder.name.startswith("step-") and folder.name != f"step-{manifest.step:08d}":
         raise CheckpointError(f"{MANIFEST} is of step {manifest.step}, not of this folder")
     return manifest
@@ -164,7 +151,7 @@ def _manifest_text(manifest: Manifest, key: bytes | None) -> str:
         "hash": _PLAIN if key is None else _SIGNED,
         "files": dict(sorted(manifest.files.items())),
     }
-    found = new_hash(key)
+    found = files.new_hash(key)
     found.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
     return json.dumps({**content, "digest": found.hexdigest()}, indent=1) + "\n"
 
@@ -199,7 +186,7 @@ def verify(folder: Path, key: bytes | None = None, share: slice = slice(None)) -
         large = [name for name in manifest.files if name.startswith(_LARGE)]
         large.sort(key=lambda name: (-manifest.files[name].size, name))
         for name in [*(name for name in manifest.files if not name.startswith(_LARGE)), *large[share]]:
-            if hash_file(folder / name, key) != manifest.files[name]:
+            if files.hash_file(folder / name, key) != manifest.files[name]:
                 raise CheckpointError(f"{name} does not hold what was written (its hash differs)")
         return manifest
     except CheckpointError as error:
@@ -281,17 +268,14 @@ def summary(folder: Path, key: bytes | None = None) -> dict[str, Any]:
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def state_file(rank: int) -> str:
-    """Name of the file that a rank writes into `state`."""
     return f"part-{rank:05d}.safetensors"
 
 
 def random_file(rank: int) -> str:
-    """Path of a rank's random state in a checkpoint."""
     return f"{RANDOM}/rank-{rank:05d}.safetensors"
 
 
@@ -415,7 +399,7 @@ def delete(folder: Path) -> None:
 def sweep(run_dir: Path, ending: str = _DELETED) -> None:
     """Delete what a deletion (or, by another `ending` of its name, a save) that was killed or failed has left."""
     for path in run_dir.glob(f"checkpoints/step-*{ending}"):
-        forget(path)
+        files.forget(path)
 
 
 def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
@@ -477,20 +461,17 @@ def create_run_folder(run_dir: Path) -> None:
 def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None:
     """Refuse a run in a folder that holds one, which it neither goes on with nor may replace (`overwrite`)."""
     own = resume in ("latest", "auto") or (resume is not None and _lies_in(Path(resume), run_dir))
+    overwritten, problem = _is_overwritten(run_dir), ""
     if overwrite and own:
-        raise ValueError(
-            f"overwrite=True with resume={resume!r}: that would delete what it goes on from; give one of the two"
-        )
-    if resume == "latest" and _is_overwritten(run_dir):
-        raise ValueError(
-            f"resume='latest': a run with --overwrite was stopped before it began in {run_dir}: start that run with "
-            f"--resume auto, or delete {run_dir / _OVERWRITING} to keep the run before it"
-        )
-    if not overwrite and not own and (_is_overwritten(run_dir) or _holds_run(run_dir)):
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} holds a run already: go on with it (--resume), replace it (--overwrite), or "
-            "choose another run_dir"
-        )
+        problem = f"overwrite=True with resume={resume!r}: that would delete what it goes on from; give one of the two"
+    elif resume == "latest" and overwritten:
+        stopped = f"a run with --overwrite was stopped before it began in {run_dir}: start that run with --resume auto"
+        problem = f"resume='latest': {stopped}, or delete {run_dir / _OVERWRITING} to keep the run before it"
+    elif not overwrite and not own and (overwritten or _holds_run(run_dir)):
+        remedy = "go on with it (--resume), replace it (--overwrite), or choose another run_dir"
+        problem = f"run_dir={str(run_dir)!r} holds a run already: {remedy}"
+    if problem:
+        raise ValueError(problem)
 
 
 class RunFolder:
@@ -518,7 +499,7 @@ class RunFolder:
                 if not (taken or problem or attempts):
                     log(
                         f"{self._run_dir} is held by another job ({self.lock.owner}): waiting for up to "
-                        f"{STALE_S:.0f} s to see whether it lives"
+                        f"{files.STALE_S:.0f} s to see whether it lives"
                     )
             # The others take part in every attempt, so that none of them waits for longer than it may.
             taken, problem = world.broadcast([taken, problem])
@@ -565,7 +546,6 @@ class RunFolder:
 
 
 def _is_overwritten(run_dir: Path) -> bool:
-    """Whether a run was to replace the one that lies there, and did not come to begin."""
     return (run_dir / _OVERWRITING).exists()
 
 

@@ -157,16 +157,6 @@ class StateReader:
             [self._range(name, kind, shard, 0, shard.numel).view(shard.sizes) for shard in shards]
         )
 
-    def weights(self) -> LazyTensors:
-        """See `open_weights`."""
-        stored = by_source(self.shardings) | {name: [name] for name in self.buffers}
-        stored |= {name: stored[owner] for name, owner in self.ties.items()}
-
-        def read(name: str) -> Tensor:
-            return self.whole(name) if name in self.shardings else self.buffer(name)
-
-        return LazyTensors({name: functools.partial(assemble, parts, read) for name, parts in stored.items()})
-
     def buffer(self, name: str) -> Tensor:
         """A buffer, on the CPU; raises ValueError where there is none of that name."""
         return self._tensor(0, f"{saver.BUFFER}/{name}")
@@ -202,7 +192,6 @@ class StateReader:
         return found
 
     def _tensor(self, file: int, name: str) -> Tensor:
-        """A stored tensor, mapped into memory."""
         if (found := self._file(file).get(name)) is None:
             raise self._lacks(file, name, "it has none of that name")
         return found
@@ -225,7 +214,14 @@ def open_weights(folder: Path) -> LazyTensors:
     Returns full CPU tensors by state-dict name, tied names and persistent buffers included. Raises ValueError where
     files are missing.
     """
-    return StateReader(folder).weights()
+    reader = StateReader(folder)
+    stored = by_source(reader.shardings) | {name: [name] for name in reader.buffers}
+    stored |= {name: stored[owner] for name, owner in reader.ties.items()}
+
+    def read(name: str) -> Tensor:
+        return reader.whole(name) if name in reader.shardings else reader.buffer(name)
+
+    return LazyTensors({name: functools.partial(assemble, parts, read) for name, parts in stored.items()})
 
 
 # Checkpoints rewritten in another number of files, or with another signature; memory for one parameter

@@ -10,7 +10,7 @@ import state_folder
 import tiny_run
 import torch
 
-from mega_scale.checkpoint.state import StateReader
+from mega_scale.checkpoint.state import StateReader, open_weights
 from mega_scale.parallel import Engine, ParallelConfig, World
 from mega_scale.parallel.mesh import MeshShape
 
@@ -275,7 +275,7 @@ def matrix(source: Path, folder: Path, size: int) -> dict[tuple[str, str], list[
                 for other in LAYOUTS:
                     _spoil(engine)
                     state_folder.load(engine, folder / other, world)
-                    found[other, name] = _different(engine, StateReader(source), world)
+                    found[other, name] = _different(engine, source, world)
                 engine.close()
     return found
 
@@ -290,15 +290,15 @@ def _spoil(engine: Engine) -> None:
             step.fill_(-1)
 
 
-def _different(engine: Engine, source: StateReader, world: World) -> list[str]:
+def _different(engine: Engine, source: Path, world: World) -> list[str]:
     """Parameters and moments of which this rank does not hold what the source holds, and weights that are not whole."""
-    state, found = engine.state(), []
+    reader, state, found = StateReader(source), engine.state(), []
     for name, local in state.tensors.items():
         for kind, tensor in local.tensors.items():
-            expected = source.read(name, kind, local.shard, local.start, local.start + len(tensor))
+            expected = reader.read(name, kind, local.shard, local.start, local.start + len(tensor))
             if not torch.equal(tensor.cpu(), expected):
                 found.append(f"{kind}/{name}")
-    found += ["steps"] * any(int(step) != source.optimizer_steps for step in state.steps)
-    weights = source.weights()
+    found += ["steps"] * any(int(step) != reader.optimizer_steps for step in state.steps)
+    weights = open_weights(source)
     computed_with = layout_study.whole_weights(engine, world)
     return found + [f"model {name}" for name, tensor in computed_with.items() if not torch.equal(tensor, weights[name])]

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from mega_scale.checkpoint.folder import read_key
-from mega_scale.data import DataConfig, adds_bos, load_whole, validation_batches
+from mega_scale.data import DataConfig, load_whole, validation_batches
+from mega_scale.data.tokenizer import adds_bos
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.process import refuse, run_command
 from mega_scale.settings import local_paths, require

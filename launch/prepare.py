@@ -85,7 +85,7 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> None:
         missing, sizes = set(preparation.missing()), preparation.sizes
         done = sum(size for i, size in enumerate(sizes) if i not in missing)
         with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None) as bar:
-            for number in run(preparation, args.processes, config.max_bad_share):
+            for number in run(preparation, args.processes):
                 bar.update(sizes[number])
         manifest = preparation.finish()
     rows = manifest.tally

@@ -51,7 +51,6 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON with `replace_text`."""
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -248,7 +247,6 @@ class FileLock:
 
     @property
     def owner(self) -> str:
-        """Who holds it, in words."""
         return _in_words(_read(self._path))
 
     def release(self) -> None:

@@ -55,8 +55,8 @@ def test_home_folders_are_meant_in_every_key(user, capsys):
     found = (config.run_dir, config.resume, config.init_from, config.data.cache_dir, config.data.tokenizer)
     assert {*found, config.data.hub_name, config.checkpoint.key_file} == {f"{home}/x"}
     assert config.data.path == config.data.validation_path == [f"{home}/*.txt", "b"]
-    [entry] = mixture_entries(DataConfig(mixture={"web": {"source": "text", "path": f"{user}/a"}})).values()
-    assert entry.config.path == [f"{home}/a"]
+    [(source, *_)] = mixture_entries(DataConfig(mixture={"web": {"source": "text", "path": f"{user}/a"}})).values()
+    assert source.path == [f"{home}/a"]
     assert "no such user" in refusal(capsys, lambda: parse(["run_dir=~nobody-of-this-name/x"]))
 
 

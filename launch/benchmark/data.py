@@ -124,7 +124,7 @@ def run_prepare(args: argparse.Namespace) -> None:
         def ours() -> None:
             shutil.rmtree(folder / "prepared", ignore_errors=True)
             preparation = Preparation(folder / "prepared", config, tokenizer, shard_bytes=args.shard_mb * 10**6)
-            for _ in prepare(preparation, 1, config.max_bad_share):
+            for _ in prepare(preparation, 1):
                 pass
             preparation.finish()
 

@@ -84,8 +84,6 @@ class CheckpointError(ValueError):
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint consists of."""
-
     step: int  # optimizer steps done
     serial: int  # among all checkpoints of its run: the newest is known after going on from an older one
     files: dict[str, Record]  # by path relative to the folder, with slashes
@@ -213,7 +211,6 @@ def _verify_together(folder: Path, key: bytes | None, world: "World") -> Manifes
 
 
 def _check_list(folder: Path, manifest: Manifest) -> None:
-    """Verify names and sizes, without reading the files."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     for name in _around(manifest) & found.keys():
         # A link to a folder is none of the checkpoint's own, and its files are not looked through.

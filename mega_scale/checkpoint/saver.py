@@ -1,10 +1,4 @@
-"""Writing checkpoints: beside, flushed, read back, renamed; in the background if wanted.
-
-A thread copies what a rank has to write into host memory, and then writes the copy, while training goes on. The copy
-has to be complete before the optimizer changes the state: forward and backward passes only read it. Between two steps
-the ranks ask each other whether all threads are done; then rank 0 writes index and manifest, renames the folder,
-moves `latest`, and deletes what is not to be kept. Until then the folder has another name, and is no checkpoint.
-"""
+"""Writing checkpoints: beside, flushed, read back, renamed; in the background if wanted. README.md has the steps."""
 
 import contextlib
 import json
@@ -53,8 +47,6 @@ _DTYPES = {
 
 
 class Saved(NamedTuple):
-    """How a save ended."""
-
     step: int  # of the checkpoint
     folder: Path | None  # where it lies; None if it could not be written
     problem: str  # why not, or what went wrong beside it
@@ -378,7 +370,6 @@ def write_tensors(
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor, uint8 (bytes,), a view."""
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 

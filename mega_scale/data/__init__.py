@@ -12,17 +12,7 @@ if TYPE_CHECKING:
     from mega_scale.data.loader import Loader, load_datasets, load_whole, validation_batches
     from mega_scale.data.packing import Mixture, PackedDataset, StreamedDataset
     from mega_scale.data.sources import Corpus, Documents, load_corpus
-    from mega_scale.data.tokenizer import (
-        adds_bos,
-        as_trained,
-        end_ids,
-        load_tokenizer,
-        prompt_ids,
-        separator_id,
-        text_size,
-        unlike_training,
-        vocabulary_size,
-    )
+    from mega_scale.data.tokenizer import as_trained, load_tokenizer, vocabulary_size
 
 
 def __getattr__(name: str) -> Any:
@@ -35,6 +25,6 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Corpus", "DataConfig", "Documents", "LengthSchedule", "Loader", "Mixture", "PackedDataset", "StreamedDataset",
-    "adds_bos", "as_trained", "end_ids", "load_corpus", "load_datasets", "load_tokenizer", "load_whole", "prompt_ids",
-    "separator_id", "text_size", "unlike_training", "validation_batches", "vocabulary_size",
+    "as_trained", "load_corpus", "load_datasets", "load_tokenizer", "load_whole", "validation_batches",
+    "vocabulary_size",
 ]  # fmt: skip

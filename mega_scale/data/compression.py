@@ -1,7 +1,4 @@
-"""Bytes of files, compressed or not: everything before a damage, and then what the damage costs.
-
-What a file is compressed with is told by its first bytes, whatever its name says.
-"""
+"""Bytes of files, compressed or not: everything before a damage, and then what the damage costs."""
 
 import bz2
 import io
@@ -14,6 +11,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from mega_scale.data.config import Damage
+from mega_scale.files import reason
 
 _MAGIC = {
     b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x04\x22\x4d\x18": "lz4", b"\x28\xb5\x2f\xfd": "zst",
@@ -48,11 +46,6 @@ class DamageError(Exception):
     ) -> None:
         super().__init__(detail)
         self.cause, self.lost, self.complete = cause, lost, complete
-
-
-def describe(error: BaseException) -> str:
-    """The kind of an error and its words."""
-    return f"{type(error).__name__}: {error}"
 
 
 def file_kind(head: bytes) -> str | None:
@@ -105,7 +98,7 @@ class _Source(io.FileIO):
         try:
             super().__init__(file)
         except OSError as error:
-            raise DamageError("unreadable", describe(error), size or 0) from None
+            raise DamageError("unreadable", reason(error), size or 0) from None
         self.size = os.fstat(self.fileno()).st_size if size is None else size
 
     def readinto(self, buffer: Any) -> int:
@@ -115,7 +108,7 @@ class _Source(io.FileIO):
         try:
             got = super().readinto(memoryview(buffer)[:wanted]) or 0
         except OSError as error:
-            raise DamageError("unreadable", describe(error), self.size - place) from None
+            raise DamageError("unreadable", reason(error), self.size - place) from None
         if wanted and not got:
             detail = f"the file became shorter while it was read: {place} bytes of {self.size}"
             raise DamageError("truncated_file", detail, self.size - place)
@@ -180,7 +173,7 @@ def _decompress(source: _Source, kind: str) -> Iterator[bytes]:
             if given < 0:
                 last += chunk
     except _BROKEN as error:
-        words, detail, lost = str(error).lower(), describe(error), source.size - place
+        words, detail, lost = str(error).lower(), reason(error), source.size - place
         if "memory" in words:
             detail += "; compress it with a smaller window, as zstd does without --long"
         if "check" in words or kind in ("bz2", "xz"):  # which do not say what is wrong: it may lie anywhere before

@@ -39,10 +39,9 @@ class DataConfig:
     """Where the text comes from, how it becomes tokens, and in which order they are read."""
 
     source: Source = "python-stdlib"
-    """Kind of corpus: python-stdlib (the text of Python's own library), text (UTF-8, one document a file, line ends
-    read as \\n), json (one object a line, or a list), parquet, arrow, hub (a data set by name), or prepared (a folder
-    that launch/prepare.py wrote). Text and json may be compressed (gz, zst, bz2, xz, lz4, by content); a byte order
-    mark of UTF-8 is left out."""
+    """Kind of corpus: python-stdlib (the text of Python's own library), text (UTF-8, one document a file), json (one
+    object a line, or a list), parquet, arrow, hub (a data set by name), or prepared (a folder that launch/prepare.py
+    wrote). Text and json may be compressed (gz, zst, bz2, xz, lz4, by content)."""
 
     path: list[str] | None = None
     """Files or globs to read in this order (paths), for sources that are files; the folder of source prepared."""
@@ -67,9 +66,8 @@ class DataConfig:
     """Longest document (UTF-8 bytes); a longer one is a bad row."""
 
     max_bad_share: float = 0.01
-    """Largest share of bad rows (0 to 1): not UTF-8, no such column, not text, empty, too long, broken JSON, in a
-    truncated, corrupt or unreadable file; and of the files' bytes that could not be read, where a file that was cut
-    counts as a whole. They are skipped and counted; more of either end the run."""
+    """Largest share of rows that cannot be used (0 to 1), and of the files' bytes that cannot be read, where a file
+    that was cut counts as a whole. They are skipped and counted by cause; more of either end the run."""
 
     validation_path: list[str] | None = None
     """Files or globs to validate on (paths), for sources that are files; null holds out a share of the text."""
@@ -78,9 +76,8 @@ class DataConfig:
     """Name of the data set's split to validate on, for source hub; null holds out a share of the text."""
 
     validation_fraction: float = 0.05
-    """Share of the documents held out for validation (0 to below 1), chosen by a hash of their text so that a repeated
-    text stays on one side; unused with validation_path or validation_split; 0 holds out nothing. Prepared data was
-    split when it was prepared; there, 0 leaves its validation part unread."""
+    """Share of the documents held out for validation (0 to below 1), chosen by a hash of their text; unused with
+    validation_path or validation_split; 0 holds out nothing, or leaves the validation part of prepared data unread."""
 
     validation_documents: int | None = None
     """Size of the validation part at most (documents); null takes all; a stream must be told where to stop."""
@@ -151,20 +148,18 @@ class DataConfig:
 
     @property
     def files(self) -> list[str]:
-        """All files to train and to validate on."""
         paths = [*(self.path or []), *(self.validation_path or [])] if self.source in FILE_SOURCES else []
         return expand_paths(paths, "path")
 
     @property
     def separate_validation(self) -> bool:
-        """Whether validation text is named on its own."""
         return bool(self.validation_path or self.validation_split)
 
     @property
     def validates(self) -> bool:
         """Whether any text is held out for validation."""
-        sources = [entry.config for entry in mixture_entries(self).values()]
-        return any(source.separate_validation or source.validation_fraction for source in sources)
+        sources = mixture_entries(self).values()
+        return any(source.separate_validation or source.validation_fraction for source, *_ in sources)
 
     def validate(self) -> None:
         """Check every key without reading any text. Raises ValueError for the first that cannot work."""
@@ -306,24 +301,14 @@ def find_on_hub(name: str, kind: Literal["model", "dataset"]) -> Literal["there"
     return "there"
 
 
-class MixtureEntry(NamedTuple):
-    """One source: the keys under `data:` as they hold for it, and its share.
-
-    That is of the rows, or `by_epochs`, how often it is read while a source of `epochs: 1` is read once.
-    """
-
-    config: DataConfig
-    share: Fraction
-    by_epochs: bool
-
-
-def mixture_entries(config: DataConfig) -> dict[str, MixtureEntry]:
+def mixture_entries(config: DataConfig) -> dict[str, tuple[DataConfig, Fraction, bool]]:
     """Read `data.mixture`: its sources by name, in the order given; ValueError for what it cannot have.
 
-    Without a mixture, the one source has the name "".
+    Each has the keys under `data:` as they hold for it, its share, and whether that is in epochs (how often it is read
+    while a source of `epochs: 1` is read once) rather than of the rows. Without a mixture, one source has the name "".
     """
     if config.mixture is None:
-        return {"": MixtureEntry(config, Fraction(1), by_epochs=False)}
+        return {"": (config, Fraction(1), False)}
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in SOURCE_KEYS and field.name not in _SHARED_DEFAULTS and value != field.default:
@@ -347,8 +332,8 @@ def mixture_entries(config: DataConfig) -> dict[str, MixtureEntry]:
             source = replace(config, mixture=None, **given)
         except ValueError as error:
             raise of_source(name, error) from None
-        found[name] = MixtureEntry(source, Fraction(str(share)), kind == "epochs")
-    if len({entry.by_epochs for entry in found.values()}) > 1:
+        found[name] = source, Fraction(str(share)), kind == "epochs"
+    if len({by_epochs for _, _, by_epochs in found.values()}) > 1:
         raise ValueError("data.mixture: some sources have a weight and some have epochs; give all of them the same")
     return found
 

@@ -6,14 +6,11 @@ micro-batch and in each of them rank by rank, the rows of all ranks are the rows
 
 import copy
 import functools
-import hashlib
-import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
@@ -25,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.data.config import DataConfig, LengthSchedule, cache_folder, mixture_entries, of_source
+from mega_scale.data.config import DataConfig, LengthSchedule, mixture_entries, of_source
 from mega_scale.data.packing import MISSING, Dataset, Mixture, PackedDataset, StreamedDataset
 from mega_scale.data.sources import Documents, Tally, load_corpus, load_documents
 from mega_scale.data.tokenizer import tokenizer_digest
@@ -76,7 +73,7 @@ def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Packed
     """Make one dataset of all of a configuration's text, which is not prepared, to evaluate on; holds out nothing."""
     config.validate()
     documents = load_documents(config)
-    store = _tokenise(config, tokenizer, documents, "whole", lambda _: None)
+    store = tokenise(documents, tokenizer, config, "whole")
     if not store.tokens:
         raise ValueError(f"{_source(config)} holds no text: give some")
     return _packed(config, store, documents.tally)
@@ -99,14 +96,14 @@ def _load_source(
         length, packing = config.sequence_length, config.packing
         dataset = StreamedDataset(corpus.train, tokenizer, length, packing, add_bos=config.add_bos, **order)
     else:
-        store = _tokenise(config, tokenizer, corpus.train, "train", log)
+        store = tokenise(corpus.train, tokenizer, config, "train", log)
         # What the reading found, before the next one begins.
         dataset = _packed(config, store, copy.deepcopy(corpus.train.tally), words, remedy)
     if (texts := corpus.validation) is not None:
         if config.streaming:  # hashing and tokenising would each read it, so its few documents are kept meanwhile
             kept = functools.cache(lambda: list(corpus.validation or []))
             texts = Documents(lambda order: iter(kept()), texts.tally)
-        validation = _tokenise(config, tokenizer, texts, "validation", log)
+        validation = tokenise(texts, tokenizer, config, "validation", log)
         if config.separate_validation:
             left_out = copy.deepcopy(texts.tally)
     return dataset, validation, left_out
@@ -153,16 +150,6 @@ def _packed(
             f"{words} has {store.tokens} tokens, less than one row of data.sequence_length={length} + 1: {remedy}"
         )
     return PackedDataset(store, length, config.packing, tally, order=order, alignment=config.document_alignment)
-
-
-def _tokenise(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, documents: Documents, part: str, log: _Log
-) -> TokenStore:
-    """Tokens of documents, under a name that processes agree on without reading text: settings, tokenizer and files."""
-    files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in config.files]
-    described = json.dumps([part, asdict(config), tokenizer_digest(tokenizer), files])
-    name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-    return tokenise(documents, tokenizer, cache_folder(config.cache_dir), name, config.add_bos, log)
 
 
 def _source(config: DataConfig) -> str:
@@ -299,7 +286,6 @@ class Loader:
                 )
 
     def close(self) -> None:
-        """End the worker processes."""
         if self._ahead is not None:
             self._ahead.close()
 
@@ -402,7 +388,6 @@ class ReadAhead:
         return found
 
     def close(self) -> None:
-        """End the workers."""
         if self._results is not None:
             # Torch ends them when nobody refers to them any more, but an error's traceback may.
             self._results._shutdown_workers()

@@ -146,7 +146,6 @@ class _Windows:
         self.before = np.cumsum([0, *counts])  # rows before each window, and all
 
     def spans(self, row: int) -> Any:
-        """See `PackedDataset._spans`."""
         number = int(np.searchsorted(self.before, row, side="right")) - 1
         spans, begins = self._packed(number)
         within = row - int(self.before[number])

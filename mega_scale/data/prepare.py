@@ -1,7 +1,6 @@
 """Text to prepared data, shard by shard: in parallel, and after an interruption only what is missing.
 
-A shard is done when its record, `00000.json`, is there; the manifest is written when all are. Interrupted or not, with
-one process, many, or datatrove's tasks on many machines, the files are the same to the byte.
+A shard is done when its record, `00000.json`, is there; the manifest is written when all are.
 """
 
 import json
@@ -143,7 +142,6 @@ class Preparation:
         return self.folder / f"{number:05}.json"
 
     def _records(self) -> list[Any]:
-        """What the shards that are done say."""
         paths = map(self._record, range(len(self.shards)))
         return [_read_json(path) for path in paths if path.is_file()]
 
@@ -200,7 +198,7 @@ def _read_json(path: Path) -> Any:
 # Processes of this machine
 
 
-def run(preparation: Preparation, processes: int, max_bad_share: float) -> Iterator[int]:
+def run(preparation: Preparation, processes: int) -> Iterator[int]:
     """Make all missing shards in processes of this machine; yields the number of each when it is done.
 
     Raises ValueError where the text cannot be read, has too many bad rows, or a process ended.
@@ -213,7 +211,7 @@ def run(preparation: Preparation, processes: int, max_bad_share: float) -> Itera
         try:
             for job in as_completed(jobs):
                 tally.merge(job.result())
-                tally.check(max_bad_share, ended=False)
+                tally.check(preparation.config.max_bad_share, ended=False)
                 yield jobs[job]
         except BrokenProcessPool:
             raise ValueError(

@@ -1,7 +1,6 @@
 """Read local files and data sets of the hub range by range: texts and unusable rows in order.
 
-A range is a part of a file that can be read on its own: bytes of a plain jsonl file, row groups of a parquet file,
-record batches of an arrow file; else the whole file. A damage costs as few rows as the format, or pyarrow, allows.
+A damage costs as few rows as the format, or pyarrow, allows.
 """
 
 import contextlib
@@ -17,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mega_scale.data.compression import DamageError, FileBytes, describe, file_kind
+from mega_scale.data.compression import DamageError, FileBytes, file_kind
 from mega_scale.data.config import Damage, DataConfig, FileRange, cache_folder, expand_paths, find_on_hub
+from mega_scale.files import reason
 
 Cause = Damage | Literal["not_utf8", "missing_column", "not_text", "empty", "too_long", "broken_json"]
 
@@ -70,7 +70,7 @@ class TextColumn(NamedTuple):
     def text(self, value: Any) -> str | BadRow:
         """Take a value of the column as text, without a byte order mark; an exception stands for a corrupt row."""
         if isinstance(value, Exception):
-            return BadRow("corrupt", f"the row cannot be read ({describe(value)})")
+            return BadRow("corrupt", f"the row cannot be read ({reason(value)})")
         if not isinstance(value, str | bytes | None):
             return BadRow("not_text", f"data.text_column={self.name!r} holds {type(value).__name__}, not text")
         value = value or ""
@@ -87,7 +87,6 @@ class TextColumn(NamedTuple):
         return text if size <= self.max_bytes else self.too_long()
 
     def too_long(self) -> BadRow:
-        """A row whose text is too long."""
         return BadRow("too_long", f"the text is longer than data.max_document_bytes={self.max_bytes}")
 
     def missing(self, columns: Sequence[str]) -> BadRow:
@@ -206,7 +205,6 @@ def _lines_before(part: FileRange) -> int:
 
 
 def _parse(content: bytes, column: TextColumn) -> str | BadRow:
-    """The text of a line of JSON."""
     content = content.removeprefix(_MARK)  # also where files with marks were joined
     if not content.strip():
         return BadRow("empty", "the line is empty")
@@ -280,7 +278,7 @@ def _read_parquet(part: FileRange, column: TextColumn) -> Rows:
                             row = number
                     break
                 except _BROKEN as error:
-                    words = describe(error)
+                    words = reason(error)
             if row < end:
                 detail = f"the rows cannot be read from here on ({words})"
                 yield BadRow("corrupt", detail, row + 1, end - row, mapped.size() * (end - row) // sum(sizes))
@@ -313,7 +311,7 @@ def _read_arrow(part: FileRange, column: TextColumn) -> Rows:
             batch = opened.get_batch(number)
         except _BROKEN as error:
             if number >= part.start:
-                detail = f"a record batch cannot be read ({describe(error)})"
+                detail = f"a record batch cannot be read ({reason(error)})"
                 yield BadRow("corrupt", detail, row + 1, lost=mapped.size() // count)
             continue
         if number >= part.start:
@@ -378,9 +376,9 @@ def _broken_file(file: str, error: Exception, place: int = 0, magic: bytes = b""
     if not place and kind not in (None, "parquet" if magic else "arrow"):
         return DamageError("unreadable", f"it is a {kind} file", size)
     if cut:
-        return DamageError("truncated_file", describe(error), None)
+        return DamageError("truncated_file", reason(error), None)
     cause: Damage = "unreadable" if getattr(error, "errno", None) else "corrupt"
-    return DamageError(cause, describe(error), size - place if size else None)
+    return DamageError(cause, reason(error), size - place if size else None)
 
 
 # Files and data sets of the hub
@@ -516,10 +514,8 @@ def open_files(config: DataConfig, held_out: bool) -> FileSource | HubSource:
         if found == "absent":
             raise ValueError(f"{name}: the hub has no such data set, or needs a log-in for it; correct the name")
         if found == "unreachable":
-            raise ValueError(
-                f"{name}: the hub cannot be reached; set HF_HUB_OFFLINE=1 to use what was fetched before, or give "
-                "files with data.source=json, parquet, arrow or text"
-            )
+            remedy = "set HF_HUB_OFFLINE=1 to use what was fetched before, or give files with another data.source"
+            raise ValueError(f"{name}: the hub cannot be reached; {remedy}")
     try:
         builder = datasets.load_dataset_builder(config.hub_name, config.hub_config, **cache)
         # `datasets` gives up a whole data set for one bad row; the readers here do not.
@@ -555,4 +551,4 @@ def _cause(error: BaseException) -> str:
     """The first error in one line; `datasets` wraps it in words that do not name it."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return reason(error)

@@ -46,7 +46,6 @@ class Tally:
     bytes: int = 0
 
     def add(self, row: "BadRow") -> None:
-        """Count a bad row."""
         self.rows, self.last = self.rows + row.rows, str(row)
         self.bad.setdefault(row.file, Counter())[row.cause] += row.rows
         if row.lost:
@@ -57,7 +56,6 @@ class Tally:
         vars(self).update(vars(Tally(bytes=size)))
 
     def merge(self, other: "Tally") -> None:
-        """Add the counts of another part of the text."""
         self.rows += other.rows
         self.last = other.last or self.last
         for file, causes in other.bad.items():
@@ -66,7 +64,6 @@ class Tally:
         self.bytes += other.bytes
 
     def by_cause(self) -> dict[str, int]:
-        """Bad rows of all files by cause."""
         found = Counter[str]()
         for causes in self.bad.values():
             found.update(causes)
@@ -174,7 +171,6 @@ class Documents:
         yield from held
 
     def select(self, wanted: Callable[[str], bool]) -> "Documents":
-        """Keep the texts that are wanted."""
         return Documents(lambda order: (text for text in self._read(order) if wanted(text)), self.tally)
 
     def first(self, count: int | None) -> "Documents":

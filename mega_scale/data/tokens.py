@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xxhash
 
+from mega_scale.data.config import DataConfig, cache_folder
 from mega_scale.data.sources import Documents, Tally, hashed
 from mega_scale.data.tokenizer import Encoded, encode, token_type, tokenizer_digest
 from mega_scale.files import FileLock, LockedError, hash_file, write_json
@@ -122,7 +123,6 @@ class ShardWriter:
         self._hashes = {suffix: xxhash.xxh3_128() for suffix in suffixes}
 
     def add(self, documents: Encoded) -> None:
-        """Append documents."""
         arrays = {
             "tokens": np.ascontiguousarray(documents.tokens, dtype=self._dtype),
             "ends": (documents.ends + self._tokens).astype("<i8"),
@@ -136,7 +136,6 @@ class ShardWriter:
         self._bytes += int(documents.text_ends[-1])
 
     def close(self) -> ShardRecord:
-        """Put the files in their place."""
         for suffix, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())  # or a machine that stops may keep the name and lose the content
@@ -171,7 +170,6 @@ class TokenStore:
 
     @classmethod
     def joined(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
-        """Put several one after another."""
         return cls([shard for store in stores for shard in store._shards])
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
@@ -246,7 +244,6 @@ class PreparedManifest:
     add_bos: bool = False
 
     def totals(self, part: str) -> dict[str, int]:
-        """Tokens, documents and bytes of a part."""
         records = self.parts[part]
         return {key: sum(getattr(record, key) for record in records) for key in ("tokens", "documents", "bytes")}
 
@@ -337,16 +334,20 @@ def write_tokens(cache: Path, key: str, documents: Iterable[Encoded], dtype: str
 def tokenise(
     documents: Documents,
     tokenizer: "PreTrainedTokenizerBase",
-    cache: Path,
-    name: str,
-    add_bos: bool = False,
+    config: DataConfig,
+    part: str,
     log: Callable[[str], None] = lambda _: None,
 ) -> TokenStore:
     """Tokenise documents, or find their tokens in the cache; reads them once to see whether they are known.
 
-    Of processes that want documents of one `name` at the same time, one tokenises them, and the others wait for it, and
-    are refused what it is refused; `log` is given one line if this one waits.
+    Of processes that want the same `part` at the same time, one tokenises it, and the others wait for it, and are
+    refused what it is refused; `log` is given one line if this one waits.
     """
+    # Processes agree on a name without reading text.
+    files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in config.files]
+    described = json.dumps([part, asdict(config), tokenizer_digest(tokenizer), files])
+    name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+    cache, add_bos = cache_folder(config.cache_dir), config.add_bos
     lock, note, seen = FileLock(cache / f"{name}.lock"), cache / f"{name}.json", set[str]()
     while True:
         outcome: dict[str, Any] = {}

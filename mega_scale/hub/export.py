@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 
-from mega_scale.data import end_ids, prompt_ids, separator_id, vocabulary_size
+from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.files import check_destination, write_folder, write_json
 from mega_scale.hub.folder import StateDictSpec, state_dict_spec
 from mega_scale.model import MegaConfig
@@ -66,13 +66,10 @@ def write_export(
     The folder, which is returned, appears under its name only when it is complete. Memory stays below one shard and one
     tensor: `tensors`, full ones by their names in the state dict, are read once each; of tied names one is enough.
 
-    Args:
-        card: Markdown text of README.md.
-        max_shard_bytes: largest weight file, bytes; a single larger tensor gets a file of its own.
-        dtype: "fp32" or "bf16", of the parameters; buffers and the moving average's parameters stay in fp32.
-        with_code: whether the model's Python files go along, see `remote_code`.
-
-    Raises ValueError where the destination is taken, an argument is out of range, or tensors do not fit.
+    `card` is the text of README.md. A tensor larger than `max_shard_bytes` gets a file of its own. Parameters are
+    stored in `dtype`, "fp32" or "bf16", those of the moving average and buffers in fp32. `with_code` adds the model's
+    Python files, see `remote_code`. Raises ValueError where the destination is taken, an argument is out of range, or
+    tensors do not fit.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -80,10 +77,8 @@ def write_export(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1 byte")
     if (size := vocabulary_size(tokenizer)) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer needs ids for {size} tokens, but vocab_size={config.vocab_size}: export the model with the "
-            "tokenizer it was trained with"
-        )
+        remedy = "export the model with the tokenizer it was trained with"
+        raise ValueError(f"the tokenizer needs ids for {size} tokens, but vocab_size={config.vocab_size}: {remedy}")
     check_destination(folder, overwrite=overwrite)
     spec = state_dict_spec(config)
     shapes = {name: spec.tensors[name].shape if name in spec.tensors else () for name in tensors}
@@ -193,10 +188,7 @@ def _merges(definition: dict[str, Any]) -> list[list[str]]:
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
 
-# The model's own code
-#
-# transformers imports such Python files as one package of one folder, so they are flat: a module of mega_scale.model
-# keeps its name, one of mega_scale.ops carries that name too, and imports between them become relative.
+# The model's own code, as files of one flat folder: transformers imports them as one package
 
 _PACKAGE = "mega_scale"
 _ROOMS = ("model", "ops")

@@ -197,12 +197,10 @@ def fairseq_to_mega(
     Left out is what nothing here computes with: the number of the format (`version`), the other half of an
     encoder-decoder, the mean-pooling classifier of `lra`, and parameters of a final norm that change nothing.
 
-    Args:
-        config: of the model here (see `config_from_args`).
-        layout: "lm" (mega_lm, or the decoder of an encoder-decoder) to `MegaForCausalLM`; "encoder" (of an
-            encoder-decoder) or "lra" (sentence encoder) to `MegaModel` without pooler; "mlm" (the masked language
-            model that transformers 4.37.2 converts: `mega.encoders`, `mlm_head`) to `MegaForMaskedLM`.
-        ema_input: what weighs the input of the moving average: "delta" or "alpha".
+    `layout` is "lm" (mega_lm, or the decoder of an encoder-decoder) to `MegaForCausalLM`; "encoder" (of an
+    encoder-decoder) or "lra" (sentence encoder) to `MegaModel` without pooler; "mlm" (the masked language model that
+    transformers 4.37.2 converts) to `MegaForMaskedLM`. `ema_input`, "delta" or "alpha", weighs the input of the moving
+    average.
 
     Raises ValueError, with all names, for one without counterpart, a missing one, shapes or tied weights that differ,
     or a configuration that no fairseq model of this kind computes.
@@ -338,16 +336,10 @@ def _other_ema_input(tensors: Mapping[str, Tensor], config: MegaConfig, omega_si
 # Checkpoints and dictionaries
 
 
-class FairseqCheckpoint(NamedTuple):
-    """What a checkpoint file holds of a model."""
-
-    state: dict[str, Tensor]  # tensors stay in the mapped file until they are used
-    args: dict[str, Any]  # the command line's options, such as decoder_embed_dim; empty for a bare state dict
-
-
-def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
+def read_fairseq(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Map a checkpoint of fairseq (`model` and `args`), or a bare state dict, into memory, without running its code.
 
+    Returns tensors by name, and the command line's options, such as decoder_embed_dim; none of a bare state dict.
     Raises ValueError where it cannot be read so, or holds no model.
     """
     try:
@@ -364,7 +356,7 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
     args = content.get("args") if whole else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no model: expected named tensors, or a fairseq checkpoint with them in 'model'")
-    return FairseqCheckpoint(dict(state), {} if args is None else dict(vars(args)))
+    return dict(state), {} if args is None else dict(vars(args))
 
 
 def find_layout(state: Mapping[str, Tensor]) -> str:
@@ -381,7 +373,9 @@ def find_layout(state: Mapping[str, Tensor]) -> str:
     return found[0]
 
 
-def config_from_args(checkpoint: FairseqCheckpoint, layout: str, changes: dict[str, Any] | None = None) -> MegaConfig:
+def config_from_args(
+    state: Mapping[str, Tensor], args: Mapping[str, Any], layout: str, changes: dict[str, Any] | None = None
+) -> MegaConfig:
     """The configuration of a fairseq model of a layout (one of `CHECKPOINT_LAYOUTS`), from its checkpoint's options.
 
     `changes` are fields that replace options, or stand in for absent ones. Raises ValueError where an option is absent
@@ -393,15 +387,15 @@ def config_from_args(checkpoint: FairseqCheckpoint, layout: str, changes: dict[s
     changes = changes or {}
     side = "decoder" if layout == "lm" else "encoder"
     options = {field: name.format(side=side) for field, name in _OPTIONS[layout].items()}
-    values = {field: checkpoint.args[name] for field, name in options.items() if name in checkpoint.args}
+    values = {field: args[name] for field, name in options.items() if name in args}
     if absent := [f"{field} ({name})" for field, name in options.items() if field not in values | changes]:
         raise ValueError(f"the checkpoint does not say {', '.join(absent)}: give the fields with --set FIELD=VALUE")
     if "scale_embeddings" in values:
         values["scale_embeddings"] = not values["scale_embeddings"]
     values |= changes
     # What follows from other options, in fairseq's code.
-    if kind.embedding in checkpoint.state:
-        values.setdefault("vocab_size", checkpoint.state[kind.embedding].shape[0])
+    if kind.embedding in state:
+        values.setdefault("vocab_size", state[kind.embedding].shape[0])
     values["use_chunking"] = changes.get("use_chunking", values["chunk_size"] > 0)
     if "max_positions" not in changes and values["use_chunking"]:
         values["max_positions"] = values["chunk_size"]
@@ -411,11 +405,11 @@ def config_from_args(checkpoint: FairseqCheckpoint, layout: str, changes: dict[s
     if not values["use_normalized_ffn"]:
         del values["nffn_hidden_size"]
     before = values["normalize_before_mega"]
-    learned = any(name.startswith(f"{kind.final_norm}norm.") for name in checkpoint.state)
+    learned = any(name.startswith(f"{kind.final_norm}norm.") for name in state)
     derived = {"normalize_before_ffn": before, "final_norm": before, "final_norm_affine": before and learned}
     derived["add_lm_hidden_dense_layer"] = False
     if layout == "lm":
-        cross = any(".cross_attn." in name for name in checkpoint.state)
+        cross = any(".cross_attn." in name for name in state)
         derived |= {"is_decoder": True, "bidirectional": False, "lm_head_bias": False, "add_cross_attention": cross}
     try:
         return MegaConfig(**derived | values)
@@ -466,10 +460,10 @@ def convert_checkpoint(
     parts without counterpart, or the destination is taken.
     """
     check_destination(out, overwrite=overwrite)
-    read = read_fairseq(checkpoint)
-    layout = find_layout(read.state) if layout is None else layout
-    config = config_from_args(read, layout, changes)
-    tensors = fairseq_to_mega(read.state, config, layout=layout, ema_input=ema_input)
+    state, args = read_fairseq(checkpoint)
+    layout = find_layout(state) if layout is None else layout
+    config = config_from_args(state, args, layout, changes)
+    tensors = fairseq_to_mega(state, config, layout=layout, ema_input=ema_input)
     card = f"# {out.resolve().name}\n\nA Mega model (arXiv 2209.10655), converted from fairseq's `{checkpoint.name}`.\n"
     if layout == "lm":
         if tokenizer is None:

@@ -19,26 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from mega_scale.checkpoint.folder import RunFolder, find_checkpoint, read_key, read_state, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver
 from mega_scale.config import RunConfig, load_config, model_config, require_same
-from mega_scale.data import (
-    Loader,
-    as_trained,
-    load_datasets,
-    load_tokenizer,
-    text_size,
-    unlike_training,
-    validation_batches,
-)
+from mega_scale.data import Loader, load_datasets, validation_batches
+from mega_scale.data.tokenizer import as_trained, load_tokenizer, text_size, unlike_training
 from mega_scale.files import replace_text
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.parallel import (
-    Place,
-    Placement,
-    World,
-    layout_changes,
-    parallelize,
-    run_self_test,
-    seeded_values,
-)
+from mega_scale.parallel import Place, Placement, World, layout_changes, parallelize, run_self_test, seeded_values
 from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr
 from mega_scale.settings import known_keys, to_yaml

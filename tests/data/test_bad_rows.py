@@ -134,7 +134,7 @@ def test_counts_reach_the_manifest_and_the_report(tmp_path):
     tokenizer = load_tokenizer("byte")
     expected = dict.fromkeys(sorted(BAD_LINES), 1)
     preparation = Preparation(tmp_path / "made", config, tokenizer, shard_bytes=20_000)
-    assert len(list(run(preparation, 2, 0.01))) == len(preparation.shards) > 3
+    assert len(list(run(preparation, 2))) == len(preparation.shards) > 3
     preparation.finish()
     assert read_manifest(tmp_path / "made").tally.to_json()["bad"] == {str(path): expected}
     prepared = DataConfig("prepared", [str(tmp_path / "made")], validation_fraction=0.0, sequence_length=64)
@@ -148,7 +148,7 @@ def test_counts_reach_the_manifest_and_the_report(tmp_path):
     config.max_bad_share = 0.005
     strict = Preparation(tmp_path / "strict", config, tokenizer, shard_bytes=20_000)
     with pytest.raises(ValueError, match=r"6 of \d+ rows.*a.jsonl, line \d+"):
-        list(run(strict, 1, config.max_bad_share))
+        list(run(strict, 1))
 
 
 @pytest.mark.parametrize(("share", "bad", "of"), [(0.29, 29, 100), (0.07, 7, 100), (0.57, 57, 100)])

@@ -121,7 +121,7 @@ def test_loss_is_counted_alike_by_streams_and_in_prepared_data_of_many_processes
     )
     assert len(preparation.shards) > 1
     with pytest.raises(ValueError, match="bytes cannot be used"):
-        list(run(preparation, 2, 0.01))
+        list(run(preparation, 2))
     for number in preparation.missing():
         preparation.make(number)
     with pytest.raises(ValueError, match="bytes cannot be used"):
@@ -341,11 +341,11 @@ def test_a_file_that_cannot_be_opened_or_became_shorter_is_counted_and_one_that_
     assert documents.tally.by_cause() == {"truncated_file": 1, "unreadable": 2}
     lost = [documents.tally.lost.get(str(tmp_path / f"{i}.jsonl"), 0) for i in range(4)]
     assert lost == [sizes[0], sizes[1] - len(lines_of(TEXTS[500:600])), 0, sizes[3]]
-    assert "IsADirectoryError" in documents.tally.last
+    assert "Is a directory" in documents.tally.last
     for source in ("text", "parquet", "arrow"):
         gone = load_documents(config_of(tmp_path, source, path=[str(tmp_path / "2.jsonl")]))
         (tmp_path / "2.jsonl").rename(tmp_path / "elsewhere")
-        with pytest.raises(ValueError, match=r"bytes cannot be used|rows cannot be used.*FileNotFoundError"):
+        with pytest.raises(ValueError, match=r"bytes cannot be used|rows cannot be used.*No such file"):
             list(gone)
         (tmp_path / "elsewhere").rename(tmp_path / "2.jsonl")
 
@@ -376,7 +376,7 @@ def test_text_that_changes_between_hashing_and_tokenising_is_not_stored(tmp_path
     from mega_scale.data.tokens import tokenise  # noqa: PLC0415
 
     with pytest.raises(ValueError, match=r"changed while it was read|became shorter"):
-        tokenise(documents, load_tokenizer("byte"), tmp_path / "cache", "name")
+        tokenise(documents, load_tokenizer("byte"), DataConfig(cache_dir=str(tmp_path / "cache")), "name")
 
 
 @pytest.mark.parametrize("kind", ["", "gz", "zst"])

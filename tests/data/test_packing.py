@@ -11,7 +11,7 @@ from stores import store_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mega_scale.data import tokens
+from mega_scale.data import DataConfig, tokens
 from mega_scale.data.packing import MISSING, PackedDataset, fit
 from mega_scale.data.sources import Documents
 from mega_scale.data.tokenizer import encode, load_tokenizer, text_size
@@ -26,7 +26,7 @@ def documents(texts: list[str]) -> Documents:
 
 
 def pack(texts: Documents, tokenizer, length: int, cache) -> PackedDataset:
-    return PackedDataset(tokens.tokenise(texts, tokenizer, cache, "name"), length)
+    return PackedDataset(tokens.tokenise(texts, tokenizer, DataConfig(cache_dir=str(cache)), "name"), length)
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 64, len(STREAM) - 1])

@@ -46,7 +46,7 @@ def opened(folder: Path, config: DataConfig, shard_bytes: int = 3000) -> Prepara
 
 def prepare(folder: Path, config: DataConfig, processes: int = 1, shard_bytes: int = 3000) -> Preparation:
     preparation = opened(folder, config, shard_bytes)
-    for _ in run(preparation, processes, config.max_bad_share):
+    for _ in run(preparation, processes):
         pass
     preparation.finish()
     return preparation
@@ -214,7 +214,7 @@ def test_overwriting_makes_all_anew_and_respects_who_is_at_work(corpus, tmp_path
     for late in (lambda: first.make(0), first.finish):  # a task of a cluster that still runs
         with pytest.raises(ValueError, match="overwritten by another job"):
             late()
-    for _ in run(second, 1, 0.0):
+    for _ in run(second, 1):
         pass
     second.finish()
     prepare(tmp_path / "whole", other, shard_bytes=4000)

@@ -39,7 +39,7 @@ def test_pieces_of_any_size_make_the_same_rows(cuts, length):
 @pytest.mark.parametrize("packing", ["concat", "none"])
 def test_rows_are_the_packed_ones_over_many_epochs_and_in_any_order(packing, tmp_path):
     documents, tokenizer = of_texts(TEXTS), load_tokenizer("byte")
-    packed = PackedDataset(tokenise(documents, tokenizer, tmp_path, "name"), 16, packing)
+    packed = PackedDataset(tokenise(documents, tokenizer, DataConfig(cache_dir=str(tmp_path)), "name"), 16, packing)
     streamed = StreamedDataset(documents, tokenizer, 16, packing)
     n = len(packed)
     for indices in (np.arange(3 * n + 5), np.array([0]), np.array([7 * n + 2, 7 * n + 3]), np.array([n - 1, 1])):

@@ -16,7 +16,7 @@ from tokenizers_at_hand import TEXTS, bert_like, byte_level, word_level
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from launch import train_tokenizer
-from mega_scale.data import DataConfig, as_trained, load_datasets, prompt_ids, unlike_training
+from mega_scale.data import DataConfig, as_trained, load_datasets
 from mega_scale.data.prepare import Preparation, run
 from mega_scale.data.sources import stdlib_documents
 from mega_scale.data.tokenizer import (
@@ -28,10 +28,12 @@ from mega_scale.data.tokenizer import (
     is_byte_tokenizer,
     load_tokenizer,
     own_tokens,
+    prompt_ids,
     separator_id,
     token_type,
     tokenizer_digest,
     train_bpe,
+    unlike_training,
     vocabulary_size,
 )
 from mega_scale.data.tokens import read_manifest
@@ -333,7 +335,7 @@ def test_prepared_data_says_how_documents_begin(tmp_path):
         folder = tmp_path / f"prepared-{add_bos}"
         config = DataConfig("json", [str(text)], validation_fraction=0, add_bos=add_bos)
         preparation = Preparation(folder, config, tokenizer, shard_bytes=10**6)
-        list(run(preparation, 1, 1.0))
+        list(run(preparation, 1))
         preparation.finish()
         assert read_manifest(folder).add_bos == add_bos
         reading = {"sequence_length": 16, "validation_fraction": 0, "cache_dir": str(tmp_path / "cache")}

@@ -133,6 +133,10 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
+def cached_in(folder: Path) -> DataConfig:
+    return DataConfig(cache_dir=str(folder / "cache"))
+
+
 def slow_documents(folder: Path, end: str = "") -> Documents:
     """Texts that say when they are begun, and go on once they may."""
 
@@ -152,7 +156,7 @@ def test_of_two_processes_one_reads_and_tokenises_and_both_have_the_same_tokens(
 
     def work() -> int:
         said: list[str] = []
-        store = tokenise(slow_documents(tmp_path), tokenizer, tmp_path / "cache", name="name", log=said.append)
+        store = tokenise(slow_documents(tmp_path), tokenizer, cached_in(tmp_path), "name", log=said.append)
         (tmp_path / f"{os.getpid()}").write_text(store.fingerprint + "".join(said))
         return len(said)
 
@@ -173,7 +177,7 @@ def test_what_one_process_is_refused_all_are_refused(tmp_path):
 
     def work() -> int:
         try:
-            tokenise(slow_documents(tmp_path, "too bad"), tokenizer, tmp_path / "cache", name="name")
+            tokenise(slow_documents(tmp_path, "too bad"), tokenizer, cached_in(tmp_path), "name")
         except ValueError as error:
             return 2 if str(error) == "too bad" else 3
         return 0
@@ -191,7 +195,7 @@ def test_a_process_that_dies_is_taken_over(tmp_path):
     tokenizer = load_tokenizer("byte")
 
     def work() -> int:
-        store = tokenise(slow_documents(tmp_path), tokenizer, tmp_path / "cache", name="name")
+        store = tokenise(slow_documents(tmp_path), tokenizer, cached_in(tmp_path), "name")
         return int(store.documents != len(TEXTS))
 
     first = forked(work)

@@ -13,7 +13,6 @@ from fairseq_equations import Model, Options, random_state
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mega_scale.hub.fairseq import (
-    FairseqCheckpoint,
     config_from_args,
     find_layout,
     read_fairseq,
@@ -86,15 +85,15 @@ class _Shell:
 
 
 def test_reads_tensors_and_options(tmp_path):
-    read = read_fairseq(save(tmp_path / "model.pt", LM))
+    found, args = read_fairseq(save(tmp_path / "model.pt", LM))
     state = random_state(LM)
-    assert list(read.state) == list(state)
-    assert all(torch.equal(read.state[name], tensor) for name, tensor in state.items())
-    assert read.args == args_of(LM)
+    assert list(found) == list(state)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert args == args_of(LM)
     torch.save(state, tmp_path / "bare.pt")
-    bare = read_fairseq(tmp_path / "bare.pt")
-    assert list(bare.state) == list(state)
-    assert bare.args == {}
+    bare, args = read_fairseq(tmp_path / "bare.pt")
+    assert list(bare) == list(state)
+    assert args == {}
 
 
 def test_files_that_would_run_code_or_hold_no_model_are_refused(tmp_path, monkeypatch):
@@ -113,7 +112,7 @@ def test_files_that_would_run_code_or_hold_no_model_are_refused(tmp_path, monkey
 
 
 def test_options_become_fields():
-    config = config_from_args(FairseqCheckpoint(random_state(LM), args_of(LM)), "lm")
+    config = config_from_args(random_state(LM), args_of(LM), "lm")
     expected = {
         "vocab_size": 13,
         "hidden_size": 6,
@@ -145,10 +144,10 @@ def test_options_become_fields():
     }
     assert {name: getattr(config, name) for name in expected} == expected
     whole = replace(LM, chunk_size=-1, cross_attention=True, ffn_dim=0, truncation=0)
-    config = config_from_args(FairseqCheckpoint(random_state(whole), args_of(whole)), "lm")
+    config = config_from_args(random_state(whole), args_of(whole), "lm")
     assert (config.use_chunking, config.max_positions, config.truncation) == (False, 24, None)
     assert (config.add_cross_attention, config.use_normalized_ffn) == (True, False)
-    config = config_from_args(FairseqCheckpoint(random_state(LRA), args_of(LRA)), "lra")
+    config = config_from_args(random_state(LRA), args_of(LRA), "lra")
     assert (config.bidirectional, config.is_decoder, config.final_norm) == (True, False, False)
     assert (config.normalization_type, config.hidden_dropout_prob, config.scale_embeddings) == ("scalenorm", 0.2, False)
 
@@ -157,14 +156,14 @@ def test_absent_and_impossible_options_are_named():
     args = args_of(LM)
     del args["decoder_n_dim"], args["dropout"]
     with pytest.raises(ValueError, match=r"dropout_prob \(dropout\), .*ema_projection_size \(decoder_n_dim\).*--set"):
-        config_from_args(FairseqCheckpoint(random_state(LM), args), "lm")
+        config_from_args(random_state(LM), args, "lm")
     changes = {"ema_projection_size": 3, "dropout_prob": 0.0, "embedding_dropout_prob": 0.0, "truncation": 16}
-    config = config_from_args(FairseqCheckpoint(random_state(LM), args), "lm", changes)
+    config = config_from_args(random_state(LM), args, "lm", changes)
     assert {name: getattr(config, name) for name in changes} == changes
     with pytest.raises(ValueError, match="activation='tanh' is unknown"):
-        config_from_args(FairseqCheckpoint({}, args_of(LM) | {"activation_fn": "tanh"}), "lm")
+        config_from_args({}, args_of(LM) | {"activation_fn": "tanh"}, "lm")
     with pytest.raises(ValueError, match="build its MegaConfig by hand"):
-        config_from_args(FairseqCheckpoint({}, {}), "mlm")
+        config_from_args({}, {}, "mlm")
 
 
 def test_the_layout_is_told_by_the_names():

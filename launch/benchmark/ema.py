@@ -6,6 +6,7 @@ Legend: B batch, L tokens, D channels, N averages a channel.
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import statistics
 import tempfile
@@ -172,7 +173,7 @@ def run_kernels(args: argparse.Namespace) -> None:
     """Compile Triton kernels, and print what they take. Raises ValueError where triton is missing or interprets."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
-    from mega_scale.ops.triton_report import compile_kernels, compiler_version
+    from mega_scale.ops.triton_report import compile_kernels
 
     found = compile_kernels(args.architectures, args.dtypes, args.states, args.keys)
     rows = [row._asdict() | {"shared_kib": row.shared_bytes / 1024} for row in found]
@@ -182,4 +183,4 @@ def run_kernels(args: argparse.Namespace) -> None:
         "spills a thread, bytes": "{spill_bytes}", "products of matrix units": "{products}",
     }  # fmt: skip
     note = "Compiled here by triton and its ptxas, and not run."
-    harness.report(args, columns, rows, note, versions={"triton": compiler_version()})
+    harness.report(args, columns, rows, note, versions={"triton": importlib.metadata.version("triton")})

@@ -41,20 +41,17 @@ class ChunkDocuments(NamedTuple):
     def of(cls, numbers: Tensor) -> "ChunkDocuments":
         """Sort chunks by whether they need a mask (a GPU waits). Under a compiler or a tracer all get one."""
         if not in_memory(numbers):
-            return cls._all_several(numbers)
+            return cls.all_several(numbers)
         mixed = (numbers != numbers[..., :1]).any(-1).flatten()
         order = mixed.to(torch.uint8).argsort(stable=True)
         single, several = order.tensor_split([int((~mixed).sum())])
         return cls(numbers, several, single, order.argsort())
 
     @classmethod
-    def _all_several(cls, numbers: Tensor) -> "ChunkDocuments":
+    def all_several(cls, numbers: Tensor) -> "ChunkDocuments":
+        """Give every chunk a mask."""
         every = torch.arange(numbers.shape[0] * numbers.shape[1], device=numbers.device)
         return cls(numbers, every, every[:0], every)
-
-    def of_several(self) -> "ChunkDocuments":
-        """Those chunks alone that hold several documents, as one row: numbers (1, M, J)."""
-        return self._all_several(self.numbers.flatten(0, 1)[self.several][None])
 
 
 def chunk_attention(
@@ -89,16 +86,12 @@ def chunk_attention(
         return_weights: eager only.
         documents: of keys, numbers (B, K, J): a query sees those of its own document only, query i being key
             `offset + i` (one number for all rows); none where chunks hold one document each.
-        impl: auto, eager (the reference), sdpa (softmax), causal (softmax without masks, documents or dropout, as many
-            queries as keys, half the work of a masked product), or triton (the same with documents, for half precision
-            on a GPU). auto takes the last that serves; triton outside torch.compile and on a compute capability of 8 or
+        impl: eager, sdpa, causal (without masks, documents or dropout, as many queries as keys), triton (the same with
+            documents), or auto: the last that serves, triton outside torch.compile and on a compute capability of 8 or
             newer only.
 
-    Returns:
-        (B, K, I, E) in the dtype of v, and the weights before dropout (B, K, I, J) or none.
-
-    Raises:
-        ValueError: a shape does not fit, or the implementation lacks what is asked for.
+    Returns (B, K, I, E) in the dtype of v, and the weights before dropout (B, K, I, J) or none. Raises ValueError where
+    a shape does not fit, or the implementation lacks what is asked for.
     """
     for name, choice, allowed in (("activation", activation, ACTIVATIONS), ("impl", impl, IMPLEMENTATIONS)):
         if choice not in allowed:
@@ -152,7 +145,8 @@ def chunk_attention(
     # Chunks of several documents attend with a mask of their own, for which alone they pay; the others without.
     flat = [None if t is None else t.flatten(0, 1) for t in (q, k, v, key_mask)]
     parts = []
-    for chunks, own in ((documents.single, None), (documents.several, documents.of_several())):
+    mixed = ChunkDocuments.all_several(documents.numbers.flatten(0, 1)[documents.several][None])
+    for chunks, own in ((documents.single, None), (documents.several, mixed)):
         of_q, of_k, of_v, mask = (None if t is None else t[chunks][None] for t in flat)
         assert of_q is not None and of_k is not None and of_v is not None
         parts.append(_masked_attention(of_q, of_k, of_v, bias, mask, own, **rules)[0][0])
@@ -233,15 +227,9 @@ def _masked_attention(
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int = _CPU_BLOCK) -> Tensor:
     """`softmax(q k^T Z^-1/2 + bias) v` over the keys up to each query, `block` queries at a time; differentiable once.
 
-    Scores and the gradients of queries and keys are computed in fp32; products with values, which are the widest, in
-    the dtype of v.
-
-    Args:
-        q: (B, K, C, Z), any floating dtype; k is alike, v (B, K, C, E).
-        bias: (2C - 1,), as in `chunk_attention`.
-
-    Returns:
-        (B, K, C, E) in the dtype of v.
+    q and k are (B, K, C, Z) in any floating dtype, v and the result (B, K, C, E), the bias (2C - 1,) as in
+    `chunk_attention`. Scores and the gradients of queries and keys are computed in fp32; products with values, which
+    are the widest, in the dtype of v.
     """
     with without_autocast(q.device):
         dtype = torch.promote_types(v.dtype, torch.float32)

@@ -86,14 +86,11 @@ def scores_gradient_kernel(
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, numbers: Tensor | None = None) -> Tensor:
     """`softmax(q k^T Z^-1/2 + bias) v` over the keys up to each query, of its own document.
 
-    Queries and keys are rounded to the dtype of v, as fused attention does. Scores, softmax and the gradients of
-    weights are fp32; weights and the gradients of scores are multiplied in the dtype of v. Differentiable once.
-
-    Args:
-        q: (B, K, C, Z), any floating dtype; k is alike.
-        v: (B, K, C, E), bf16 or fp16; in fp32 matrix products are slow.
-        bias: (2C - 1,), as in `chunk_attention`.
-        numbers: (B, K, C), which do not decrease in a chunk, equal in a document; none: a chunk is one document.
+    q and k are (B, K, C, Z) in any floating dtype, v (B, K, C, E) in bf16 or fp16 (in fp32 matrix products are slow),
+    the bias (2C - 1,) as in `chunk_attention`; `numbers` (B, K, C) do not decrease in a chunk and are equal in a
+    document, none where a chunk is one. Queries and keys are rounded to the dtype of v, as fused attention does.
+    Scores, softmax and the gradients of weights are fp32; weights and the gradients of scores are multiplied in the
+    dtype of v. Differentiable once.
     """
     if not v.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(

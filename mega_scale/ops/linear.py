@@ -1,8 +1,7 @@
 """Linear layers: their products on a CPU in fp32, by the library that is fastest on it, and the output layer's loss.
 
-PyTorch multiplies fp32 matrices with Intel's MKL, which keeps its widest instructions for Intel's processors. oneDNN,
-which PyTorch brings as well, uses them on all that have them: on an AMD EPYC products x W^T take 0.84 of the time. The
-gradient of W, a sum over tokens, takes as long by either.
+PyTorch multiplies fp32 matrices with Intel's MKL, which keeps its widest instructions for Intel's processors. oneDNN
+uses them on all that have them: on an AMD EPYC products x W^T take 0.84 of the time, the gradient of W as long.
 
 The loss over a vocabulary is computed a slice of tokens at a time, so logits are never whole. The gradient of a slice
 is computed while its logits are there, so nothing is recomputed: the backward pass only scales what the forward pass
@@ -34,10 +33,7 @@ ONEDNN_PRODUCTS = [torch.ops.mkldnn._linear_pointwise.default] if torch.backends
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x weight^T + bias` as `torch.nn.functional.linear` has it: x (..., D), weight (W, D), bias (W,) to (..., W).
-
-    Differentiable once where oneDNN computes it.
-    """
+    """`x weight^T + bias`, (..., D), (W, D) and (W,) to (..., W); differentiable once where oneDNN computes it."""
     tokens = 0 if torch.compiler.is_compiling() else x.numel() // max(x.shape[-1], 1)
     if tokens < _TOKENS or not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
@@ -115,23 +111,12 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     slice_tokens: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of `hidden weight^T + bias`, summed over targets; sums are taken in fp32.
+    """Cross-entropy of `hidden weight^T + bias`, summed over targets in fp32, nats; differentiable once.
 
-    Args:
-        hidden: (..., D), fp32 or bf16.
-        weight: (V, D); under `part` this rank's rows.
-        bias: (V,) or none.
-        targets: (...) int64, `ignore_index` where there is none.
-        part: this rank's words; none where it has all of them. All ranks return the same loss; the gradient of
-            `hidden` is this rank's share.
-        slice_tokens: S; chosen by device and V if not given.
-
-    Returns:
-        A scalar in fp32, nats. Its gradient is computed here, and not twice differentiable. Under a
-        compiler or a tracer, logits are whole.
-
-    Raises:
-        ValueError: shapes do not fit.
+    Hidden states are (..., D) in fp32 or bf16, the weight (V, D) and the bias (V,) are this rank's rows under `part`,
+    targets (...) int64, `ignore_index` where there is none. Ranks that share words return the same loss, and their
+    gradients of `hidden` add up. S is chosen by device and V unless it is given; under a compiler or a tracer, logits
+    are whole. Raises ValueError where shapes do not fit.
     """
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

@@ -36,11 +36,6 @@ class Compiled(NamedTuple):
     products: int  # instructions for matrix units
 
 
-def compiler_version() -> str:
-    """Of triton, which brings its ptxas."""
-    return str(triton.__version__)
-
-
 def compile_kernels(
     architectures: Sequence[int], dtypes: Sequence[str], averages: Sequence[int], keys: Sequence[int]
 ) -> list[Compiled]:

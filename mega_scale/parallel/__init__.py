@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mega_scale.parallel.config import EngineConfig, ParallelConfig, layout_changes
     from mega_scale.parallel.engine import BuildOptimizer, Engine
     from mega_scale.parallel.mesh import Placement, check_single, placement
-    from mega_scale.parallel.model_parallel import SelfTest, parallelize, run_self_test
+    from mega_scale.parallel.model_parallel import parallelize, run_self_test
     from mega_scale.parallel.shard import EngineState, Place, Values, fill, seeded_values
     from mega_scale.parallel.world import World
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "BuildOptimizer", "Engine", "EngineConfig", "EngineState", "ParallelConfig", "Place", "Placement", "SelfTest",
-    "Values", "World", "check_single", "fill", "layout_changes", "parallelize", "placement",
+    "BuildOptimizer", "Engine", "EngineConfig", "EngineState", "ParallelConfig", "Place", "Placement", "Values",
+    "World", "check_single", "fill", "layout_changes", "parallelize", "placement",
     "run_self_test", "seeded_values",
 ]  # fmt: skip

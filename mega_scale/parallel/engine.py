@@ -101,15 +101,10 @@ class Engine(ABC):
     ) -> Tensor:
         """Loss of one micro-batch of this rank, scalar fp32 in nats: the sum over its tokens divided by `num_items`.
 
-        The loss of the global batch is the sum over micro-batches and over ranks, of which those along `tp` hold the
-        same.
-
-        Args:
-            input_ids: (B, L) int64, whole rows; ranks that share them are given the same.
-            shift_labels: (B, L) int64, the next tokens, -100 where there is none.
-            num_items: labelled tokens of the global batch, over all ranks and micro-batches.
-            place: of the micro-batch in the run, on which dropout depends.
-            document_starts: (B, L) bool, true at the first token of a document; given to all ranks or to none.
+        The loss of the global batch, whose labelled tokens `num_items` counts, is the sum over micro-batches and over
+        ranks, of which those along `tp` hold the same. Inputs and next tokens, -100 where there is none, are (B, L)
+        int64, whole rows; ranks that share them are given the same. Dropout depends on the `place`. `document_starts`
+        (B, L) bool are true at the first token of a document, and given to all ranks or to none.
         """
         input_ids, shift_labels = self.row_slice.take(place, input_ids, shift_labels)
         if document_starts is not None:
@@ -193,17 +188,15 @@ class Engine(ABC):
     @abstractmethod
     def _stepped(self, name: str) -> Stepped: ...
 
-    @abstractmethod
-    def loaded(self, step: int) -> None:
+    def loaded(self, step: int) -> None:  # noqa: B027
         """Have what depends on the state follow after it was written, `step` optimizer steps into the run."""
 
     @abstractmethod
     def local_tensor(self, name: str) -> Tensor:
         """What this rank keeps of a parameter of `module` between steps, flat; not collective."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Free what the engine holds; needs no other rank, and may be called after an error or twice."""
+    def close(self) -> None:  # noqa: B027
+        """Free what the engine holds outside the module; needs no other rank, may be called after an error or twice."""
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -312,14 +305,8 @@ class FsdpEngine(Engine):
         rows, *rest = parameter.shape
         return min(self._fsdp.rank * -(-rows // self._fsdp.size), rows) * math.prod(rest)
 
-    def loaded(self, step: int) -> None:
-        """Nothing else depends on the state."""
-
     def local_tensor(self, name: str) -> Tensor:
         return flat(self._parameters[name])
-
-    def close(self) -> None:
-        """Nothing outside the module is to be freed."""
 
     def _drop_gathered(self) -> None:
         """Free weights that a forward without backward left gathered: they stand in for the sharded ones until then."""

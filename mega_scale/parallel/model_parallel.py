@@ -9,7 +9,6 @@ Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I quer
 
 import hashlib
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,13 +141,6 @@ def _drop(module: MegaDropout, key: str, row_slice: RowSlice, tp: Axis, x: Tenso
     return positional_dropout(wide, module.p, int.from_bytes(digest, "little"), rows, positions, columns).view_as(x)
 
 
-class SelfTest(NamedTuple):
-    """What was found, the same on all ranks."""
-
-    parameters: int  # gradients compared
-    error: float  # largest difference of a gradient, as a share of its largest number
-
-
 def tiny_model(config: MegaConfig, tp: int) -> MegaConfig:
     """The run's model with its options and few channels, all widths divisible by `tp` ranks."""
     width = 8 * tp
@@ -166,11 +158,12 @@ def tiny_model(config: MegaConfig, tp: int) -> MegaConfig:
     return MegaConfig(**({name: getattr(config, name) for name in MegaConfig.__annotations__} | changes))
 
 
-def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dtype: str = "fp32") -> SelfTest:
+def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dtype: str = "fp32") -> tuple[int, float]:
     """Compare loss and gradients of a tiny model in this layout with those of one process; collective.
 
-    In fp32, and then in the run's number format of forward and backward, where that is another. Raises RuntimeError
-    where they differ, which names the parameter, the rank, and the size of the difference.
+    In fp32, and then in the run's number format of forward and backward, where that is another. Returns, the same on
+    all ranks, how many gradients were compared, and in fp32 the largest difference of one as a share of its largest
+    number. Raises RuntimeError where they differ, which names the parameter, the rank, and the size of the difference.
     """
     tiny = tiny_model(config, world.shape.tp)
     # Kernels for GPUs take 64 tokens or more; the last chunk is not filled.
@@ -182,14 +175,8 @@ def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dt
     # One process: loss and gradients by name of the state dict, of the whole batch.
     model = on_meta(MegaForCausalLM, tiny)
     row_slice = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=ParallelConfig(), seed=_SEED)
-    values, template = seeded_values(tiny, _SEED), on_meta(MegaForCausalLM, tiny)
-    fill(
-        model,
-        values,
-        lambda old, value: nn.Parameter(value.to(world.device, copy=True)),
-        world.device,
-        template=template,
-    )
+    values, whole, device = seeded_values(tiny, _SEED), on_meta(MegaForCausalLM, tiny), world.device
+    fill(model, values, lambda old, value: nn.Parameter(value.to(device, copy=True)), device, template=whole)
     model.train()
     row_slice.take(Place(), inputs, labels)
     with row_slice:
@@ -203,7 +190,7 @@ def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dt
     expected = {source: assemble(parts, gradients.__getitem__) for source, parts in sources}
     forms = dict.fromkeys(("fp32", dtype))
     errors = [_compare(tiny, inputs, labels, parallel, world, form, loss.item(), expected) for form in forms]
-    return SelfTest(len(expected), errors[0])
+    return len(expected), errors[0]
 
 
 def _compare(

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -211,10 +211,6 @@ class World:
                 monitor.leave(error)
             raise
         return cls(rank, size, local_rank, device, shape, axes, monitor, config.timeout_s, store)
-
-    def lay_out(self, shape: MeshShape) -> "World":
-        """The same ranks on another mesh."""
-        return replace(self, shape=shape, axes=join_axes(shape, self.rank, self.timeout_s))
 
     def __enter__(self) -> "World":
         return self

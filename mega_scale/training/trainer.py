@@ -194,10 +194,10 @@ class Trainer:
             raise StopRun
         if config.parallel.self_test and not hurry:
             self.watchdog.beat("testing the layout")
-            found = run_self_test(self.model_config, config.parallel, world, config.train.dtype)
+            compared, error = run_self_test(self.model_config, config.parallel, world, config.train.dtype)
             self.log(
-                f"self-test: loss and {found.parameters} gradients of a tiny model in this layout equal those of one "
-                f"process, largest relative difference {found.error:.1e}"
+                f"self-test: loss and {compared} gradients of a tiny model in this layout equal those of one "
+                f"process, largest relative difference {error:.1e}"
             )
 
     def choose_checkpoint(self, path: Path) -> Path:

@@ -193,7 +193,10 @@ def vocabularies(folder: Path) -> dict[Case, dict[str, Any]]:
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
         return {
             case: _run_case(
-                ranks.lay_out(case.shape), case, folder / "-".join(map(str, case)), folder / str(case.vocabulary)
+                layout_study.lay_out(ranks, case.shape),
+                case,
+                folder / "-".join(map(str, case)),
+                folder / str(case.vocabulary),
             )
             for case in CASES
         }
@@ -255,7 +258,7 @@ def passed_on(source: Path, folder: Path, size: int) -> dict[str, list[float]]:
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
         for name, layout in LAYOUTS.items():
             if layout.shape.size == size:
-                world = ranks.lay_out(layout.shape)
+                world = layout_study.lay_out(ranks, layout.shape)
                 engine = layout_study.make_engine(world, layout.engine, values=_OTHER_WEIGHTS)
                 state_folder.load(engine, source, world)
                 state_folder.save(engine, folder / name, world)
@@ -270,7 +273,7 @@ def matrix(source: Path, folder: Path, size: int) -> dict[tuple[str, str], list[
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
         for name, layout in LAYOUTS.items():
             if layout.shape.size == size:
-                world = ranks.lay_out(layout.shape)
+                world = layout_study.lay_out(ranks, layout.shape)
                 engine = layout_study.make_engine(world, layout.engine, values=_OTHER_WEIGHTS)
                 for other in LAYOUTS:
                     _spoil(engine)

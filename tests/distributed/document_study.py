@@ -85,5 +85,5 @@ def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
         for layout, engine, model in RUNS:
             if LAYOUTS[layout].size == size:
-                found[layout, engine, model] = run(ranks.lay_out(LAYOUTS[layout]), engine, *MODELS[model])
+                found[layout, engine, model] = run(layout_study.lay_out(ranks, LAYOUTS[layout]), engine, *MODELS[model])
     return found

@@ -1,5 +1,6 @@
 """What two and four ranks do in every layout of the mesh, for the tests to compare with one process."""
 
+from dataclasses import replace
 from typing import Any
 
 import engine_study
@@ -10,6 +11,7 @@ from torch import Tensor
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, Place, World, parallelize, seeded_values
 from mega_scale.parallel.mesh import MeshShape
 from mega_scale.parallel.shard import assemble, by_source, shardings
+from mega_scale.parallel.world import join_axes
 
 STEPS = 20  # of the plain variant in every layout
 FEWER_STEPS = {"recomputed": 6, "dropout-recomputed": 6, "bf16": 5}
@@ -64,6 +66,11 @@ MODELS: dict[str, dict[str, Any]] = {
         **DROPOUT,
     },
 }
+
+
+def lay_out(world: World, shape: MeshShape) -> World:
+    """The same ranks on another mesh."""
+    return replace(world, shape=shape, axes=join_axes(shape, world.rank, world.timeout_s))
 
 
 def config(**changes: Any) -> Any:
@@ -168,7 +175,7 @@ def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
         for name, engine, variant in RUNS:
             if LAYOUTS[name].size == size:
-                world = ranks.lay_out(LAYOUTS[name])
+                world = lay_out(ranks, LAYOUTS[name])
                 found[name, engine, variant] = run(world, engine, VARIANTS[variant], steps_of(variant))
     return found
 
@@ -176,7 +183,7 @@ def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:
 def study_models() -> dict[tuple[str, str], dict[str, Any]]:
     """Other models, in the layout that cuts both rows and channels."""
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
-        world = ranks.lay_out(LAYOUTS["sp2-tp2"])
+        world = lay_out(ranks, LAYOUTS["sp2-tp2"])
         return {
             (name, engine): run(world, engine, (model, 1, "fp32"), MODEL_STEPS)
             for name, model in MODELS.items()

@@ -40,7 +40,7 @@ def resumed(world: World, engine: str, folder: Path) -> dict[str, Any]:
 def study(folder: Path) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
-        worlds = {name: ranks.lay_out(LAYOUTS[name]) for name in RESUMED}
+        worlds = {name: layout_study.lay_out(ranks, LAYOUTS[name]) for name in RESUMED}
         for engine in ("fsdp-3", "zero-3"):
             for name in RESUMED:
                 found[name, engine, "straight"] = straight(worlds[name], engine, folder / f"{name}-{engine}")

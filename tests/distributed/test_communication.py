@@ -71,13 +71,16 @@ def study() -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     # With two copies, no group of an axis is the group of all ranks.
     with World.start(ParallelConfig(timeout_s=300)) as ranks:
-        sequence, tensor = ranks.lay_out(MeshShape(2, 1, 2, 1)), ranks.lay_out(LAYOUTS["dp2-tp2"])
+        sequence, tensor = (
+            layout_study.lay_out(ranks, MeshShape(2, 1, 2, 1)),
+            layout_study.lay_out(ranks, LAYOUTS["dp2-tp2"]),
+        )
         for engine in ("fsdp-3", "zero-3"):
             for variant in ("plain", "recomputed"):
                 found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
                 found["tp", engine, variant, 61] = train_once(tensor, engine, variant, 61)
         found["formats"] = {dtype: collectives(ranks, dtype) for dtype in ("fp32", "bf16")}
-        copies = ranks.lay_out(MeshShape(2, 1, 2, 1)), ranks.lay_out(MeshShape(1, 2, 2, 1))
+        copies = layout_study.lay_out(ranks, MeshShape(2, 1, 2, 1)), layout_study.lay_out(ranks, MeshShape(1, 2, 2, 1))
         for engine in ("fsdp-3", "fsdp-2", "fsdp-1"):
             found["copies", engine] = [accumulate(world, engine) for world in copies]
         for tokens in LENGTHS:

@@ -18,7 +18,6 @@ def test_chunks_are_sorted_by_whether_they_need_a_mask():
     documents = ChunkDocuments.of(NUMBERS)
     assert documents.several.tolist() == [1, 2] and documents.single.tolist() == [0, 3]
     assert torch.cat([documents.single, documents.several])[documents.order].tolist() == [0, 1, 2, 3]
-    assert documents.of_several().numbers.tolist() == [[NUMBERS[0, 1].tolist(), NUMBERS[1, 0].tolist()]]
 
 
 @pytest.mark.parametrize("causal", [True, False])

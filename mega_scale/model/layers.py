@@ -69,9 +69,6 @@ class MegaScaleNorm(nn.Module):
 class MegaRMSNorm(nn.RMSNorm):
     """`g x / rms(x)` with a learned g per channel (arXiv 1910.07467). In 4.37.2 it returns its input unnormalised."""
 
-    def __init__(self, channels: int, eps: float = _EPSILON, elementwise_affine: bool = True) -> None:
-        super().__init__(channels, eps, elementwise_affine)
-
     def forward(self, x: Tensor) -> Tensor:
         return divide_by_rms(x, self.weight, self.eps or 0.0)
 

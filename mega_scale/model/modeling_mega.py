@@ -196,7 +196,7 @@ class MegaModel(MegaPreTrainedModel):
         document_starts: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Run the blocks over a batch.
+        """Run the blocks over a batch; raises ValueError where inputs exclude, lack or contradict each other.
 
         Args:
             input_ids: (B, L) int64, as `token_type_ids`; or give `inputs_embeds`, (B, L, D).
@@ -215,9 +215,6 @@ class MegaModel(MegaPreTrainedModel):
                 `position_ids` (B, L) or (1, L) that begin again at 0; `seq_idx` likewise, another number for each
                 document; `cu_seq_lens_q`, `cu_seq_lens_k` (documents + 1,), borders in the flattened batch;
                 `max_length_q`, `max_length_k`, no document being longer.
-
-        Raises:
-            ValueError: inputs that exclude, lack or contradict each other, or do not fit.
         """
         config = self.config
         if (

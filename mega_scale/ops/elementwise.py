@@ -133,15 +133,9 @@ def positional_dropout(x: Tensor, p: float, key: int, rows: Tensor, positions: T
     """Zero elements with probability p, and divide the others by 1 - p.
 
     Whether an element is dropped is a hash of (key, row, position, column) in the global batch: however ranks share a
-    batch, every element meets the same fate, and recomputing activations needs no random state.
-
-    Args:
-        x: (B, L, D), any floating dtype.
-        p: probability, 0 to below 1.
-        key: tells layers and steps apart, 0 to 2^32 - 1.
-        rows: (B,) int64, numbers of the rows in the global batch.
-        positions: (L,) int64 of the global sequence; (1,) drops whole features, L then being any.
-        columns: (D,) int64 of the whole layer.
+    batch, every element meets the same fate, and recomputing activations needs no random state. x is (B, L, D); the
+    key, which tells layers and steps apart, lies below 2^32; rows (B,), positions (L,) and columns (D,) are int64.
+    Positions (1,) drop whole features, L then being any.
     """
     return x * keep_mask(p, key, rows, positions, columns).to(x.dtype).div_(1.0 - p)
 

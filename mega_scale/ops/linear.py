@@ -26,6 +26,7 @@ from mega_scale.ops import autocast_dtype, in_memory, once_differentiable, traci
 _TOKENS = 32
 # Logits that exist at a time, numbers: on a CPU they should stay in its caches, a GPU needs large products.
 _CPU_LOGITS, _GPU_LOGITS = 2**21, 2**26
+_NO_TARGET = -100  # as `torch.nn.functional.cross_entropy` has it
 _PROCESSOR = Path("/proc/cpuinfo")
 # A PyTorch that was built without oneDNN does not even know its operators.
 ONEDNN_PRODUCTS = [torch.ops.mkldnn._linear_pointwise.default] if torch.backends.mkldnn.is_available() else []
@@ -108,13 +109,12 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     part: VocabularyPart | None = None,
-    ignore_index: int = -100,
     slice_tokens: int | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden weight^T + bias`, summed over targets in fp32, nats; differentiable once.
 
     Hidden states are (..., D) in fp32 or bf16, the weight (V, D) and the bias (V,) are this rank's rows under `part`,
-    targets (...) int64, `ignore_index` where there is none. Ranks that share words return the same loss, and their
+    targets (...) int64, -100 where there is none. Ranks that share words return the same loss, and their
     gradients of `hidden` add up. S is chosen by device and V unless it is given; under a compiler or a tracer, logits
     are whole. Raises ValueError where shapes do not fit.
     """
@@ -132,9 +132,9 @@ def linear_cross_entropy(
         if part is None and tracing():
             logits = F.linear(hidden, weight, bias).flatten(0, -2)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+            return F.cross_entropy(logits, targets.flatten(), reduction="sum")
         loss: Tensor = _LinearCrossEntropy.apply(
-            hidden.flatten(0, -2), weight, bias, targets.flatten(), part, ignore_index, slice_tokens
+            hidden.flatten(0, -2), weight, bias, targets.flatten(), part, slice_tokens
         )
     return loss
 
@@ -148,7 +148,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         part: VocabularyPart | None,
-        ignore_index: int,
         slice_tokens: int,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[:3]
@@ -161,7 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(hidden), slice_tokens):
             some = slice(begin, begin + slice_tokens)
             x, target = hidden[some], targets[some]
-            counts = target != ignore_index
+            counts = target != _NO_TARGET
             scores = times_transposed(x, weight, bias).to(total.dtype)
             # The column of each target, and whether this rank has it.
             column, mine = target, counts
@@ -207,5 +206,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_hidden is None else d_hidden * gradient.to(d_hidden.dtype),
             None if d_weight is None else (d_weight * gradient).to(of_weight),
             None if d_bias is None else (d_bias * gradient).to(of_bias),
-            *[None] * 4,
+            *[None] * 3,
         )

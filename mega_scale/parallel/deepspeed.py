@@ -130,12 +130,6 @@ class DeepSpeedEngine(Engine):
             delattr(self._optimizer, name)
         return float(norms[0])
 
-    def _owners(self) -> list[Tensor]:
-        if self._stage == 0:
-            return [parameter for parameter in self._parameters.values() if parameter.requires_grad]
-        name = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
-        return list(getattr(self._optimizer, name))
-
     def _stepped(self, name: str) -> Stepped:
         optimizer, fsdp, parameter = self._optimizer, self._fsdp, self._parameters[name]
         if self._stage == 3:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -148,9 +148,11 @@ class Engine(ABC):
 
         These are views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
-        steps, tensors = self._optimizer_steps(), {}
+        places, tensors = {name: self._stepped(name) for name in self._table}, {}
+        trained = [place.owner for name, place in places.items() if self._parameters[name].requires_grad]
+        steps = self._optimizer_steps(dict.fromkeys(trained))
         for name, sharding in self._table.items():
-            parameter, stepped = self._parameters[name], self._stepped(name)
+            parameter, stepped = self._parameters[name], places[name]
             shape = sharding.part(self._template.get_parameter(sharding.source)).shape
             shard = sharding.shard(shape, self._tp.rank, self._tp.size)
             kinds = {WEIGHT: stepped.owner}
@@ -168,10 +170,10 @@ class Engine(ABC):
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
         return EngineState(self._table, self._ties, self._tp.size, self._tp.rank, tensors, steps, buffers)
 
-    def _optimizer_steps(self) -> list[Tensor]:
+    def _optimizer_steps(self, owners: Iterable[Tensor]) -> list[Tensor]:
         """AdamW's counters of steps; its moments exist from here on, before the first step too, as that makes them."""
         defaults, steps = self._adam.defaults, []
-        for tensor in self._owners():
+        for tensor in owners:
             if not self._adam.state[tensor]:
                 device = tensor.device if defaults.get("fused") or defaults.get("capturable") else torch.device("cpu")
                 state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
@@ -182,13 +184,10 @@ class Engine(ABC):
         return steps
 
     @abstractmethod
-    def _owners(self) -> list[Tensor]:
-        """What the optimizer steps."""
-
-    @abstractmethod
     def _stepped(self, name: str) -> Stepped: ...
 
-    def loaded(self, step: int) -> None:  # noqa: B027
+    @abstractmethod
+    def loaded(self, step: int) -> None:
         """Have what depends on the state follow after it was written, `step` optimizer steps into the run."""
 
     @abstractmethod
@@ -291,10 +290,6 @@ class FsdpEngine(Engine):
         self._adam.zero_grad(set_to_none=True)
         return float(norm)
 
-    def _owners(self) -> list[Tensor]:
-        self._drop_gathered()
-        return [p for p in self.module.parameters() if p.requires_grad]
-
     def _stepped(self, name: str) -> Stepped:
         return Stepped(self._parameters[name], slice(None), self._first(self._parameters[name]))
 
@@ -304,6 +299,9 @@ class FsdpEngine(Engine):
             return 0
         rows, *rest = parameter.shape
         return min(self._fsdp.rank * -(-rows // self._fsdp.size), rows) * math.prod(rest)
+
+    def loaded(self, step: int) -> None:
+        self._drop_gathered()
 
     def local_tensor(self, name: str) -> Tensor:
         return flat(self._parameters[name])

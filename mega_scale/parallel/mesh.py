@@ -138,7 +138,6 @@ def _place() -> Placement | None:
 
 
 def _slurm_local_size(size: str) -> int:
-    """Tasks of this step on this node."""
     env, name = os.environ, "SLURM_STEP_TASKS_PER_NODE"
     if name not in env:
         nodes = next((_number(name, 1, None, _START) for name in _SLURM_NODES if name in env), 1)
@@ -170,7 +169,6 @@ def _require(names: tuple[str, ...]) -> None:
 
 
 def _number(name: str, least: int, most: int | None, remedy: str) -> int:
-    """The whole number that a variable holds, within bounds."""
     text, bounds = os.environ[name], f"from {least} to {most}" if most is not None else f"of at least {least}"
     number = int(text) if re.fullmatch(r"-?[0-9]+", text) else least - 1
     good = least <= number and (most is None or number <= most)

@@ -340,7 +340,6 @@ class PeerMonitor:
         return [value.decode() for value in self._own_store.multi_get([f"{what}/{rank}" for rank in ranks])]
 
     def _where(self, ranks: list[int]) -> str:
-        """Ranks by host."""
         found: dict[str, list[int]] = {}
         for rank, host in zip(ranks, self._read("host", ranks), strict=True):
             found.setdefault(host, []).append(rank)

@@ -265,7 +265,6 @@ def fill(
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has a parameter or buffer, and its name there."""
     module, _, local_name = name.rpartition(".")
     return model.get_submodule(module), local_name
 

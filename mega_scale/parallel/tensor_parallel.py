@@ -28,8 +28,6 @@ from mega_scale.model.layers import (
     MegaMovingAverageGatedAttention,
     MegaMultiDimensionDampedEma,
     MegaNormalizedFeedForwardNetwork,
-    MegaRMSNorm,
-    MegaScaleNorm,
     MegaSequenceNorm,
     check_ids,
 )
@@ -188,11 +186,6 @@ class ChannelParallelNorm(TensorParallel):
 
     def __init__(self, whole: Any, axis: Axis) -> None:
         super().__init__()
-        if not isinstance(whole, nn.LayerNorm | MegaRMSNorm | MegaScaleNorm):
-            raise ValueError(
-                f"parallel.tp={axis.size} shards channels, which {type(whole).__name__} does not support: "
-                "choose model.normalization_type=layernorm, scalenorm or rmsnorm"
-            )
         self.axis, self.center, self.eps = axis, isinstance(whole, nn.LayerNorm), whole.eps
         self.shard_dims = {"weight": 0, "bias": 0}  # the one number of ScaleNorm is everyone's
         for name, parameter in whole.named_parameters():

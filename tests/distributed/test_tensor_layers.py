@@ -22,8 +22,8 @@ SIZES = (1, 2, 4)
 NORMS = {
     "layernorm": lambda: nn.LayerNorm(12, 1e-5),
     "layernorm plain": lambda: nn.LayerNorm(12, 1e-5, elementwise_affine=False),
-    "rmsnorm": lambda: MegaRMSNorm(12),
-    "rmsnorm plain": lambda: MegaRMSNorm(12, elementwise_affine=False),
+    "rmsnorm": lambda: MegaRMSNorm(12, 1e-5),
+    "rmsnorm plain": lambda: MegaRMSNorm(12, 1e-5, elementwise_affine=False),
     "scalenorm": MegaScaleNorm,
     "scalenorm plain": lambda: MegaScaleNorm(affine=False),
 }

@@ -176,7 +176,7 @@ def run_kernels(args: argparse.Namespace) -> None:
     from mega_scale.ops.triton_report import compile_kernels
 
     found = compile_kernels(args.architectures, args.dtypes, args.states, args.keys)
-    rows = [row._asdict() | {"shared_kib": row.shared_bytes / 1024} for row in found]
+    rows = [row | {"shared_kib": row["shared_bytes"] / 1024} for row in found]
     columns = {
         "kernel": "{kernel}", "GPU": "{architecture}", "tokens": "{dtype}", "size": "{size}", "warps": "{warps}",
         "registers a thread": "{registers}", "shared memory a program, KiB": "{shared_kib:.1f}",

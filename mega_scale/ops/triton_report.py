@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 
@@ -22,27 +22,15 @@ _ROUND_SIZES = ("D", "first", "keys", "chunk")
 _SIZES = ("L", "HEAD", "STEPS", "TILES", "groups", *_ROUND_SIZES)
 
 
-class Compiled(NamedTuple):
-    """One kernel as compiled."""
-
-    kernel: str
-    architecture: str  # as sm_90
-    dtype: str  # of tokens
-    size: str  # N of the moving average, keys of a chunk
-    registers: int  # per thread
-    shared_bytes: int  # per program
-    spill_bytes: int  # per thread, stored and loaded
-    warps: int  # per program
-    products: int  # instructions for matrix units
-
-
 def compile_kernels(
     architectures: Sequence[int], dtypes: Sequence[str], averages: Sequence[int], keys: Sequence[int]
-) -> list[Compiled]:
+) -> list[dict[str, Any]]:
     """Compile every kernel in every variant, with Triton's own ptxas, a row a variant; no GPU is needed.
 
     `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16 or fp32; `averages` N of the moving
-    average; `keys` those of a chunk. Raises ValueError if kernels are interpreted here, or a dtype has none.
+    average; `keys` those of a chunk. A row has registers and spilled bytes (stored and loaded) of a thread, warps and
+    bytes of shared memory of a program, and instructions for matrix units. Raises ValueError if kernels are interpreted
+    here, or a dtype has none.
     """
     if triton.knobs.runtime.interpret:
         raise ValueError("kernels are interpreted here, not compiled: unset TRITON_INTERPRET")
@@ -77,7 +65,7 @@ def _variants(
         yield scores_gradient_kernel, "scores_gradient_kernel", f"{count} keys", softmax
 
 
-def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Compiled:
+def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Any:
     names = list(inspect.signature(kernel.fn).parameters)
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(_TOKENS, _TYPES[dtype]) | dict.fromkeys(_INT32, "*i32")
     types |= {"scale": "fp32"} | dict.fromkeys(_SIZES, "i32") | dict.fromkeys(values, "constexpr")
@@ -103,7 +91,8 @@ def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architec
     registers = re.findall(r"Used (\d+) registers", counted)[0]
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", counted)))
     products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx))
-    return Compiled(
-        name, f"sm_{architecture}", dtype, size, int(registers), binary.metadata.shared, spills, values["num_warps"],
-        products,
-    )  # fmt: skip
+    return {
+        "kernel": name, "architecture": f"sm_{architecture}", "dtype": dtype, "size": size,
+        "registers": int(registers), "shared_bytes": binary.metadata.shared, "spill_bytes": spills,
+        "warps": values["num_warps"], "products": products,
+    }  # fmt: skip

@@ -8,11 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-NORMALIZATION_TYPES = ("scalenorm", "layernorm", "rmsnorm", "batchnorm", "syncbatchnorm")
-BATCH_NORMS = NORMALIZATION_TYPES[3:]
-ATTENTION_ACTIVATIONS = ("softmax", "laplace", "relu2")
-ACTIVATIONS = ("silu", "relu", "linear", "gelu", "gelu_accurate")
-POSITIONAL_BIASES = ("rotary", "simple")
+BATCH_NORMS = ("batchnorm", "syncbatchnorm")
 # The key of config.json by which an export is known, also after transformers 4.37.2 has saved it again.
 SAVED_BY = "saved_by"
 # Table of transformers' Auto classes to the class of ours that belongs there.
@@ -176,10 +172,10 @@ class MegaConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Refuse values and combinations that no Mega model can have; strict dataclasses call `validate_...`."""
         choices = {
-            "normalization_type": NORMALIZATION_TYPES,
-            "attention_activation": ATTENTION_ACTIVATIONS,
-            "activation": ACTIVATIONS,
-            "relative_positional_bias": POSITIONAL_BIASES,
+            "normalization_type": ("scalenorm", "layernorm", "rmsnorm", *BATCH_NORMS),
+            "attention_activation": ("softmax", "laplace", "relu2"),
+            "activation": ("silu", "relu", "linear", "gelu", "gelu_accurate"),
+            "relative_positional_bias": ("rotary", "simple"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -209,8 +209,3 @@ def test_ids_outside_the_vocabulary_are_refused_as_in_one_process(wrong):
     layer = VocabularyParallelEmbedding(nn.Embedding(24, 8), Axis(None, 0, 2))
     with pytest.raises(ValueError, match=rf"input_ids holds {wrong}: expected 0 to 23 \(vocab_size=24\)"):
         layer(torch.tensor([[0, wrong]]))
-
-
-def test_batch_norms_are_refused():
-    with pytest.raises(ValueError, match=r"parallel\.tp=2.*BatchNorm1d.*layernorm"):
-        ChannelParallelNorm(nn.BatchNorm1d(4), Axis(None, 0, 2))

@@ -329,11 +329,9 @@ def read_rows(
 ) -> tuple[Tensor | None, Tensor | None, "DocumentBorders | None"]:
     """Join what a call says of its rows x (B, L, D) to what the cache remembers of those before, and note it there.
 
-    The other arguments are those of `MegaModel`, `extras` the `DOCUMENT_KEYS` among them.
-
-    Returns:
-        (B, M + L) bool, true for valid columns, none where all are; padding before each row's first token, (B,) int64,
-        none where no row has any or positions do not depend on it; documents, none where every row holds one.
+    The other arguments are those of `MegaModel`, `extras` the `DOCUMENT_KEYS` among them. Returns (B, M + L) bool, true
+    for valid columns, none where all are; padding before each row's first token, (B,) int64, none where no row has any
+    or positions do not depend on it; documents, none where every row holds one.
     """
     mask, pads = _mask_and_pads(attention_mask, config, cache, x)
     shape = tuple(x.shape[:2])

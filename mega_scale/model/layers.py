@@ -328,11 +328,9 @@ class MegaMovingAverageGatedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """Update the residual stream (B, L, D) after `state`; also returns weights and the state after x, or none.
 
-        Args:
-            mask: (B, L) bool, true for valid positions; after a state also of columns before them.
-            pads: padding before each row's first token, (B,) int64, from which chunks count; none where no row has any.
-            borders: of the documents in x, in rows without padding before them; none where each row has one.
-            return_weights: (B, K, C, C), or (B, 1, L, position + L) while one chunk holds everything.
+        The mask (B, L) bool, after a state also of columns before, is true for valid positions; `pads` (B,) int64 is
+        the padding before each row's first token, from which chunks count; `borders` are of documents in rows without
+        such padding. Weights are (B, K, C, C), or (B, 1, L, position + L) while one chunk holds everything.
         """
         length = x.shape[1]
         new_mask = None if mask is None else mask[:, -length:]

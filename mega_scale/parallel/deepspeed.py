@@ -25,8 +25,7 @@ class DeepSpeedEngine(Engine):
 
     To DeepSpeed, ranks along dp_shard and sp are data-parallel, those along tp are model-parallel, and there is one
     copy along dp_replicate. It averages gradients over the first, so the loss is multiplied by their number before its
-    backward; gradients of the copies are summed before its step. Parameters, EMA and optimizer are fp32 whatever the
-    number format of matrix products.
+    backward; gradients of the copies are summed before its step. All that is stepped is fp32.
     """
 
     def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:

@@ -49,9 +49,8 @@ class Stepped(NamedTuple):
 class Engine(ABC):
     """A sharded model with its optimizer; every method is collective unless it says otherwise.
 
-    Attributes:
-        module: the model; call it on all ranks alike for evaluation and generation, under `no_grad`.
-        row_slice: inside a `with` statement of it, the model computes this rank's part of the rows last taken.
+    `module` is the model: call it on all ranks alike for evaluation and generation, under `no_grad`. In a `with`
+    statement of `row_slice` it computes this rank's part of the rows last taken.
     """
 
     _adam: Optimizer

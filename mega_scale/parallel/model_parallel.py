@@ -203,7 +203,6 @@ def _compare(
     expected_loss: float,
     expected: dict[str, Tensor],
 ) -> float:
-    """The largest difference on any rank."""
     engine = parallelize(
         on_meta(MegaForCausalLM, tiny),
         seeded_values(tiny, _SEED),

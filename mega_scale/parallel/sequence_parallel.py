@@ -1,22 +1,21 @@
 """Sequence parallelism: every rank computes whole chunks of a row, and only states of the moving average travel.
 
-Rank r averages its part of a row from zero, and gets the end states S_j of all others in one all-gather. With Q the
-fade of a state over one part, the state before part r is `sum_{j<r} Q^(r-1-j) S_j`. Backward, the gradients G_r of
-those states travel the same way, and `dS_j = sum_{r>j} Q^(r-1-j) G_r`. Attention stays inside chunks.
+Rank r averages its part of a row from zero, and gets the end states S_j of all others in one all-gather a direction.
+With Q the fade of a state over one part, the state before part r is `sum_{j<r} Q^(r-1-j) S_j`. Backward, the gradients
+G_r of those states travel the same way, and `dS_j = sum_{r>j} Q^(r-1-j) G_r`. Attention stays inside chunks.
 
-Legend: P ranks of the axis, B rows, R channels (twice as many when bidirectional), N moving averages per channel.
+Legend: P ranks of the axis, B rows, R channels, N moving averages per channel.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mega_scale.ops import once_differentiable
-from mega_scale.parallel.world import Axis, Pending, start_gather, with_backward
+from mega_scale.ops.ema import Turn
+from mega_scale.parallel.world import Axis, Pending, start_gather
 
 
 class StateExchange:
@@ -48,79 +47,39 @@ class StateExchange:
             self._received.append(pending.buffer)
         return pending
 
-    def __call__(
-        self, end: Tensor, log_fade: Tensor, passes: Tensor | None, bidirectional: bool
-    ) -> Callable[[], Tensor]:
-        """See `Carry`: starts to send this part's end state (B, R, N); returns what waits for the state before it."""
-        box: list[Pending] = []
+    def __call__(self, end: Tensor, log_fade: Tensor, resets: Tensor | None, back: bool) -> tuple[Tensor, Turn]:
+        """See `Carry`: end (B, R, N)."""
+        # A document that begins this part keeps what lies to its right from what lies to its left.
+        shut = resets[:, :1, None] if back and resets is not None else None
         # One collective more, of one byte a row, where documents begin inside of rows.
-        flags = None if passes is None else self._gather(passes.to(torch.uint8))
+        flags = None if resets is None else self._gather((~resets.any(1)).to(torch.uint8))
+        pending = self._gather(end if shut is None else end.masked_fill(shut, 0))
+        passes = None if flags is None else flags.wait().bool()
+        weights, distance = _weights(self._axis, log_fade, passes, not back)
 
-        def send(end: Tensor) -> Tensor:
-            box.append(self._gather(end))
-            return box[0].buffer  # (P, B, R, N), before it is full
+        def turn(d_state: Tensor) -> tuple[Tensor, Tensor]:
+            returning = start_gather(d_state, self._axis)
+            # Each rank counts the paths that end at it; the sum over ranks, which all parameters get, counts every one.
+            d_log_fade = torch.einsum("pbrn,brn,pbrn,p->rn", pending.buffer, d_state, weights, distance)
+            onward, _ = _weights(self._axis, log_fade, passes, back)
+            d_end = torch.einsum("pbrn,pbrn->brn", returning.wait(), onward)
+            return d_end if shut is None else d_end.masked_fill(shut, 0), d_log_fade
 
-        def gradient_of_end(gradient: Tensor) -> Tensor:
-            # What comes along the graph only stands in for the gradients of all ranks, which are on their way.
-            gathered, weights = box.pop().wait(), box.pop()
-            return torch.einsum("pbrn,pbrn->brn", gathered, weights.buffer)
-
-        buffer = with_backward(end, send, gradient_of_end)
-
-        def arrive() -> Tensor:
-            through = None if flags is None else flags.wait().bool()
-            return _Receive.apply(buffer, log_fade, through, self._axis, box, bidirectional)
-
-        return arrive
+        return torch.einsum("pbrn,pbrn->brn", pending.wait(), weights), turn
 
 
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        buffer: Tensor,
-        log_fade: Tensor,
-        passes: Tensor | None,
-        axis: Axis,
-        box: list[Pending],
-        bidirectional: bool,
-    ) -> Tensor:
-        """The state before this part, (B, R, N), from the end states of all, (P, B, R, N)."""
-        ctx.axis, ctx.box, ctx.bidirectional = axis, box, bidirectional
-        box.pop().wait()
-        ctx.save_for_backward(buffer, log_fade, passes)
-        return torch.einsum("pbrn,pbrn->brn", buffer, _weights(axis, log_fade, passes, bidirectional, True)[0])
+def _weights(axis: Axis, log_fade: Tensor, passes: Tensor | None, from_left: bool) -> tuple[Tensor, Tensor]:
+    """How much of each rank's states reaches this part from the left, or from the right.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        buffer, log_fade, passes = ctx.saved_tensors
-        axis = ctx.axis
-        # Each rank counts the paths that end at it; the sum over ranks, which all parameters get, counts every one.
-        weights, distance = _weights(axis, log_fade, passes, ctx.bidirectional, True)
-        d_log_fade = torch.einsum("pbrn,brn,pbrn,pr->rn", buffer, gradient, weights, distance)
-        ctx.box.append(Pending(_weights(axis, log_fade, passes, ctx.bidirectional, False)[0], None))
-        ctx.box.append(start_gather(gradient, axis))
-        return buffer, d_log_fade, None, None, None, None
-
-
-def _weights(
-    axis: Axis, log_fade: Tensor, passes: Tensor | None, bidirectional: bool, arriving: bool
-) -> tuple[Tensor, Tensor]:
-    """How much of each rank's end state reaches this part if `arriving`, or of this part's reaches each rank.
-
-    Q^k for the k parts between the two, zero against the direction, and where a part between lets nothing pass.
+    Q^k for the k parts between the two, zero from the other side, and where a part between lets nothing pass.
 
     Returns:
-        (P, B or 1, R, N), and over how many parts, (P, R).
+        (P, B or 1, R, N), and over how many parts, (P,).
     """
     own, others = axis.rank, torch.arange(axis.size, device=log_fade.device)
-    ahead = (own - others if arriving else others - own) - 1  # parts between, from left to right
-    halves = [ahead, -ahead - 2] if bidirectional else [ahead]
-    channels = log_fade.shape[0] // len(halves)
-    between = torch.stack(halves, 1).repeat_interleave(channels, 1)  # (P, R)
+    between = (own - others if from_left else others - own) - 1
     distance = between.clamp(min=0).to(log_fade.dtype)
-    weights = torch.exp(log_fade * distance[..., None]) * (between >= 0)[..., None]
+    weights = torch.exp(log_fade * distance[:, None, None]) * (between >= 0)[:, None, None]
     if passes is None:
         return weights[:, None], distance
     # Every part strictly between the two must pass; a running count of closed ones says how many there are.

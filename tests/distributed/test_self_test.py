@@ -62,12 +62,14 @@ def study() -> dict[Any, Any]:
         # Ranks that forget to sum the gradient of what all of them hold.
         found["not summed"] = broken(tensor_parallel, "sum_gradient", lambda x, axis: x, lambda: attempt(tp, "fsdp", 3))
         # States that arrive without their gradient.
-        gather = sequence_parallel.start_gather
+        exchange = sequence_parallel.StateExchange
 
-        def silent(x: torch.Tensor, axis: Any) -> Any:
-            return gather(x if torch.is_grad_enabled() else torch.zeros_like(x), axis)
+        def silent(self: Any, *given: Any) -> Any:
+            state, turn = carried(self, *given)
+            return state, lambda gradient: tuple(0 * t for t in turn(gradient))
 
-        found["no gradient"] = broken(sequence_parallel, "start_gather", silent, lambda: attempt(sp, "deepspeed", 3))
+        carried = exchange.__call__
+        found["no gradient"] = broken(exchange, "__call__", silent, lambda: attempt(sp, "deepspeed", 3))
         # One rank that sees another loss.
         share = tensor_parallel.reduce_scatter
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from parts import average_in_parts
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
+from mega_scale.ops.ema import triton as ema_triton
 from mega_scale.ops.ema.triton import Tile, triton_ema
 
 PARAMETERS = ("damping", "decay", "expansion", "projection")
@@ -184,48 +186,49 @@ def test_damped_ema_takes_it_in_both_directions():
     assert_same(run(leaves, average, resets), truth(leaves, resets, bidirectional=True))
 
 
-def in_parts(parts, bidirectional):
-    """Average parts of a sequence by kernels, with states that travel between them within this process."""
-
-    def average(x, coefficients, state, resets):
-        cuts = list(zip(x.chunk(parts, 1), [None] * parts if resets is None else resets.chunk(parts, 1), strict=True))
-        sent = []
-
-        def run(carry, part):
-            x, resets = part
-            options = {"bidirectional": bidirectional, "carry": carry, "impl": "triton"}
-            return damped_ema(x, coefficients, None, resets, **options)
-
-        def collect(end, log_fade, passes, both):
-            assert both is bidirectional
-            sent.append((end, log_fade.exp() * (1 if passes is None else passes[:, None, None])))
-            return lambda: torch.zeros_like(end)
-
-        for part in cuts:
-            run(collect, part)
-        half = x.shape[2]
-        before = [torch.zeros_like(sent[0][0]) for _ in cuts]
-        for i in range(1, parts):
-            ahead, back = i, parts - 1 - i
-            for to, start, rows in ((ahead, ahead - 1, slice(half)), (back, back + 1, slice(half, None))):
-                end, fade = (t[..., rows, :] for t in sent[start])
-                came = end + fade * before[start][:, rows]
-                before[to] = torch.cat([came, before[to][:, half:]] if start < to else [before[to][:, :half], came], 1)
-        found = [run(lambda *_, state=state: lambda: state, part) for state, part in zip(before, cuts, strict=True)]
-        ends = [found[-1][1][:, :half]] + ([found[0][1][:, half:]] if bidirectional else [])
-        return torch.cat([y for y, _ in found], 1), torch.cat(ends, 1)
-
-    return average
+PARTS = [
+    (1, False, "borders", FP32, SMALL),
+    (2, False, None, FP32, SPLIT),
+    (3, True, "borders", FP32, SPLIT),
+    (4, False, "random", BF16, SPLIT),
+    (2, True, "one", FP32, SMALL),
+    (4, True, None, FP32, SMALL),
+]
 
 
-@pytest.mark.parametrize("parts, bidirectional, place", [(2, False, None), (3, True, "borders")])
-def test_parts_of_a_sequence_equal_the_whole(parts, bidirectional, place):
-    leaves = make_leaves(1, 18 * parts, 2, 3, with_state=False, rows=2 if bidirectional else 1)
-    resets = None if place is None else make_resets(1, 18 * parts, place)
-    if place == "borders":
-        resets[:, [18, 35]] = True  # the first token of a part, and the last of one
-    got = run(leaves, in_parts(parts, bidirectional), resets)
-    assert_same(got, truth(leaves, resets, bidirectional=bidirectional))
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_parts_of_a_sequence_equal_the_whole(case, monkeypatch):
+    parts, bidirectional, place, dtype, tile = case
+    length = 35 if tile is SPLIT else 18  # three splits, the first with some tokens of no segment; or two tiles
+    leaves = make_leaves(1, length * parts, 2, 3, with_state=False, rows=2 if bidirectional else 1, dtype=dtype)
+    resets = None if place is None else make_resets(1, length * parts, place)
+    if place == "borders" and parts > 1:
+        resets[:, [length, 2 * length - 1]] = True  # the first token of a part, and the last of one
+    monkeypatch.setattr(ema_triton.triton_ema, "__defaults__", (None, tile))
+    passes = []
+    for name in ("ends", "outputs", "adjoints", "gradients"):
+        monkeypatch.setattr(ema_triton._Rows, name, counted(passes, name, getattr(ema_triton._Rows, name)))
+
+    def average(own, carry, cut):
+        coefficients = ema_coefficients(*(own[name] for name in PARAMETERS))
+        options = {"bidirectional": bidirectional, "carry": carry, "impl": "triton"}
+        return damped_ema(own["x"], coefficients, None, None if resets is None else resets[:, cut], **options)
+
+    want = truth(leaves, resets, bidirectional=bidirectional)
+    generator = torch.Generator().manual_seed(7)
+    probe = {"y": torch.randn(want["y"].shape, generator=generator).bfloat16().to(dtype)}
+    probe["end"] = torch.randn(want["end"].shape, generator=generator)
+    assert_same(average_in_parts(parts, probe, leaves, average), want, 1e-5 if dtype == FP32 else 2e-5)
+    # Every pass once, for each part and direction.
+    assert sorted(passes) == sorted(["ends", "outputs", "adjoints", "gradients"] * parts * (1 + bidirectional))
+
+
+def counted(passes, name, method):
+    def run(self, *arguments):
+        passes.append(name)
+        return method(self, *arguments)
+
+    return run
 
 
 def test_documents_do_not_reach_each_other():
@@ -287,7 +290,9 @@ class Launches(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def test_an_average_is_few_launches(monkeypatch):
+@pytest.mark.parametrize("tile", [SMALL, SPLIT])
+@pytest.mark.parametrize("carried", [False, True])
+def test_an_average_is_few_launches(monkeypatch, tile, carried):
     leaves, start = make_leaves(1, 35, 3, 3), InterpretedFunction.run
     coefficients = [-torch.rand(3, 3), *(torch.randn(3, 3) for _ in range(2))]
     inputs = [t.requires_grad_() for t in (leaves["x"], leaves["state"], *coefficients)]
@@ -301,11 +306,14 @@ def test_an_average_is_few_launches(monkeypatch):
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
     with mode:
-        y, end = triton_ema(inputs[0], EmaCoefficients(*inputs[2:]), inputs[1], resets, SPLIT)
+        state = (lambda end, log_fade: (end, lambda d_state: (d_state, log_fade))) if carried else inputs[1]
+        y, end = triton_ema(inputs[0], EmaCoefficients(*inputs[2:]), state, resets, tile)
     assert 1 < mode.count <= 20
-    mode.count, ones = 0, [torch.ones_like(y), torch.ones_like(end)]
+    # Nobody asks for the last state of a part.
+    outputs = [y] if carried else [y, end]
+    mode.count, ones = 0, [torch.ones_like(t) for t in outputs]
     with mode:
-        torch.autograd.grad([y, end], inputs, ones)
+        torch.autograd.grad(outputs, inputs, ones, allow_unused=carried)
     assert 1 < mode.count <= 32
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parts import average_in_parts
 
 from mega_scale.ops.ema import damped_ema, ema_coefficients
 
@@ -142,36 +143,29 @@ def test_state_carries_a_sequence_cut_anywhere(impl):
     torch.testing.assert_close(state, end, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["recurrent", "blocked", "native"])
-def test_a_state_may_be_brought(impl):
-    """The second part of a row, with the state that the first one sends."""
-    leaves, probe = make_case(100, with_state=False), torch.randn(2, 100, 6)
-    resets, given = make_resets(2, 100), {name: leaf for name, leaf in leaves.items() if name != "x"}
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("impl", ["recurrent", "blocked", "native", "fft"])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_parts_of_a_row_equal_the_whole(parts, impl, bidirectional):
+    """In fp64 where a form has it: y, the end states and all gradients, with and without documents."""
+    dtype = torch.float32 if impl == "native" else torch.float64
+    leaves = make_case(35 * parts, bidirectional, with_state=False, batch=3, dtype=dtype)
+    generator = torch.Generator().manual_seed(7)
+    random = torch.rand(3, 35 * parts, generator=generator) < 0.03
+    random[0, 35 * (parts - 1)] = random[1, 34] = random[2, 0] = True
+    for resets in (None,) if impl == "fft" else (None, random):
 
-    def whole(x):
-        return damped_ema(x, coefficients_of(given), resets=resets, impl="recurrent")
+        def average(own, carry, cut, resets=resets):
+            options = {"bidirectional": bidirectional, "carry": carry, "impl": impl}
+            return damped_ema(
+                own["x"], coefficients_of(own), None, None if resets is None else resets[:, cut], **options
+            )
 
-    def parts(x):
-        sent = []
-
-        def first(end, log_fade, passes, both):
-            sent.append(end)
-            return lambda: torch.zeros_like(end)
-
-        halves, coefficients = zip(x.chunk(2, 1), resets.chunk(2, 1), strict=True), coefficients_of(given)
-        carries = (first, lambda *_: lambda: sent[0])
-        found = [
-            damped_ema(half, coefficients, resets=borders, carry=carry, impl=impl)
-            for (half, borders), carry in zip(halves, carries, strict=True)
-        ]
-        return torch.cat([y for y, _ in found], 1), found[1][1]
-
-    results = []
-    for average in (whole, parts):
-        y, end = average(leaves["x"])
-        gradients = torch.autograd.grad((y * probe).sum() + end.sum(), list(leaves.values()))
-        results.append({"y": y, "end": end, **dict(zip(leaves, gradients, strict=True))})
-    assert_same(results[1], results[0])
+        want = run({name: leaf.double() for name, leaf in leaves.items()}, "recurrent", resets, bidirectional)
+        generator = torch.Generator().manual_seed(7)
+        probe = {name: torch.randn(want[name].shape, generator=generator) for name in ("y", "end")}
+        got = average_in_parts(parts, probe, leaves, average)
+        assert_same(got, want, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

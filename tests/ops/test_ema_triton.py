@@ -87,4 +87,4 @@ def test_triton_excludes_truncation_and_a_carried_state_another():
     with pytest.raises(ValueError, match="truncated"):
         damped_ema(x, coefficients(), truncation=2, impl="triton")
     with pytest.raises(ValueError, match="carry brings"):
-        damped_ema(x, coefficients(), torch.zeros(1, 2, 3), carry=lambda *_: lambda: None, impl="triton")
+        damped_ema(x, coefficients(), torch.zeros(1, 2, 3), carry=lambda *_: None, impl="triton")

@@ -37,17 +37,18 @@ IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
 _BLOCK = 32  # tokens
 # Blocks of blocks, for tracers: what is left at the end is a matrix, of 32 rows at a million tokens.
 _DEPTH = 2
-Carry = Callable[[Tensor, Tensor, Tensor | None, bool], Callable[[], Tensor]]
-"""How states travel between the parts of a sequence that is cut along its length: sends this part's end state, and
-returns a function that waits for the others' and returns the state before this part, in the shape of the one sent.
+Turn = Callable[[Tensor], tuple[Tensor, Tensor]]
+Carry = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Turn]]
+"""How states travel between the parts of a sequence that is cut along its length, without autograd: sends this part's
+end state and returns the state before this part, in the same shape, and what turns its gradient into those of the first
+two arguments.
 
 Arguments:
 
-* h after this part's last token, had it begun at zero, (B, D, N); if bidirectional (B, 2D, N), the second half being h
-  before its first token, coming from the right;
-* the logarithm of what is left of a state at the other end of this part, (D or 2D, N);
-* (B,) bool, false where a document begins in this part, and no state gets through; none: all do;
-* whether it is bidirectional: the second half travels from right to left.
+* h after this part's last token, had it begun at zero, (B, D, N); if `back`, before its first, coming from the right;
+* the logarithm of what is left of a state at the other end of this part, (D, N);
+* (B, L) bool, true where a document begins in this part; none: nowhere;
+* `back`: whether states travel from right to left.
 """
 
 
@@ -99,8 +100,8 @@ def damped_ema(
         state: h before the first token (second half: after the last), (B, D or 2D, N); none means zero.
         resets: (B, L) bool, true where a document begins: neither side of that border reaches the other.
         truncation: taps of the kernel, tokens; none means unlimited.
-        carry: where x is one part of a longer sequence, brings the state before it, in place of `state`. x is averaged
-            twice: for the state that it sends, and with the one that arrives.
+        carry: where x is one part of a longer sequence, brings the state before it, in place of `state`, once for
+            each direction.
         impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
             a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
             64 tokens or more and N up to 32, outside torch.compile; native on a CPU in fp32, outside torch.compile,
@@ -148,17 +149,12 @@ def damped_ema(
         else:
             form, x = _FORMS[impl], x.to(dtype)
             form = form if truncation is None else partial(form, truncation=truncation)
-        if bidirectional:
-            form = partial(_both_ways, form)
+            form = form if carry is None else partial(_carried, form)
+        before: Any = None if state is None else state.to(dtype)
         if carry is not None:
-            _, end = form(x, coefficients, None, resets)
-            passes = None if resets is None else ~resets.any(1)
-            if bidirectional and resets is not None:
-                # A document that begins this part keeps what lies to its right from what lies to its left.
-                ahead, back = end.chunk(2, 1)
-                end = torch.cat([ahead, back.masked_fill(resets[:, :1, None], 0)], 1)
-            state = carry(end, coefficients.log_decay * x.shape[1], passes, bidirectional)()
-        y, end = form(x, coefficients, None if state is None else state.to(dtype), resets)
+            before = [lambda end, fade, back=back: carry(end, fade, resets, back) for back in (False, True)]
+            before = before if bidirectional else before[0]
+        y, end = (partial(_both_ways, form) if bidirectional else form)(x, coefficients, before, resets)
         return y.to(given), end
 
 
@@ -182,12 +178,12 @@ def _both_ways(
     form: Callable[..., tuple[Tensor, Tensor | None]],
     x: Tensor,
     coefficients: EmaCoefficients,
-    state: Tensor | None,
+    state: Any,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What a form gives from left to right plus, by the second half of coefficients, from right to left."""
     ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
-    before, after = (None, None) if state is None else state.chunk(2, dim=1)
+    before, after = state.chunk(2, 1) if isinstance(state, Tensor) else state or (None, None)
     y, end = form(x, ahead, before, resets)
     if resets is not None:
         # Read from the right, a border before token t lies before token t - 1; before token 0 is no other side.
@@ -195,6 +191,36 @@ def _both_ways(
     from_right, begin = form(x.flip(1), back, after, resets)
     y = y + from_right.flip(1)
     return y, None if end is None or begin is None else torch.cat([end, begin], 1)
+
+
+def _carried(form: Any, x: Tensor, coefficients: Any, carry: Any, resets: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _Carried.apply(form, carry, resets, x, *coefficients)
+
+
+class _Carried(torch.autograd.Function):
+    """A part's average by a form without passes of its own: for the state to send, then with the one that arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Any, carry: Any, resets: Tensor | None, x: Tensor, *given: Tensor) -> Any:
+        coefficients = EmaCoefficients(*given)
+        state, turn = carry(form(x, coefficients, None, resets)[1], coefficients.log_decay * x.shape[1])
+        ctx.given = form, turn, resets
+        ctx.save_for_backward(state, x, *given)
+        return form(x, coefficients, state, resets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
+        form, turn, resets = ctx.given
+        state, *leaves = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad(), without_autocast(dy.device):
+            y, end = form(leaves[0], EmaCoefficients(*leaves[1:]), state, resets)
+            log_fade = leaves[1] * y.shape[1]
+            reached = log_fade.exp() * state.detach()
+            sent = end - (reached if resets is None else reached.masked_fill(resets.any(1)[:, None, None], 0))
+        (d_state,) = torch.autograd.grad((y, end), state, (dy, d_end), retain_graph=True)
+        turned = turn(d_state)
+        return None, None, None, *torch.autograd.grad((y, end, sent, log_fade), leaves, (dy, d_end, *turned))
 
 
 def recurrent_ema(

@@ -22,6 +22,7 @@ contiguous (B, L, D), coefficients (D, N), states (B, D, N). `document` (B, L) c
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops import once_differentiable
@@ -70,19 +71,20 @@ OUTPUTS = {"OUTPUTS": True, "num_stages": 2}  # with more buffers registers spil
 def triton_ema(
     x: Tensor,
     coefficients: tuple[Tensor, Tensor, Tensor],
-    state: Tensor | None,
+    state: Any,
     resets: Tensor | None = None,
     tile: Tile = TILE,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `recurrent_ema` by Triton kernels, for a GPU (or anywhere, interpreted: TRITON_INTERPRET=1).
 
     x (B, L, D) is bf16, fp16 or fp32, and all of its size that is kept for the backward pass; coefficients (D, N), N up
-    to 32, and state (B, D, N) are fp32; resets (B, L) bool. Returns y (B, L, D) in the dtype of x, and h after the last
-    token (B, D, N) fp32. Raises ValueError if x is not on a GPU and kernels are not interpreted, a dtype has no kernel,
-    or N is too large.
+    to 32, and state (B, D, N) are fp32; resets (B, L) bool. A `Carry` with its last two arguments bound may stand for
+    the state. Returns y (B, L, D) in the dtype of x, and h after the last token (B, D, N) fp32. Raises ValueError if x
+    is not on a GPU and kernels are not interpreted, a dtype has no kernel, or N is too large.
     """
     rows = _Rows(x, coefficients[0], resets, tile)
-    y, end = _Average.apply(rows, state, x.contiguous(), *(c.contiguous() for c in coefficients))
+    carry, state = (state, None) if callable(state) else (None, state)
+    y, end = _Average.apply(rows, carry, state, x.contiguous(), *(c.contiguous() for c in coefficients))
     return y, end
 
 
@@ -141,6 +143,19 @@ class _Rows:
         self._run(outputs_kernel, x, coefficients, None, parts, x, None, INITIAL=False, OUTPUTS=False)
         return parts
 
+    def joined(self, parts: Tensor, log_decay: Tensor, back: bool = False) -> Tensor:
+        """States after rows, or if `back` adjoints before them, (B, D, N), from those of parts (B, SPLITS, D, N)."""
+        if self.splits == 1:
+            return parts[:, 0]
+        length, _, head, steps, tiles, splits = self._sizes
+        size = tiles * steps * self._tile.segments * self._tile.block
+        inner = torch.arange(head + size, head + size * splits, size, device=parts.device)
+        border = F.pad(inner, (1, 0)) if back else F.pad(inner, (0, 1), value=length)
+        if self.document is not None:
+            of_parts = self.document[:, (border - 1).clamp_min(0)]
+            parts = parts.masked_fill((of_parts != (0 if back else self.document[:, -1:]))[..., None, None], 0)
+        return (parts * torch.exp(log_decay * (border if back else length - border)[:, None, None])).sum(1)
+
     def outputs(
         self, x: Tensor, coefficients: Any, state: Tensor | None, parts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -158,9 +173,9 @@ class _Rows:
 
     def gradients(
         self, x: Tensor, dy: Tensor, coefficients: Any, state: Tensor | None, d_end: Tensor | None,
-        parts: Tensor | None,
+        parts: Tensor | None, d_reached: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """By the state, x, log_decay, gain and projection."""
+        """By the state, x, log_decay, gain and projection; of `d_end`, only `d_reached` counts the state."""
         log_decay, gain, projection = coefficients
         last, d_state = d_end is not None, None
         dx, entered = torch.empty_like(x), gain.new_empty(2, len(x), *gain.shape)
@@ -174,8 +189,8 @@ class _Rows:
             if self.document is not None:  # a document that begins the row keeps the state out, be it infinite
                 state = state.masked_fill((self.document[:, 0] > 0)[:, None, None], 0)
             d_state, d_slope = projection * entered[0], projection * entered[1]
-            if d_end is not None:
-                reached = self.through(log_decay) * d_end
+            if d_reached is not None:
+                reached = self.through(log_decay) * d_reached
                 d_state, d_slope = d_state + reached, d_slope + x.shape[1] * reached
             d_projection = d_projection + (state * entered[0]).sum(0)
             d_log_decay = d_log_decay + (state * d_slope).sum(0)
@@ -189,11 +204,16 @@ class _Rows:
 
 class _Average(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: _Rows, state: Tensor | None, x: Tensor, *coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, rows: _Rows, carry: Any, state: Tensor | None, x: Tensor, *coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.rows = rows
+        ctx.rows, ctx.turn = rows, None
+        parts: Any = rows.ends(x, coefficients) if carry is not None or rows.splits > 1 else None
+        if carry is not None:
+            state, ctx.turn = carry(rows.joined(parts, coefficients[0]), coefficients[0] * x.shape[1])
         ctx.save_for_backward(state, x, *coefficients)
-        return rows.outputs(x, coefficients, state, rows.ends(x, coefficients) if rows.splits > 1 else None)
+        return rows.outputs(x, coefficients, state, parts)
 
     @staticmethod
     @once_differentiable
@@ -201,8 +221,16 @@ class _Average(torch.autograd.Function):
         state, x, *coefficients = ctx.saved_tensors
         rows: _Rows = ctx.rows
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-        parts = rows.adjoints(dy, coefficients) if rows.splits > 1 else None
-        return None, *rows.gradients(x, dy, coefficients, state, d_end, parts)
+        parts: Any = rows.adjoints(dy, coefficients) if ctx.turn is not None or rows.splits > 1 else None
+        if ctx.turn is None:
+            return None, None, *rows.gradients(x, dy, coefficients, state, d_end, parts, d_end)
+        log_decay, _, projection = coefficients
+        d_state = projection * rows.joined(parts[0], log_decay, back=True)
+        d_sent, d_log_fade = ctx.turn(d_state if d_end is None else d_state + rows.through(log_decay) * d_end)
+        # What was sent does not count the state that arrived.
+        both = d_sent if d_end is None else d_sent + d_end
+        _, dx, d_log_decay, *rest = rows.gradients(x, dy, coefficients, state, both, parts, d_end)
+        return None, None, None, dx, d_log_decay + x.shape[1] * d_log_fade, *rest
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Pretraining of Mega language models (arXiv 2209.10655) on clusters; importing it registers them with transformers."""
 
+import atexit
 import gc
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ try:
 finally:
     if _collects:
         gc.enable()
+atexit.register(gc.freeze)  # or the end of a process takes as long again
 
 if TYPE_CHECKING:
     from mega_scale.model import *  # noqa: F403

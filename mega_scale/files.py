@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-_LONGEST_REASON = 300  # characters
+_LONGEST_REASON = 2000  # characters: what several ranks say comes in one line
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.\-]+):/")
 
 

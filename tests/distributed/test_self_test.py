@@ -14,7 +14,7 @@ from mega_scale.model import layers
 from mega_scale.parallel import ParallelConfig, World, sequence_parallel, tensor_parallel
 from mega_scale.parallel.model_parallel import run_self_test, tiny_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def attempt(world: World, engine: str, stage: int, dtype: str = "fp32", **native: Any) -> tuple[int, float] | str:

@@ -1,6 +1,7 @@
 """Settings that every test runs under: one thread a process, no network, and which tests run, in which order."""
 
 import os
+import signal
 
 # Before torch and transformers are imported, here and in processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -10,6 +11,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+# A shell starts a command in the background with SIGINT ignored, and so would be all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take half a minute and more, longest first.
 LONGEST = [

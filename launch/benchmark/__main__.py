@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# By command: what it measures, and the module that is imported for it, which has its options as COMMAND in capitals and
-# run_COMMAND, which measures and prints.
+# By command: the module that is imported for it, and what it measures. The module has the command's options as COMMAND
+# in capitals, and run_COMMAND, which measures and prints.
 COMMANDS = {
     "ema": ("ema", "forward and backward of the damped moving average"),
     "step": ("step", "a training step against peers, by length"),

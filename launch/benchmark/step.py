@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.config import load_config, model_config
-from mega_scale.model.layers import MegaLinear
+from mega_scale.model.modeling_mega import use_own_linear
 from mega_scale.ops.elementwise import compile_gates
 from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import EngineConfig, ParallelConfig, World
@@ -73,12 +73,7 @@ def our_training(kind: str, sizes: dict[str, Any], length: int, weights: str) ->
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, weights)
     else:
         model.load_state_dict(load_file(weights))
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and layer is not model.lm_head:  # as engines have them
-                with torch.device("meta"):
-                    parent.add_module(name, MegaLinear(layer.in_features, layer.out_features, layer.bias is not None))
-                getattr(parent, name).load_state_dict(layer.state_dict(), assign=True)
+    use_own_linear(model)  # as engines do
     if sizes["segment"]:
         how = ParallelConfig(activation_checkpoint=1, activation_checkpoint_segment=sizes["segment"])
         checkpoint_activations(model, how, RowSlice())

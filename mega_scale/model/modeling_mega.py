@@ -25,6 +25,7 @@ from mega_scale.model.layers import (
     BIASES,
     MegaBlock,
     MegaEmbeddings,
+    MegaLinear,
     MegaMovingAverageGatedAttention,
     MegaMultiDimensionDampedEma,
     MegaRMSNorm,
@@ -313,6 +314,22 @@ class LanguageModelHead(nn.Linear):
         if targets is None:
             return super().forward(input)
         return linear_cross_entropy(input, self.weight, self.bias, targets.to(input.device))
+
+
+def use_own_linear(model: PreTrainedModel) -> None:
+    """Make plain linear layers `MegaLinear`, and the output a `LanguageModelHead`, in place; parameters and ties stay.
+
+    For models that this project runs: programs that look for `nn.Linear` itself, to quantise it, find none.
+    """
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear:
+                with torch.device("meta"):
+                    kind = LanguageModelHead if layer is head else MegaLinear
+                    new = kind(layer.in_features, layer.out_features, layer.bias is not None)
+                new.weight, new.bias = layer.weight, layer.bias
+                parent.add_module(name, new)
 
 
 def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None) -> Tensor:

@@ -109,15 +109,7 @@ class Engine(ABC):
         if document_starts is not None:
             document_starts = self.row_slice.split(document_starts, False)
         with self.row_slice:
-            loss: Tensor = self._call(
-                input_ids=input_ids,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items,
-                document_starts=document_starts,
-                use_cache=False,
-                skip_logits=True,
-            ).loss
-        return loss
+            return loss_of(self._call, input_ids, shift_labels, num_items, document_starts=document_starts)
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -195,6 +187,26 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Free what the engine holds outside the module; needs no other rank, may be called after an error or twice."""
+
+
+def loss_of(
+    call: Callable[..., Any],
+    input_ids: Tensor,
+    shift_labels: Tensor,
+    num_items: int,
+    *,
+    document_starts: Tensor | None = None,
+) -> Tensor:
+    """Loss by a model that is called on all that it is given; arguments as in `Engine.forward`."""
+    loss: Tensor = call(
+        input_ids=input_ids,
+        shift_labels=shift_labels,
+        num_items_in_batch=num_items,
+        document_starts=document_starts,
+        use_cache=False,
+        skip_logits=True,
+    ).loss
+    return loss
 
 
 def flat(tensor: Tensor) -> Tensor:

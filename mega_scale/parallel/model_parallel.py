@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
 from mega_scale.model import MegaConfig, MegaForCausalLM, MegaPreTrainedModel
-from mega_scale.model.layers import MegaDropout, MegaLinear, MegaMultiDimensionDampedEma
-from mega_scale.model.modeling_mega import LanguageModelHead
+from mega_scale.model.layers import MegaDropout, MegaMultiDimensionDampedEma
+from mega_scale.model.modeling_mega import use_own_linear
 from mega_scale.ops.elementwise import compile_gates, positional_dropout
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
@@ -87,7 +87,7 @@ def apply_model_parallelism(
     Changes a model on the meta device in place; raises ValueError where it does not fit the mesh. Returns what tells
     the model which part of the global batch it computes.
     """
-    config, head = model.config, model.get_output_embeddings()
+    config = model.config
     check_segments(config, checkpointing.activation_checkpoint_segment, checkpointing.activation_checkpoint, sp.size)
     check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1)
@@ -98,23 +98,16 @@ def apply_model_parallelism(
         exchange = StateExchange(sp)
         contexts = exchange.contexts
 
+    use_own_linear(model)
     for name, module in list(model.named_modules()):
-        parent, _, local_name = name.rpartition(".")
-        new: nn.Module | None = None
         if name.endswith("mega_layer.mx_proj"):
             # Whatever T is: checkpoints then bear the same names.
-            new = on_meta(SegmentedLinear, config.hidden_size, model.get_submodule(parent).segments)
-        elif type(module) is nn.Linear:
-            # Products stay fast, whatever hooks engines put on linear layers.
-            kind = LanguageModelHead if module is head else MegaLinear
-            new = on_meta(kind, module.in_features, module.out_features, module.bias is not None)
-            new.weight, new.bias = module.weight, module.bias  # ties stay
+            parent = model.get_submodule(name.rpartition(".")[0])
+            parent.add_module("mx_proj", on_meta(SegmentedLinear, config.hidden_size, parent.segments))
         elif isinstance(module, MegaDropout) and module.p > 0:
             module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp)
         elif isinstance(module, MegaMultiDimensionDampedEma) and sp.size > 1:
             module.carry = lambda: exchange if row_slice.cut else None
-        if new is not None:
-            model.get_submodule(parent).add_module(local_name, new)
     if tp.size > 1:
         from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
 from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model.modeling_mega import use_own_linear
 from mega_scale.parallel import World, fill
 
 # Opening one
@@ -132,6 +133,7 @@ def load_model(
     config, tensors, tokenizer, folder = open_model(path, key, log=log)
     with torch.device("meta"):
         model = MegaForCausalLM(config)
+    use_own_linear(model)
 
     def value(name: str, owner: nn.Module, local_name: str) -> Tensor:
         exact = any(part in name for part in MegaForCausalLM.fp32_modules)
@@ -187,21 +189,6 @@ def evaluate(
         raise ValueError("the text has no token to predict: give a longer one, or a shorter data.sequence_length")
     loss = nats / tokens
     return Evaluation(loss, math.exp(min(loss, 700.0)), loss * tokens_per_byte / math.log(2), tokens)
-
-
-def loss_of(
-    module: nn.Module, input_ids: Tensor, shift_labels: Tensor, num_items: int, *, document_starts: Tensor | None = None
-) -> Tensor:
-    """Compute a loss, as `Engine.forward` does, with a model that is whole on this rank."""
-    loss: Tensor = module(
-        input_ids=input_ids,
-        shift_labels=shift_labels,
-        num_items_in_batch=num_items,
-        document_starts=document_starts,
-        use_cache=False,
-        skip_logits=True,
-    ).loss
-    return loss
 
 
 # Its texts

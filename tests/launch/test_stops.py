@@ -246,11 +246,14 @@ def test_an_interrupt_ends_other_commands_in_one_line_and_what_is_half_done_is_n
             target=warm._script, args=(f"launch/{tool}.py", arguments, str(output), warm.variables(0, 0, 0))
         )
         process.start()
-        while not begun():
-            assert process.is_alive(), output.read_text()
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGINT)
-        process.join(20)
+        try:
+            while not begun():
+                assert process.is_alive(), output.read_text()
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGINT)
+            process.join(20)
+        finally:
+            process.kill()  # if it is still there, it would compute for hours
         assert process.exitcode == 130 and output.read_text().count("error: ") == 1, output.read_text()
         assert "error: interrupted" in output.read_text() and "Traceback" not in output.read_text()
     assert not (made / "manifest.json").exists()

@@ -10,6 +10,9 @@ from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
+from mega_scale.model.layers import MegaLinear
+from mega_scale.model.modeling_mega import LanguageModelHead, use_own_linear
+
 every_class = pytest.mark.parametrize("kind", CLASSES)
 
 
@@ -122,3 +125,16 @@ def test_gradients_reach_what_was_put_in_place_of_layers(kind):
     outputs = model(**inputs)
     (answers(outputs).sum() if kind == "MegaModel" else outputs.loss).backward()
     assert all(model.get_submodule(name).more.weight.grad.abs().sum() > 0 for name in names)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_own_layers_take_the_place_of_plain_ones_with_the_same_parameters(tied):
+    model = make_model(tie_word_embeddings=tied)
+    ids, before = make_ids(2, 9), dict(model.named_parameters(remove_duplicate=False))
+    want = model(ids, labels=ids).loss
+    use_own_linear(model)
+    layers = [type(module) for module in model.modules() if isinstance(module, nn.Linear)]
+    assert set(layers) == {MegaLinear, LanguageModelHead} and layers.count(LanguageModelHead) == 1
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+    torch.testing.assert_close(model(ids, labels=ids).loss, want)

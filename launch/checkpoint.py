@@ -18,12 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mega_scale import export
 from mega_scale.checkpoint import folder as store
-from mega_scale.checkpoint.state import convert
 from mega_scale.parallel import check_single
-from mega_scale.process import run_command
-from mega_scale.training.trained_model import log_to_stderr
+from mega_scale.process import log_to_stderr, run_command
 
 
 def run_list(args: argparse.Namespace, key: bytes | None) -> int:
@@ -70,8 +67,11 @@ def run_verify(args: argparse.Namespace, key: bytes | None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError or OSError for what is refused."""
+    # What reads a state imports models and engines, which takes a second: only where it is wanted.
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["export"]:
+        from mega_scale import export
+
         export.main(given[1:], prog="checkpoint.py export")
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = "write a checkpoint, of a run the newest, in more or fewer files, or with a secret"
     command = commands.add_parser("convert", help=words, parents=[shared])
     command.add_argument("out", type=Path, help="run folder to write it to, which can be resumed from")
-    command.add_argument("--allow-older", action="store_true", help=export.ALLOW_OLDER)
+    command.add_argument("--allow-older", action="store_true", help=store.ALLOW_OLDER)
     command.add_argument("--parts", type=int, default=1, help="files for the state (default: 1)")
     command.add_argument("--new-key-file", help="secret to sign the new checkpoint with")
     command = commands.add_parser("prune", help="delete old or damaged ones; the last valid stays", parents=[shared])
@@ -103,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case "verify":
             code = run_verify(args, key)
         case "convert":
+            from mega_scale.checkpoint.state import convert
+
             folder, notes = store.find_checkpoint(args.path, key, older=args.allow_older, proof=store.verify)
             if notes:
                 log_to_stderr(f"{folder} is taken: {'; '.join(notes)}")

@@ -25,9 +25,9 @@ from mega_scale.data import DataConfig, load_whole, validation_batches
 from mega_scale.data.tokenizer import adds_bos
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.parallel.engine import loss_of
-from mega_scale.process import refuse, run_command
+from mega_scale.process import log_to_stderr, refuse, run_command
 from mega_scale.settings import local_paths, require
-from mega_scale.training.trained_model import evaluate, load_model, log_to_stderr
+from mega_scale.training.trained_model import evaluate, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,9 +17,9 @@ import torch
 from mega_scale.checkpoint.folder import read_key
 from mega_scale.hub.export import DTYPES
 from mega_scale.parallel import check_single
-from mega_scale.process import run_command
+from mega_scale.process import log_to_stderr, run_command
 from mega_scale.settings import require
-from mega_scale.training.trained_model import check_sample, generate_text, load_model, log_to_stderr
+from mega_scale.training.trained_model import check_sample, generate_text, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mega_scale.checkpoint.folder import read_key, read_state
+from mega_scale.checkpoint.folder import ALLOW_OLDER, read_key, read_state
 from mega_scale.config import load_config
 from mega_scale.data import as_trained
 from mega_scale.files import check_destination
@@ -14,7 +14,6 @@ from mega_scale.hub.export import DEFAULT_SHARD_BYTES, model_card, write_export
 from mega_scale.parallel import check_single
 from mega_scale.training.trained_model import open_checkpoint
 
-ALLOW_OLDER = "where the newest checkpoint of a run folder is damaged or gone, take an older one"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

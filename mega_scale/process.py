@@ -44,6 +44,11 @@ def _print_error(message: object) -> None:
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
+def log_to_stderr(line: str) -> None:
+    """Print a line beside what a command prints."""
+    print(f"mega_scale | {line}", file=sys.stderr, flush=True)
+
+
 def run_command(main: Callable[[], Any]) -> None:
     """Run a command; a refusal (ValueError, OSError), output that cannot be written, and Ctrl-C end it in one line."""
     output, code = keep_streams(), None

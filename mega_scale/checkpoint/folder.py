@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MANIFEST, STATE, RANDOM, TRAINER, LATEST = "manifest.json", "state", "random", "trainer.json", "latest"
 LOCK = "run.lock"
 
+ALLOW_OLDER = "where the newest checkpoint of a run folder is damaged or gone, take an older one"  # of commands
 _FORMAT = 1
 _PLAIN, _SIGNED = "xxh3_128", "hmac-sha256"
 _SHORTEST_KEY = 16

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabul
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.modeling_mega import use_own_linear
 from mega_scale.parallel import World, fill
+from mega_scale.process import log_to_stderr
 
 # Opening one
 
@@ -29,11 +29,6 @@ class Opened(NamedTuple):
     tensors: Mapping[str, Tensor]  # full CPU tensors by state-dict name, read when asked for
     tokenizer: PreTrainedTokenizerBase  # that lies beside it
     folder: Path  # the export, or the checkpoint, that it is
-
-
-def log_to_stderr(line: str) -> None:
-    """Print a line beside what a command prints."""
-    print(f"mega_scale | {line}", file=sys.stderr, flush=True)
 
 
 def open_model(path: Path, key: bytes | None = None, *, log: Callable[[str], None] = log_to_stderr) -> Opened:

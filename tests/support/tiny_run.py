@@ -55,7 +55,7 @@ def build_optimizer(model: nn.Module) -> torch.optim.AdamW:
     others = [parameter for name, parameter in named.items() if not name.endswith("weight")]
     groups = [{"params": decaying, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     # Attention does not depend on the keys' bias: its gradient is rounding noise, which a smaller eps would blow up.
-    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-6, fused=True)
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor, int]:

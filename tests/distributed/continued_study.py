@@ -9,6 +9,7 @@ import layout_study
 import state_folder
 import tiny_run
 import torch
+from torch import Tensor
 
 from mega_scale.checkpoint.state import StateReader, open_weights
 from mega_scale.parallel import Engine, ParallelConfig, World
@@ -275,10 +276,11 @@ def matrix(source: Path, folder: Path, size: int) -> dict[tuple[str, str], list[
             if layout.shape.size == size:
                 world = layout_study.lay_out(ranks, layout.shape)
                 engine = layout_study.make_engine(world, layout.engine, values=_OTHER_WEIGHTS)
+                expected, weights = _expected(engine, source), dict(open_weights(source))
                 for other in LAYOUTS:
                     _spoil(engine)
                     state_folder.load(engine, folder / other, world)
-                    found[other, name] = _different(engine, source, world)
+                    found[other, name] = _different(engine, expected, weights, world)
                 engine.close()
     return found
 
@@ -293,15 +295,23 @@ def _spoil(engine: Engine) -> None:
             step.fill_(-1)
 
 
-def _different(engine: Engine, source: Path, world: World) -> list[str]:
-    """Parameters and moments of which this rank does not hold what the source holds, and weights that are not whole."""
-    reader, state, found = StateReader(source), engine.state(), []
-    for name, local in state.tensors.items():
-        for kind, tensor in local.tensors.items():
-            expected = reader.read(name, kind, local.shard, local.start, local.start + len(tensor))
-            if not torch.equal(tensor.cpu(), expected):
-                found.append(f"{kind}/{name}")
-    found += ["steps"] * any(int(step) != reader.optimizer_steps for step in state.steps)
-    weights = open_weights(source)
+def _expected(engine: Engine, source: Path) -> dict[str, Tensor]:
+    """Parameters and moments of the source, as far as this rank holds them, and the steps that were done."""
+    reader = StateReader(source)
+    return {"steps": torch.tensor(float(reader.optimizer_steps))} | {
+        f"{kind}/{name}": reader.read(name, kind, local.shard, local.start, local.start + len(tensor))
+        for name, local in engine.state().tensors.items()
+        for kind, tensor in local.tensors.items()
+    }
+
+
+def _different(engine: Engine, expected: dict[str, Tensor], weights: dict[str, Tensor], world: World) -> list[str]:
+    """Parameters and moments of which this rank does not hold what is expected, and weights that are not whole."""
+    state = engine.state()
+    holds = {
+        f"{kind}/{name}": tensor for name, local in state.tensors.items() for kind, tensor in local.tensors.items()
+    }
+    found = [name for name, tensor in holds.items() if not torch.equal(tensor.cpu(), expected[name])]
+    found += ["steps"] * any(float(step) != expected["steps"] for step in state.steps)
     computed_with = layout_study.whole_weights(engine, world)
     return found + [f"model {name}" for name, tensor in computed_with.items() if not torch.equal(tensor, weights[name])]

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import state_folder
@@ -152,13 +153,14 @@ def test_deepspeed_leaves_no_patched_functions_behind(ranks, key):
 
 def alone() -> dict[str, tuple[list[float], list[float]]]:
     found = {}
-    with World.start(ParallelConfig()) as world:
+    with World.start(ParallelConfig()) as world, patch("os.dup2", wraps=os.dup2) as moved:
         for key in ("fsdp-3", "zero-0", "zero-2", "zero-3"):
             engine = tiny_run.make_engine(world, ENGINES[key])
             found[key] = tiny_run.train(engine, world, range(tiny_run.STEPS))
             engine.close()
             engine.close()
             assert "LOCAL_RANK" not in os.environ, "accelerate would take the process for one that a launcher started"
+        assert not moved.called, "what a rank says meanwhile, why it ends perhaps, goes elsewhere"
     return found
 
 

@@ -1,5 +1,6 @@
 """Settings that every test runs under: one thread a process, no network, and which tests run, in which order."""
 
+import gc
 import os
 import signal
 
@@ -11,6 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+gc.disable()  # until all tests are imported: looking for garbage again and again takes a third of that time
 
 # A shell starts a command in the background with SIGINT ignored, and so would be all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,6 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return PLACES.get(item.path.stem, len(PLACES)), not marked
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What imports made stays, and is not looked through for garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,5 +1,6 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 around the same model and the same AdamW."""
 
+import importlib
 import logging
 import math
 import os
@@ -212,4 +213,19 @@ def _start_deepspeed(device: str) -> Any:
     # call it. DeepSpeed is not asked for its table: it would run compilers, and have standard error closed meanwhile.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    _import_muon()
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which it does to see that our optimizer is another, without having it compiled.
+
+    That imports torch's compiler, a sixth of a rank's start. Who uses that Muon in this process has it as plain Python.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # The last two are what DeepSpeed and the C++ kernels import when an engine is made: half of a rank's processor time.
 IMPORTED = ["deepspeed", "launch.pretrain", "mega_scale.training.trainer"]
-IMPORTED += ["deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.cpp_extension"]
+IMPORTED += ["deepspeed.runtime.engine", "torch.utils.cpp_extension"]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(IMPORTED)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

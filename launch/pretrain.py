@@ -4,13 +4,13 @@ deepspeed --num_accelerators 2 launch/pretrain.py --config configs/debug.yaml tr
 """
 
 # ruff: noqa: E402
-import gc
 import signal
 
 if __name__ == "__main__":
-    # Kept until somebody listens: the imports take seconds, and would take longer by looking for garbage.
-    gc.disable()
+    # Kept until somebody listens: the imports take seconds.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
+
+import gc
 
 from mega_scale.process import StopSignals, keep_streams, refuse
 
@@ -18,6 +18,7 @@ SIGNALS = StopSignals()
 if __name__ == "__main__":
     SIGNALS.listen()  # before all other imports
     keep_streams()
+    gc.disable()  # until all is imported: looking for garbage, again and again, takes half a second of CPU
 
 import importlib
 import sys
@@ -38,12 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config.validate(place.size, place.local_size)
         from mega_scale.training.trainer import Trainer  # takes seconds, which help and most refusals do without
 
+        if __name__ == "__main__":
+            gc.freeze()  # what imports made stays: looking through it, in pauses of a run and at the end, takes 0.4 s
+            gc.enable()
         trainer = Trainer(config, place, SIGNALS)
         if __name__ == "__main__":
             # Only now are the values known to be good; until here, a signal is remembered in any case.
             SIGNALS.listen(config.train.stop_signals)
-            gc.freeze()  # what imports made stays: looking through it, in pauses of a run and at the end, takes 0.4 s
-            gc.enable()
     except (ValueError, OSError) as error:
         if place.rank == 0:
             refuse(error)

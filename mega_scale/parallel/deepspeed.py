@@ -210,7 +210,7 @@ def _start_deepspeed(device: str) -> Any:
             "unset the environment variable DS_ACCELERATOR, or change parallel.device"
         )
     # A shared-memory all-reduce for inference would be compiled at first start, and need a compiler; training does not
-    # call it. DeepSpeed is not asked for its table: it would run compilers, and have standard error closed meanwhile.
+    # call it. DeepSpeed is not asked for its table: that runs compilers, with standard error turned elsewhere.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     _import_muon()

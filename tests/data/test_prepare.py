@@ -255,7 +255,7 @@ def one_file(tmp_path) -> DataConfig:
 
 @pytest.mark.distributed
 def test_local_executor_makes_the_same_files(one_file, tmp_path):
-    pytest.importorskip("datatrove")
+    pytest.importorskip("datatrove", reason="needs datatrove, which pip install -e .[dev] brings")
     prepare(tmp_path / "own", one_file)
     run_on_cluster(opened(tmp_path / "local", one_file), tasks=3, processes=1, slurm={})
     assert contents(tmp_path / "local") == contents(tmp_path / "own")
@@ -268,7 +268,7 @@ def test_local_executor_makes_the_same_files(one_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_slurm_jobs_make_the_same_files(one_file, tmp_path, monkeypatch):
-    pytest.importorskip("datatrove")
+    pytest.importorskip("datatrove", reason="needs datatrove, which pip install -e .[dev] brings")
     prepare(tmp_path / "own", one_file)
     commands = tmp_path / "commands"
     commands.mkdir()

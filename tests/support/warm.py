@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# The last two are what DeepSpeed and the C++ kernels import when an engine is made: half of a rank's processor time.
+# The last two are what DeepSpeed and the C++ kernels import when an engine is made.
 IMPORTED = ["deepspeed", "launch.pretrain", "mega_scale.training.trainer"]
 IMPORTED += ["deepspeed.runtime.engine", "torch.utils.cpp_extension"]
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import exit_code
+from same_runs import state_problems
 
 from launch.pretrain import main as pretrain
 from mega_scale import export
 from mega_scale.checkpoint.folder import read_manifest, write_manifest
 from mega_scale.config import load_config
 from mega_scale.files import hash_file
-from mega_scale.training.trainer import learning_rate
+from mega_scale.training.schedule import learning_rate
 
 MODEL = {
     "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "nffn_hidden_size": 20, "chunk_size": 16,
@@ -141,8 +142,28 @@ def test_another_horizon_is_said_with_what_it_does_to_the_learning_rate(trained,
     runs = (replace(before, train=replace(before.train, steps=steps)) for steps in (12, 4))
     now, then = (learning_rate(4, run) for run in runs)
     assert code == 0 and "train.steps=12 (was 4)" in line and then == 0
+    assert "; the cosine fall now ends at step 12 (was 4); " in line
     assert line.endswith(f"the learning rate of step 5 is {now:.4g} (was {then:.4g})")
     assert "lr 0" not in output and '"from_step": 4' in output
+
+
+def test_a_stable_checkpoint_decays_later_as_in_the_run_that_planned_it(trained, tmp_path):
+    """A wsd run keeps the checkpoint from which it falls, though keep=1; from there another end is bit for bit."""
+    words = [*trained[1], *(f"model.{key}={value}" for key, value in MODEL.items()), "schedule.decay=wsd"]
+    words += ["checkpoint.keep=1", "train.log_every=1", "data.validation_fraction=0"]
+    planned = [*words, "train.steps=7", "schedule.decay_steps=4", "schedule.decay_shape=linear"]
+    assert run(*planned, f"run_dir={tmp_path / 'planned'}")[0] == 0
+    code, output = run(*words, f"run_dir={tmp_path / 'run'}", "train.steps=5", "schedule.decay_steps=2")
+    assert code == 0, output
+    stable, last = (f"checkpoints/step-{step:08d}" for step in (3, 7))
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == [
+        f"step-{step:08d}" for step in (3, 5)
+    ]
+    code, output = run(*planned, f"run_dir={tmp_path / 'later'}", f"--resume={tmp_path / 'run' / stable}")
+    assert code == 0 and "train.steps=7 (was 5)" in output, output
+    assert state_problems(tmp_path / "planned" / last, tmp_path / "later" / last) == []
+    rates = [float(line.split(" lr ")[1].split(" ")[0]) for line in output.splitlines() if " lr " in line]
+    assert rates == pytest.approx([0.05, 0.0375, 0.025, 0.0125], rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,11 @@ class CheckpointConfig:
     """When checkpoints are written, and how many are kept; one is always written at the end."""
 
     every: int = 0
-    """Steps between two checkpoints; 0 writes one at the end only (steps)."""
+    """Steps between two checkpoints; 0 writes one at the end, and where schedule.decay=wsd falls, only (steps)."""
 
     keep: int = 0
-    """Newest checkpoints to keep, older ones are deleted after a new one is proven; 0 keeps all (checkpoints)."""
+    """Newest checkpoints to keep, older ones are deleted after a new one is proven, but not the one from which
+    schedule.decay=wsd falls; 0 keeps all (checkpoints)."""
 
     keep_every: int = 0
     """Checkpoints of steps that this divides are never deleted; 0 means none of them (steps)."""

@@ -138,32 +138,58 @@ class OptimizerConfig:
 class ScheduleConfig:
     """How the learning rate rises to optimizer.lr and falls from there."""
 
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the fall from optimizer.lr to min_lr; constant stays at optimizer.lr (no unit)."""
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Fall from optimizer.lr to min_lr: cosine or linear from the rise to the end, wsd (warmup-stable-decay) over the
+    last decay_steps only, constant not at all. A wsd run keeps a checkpoint of where it begins to fall (no unit)."""
 
     warmup_steps: int | float = 0
     """Length of the linear rise from warmup_init_lr to optimizer.lr, below 1 as a share of train.steps; 0 starts at
     optimizer.lr (steps)."""
 
     min_lr: float = 0.0
-    """Learning rate at which a cosine or linear fall ends (absolute, not a share of optimizer.lr)."""
+    """Learning rate at which a fall ends (absolute, not a share of optimizer.lr)."""
 
     warmup_init_lr: float = 0.0
     """Learning rate from which the rise starts (absolute)."""
 
+    decay_steps: int | float = 0.2
+    """Length of the fall of wsd, below 1 as a share of train.steps; 0 leaves it to a later run (steps)."""
+
+    decay_shape: Literal["linear", "sqrt", "cosine"] = "sqrt"
+    """Shape of the fall of wsd: linear, cosine, or sqrt, which falls as 1 - sqrt(share done) (no unit)."""
+
+    def warmup(self, steps: int) -> int:
+        """Steps of the rise of a run of so many steps."""
+        return _steps_of(self.warmup_steps, steps)
+
+    def fall(self, steps: int) -> int:
+        """Steps of the fall of a wsd run of so many steps."""
+        return _steps_of(self.decay_steps, steps)
+
     def validate(self, lr: float, steps: int) -> None:
         """Refuse what does not fit `optimizer.lr` and `train.steps`."""
-        require_ranges("schedule", self, not_negative=("warmup_steps", "min_lr", "warmup_init_lr"))
-        whole = self.warmup_steps < 1 or self.warmup_steps % 1 == 0
-        remedy = "give a whole number of steps, or a share of train.steps that is below 1"
-        require(whole, "schedule.warmup_steps", self.warmup_steps, remedy)
-        remedy = (
-            f"with train.steps={steps}, give at most {steps}, a share as in schedule.warmup_steps=0.1, or more steps"
-        )
-        require(self.warmup_steps <= steps, "schedule.warmup_steps", self.warmup_steps, remedy)
+        require_ranges("schedule", self, not_negative=("warmup_steps", "decay_steps", "min_lr", "warmup_init_lr"))
+        for name in ("warmup_steps", "decay_steps"):
+            key, value = f"schedule.{name}", getattr(self, name)
+            remedy = "give a whole number of steps, or a share of train.steps that is below 1"
+            require(value < 1 or value % 1 == 0, key, value, remedy)
+            remedy = f"with train.steps={steps}, give at most {steps}, a share as in {key}=0.1, or more steps"
+            require(value <= steps or (name == "decay_steps" and self.decay != "wsd"), key, value, remedy)
+        if self.decay == "wsd":
+            rise, fall = self.warmup(steps), self.fall(steps)
+            remedy = (
+                f"with schedule.warmup_steps={self.warmup_steps}, {rise + fall} of train.steps={steps} would rise or "
+                f"fall, give at most {steps - rise}, or more steps"
+            )
+            require(rise + fall <= steps, "schedule.decay_steps", self.decay_steps, remedy)
         for name in ("min_lr", "warmup_init_lr"):
             remedy = f"with optimizer.lr={lr}, give at most {lr}, as in schedule.{name}={lr / 10:g}, or raise that"
             require(getattr(self, name) <= lr, f"schedule.{name}", getattr(self, name), remedy)
+
+
+def _steps_of(length: int | float, steps: int) -> int:
+    """A length in steps, which below 1 is a share of all `steps`."""
+    return int(length if length >= 1 else length * steps)
 
 
 @dataclass

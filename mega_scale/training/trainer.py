@@ -29,6 +29,7 @@ from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPE
 from mega_scale.settings import known_keys, to_yaml
 from mega_scale.training.config import build_optimizer, seconds_of
 from mega_scale.training.metrics import Reporter, SlowRanks, Throughput, memory_bytes
+from mega_scale.training.schedule import learning_rate, schedule_changes, stable_step
 from mega_scale.training.stopping import EndOfRunError, Progress, RunStatus, Stopping, StopRun, Watchdog, rows_of
 
 # Keys by which the same run would have other numbers; of those of `parallel`, another line tells.
@@ -269,7 +270,8 @@ class Trainer:
         self.reporter = Reporter(self.run_dir, self.rank, self.progress.step, train.steps, train.tensorboard)
         self.throughput = Throughput(self.model_config, world.device, train.dtype, world.size)
         self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
-        self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key)
+        kept = stable_step(config)
+        self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key, kept)
 
     def print_header(self, parameters: int) -> None:
         """Say in a few lines what runs, in which layout; first rank."""
@@ -380,7 +382,8 @@ class Trainer:
             self.sample()
         # A state whose last steps were bad is none to go back to.
         every = self.config.checkpoint.every
-        if every and step % every == 0 and progress.bad.in_a_row == 0:
+        due = (bool(every) and step % every == 0) or step == stable_step(self.config)
+        if due and progress.bad.in_a_row == 0:
             self.watchdog.beat("saving")
             self.log_saves(self.save())
         self.throughput.skip(time.perf_counter() - paused)
@@ -494,22 +497,6 @@ class Trainer:
             )
 
 
-def learning_rate(step: int, config: RunConfig) -> float:
-    """Learning rate of the update after `step` others: a function of the step, so that nothing about it needs saving.
-
-    The first one already lies one step up the rise, so that no update is spent at a rate of zero.
-    """
-    schedule, base_lr, total_steps = config.schedule, config.optimizer.lr, config.train.steps
-    warmup_steps = int(schedule.warmup_steps if schedule.warmup_steps >= 1 else schedule.warmup_steps * total_steps)
-    if step < warmup_steps:
-        return schedule.warmup_init_lr + (base_lr - schedule.warmup_init_lr) * (step + 1) / warmup_steps
-    if schedule.decay == "constant":
-        return base_lr
-    done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    left = 1.0 - done if schedule.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return schedule.min_lr + (base_lr - schedule.min_lr) * left
-
-
 def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
     """Say in one line which keys that decide the numbers differ from those of a checkpoint; empty where none does.
 
@@ -530,8 +517,7 @@ def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
     if not differing:
         return ""
     line = f"resumed with other keys: {', '.join(differing)}"
-    now, then = (learning_rate(step, run) for run in (config, before))
-    return line if now == then else f"{line}; the learning rate of step {step + 1} is {now:.4g} (was {then:.4g})"
+    return "; ".join(filter(None, (line, schedule_changes(config, before, step))))
 
 
 def describe_model(config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

@@ -1,16 +1,11 @@
 """Which parameters decay, and that each is updated once."""
 
-import itertools
-import math
-
 import pytest
 import torch
 from torch import nn
 
-from mega_scale.config import RunConfig
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.training.config import OptimizerConfig, ScheduleConfig, TrainConfig, build_optimizer
-from mega_scale.training.trainer import learning_rate
+from mega_scale.training.config import OptimizerConfig, build_optimizer
 
 # The matrices of a Mega language model, by the end of their names: all that decays.
 MATRICES = (
@@ -91,66 +86,3 @@ def test_settings_reach_adamw_and_a_step_is_its_formula():
 def test_a_model_without_matrices_has_one_group():
     groups = build_optimizer(nn.LayerNorm(4), OptimizerConfig()).param_groups
     assert [group["weight_decay"] for group in groups] == [0.0]
-
-
-# The schedule
-
-BASE, TOTAL = 1e-3, 110
-
-
-def _run(schedule: ScheduleConfig, lr: float, steps: int) -> RunConfig:
-    return RunConfig(optimizer=OptimizerConfig(lr=lr), schedule=schedule, train=TrainConfig(steps=steps))
-
-
-def _rate(step: int, **settings) -> float:
-    return learning_rate(step, _run(ScheduleConfig(**settings), BASE, TOTAL))
-
-
-def test_rise_is_linear_and_ends_at_the_base_rate():
-    rates = [_rate(step, warmup_steps=10, warmup_init_lr=1e-4) for step in range(10)]
-    assert rates[0] == pytest.approx(1e-4 + 9e-4 / 10)  # the first update is not spent at the initial rate
-    steps = [after - before for before, after in itertools.pairwise(rates)]
-    assert steps == pytest.approx([9e-5] * 9)
-    assert rates[-1] == pytest.approx(BASE)
-
-
-def test_a_rise_below_one_is_a_share_of_the_run():
-    assert [_rate(step, warmup_steps=0.1) for step in range(TOTAL)] == [
-        _rate(step, warmup_steps=11) for step in range(TOTAL)
-    ]
-
-    def risen(warmup_steps, steps):
-        schedule = ScheduleConfig("constant", warmup_steps)
-        return next(step for step in range(steps) if learning_rate(step, _run(schedule, 1.0, steps)) == 1.0)
-
-    assert [risen(0.3, steps) for steps in (1, 6, 200)] == [0, 0, 59]
-    assert [risen(whole, 1000) for whole in (0, 1, 60, 60.0)] == [0, 0, 59, 59]
-
-
-def test_no_rise_starts_at_the_base_rate():
-    assert _rate(0) == BASE
-
-
-@pytest.mark.parametrize("decay", ["cosine", "linear"])
-def test_fall_reaches_the_least_rate_at_the_end_and_stays_there(decay):
-    settings = {"decay": decay, "warmup_steps": 10, "min_lr": 1e-5}
-    assert _rate(10, **settings) == pytest.approx(BASE)
-    assert _rate(60, **settings) == pytest.approx((BASE + 1e-5) / 2)  # halfway in either shape
-    assert 1e-5 < _rate(TOTAL - 1, **settings) < 3e-5
-    assert _rate(TOTAL, **settings) == _rate(10 * TOTAL, **settings) == pytest.approx(1e-5)
-    rates = [_rate(step, **settings) for step in range(10, TOTAL)]
-    assert rates == sorted(rates, reverse=True)
-
-
-def test_shapes_follow_their_formulas():
-    done = 25 / 100
-    assert _rate(35, decay="linear", warmup_steps=10) == pytest.approx(BASE * (1 - done))
-    assert _rate(35, decay="cosine", warmup_steps=10) == pytest.approx(BASE * (1 + math.cos(math.pi * done)) / 2)
-
-
-def test_constant_stays_at_the_base_rate():
-    assert {_rate(step, decay="constant", warmup_steps=10, min_lr=1e-5) for step in range(10, 2 * TOTAL)} == {BASE}
-
-
-def test_a_rise_as_long_as_the_run_never_falls():
-    assert _rate(TOTAL - 1, warmup_steps=TOTAL) == pytest.approx(BASE)

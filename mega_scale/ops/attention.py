@@ -1,4 +1,4 @@
-"""Single-head attention of chunks of tokens to themselves: the reference, and faster forms of the same.
+"""Attention of chunks of tokens to themselves, with one head or several: the reference, and faster forms of the same.
 
 * eager: scores, bias, activation, masks and values written out. The reference, and the only form of laplace and relu2.
 * sdpa: softmax by `scaled_dot_product_attention`, the positional bias passed as its mask.
@@ -7,10 +7,11 @@
   weights are saved for the backward pass: half a chunk's width a token, little beside a block's other activations.
 * triton: the same on a GPU in half precision, with documents (`attention_triton`).
 
-Positional biases are functions of the distance alone, so that one vector holds a whole Toeplitz matrix.
+Positional biases are functions of the distance alone, so that one vector holds a whole Toeplitz matrix. Rotary
+positions (`rotate`) are in the queries and keys instead, and need no bias.
 
-Legend: B batch, K chunks, I queries, J keys, C chunk, Z width of queries and keys, E width of values, c queries of a
-block, G chunks of all rows.
+Legend: B batch, L length, K chunks, H heads, I queries, J keys, C chunk, Z width of a head's queries and keys, E width
+of its values, c queries of a block, G chunks of all rows.
 """
 
 import math
@@ -58,8 +59,9 @@ def chunk_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     *,
+    scale: float | None = None,
     activation: str = "softmax",
     causal: bool = False,
     offset: int | Tensor = 0,
@@ -71,18 +73,21 @@ def chunk_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of every chunk to itself (arXiv 2209.10655, equations 16 to 19, and section 3.4).
 
-    softmax: `softmax(q k^T Z^-1/2 + bias)`; laplace and relu2: `f(q k^T / n + bias)`, n the query's position in the
+    softmax: `softmax(scale q k^T + bias)`; laplace and relu2: `f(q k^T / n + bias)`, n the query's position in the
     chunk plus one when causal, else the chunk's number of valid keys, at least one. With `documents`, n counts keys of
     the query's document only.
 
     Args:
-        q: (B, K, I, Z), any floating dtype; k is (B, K, J, Z), v (B, K, J, E).
+        q: (B, K, I, Z), any floating dtype; k is (B, K, J, Z), v (B, K, J, E). With heads (B, K, H, I, Z) and so on:
+            all heads of a chunk have the same bias, masks and documents.
         bias: (I + J - 1,), or (B, I + J - 1) with an offset for every row: its entry m belongs to key minus query
-            `m - (I - 1) - offset`.
+            `m - (I - 1) - offset`; none for no positional bias.
+        scale: of softmax scores; none for Z^-1/2.
         causal: whether query i sees keys up to `i + offset` only.
         offset: keys that precede the first query, tokens: one number, or (B,) int64, one for every row.
         key_mask: (B, K, J) bool, true for valid keys. A softmax chunk without any valid key attends as if unmasked.
-        dropout: probability of dropping a weight, or a function of weights (B, K, I, J) that drops some; eager only.
+        dropout: probability of dropping a weight, or a function of weights (B, K, [H,] I, J) that drops some, eager
+            only.
         return_weights: eager only.
         documents: of keys, numbers (B, K, J): a query sees those of its own document only, query i being key
             `offset + i` (one number for all rows); none where chunks hold one document each.
@@ -90,25 +95,13 @@ def chunk_attention(
             documents), or auto: the last that serves, triton outside torch.compile and on a compute capability of 8 or
             newer only.
 
-    Returns (B, K, I, E) in the dtype of v, and the weights before dropout (B, K, I, J) or none. Raises ValueError where
-    a shape does not fit, or the implementation lacks what is asked for.
+    Returns (B, K, [H,] I, E) in the dtype of v, and the weights before dropout (B, K, [H,] I, J) or none. Raises
+    ValueError where a shape does not fit, or the implementation lacks what is asked for.
     """
-    for name, choice, allowed in (("activation", activation, ACTIVATIONS), ("impl", impl, IMPLEMENTATIONS)):
-        if choice not in allowed:
-            raise ValueError(f"{name}={choice!r} is unknown: choose one of {', '.join(allowed)}")
-    queries, keys, by_row = q.shape[2], k.shape[2], isinstance(offset, Tensor)
-    expected = (*q.shape[:1], queries + keys - 1) if by_row else (queries + keys - 1,)
-    if bias.shape != expected:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}: {queries} queries and {keys} keys need {expected}")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:3]):
-        raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}: expected bool {tuple(k.shape[:3])}")
-    if documents is not None and (by_row or documents.numbers.shape != k.shape[:3]):
-        raise ValueError(
-            f"documents have numbers of shape {tuple(documents.numbers.shape)} and an offset of type "
-            f"{type(offset).__name__}: expected {tuple(k.shape[:3])} and one offset for all rows"
-        )
+    _check(q, k, v, bias, scale, activation, offset, key_mask, documents, impl)
     if documents is not None and not documents.several.numel():
         documents = None
+    queries, keys = q.shape[-2], k.shape[-2]
     fused = activation == "softmax" and not return_weights and not callable(dropout)
     whole = causal and queries == keys and isinstance(offset, int) and offset == 0
     whole = whole and fused and key_mask is None and dropout == 0
@@ -130,15 +123,15 @@ def chunk_attention(
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
     if impl == "causal":
-        return causal_attention(q, k, v, bias, _GPU_BLOCK if q.is_cuda else _CPU_BLOCK), None
+        return causal_attention(q, k, v, bias, scale, _GPU_BLOCK if q.is_cuda else _CPU_BLOCK), None
     if impl == "triton":
         # Not before it is needed: triton may not be installed.
         from mega_scale.ops.attention_triton import triton_attention  # noqa: PLC0415
 
-        return triton_attention(q, k, v, bias, None if documents is None else documents.numbers), None
+        return triton_attention(q, k, v, bias, scale, None if documents is None else documents.numbers), None
 
     rules: dict[str, Any] = {"activation": activation, "causal": causal, "offset": offset, "dropout": dropout}
-    rules["eager"] = impl == "eager"
+    rules |= {"eager": impl == "eager", "scale": scale}
     if documents is None or not documents.single.numel() or return_weights or callable(dropout):
         out, weights = _masked_attention(q, k, v, bias, key_mask, documents, **rules)
         return out, weights if return_weights else None
@@ -150,69 +143,79 @@ def chunk_attention(
         of_q, of_k, of_v, mask = (None if t is None else t[chunks][None] for t in flat)
         assert of_q is not None and of_k is not None and of_v is not None
         parts.append(_masked_attention(of_q, of_k, of_v, bias, mask, own, **rules)[0][0])
-    return torch.cat(parts)[documents.order].view(*q.shape[:3], v.shape[-1]), None
+    return torch.cat(parts)[documents.order].view(*q.shape[:-1], v.shape[-1]), None
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, activation: str, offset: int | Tensor,
+    key_mask: Tensor | None, documents: ChunkDocuments | None, impl: str,
+) -> None:  # fmt: skip
+    """Refuse arguments of `chunk_attention` that do not fit each other."""
+    for name, choice, allowed in (("activation", activation, ACTIVATIONS), ("impl", impl, IMPLEMENTATIONS)):
+        if choice not in allowed:
+            raise ValueError(f"{name}={choice!r} is unknown: choose one of {', '.join(allowed)}")
+    if q.dim() not in (4, 5) or q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: expected (batch, chunks, "
+            "[heads,] tokens, width), alike but for the tokens of q and the widths of v"
+        )
+    if scale is not None and activation != "softmax":
+        raise ValueError(f"scale={scale} is of softmax alone: activation={activation!r} divides by the number of keys")
+    queries, keys, by_row = q.shape[-2], k.shape[-2], isinstance(offset, Tensor)
+    expected = (*q.shape[:1], queries + keys - 1) if by_row else (queries + keys - 1,)
+    if bias is not None and bias.shape != expected:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: {queries} queries and {keys} keys need {expected}")
+    of_keys = (*k.shape[:2], keys)
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != of_keys):
+        raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}: expected bool {of_keys}")
+    if documents is not None and (by_row or documents.numbers.shape != of_keys):
+        raise ValueError(
+            f"documents have numbers of shape {tuple(documents.numbers.shape)} and an offset of type "
+            f"{type(offset).__name__}: expected {of_keys} and one offset for all rows"
+        )
 
 
 def _masked_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     key_mask: Tensor | None,
     documents: ChunkDocuments | None,
     *,
+    scale: float | None,
     activation: str,
     causal: bool,
     offset: Any,
     dropout: Any,
     eager: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The eager form, which also returns weights (B, K, I, J), or `scaled_dot_product_attention`."""
-    queries, keys = q.shape[2], k.shape[2]
+    """The eager form, which also returns weights (B, K, [H,] I, J), or `scaled_dot_product_attention`."""
+    queries, keys, heads = q.shape[-2], k.shape[-2], q.dim() == 5
     dtype = torch.promote_types(q.dtype, torch.float32) if eager else v.dtype
-    q, k, matrix = q.to(dtype), k.to(dtype), toeplitz(bias.to(dtype), queries)
-    matrix = matrix if bias.dim() == 1 else matrix.unsqueeze(1)  # (I, J) or (B, 1, I, J)
-    before = offset[:, None, None, None] if isinstance(offset, Tensor) else offset
-    # Which keys a query sees, broadcastable to (B, K, I, J); none: all, as in a decoding step.
-    reach = None
-    if causal and (eager or not (isinstance(offset, int) and offset + 1 >= keys)):
-        last = torch.arange(queries, device=q.device)[:, None] + before
-        reach = torch.arange(keys, device=q.device) <= last
-    if documents is not None:
-        numbers = documents.numbers
-        same = numbers[..., offset : offset + queries, None] == numbers[..., None, :]
-        reach = same if reach is None else reach & same
-    visible = reach
-    if key_mask is not None:
-        if activation == "softmax":
-            key_mask = key_mask | ~key_mask.any(-1, keepdim=True)  # as HF 4.37.2 treats chunks without a valid key
-        visible = key_mask.unsqueeze(-2) if reach is None else reach & key_mask.unsqueeze(-2)
+    q, k = q.to(dtype), k.to(dtype)
+    matrix = None  # (I, J) or (B, 1, [1,] I, J)
+    if bias is not None:
+        matrix = toeplitz(bias.to(dtype), queries)
+        matrix = matrix if bias.dim() == 1 else _over_heads(matrix.unsqueeze(1), heads)
+    reach, visible = _visible(q, keys, key_mask, documents, activation, causal, offset, every=eager)
     if not eager:
-        mask = matrix if visible is None else matrix.masked_fill(~visible, float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
+        mask = visible
+        if matrix is not None:
+            mask = matrix if visible is None else matrix.masked_fill(~visible, float("-inf"))
+        return _fused(q, k, v, mask, dropout, scale), None
 
     with without_autocast(q.device):
         scores = q @ k.transpose(-1, -2)
         if activation == "softmax":
-            scores = scores * q.shape[-1] ** -0.5 + matrix
+            scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+            scores = scores if matrix is None else scores + matrix
             if visible is not None:
                 scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
             weights = scores.softmax(-1)
         else:
-            if documents is not None:
-                # n is of the query's document alone; a causal one is a position, which does not depend on masks.
-                counted = reach if causal else visible
-                assert counted is not None
-                count = counted.sum(-1, keepdim=True).clamp(min=1).to(dtype)
-            elif causal:
-                count = torch.arange(1, queries + 1, device=q.device, dtype=dtype)[:, None] + before
-                # Padding before a row's first token has no position; it is masked, but must stay finite.
-                count = count.clamp(min=1) if isinstance(offset, Tensor) else count
-            elif key_mask is not None:
-                count = key_mask.sum(-1).clamp(min=1)[..., None, None].to(dtype)
-            else:
-                count = torch.tensor(float(keys), device=q.device, dtype=dtype)
-            scores = scores / count + matrix
+            scores = scores / _count(reach if causal else visible, scores, offset, causal, documents is not None)
+            scores = scores if matrix is None else scores + matrix
             if activation == "relu2":
                 weights = torch.relu(scores).square()  # arXiv 2109.08668
             else:  # the cumulative normal distribution that approximates it (arXiv 2209.10655, equation 12)
@@ -224,32 +227,105 @@ def _masked_attention(
         return kept @ v, weights
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int = _CPU_BLOCK) -> Tensor:
-    """`softmax(q k^T Z^-1/2 + bias) v` over the keys up to each query, `block` queries at a time; differentiable once.
+def _visible(
+    q: Tensor, keys: int, key_mask: Tensor | None, documents: ChunkDocuments | None, activation: str, causal: bool,
+    offset: Any, every: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Which keys a query sees but for the key mask, and which with it; broadcastable to (B, K, [H,] I, J).
 
-    q and k are (B, K, C, Z) in any floating dtype, v and the result (B, K, C, E), the bias (2C - 1,) as in
-    `chunk_attention`. Scores and the gradients of queries and keys are computed in fp32; products with values, which
-    are the widest, in the dtype of v.
+    None: all, as in a decoding step; `every` writes out even what leaves no key out.
+    """
+    queries, heads = q.shape[-2], q.dim() == 5
+    reach = None
+    if causal and (every or not (isinstance(offset, int) and offset + 1 >= keys)):
+        last = torch.arange(queries, device=q.device)[:, None] + _by_row(offset, q)
+        reach = torch.arange(keys, device=q.device) <= last
+    if documents is not None:
+        numbers = documents.numbers
+        same = _over_heads(numbers[..., offset : offset + queries, None] == numbers[..., None, :], heads)
+        reach = same if reach is None else reach & same
+    if key_mask is None:
+        return reach, reach
+    if activation == "softmax":
+        key_mask = key_mask | ~key_mask.any(-1, keepdim=True)  # as HF 4.37.2 treats chunks without a valid key
+    valid = _over_heads(key_mask.unsqueeze(-2), heads)
+    return reach, valid if reach is None else reach & valid
+
+
+def _count(counted: Tensor | None, scores: Tensor, offset: Any, causal: bool, documents: bool) -> Tensor:
+    """What laplace and relu2 divide scores (B, K, [H,] I, J) by."""
+    if counted is None:
+        return torch.tensor(float(scores.shape[-1]), device=scores.device, dtype=scores.dtype)
+    if causal and not documents:
+        # A position, which does not depend on masks. Padding before a row's first token has none; it is masked, but
+        # must stay finite.
+        count = torch.arange(1, scores.shape[-2] + 1, device=scores.device, dtype=scores.dtype)[:, None]
+        count = count + _by_row(offset, scores)
+        return count.clamp(min=1) if isinstance(offset, Tensor) else count
+    return counted.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
+
+
+def _by_row(offset: Any, like: Tensor) -> Any:
+    """Offsets (B,) with as many dimensions as another tensor; a number as it is."""
+    return offset.view(-1, *[1] * (like.dim() - 1)) if isinstance(offset, Tensor) else offset
+
+
+def _over_heads(x: Tensor, heads: bool) -> Tensor:
+    """What is alike in all heads: (B, K, I, J) to (B, K, 1, I, J) where there is an axis of heads."""
+    return x.unsqueeze(2) if heads else x
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float | None) -> Tensor:
+    """PyTorch's fused attention, which takes four dimensions: chunks as heads, or as rows where there are heads."""
+    if q.dim() == 4:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    if mask is not None and mask.dim() == 5:
+        mask = mask.expand(*q.shape[:2], *mask.shape[2:]).flatten(0, 1)
+    q_, k_, v_ = (t.flatten(0, 1) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return out.unflatten(0, q.shape[:2])
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    block: int = _CPU_BLOCK,
+) -> Tensor:
+    """`softmax(scale q k^T + bias) v` over the keys up to each query, `block` queries at a time; differentiable once.
+
+    q and k are (B, K, [H,] C, Z) in any floating dtype, v and the result (B, K, [H,] C, E); the bias (2C - 1,) and the
+    scale are as in `chunk_attention`. Scores and the gradients of queries and keys are computed in fp32; products with
+    values, which are the widest, in the dtype of v.
     """
     with without_autocast(q.device):
         dtype = torch.promote_types(v.dtype, torch.float32)
-        q, k = (t.to(dtype).flatten(0, 1) for t in (q, k))
-        return _CausalAttention.apply(q, k, v.flatten(0, 1), bias.to(dtype), block).view(v.shape)
+        q, k = (t.to(dtype).flatten(0, -3) for t in (q, k))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        bias = None if bias is None else bias.to(dtype)
+        return _CausalAttention.apply(q, k, v.flatten(0, -3), bias, scale, block).view(v.shape)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, block: int) -> Tensor:
         """q, k (G, C, Z), v (G, C, E), bias (2C - 1,)."""
-        ctx.block, scale, chunk = block, q.shape[-1] ** -0.5, q.shape[1]
-        matrix = bias.unfold(0, chunk, 1).flip(0)
+        ctx.block, ctx.scale, chunk = block, scale, q.shape[1]
+        matrix = None if bias is None else bias.unfold(0, chunk, 1).flip(0)
         future = torch.full((block, block), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         out, kept = torch.empty_like(v), []
         for begin in range(0, chunk, block):
             end = min(begin + block, chunk)
-            start = matrix[begin:end, :end].clone()
-            start[:, begin:] += future[: end - begin, : end - begin]
-            scores = torch.baddbmm(start.expand(len(q), -1, -1), q[:, begin:end], k[:, :end].mT, alpha=scale)
+            hidden = future[: end - begin, : end - begin]
+            if matrix is None:
+                scores = (q[:, begin:end] * scale) @ k[:, :end].mT
+                scores[..., begin:] += hidden
+            else:
+                start = matrix[begin:end, :end].clone()
+                start[:, begin:] += hidden
+                scores = torch.baddbmm(start.expand(len(q), -1, -1), q[:, begin:end], k[:, :end].mT, alpha=scale)
             weights = scores.softmax(-1).to(v.dtype)
             # Not written into `out` by the product itself, whose result selective checkpointing could then not keep.
             out[:, begin:end] = weights @ v[:, :end]
@@ -259,11 +335,11 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        scale, chunk = q.shape[-1] ** -0.5, q.shape[1]
+        scale, chunk = ctx.scale, q.shape[1]
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_matrix = q.new_zeros(chunk, chunk)
+        d_matrix = q.new_zeros(chunk, chunk) if ctx.needs_input_grad[3] else None
         # From the end: the last block, which meets every key, writes what the others add to.
         for index in reversed(range(len(kept))):
             weights, begin = kept[index], index * ctx.block
@@ -271,8 +347,10 @@ class _CausalAttention(torch.autograd.Function):
             own, d_out = q[:, begin:end], gradient[:, begin:end]
             d_weights = (d_out @ v[:, :end].mT).to(q.dtype)
             d_scores = torch._softmax_backward_data(d_weights, weights.to(q.dtype), -1, q.dtype)
-            d_matrix[begin:end, :end] = d_scores.sum(0)
-            torch.mul(d_scores, scale, out=d_scores)
+            if d_matrix is not None:
+                d_matrix[begin:end, :end] = d_scores.sum(0)
+            if scale != 1.0:
+                torch.mul(d_scores, scale, out=d_scores)
             torch.bmm(d_scores, k[:, :end], out=d_q[:, begin:end])
             if end == chunk:
                 torch.bmm(d_scores.mT, own, out=d_k)
@@ -280,7 +358,59 @@ class _CausalAttention(torch.autograd.Function):
             else:
                 d_k[:, :end].baddbmm_(d_scores.mT, own)
                 d_v[:, :end].baddbmm_(weights.mT, d_out)
-        return d_q, d_k, d_v, _by_distance(d_matrix), None
+        return d_q, d_k, d_v, None if d_matrix is None else _by_distance(d_matrix), None, None
+
+
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): neighbouring channels 2j, 2j + 1 turn by `position base^(-2j / Z)` radians.
+
+    x is (B, L, H, Z) with Z even, any floating dtype, which the result has; positions are (L,), or (B, L) to differ
+    between rows. Turning happens in at least fp32.
+    """
+    return turn(x, turns(positions, x.shape[-1], base, torch.promote_types(x.dtype, torch.float32)))
+
+
+def turns(positions: Tensor, width: int, base: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cosines and sines by which `turn` turns pairs of channels: positions (..., L) to (..., L, width / 2, 2).
+
+    Make them once for all layers, and for queries and keys.
+    """
+    if width % 2:
+        raise ValueError(f"width={width} is odd: rotary positions turn pairs of channels")
+    # In fp64 until rounded once: in fp32, an angle of thousands of radians is off by 1e-4.
+    powers = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / -width
+    angles = positions.to(torch.float64)[..., None] * base**powers
+    return torch.stack((angles.cos(), angles.sin()), -1).to(dtype)
+
+
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn pairs of channels of x (B, L, H, Z) by `turns`, (L, Z / 2, 2) or (B, L, Z / 2, 2)."""
+    turns = turns.unsqueeze(-3)
+    if tracing() == "trace":
+        return _Turn.forward(None, x, turns)
+    turned: Tensor = _Turn.apply(x, turns)
+    return turned
+
+
+class _Turn(torch.autograd.Function):
+    """The backward pass turns the other way; x is not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:
+        if ctx is not None:
+            ctx.save_for_backward(turns)
+        pairs = x.to(turns.dtype).unflatten(-1, (-1, 2))
+        if in_memory(x):  # one pass over memory; compilers and exporters lack complex numbers
+            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(turns))
+        else:
+            (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+            turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+        return turned.flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (turns,) = ctx.saved_tensors
+        return _Turn.apply(gradient, turns * turns.new_tensor((1.0, -1.0))), None
 
 
 def toeplitz(vector: Tensor, queries: int) -> Tensor:

@@ -4,7 +4,8 @@ Plain PyTorch, without parameters or matrix products, so that the gates can be c
 layers around them. Eager and compiled forms keep what their matrix products produced, and compute the rest again in
 the backward pass (`recomputed`).
 
-Legend: B batch, L length, D channels, Z width of queries and keys, E width of values.
+Legend: B batch, L length, D channels, Z width of queries and keys, E width of values, H heads, dh = Z / H, F inner
+width of a feed-forward network.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,6 +64,31 @@ def queries_and_keys(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, T
     return z * weight[0] + bias[0], z * weight[1] + bias[1]
 
 
+def normalized_queries_and_keys(
+    z: Tensor, gamma: Tensor, beta: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`(gamma + 1) z / (rms(z) sqrt(dh)) + beta`, the root mean square of each head (arXiv 2404.08801, section 3.3).
+
+    z is (B, L, Z), gamma and beta (2, Z): row 0 makes queries, row 1 keys, both (B, L, H, dh) in the dtype of z.
+    """
+    # In at least fp32: gamma is small beside the one that it is added to.
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    width = z.shape[-1] // heads
+    scale, shift = (gamma.to(dtype) + 1) * width**-0.5, beta.to(dtype)
+
+    def normalize(z: Tensor) -> Tensor:
+        return divide_by_rms(z.to(dtype).unflatten(-1, (heads, width)), None, eps).flatten(-2)
+
+    with recomputed(normalize, z) as normal:
+        q, k = ((normal * scale[row] + shift[row]).to(z.dtype).unflatten(-1, (heads, width)) for row in (0, 1))
+    return q, k
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """`silu(a) b`, both (B, L, F) (arXiv 2002.05202)."""
+    return gate(b, a)
+
+
 def gate(attended: Tensor, gate: Tensor) -> Tensor:
     """`attended silu(gate)`, both (B, L, E)."""
     with recomputed(F.silu, gate) as active:
@@ -83,6 +109,8 @@ class Gates(NamedTuple):
     """One form of a block's gates: as they are, or compiled."""
 
     queries_and_keys: Callable[..., tuple[Tensor, Tensor]] = queries_and_keys
+    normalized_queries_and_keys: Callable[..., tuple[Tensor, Tensor]] = normalized_queries_and_keys
+    swiglu: Callable[..., Tensor] = swiglu
     gate: Callable[..., Tensor] = gate
     update: Callable[..., Tensor] = update
     average: Callable[..., Tensor] = average

@@ -61,8 +61,10 @@ def _variants(
                 yield gradients_kernel, f"gradients_kernel{words}{part}", f"N={n}", own
     for count in keys:
         softmax: dict[str, Any] = dict(softmax_constants(count))
-        yield weights_kernel, "weights_kernel", f"{count} keys", {**softmax, "DOCUMENTS": True}
-        yield scores_gradient_kernel, "scores_gradient_kernel", f"{count} keys", softmax
+        for bias, words in ((True, ""), (False, ", no bias")):
+            own = {**softmax, "BIAS": bias}
+            yield weights_kernel, f"weights_kernel{words}", f"{count} keys", {**own, "DOCUMENTS": True}
+            yield scores_gradient_kernel, f"scores_gradient_kernel{words}", f"{count} keys", own
 
 
 def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Any:

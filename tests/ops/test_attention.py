@@ -5,11 +5,7 @@ import math
 import pytest
 import torch
 
-from mega_scale.ops.attention import (
-    causal_attention,
-    chunk_attention,
-    toeplitz,
-)
+from mega_scale.ops.attention import ChunkDocuments, causal_attention, chunk_attention, rotate, toeplitz
 
 
 def make_case(batch=2, chunks=3, queries=7, keys=7, z=6, e=5, seed=0):
@@ -99,23 +95,106 @@ def test_refusals_name_what_is_wrong():
         ({"impl": "sdpa", "activation": "relu2"}, "eager"),
         ({"impl": "sdpa", "return_weights": True}, "eager"),
         ({"key_mask": torch.ones(2, 3, 7)}, "key_mask is"),
+        ({"scale": 1.0, "activation": "laplace"}, "scale=1.0 is of softmax alone"),
     ):
         with pytest.raises(ValueError, match=words):
             chunk_attention(q, k, v, bias, **arguments)
     with pytest.raises(ValueError, match="bias has shape"):
         chunk_attention(q, k, v, bias[1:])
+    with pytest.raises(ValueError, match="q, k and v are"):
+        chunk_attention(q.unsqueeze(2), k, v, bias)
 
 
-@pytest.mark.parametrize("chunk,block", [(1, 4), (7, 3), (8, 4), (9, 4), (5, 8)])
-def test_causal_blocks_are_the_reference(chunk, block):
-    case = [t.detach().double().requires_grad_() for t in make_case(queries=chunk, keys=chunk)]
-    probe = torch.randn(2, 3, chunk, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    want, _ = chunk_attention(*case, causal=True, impl="eager")
-    got = causal_attention(*case, block=block)
+@pytest.mark.parametrize("chunk,block", [(1, 4), (7, 3), (8, 4), (9, 4), (5, 8), (65, 64)])
+@pytest.mark.parametrize("heads,biased,scale", [(None, True, None), (3, False, 1.0), (2, True, 0.7), (None, False, 1)])
+def test_causal_blocks_are_the_reference(chunk, block, heads, biased, scale):
+    case = [t.detach().double() for t in make_case(queries=chunk, keys=chunk)]
+    if heads is not None:
+        case[:3] = [torch.randn(2, 3, heads, *t.shape[2:], dtype=torch.float64) for t in case[:3]]
+    case = [t.requires_grad_() for t in case[: 4 if biased else 3]]
+    want, _ = chunk_attention(*case, causal=True, scale=scale, impl="eager")
+    got = causal_attention(*case[:3], case[3] if biased else None, scale, block)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    probe = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     pairs = zip(*(torch.autograd.grad(out, case, probe) for out in (got, want)), strict=True)
-    for name, (found, expected) in zip(("dq", "dk", "dv", "dbias"), pairs, strict=True):
+    for name, (found, expected) in zip(("dq", "dk", "dv", "dbias"), pairs, strict=False):
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("impl", ["eager", "sdpa", "auto"])
+@pytest.mark.parametrize("extra", ["nothing", "mask", "documents", "rows", "one query", "laplace"])
+def test_heads_attend_as_each_does_alone(impl, extra):
+    """A head axis is a loop over heads, with the same bias, mask, documents and offsets for each."""
+    if extra == "laplace" and impl == "sdpa":
+        pytest.skip("sdpa is softmax only")
+    heads, queries, settings = 3, 7, {"causal": True, "impl": impl}
+    if extra == "mask":
+        settings["key_mask"] = torch.ones(2, 2, 7, dtype=torch.bool)
+        settings["key_mask"][0, 1, 5:] = settings["key_mask"][1, 0, :2] = False
+    elif extra == "documents":
+        numbers = torch.tensor([[[0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 2, 2, 2, 3]], [[0, 1, 1, 1, 1, 1, 1], [2] * 7]])
+        settings["documents"] = ChunkDocuments.of(numbers)
+    elif extra == "rows":
+        queries, settings["offset"] = 3, torch.tensor([4, 2])
+    elif extra == "one query":
+        queries, settings["offset"] = 1, 6
+    else:
+        settings |= {"activation": "laplace"} if extra == "laplace" else {"scale": 1.0}
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 2, heads, queries, 4), (2, 2, heads, 7, 4), (2, 2, heads, 7, 5))
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    bias = torch.randn(2, queries + 6, generator=generator, dtype=torch.float64)[: None if extra == "rows" else 1]
+    bias = (bias if extra == "rows" else bias[0]).requires_grad_()
+    for own in (bias, None):
+        out, _ = chunk_attention(q, k, v, own, **settings)
+        alone = [chunk_attention(q[:, :, h], k[:, :, h], v[:, :, h], own, **settings)[0] for h in range(heads)]
+        results = [
+            [t.detach(), *torch.autograd.grad(t.square().sum(), [q, k, v, *([] if own is None else [own])])]
+            for t in (out, torch.stack(alone, 2))
+        ]
+        assert torch.isfinite(results[0][0]).all()
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    if impl != "sdpa":
+        _, weights = chunk_attention(q, k, v, **{**settings, "impl": "eager", "return_weights": True})
+        dropped, _ = chunk_attention(q, k, v, **{**settings, "impl": "eager", "dropout": lambda w: w.mul(2)})
+        torch.testing.assert_close(dropped, 2 * weights @ v, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rotation_turns_neighbours_and_its_gradient_turns_back(dtype, tolerance, by_row):
+    x = torch.randn(2, 5, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    positions = torch.tensor([[4000, 4001, 0, 1, 2], [-2, -1, 0, 1, 2]])
+    positions = positions if by_row else positions[0]
+    found = rotate(x.requires_grad_(), positions, 1e4)
+    assert found.dtype == dtype
+    leaf = x.detach().double().requires_grad_()
+    angles = positions.double()[..., None] * 1e4 ** (-torch.arange(0, 6, 2).double() / 6)
+    turned = (
+        torch.view_as_complex(leaf.unflatten(-1, (3, 2))) * torch.polar(torch.ones(()).double(), angles)[..., None, :]
+    )
+    want = torch.view_as_real(turned).flatten(-2)
+    probe = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pairs = [
+        (found, want),
+        (torch.autograd.grad(found, x, probe.to(dtype))[0], torch.autograd.grad(want, leaf, probe)[0]),
+    ]
+    for got, expected in pairs:
+        torch.testing.assert_close(got.double(), expected, atol=4 * tolerance, rtol=tolerance)
+
+
+def test_rotation_is_the_same_compiled_traced_and_twice_differentiable():
+    x = torch.randn(2, 5, 3, 6, dtype=torch.float64, requires_grad=True)
+    positions = torch.arange(5)
+    want = rotate(x, positions, 1e4)
+    for form in (torch.compile(rotate, backend="aot_eager", fullgraph=True), rotate):
+        torch.testing.assert_close(form(x, positions, 1e4), want)
+    jacobian = torch.func.jvp(lambda x: rotate(x, positions, 1e4), (x,), (x,))[1]
+    torch.testing.assert_close(jacobian, want)
+    assert torch.autograd.gradgradcheck(lambda x: rotate(x, positions, 1e4), x)
+    with pytest.raises(ValueError, match="width=5 is odd"):
+        rotate(x[..., :5], positions, 1e4)
 
 
 def test_causal_blocks_refuse_what_they_lack():

@@ -1,5 +1,7 @@
 """Gates, norms, and results that backward passes compute again instead of saving them."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,13 +10,25 @@ from torch.utils.checkpoint import checkpoint
 from mega_scale import MegaConfig, MegaForCausalLM, MegaForMaskedLM
 from mega_scale.ops.elementwise import EAGER, compiled, divide_by_rms, recomputed
 
-# The equations of arXiv 2209.10655, each with the shapes of what it takes.
+
+def normalized(z, gamma, beta, heads=3, eps=1e-3):
+    """arXiv 2404.08801, section 3.3, a head at a time."""
+    parts = []
+    for head in z.unflatten(-1, (heads, -1)).unbind(-2):
+        parts.append(head / (head.square().mean(-1, keepdim=True) + eps).sqrt() / head.shape[-1] ** 0.5)
+    whole = torch.cat(parts, -1)
+    return tuple((whole * (gamma[i] + 1) + beta[i]).unflatten(-1, (heads, -1)) for i in (0, 1))
+
+
+# The equations of arXiv 2209.10655 and 2404.08801, each with the shapes of what it takes.
 EQUATIONS = {
     "queries_and_keys": (
         lambda z, kappa, mu: (kappa[0] * z * z.sigmoid() + mu[0], kappa[1] * z * z.sigmoid() + mu[1]),
         [(2, 33, 15), (2, 15), (2, 15)],
     ),
     "gate": (lambda attended, gate: attended * gate * gate.sigmoid(), [(2, 33, 15)] * 2),
+    "normalized_queries_and_keys": (normalized, [(2, 33, 12), (2, 12), (2, 12)]),
+    "swiglu": (lambda a, b: a * a.sigmoid() * b, [(2, 33, 15)] * 2),
     "update": (
         lambda x, update, h: update.sigmoid() * h * h.sigmoid() + (1 - update.sigmoid()) * x,
         [(2, 33, 15)] * 3,
@@ -48,7 +62,10 @@ def with_gradients(function, inputs):
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_gates_are_the_equations(name, form):
     equation, shapes = EQUATIONS[name]
-    found = with_gradients(getattr(form(), name), leaves(*shapes, dtype=torch.float32))
+    function = getattr(form(), name)
+    if name == "normalized_queries_and_keys":
+        function = partial(function, heads=3, eps=1e-3)
+    found = with_gradients(function, leaves(*shapes, dtype=torch.float32))
     for got, want in zip(found, with_gradients(equation, leaves(*shapes)), strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)

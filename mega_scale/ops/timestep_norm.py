@@ -7,6 +7,7 @@ its group in the n_t valid tokens of its document up to itself. With a_t and b_t
     y_t = (x_t - M_t) / sqrt(V_t + eps) (weight + 1) + bias
 
 * recurrent: one token after the other, by Welford's update. The truth that all other forms are tested against.
+* blocked: statistics of runs of tokens, joined two by two inside blocks and then over blocks; a backward pass by hand.
 
 Legend: B batch, L length, D channels, G groups, P parts of a row.
 """
@@ -15,11 +16,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import without_autocast
+from mega_scale.ops import (
+    ANY_LENGTH,
+    chunk_count,
+    join_chunks,
+    once_differentiable,
+    split_chunks,
+    tracing,
+    without_autocast,
+)
 
-IMPLEMENTATIONS = ("auto", "recurrent")
+IMPLEMENTATIONS = ("auto", "recurrent", "blocked")
+_BLOCK = 64  # tokens
+_MOST_BLOCKS = 2**16  # of a program that is made for every length
 
 
 class Moments(NamedTuple):
@@ -77,7 +89,7 @@ def timestep_norm(
         resets: (B, L) bool, true where a document begins: moments are forgotten before that token.
         valid: (B, L) bool, false for padding, which does not count and gives zeros; none: all true.
         carry: where x is one part of a longer row, brings the moments before it, in place of `state`.
-        impl: auto or recurrent (the reference).
+        impl: auto, recurrent (the reference) or blocked. auto is recurrent for one token, else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x, and the moments after the last token, in the widest of fp32, the dtype of x and
@@ -89,16 +101,34 @@ def timestep_norm(
     _check(x, weight, bias, groups, state, resets, valid, impl)
     if carry is not None and state is not None:
         raise ValueError(f"carry brings the state: it excludes a state of counts {tuple(state.count.shape)}")
-    if carry is not None:
-        raise ValueError("carry is not implemented")
-    given, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if state is not None:
         dtype = torch.promote_types(dtype, state.mean.dtype)
+    rules = _Rules(groups, eps, resets, valid, carry)
     with without_autocast(x.device):
-        state = _known(x.to(dtype), groups, state)
-        y, end = _recurrent(x.to(dtype), weight.to(dtype), bias.to(dtype), groups, eps, state, resets, valid)
-        empty = (end.count == 0)[:, None]
-        return y.to(given), Moments(end.count, end.mean.masked_fill(empty, 0), end.var.masked_fill(empty, 1))
+        known = _known(x, groups, dtype, state)
+        if impl == "auto":
+            impl = "blocked" if x.shape[1] > 1 or carry is not None or tracing() == "trace" else "recurrent"
+        if impl == "recurrent":
+            if carry is not None:
+                raise ValueError("impl='recurrent' takes no carry: use impl='blocked'")
+            y, *end = _recurrent(rules, x, weight, bias, known)
+        elif tracing() == "trace":
+            y, *end = _traced(rules, x, weight, bias, known)
+        else:
+            y, *end = _Norm.apply(rules, x, weight, bias, *known)
+        empty = (end[0] == 0)[:, None]
+        return y, Moments(end[0], end[1].masked_fill(empty, 0), end[2].masked_fill(empty, 1))
+
+
+class _Rules(NamedTuple):
+    """What is not differentiated; see `timestep_norm`."""
+
+    groups: int
+    eps: float
+    resets: Tensor | None
+    valid: Tensor | None
+    carry: MomentCarry | None
 
 
 def _check(
@@ -140,56 +170,277 @@ def _check(
             )
 
 
-def _known(x: Tensor, groups: int, state: Moments | None) -> Moments:
-    """The state in the dtype of x; zeros where nothing was counted, whatever an empty state holds."""
+def _known(x: Tensor, groups: int, dtype: torch.dtype, state: Moments | None) -> Moments:
+    """The state in a dtype; zeros where nothing was counted, whatever an empty state holds."""
     if state is None:
-        mean = x.new_zeros(len(x), groups)
+        mean = x.new_zeros(len(x), groups, dtype=dtype)
         return Moments(torch.zeros(len(x), dtype=torch.int64, device=x.device), mean, torch.zeros_like(mean))
     empty = (state.count == 0)[:, None]
-    return Moments(state.count, *(t.to(x.dtype).masked_fill(empty, 0) for t in state[1:]))
+    return Moments(state.count, *(t.to(dtype).masked_fill(empty, 0) for t in state[1:]))
 
 
-def _recurrent(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    state: Moments,
-    resets: Tensor | None,
-    valid: Tensor | None,
-) -> tuple[Tensor, Moments]:
-    """Welford's update: `n' = n + 1`, `M' = M + (a - M) / n'`, `V' = V + (b - V) / n' + n (a - M)^2 / n'^2`."""
+def _recurrent(rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, state: Moments) -> tuple[Tensor, ...]:
+    """Welford's update: `n' = n + 1`, `M' = M + (a - M) / n'`, `V' = V + (b - V) / n' + n (a - M)^2 / n'^2`.
+
+    Returns y, and count, mean and variance after the last token.
+    """
     count, mean, var = state
-    tokens = x.unflatten(2, (groups, -1))
+    a, b = _token_moments(x, rules.groups, mean.dtype)
     means, variances = [], []
     for t in range(x.shape[1]):
-        if resets is not None:
-            begins = resets[:, t]
+        if rules.resets is not None:
+            begins = rules.resets[:, t]
             count = count.masked_fill(begins, 0)
             mean, var = (moment.masked_fill(begins[:, None], 0) for moment in (mean, var))
-        a = tokens[:, t].mean(2)
-        b = (tokens[:, t] - a[..., None]).square().mean(2)
-        share = 1 / (count + 1).to(x.dtype)[:, None]
-        step = a - mean
-        after = count + 1, mean + share * step, var + share * (b - var) + share * (1 - share) * step.square()
-        if valid is None:
-            count, mean, var = after
+        share = 1 / (count + 1).to(mean.dtype)[:, None]
+        step = a[:, t] - mean
+        after = mean + share * step, var + share * (b[:, t] - var) + share * (1 - share) * step.square()
+        if rules.valid is None:
+            count, (mean, var) = count + 1, after
         else:
-            counts = valid[:, t]
-            count = torch.where(counts, after[0], count)
-            mean = torch.where(counts[:, None], after[1], mean)
-            var = torch.where(counts[:, None], after[2], var)
+            counts = rules.valid[:, t]
+            count = count + counts
+            mean, var = (torch.where(counts[:, None], *pair) for pair in zip(after, (mean, var), strict=True))
         means.append(mean)
         variances.append(var)
-    y = _normalised(x, weight, bias, torch.stack(means, 1), torch.rsqrt(torch.stack(variances, 1) + eps))
-    return y if valid is None else torch.where(valid[..., None], y, 0), Moments(count, mean, var)
+    rstd = torch.rsqrt(torch.stack(variances, 1) + rules.eps)
+    return _normalised(x, weight, bias, torch.stack(means, 1), rstd, rules.valid), count, mean, var
 
 
-def _normalised(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """`(x - mean) rstd (weight + 1) + bias`: x (B, L, D), mean and rstd (B, L, G)."""
-    tokens = x.unflatten(2, (mean.shape[2], -1))
-    return ((tokens - mean[..., None]) * rstd[..., None]).flatten(2) * (weight + 1) + bias
+def _token_moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each group's channels of every token, (B, L, G) each."""
+    tokens = x.to(dtype).unflatten(2, (groups, -1))
+    mean = tokens.mean(3)
+    return mean, (tokens - mean[..., None]).square().mean(3)
+
+
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, valid: Tensor | None) -> Tensor:
+    """`(x - mean) rstd (weight + 1) + bias` in the dtype of x, zero in padding; mean and rstd (B, L, G)."""
+    tokens = (x.to(mean.dtype).unflatten(2, (mean.shape[2], -1)) - mean[..., None]) * rstd[..., None]
+    y = (tokens.flatten(2) * (weight.to(mean.dtype) + 1) + bias.to(mean.dtype)).to(x.dtype)
+    return y if valid is None else torch.where(valid[..., None], y, 0)
+
+
+def _traced(rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, state: Moments) -> tuple[Tensor, ...]:
+    """The blocked form by PyTorch's operators alone, differentiable any number of times."""
+    mean, var = _after(state, _runs(rules, *_token_moments(x, rules.groups, state.mean.dtype)))
+    y = _normalised(x, weight, bias, mean, torch.rsqrt(var + rules.eps), rules.valid)
+    return y, _counts(rules, state.count, x)[:, -1], mean[:, -1], var[:, -1]
+
+
+class _Norm(torch.autograd.Function):
+    """The blocked form; keeps x and two numbers a token and group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.rules = rules
+        ctx.turn = None
+        a, b = _token_moments(x, rules.groups, mean.dtype)
+        if rules.carry is None:
+            runs = _runs(rules, a, b)
+        else:
+            begins = None if rules.resets is None else rules.resets.any(1)
+            arrive = rules.carry(_total(rules, a, b), begins, begins is None and rules.valid is None)
+            runs = _runs(rules, a, b)
+            before, ctx.turn = arrive()
+            count, mean, var = _known(x, rules.groups, mean.dtype, before)
+        means, variances = _after(Moments(count, mean, var), runs)
+        rstd = torch.rsqrt(variances + rules.eps)
+        ctx.save_for_backward(x, weight, bias, means, rstd, count, mean)
+        end = _counts(rules, count, x)[:, -1].clone()
+        ctx.mark_non_differentiable(end)
+        return (
+            _normalised(x, weight, bias, means, rstd, rules.valid),
+            end,
+            means[:, -1].clone(),
+            variances[:, -1].clone(),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, d_count: None, d_mean: Tensor | None, d_var: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias, means, rstd, count, mean = ctx.saved_tensors
+        rules: _Rules = ctx.rules
+        dy = torch.zeros_like(x) if dy is None else dy
+        counts = _counts(rules, count, x)[..., None]
+        share = torch.where(counts > 0, 1 / counts.to(rstd.dtype), 0)
+        of_mean, of_var, d_weight, d_bias = _slopes(rules, x, dy, weight, means, rstd)
+        if d_mean is not None:
+            of_mean[:, -1] += d_mean
+        if d_var is not None:
+            of_var[:, -1] += d_var
+        shut, by_var, by_mean = _later(rules, of_var * share, of_mean * share, means)
+        reach = count.to(rstd.dtype)[:, None]
+        if rules.resets is not None:  # a document that begins the row keeps the state out
+            reach = reach.masked_fill(rules.resets[:, :1], 0)
+        first = by_var[:, 0]
+        d_before = reach * (by_mean[:, 0] + 2 * (mean - means[:, 0]) * first), reach * first
+        if ctx.turn is not None:
+            end_mean, end_var = (t[:, None] * share[:, -1:] for t in ctx.turn(*d_before)())
+            end_mean, end_var = end_mean + 2 * (means - means[:, -1:]) * end_var, end_var.expand_as(means)
+            if shut is not None:
+                end_mean, end_var = (t.masked_fill(shut, 0) for t in (end_mean, end_var))
+            by_mean, by_var = by_mean + end_mean, by_var + end_var
+        dx = _tokens_gradient(rules, x, dy, weight, means, rstd, by_mean, by_var)
+        d_state = d_before if ctx.turn is None else (None, None)
+        return None, dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, *d_state
+
+
+def _counts(rules: _Rules, count: Tensor, x: Tensor) -> Tensor:
+    """n of every token, (B, L) int64, from that before the first one, (B,)."""
+    if rules.valid is None:
+        counts = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[:2])
+    else:
+        counts = rules.valid.cumsum(1)
+    if rules.resets is None:
+        return counts + count[:, None]
+    before = counts - 1 if rules.valid is None else counts - rules.valid.long()
+    begin = torch.where(rules.resets, before, -count[:, None]).cummax(1).values
+    return counts - begin
+
+
+def _total(rules: _Rules, a: Tensor, b: Tensor) -> Moments:
+    """Moments of the tokens after the last document start, by plain sums."""
+    counted = torch.ones_like(a[..., 0], dtype=torch.bool) if rules.valid is None else rules.valid
+    if rules.resets is not None:
+        later = rules.resets.flip(1).cumsum(1).flip(1) - rules.resets.long()
+        counted = counted & (later == 0)
+    count = counted.sum(1)
+    share = 1 / count.clamp(min=1).to(a.dtype)[:, None]
+    mean = torch.where(counted[..., None], a, 0).sum(1) * share
+    squares = torch.where(counted[..., None], b + (a - mean[:, None]).square(), 0)
+    return Moments(count, mean, squares.sum(1) * share)
+
+
+_Run = tuple[Tensor, ...]
+_Join = Callable[[_Run, _Run], _Run]
+
+
+def _together(before: _Run, after: _Run) -> _Run:
+    """Count, mean and variance of two runs of tokens together; counts are of any dtype."""
+    (n, mean, var), (more, other, spread) = before, after
+    both = n + more
+    share = more.to(mean.dtype) / both.clamp(min=1).to(mean.dtype)
+    step = other - mean
+    return both, mean + share * step, var + share * (spread - var) + share * (1 - share) * step.square()
+
+
+def _segmented(join: _Join) -> _Join:
+    """The same for runs that first say whether they keep out what came before, be it infinite."""
+
+    def joined(before: _Run, after: _Run) -> _Run:
+        both = join(before[1:], after[1:])
+        return before[0] | after[0], *(torch.where(after[0], own, t) for own, t in zip(after[1:], both, strict=True))
+
+    return joined
+
+
+def _runs(rules: _Rules, a: Tensor, b: Tensor) -> _Run:
+    """What tokens up to each one hold, from the last document start on: whether there is one in the row, (B, L, 1), and
+    count (B, L, 1), mean and variance (B, L, G); the first only where documents begin."""
+    if rules.valid is None:
+        runs = torch.ones_like(a[..., :1]), a, b
+    else:
+        valid = rules.valid[..., None]
+        runs = valid.to(a.dtype), torch.where(valid, a, 0), torch.where(valid, b, 0)
+    if rules.resets is None:
+        return _prefixes(_together, runs)
+    return _prefixes(_segmented(_together), (rules.resets[..., None], *runs))
+
+
+def _after(state: Moments, runs: _Run) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every token, (B, L, G), from the state before the first one."""
+    before: _Run = state.count[:, None, None], state.mean[:, None], state.var[:, None]
+    if len(runs) == 3:
+        _, mean, var = _together(before, runs)
+    else:
+        _, _, mean, var = _segmented(_together)((torch.zeros_like(runs[0][:, :1]), *before), runs)
+    return mean, var
+
+
+def _slopes(
+    rules: _Rules, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each token's own output asks of its mean and variance, (B, L, G), and gradients of weight and bias."""
+    dy = dy.to(mean.dtype)
+    centred = x.to(mean.dtype).unflatten(2, (rules.groups, -1)) - mean[..., None]
+    if rules.valid is not None:
+        dy, centred = torch.where(rules.valid[..., None], dy, 0), torch.where(rules.valid[..., None, None], centred, 0)
+    slopes = (dy * (weight.to(mean.dtype) + 1)).view(centred.shape)
+    of_mean = -rstd * slopes.sum(3)
+    of_var = -0.5 * rstd**3 * (slopes * centred).sum(3)
+    d_weight = (dy * (centred * rstd[..., None]).flatten(2)).sum((0, 1))
+    return of_mean, of_var, d_weight, dy.sum((0, 1))
+
+
+def _later(rules: _Rules, by_var: Tensor, by_mean: Tensor, pivot: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Sums from each token to the end of its document, of `Q = gV / n` and `U = (gM + 2 (pivot - M) gV) / n`.
+
+    The pivot of U is each token's own mean, so that only differences of means appear. Arguments are gV / n, gM / n and
+    M of every token, (B, L, G). Returns first whether a document begins behind the token, (B, L, 1); none: nowhere.
+    """
+
+    def join(later: _Run, own: _Run) -> _Run:
+        q, u, m = later
+        return own[0] + q, own[1] + u + 2 * (own[2] - m) * q, own[2]
+
+    runs = tuple(t.flip(1) for t in (by_var, by_mean, pivot))
+    if rules.resets is None:
+        q, u, _ = _prefixes(join, runs)
+        return None, q.flip(1), u.flip(1)
+    begins = F.pad(rules.resets[:, 1:], (0, 1))[..., None].flip(1)
+    shut, q, u, _ = _prefixes(_segmented(join), (begins, *runs))
+    return shut.flip(1), q.flip(1), u.flip(1)
+
+
+def _tokens_gradient(
+    rules: _Rules, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, by_mean: Tensor, by_var: Tensor
+) -> Tensor:
+    """`dx = dy (weight + 1) rstd + (U + 2 (x - M) Q) G / D`, in the dtype of x."""
+    slopes = (dy.to(mean.dtype) * (weight.to(mean.dtype) + 1)).unflatten(2, (rules.groups, -1))
+    centred = x.to(mean.dtype).unflatten(2, (rules.groups, -1)) - mean[..., None]
+    size = slopes.shape[3]
+    dx = slopes * rstd[..., None] + (by_mean / size)[..., None] + centred * (2 / size * by_var)[..., None]
+    dx = dx.flatten(2).to(x.dtype)
+    return dx if rules.valid is None else torch.where(rules.valid[..., None], dx, 0)
+
+
+def _prefixes(join: _Join, runs: _Run) -> _Run:
+    """Each token's run joined with all before it: tensors (B, L, ...); zeros are a run of no tokens."""
+    length = runs[0].shape[1]
+    static = tracing() not in ANY_LENGTH
+    if static and length <= _BLOCK:
+        return _joined(join, runs, length)
+    blocks = chunk_count(length, _BLOCK)
+    padding = (0, 0, 0, blocks * _BLOCK - length)
+    batch = runs[0].shape[0]
+    inside = tuple(split_chunks(F.pad(t, padding), _BLOCK).flatten(0, 1) for t in runs)
+    inside = tuple(t.unflatten(0, (batch, -1)) for t in _joined(join, inside, _BLOCK))  # (B, M, c, ...)
+    totals = tuple(t[:, :, -1] for t in inside)
+    ends = _joined(join, totals, blocks if static else _MOST_BLOCKS)
+    before = tuple(torch.cat([torch.zeros_like(t[:, :1]), t[:, :-1]], 1)[:, :, None] for t in ends)
+    return tuple(join_chunks(t, 0, length) for t in join(before, inside))
+
+
+def _joined(join: _Join, runs: _Run, most: int) -> _Run:
+    """The same in steps that double the length of runs, which is at most `most`."""
+    distance = 1
+    while distance < most:
+        if tracing() in ANY_LENGTH:
+            # No size here is one less than another: an exporter would keep whether it is 1.
+            place = torch.arange(runs[0].shape[1], device=runs[0].device)
+            both = join(tuple(t[:, (place - distance).clamp(min=0)] for t in runs), runs)
+            runs = tuple(torch.where((place >= distance)[:, None], *pair) for pair in zip(both, runs, strict=True))
+        else:
+            both = join(tuple(t[:, :-distance] for t in runs), tuple(t[:, distance:] for t in runs))
+            runs = tuple(torch.cat([t[:, :distance], own], 1) for t, own in zip(runs, both, strict=True))
+        distance *= 2
+    return runs
 
 
 def part_borders(totals: Moments, begins: Tensor | None) -> Moments:
@@ -197,28 +448,15 @@ def part_borders(totals: Moments, begins: Tensor | None) -> Moments:
 
     Entry r lies before part r, so the last one after the row; begins (P, B) as in `MomentCarry`.
     """
-    found = [(torch.zeros_like(totals.count[0]), torch.zeros_like(totals.mean[0]), torch.zeros_like(totals.var[0]))]
-    for part in range(len(totals.count)):
-        after = tuple(t[part] for t in totals)
-        joined = _together(found[-1], after)
-        if begins is not None:
-            # A document start hides what came before, be it infinite.
-            shut = begins[part]
-            joined = tuple(
-                torch.where(shut if own.dim() == 1 else shut[:, None], own, both)
-                for own, both in zip(after, joined, strict=True)
-            )
-        found.append(joined)
-    return Moments(*(torch.stack(t) for t in zip(*found, strict=True)))
-
-
-def _together(before: Any, after: Any) -> Any:
-    """Count, mean and variance of two runs of tokens together."""
-    (n, mean, var), (more, other, spread) = before, after
-    both = n + more
-    share = (more.to(mean.dtype) / both.clamp(min=1).to(mean.dtype))[:, None]
-    step = other - mean
-    return both, mean + share * step, var + share * (spread - var) + share * (1 - share) * step.square()
+    join: _Join = _together
+    runs: _Run = totals.count[..., None], totals.mean, totals.var
+    if begins is not None:
+        join, runs = _segmented(_together), (begins[..., None], *runs)
+    found = [tuple(torch.zeros_like(t[0]) for t in runs)]
+    for part in range(len(totals.mean)):
+        found.append(join(found[-1], tuple(t[part] for t in runs)))
+    count, mean, var = (torch.stack(t) for t in list(zip(*found, strict=True))[-3:])
+    return Moments(count[..., 0], mean, var)
 
 
 def later_gradients(

@@ -1,7 +1,10 @@
 """The timestep norm: the recurrence against the definition, every other form against the recurrence."""
 
+import itertools
+
 import pytest
 import torch
+from parts import carry_moments, run_parts
 
 from mega_scale.ops.timestep_norm import Moments, timestep_norm
 
@@ -87,6 +90,53 @@ def test_the_recurrence_is_the_definition(state, documents, padding):
     assert found["count"].dtype == torch.int64
     if padding:
         assert not found["y"][~valid].any() and not found["dx"][~valid].any()
+
+
+@pytest.mark.parametrize("impl", ["blocked"])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 500])
+def test_forms_match_the_recurrence(length, impl):
+    for state, documents, padding in itertools.product([False, True], repeat=3):
+        leaves, count, resets, valid = make_case(length, state=state, offset=3.0)
+        given = resets if documents else None, valid if padding else None
+        want = run(leaves, count, *given, impl="recurrent")
+        assert_same(run(leaves, count, *given, impl=impl), want)
+
+
+def run_in_parts(parts, leaves, count, resets, valid, **options):
+    """As `run`, of parts of rows that `part_borders` and `later_gradients` tie together; count is not used."""
+    length, generator = leaves["x"].shape[1], torch.Generator().manual_seed(7)
+    probes = [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in (leaves["x"].shape, (len(count), GROUPS), (len(count), GROUPS))
+    ]
+
+    def act(carry, part):
+        cut = slice(part * length // parts, (part + 1) * length // parts)
+        own = {name: (t[:, cut] if name == "x" else t).detach().clone().requires_grad_() for name, t in leaves.items()}
+        flags = [None if t is None else t[:, cut] for t in (resets, valid)]
+        y, end = timestep_norm(*own.values(), GROUPS, EPS, None, *flags, carry=carry, **options)
+        loss = (y * probes[0][:, cut]).sum()
+        if part == parts - 1:
+            loss = loss + (end.mean * probes[1]).sum() + (end.var * probes[2]).sum()
+        return y.detach(), end, torch.autograd.grad(loss, list(own.values()))
+
+    found = run_parts(parts, act, carry_moments)
+    gradients = list(zip(*(part[2] for part in found), strict=True))
+    end = found[-1][1]
+    return {
+        "y": torch.cat([part[0] for part in found], 1), "mean": end.mean, "var": end.var, "count": end.count,
+        "dx": torch.cat(gradients[0], 1), "dweight": sum(gradients[1]), "dbias": sum(gradients[2]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
+def test_parts_of_a_row_equal_the_whole(parts):
+    leaves, count, resets, valid = make_case(9 * parts, state=False, offset=3.0)
+    resets[1, 9 * (parts - 1)] = resets[1, 8] = resets[2, 0] = True
+    valid[0, : 9 * (parts - 1) + 2] = False  # the first parts of a row are padding
+    for given in itertools.product([None, resets], [None, valid]):
+        got = run_in_parts(parts, leaves, count, *given)
+        assert_same(got, run(leaves, count, *given, impl="recurrent"), 1e-12)
 
 
 def test_refusals_name_what_is_wrong():

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mega_scale.ops.timestep_norm import Moments, later_gradients, part_borders
+
 WAIT_S = 300
 
 
-def run_parts(count: int, act: Callable[[Any, int], Any]) -> list[Any]:
-    """What `act(carry, part)` returns for every part; carry is that of `damped_ema`."""
+def run_parts(count: int, act: Callable[[Any, int], Any], make_carry: Any = None) -> list[Any]:
+    """What `act(carry, part)` returns for every part; carry is that of `damped_ema`, or `make_carry(exchange, part)`.
+
+    `exchange(part, own)` returns what every part hands in.
+    """
     turns, everyone, table = Lock(), Barrier(count), [None] * count
 
     def meet() -> None:
@@ -57,7 +62,7 @@ def run_parts(count: int, act: Callable[[Any, int], Any]) -> list[Any]:
     def run(part: int) -> Any:
         with turns:
             try:
-                return act(carry_of(part), part)
+                return act(make_carry(exchange, part) if make_carry else carry_of(part), part)
             except BaseException:
                 everyone.abort()
                 raise
@@ -92,3 +97,23 @@ def average_in_parts(
     summed = {"d" + name: sum(part[2][name] for part in found) for name in leaves if name != "x"}
     joined = {"y": torch.cat([part[0] for part in found], 1), "dx": torch.cat([part[2]["x"] for part in found], 1)}
     return joined | summed | {"end": ends}
+
+
+def carry_moments(exchange: Callable[[int, Any], list[Any]], part: int) -> Any:
+    """The carry of `timestep_norm` for one part."""
+
+    def carry(total: Moments, begins: Tensor | None, whole: bool) -> Any:
+        assert not torch.is_grad_enabled()
+        given = exchange(part, (total, begins))
+        totals = Moments(*(torch.stack(t) for t in zip(*(own for own, _ in given), strict=True)))
+        flags = None if begins is None else torch.stack([flags for _, flags in given])
+        borders = part_borders(totals, flags)
+
+        def turn(d_mean: Tensor, d_var: Tensor) -> Any:
+            gradients = (torch.stack(t) for t in zip(*exchange(part, (d_mean, d_var)), strict=True))
+            found = later_gradients(part, borders, flags, *gradients)
+            return lambda: found
+
+        return lambda: (Moments(*(t[part] for t in borders)), turn)
+
+    return carry

@@ -7,20 +7,21 @@ import inspect
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, noop_context_fn
+from transformers import PreTrainedModel
 
 from mega_scale.model.cache import DocumentBorders, LayerState
-from mega_scale.model.layers import MegaBlock
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.config import ParallelConfig
-from mega_scale.parallel.shard import RowSlice, on_meta
+from mega_scale.parallel.shard import RowSlice
 
 _MATMULS = [
     torch.ops.aten.mm.default,
@@ -37,9 +38,9 @@ _MATMULS = [
 
 
 def checkpoint_activations(
-    model: nn.Module, how: ParallelConfig, row_slice: RowSlice, contexts: Callable[[], Any] = noop_context_fn
+    model: PreTrainedModel, how: ParallelConfig, row_slice: RowSlice, contexts: Callable[[], Any] = noop_context_fn
 ) -> None:
-    """Turn checkpointing on for every n-th block of a model on the meta device; names of parameters stay as they are.
+    """Turn checkpointing on for every n-th block of a model; names of parameters stay as they are.
 
     Blocks are transformers' GradientCheckpointingLayer, which checkpoints its `forward` when training, with the
     function set here. Dropout depends on positions, so no random numbers have to be replayed. `contexts` gives those of
@@ -60,12 +61,11 @@ def checkpoint_activations(
 
     context_fn = contexts if how.activation_checkpoint_policy == "full" else with_matmuls
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
-    layers: Any = model.get_submodule("mega.layers")
+    backbone: Any = model.base_model
     every, segment = how.activation_checkpoint, how.activation_checkpoint_segment
-    for index in range(every - 1, len(layers), every):
-        block = layers[index]
+    for block in list(backbone.layers)[every - 1 :: every]:
         if segment:
-            layers[index] = on_meta(SegmentedBlock, block, segment, row_slice, recompute)
+            block.forward = SegmentedForward(block, segment, row_slice, recompute)
         else:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = recompute
@@ -102,46 +102,52 @@ class _SavedMatmuls(TorchDispatchMode):
         return leaves[0] if len(leaves) == 1 else tuple(leaves)
 
 
-class SegmentedBlock(MegaBlock):
-    """A block that is computed, and in the backward pass recomputed, a segment of its rows at a time.
+class SegmentedForward:
+    """The forward of a block that computes, and in the backward pass recomputes, a segment of its rows at a time.
 
-    Attention stays in chunks, so that only the state of the moving average crosses from segment to segment: a row saves
-    its inputs, outputs, and one state a segment, and only one segment's activations are alive at once.
+    Attention stays in chunks, so that only the state of moving average and norm crosses from segment to segment: a row
+    saves its inputs, outputs, and one state a segment, and only one segment's activations are alive at once.
     """
 
-    def __init__(self, block: MegaBlock, segment: int, row_slice: RowSlice, recompute: Callable[..., Any]) -> None:
-        super().__init__(block.mega_layer.config)
-        for name, module in block.named_children():
-            self.add_module(name, module)
+    def __init__(self, block: Any, segment: int, row_slice: RowSlice, recompute: Callable[..., Any]) -> None:
+        self._block, self._whole = block, block.forward
         self._segment_length, self._row_slice, self._recompute = segment, row_slice, recompute
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Anything but training on plain rows is computed whole."""
-        given = inspect.signature(MegaBlock.forward).bind(self, x, *args, **kwargs).arguments
+        given = inspect.signature(self._whole).bind(x, *args, **kwargs).arguments
         borders: DocumentBorders | None = given.pop("borders", None)
-        more = any(value is not None and value is not False for value in list(given.values())[2:])
-        if more or not self.training or not torch.is_grad_enabled():
-            return super().forward(x, *args, **kwargs)
-        outputs, state, begin = [], None, 0
+        more = any(value is not None and value is not False for value in list(given.values())[1:])
+        if more or not self._block.training or not torch.is_grad_enabled():
+            found: tuple[Any, ...] = self._whole(x, *args, **kwargs)
+            return found
+        outputs, others, begin = [], 0, 0
+        state: LayerState | None = None
         # Split in one go: the gradient of each slice taken alone would be as long as the row.
         for part in x.split(self._segment_length, 1):
             end = begin + part.shape[1]
             own = None if borders is None else borders.between(begin, end)
-            out, state = self._recompute(self._segment, part, state, begin, end < x.shape[1], own)
+            out, state, others = self._recompute(self._segment, part, state, begin, end < x.shape[1], own)
             outputs.append(out)
             begin = end
-        return torch.cat(outputs, 1), None, None, None, None
+        return torch.cat(outputs, 1), *[None] * others
 
     def _segment(
-        self, x: Tensor, average: Tensor | None, begin: int, more: bool, borders: DocumentBorders | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """One segment (B, S, D) from the average's state before it to the one after it, if there is `more`."""
-        none = x.new_zeros(len(x), 0, 0)  # no chunk is open between segments
-        state = None if average is None else LayerState(average, none, none, begin)
+        self, x: Tensor, state: LayerState | None, begin: int, more: bool, borders: DocumentBorders | None
+    ) -> tuple[Tensor, LayerState | None, int]:
+        """One segment (B, S, D) from the state before it to the one after it, if there is `more`.
+
+        Also returns how many other values the block has.
+        """
         first = self._row_slice.first_token
         self._row_slice.first_token = first + begin
         try:
-            out, _, _, state, _ = super().forward(x, state=state, return_state=more, borders=borders)
+            out, *others = self._whole(x, state=state, return_state=more, borders=borders)
         finally:
             self._row_slice.first_token = first  # recomputation ends with an exception when it has all that it needs
-        return out, None if state is None else state.ema
+        after = next((value for value in others if isinstance(value, LayerState)), None)
+        if after is not None:
+            # No chunk is open between segments.
+            keys, values = (tensor.new_zeros(len(x), 0, *tensor.shape[2:]) for tensor in (after.keys, after.values))
+            after = replace(after, keys=keys, values=values)
+        return out, after, len(others)

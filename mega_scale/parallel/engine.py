@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from mega_scale.model import MegaPreTrainedModel
 from mega_scale.parallel.config import EngineConfig
 from mega_scale.parallel.shard import (
     MOMENTS,
@@ -57,7 +57,7 @@ class Engine(ABC):
 
     def __init__(
         self,
-        model: MegaPreTrainedModel,
+        model: PreTrainedModel,
         values: Values,
         row_slice: RowSlice,
         config: EngineConfig,
@@ -249,18 +249,19 @@ class FsdpEngine(Engine):
 
     def _shard_modules(self, dtype: str) -> None:
         """Make every block a unit, without the EMA in it where its precision differs, and the rest the root."""
-        model, world = self.module, self._world
+        model: Any = self.module
+        world = self._world
         # Ranks of this one's tp, (dp_replicate, fsdp); without copies, (fsdp,).
         ranks = torch.arange(world.size, device="cpu").view(*world.shape)[..., world.axes["tp"].rank].flatten(1)
         names = ("dp_replicate", "fsdp") if len(ranks) > 1 else ("fsdp",)
         groups: list[Any] = [world.axes[name].group for name in names]
         mesh = DeviceMesh.from_group(groups, world.device.type, ranks.squeeze(0), mesh_dim_names=names)
         options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": self._stage == 3}
-        policy, blocks = MixedPrecisionPolicy(), list(model.get_submodule("mega.layers").children())
+        policy, blocks = MixedPrecisionPolicy(), list(model.base_model.layers)
         if dtype == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            averages = [block.get_submodule("mega_layer.ema_gate") for block in blocks]
-            options["ignored_params"] = {parameter for average in averages for parameter in average.parameters()}
+            exact = [module for name, module in model.named_modules() if name.split(".")[-1] in model.fp32_modules]
+            options["ignored_params"] = {parameter for module in exact for parameter in module.parameters()}
         for block in blocks:
             fully_shard(block, mp_policy=policy, **options)
         # A cache that is given to the model keeps its states in fp32; blocks round what they compute with themselves.

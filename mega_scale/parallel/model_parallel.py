@@ -13,18 +13,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
+from transformers import PreTrainedModel
 
-from mega_scale.model import MegaConfig, MegaForCausalLM, MegaPreTrainedModel
-from mega_scale.model.layers import MegaDropout, MegaMultiDimensionDampedEma
+from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model.layers import MegaDropout
 from mega_scale.model.modeling_mega import use_own_linear
 from mega_scale.ops.elementwise import compile_gates, positional_dropout
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
-from mega_scale.parallel.mesh import check_segments, check_sequence_parallel
+from mega_scale.parallel.mesh import check_segments, check_sequence_parallel, check_tensor_parallel
+from mega_scale.parallel.plans import PLANS, Plan, divide
 from mega_scale.parallel.shard import (
     Place,
     RowSlice,
-    SegmentedLinear,
     Values,
     assemble,
     by_source,
@@ -50,11 +51,11 @@ class ParallelizeError(ValueError):
 
 
 def parallelize(
-    model: MegaPreTrainedModel, values: Values, config: EngineConfig, world: World, build_optimizer: BuildOptimizer
+    model: PreTrainedModel, values: Values, config: EngineConfig, world: World, build_optimizer: BuildOptimizer
 ) -> Engine:
     """Put a model on all ranks: apply model parallelism, then shard, materialise, and build the optimizer.
 
-    The model, a `MegaForCausalLM` on the meta device, is changed in place; `values` are those of its parameters and
+    The model, a causal language model on the meta device, is changed in place; `values` are those of its parameters and
     persistent buffers, such as `seeded_values(model.config, seed)`. Raises ParallelizeError.
     """
     try:
@@ -74,7 +75,7 @@ def parallelize(
 
 
 def apply_model_parallelism(
-    model: MegaPreTrainedModel,
+    model: PreTrainedModel,
     *,
     sp: Axis,
     tp: Axis,
@@ -100,18 +101,18 @@ def apply_model_parallelism(
 
     use_own_linear(model)
     for name, module in list(model.named_modules()):
-        if name.endswith("mega_layer.mx_proj"):
-            # Whatever T is: checkpoints then bear the same names.
-            parent = model.get_submodule(name.rpartition(".")[0])
-            parent.add_module("mx_proj", on_meta(SegmentedLinear, config.hidden_size, parent.segments))
-        elif isinstance(module, MegaDropout) and module.p > 0:
-            module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp)
-        elif isinstance(module, MegaMultiDimensionDampedEma) and sp.size > 1:
+        plan = PLANS.get(type(module), Plan())
+        if plan.prepare is not None:
+            plan.prepare(module)
+        if plan.carry is not None and sp.size > 1:
             module.carry = lambda: exchange if row_slice.cut else None
+        if isinstance(module, MegaDropout) and module.p > 0:
+            module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp)
     if tp.size > 1:
-        from mega_scale.parallel.tensor_parallel import apply_tensor_parallelism
-
-        apply_tensor_parallelism(model, tp)
+        check_tensor_parallel(config, tp.size)
+        divide(model, tp)
+        if config.tie_word_embeddings:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
     if checkpointing.activation_checkpoint:
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 

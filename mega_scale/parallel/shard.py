@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from mega_scale.model import MegaConfig, MegaPreTrainedModel
 from mega_scale.model.layers import MegaLinear
 from mega_scale.model.modeling_mega import initial_tensor
 from mega_scale.parallel.world import ALONE, Axis
@@ -212,7 +212,7 @@ Placer = Callable[[nn.Parameter, Tensor], nn.Parameter]
 """(parameter as the engine left it, fp32 CPU value of this rank of `tp`) -> parameter with what this rank keeps."""
 
 
-def seeded_values(config: MegaConfig, seed: int) -> Values:
+def seeded_values(config: Any, seed: int) -> Values:
     """Initial values of a model, which depend on the seed and a tensor's name only, not on ranks, engine or order."""
 
     def value(name: str, owner: nn.Module, local_name: str) -> Tensor:
@@ -227,7 +227,7 @@ def seeded_values(config: MegaConfig, seed: int) -> Values:
 
 
 def fill(
-    model: MegaPreTrainedModel,
+    model: PreTrainedModel,
     values: Values,
     place: Placer,
     device: torch.device,

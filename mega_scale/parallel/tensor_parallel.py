@@ -1,17 +1,16 @@
-"""Tensor parallelism: this rank's part of the modules of a model, and of its vocabulary.
+"""Tensor parallelism: the parts of which `plans` builds this rank's share of a model, and of its vocabulary.
 
 The residual stream is sharded over channels. The moving average, norms, gates and the stream itself then need only a
 statistic a token; a block gathers the channels of its stream for values, of its average for gates, queries and keys,
 and of its stream again for the feed-forward network, and sums its two outputs over ranks: five large collectives.
-Queries and keys are computed by every rank, but each sees only what its own values made of them; so the gradient of a
-parameter that every rank holds is a sum over ranks. Logits of one token never meet on a rank in training.
+A parameter that every rank holds sees only what the rank's own channels made of it; so its gradient is a sum over
+ranks. Logits of one token never meet on a rank in training.
 
 Legend: B batch, L length, D channels of the residual stream, E width of values, F of the feed-forward network, W any
 width inside a layer, T ranks, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -20,22 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mega_scale.model import MegaForCausalLM, MegaPreTrainedModel
-from mega_scale.model.layers import (
-    MegaBlock,
-    MegaEmbeddings,
-    MegaLinear,
-    MegaMovingAverageGatedAttention,
-    MegaMultiDimensionDampedEma,
-    MegaNormalizedFeedForwardNetwork,
-    MegaSequenceNorm,
-    check_ids,
-)
+from mega_scale.model.layers import MegaLinear, check_ids
 from mega_scale.model.modeling_mega import LanguageModelHead
 from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
-from mega_scale.parallel.mesh import check_tensor_parallel
-from mega_scale.parallel.shard import SegmentedLinear, ShardedModule, on_meta, shard_length
+from mega_scale.parallel.shard import ShardedModule, on_meta, shard_length
 from mega_scale.parallel.world import Axis, gather, gather_replicated, reduce_scatter, start_gather, sum_gradient
 
 
@@ -58,7 +46,7 @@ class TensorParallel(ShardedModule):
         return sum_gradient(value, axis)
 
 
-def _parallel(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any:
+def sharded(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any:
     """Make a module of a kind on the meta device; its parameters in `dims` are shards, every rank has its others."""
     module: Any = on_meta(type(kind.__name__, (TensorParallel, kind), {}), *args)
     module.axis, module.shard_dims = axis, dims
@@ -73,35 +61,44 @@ class ColumnParallelLinear(TensorParallel, MegaLinear):
         self.axis, self.shard_dims = axis, {"weight": 0, "bias": 0}
 
 
-class _Gathering(nn.Module):
-    """Gathers the channels of an input, (B, L, D / T) to (B, L, D), from when they are known until they are needed."""
+class Gathered:
+    """All channels of a tensor of which every rank has some, (B, L, D / T) to (B, L, D), for the layers that read it.
 
-    axis: Axis
-    _coming: Callable[[], Tensor] | None = None
+    They travel once, from when they are known until they are needed.
+    """
+
+    def __init__(self, axis: Axis, readers: int) -> None:
+        self._axis, self._readers, self._left = axis, readers, 0
+        self._given: Tensor | None = None  # to the first layer, where nobody expected it
+        self._coming: Callable[[], Tensor] | None = None
+        self._whole: Tensor | None = None
 
     def expect(self, x: Tensor) -> None:
-        """Start before the layer is called with x."""
+        """Start before the first layer is called with x, or with what other hooks make of it."""
+        self._given, self._whole, self._left = None, None, self._readers
         # As a matrix product will see it, so that under autocast only 16 bits of a number travel.
-        self._coming = gather(x.to(autocast_dtype(x.device) or x.dtype), self.axis)
+        self._coming = gather(x.to(autocast_dtype(x.device) or x.dtype), self._axis)
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """All channels of x, which is what was given to `expect` if anything was."""
-        if self._coming is None:
+    def read(self, x: Tensor) -> Tensor:
+        if not self._left or (self._given is not None and self._given is not x):
             self.expect(x)
-        coming, self._coming = self._coming, None
-        assert coming is not None
-        return coming()
-
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(self.gathered(x))
-
-
-class GatherLinear(_Gathering, ColumnParallelLinear):
-    """`ColumnParallelLinear` of an input whose channels are sharded: (B, L, D / T) to (B, L, W / T)."""
+            self._given = x
+        if self._whole is None:
+            assert self._coming is not None
+            self._whole = self._coming()
+        whole, self._left = self._whole, self._left - 1
+        if not self._left:
+            self._given = self._coming = self._whole = None
+        return whole
 
 
-class GatherSegments(_Gathering, SegmentedLinear):
-    """`SegmentedLinear` of an input whose channels are sharded: they are gathered once for all segments."""
+def gather_inputs(axis: Axis, *layers: nn.Module) -> Gathered:
+    """Give layers all channels of the input that they share, of which every rank has some."""
+    gathered = Gathered(axis, len(layers))
+    for layer in layers:
+        # By a hook, as ZeRO-3 frees a layer's weights after the gradient of what its own hooks, which come later, see.
+        layer.register_forward_pre_hook(lambda module, args: (gathered.read(args[0]), *args[1:]))
+    return gathered
 
 
 class RowParallelLinear(TensorParallel, MegaLinear):
@@ -115,34 +112,6 @@ class RowParallelLinear(TensorParallel, MegaLinear):
     def forward(self, x: Tensor) -> Tensor:
         out = reduce_scatter(linear(x, self.weight), self.axis)
         return out + self.bias.to(out.dtype)
-
-
-def _attention(whole: Any, axis: Axis) -> Any:
-    """Gated attention with this rank's values, and the average of its channels; queries and keys are everyone's."""
-    config = whole.config
-    attention = _parallel(MegaMovingAverageGatedAttention, axis, {}, config)
-    for name, module in whole.named_children():
-        attention.add_module(name, module)
-    segments = on_meta(GatherSegments, config.hidden_size, whole.segments)
-    segments.axis = axis
-    for name, layer in list(segments.named_children()):
-        segments.add_module(name, on_meta(ColumnParallelLinear, layer, axis))
-    # Queries and keys.
-    segments.shared = _parallel(MegaLinear, axis, {}, config.hidden_size, whole.segments["shared"])
-    attention.mx_proj = segments
-    attention.v_proj = on_meta(GatherLinear, whole.v_proj, axis)
-    attention.h_proj = on_meta(RowParallelLinear, whole.h_proj, axis)
-    # Each channel has its own average, so nothing travels.
-    own_channels = copy(config)
-    own_channels.hidden_size //= axis.size
-    dims = {name: 0 for name, _ in whole.ema_gate.named_parameters()}
-    attention.ema_gate = _parallel(MegaMultiDimensionDampedEma, axis, dims, own_channels)
-    attention.ema_gate.carry = whole.ema_gate.carry
-    attention.rel_pos_bias = _parallel(type(whole.rel_pos_bias), axis, {}, config)
-    # The stream's channels travel while the average is computed, the average's while values are.
-    attention.ema_gate.register_forward_pre_hook(lambda module, args: attention.v_proj.expect(args[0]))
-    attention.ema_dropout.register_forward_hook(lambda module, args, output: segments.expect(output))
-    return attention
 
 
 class _Normalize(torch.autograd.Function):
@@ -220,19 +189,20 @@ class VocabularyParallelEmbedding(TensorParallel, nn.Embedding):
         return reduce_scatter(found, self.axis)
 
 
-class VocabularyParallelHead(GatherLinear, LanguageModelHead):
+class VocabularyParallelHead(ColumnParallelLinear, LanguageModelHead):
     """`LanguageModelHead` of an input whose channels are sharded, with this rank's words."""
 
     def __init__(self, whole: nn.Linear, axis: Axis) -> None:
         super().__init__(whole, axis)
         self.length: int = whole.out_features
+        gather_inputs(axis, self)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x (B, L, D / T) to logits of all words, or with targets (B, L) to the loss, the same on all ranks."""
         if targets is None:
             return gather_replicated(super().forward(x), self.axis)[..., : self.length]
         part = vocabulary_part(self.out_features, self.axis, self.length)
-        return linear_cross_entropy(self.gathered(x), self.weight, self.bias, targets, part=part)
+        return linear_cross_entropy(x, self.weight, self.bias, targets, part=part)
 
 
 def vocabulary_part(rows: int, axis: Axis, vocabulary: int) -> VocabularyPart:
@@ -243,28 +213,3 @@ def vocabulary_part(rows: int, axis: Axis, vocabulary: int) -> VocabularyPart:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX if kind == "max" else dist.ReduceOp.SUM, group=axis.group)
 
     return VocabularyPart(first, min(max(vocabulary - first, 0), rows), reduce)
-
-
-def apply_tensor_parallelism(model: MegaPreTrainedModel, axis: Axis) -> None:
-    """Replace the modules of a model on the meta device, with separate segments, by this rank's part of them."""
-    check_tensor_parallel(model.config, axis.size)
-    for module in list(model.modules()):
-        if isinstance(module, MegaBlock):
-            module.mega_layer = _attention(module.mega_layer, axis)
-        elif isinstance(module, MegaSequenceNorm):
-            module.norm = ChannelParallelNorm(module.norm, axis)
-        elif isinstance(module, MegaNormalizedFeedForwardNetwork):
-            module.fc1 = on_meta(GatherLinear, module.fc1, axis)
-            module.fc2 = on_meta(RowParallelLinear, module.fc2, axis)
-        elif isinstance(module, MegaEmbeddings):
-            words, types = module.word_embeddings, module.token_type_embeddings
-            module.word_embeddings = on_meta(VocabularyParallelEmbedding, words, axis)
-            if types is not None:
-                sizes = types.num_embeddings, types.embedding_dim // axis.size
-                module.token_type_embeddings = _parallel(nn.Embedding, axis, {"weight": 1}, *sizes)
-    if isinstance(model, MegaForCausalLM):
-        if model.dense is not None:
-            model.dense = on_meta(GatherLinear, model.dense, axis)
-        model.lm_head = on_meta(VocabularyParallelHead, model.lm_head, axis)
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.mega.embedding_layer.word_embeddings.weight

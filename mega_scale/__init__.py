@@ -4,6 +4,8 @@ import atexit
 import gc
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 _collects = gc.isenabled()
 gc.disable()  # what torch and transformers make stays: looking through it, again and again, takes 0.4 s of CPU
 try:

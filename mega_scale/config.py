@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mega_scale.checkpoint import folder as store
+from mega_scale.command import shipped
 from mega_scale.data.config import DataConfig
 from mega_scale.files import local_path
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
@@ -30,13 +31,14 @@ from mega_scale.training.config import BadStepsConfig, OptimizerConfig, Schedule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
+DEFAULT_CONFIG = shipped("configs") / "debug.yaml"
 
 _DESCRIPTION = """Every key below can stand in a YAML file (as sections) and on the command line, as train.steps=200,
 --train.steps=200 or --train.steps 200. Command line beats files, a later file beats an earlier one, files beat the
 defaults shown here. A key that is unknown is refused."""
 _OPTIONS = {
-    "--config FILE": "YAML file of keys; may be given several times; without it, configs/debug.yaml (path)",
+    "--config FILE": "YAML file of keys, or a recipe in configs/ by its name, as enwik8-39m; may come several times; "
+    "without it, debug (path)",
     "--print-config": "Print the resolved run as YAML, which runs again as it is, and exit",
     "--max-time TIME": "The same as train.max_time=TIME (seconds, or H:MM:SS)",
     "--local-rank N": "Accepted from launchers, and ignored",
@@ -356,6 +358,19 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
 # From files and the command line
 
 
+def find_config(name: str) -> str:
+    """The path of what `--config` names: a file, or, by its name alone, a recipe of `configs/`.
+
+    Raises ValueError for a bare name that is neither.
+    """
+    if Path(name).suffix in (".yaml", ".yml") or os.sep in name or Path(name).exists():
+        return name
+    recipes = {path.stem: str(path) for path in sorted(shipped("configs").glob("*.yaml"))}
+    if name not in recipes:
+        raise ValueError(f"--config {name}: there is no such file or recipe: the recipes are {', '.join(recipes)}")
+    return recipes[name]
+
+
 def load_config(path: str | Path) -> RunConfig:
     """Read a run from one YAML file over the defaults, as `to_yaml` writes it, or wrote it, or shorter.
 
@@ -378,7 +393,7 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
             if not quiet:
                 print(format_help(RunConfig, _DESCRIPTION, _OPTIONS), end="", flush=True)
             raise SystemExit(0)
-        config, given = resolve(RunConfig, configs or [str(DEFAULT_CONFIG)], overrides)
+        config, given = resolve(RunConfig, [find_config(name) for name in configs] or [str(DEFAULT_CONFIG)], overrides)
         # The keys of the default job are nobody's.
         config = adopt(config, given if configs else {key for key, _ in overrides})
     except ValueError as error:

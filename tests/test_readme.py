@@ -29,6 +29,7 @@ NOT_RUN = {
     "python -c 'import mega_scale; from lm_eval": "no dependency of this project, and its tasks are downloaded",
     "source .venv/bin/activate": "the tests' own environment is used",
     "pip install": "the tests' own environment is used",
+    "mega-scale --nproc-per-node": "tests/test_packaging.py runs it, from a wheel",
     "pytest": "runs tests, this one included",
 }
 # Those for several hosts or GPUs: their run is resolved and printed, and their launcher knows its options.

@@ -4,6 +4,7 @@ DeepSpeed's native keys are merged over ours, and what accelerate launch was tol
 """
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -83,6 +84,8 @@ class ParallelConfig:
             (self.activation_checkpoint_policy == "full" or fsdp or self.zero_stage < 3, policy,
              "linear layers of engine=deepspeed with zero_stage=3 change matmul outputs after they were saved, choose "
              "full, parallel.engine=fsdp, or a zero_stage below 3"),
+            (fsdp or importlib.util.find_spec("deepspeed") is not None, "engine",
+             "DeepSpeed is not installed, run pip install 'mega_scale[deepspeed]', or choose parallel.engine=fsdp"),
             (not self.ds_config or not fsdp, "ds_config", "fsdp has no use for it, remove it, or use engine=deepspeed"),
             (self.device != "cuda" or cuda.is_available(), "device", "there is no CUDA device, choose cpu or auto"),
             # The collectives of tensor parallelism run several times a layer.

@@ -11,15 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mega_scale import __version__
+from mega_scale.files import shipped
 from mega_scale.process import refuse
 
 _USAGE = "usage: mega-scale [options of torchrun] COMMAND [arguments], mega-scale COMMAND --help, mega-scale --version"
-
-
-def shipped(folder: str) -> Path:
-    """Where a folder of the project's top level is: inside an installed package, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    return here / folder if (here / folder).is_dir() else here.parent / folder
 
 
 def commands() -> dict[str, Path]:

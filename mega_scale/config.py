@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mega_scale.checkpoint import folder as store
-from mega_scale.command import shipped
 from mega_scale.data.config import DataConfig
-from mega_scale.files import local_path
+from mega_scale.files import local_path, shipped
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 from mega_scale.parallel import mesh
 from mega_scale.parallel.config import EngineConfig, ParallelConfig, check_accelerate

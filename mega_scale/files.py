@@ -41,6 +41,12 @@ def local_path(path: str, key: str) -> str:
     return expanded
 
 
+def shipped(folder: str) -> Path:
+    """Where a folder of the project's top level is: inside an installed package, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / folder if (here / folder).is_dir() else here.parent / folder
+
+
 def flush(path: Path) -> None:
     """Have the disk keep a file, or the names in a folder. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)

@@ -15,6 +15,7 @@ import yaml
 from launching import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
+from warm import free_port
 
 import mega_scale
 from mega_scale.command import commands, main
@@ -56,7 +57,7 @@ def test_a_wheel_has_all_that_git_has_and_trains_on_two_ranks_outside_of_the_che
     own = {"PYTHONPATH": str(site), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     use = {"cwd": here, "env": os.environ | own | {"HF_HUB_OFFLINE": "1"}}
     command = site / "bin/mega-scale"
-    run(command, "--nproc-per-node=2", "--master-port=0", "pretrain", "--config", "debug", *SHORT, **use)
+    run(command, "--nproc-per-node=2", f"--master-port={free_port()}", "pretrain", "--config", "debug", *SHORT, **use)
     assert json.loads((here / "runs/debug/status.json").read_text())["state"] == "finished"
     run(command, "export", "runs/debug", "exported", **use)
     place, parameters = run(sys.executable, "-c", LOAD, "exported", **use).split()

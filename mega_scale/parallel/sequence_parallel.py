@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from mega_scale.ops.ema import Turn
+from mega_scale.ops.ema import Fade, Turn
 from mega_scale.parallel.world import Axis, Pending, start_gather
 
 
@@ -47,8 +47,9 @@ class StateExchange:
             self._received.append(pending.buffer)
         return pending
 
-    def __call__(self, end: Tensor, log_fade: Tensor, resets: Tensor | None, back: bool) -> tuple[Tensor, Turn]:
+    def __call__(self, end: Tensor, fade: Fade, resets: Tensor | None, back: bool) -> tuple[Tensor, Turn]:
         """See `Carry`: end (B, R, N)."""
+        log_fade = fade.log
         # A document that begins this part keeps what lies to its right from what lies to its left.
         shut = resets[:, :1, None] if back and resets is not None else None
         # One collective more, of one byte a row, where documents begin inside of rows.
@@ -57,13 +58,13 @@ class StateExchange:
         passes = None if flags is None else flags.wait().bool()
         weights, distance = _weights(self._axis, log_fade, passes, not back)
 
-        def turn(d_state: Tensor) -> tuple[Tensor, Tensor]:
+        def turn(d_state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             returning = start_gather(d_state, self._axis)
             # Each rank counts the paths that end at it; the sum over ranks, which all parameters get, counts every one.
             d_log_fade = torch.einsum("pbrn,brn,pbrn,p->rn", pending.buffer, d_state, weights, distance)
             onward, _ = _weights(self._axis, log_fade, passes, back)
             d_end = torch.einsum("pbrn,pbrn->brn", returning.wait(), onward)
-            return d_end if shut is None else d_end.masked_fill(shut, 0), d_log_fade
+            return d_end if shut is None else d_end.masked_fill(shut, 0), (d_log_fade,)
 
         return torch.einsum("pbrn,pbrn->brn", pending.wait(), weights), turn
 

@@ -306,7 +306,7 @@ def test_an_average_is_few_launches(monkeypatch, tile, carried):
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
     with mode:
-        state = (lambda end, log_fade: (end, lambda d_state: (d_state, log_fade))) if carried else inputs[1]
+        state = (lambda end, fade: (end, lambda d_state: (d_state, (fade.log,)))) if carried else inputs[1]
         y, end = triton_ema(inputs[0], EmaCoefficients(*inputs[2:]), state, resets, tile)
     assert 1 < mode.count <= 20
     # Nobody asks for the last state of a part.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mega_scale.ops.ema import Fade, forget
 from mega_scale.ops.timestep_norm import Moments, later_gradients, part_borders
 
 WAIT_S = 300
@@ -35,25 +36,26 @@ def run_parts(count: int, act: Callable[[Any, int], Any], make_carry: Any = None
         return found
 
     def carry_of(part: int) -> Any:
-        def carry(end: Tensor, log_fade: Tensor, resets: Tensor | None, back: bool) -> Any:
+        def carry(end: Tensor, fade: Fade, resets: Tensor | None, back: bool) -> Any:
             assert not torch.is_grad_enabled()
             shut = torch.zeros(len(end), 1, dtype=torch.bool) if resets is None else resets
-            given = exchange(part, (end, log_fade, shut))
-            leaves = [[t.detach().clone().requires_grad_() for t in own[:2]] for own in given]
+            given = exchange(part, ([end, *(t for t in fade if t is not None)], shut))
+            leaves = [[t.detach().clone().requires_grad_() for t in own[0]] for own in given]
             states: list[Any] = [None] * count
             with torch.enable_grad():
                 came = 0 * leaves[0][0]
                 for i in reversed(range(count)) if back else range(count):
-                    (end, log_fade), shut = leaves[i], given[i][2]
+                    (end, *fades), shut = leaves[i], given[i][1]
                     states[i] = came
-                    sent = end.masked_fill(shut[:, :1, None], 0) if back else end
-                    came = sent + (came * log_fade.exp()).masked_fill(shut.any(1)[:, None, None], 0)
+                    sent = forget(end, shut[:, 0]) if back else end
+                    came = sent + forget(Fade(*fades).times(came), shut.any(1))
 
             def turn(d_state: Tensor) -> Any:
                 gradients = exchange(part, d_state)
-                return torch.autograd.grad(
+                found = torch.autograd.grad(
                     states, leaves[part], gradients, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
+                return found[0], found[1:]
 
             return states[part].detach(), turn
 
@@ -76,8 +78,8 @@ def average_in_parts(
 ) -> dict[str, Tensor]:
     """y, the end state and gradients of a row, from `average(own leaves, carry, slice of tokens)` of its parts.
 
-    The loss weighs y (B, L, D) and the end states (B, D or 2D, N) by probes of those names; gradients of all leaves but
-    x are summed over parts.
+    The loss weighs y (B, L, D) and the end states, (B, D or 2D, N) or (B, D, N, 2), by probes of those names; gradients
+    of all leaves but x are summed over parts.
     """
     length, channels = leaves["x"].shape[1:]
 

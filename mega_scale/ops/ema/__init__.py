@@ -4,9 +4,9 @@
 * fft: a convolution, as in the public implementations; the only form with truncated kernels.
 * blocked: matrix products inside blocks of tokens, each of which needs the past as one state.
 
-A form takes x (B, L, D) in the dtype of the coefficients (D, N), h before the first token (B, D, N), none meaning zero,
-and `resets` (B, L) bool, true where a document begins: h is zeroed before that token. It returns y (B, L, D) and h
-after the last token.
+A form takes x (B, L, D) in the dtype of gain and projection (D, N), h before the first token, none meaning zero, and
+`resets` (B, L) bool, true where a document begins: h is zeroed before that token. It returns y (B, L, D) and h after
+the last token. h is (B, D, N), or pairs of reals (B, D, N, 2) where coefficients are complex.
 
 Legend: B batch, L length, D channels (2D when bidirectional), N moving averages per channel, c tokens per block, M
 blocks per sequence.
@@ -14,7 +14,7 @@ blocks per sequence.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,51 +31,38 @@ from mega_scale.ops import (
     tracing,
     without_autocast,
 )
+from mega_scale.ops.ema.coefficients import (
+    EmaCoefficients,
+    Fade,
+    complex_ema_coefficients,
+    complex_product,
+    ema_coefficients,
+    forget,
+)
 from mega_scale.ops.ema.native import library, native_ema, shipped
 
+__all__ = [
+    "IMPLEMENTATIONS", "Carry", "EmaCoefficients", "Fade", "Turn", "complex_ema_coefficients", "damped_ema",
+    "ema_coefficients", "forget",
+]  # fmt: skip
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
 _BLOCK = 32  # tokens
 # Blocks of blocks, for tracers: what is left at the end is a matrix, of 32 rows at a million tokens.
 _DEPTH = 2
-Turn = Callable[[Tensor], tuple[Tensor, Tensor]]
-Carry = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Turn]]
+Turn = Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
+Carry = Callable[[Tensor, Fade, Tensor | None, bool], tuple[Tensor, Turn]]
 """How states travel between the parts of a sequence that is cut along its length, without autograd: sends this part's
 end state and returns the state before this part, in the same shape, and what turns its gradient into those of the first
-two arguments.
+argument and of the tensors of the second: (log,), or (log, angle) of a complex average.
 
 Arguments:
 
-* h after this part's last token, had it begun at zero, (B, D, N); if `back`, before its first, coming from the right;
-* the logarithm of what is left of a state at the other end of this part, (D, N);
+* h after this part's last token, had it begun at zero, (B, D, N), or (B, D, N, 2) of a complex average; if `back`,
+  before its first, coming from the right;
+* what is left of a state at the other end of this part;
 * (B, L) bool, true where a document begins in this part; none: nowhere;
 * `back`: whether states travel from right to left.
 """
-
-
-class EmaCoefficients(NamedTuple):
-    """What the recurrence `h_t = exp(log_decay) h_{t-1} + gain x_t`, `y_t = sum_n projection_n h_{t,n}` needs.
-
-    All are (D, N), fp32 or fp64. The decay q is kept as a logarithm because it rounds to 1 when it is close to 1.
-    """
-
-    log_decay: Tensor
-    gain: Tensor
-    projection: Tensor
-
-
-def ema_coefficients(damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor) -> EmaCoefficients:
-    """Coefficients from a layer's parameters (arXiv 2209.10655, equations 5 and 6, in the names of HF 4.37.2).
-
-    `p = sigmoid(damping)`, `q = 1 - p sigmoid(decay)`, `gain = p expansion`, `projection / sqrt(N)`: in fp32 (fp64 for
-    fp64 parameters) whatever autocast says, from damping, decay and expansion (D, N, 1) and projection (D, N).
-    """
-    dtype = torch.promote_types(damping.dtype, torch.float32)
-    with without_autocast(damping.device):
-        p = damping.to(dtype).squeeze(-1).sigmoid()
-        # Both sigmoids can round to 1; the bound keeps log(0), and its gradient, out.
-        forget = (p * decay.to(dtype).squeeze(-1).sigmoid()).clamp_max(1 - torch.finfo(dtype).eps)
-        gain = p * expansion.to(dtype).squeeze(-1)
-        return EmaCoefficients(torch.log1p(-forget), gain, projection.to(dtype) * projection.shape[-1] ** -0.5)
 
 
 def damped_ema(
@@ -89,15 +76,17 @@ def damped_ema(
     carry: Carry | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Multi-dimensional damped EMA (arXiv 2209.10655, equations 5 and 6).
+    """Multi-dimensional damped EMA, real (arXiv 2209.10655, equations 5 and 6) or complex (arXiv 2404.08801).
 
-    `h_t = q h_{t-1} + gain x_t`, `y_t = sum_n projection_n h_{t,n}`, per channel. With `bidirectional`, the second half
-    of the coefficients runs from right to left, and both outputs are added (each counts the token itself).
+    `h_t = q h_{t-1} + gain x_t`, `y_t = Re sum_n c_n h_{t,n}`, per channel. With `bidirectional`, the second half of
+    the coefficients runs from right to left, and both outputs are added (each counts the token itself).
 
     Args:
         x: (B, L, D), L at least 1, any floating dtype. Padded positions are to be zero.
-        coefficients: (D, N) each; (2D, N) when bidirectional.
-        state: h before the first token (second half: after the last), (B, D or 2D, N); none means zero.
+        coefficients: (D, N) each; (2D, N) when bidirectional. Complex ones, which have an angle, are neither
+            bidirectional nor truncated.
+        state: h before the first token (second half: after the last), (B, D or 2D, N), or (B, D, N, 2) where
+            coefficients are complex; none means zero.
         resets: (B, L) bool, true where a document begins: neither side of that border reaches the other.
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`, once for
@@ -108,9 +97,9 @@ def damped_ema(
             where a C++ compiler is found (else it warns); else blocked.
 
     Returns:
-        y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first),
-        (B, D or 2D, N) in the dtype of the coefficients, at least fp32; none when the kernel is truncated, which has no
-        finite state.
+        y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first), in the
+        shape of `state` and the dtype of gain and projection, at least fp32; none when the kernel is truncated, which
+        has no finite state.
 
     Raises:
         ValueError: a shape does not fit, or the implementation lacks what is asked for.
@@ -120,14 +109,16 @@ def damped_ema(
         raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
     if x.dim() != 3 or x.shape[1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected (batch, length of at least 1, channels)")
-    rows, averages = coefficients.log_decay.shape
+    rows = coefficients.gain.shape[0]
     if rows != x.shape[2] * (2 if bidirectional else 1):
         raise ValueError(
             f"coefficients have {rows} rows for {x.shape[2]} channels with bidirectional={bidirectional}: "
             "one row a channel and direction is needed"
         )
-    if state is not None and tuple(state.shape) != (x.shape[0], rows, averages):
-        raise ValueError(f"state has shape {tuple(state.shape)}: expected {(x.shape[0], rows, averages)}")
+    _check_kind(coefficients, bidirectional, truncation)
+    expected = coefficients.state_shape(x.shape[0])
+    if state is not None and tuple(state.shape) != expected:
+        raise ValueError(f"state has shape {tuple(state.shape)}: expected {expected}")
     if resets is not None and (resets.shape != x.shape[:2] or resets.dtype != torch.bool):
         raise ValueError(f"resets are {resets.dtype} {tuple(resets.shape)}: expected bool {tuple(x.shape[:2])}")
     if truncation is not None:
@@ -138,7 +129,7 @@ def damped_ema(
         impl = "fft"
     if carry is not None and state is not None:
         raise ValueError(f"carry brings the state: it excludes a state of shape {tuple(state.shape)}")
-    dtype = coefficients.log_decay.dtype
+    dtype = coefficients.gain.dtype
     with without_autocast(x.device):
         if impl == "auto":
             impl = _best(x, coefficients, resets)
@@ -158,9 +149,29 @@ def damped_ema(
         return y.to(given), end
 
 
+def _check_kind(coefficients: EmaCoefficients, bidirectional: bool, truncation: int | None) -> None:
+    """Raise ValueError where coefficients are complex in part, or lack what is asked for."""
+    parts = coefficients.angle, coefficients.projection_imag
+    if (parts[0] is None) != (parts[1] is None):
+        raise ValueError(
+            f"coefficients have {'no angle' if parts[0] is None else 'no projection_imag'}: a complex average needs "
+            "angle and projection_imag, a real one neither"
+        )
+    if parts[0] is None:
+        return
+    if bidirectional:
+        raise ValueError("bidirectional=True with complex coefficients: a complex average runs from left to right only")
+    if truncation is not None:
+        raise ValueError(
+            f"truncation={truncation} with complex coefficients: a complex average has no truncated kernel"
+        )
+
+
 def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> str:
     """The implementation that `auto` takes for a kernel without truncation."""
     log_decay, length = coefficients.log_decay, x.shape[1]
+    if coefficients.angle is not None:
+        return "recurrent"
     if log_decay.dtype == torch.float32 and in_memory(x, log_decay):
         if x.device.type == "cpu" and length > 1 and shipped() and library() is not None:
             return "native"
@@ -182,7 +193,7 @@ def _both_ways(
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What a form gives from left to right plus, by the second half of coefficients, from right to left."""
-    ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients), strict=True))
+    ahead, back = (EmaCoefficients(*half) for half in zip(*(c.chunk(2) for c in coefficients[:3]), strict=True))
     before, after = state.chunk(2, 1) if isinstance(state, Tensor) else state or (None, None)
     y, end = form(x, ahead, before, resets)
     if resets is not None:
@@ -193,8 +204,8 @@ def _both_ways(
     return y, None if end is None or begin is None else torch.cat([end, begin], 1)
 
 
-def _carried(form: Any, x: Tensor, coefficients: Any, carry: Any, resets: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _Carried.apply(form, carry, resets, x, *coefficients)
+def _carried(form: Any, x: Tensor, coefficients: EmaCoefficients, carry: Any, resets: Tensor | None) -> Any:
+    return _Carried.apply(form, carry, resets, x, *(c for c in coefficients[:] if c is not None))
 
 
 class _Carried(torch.autograd.Function):
@@ -203,7 +214,7 @@ class _Carried(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, form: Any, carry: Any, resets: Tensor | None, x: Tensor, *given: Tensor) -> Any:
         coefficients = EmaCoefficients(*given)
-        state, turn = carry(form(x, coefficients, None, resets)[1], coefficients.log_decay * x.shape[1])
+        state, turn = carry(form(x, coefficients, None, resets)[1], coefficients.fade(x.shape[1]))
         ctx.given = form, turn, resets
         ctx.save_for_backward(state, x, *given)
         return form(x, coefficients, state, resets)
@@ -213,28 +224,36 @@ class _Carried(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
         form, turn, resets = ctx.given
         state, *leaves = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        coefficients = EmaCoefficients(*leaves[1:])
         with torch.enable_grad(), without_autocast(dy.device):
-            y, end = form(leaves[0], EmaCoefficients(*leaves[1:]), state, resets)
-            log_fade = leaves[1] * y.shape[1]
-            reached = log_fade.exp() * state.detach()
-            sent = end - (reached if resets is None else reached.masked_fill(resets.any(1)[:, None, None], 0))
+            y, end = form(leaves[0], coefficients, state, resets)
+            fade = coefficients.fade(y.shape[1])
+            reached = fade.times(state.detach())
+            sent = end - (reached if resets is None else forget(reached, resets.any(1)))
         (d_state,) = torch.autograd.grad((y, end), state, (dy, d_end), retain_graph=True)
-        turned = turn(d_state)
-        return None, None, None, *torch.autograd.grad((y, end, sent, log_fade), leaves, (dy, d_end, *turned))
+        d_sent, d_fade = turn(d_state)
+        results = y, end, sent, *(t for t in fade if t is not None)
+        return None, None, None, *torch.autograd.grad(results, leaves, (dy, d_end, d_sent, *d_fade))
 
 
 def recurrent_ema(
     x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`h_t = q h_{t-1} + gain x_t`, `y_t = sum_n projection_n h_{t,n}` (arXiv 2209.10655, equation 6)."""
-    decay = coefficients.log_decay.exp()
-    state = x.new_zeros(x.shape[0], *decay.shape) if state is None else state
+    """`h_t = q h_{t-1} + gain x_t`, `y_t = Re sum_n c_n h_{t,n}` (arXiv 2209.10655, equation 6; 2404.08801, 2)."""
+    fade = coefficients.fade(1)
+    decay, imaginary = fade.value(x.dtype), coefficients.projection_imag
+    state = x.new_zeros(coefficients.state_shape(x.shape[0])) if state is None else state
     outputs = []
     for t in range(x.shape[1]):
         if resets is not None:
-            state = state.masked_fill(resets[:, t, None, None], 0.0)
-        state = decay * state + coefficients.gain * x[:, t, :, None]
-        outputs.append((coefficients.projection * state).sum(-1))
+            state = forget(state, resets[:, t])
+        added = coefficients.gain * x[:, t, :, None]
+        if imaginary is None:
+            state = decay * state + added
+            outputs.append((coefficients.projection * state).sum(-1))
+        else:
+            state = complex_product(decay, state) + torch.stack([added, torch.zeros_like(added)], -1)
+            outputs.append((coefficients.projection * state[..., 0] - imaginary * state[..., 1]).sum(-1))
     return torch.stack(outputs, dim=1), state
 
 
@@ -279,7 +298,7 @@ def blocked_ema(
     q does not depend on the input, so inside a block of c tokens the average of a channel is one triangular matrix,
     which all blocks of all sequences share. A document begins a block of its own.
     """
-    log_decay, gain, projection = coefficients
+    log_decay, gain, projection = coefficients[:3]
     batch, length, channels = x.shape
     places = keep = None
     if resets is None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import in_memory, once_differentiable
+from mega_scale.ops.ema.coefficients import EmaCoefficients
 
 # Numbers of x that are worth a thread.
 _OF_A_THREAD = 2**16
@@ -35,7 +36,7 @@ _COMPILE_SECONDS = 300
 
 
 def native_ema(
-    x: Tensor, coefficients: tuple[Tensor, Tensor, Tensor], state: Tensor | None, resets: Tensor | None = None
+    x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`recurrent_ema` by compiled C++, differentiable once. Forward keeps half as much as x for backward: states.
 
@@ -54,9 +55,9 @@ def native_ema(
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
     if state is None:
         state = log_decay.new_zeros(len(x), *log_decay.shape)
-    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *coefficients, state))
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *coefficients[:3], state))
     resets = None if resets is None else resets.contiguous()
-    y, end = _Walk.apply(x.contiguous(), *coefficients, state, resets, keeps)
+    y, end = _Walk.apply(x.contiguous(), *coefficients[:3], state, resets, keeps)
     return y, end
 
 

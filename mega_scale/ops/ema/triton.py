@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops import once_differentiable
+from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
@@ -70,7 +71,7 @@ OUTPUTS = {"OUTPUTS": True, "num_stages": 2}  # with more buffers registers spil
 
 def triton_ema(
     x: Tensor,
-    coefficients: tuple[Tensor, Tensor, Tensor],
+    coefficients: EmaCoefficients,
     state: Any,
     resets: Tensor | None = None,
     tile: Tile = TILE,
@@ -84,7 +85,7 @@ def triton_ema(
     """
     rows = _Rows(x, coefficients[0], resets, tile)
     carry, state = (state, None) if callable(state) else (None, state)
-    y, end = _Average.apply(rows, carry, state, x.contiguous(), *(c.contiguous() for c in coefficients))
+    y, end = _Average.apply(rows, carry, state, x.contiguous(), *(c.contiguous() for c in coefficients[:3]))
     return y, end
 
 
@@ -211,7 +212,7 @@ class _Average(torch.autograd.Function):
         ctx.rows, ctx.turn = rows, None
         parts: Any = rows.ends(x, coefficients) if carry is not None or rows.splits > 1 else None
         if carry is not None:
-            state, ctx.turn = carry(rows.joined(parts, coefficients[0]), coefficients[0] * x.shape[1])
+            state, ctx.turn = carry(rows.joined(parts, coefficients[0]), Fade(coefficients[0] * x.shape[1]))
         ctx.save_for_backward(state, x, *coefficients)
         return rows.outputs(x, coefficients, state, parts)
 
@@ -226,7 +227,7 @@ class _Average(torch.autograd.Function):
             return None, None, *rows.gradients(x, dy, coefficients, state, d_end, parts, d_end)
         log_decay, _, projection = coefficients
         d_state = projection * rows.joined(parts[0], log_decay, back=True)
-        d_sent, d_log_fade = ctx.turn(d_state if d_end is None else d_state + rows.through(log_decay) * d_end)
+        d_sent, (d_log_fade,) = ctx.turn(d_state if d_end is None else d_state + rows.through(log_decay) * d_end)
         # What was sent does not count the state that arrived.
         both = d_sent if d_end is None else d_sent + d_end
         _, dx, d_log_decay, *rest = rows.gradients(x, dy, coefficients, state, both, parts, d_end)

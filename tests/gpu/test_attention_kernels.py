@@ -11,38 +11,44 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-# batch, chunks, tokens of a chunk, Z, E, share of tokens that begin a document (none: no documents)
+# batch, chunks, heads (none: no axis of them, but a positional bias), tokens of a chunk, Z, E, share of tokens that
+# begin a document (none: no documents)
 CASES = [
-    (1, 1, 1, 16, 32, None),
-    (2, 3, 65, 16, 24, 0.1),
-    (1, 2, 1000, 128, 1024, None),
-    (1, 2, 1000, 128, 1024, 0.01),
-    (2, 1, 4096, 512, 640, None),
+    (1, 1, None, 1, 16, 32, None),
+    (2, 3, None, 65, 16, 24, 0.1),
+    (1, 2, None, 1000, 128, 1024, None),
+    (1, 2, None, 1000, 128, 1024, 0.01),
+    (2, 1, None, 4096, 512, 640, None),
+    (2, 1, 2, 1000, 256, 2048, None),
+    (1, 2, 4, 1000, 256, 512, 0.01),
 ]
 
 
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_matches_the_reference_in_fp64(case, dtype, bound):
-    batch, chunks, length, z, e, share = case
+    batch, chunks, heads, length, z, e, share = case
     generator = torch.Generator("cuda").manual_seed(length)
 
     def normal(*shape):
         return torch.randn(*shape, device="cuda", generator=generator)
 
-    leaves = [normal(batch, chunks, length, width).bfloat16() for width in (z, z, e)] + [normal(2 * length - 1)]
-    gradient = normal(batch, chunks, length, e).bfloat16()
+    before = (batch, chunks) if heads is None else (batch, chunks, heads)
+    leaves = [normal(*before, length, width).bfloat16() for width in (z, z, e)]
+    leaves += [normal(2 * length - 1)] if heads is None else []
+    gradient = normal(*before, length, e).bfloat16()
     documents = None
     if share is not None:
         begins = torch.rand(batch, chunks * length, device="cuda", generator=generator) < share
         documents = ChunkDocuments.of(begins.cumsum(1).unflatten(1, (chunks, length)))
     found = []
     for impl, kind in (("eager", torch.float64), ("auto", dtype)):
-        given = [t.to(kind if t.dim() == 4 or kind == torch.float64 else torch.float32) for t in leaves]
+        given = [t.to(kind if t.dim() > 1 or kind == torch.float64 else torch.float32) for t in leaves]
         given = [t.requires_grad_() for t in given]
-        out, _ = chunk_attention(*given, causal=True, documents=documents, impl=impl)
+        scale = None if heads is None else 1.0
+        out, _ = chunk_attention(*given, causal=True, documents=documents, impl=impl, scale=scale)
         found.append([out, *torch.autograd.grad(out, given, gradient.to(kind))])
-    for name, want, got in zip(("out", "dq", "dk", "dv", "dbias"), *found, strict=True):
+    for name, want, got in zip(("out", "dq", "dk", "dv", "dbias"), *found, strict=False):
         error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1)
         # not <=, so that NaN fails
         assert error <= bound, f"{name} differs by {error:.1e}"

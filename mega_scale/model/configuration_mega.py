@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.models.auto import modeling_auto
+
+from mega_scale.model.configuration import SAVED_BY, BaseConfig, name_classes
 
 BATCH_NORMS = ("batchnorm", "syncbatchnorm")
-# The key of config.json by which an export is known, also after transformers 4.37.2 has saved it again.
-SAVED_BY = "saved_by"
 # Table of transformers' Auto classes to the class of ours that belongs there.
 CLASSES = {
     "MODEL": "MegaModel",
@@ -25,7 +23,7 @@ CLASSES = {
 
 
 @strict
-class MegaConfig(PreTrainedConfig):
+class MegaConfig(BaseConfig):
     """Shape and options of a Mega model (arXiv 2209.10655), with the names and defaults of transformers 4.37.2.
 
     Args:
@@ -77,7 +75,6 @@ class MegaConfig(PreTrainedConfig):
     """
 
     model_type = "mega"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 30522
     hidden_size: int = 128
@@ -127,31 +124,25 @@ class MegaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("num_attention_heads", None)  # files of 4.37.2 hold it; it is no choice
-        # Where no class of its name is in transformers, TRL reads the map of remote code without asking for one.
-        kwargs.setdefault("auto_map", {})
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All values, with the number of heads: 4.37.2's files have it, and PEFT looks for it there."""
-        values = super().to_dict() | {"num_attention_heads": self.num_attention_heads}
-        if not values.get("auto_map"):
-            values.pop("auto_map", None)
-        return values
+        return super().to_dict() | {"num_attention_heads": self.num_attention_heads}
 
     @property
     def num_attention_heads(self) -> int:
         return 1  # for libraries that ask
 
     @property
-    def layer_types(self) -> list[str]:
-        """Kind of every block: `linear_attention`, by which third-party sequence parallelism refuses layers with a
-        recurrent state; with cross-attention `hybrid`, as `generate()` would make caches that no model here can use."""
-        return ["hybrid" if self.add_cross_attention else "linear_attention"] * self.num_hidden_layers
+    def attention_chunk(self) -> int | None:
+        return self.chunk_size if self.use_chunking else None
 
-    def special_ids(self) -> dict[str, list[int]]:
-        """Ids of the special tokens, by the key that names them."""
-        named = {name: value for name, value in vars(self).items() if name.endswith("_token_id") and value is not None}
-        return {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in named.items()}
+    @property
+    def layer_types(self) -> list[str]:
+        """As the base has it; with cross-attention `hybrid`: `generate()` would make caches that no model here can
+        use."""
+        return ["hybrid"] * self.num_hidden_layers if self.add_cross_attention else super().layer_types
 
     @property
     def padding_idx(self) -> int | None:
@@ -160,36 +151,21 @@ class MegaConfig(PreTrainedConfig):
         pad = self.pad_token_id
         return None if pad is None or pad < 0 or pad in others else pad
 
-    def check_special_ids(self, *names: str) -> None:
-        """Refuse ids, of these keys, that lie outside the vocabulary."""
-        for name, ids in self.special_ids().items():
-            if name in names and not all(0 <= id < self.vocab_size for id in ids):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} lies outside the vocabulary: choose an id from 0 to "
-                    f"{self.vocab_size - 1} (vocab_size={self.vocab_size}), or none"
-                )
-
     def validate_architecture(self) -> None:
         """Refuse values and combinations that no Mega model can have; strict dataclasses call `validate_...`."""
-        choices = {
-            "normalization_type": ("scalenorm", "layernorm", "rmsnorm", *BATCH_NORMS),
-            "attention_activation": ("softmax", "laplace", "relu2"),
-            "activation": ("silu", "relu", "linear", "gelu", "gelu_accurate"),
-            "relative_positional_bias": ("rotary", "simple"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
+        self.check_choices(
+            {
+                "normalization_type": ("scalenorm", "layernorm", "rmsnorm", *BATCH_NORMS),
+                "attention_activation": ("softmax", "laplace", "relu2"),
+                "activation": ("silu", "relu", "linear", "gelu", "gelu_accurate"),
+                "relative_positional_bias": ("rotary", "simple"),
+            }
+        )
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "ema_projection_size"]
         sizes += ["shared_representation_size", *(["nffn_hidden_size"] if self.use_normalized_ffn else [])]
         sizes += ["max_positions"] if self.relative_positional_bias == "simple" else []
         sizes += ["type_vocab_size"] if self.add_token_type_embeddings else []
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in (name for name in type(self).__annotations__ if name.endswith("dropout_prob")):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        self.check_sizes(sizes)
         if self.use_chunking and self.chunk_size < 1:
             raise ValueError(
                 f"use_chunking=True with chunk_size={self.chunk_size}: set chunk_size to a number of tokens, at least 1"
@@ -204,9 +180,7 @@ class MegaConfig(PreTrainedConfig):
 
     def check_for_model(self) -> None:
         """Refuse combinations that a configuration may pass through while it is edited, but no model can have."""
-        if (self.pad_token_id or 0) >= 0:
-            # No row could be its embedding. 4.37.2 loads a negative one, and models whose other ids lie outside.
-            self.check_special_ids("pad_token_id")
+        super().check_for_model()
         if self.is_decoder and self.bidirectional:
             raise ValueError(
                 "is_decoder=True with bidirectional=True would let every position see the future: "
@@ -232,10 +206,7 @@ def warn_if_norm_differs(values: Mapping[str, Any]) -> None:
         )
 
 
-# transformers' Trainer, pipelines and server look a class up by name to know what it computes: a Trainer with label
-# smoothing shifts labels only for names of the causal table. `register` of the Auto classes does not write them. Here,
-# so that an export's own code does it too.
-for _table, _name in CLASSES.items():
-    getattr(modeling_auto, f"{_table}_MAPPING_NAMES")[MegaConfig.model_type] = _name
+# Here, so that an export's own code does it too.
+name_classes(MegaConfig.model_type, CLASSES)
 
 __all__ = ["MegaConfig"]

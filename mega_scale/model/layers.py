@@ -13,43 +13,17 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mega_scale.model.cache import DocumentBorders, LayerState, LeftPadding, remember
+from mega_scale.model.attention import ChunkedAttention
+from mega_scale.model.basic_layers import INDICES, MegaDropout, check_ids, check_inputs
+from mega_scale.model.cache import LayerState
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
-from mega_scale.ops import ANY_LENGTH, chunk_count, in_memory, join_chunks, split_chunks, tracing, without_autocast
+from mega_scale.model.rows import DocumentBorders
+from mega_scale.ops import without_autocast
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
 from mega_scale.ops.ema import Carry, damped_ema, ema_coefficients
-from mega_scale.ops.linear import linear
 
 _EPSILON = 1e-5  # of all norms
-_INDICES = (torch.int64, torch.int32)  # dtypes of token ids
-
-
-class MegaLinear(nn.Linear):
-    """(B, L, D) to (B, L, W), by whichever library is fastest on a CPU whatever hooks it has: for trainers."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
-
-
-class MegaDropout(nn.Module):
-    """Zeroes elements of (B, L, D) with probability p while training; featurewise: one draw for a feature of a row."""
-
-    drop: Callable[[Tensor], Tensor] | None = None  # does it, where PyTorch is not to draw
-
-    def __init__(self, p: float, featurewise: bool = False) -> None:
-        super().__init__()
-        self.p = float(p)
-        self.featurewise = featurewise
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        if self.drop is not None:
-            return self.drop(x)
-        if self.featurewise:
-            return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
-        return F.dropout(x, self.p)
 
 
 class MegaScaleNorm(nn.Module):
@@ -221,20 +195,10 @@ class MegaEmbeddings(nn.Module):
 
         Raises ValueError for both or none of the two, for other shapes or dtypes, and for ids that have no row.
         """
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given = check_inputs(input_ids, inputs_embeds, self.channels)
         shape = tuple(given.shape)
-        if input_ids is None:
-            name, expected = "inputs_embeds", f"(batch, length, {self.channels})"
-            fits = shape[2:] == (self.channels,)
-        else:
-            name, expected = "input_ids", "int64 (batch, length)"
-            fits = len(shape) == 2 and given.dtype in _INDICES
-        if not fits or shape[1] < 1:
-            raise ValueError(f"{name} is {given.dtype} {shape}: expected {expected}, at least one token long")
         types = None if self.token_type_embeddings is None else token_type_ids
-        if types is not None and (types.shape not in (shape[:2], (1, shape[1])) or types.dtype not in _INDICES):
+        if types is not None and (types.shape not in (shape[:2], (1, shape[1])) or types.dtype not in INDICES):
             raise ValueError(
                 f"token_type_ids is {types.dtype} {tuple(types.shape)}: expected int64 {shape[:2]}, one a token"
             )
@@ -252,15 +216,6 @@ class MegaEmbeddings(nn.Module):
                 check_ids(types, self.token_type_embeddings.num_embeddings, "token_type_ids", "type_vocab_size")
             x = x + self.token_type_embeddings(types)
         return self.dropout(x)
-
-
-def check_ids(ids: Tensor, rows: int, name: str, size: str) -> None:
-    """Refuse ids outside 0 to rows - 1 on a CPU; other devices say so themselves, and later."""
-    if not in_memory(ids) or not ids.numel() or not ids.is_cpu:
-        return
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= rows:
-        raise ValueError(f"{name} holds {low if low < 0 else high}: expected 0 to {rows - 1} ({size}={rows})")
 
 
 class MegaNormalizedFeedForwardNetwork(nn.Module):
@@ -288,19 +243,17 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
         return out if self.prenorm else self.norm(out, mask)
 
 
-class MegaMovingAverageGatedAttention(nn.Module):
+class MegaMovingAverageGatedAttention(ChunkedAttention):
     """Moving average, attention in chunks, and gates (arXiv 2209.10655, equations 8 to 15)."""
 
     def __init__(self, config: MegaConfig) -> None:
-        super().__init__()
+        super().__init__(config, causal=config.is_decoder)
         self.config = config
-        self.chunk = config.chunk_size if config.use_chunking else None  # C, tokens
         self.activation = ACT2FN[config.activation]
         self.gates = EAGER
         self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
-        self.attention_dropout = MegaDropout(config.attention_probs_dropout_prob)
         self.norm = MegaSequenceNorm(config.normalization_type, config.hidden_size, config.norm_affine)
         self.ema_gate = MegaMultiDimensionDampedEma(config)
         self.v_proj = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -347,17 +300,10 @@ class MegaMovingAverageGatedAttention(nn.Module):
             update, z, gate, candidate = segments
             # They keep what precision they have: relu2 squares their scores.
             q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
-            seen: Any = 0 if state is None else state.position
-            if return_state and torch.compiler.is_exporting():
-                # A number would hold for the calls that are like this one.
-                seen = torch.zeros((), dtype=torch.long, device=x.device) + seen
-            kept = remember(state, k, v, self.chunk) if return_state and pads is None else None
-            if pads is None:
-                documents = None if borders is None else borders.chunks
-                attended, weights = self._attend(q, k, v, mask, state, kept, return_weights, documents)
-            else:
-                padding = LeftPadding.lay(pads, seen, 0 if state is None else state.keys.shape[1], length, self.chunk)
-                attended, weights, kept = self._attend_left_padded(q, k, v, mask, state, padding, return_weights)
+            seen = self.position(state, return_state, x)
+            attended, weights, kept = self.attend(
+                q, k, v, mask, pads, seen, state, return_state, return_weights, borders
+            )
         with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + self.h_proj(gated)
         if self.config.activation == "silu" and not (self.dropout.training and self.dropout.p):
@@ -371,69 +317,7 @@ class MegaMovingAverageGatedAttention(nn.Module):
         assert kept is not None
         return out, weights, LayerState(ema_state, *kept, seen + length)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        state: LayerState | None,
-        kept: tuple[Tensor, Tensor] | None,
-        return_weights: bool,
-        documents: ChunkDocuments | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention of q (B, L, Z) to remembered keys and k, which `kept` holds already; returns (B, L, E)."""
-        length, any_length = q.shape[1], tracing() in ANY_LENGTH
-        position: Any = 0 if state is None else state.position
-        seen = position % self.chunk if self.chunk else position
-        total = seen + length
-        # Dropout of values happens below, on remembered ones too: a cache is not used while training.
-        if seen and kept is not None and (self.chunk is None or total < self.chunk):
-            k, v = (tensor[:, :total] for tensor in kept)
-        elif seen and state is not None:
-            k, v = torch.cat([state.keys[:, :seen], k], 1), torch.cat([state.values[:, :seen], v], 1)
-        key_mask = None if mask is None else mask[:, -total:]
-        if self.chunk is None or (not any_length and total <= self.chunk):
-            out, weights = self._attend_in_chunks(q, k, v, key_mask, seen, return_weights, documents)
-            return out[:, 0], weights
-        # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
-        pad = chunk_count(total, self.chunk) * self.chunk - total
-        more = any_length or pad > 0
-        if more and (key_mask is not None or not self.config.is_decoder):
-            valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
-            key_mask = F.pad(valid, (0, pad), value=False)
-        if seen or more:  # padding by nothing would copy
-            q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
-        out, weights = self._attend_in_chunks(q, k, v, key_mask, 0, return_weights, documents)
-        return join_chunks(out, seen, total), weights
-
-    def _attend_left_padded(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        state: LayerState | None,
-        padding: LeftPadding,
-        return_weights: bool,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
-        """The same for left-padded rows; also returns the keys and values to remember."""
-        k = padding.in_slots(k, None if state is None else state.keys)
-        v = padding.in_slots(v, None if state is None else state.values)
-        kept, valid = (k, v), padding.valid(mask)
-        if self.chunk is not None:
-            kept = padding.open_chunk(k, self.chunk), padding.open_chunk(v, self.chunk)
-        if padding.length == 1:
-            out, weights = self._attend_in_chunks(q, k, v, valid, padding.shift, return_weights)
-            out = out[:, 0]
-        else:
-            out, weights = self._attend_in_chunks(padding.in_slots(q), k, v, valid, 0, return_weights)
-            out = padding.out_of_slots(out.flatten(1, 2))
-        if weights is not None and self.chunk is None:
-            weights = padding.by_column(weights)
-        return out, weights, kept
-
-    def _attend_in_chunks(
+    def attend_chunks(
         self,
         q: Tensor,
         k: Tensor,
@@ -441,26 +325,22 @@ class MegaMovingAverageGatedAttention(nn.Module):
         key_mask: Tensor | None,
         offset: int | Tensor,
         return_weights: bool,
-        documents: ChunkDocuments | None = None,
+        documents: ChunkDocuments | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks, (B, K, C, E)."""
-        laid_out = tracing() in ANY_LENGTH and q.shape[1] == k.shape[1]
-        size = self.chunk if self.chunk is not None and (laid_out or k.shape[1] > self.chunk) else None
-        q, k, v = (t.unsqueeze(1) if size is None else split_chunks(t, size) for t in (q, k, self.hidden_dropout(v)))
-        if key_mask is not None:
-            key_mask = key_mask.unsqueeze(1) if size is None else split_chunks(key_mask, size)
-        drop = self.attention_dropout
         return chunk_attention(
             q, k, v, self.rel_pos_bias(q.shape[2], k.shape[2], offset),
             activation=self.config.attention_activation,
-            causal=self.config.is_decoder,
+            causal=self.causal,
             offset=offset,
             key_mask=key_mask,
-            dropout=0.0 if not drop.training else drop if drop.drop else drop.p,  # a fused one drops by itself
+            dropout=self.weight_dropout(),
             return_weights=return_weights,
             documents=documents,
             impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",
         )  # fmt: skip
+
+    def drop_values(self, v: Tensor) -> Tensor:
+        return self.hidden_dropout(v)
 
 
 class MegaGatedCrossAttention(nn.Module):

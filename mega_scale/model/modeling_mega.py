@@ -3,41 +3,35 @@
 Legend: B batch, L length, D channels, V vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
 )
 from transformers.utils import can_return_tuple, logging
 
-from mega_scale.model.cache import DOCUMENT_KEYS, MegaCache, encoder_mask, read_rows
+from mega_scale.model.cache import MegaCache, check_cache, is_empty_wrapper
+from mega_scale.model.causal_lm import CausalLanguageModel, following_tokens, kept_positions
 from mega_scale.model.configuration_mega import BATCH_NORMS, CLASSES, MegaConfig, warn_if_norm_differs
 from mega_scale.model.layers import (
     BIASES,
     MegaBlock,
     MegaEmbeddings,
-    MegaLinear,
     MegaMovingAverageGatedAttention,
     MegaMultiDimensionDampedEma,
     MegaRMSNorm,
     MegaScaleNorm,
     MegaSequenceNorm,
 )
-from mega_scale.ops import in_memory
-from mega_scale.ops.linear import linear_cross_entropy
+from mega_scale.model.pretrained import BasePreTrainedModel
+from mega_scale.model.rows import DOCUMENT_KEYS, DocumentBorders, encoder_mask, read_rows
 
 logger = logging.get_logger(__name__)
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of labels
 
 
 def initial_tensor(
@@ -80,27 +74,17 @@ def initial_tensor(
     return None
 
 
-class MegaPreTrainedModel(PreTrainedModel):
+class MegaPreTrainedModel(BasePreTrainedModel):
     """What all Mega models share: configuration class, initial values, and what may not be split or rounded."""
 
     config: MegaConfig
     config_class = MegaConfig
     base_model_prefix = "mega"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["MegaBlock"]
     fp32_modules = ("ema_gate",)
     _keep_in_fp32_modules_strict = list(fp32_modules)
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-
-    def __init__(self, config: MegaConfig) -> None:
-        config.check_for_model()
-        super().__init__(config)
-
-    def _get_name(self) -> str:
-        # What a Trainer looks up in transformers' tables: FSDP2 makes a class of another name, and users do.
-        names = (base.__name__ for base in type(self).__mro__)
-        return next((name for name in names if name in CLASSES.values()), type(self).__name__)
+    public_names = CLASSES.values()
+    initial_tensor = staticmethod(initial_tensor)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -108,39 +92,6 @@ class MegaPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         warn_if_norm_differs(vars((loaded[0] if isinstance(loaded, tuple) else loaded).config))
         return loaded
-
-    def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
-        """Save as transformers does. A head that the configuration unties while it still shares the embeddings' tensor
-        is written too: of tensors that are one, transformers writes one, and a loaded model would draw the other."""
-        if not self.config.tie_word_embeddings:
-            parameters = dict(self.named_parameters(remove_duplicate=False))
-            for name, owner in (self._tied_weights_keys or {}).items():
-                if name in parameters and parameters[name] is parameters.get(owner):
-                    state_dict = dict(self.state_dict() if state_dict is None else state_dict)
-                    state_dict[name] = state_dict[name].clone()
-        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """Resize the vocabulary as transformers does; refuses to cut off the padding token."""
-        multiple, pad = pad_to_multiple_of or 1, self.config.pad_token_id
-        if new_num_tokens is not None and pad is not None and pad >= -(-new_num_tokens // multiple) * multiple:
-            raise ValueError(
-                f"a vocabulary of {new_num_tokens} has no pad_token_id={pad}: set config.pad_token_id to a token that "
-                "stays, or to None, and resize then"
-            )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                value = initial_tensor(module, name, self.config)
-                if value is not None:
-                    init.copy_(tensor, value.to(tensor.device, tensor.dtype))
 
 
 def valid_token(x: Tensor, mask: Tensor | None, last: bool = False) -> Tensor:
@@ -241,7 +192,12 @@ class MegaModel(MegaPreTrainedModel):
         mask = pads = borders = None
         documents = {key: kwargs[key] for key in DOCUMENT_KEYS if kwargs.get(key) is not None}
         if cache is not None or attention_mask is not None or document_starts is not None or documents:
-            mask, pads, borders = read_rows(attention_mask, document_starts, documents, config, cache, x)
+            chunk = config.attention_chunk
+            mask, pads, borders = read_rows(
+                attention_mask, document_starts, documents, cache, x,
+                chunk=chunk, positional=config.is_decoder or chunk is not None,
+            )  # fmt: skip
+            self._check_documents(borders)
         if borders is not None and kwargs.get("one_answer_a_row"):
             raise ValueError("several documents in a row, of which this head says one thing: give each document a row")
 
@@ -269,13 +225,19 @@ class MegaModel(MegaPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions and config.add_cross_attention else None,
         )
 
+    def _check_documents(self, borders: DocumentBorders | None) -> None:
+        config = self.config
+        if borders is not None and (config.truncation is not None or config.add_cross_attention):
+            key = "add_cross_attention" if config.truncation is None else "truncation"
+            raise ValueError(
+                f"document_starts with {key}={getattr(config, key)}: a truncated moving average cannot begin anew "
+                "inside a row, and an encoder's output belongs to a whole row; give each document a row"
+            )
+
     def _cache(self, past: Cache | None, use_cache: bool | None, batch: int) -> MegaCache | None:
         """The cache from which `batch` rows go on: the one given, or a new one, or none."""
         config = self.config
-        if isinstance(past, EncoderDecoderCache) and not any(
-            getattr(layer, "is_initialized", False) for layer in past.self_attention_cache.layers
-        ):
-            # HF's encoder-decoder wrapper hands in an empty cache of its own kind, and takes back what we return.
+        if is_empty_wrapper(past):
             past, use_cache = None, True
         if use_cache is None:
             use_cache = config.use_cache and config.is_decoder and config.truncation is None and not self.training
@@ -288,104 +250,14 @@ class MegaModel(MegaPreTrainedModel):
                 f"truncation={config.truncation} leaves the moving average without a finite state to cache: "
                 "pass use_cache=False, or set truncation=None"
             )
-        if past is None:
-            return MegaCache(config.num_hidden_layers)
-        if not isinstance(past, MegaCache):
-            raise ValueError(
-                f"past_key_values is a {type(past).__name__}: Mega takes mega_scale.MegaCache, the one that it "
-                "returns; leave past_key_values out to begin with an empty one"
-            )
-        if len(past.states) != config.num_hidden_layers:
-            raise ValueError(f"past_key_values has {len(past.states)} layers, the model {config.num_hidden_layers}")
-        if (state := past.states[0].state) is not None:
-            if state.ema.shape[0] != batch:
-                raise ValueError(f"past_key_values holds {state.ema.shape[0]} rows, the input {batch}")
-            if in_memory(state.ema) and state.ema.is_inference() and not torch.is_inference_mode_enabled():
-                # What inference mode made can, outside of it, neither be written nor take part in gradients.
-                past.apply(torch.clone)
-        return past
+        layers = config.num_hidden_layers
+        return MegaCache(layers) if past is None else check_cache(past, layers, batch)
 
 
-class LanguageModelHead(nn.Linear):
-    """A linear layer that can also take targets, whatever hooks it has: what trainers make of it."""
-
-    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) of (B, L, D); with targets (B, L) int64, -100 where there is none, the sum of losses."""
-        if targets is None:
-            return super().forward(input)
-        return linear_cross_entropy(input, self.weight, self.bias, targets.to(input.device))
-
-
-def use_own_linear(model: PreTrainedModel) -> None:
-    """Make plain linear layers `MegaLinear`, and the output a `LanguageModelHead`, in place; parameters and ties stay.
-
-    For models that this project runs: programs that look for `nn.Linear` itself, to quantise it, find none.
-    """
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear:
-                with torch.device("meta"):
-                    kind = LanguageModelHead if layer is head else MegaLinear
-                    new = kind(layer.in_features, layer.out_features, layer.bias is not None)
-                new.weight, new.bias = layer.weight, layer.bias
-                parent.add_module(name, new)
-
-
-def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None) -> Tensor:
-    """A sum of losses over the number of targets that count, or over `num_items` where given: the number in several
-    micro-batches or ranks, so that parts add up to the whole batch's loss. Without any target the loss is 0, not NaN.
-    """
-    divisor = count if num_items is None else num_items
-    if isinstance(divisor, Tensor):
-        divisor = divisor.to(total.device)
-        return total / divisor.masked_fill(divisor == 0, 1)
-    return total / (divisor or 1)
-
-
-def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse labels that are no integers, or not one for each of the predictions (`shape`, or as many in a row)."""
-    expected = tuple(shape)
-    fits = labels.shape == expected or (labels.dim() != len(expected) and labels.numel() == math.prod(expected))
-    if labels.dtype not in INTEGERS or not fits:
-        raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}: expected integers {expected}, one for each prediction"
-        )
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """The `mean` cross-entropy of logits (..., K) with integer labels (...), but for -100, in nats and fp32."""
-    check_labels(labels, logits.shape[:-1])
-    labels = labels.reshape(-1).to(logits.device, torch.long)
-    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels, reduction="sum")
-    return mean(total, (labels != -100).sum(), num_items)
-
-
-def sliced_cross_entropy(head: nn.Module, x: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """`cross_entropy(head(x), labels, num_items)`, a few tokens of x (B, L, D) at a time, so that logits are never
-    whole; but of whole logits where calling the head is more than its product: replaced, adapted, watched."""
-    check_labels(labels, x.shape[:-1])
-    labels = labels.to(x.device)
-    if isinstance(head, LanguageModelHead):
-        return mean(head(x, labels), (labels != -100).sum(), num_items)
-    if (
-        type(head) is not nn.Linear
-        or torch.compiler.is_compiling()
-        or "forward" in vars(head)
-        or head._compiled_call_impl is not None
-        or head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
-        or _has_any_global_hook()
-    ):  # fmt: skip
-        return cross_entropy(head(x), labels, num_items)
-    return mean(linear_cross_entropy(x, head.weight, head.bias, labels), (labels != -100).sum(), num_items)
-
-
-class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
+class MegaForCausalLM(MegaPreTrainedModel, CausalLanguageModel, GenerationMixin):
     """A decoder with a language-model head: optional dense layer with tanh, then a linear layer, tied by default."""
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
-    # The moving average cannot take tokens back, so generate() refuses assisted decoding.
-    _is_stateful = True
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
@@ -398,11 +270,6 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # generate() then leaves the cache to forward(), which makes a MegaCache.
-        return False
 
     @can_return_tuple
     def forward(
@@ -433,9 +300,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             kwargs: `shift_labels` (B, L) int64, in place of `labels`: the next token of every position. (The Trainer
                 expects every named argument with "label" in it.) `skip_logits=True`: a loss without whole logits.
         """
-        following: Tensor | None = kwargs.get("shift_labels")
-        if following is None and labels is not None:
-            following = F.pad(labels[:, 1:], (0, 1), value=-100)
+        following = following_tokens(labels, kwargs)
         inputs = input_ids, attention_mask, token_type_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask
         outputs = self.mega(
             *inputs,
@@ -447,16 +312,10 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             return_dict=True,
             **{key: kwargs[key] for key in DOCUMENT_KEYS if key in kwargs},
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = outputs.last_hidden_state[:, kept]
+        hidden = kept_positions(outputs.last_hidden_state, logits_to_keep)
         if self.dense is not None:
             hidden = torch.tanh(self.dense(hidden))
-        loss = logits = None
-        if following is not None and kwargs.get("skip_logits"):
-            loss = sliced_cross_entropy(self.lm_head, hidden, following, num_items_in_batch)
-        else:
-            logits = self.lm_head(hidden)
-            loss = None if following is None else cross_entropy(logits, following, num_items_in_batch)
+        loss, logits = self.predict(hidden, following, num_items_in_batch, bool(kwargs.get("skip_logits")))
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,

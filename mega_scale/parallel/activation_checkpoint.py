@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import PreTrainedModel
 
-from mega_scale.model.cache import DocumentBorders, LayerState
+from mega_scale.model.cache import LayerState
+from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.shard import RowSlice

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
 
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.model.layers import MegaDropout
-from mega_scale.model.modeling_mega import use_own_linear
+from mega_scale.model.basic_layers import MegaDropout, use_own_linear
 from mega_scale.ops.elementwise import compile_gates, positional_dropout
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine

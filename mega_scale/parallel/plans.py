@@ -9,16 +9,16 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
+from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear
 from mega_scale.model.layers import (
     MegaEmbeddings,
-    MegaLinear,
     MegaMovingAverageGatedAttention,
     MegaMultiDimensionDampedEma,
     MegaNormalizedFeedForwardNetwork,
     MegaRMSNorm,
     MegaScaleNorm,
 )
-from mega_scale.model.modeling_mega import LanguageModelHead, MegaForCausalLM
+from mega_scale.model.modeling_mega import MegaForCausalLM
 from mega_scale.parallel.shard import SegmentedLinear, on_meta
 from mega_scale.parallel.tensor_parallel import (
     ChannelParallelNorm,

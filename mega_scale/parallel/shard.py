@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mega_scale.model.layers import MegaLinear
+from mega_scale.model.basic_layers import MegaLinear
 from mega_scale.model.modeling_mega import initial_tensor
 from mega_scale.parallel.world import ALONE, Axis
 

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mega_scale.model.layers import MegaLinear, check_ids
-from mega_scale.model.modeling_mega import LanguageModelHead
+from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, check_ids
 from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
 from mega_scale.parallel.shard import ShardedModule, on_meta, shard_length

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
 from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.model.modeling_mega import use_own_linear
+from mega_scale.model.basic_layers import use_own_linear
 from mega_scale.parallel import World, fill
 from mega_scale.process import log_to_stderr
 

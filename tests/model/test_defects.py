@@ -12,7 +12,8 @@ from builders import make_config, make_ids, make_model
 from huggingface_hub.errors import StrictDataclassError
 
 import mega_scale
-from mega_scale.model.layers import MegaDropout, MegaSequenceNorm
+from mega_scale.model.basic_layers import MegaDropout
+from mega_scale.model.layers import MegaSequenceNorm
 from mega_scale.ops.ema import ema_coefficients
 
 ENCODER = {"is_decoder": False, "bidirectional": True}

@@ -10,8 +10,7 @@ from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
-from mega_scale.model.layers import MegaLinear
-from mega_scale.model.modeling_mega import LanguageModelHead, use_own_linear
+from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, use_own_linear
 
 every_class = pytest.mark.parametrize("kind", CLASSES)
 

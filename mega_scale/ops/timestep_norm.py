@@ -93,7 +93,8 @@ def timestep_norm(
 
     Returns:
         y (B, L, D) in the dtype of x, and the moments after the last token, in the widest of fp32, the dtype of x and
-        that of the state; statistics are computed in this dtype whatever autocast says.
+        that of the state. A state in fp64 so stays in it, as 10^5 tokens that are decoded one by one need: their fp32
+        means would be off by 1e-5 of the deviation, by more where the mean is larger.
 
     Raises:
         ValueError: a shape, a dtype or the number of groups does not fit, or the implementation is unknown.
@@ -101,24 +102,22 @@ def timestep_norm(
     _check(x, weight, bias, groups, state, resets, valid, impl)
     if carry is not None and state is not None:
         raise ValueError(f"carry brings the state: it excludes a state of counts {tuple(state.count.shape)}")
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if state is not None:
-        dtype = torch.promote_types(dtype, state.mean.dtype)
-    rules = _Rules(groups, eps, resets, valid, carry)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide if state is None else torch.promote_types(wide, state.mean.dtype)
+    rules = _Rules(groups, eps, resets, valid, carry, wide)
     with without_autocast(x.device):
-        known = _known(x, groups, dtype, state)
         if impl == "auto":
             impl = "blocked" if x.shape[1] > 1 or carry is not None or tracing() == "trace" else "recurrent"
         if impl == "recurrent":
             if carry is not None:
                 raise ValueError("impl='recurrent' takes no carry: use impl='blocked'")
-            y, *end = _recurrent(rules, x, weight, bias, known)
-        elif tracing() == "trace":
-            y, *end = _traced(rules, x, weight, bias, known)
+            form, known = _recurrent, _known(x, groups, dtype, state)
         else:
-            y, *end = _Norm.apply(rules, x, weight, bias, *known)
-        empty = (end[0] == 0)[:, None]
-        return y, Moments(end[0], end[1].masked_fill(empty, 0), end[2].masked_fill(empty, 1))
+            form = _traced if tracing() == "trace" else _Norm.apply
+            known = _known(x, groups, torch.float64, state)
+        y, count, mean, var = form(rules, x, weight, bias, *known)
+        empty = (count == 0)[:, None]
+        return y, Moments(count, mean.to(dtype).masked_fill(empty, 0), var.to(dtype).masked_fill(empty, 1))
 
 
 class _Rules(NamedTuple):
@@ -129,6 +128,7 @@ class _Rules(NamedTuple):
     resets: Tensor | None
     valid: Tensor | None
     carry: MomentCarry | None
+    dtype: torch.dtype  # of arithmetic with tokens: that of x, at least fp32
 
 
 def _check(
@@ -179,13 +179,14 @@ def _known(x: Tensor, groups: int, dtype: torch.dtype, state: Moments | None) ->
     return Moments(state.count, *(t.to(dtype).masked_fill(empty, 0) for t in state[1:]))
 
 
-def _recurrent(rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, state: Moments) -> tuple[Tensor, ...]:
+def _recurrent(
+    rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, ...]:
     """Welford's update: `n' = n + 1`, `M' = M + (a - M) / n'`, `V' = V + (b - V) / n' + n (a - M)^2 / n'^2`.
 
     Returns y, and count, mean and variance after the last token.
     """
-    count, mean, var = state
-    a, b = _token_moments(x, rules.groups, mean.dtype)
+    a, b = _token_moments(rules, x, mean.dtype)
     means, variances = [], []
     for t in range(x.shape[1]):
         if rules.resets is not None:
@@ -203,29 +204,36 @@ def _recurrent(rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, state: Mo
             mean, var = (torch.where(counts[:, None], *pair) for pair in zip(after, (mean, var), strict=True))
         means.append(mean)
         variances.append(var)
-    rstd = torch.rsqrt(torch.stack(variances, 1) + rules.eps)
-    return _normalised(x, weight, bias, torch.stack(means, 1), rstd, rules.valid), count, mean, var
+    return _normalised(rules, x, weight, bias, torch.stack(means, 1), torch.stack(variances, 1)), count, mean, var
 
 
-def _token_moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group's channels of every token, (B, L, G) each."""
-    tokens = x.to(dtype).unflatten(2, (groups, -1))
+def _token_moments(rules: _Rules, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each group's channels of every token, (B, L, G) each, in `dtype`."""
+    tokens = x.to(rules.dtype).unflatten(2, (rules.groups, -1))
     mean = tokens.mean(3)
-    return mean, (tokens - mean[..., None]).square().mean(3)
+    centred = tokens - mean[..., None]
+    rest = centred.mean(3).to(dtype)  # what the mean was rounded by
+    return mean.to(dtype) + rest, centred.square().mean(3).to(dtype) - rest.square()
 
 
-def _normalised(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, valid: Tensor | None) -> Tensor:
-    """`(x - mean) rstd (weight + 1) + bias` in the dtype of x, zero in padding; mean and rstd (B, L, G)."""
-    tokens = (x.to(mean.dtype).unflatten(2, (mean.shape[2], -1)) - mean[..., None]) * rstd[..., None]
-    y = (tokens.flatten(2) * (weight.to(mean.dtype) + 1) + bias.to(mean.dtype)).to(x.dtype)
-    return y if valid is None else torch.where(valid[..., None], y, 0)
+def _normalised(rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) (weight + 1) + bias` in the dtype of x, zero in padding; mean and var (B, L, G)."""
+    high, rstd = mean.to(rules.dtype), torch.rsqrt(var + rules.eps).to(rules.dtype)
+    tokens = x.to(rules.dtype).unflatten(2, (rules.groups, -1)) - high[..., None]
+    if mean.dtype != rules.dtype:  # the difference is nearly exact, and large where the deviation is small
+        tokens = tokens - (mean - high).to(rules.dtype)[..., None]
+    y = (tokens * rstd[..., None]).flatten(2)
+    y = (y * (weight.to(rules.dtype) + 1) + bias.to(rules.dtype)).to(x.dtype)
+    return y if rules.valid is None else torch.where(rules.valid[..., None], y, 0)
 
 
-def _traced(rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, state: Moments) -> tuple[Tensor, ...]:
+def _traced(
+    rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, ...]:
     """The blocked form by PyTorch's operators alone, differentiable any number of times."""
-    mean, var = _after(state, _runs(rules, *_token_moments(x, rules.groups, state.mean.dtype)))
-    y = _normalised(x, weight, bias, mean, torch.rsqrt(var + rules.eps), rules.valid)
-    return y, _counts(rules, state.count, x)[:, -1], mean[:, -1], var[:, -1]
+    means, variances = _after(Moments(count, mean, var), _runs(rules, *_token_moments(rules, x, mean.dtype)))
+    y = _normalised(rules, x, weight, bias, means, variances)
+    return y, _counts(rules, count, x)[:, -1], means[:, -1], variances[:, -1]
 
 
 class _Norm(torch.autograd.Function):
@@ -238,7 +246,7 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rules = rules
         ctx.turn = None
-        a, b = _token_moments(x, rules.groups, mean.dtype)
+        a, b = _token_moments(rules, x, mean.dtype)
         if rules.carry is None:
             runs = _runs(rules, a, b)
         else:
@@ -249,15 +257,11 @@ class _Norm(torch.autograd.Function):
             count, mean, var = _known(x, rules.groups, mean.dtype, before)
         means, variances = _after(Moments(count, mean, var), runs)
         rstd = torch.rsqrt(variances + rules.eps)
-        ctx.save_for_backward(x, weight, bias, means, rstd, count, mean)
+        ctx.save_for_backward(x, weight, bias, means.to(rules.dtype), rstd.to(rules.dtype), count, mean)
         end = _counts(rules, count, x)[:, -1].clone()
         ctx.mark_non_differentiable(end)
-        return (
-            _normalised(x, weight, bias, means, rstd, rules.valid),
-            end,
-            means[:, -1].clone(),
-            variances[:, -1].clone(),
-        )
+        y = _normalised(rules, x, weight, bias, means, variances)
+        return y, end, means[:, -1].clone(), variances[:, -1].clone()
 
     @staticmethod
     @once_differentiable
@@ -271,23 +275,23 @@ class _Norm(torch.autograd.Function):
         share = torch.where(counts > 0, 1 / counts.to(rstd.dtype), 0)
         of_mean, of_var, d_weight, d_bias = _slopes(rules, x, dy, weight, means, rstd)
         if d_mean is not None:
-            of_mean[:, -1] += d_mean
+            of_mean[:, -1] += d_mean.to(rules.dtype)
         if d_var is not None:
-            of_var[:, -1] += d_var
+            of_var[:, -1] += d_var.to(rules.dtype)
         shut, by_var, by_mean = _later(rules, of_var * share, of_mean * share, means)
         reach = count.to(rstd.dtype)[:, None]
         if rules.resets is not None:  # a document that begins the row keeps the state out
             reach = reach.masked_fill(rules.resets[:, :1], 0)
         first = by_var[:, 0]
-        d_before = reach * (by_mean[:, 0] + 2 * (mean - means[:, 0]) * first), reach * first
+        d_before = reach * (by_mean[:, 0] + 2 * (mean.to(rules.dtype) - means[:, 0]) * first), reach * first
         if ctx.turn is not None:
-            end_mean, end_var = (t[:, None] * share[:, -1:] for t in ctx.turn(*d_before)())
+            end_mean, end_var = (t.to(rules.dtype)[:, None] * share[:, -1:] for t in ctx.turn(*d_before)())
             end_mean, end_var = end_mean + 2 * (means - means[:, -1:]) * end_var, end_var.expand_as(means)
             if shut is not None:
                 end_mean, end_var = (t.masked_fill(shut, 0) for t in (end_mean, end_var))
             by_mean, by_var = by_mean + end_mean, by_var + end_var
         dx = _tokens_gradient(rules, x, dy, weight, means, rstd, by_mean, by_var)
-        d_state = d_before if ctx.turn is None else (None, None)
+        d_state = (None, None) if ctx.turn is not None else [t.to(mean.dtype) for t in d_before]
         return None, dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, *d_state
 
 
@@ -314,7 +318,7 @@ def _total(rules: _Rules, a: Tensor, b: Tensor) -> Moments:
     share = 1 / count.clamp(min=1).to(a.dtype)[:, None]
     mean = torch.where(counted[..., None], a, 0).sum(1) * share
     squares = torch.where(counted[..., None], b + (a - mean[:, None]).square(), 0)
-    return Moments(count, mean, squares.sum(1) * share)
+    return Moments(count, mean.to(rules.dtype), (squares.sum(1) * share).to(rules.dtype))
 
 
 _Run = tuple[Tensor, ...]

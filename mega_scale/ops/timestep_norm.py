@@ -427,7 +427,11 @@ def _prefixes(join: _Join, runs: _Run) -> _Run:
     inside = tuple(t.unflatten(0, (batch, -1)) for t in _joined(join, inside, _BLOCK))  # (B, M, c, ...)
     totals = tuple(t[:, :, -1] for t in inside)
     ends = _joined(join, totals, blocks if static else _MOST_BLOCKS)
-    before = tuple(torch.cat([torch.zeros_like(t[:, :1]), t[:, :-1]], 1)[:, :, None] for t in ends)
+    # No size here is one less than another: an exporter would keep whether it is 1.
+    place = torch.arange(blocks, device=runs[0].device)
+    before = tuple(
+        torch.where((place > 0)[:, None], t[:, (place - 1).clamp(min=0)], torch.zeros_like(t))[:, :, None] for t in ends
+    )
     return tuple(join_chunks(t, 0, length) for t in join(before, inside))
 
 
@@ -436,7 +440,6 @@ def _joined(join: _Join, runs: _Run, most: int) -> _Run:
     distance = 1
     while distance < most:
         if tracing() in ANY_LENGTH:
-            # No size here is one less than another: an exporter would keep whether it is 1.
             place = torch.arange(runs[0].shape[1], device=runs[0].device)
             both = join(tuple(t[:, (place - distance).clamp(min=0)] for t in runs), runs)
             runs = tuple(torch.where((place >= distance)[:, None], *pair) for pair in zip(both, runs, strict=True))

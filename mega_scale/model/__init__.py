@@ -1,17 +1,19 @@
-"""The Hugging Face Mega family on one device.
+"""The Hugging Face Mega and Megalodon families on one device.
 
-Importing it registers the family with transformers' Auto classes. The modules of models are imported when a class is
-asked for, here or through an Auto class: they cost seconds, which a command that refuses its arguments need not pay.
+Importing it registers them with transformers' Auto classes. The modules of models are imported when a class is asked
+for, here or through an Auto class: they cost seconds, which a command that refuses its arguments need not pay.
 """
 
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer, RobertaTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 from transformers.models.auto import modeling_auto
 
-from mega_scale.model.configuration_mega import CLASSES, MegaConfig
+from mega_scale.model import configuration_mega, configuration_megalodon
+from mega_scale.model.configuration_mega import MegaConfig
+from mega_scale.model.configuration_megalodon import MegalodonConfig
 
 if TYPE_CHECKING:
     from mega_scale.model.cache import MegaCache
@@ -23,9 +25,13 @@ if TYPE_CHECKING:
         MegaForTokenClassification,
     )
     from mega_scale.model.modeling_mega import MegaForCausalLM, MegaModel, MegaPreTrainedModel
+    from mega_scale.model.modeling_megalodon import MegalodonForCausalLM, MegalodonModel, MegalodonPreTrainedModel
 
-_MODULES = dict.fromkeys(("MegaForCausalLM", "MegaModel", "MegaPreTrainedModel"), "modeling_mega")
-_MODULES["MegaCache"] = "cache"
+_MODULES = {
+    "MegaCache": "cache",
+    **dict.fromkeys(("MegaForCausalLM", "MegaModel", "MegaPreTrainedModel"), "modeling_mega"),
+    **dict.fromkeys(("MegalodonForCausalLM", "MegalodonModel", "MegalodonPreTrainedModel"), "modeling_megalodon"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -34,15 +40,21 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'heads')}"), name)
 
 
-AutoConfig.register(MegaConfig.model_type, MegaConfig, exist_ok=True)
-# The tokenizer of folders that name none, as in 4.37.2.
+_config: Any
+for _config, _classes in (
+    (MegaConfig, configuration_mega.CLASSES),
+    (MegalodonConfig, configuration_megalodon.CLASSES),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _table in _classes:
+        # `register` of a model's Auto class takes the class itself. This is how transformers puts off the import of its
+        # own models: by a name (the configuration's module writes it) and the module that has the class of that name.
+        _mapping = getattr(modeling_auto, f"{_table}_MAPPING")
+        _mapping._reverse_config_mapping[_config.__name__] = _config.model_type
+        _mapping._modules[_config.model_type] = sys.modules[__name__]
+# The tokenizer of folders that name none: of Mega as in 4.37.2.
 AutoTokenizer.register(MegaConfig, RobertaTokenizer, exist_ok=True)
-for _table in CLASSES:
-    # `register` of a model's Auto class takes the class itself. This is how transformers puts off the import of its own
-    # models: by a name (configuration_mega writes it) and the module that has the class of that name.
-    _mapping = getattr(modeling_auto, f"{_table}_MAPPING")
-    _mapping._reverse_config_mapping[MegaConfig.__name__] = MegaConfig.model_type
-    _mapping._modules[MegaConfig.model_type] = sys.modules[__name__]
+AutoTokenizer.register(MegalodonConfig, PreTrainedTokenizerFast, exist_ok=True)
 
 __all__ = [
     "MegaCache",
@@ -55,4 +67,8 @@ __all__ = [
     "MegaForTokenClassification",
     "MegaModel",
     "MegaPreTrainedModel",
+    "MegalodonConfig",
+    "MegalodonForCausalLM",
+    "MegalodonModel",
+    "MegalodonPreTrainedModel",
 ]

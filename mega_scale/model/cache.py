@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from mega_scale.ops import in_memory
+from mega_scale.ops.timestep_norm import Moments
 
 _ROWS = ("mask", "documents", "encoder_mask")  # tensors of a cache that say something of its rows
+_MOMENTS = tuple(f"norm_{name}" for name in Moments._fields)
 
 
 @dataclass(eq=False)
@@ -23,10 +25,22 @@ class LayerState:
     """State of one block's self-attention: keys and values are those of the open chunk in their places, of which those
     after the last token are unused; without chunks, all of them."""
 
-    ema: Tensor  # h of the moving average, (B, D, N) fp32
+    ema: Tensor  # h of the moving average, (B, D, N) fp32, or of a complex one pairs of reals (B, D, N, 2)
     keys: Tensor  # (B, C, Z), or (B, position, Z)
     values: Tensor  # (B, C, E), or (B, position, E)
     position: int | Tensor  # columns seen, padding included; a tensor without dimensions while a program is exported
+    norm: Moments | None = None  # of the block's timestep norm, where it has one
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that have a row for each row of the batch, by name."""
+        found = {name: getattr(self, name) for name in ("ema", "keys", "values")}
+        return found if self.norm is None else found | dict(zip(_MOMENTS, self.norm, strict=True))
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], position: int | Tensor) -> "LayerState":
+        """What has these `tensors()`."""
+        norm = Moments(*(tensors[name] for name in _MOMENTS)) if _MOMENTS[0] in tensors else None
+        return cls(tensors["ema"], tensors["keys"], tensors["values"], position, norm)
 
 
 class MegaCacheLayer(CacheLayerMixin):
@@ -64,8 +78,8 @@ class MegaCacheLayer(CacheLayerMixin):
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            state = self.state
-            self.state = LayerState(function(state.ema), function(state.keys), function(state.values), state.position)
+            changed = {name: function(tensor) for name, tensor in self.state.tensors().items()}
+            self.state = LayerState.of(changed, self.state.position)
         if self.encoder is not None:
             self.encoder = function(self.encoder[0]), function(self.encoder[1])
 
@@ -80,6 +94,7 @@ class MegaCache(Cache):
         self.documents: Tensor | None = None  # number of each remembered key's, (B, position in C, or position) int64
         self.mask: Tensor | None = None  # which of the last tokens are valid, (B, position, or at most C) bool
         self.encoder_mask: Tensor | None = None  # which positions of the encoder's output are valid, (B, S) bool
+        self.final_norm: Moments | None = None  # of the model's last norm, where it is a timestep norm
         super().__init__(layers=[*self.states])
 
     @property
@@ -89,13 +104,17 @@ class MegaCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        parts: list[Iterable[Any]] = [vars(layer.state).values() for layer in self.states if layer.state is not None]
+        """Bytes of all that is remembered of blocks and norms."""
+        parts: list[Iterable[Any]] = [
+            layer.state.tensors().values() for layer in self.states if layer.state is not None
+        ]
         parts += [layer.encoder for layer in self.states if layer.encoder is not None]
+        parts += [] if self.final_norm is None else [self.final_norm]
         return sum(tensor.nbytes for part in parts for tensor in part if isinstance(tensor, Tensor))
 
     def reset(self) -> None:
         super().reset()
-        self.pads = self.documents = self.mask = self.encoder_mask = None
+        self.pads = self.documents = self.mask = self.encoder_mask = self.final_norm = None
 
     def reorder_cache(self, beam_idx: Any) -> None:
         self.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -113,6 +132,8 @@ class MegaCache(Cache):
         for name in ("pads", *_ROWS):
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
+        if self.final_norm is not None:
+            self.final_norm = Moments(*map(function, self.final_norm))
 
 
 def check_cache(past: Cache, layers: int, batch: int) -> MegaCache:
@@ -181,11 +202,19 @@ def _flatten_with_keys(cache: MegaCache) -> tuple[list[tuple[pytree.KeyEntry, An
             found.append(("pads", cache.pads))
     for number, layer in enumerate(cache.states):
         if layer.state is not None:
-            found += [(f"{name}_{number}", getattr(layer.state, name)) for name in ("ema", "keys", "values")]
+            found += [(f"{name}_{number}", tensor) for name, tensor in layer.state.tensors().items()]
         if layer.encoder is not None:
             found += zip((f"encoder_keys_{number}", f"encoder_values_{number}"), layer.encoder, strict=True)
-    context = {"layers": len(cache.states), "begun": first.state is not None, "encoder": first.encoder is not None}
-    return [(pytree.MappingKey(name), value) for name, value in found], {**context, "rows": rows}
+    if cache.final_norm is not None:
+        found += zip((f"final_{name}" for name in _MOMENTS), cache.final_norm, strict=True)
+    context = {
+        "layers": len(cache.states),
+        "state": None if first.state is None else list(first.state.tensors()),
+        "encoder": first.encoder is not None,
+        "final_norm": cache.final_norm is not None,
+        "rows": rows,
+    }
+    return [(pytree.MappingKey(name), value) for name, value in found], context
 
 
 def _flatten(cache: MegaCache) -> tuple[list[Any], dict[str, Any]]:
@@ -197,17 +226,20 @@ def _unflatten(leaves: Iterable[Any], context: dict[str, Any]) -> MegaCache:
     cache, left = MegaCache(context["layers"]), iter(leaves)
     for name in context["rows"]:
         setattr(cache, name, next(left))
-    position: Any = next(left) if context["begun"] else None
-    if context["begun"] and cache.documents is None:
+    names = context["state"]
+    position: Any = None if names is None else next(left)
+    if names is not None and cache.documents is None:
         cache.pads = next(left)
     if isinstance(position, Tensor) and in_memory(position):
         position = int(position)
         cache.pads = None if cache.pads is None or not bool(cache.pads.any()) else cache.pads
     for layer in cache.states:
-        if context["begun"]:
-            layer.state = LayerState(next(left), next(left), next(left), position)
+        if names is not None:
+            layer.state = LayerState.of({name: next(left) for name in names}, position)
         if context["encoder"]:
             layer.encoder = next(left), next(left)
+    if context["final_norm"]:
+        cache.final_norm = Moments(*(next(left) for _ in _MOMENTS))
     return cache
 
 

@@ -39,10 +39,11 @@ def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """The `mean` cross-entropy of logits (..., K) with integer labels (...), but for -100, in nats and fp32."""
+    """The `mean` cross-entropy of logits (..., K) with integer labels (...), but for -100, in nats, fp32 or better."""
     check_labels(labels, logits.shape[:-1])
     labels = labels.reshape(-1).to(logits.device, torch.long)
-    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels, reduction="sum")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, logits.shape[-1])
+    total = F.cross_entropy(wide, labels, reduction="sum")
     return mean(total, (labels != -100).sum(), num_items)
 
 

@@ -1,0 +1,280 @@
+"""The layers of a Megalodon model (arXiv 2404.08801): `MegalodonBlock` is the last, its parts come before it.
+
+Legend: B batch, L length, D channels, N moving averages per channel, G groups of channels, H heads, Z width of queries
+and keys, E width of values, both of all heads, F width inside the feed-forward network, C chunk, K chunks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mega_scale.model.attention import ChunkedAttention
+from mega_scale.model.basic_layers import MegaDropout
+from mega_scale.model.cache import LayerState
+from mega_scale.model.configuration_megalodon import MegalodonConfig
+from mega_scale.model.rows import DocumentBorders
+from mega_scale.ops.attention import ChunkDocuments, chunk_attention, turn, turns
+from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
+from mega_scale.ops.ema import Carry, complex_ema_coefficients, damped_ema
+from mega_scale.ops.timestep_norm import MomentCarry, Moments, timestep_norm
+
+
+class MegalodonTimestepNorm(nn.Module):
+    """Normalises by mean and variance over all tokens of a document so far; statistics in fp32 or better."""
+
+    carry: Callable[[], MomentCarry | None] | None = None  # what brings moments, where x is a part of rows
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.groups, self.eps = config.timestep_norm_groups, float(config.norm_eps)
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Moments | None = None,
+        resets: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Moments]:
+        """Normalise x (B, L, D); the other arguments, and the moments after x, are those of `timestep_norm`."""
+        carry = None if self.carry is None else self.carry()
+        return timestep_norm(x, self.weight, self.bias, self.groups, self.eps, state, resets, valid, carry=carry)
+
+
+class MegalodonComplexEma(nn.Module):
+    """The complex moving average plus omega times its input, with parameters in fp32: angles do not survive bf16."""
+
+    carry: Callable[[], Carry | None] | None = None  # what brings the state of other parts, where x is a part of rows
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        channels, averages = config.hidden_size, config.ema_projection_size
+        self.alpha = nn.Parameter(torch.empty(channels, averages, 1))
+        self.delta = nn.Parameter(torch.empty(channels, averages, 1))
+        self.theta = nn.Parameter(torch.empty(channels, 1, 1))
+        self.gamma = nn.Parameter(torch.empty(channels, averages, 2))
+        self.omega = nn.Parameter(torch.empty(channels, 1))
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Average x (B, L, D), padding being zero, over the sequence; also returns h after the last token.
+
+        The state is h before the first token, (B, D, N, 2) fp32: real and imaginary parts; resets (B, L) bool are true
+        where a document begins.
+        """
+        coefficients = complex_ema_coefficients(self.alpha, self.delta, self.theta, self.gamma)
+        carry = None if self.carry is None else self.carry()
+        y, state = damped_ema(x, coefficients, state, resets, carry=carry)
+        return (y + self.omega.flatten() * x).to(x.dtype), state
+
+
+class MegalodonRMSNorm(nn.Module):
+    """`(weight + 1) x / rms(x)`; statistics in fp32."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, channels: int, eps: float, affine: bool = True) -> None:
+        super().__init__()
+        self.eps = float(eps)
+        self.register_parameter("weight", nn.Parameter(torch.empty(channels)) if affine else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return divide_by_rms(x, _gain(self.weight, x), self.eps)
+
+
+class MegalodonLayerNorm(nn.Module):
+    """`(weight + 1) (x - mean(x)) / std(x) + bias`; statistics in fp32."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, channels: int, eps: float, affine: bool = True) -> None:
+        super().__init__()
+        self.eps = float(eps)
+        for name in ("weight", "bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(channels)) if affine else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), x.shape[-1:], _gain(self.weight, x), bias, self.eps).to(x.dtype)
+
+
+def _gain(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """The scale of x in fp32 or better: a weight is small beside the one that it is added to."""
+    return None if weight is None else weight.to(torch.promote_types(x.dtype, torch.float32)) + 1
+
+
+@dataclass(frozen=True)
+class RotaryTurns:
+    """By what the new tokens' queries and keys turn, once for all layers; no tuple, so that engines hand it on as it
+    is."""
+
+    turns: Tensor  # of `ops.attention.turns`: (L, dh / 2, 2), or (B, L, dh / 2, 2)
+
+    @classmethod
+    def at(cls, seen: Any, pads: Tensor | None, x: Tensor, config: MegalodonConfig) -> "RotaryTurns":
+        """Those of x (B, L, D) after `seen` columns; chunks count from the first token behind `pads` (B,) columns."""
+        column = torch.arange(x.shape[1], device=x.device) + seen
+        # Padding before a row's first token is in no chunk, and has any turn.
+        position = column if pads is None else (column - pads[:, None]).clamp(min=0)
+        width = config.shared_representation_size // config.num_attention_heads
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return cls(turns(position % config.chunk_size, width, config.rope_base, dtype))
+
+    def between(self, begin: int, end: int) -> "RotaryTurns":
+        """Of the tokens from `begin` to before `end`."""
+        return RotaryTurns(self.turns[..., begin:end, :, :])
+
+
+class MegalodonAttention(ChunkedAttention):
+    """Timestep norm, complex average, normalized attention in chunks, and gates: the first hop of a block."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.config, self.gates = config, EAGER
+        channels, keys, values = config.hidden_size, config.shared_representation_size, config.intermediate_size
+        self.heads = config.num_attention_heads
+        self.dropout = MegaDropout(config.dropout_prob)
+        self.ema_dropout = MegaDropout(config.hidden_dropout_prob)
+        self.hidden_dropout = MegaDropout(config.hidden_dropout_prob)
+        self.timenorm = MegalodonTimestepNorm(config)
+        self.cema = MegalodonComplexEma(config)
+        self.rmsnorm = MegalodonRMSNorm(channels, config.norm_eps, config.norm_affine)
+        self.wv = nn.Linear(channels, values)
+        self.wz = nn.Linear(channels, keys)
+        self.wr = nn.Linear(channels, values)
+        self.wh1 = nn.Linear(channels, channels)
+        self.wh2 = nn.Linear(values, channels, bias=False)
+        self.gamma = nn.Parameter(torch.empty(2, keys))
+        self.beta = nn.Parameter(torch.empty(2, keys))
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTurns,
+        mask: Tensor | None = None,
+        pads: Tensor | None = None,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        borders: DocumentBorders | None = None,
+    ) -> tuple[Tensor, LayerState | None]:
+        """The residual stream (B, L, D) plus attention, after `state`; also returns the state after x, or none.
+
+        The mask (B, L) bool, after a state also of columns before, is true for valid positions; `pads` (B,) int64 is
+        the padding before each row's first token, from which chunks count; `borders` are of documents in rows without
+        such padding.
+        """
+        valid = None if mask is None else mask[:, -x.shape[1] :]
+        resets = None if borders is None else borders.starts
+        normed, moments = self.timenorm(x, None if state is None else state.norm, resets, valid)
+        averaged, ema_state = self.cema(normed, None if state is None else state.ema, resets)
+        pre = self.wv(normed)
+        with recomputed(self.rmsnorm, averaged) as m:
+            z, gate, candidate = self.from_average(self.ema_dropout(m))
+        with recomputed(F.silu, pre) as v:
+            q, k = self.gates.normalized_queries_and_keys(z, self.gamma, self.beta, self.heads, self.config.norm_eps)
+            q, k = self.turn(q, k, rotary)
+            seen = self.position(state, return_state, x)
+            attended, _, kept = self.attend(q, k, v, mask, pads, seen, state, return_state, False, borders)
+        with recomputed(self.gates.gate, attended, gate) as gated:
+            candidate = candidate + self.wh2(self.hidden_dropout(gated))
+        out = x + self.dropout(candidate)
+        if not return_state:
+            return out, None
+        assert kept is not None and ema_state is not None
+        return out, LayerState(ema_state, *kept, seen + x.shape[1], moments)
+
+    def from_average(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What becomes queries and keys (B, L, Z), the gate (B, L, E), and the candidate (B, L, D) before attention."""
+        return self.wz(m), self.wr(m), self.wh1(m)
+
+    @staticmethod
+    def turn(q: Tensor, k: Tensor, rotary: RotaryTurns) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, L, H, dh) at their positions, (B, L, Z)."""
+        return turn(q, rotary.turns).flatten(2), turn(k, rotary.turns).flatten(2)
+
+    def attend_chunks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        offset: int | Tensor,
+        return_weights: bool,
+        documents: ChunkDocuments | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in (q, k, v))
+        out, weights = chunk_attention(
+            q, k, v,
+            scale=1.0,
+            causal=self.causal,
+            offset=offset,
+            key_mask=key_mask,
+            dropout=self.weight_dropout(),
+            return_weights=return_weights,
+            documents=documents,
+            impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",
+        )  # fmt: skip
+        return out.transpose(2, 3).flatten(3), weights
+
+
+class MegalodonFeedForward(nn.Module):
+    """`x + alpha dropout(fc2(dropout(f)))` of the block's input x and its first hop y: the second hop of a block.
+
+    f is `silu(fc1(norm y))`, with SwiGLU times `fc3(norm y)`; alpha is 1 without `rescale_nffn`.
+    """
+
+    alpha: nn.Parameter | None
+
+    def __init__(self, config: MegalodonConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.gates = layer, EAGER
+        channels, inner = config.hidden_size, config.nffn_hidden_size
+        self.dropout = MegaDropout(config.dropout_prob)
+        self.hidden_dropout = MegaDropout(config.hidden_dropout_prob)
+        self.norm = MegalodonLayerNorm(channels, config.norm_eps, config.norm_affine)
+        self.fc1 = nn.Linear(channels, inner, bias=False)
+        self.fc2 = nn.Linear(inner, channels, bias=False)
+        self.fc3 = nn.Linear(channels, inner, bias=False) if config.swiglu else None
+        self.register_parameter("alpha", nn.Parameter(torch.empty(channels)) if config.rescale_nffn else None)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """y and x (B, L, D) to (B, L, D)."""
+        with recomputed(self.norm, y) as normed:
+            pre = self.fc1(normed)
+            factor = None if self.fc3 is None else self.fc3(normed)
+        inputs = (pre,) if factor is None else (pre, factor)
+        with recomputed(F.silu if factor is None else self.gates.swiglu, *inputs) as active:
+            added = self.dropout(self.fc2(self.hidden_dropout(active)))
+        return x + added if self.alpha is None else torch.addcmul(x, self.alpha.to(x.dtype), added)
+
+
+class MegalodonBlock(GradientCheckpointingLayer):
+    """One layer of a Megalodon model: the unit of activation checkpointing and of sharding."""
+
+    def __init__(self, config: MegalodonConfig, layer: int) -> None:
+        super().__init__()
+        self.mega = MegalodonAttention(config)
+        self.nffn = MegalodonFeedForward(config, layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTurns,
+        mask: Tensor | None = None,
+        pads: Tensor | None = None,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        borders: DocumentBorders | None = None,
+    ) -> tuple[Tensor, LayerState | None]:
+        """Update the residual stream; arguments as in `MegalodonAttention`."""
+        y, state = self.mega(x, rotary, mask, pads, state, return_state, borders)
+        return self.nffn(y, x), state

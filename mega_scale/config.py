@@ -161,6 +161,7 @@ class RunConfig:
             max_grad_norm=self.optimizer.max_grad_norm,
             seed=self.train.seed,
             compile=self.train.compile,
+            weight_average=self.train.weight_average,
         )
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:

@@ -37,17 +37,21 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     words = "add the model's Python files: torch and transformers alone then load it, by trust_remote_code=True"
     parser.add_argument("--remote-code", action="store_true", help=words)
+    words = "export the exponential average of the weights, of a run with train.weight_average"
+    parser.add_argument("--average", action="store_true", help=words)
     parser.add_argument("--allow-older", action="store_true", help=ALLOW_OLDER)
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     args = parser.parse_args(arguments)
     check_single("launch/export.py", args)
     check_destination(args.out, overwrite=args.overwrite)
     key = read_key(args.key_file)
-    config, tensors, tokenizer, folder = open_checkpoint(args.checkpoint, key, older=args.allow_older)
+    options = {"older": args.allow_older, "average": args.average}
+    config, tensors, tokenizer, folder = open_checkpoint(args.checkpoint, key, **options)
     run = load_config(folder / "config.yaml")
     tokenizer = as_trained(tokenizer, run.data.add_bos)
     how = {"dtype": args.dtype, "with_code": args.remote_code}
-    card = model_card(args.out.resolve().name, config, read_state(folder), asdict(run), tokenizer=tokenizer, **how)
+    facts = {"tokenizer": tokenizer, "average": args.average}
+    card = model_card(args.out.resolve().name, config, read_state(folder), asdict(run), **facts, **how)
     how |= {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
     write_export(args.out, tensors, config, tokenizer, card, **how)
     print(f"exported {folder} to {args.out}")

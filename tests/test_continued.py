@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import exit_code
+from safetensors.torch import load_file
 from same_runs import state_problems
 
 from launch.pretrain import main as pretrain
 from mega_scale import export
-from mega_scale.checkpoint.folder import read_manifest, write_manifest
+from mega_scale.checkpoint.folder import read_manifest, read_state, write_manifest
+from mega_scale.checkpoint.state import open_weights
 from mega_scale.config import load_config
 from mega_scale.files import hash_file
 from mega_scale.training.schedule import learning_rate
@@ -164,6 +167,29 @@ def test_a_stable_checkpoint_decays_later_as_in_the_run_that_planned_it(trained,
     assert state_problems(tmp_path / "planned" / last, tmp_path / "later" / last) == []
     rates = [float(line.split(" lr ")[1].split(" ")[0]) for line in output.splitlines() if " lr " in line]
     assert rates == pytest.approx([0.05, 0.0375, 0.025, 0.0125], rel=1e-2)
+
+
+def test_the_average_of_the_weights_is_evaluated_saved_and_exported(trained, run_dir, tmp_path):
+    """A run that goes on keeps it from there on; the other weights are what they are without it."""
+    words = [*trained[1], f"run_dir={run_dir}", "--resume", "train.steps=8", "schedule.decay=constant"]
+    code, output = run(*words, "train.weight_average=0.5")
+    assert code == 0 and "train.weight_average=0.5 (was 0.0)" in output, output
+    last = run_dir / "checkpoints" / "step-00000008"
+    weights, average = dict(open_weights(last / "state")), dict(open_weights(last / "state", average=True))
+    name = "lm_head.weight"
+    assert not torch.equal(weights[name], average[name])
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = {row["part"]: row["loss"] for row in rows if row["step"] == 8}
+    validation = read_state(last)["validation"]
+    assert found["validation"] == validation["loss"] != found["validation_average"] == validation["average"]["loss"]
+    assert f"averaged weights: validation loss {found['validation_average']:.4f}" in output
+    assert run(run_dir, tmp_path / "averaged", "--average", command=export.main)[0] == 0
+    exported = load_file(tmp_path / "averaged" / "model.safetensors")
+    assert all(torch.equal(tensor, average[key]) for key, tensor in exported.items())
+    card = (tmp_path / "averaged" / "README.md").read_text()
+    assert "exponential average over the steps, decay 0.5" in card and f"{found['validation_average']:.4f}" in card
+    code, output = run(trained[0] / "run", tmp_path / "none", "--average", command=export.main)
+    assert code == 2 and "train.weight_average" in output and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,8 @@ def build_index(state: EngineState, ranges: list[dict[str, StoredRange]]) -> dic
         "ties": state.ties,
         "tp": state.tp,
         "shapes": {name: list(local.shape) for name, local in state.tensors.items()},
-        "trained": sorted(name for name, local in state.tensors.items() if len(local.tensors) > 1),
+        "kinds": {name: list(local.tensors) for name, local in state.tensors.items()},
+        "averaged": 0 if state.averaged is None else int(state.averaged),
         "buffers": list(state.buffers),
         "parts": ranges,
     }

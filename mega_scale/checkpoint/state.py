@@ -1,7 +1,8 @@
 """Model and optimizer as files, in one canonical form for both engines: reading them, and rewriting them as others.
 
     index.json              shape and sharding of every parameter, and which numbers of which one lie in which file
-    part-00000.safetensors  `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`, each a range of numbers, fp32
+    part-00000.safetensors  `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` and, where it is kept, `average/NAME`, each
+                            a range of numbers, fp32
 
 Every engine keeps of each parameter, and of its moments, one contiguous range of the flattened shard that its rank of
 `tp` has. Ranks that hold the same numbers share the work of writing them. Any number of ranks in any mesh reads what it
@@ -25,7 +26,17 @@ from mega_scale.checkpoint import saver
 from mega_scale.files import FileLock, Record, discard, flush, reason, replace_text
 from mega_scale.hub.folder import LazyTensors
 from mega_scale.parallel import Engine, World
-from mega_scale.parallel.shard import MOMENTS, WEIGHT, EngineState, Shard, Sharding, assemble, by_source
+from mega_scale.parallel.shard import (
+    AVERAGE,
+    KINDS,
+    MOMENTS,
+    WEIGHT,
+    EngineState,
+    Shard,
+    Sharding,
+    assemble,
+    by_source,
+)
 
 _MOST_STEPS = 2**53  # what every kind of number that counts steps can hold
 _OPEN_FILES = 64
@@ -81,7 +92,9 @@ class StateReader:
             self.ties: dict[str, str] = found["ties"]
             self.tp, self.optimizer_steps = found["tp"], found["optimizer_steps"]
             self.shapes = {name: torch.Size(shape) for name, shape in found["shapes"].items()}
-            self.trained, self.buffers = set(found["trained"]), list(found["buffers"])
+            self.buffers, self.averaged = list(found["buffers"]), found.get("averaged", 0)
+            self.kinds = {name: tuple(kinds) for name, kinds in _kinds(found).items()}
+            self.trained = {name for name, kinds in self.kinds.items() if len(kinds) > 1}
             self._check_counts()
             self._stored = self._stored_shards(found["parts"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
@@ -89,8 +102,12 @@ class StateReader:
 
     def _check_counts(self) -> None:
         """See that counts are counts, so that nothing is looped over that no model has."""
-        if type(self.optimizer_steps) is not int or not 0 <= self.optimizer_steps < _MOST_STEPS:
-            raise ValueError(f"it says that the optimizer has done {self.optimizer_steps!r} steps")
+        for what, steps in (("the optimizer has done", self.optimizer_steps), ("the average is of", self.averaged)):
+            if type(steps) is not int or not 0 <= steps < _MOST_STEPS:
+                raise ValueError(f"it says that {what} {steps!r} steps")
+        for name in self.shapes:
+            if name not in self.kinds or not {WEIGHT} <= set(self.kinds[name]) <= set(KINDS):
+                raise ValueError(f"it says that {self.kinds.get(name)} is there of {name}")
         if type(self.tp) is not int or self.tp < 1:
             raise ValueError(f"it says that layers are cut in {self.tp!r}")
         if missing := self.shardings.keys() - self.shapes.keys():
@@ -127,31 +144,34 @@ class StateReader:
                 f"{self._folder} holds another model: {names[0]} is {texts[0]} there and {texts[1]} here "
                 f"({len(names)} such parameters): set the checkpoint's model.* keys"
             )
-        trained = {name for name, local in state.tensors.items() if len(local.tensors) > 1}
-        if missing := trained - self.trained:
+        wanted, missing = [], []
+        for name, local in state.tensors.items():
+            for kind, tensor in local.tensors.items():
+                # An average that is kept from here on begins with the weights.
+                stored = WEIGHT if kind == AVERAGE and not self.averaged else kind
+                wanted.append((tensor, (name, stored, local.shard, local.start, local.start + len(tensor))))
+                missing += [name] if stored not in self.kinds[name] else []
+        if missing:
             raise ValueError(f"{self._folder} has no moments of {min(missing)}, which is trained here")
-        wanted = [
-            (tensor, (name, kind, local.shard, local.start, local.start + len(tensor)))
-            for name, local in state.tensors.items()
-            for kind, tensor in local.tensors.items()
-        ]
         for _, numbers in wanted:
             self._find(*numbers)
         for tensor, numbers in wanted:
             tensor.copy_(self.read(*numbers))
         for step in state.steps:
             step.fill_(self.optimizer_steps)
+        if state.averaged is not None:
+            state.averaged.fill_(self.averaged)
         for name, buffer in state.buffers.items():
             buffer.copy_(buffers[name])
 
     def read(self, name: str, kind: str, shard: Shard, start: int, stop: int) -> Tensor:
-        """Numbers start:stop of a flattened shard, (stop - start,) on the CPU; `kind` is weight or one of MOMENTS."""
+        """Numbers start:stop of a flattened shard, (stop - start,) on the CPU; `kind` is one of KINDS."""
         if start < stop and (name, shard) not in self._stored:
             return shard.of(self.whole(name, kind)).reshape(-1)[start:stop]
         return self._range(name, kind, shard, start, stop)
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """A whole parameter or moment, on the CPU."""
+        """A whole parameter, or another of its KINDS, on the CPU."""
         shards = self._shards(name)
         return self.shardings[name].join(
             [self._range(name, kind, shard, 0, shard.numel).view(shard.sizes) for shard in shards]
@@ -200,6 +220,15 @@ class StateReader:
         return ValueError(f"{self._folder / store.state_file(file)} lacks {name} ({why}): choose another checkpoint")
 
 
+def _kinds(index: dict[str, Any]) -> dict[str, list[str]]:
+    """By parameter, what an index says is there of it; older ones name only those that are trained."""
+    if "kinds" in index:
+        found: dict[str, list[str]] = index["kinds"]
+        return found
+    trained = set(index["trained"])
+    return {name: [WEIGHT, *(MOMENTS if name in trained else ())] for name in index["shapes"]}
+
+
 def _open(folder: Path, file: int) -> dict[str, Tensor]:
     path = folder / store.state_file(file)
     try:
@@ -208,18 +237,22 @@ def _open(folder: Path, file: int) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({reason(error)}): choose another checkpoint") from None
 
 
-def open_weights(folder: Path) -> LazyTensors:
-    """Open the weights of a state, the folder of `index.json`; memory is bounded by one tensor.
+def open_weights(folder: Path, average: bool = False) -> LazyTensors:
+    """Open the weights of a state, the folder of `index.json`, or their `average`; memory is bounded by one tensor.
 
-    Returns full CPU tensors by state-dict name, tied names and persistent buffers included. Raises ValueError where
-    files are missing.
+    Returns full CPU tensors by state-dict name, tied names and persistent buffers included; weights that are not
+    trained are their own average. Raises ValueError where files are missing, or no average was kept.
     """
     reader = StateReader(folder)
+    if average and not reader.averaged:
+        raise ValueError(f"{folder.parent} holds no average of the weights: train with train.weight_average=0.9999")
     stored = by_source(reader.shardings) | {name: [name] for name in reader.buffers}
     stored |= {name: stored[owner] for name, owner in reader.ties.items()}
 
     def read(name: str) -> Tensor:
-        return reader.whole(name) if name in reader.shardings else reader.buffer(name)
+        if name not in reader.shardings:
+            return reader.buffer(name)
+        return reader.whole(name, AVERAGE if average and AVERAGE in reader.kinds[name] else WEIGHT)
 
     return LazyTensors({name: functools.partial(assemble, parts, read) for name, parts in stored.items()})
 
@@ -275,8 +308,7 @@ def _rewrite_part(
         first, last = (shape.numel() * number // parts for number in (part, part + 1))
         if last > first:
             ranges[name] = (0, first, last)
-            kinds = (WEIGHT, *MOMENTS) if name in reader.trained else (WEIGHT,)
-            like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in kinds}
+            like |= {f"{kind}/{name}": torch.empty(last - first, device="meta") for kind in reader.kinds[name]}
     if part == 0:
         like |= {f"{saver.BUFFER}/{name}": reader.buffer(name).to("meta") for name in reader.buffers}
 

@@ -312,11 +312,13 @@ def model_card(
     dtype: str = "fp32",
     with_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    average: bool = False,
 ) -> str:
     """Markdown text of an export's README.md, titled `name`, with the metadata block that model hubs read.
 
     It tells what a checkpoint's trainer.json and the settings of its `run`, by section, say; of paths on this machine
-    only the last part. For the other arguments see `write_export`.
+    only the last part. `average` says that the weights are the average of those of the run's steps. For the other
+    arguments see `write_export`.
     """
     attention = "Attention spans the whole sequence."
     if config.use_chunking:
@@ -335,6 +337,9 @@ def model_card(
     }
     training = {"steps": f"{trainer['step']:,}", "tokens seen": f"{trainer['tokens']:,}"}
     validation = trainer.get("validation", {})
+    if average:
+        training["weights"] = f"exponential average over the steps, decay {run['train']['weight_average']}"
+        validation = validation.get("average", {})
     if (loss := validation.get("loss")) is not None:
         # Beyond e^100 the figure says nothing, and exp overflows at 710.
         perplexity = f"{math.exp(loss):.2f}" if loss < 100 else "beyond measure"

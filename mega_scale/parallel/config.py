@@ -106,6 +106,7 @@ class EngineConfig:
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, 0 for not at all
     seed: int = 0  # of dropout
     compile: bool = False  # whether elementwise arithmetic between matrix products is compiled
+    weight_average: float = 0.0  # decay of an exponential average of the weights, 0 for none
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse what cannot run, before any process group starts; see `ParallelConfig.validate`."""

@@ -83,7 +83,7 @@ class DeepSpeedEngine(Engine):
         with self.row_slice:
             self._engine.backward(loss * self._fsdp.size, scale_wrt_gas=False)
 
-    def step(self, lr: float, skip: bool = False) -> float:
+    def _step(self, lr: float, skip: bool) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self._copies.size > 1:
@@ -152,6 +152,9 @@ class DeepSpeedEngine(Engine):
 
     def loaded(self, step: int) -> None:
         self._engine.global_steps = step
+        super().loaded(step)
+
+    def _rewritten(self) -> None:
         optimizer = self._optimizer
         if self._stage in (1, 2):
             optimizer.update_lp_params()

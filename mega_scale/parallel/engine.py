@@ -3,7 +3,8 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from mega_scale.parallel.config import EngineConfig
 from mega_scale.parallel.shard import (
+    AVERAGE,
     MOMENTS,
     START,
     WEIGHT,
@@ -32,6 +34,7 @@ from mega_scale.parallel.shard import (
     on_meta,
     shardings,
 )
+from mega_scale.parallel.weight_average import WeightAverage
 from mega_scale.parallel.world import World
 
 BuildOptimizer = Callable[[nn.Module], Optimizer]
@@ -69,7 +72,12 @@ class Engine(ABC):
         self._tp, self._fsdp, self._copies = world.axes["tp"], world.axes["fsdp"], world.axes["dp_replicate"]
         self._stage, self._max_grad_norm = config.parallel.zero_stage, config.max_grad_norm
         self._call: Callable[..., Any] = model
+        self._average: WeightAverage | None = None
         self._build(values, config, build_optimizer)
+        if config.weight_average:
+            held = {name: local.tensors for name, local in self.state().tensors.items()}
+            trained = {name: tensors[WEIGHT] for name, tensors in held.items() if len(tensors) > 1}
+            self._average = WeightAverage(config.weight_average, trained)
 
     @abstractmethod
     def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
@@ -115,13 +123,41 @@ class Engine(ABC):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of the loss of all ranks, as `forward` returned it; `last`: of the step."""
 
-    @abstractmethod
     def step(self, lr: float, skip: bool = False) -> float:
         """Clip the gradients, take one AdamW step at an absolute learning rate, and forget the gradients.
 
         Returns the L2 norm of the whole gradient before clipping. Where it is not finite, or with `skip`, the same on
-        all ranks, none takes the step: weights, moments and counts of steps stay as they are, to the bit.
+        all ranks, none takes the step: weights, moments, average and counts stay as they are, to the bit.
         """
+        norm = self._step(lr, skip)
+        if self._average is not None and not skip and math.isfinite(norm):
+            self._average.update()
+        return norm
+
+    @abstractmethod
+    def _step(self, lr: float, skip: bool) -> float:
+        """What `step` does, but for the average of the weights."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self._average is not None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Compute with the average of the weights in a `with` statement, in which nothing is trained, saved or loaded.
+
+        Raises ValueError where none is kept.
+        """
+        if self._average is None:
+            raise ValueError("the engine keeps no average of the weights: give EngineConfig.weight_average")
+        self._average.swap()
+        self._rewritten()
+        try:
+            yield
+        finally:
+            self._average.swap()
+            self._rewritten()
 
     def _norm(self, counted: list[Tensor], alike: Sequence[str]) -> Tensor:
         """L2 norm of the whole gradient from this rank's part, of which ranks along `alike` hold copies."""
@@ -151,6 +187,8 @@ class Engine(ABC):
                 kinds |= {kind: self._adam.state[stepped.owner][kind] for kind in MOMENTS}
             count = max(shard.numel - stepped.start, 0)
             local = {kind: flat(tensor)[stepped.numbers][:count] for kind, tensor in kinds.items()}
+            if self._average is not None and name in self._average.tensors:
+                local[AVERAGE] = self._average.tensors[name]
             whole = stepped.owner is parameter and not isinstance(parameter, DTensor)
             copies, copy = 1, 0
             for axis, alike in ((self._copies, True), (self._tp, sharding.dim is None), (self._fsdp, whole)):
@@ -159,7 +197,8 @@ class Engine(ABC):
             tensors[name] = LocalTensor(shape, shard, stepped.start, local, copies, copy)
         persistent = self._template.state_dict()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
-        return EngineState(self._table, self._ties, self._tp.size, self._tp.rank, tensors, steps, buffers)
+        averaged = None if self._average is None else self._average.steps
+        return EngineState(self._table, self._ties, self._tp.size, self._tp.rank, tensors, steps, buffers, averaged)
 
     def _optimizer_steps(self, owners: Iterable[Tensor]) -> list[Tensor]:
         """AdamW's counters of steps; its moments exist from here on, before the first step too, as that makes them."""
@@ -177,9 +216,13 @@ class Engine(ABC):
     @abstractmethod
     def _stepped(self, name: str) -> Stepped: ...
 
-    @abstractmethod
     def loaded(self, step: int) -> None:
         """Have what depends on the state follow after it was written, `step` optimizer steps into the run."""
+        self._rewritten()
+
+    @abstractmethod
+    def _rewritten(self) -> None:
+        """Have the weights that are computed with follow those that are stepped."""
 
     @abstractmethod
     def local_tensor(self, name: str) -> Tensor:
@@ -284,7 +327,7 @@ class FsdpEngine(Engine):
             loss.backward()
 
     @torch.no_grad()
-    def step(self, lr: float, skip: bool = False) -> float:
+    def _step(self, lr: float, skip: bool) -> float:
         self._drop_gathered()
         gradients = [p.grad for p in self._whole if p.grad is not None]
         if gradients:
@@ -312,7 +355,7 @@ class FsdpEngine(Engine):
         rows, *rest = parameter.shape
         return min(self._fsdp.rank * -(-rows // self._fsdp.size), rows) * math.prod(rest)
 
-    def loaded(self, step: int) -> None:
+    def _rewritten(self) -> None:
         self._drop_gathered()
 
     def local_tensor(self, name: str) -> Tensor:

@@ -22,7 +22,9 @@ from mega_scale.model.basic_layers import MegaLinear
 from mega_scale.model.modeling_mega import initial_tensor
 from mega_scale.parallel.world import ALONE, Axis
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
+KINDS = (WEIGHT, *MOMENTS, AVERAGE)
+"""What an engine holds of a parameter: itself, and where it is trained its moments and, if kept, its average."""
 
 
 class Place(NamedTuple):
@@ -187,8 +189,8 @@ class LocalTensor(NamedTuple):
     shape: torch.Size  # of the whole parameter
     shard: Shard  # what this rank of `tp` has of it
     start: int  # first number, in the flattened shard
-    # `weight`, and `exp_avg` and `exp_avg_sq` where it is trained, by these names: 1-D fp32, all of one length; views
-    # of the engine's memory, so that what is written into them is loaded.
+    # By kind, see `KINDS`: 1-D fp32, all of one length; views of the engine's memory, so that what is written into them
+    # is loaded.
     tensors: dict[str, Tensor]
     copies: int  # ranks that hold the same numbers
     copy: int  # number of this rank among them
@@ -204,6 +206,7 @@ class EngineState(NamedTuple):
     tensors: dict[str, LocalTensor]  # by parameter, the same names in the same order on all ranks
     steps: list[Tensor]  # the optimizer's counters of steps, all equal; scalar tensors of the engine
     buffers: dict[str, Tensor]  # persistent ones by name of the state dict, the same on all ranks
+    averaged: Tensor | None = None  # steps that the average of the weights is of, scalar int64; None for no average
 
 
 Values = Callable[[str, nn.Module, str], Tensor]

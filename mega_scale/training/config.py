@@ -44,6 +44,10 @@ class TrainConfig:
     compile: bool = False
     """Whether torch.compile fuses the arithmetic between matrix products, a minute once (no unit)."""
 
+    weight_average: float = 0.0
+    """Decay of an exponential average of the weights, such as 0.9999, kept in fp32 beside them, evaluated and saved;
+    launch/export.py --average exports it; 0 keeps none (0 to below 1)."""
+
     log_every: int = 10
     """Steps between two console lines and TensorBoard points (steps)."""
 
@@ -89,6 +93,7 @@ class TrainConfig:
             self,
             positive=("steps", "global_batch_size", "micro_batch_size", "log_every", "sample_tokens"),
             not_negative=("seed", "eval_every", "eval_batches", "sample_every"),
+            shares=("weight_average",),
         )
         if others := [name for name in self.stop_signals if name not in SIGNALS]:
             remedy = f"{others[0]} cannot ask a run to stop, choose among {', '.join(SIGNALS)}"

@@ -266,13 +266,14 @@ class Reporter:
         self._write(step, "bad_step", {**values, "problem": problem, "rows": rows, "where": where})
         self._tensorboard(lambda writer: writer.add_scalar("train/bad_steps", total, step))
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Report an evaluation: loss, perplexity, bits_per_byte, tokens."""
+    def evaluation(self, step: int, values: dict[str, float], average: bool = False) -> None:
+        """Report an evaluation of the weights, or of their average: loss, perplexity, bits_per_byte, tokens."""
         self.log(
-            f"step {step} | validation loss {values['loss']:.4f} nats/token | perplexity {values['perplexity']:.3f} | "
-            f"{values['bits_per_byte']:.4f} bits/byte | {values['tokens']:,.0f} tokens"
+            f"step {step} | {'averaged weights: ' if average else ''}validation loss {values['loss']:.4f} nats/token | "
+            f"perplexity {values['perplexity']:.3f} | {values['bits_per_byte']:.4f} bits/byte | "
+            f"{values['tokens']:,.0f} tokens"
         )
-        self._record(step, "validation", values)
+        self._record(step, "validation_average" if average else "validation", values)
 
     def sample(self, step: int, text: str) -> None:
         """Report generated text."""

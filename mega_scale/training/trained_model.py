@@ -45,19 +45,25 @@ def open_model(path: Path, key: bytes | None = None, *, log: Callable[[str], Non
 
 
 def open_checkpoint(
-    path: Path, key: bytes | None = None, *, older: bool = True, log: Callable[[str], None] = log_to_stderr
+    path: Path,
+    key: bytes | None = None,
+    *,
+    older: bool = True,
+    average: bool = False,
+    log: Callable[[str], None] = log_to_stderr,
 ) -> Opened:
     """Open the model of a checkpoint, every byte of which is verified first, or of a run's newest valid one.
 
-    `log` is given one line that says which one is taken where none that is newer can be. For `key`, `older` and errors
-    see `find_checkpoint`.
+    Its weights are those of the last step, or their `average`. `log` is given one line that says which checkpoint is
+    taken where none that is newer can be. For `key`, `older` and errors see `find_checkpoint`.
     """
     from mega_scale.checkpoint.state import open_weights
 
     folder, notes = find_checkpoint(path, key, older=older, proof=verify)
     if notes:
         log(f"{folder} is taken: {'; '.join(notes)}")
-    return _fitting(Opened(read_model(folder), open_weights(folder / STATE), read_own_tokenizer(folder), folder))
+    tensors = open_weights(folder / STATE, average)
+    return _fitting(Opened(read_model(folder), tensors, read_own_tokenizer(folder), folder))
 
 
 def _fitting(opened: Opened) -> Opened:

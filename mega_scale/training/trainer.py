@@ -20,6 +20,7 @@ from mega_scale.checkpoint.folder import RunFolder, find_checkpoint, read_key, r
 from mega_scale.checkpoint.saver import Saved, Saver
 from mega_scale.config import RunConfig, load_config, model_config, require_same
 from mega_scale.data import Loader, load_datasets, validation_batches
+from mega_scale.data.packing import PackedDataset
 from mega_scale.data.tokenizer import as_trained, load_tokenizer, text_size, unlike_training
 from mega_scale.files import replace_text
 from mega_scale.model import MegaConfig, MegaForCausalLM
@@ -34,7 +35,9 @@ from mega_scale.training.stopping import EndOfRunError, Progress, RunStatus, Sto
 
 # Keys by which the same run would have other numbers; of those of `parallel`, another line tells.
 _NUMBERS: tuple[str, ...] = ("model.", "data.", "optimizer.", "schedule.", "bad_steps.", "parallel.ds_config")
-_NUMBERS += tuple(f"train.{key}" for key in ("steps", "global_", "micro_", "seed", "dtype", "compile", "eval_batches"))
+_NUMBERS += tuple(
+    f"train.{key}" for key in ("steps", "global_", "micro_", "seed", "dtype", "compile", "eval_batches", "weight_")
+)
 _SILENT = ("data.workers", "data.prefetch", "data.cache_dir")
 _LONGEST = 80  # characters of a value in a line
 
@@ -437,20 +440,33 @@ class Trainer:
         self.reporter.step(progress.step, values)
 
     def evaluate(self) -> None:
-        """Compute the loss on the validation text, if there is one; collective. Raises StopRun."""
+        """Compute the loss on the validation text, if there is one, with weights and average; collective.
+
+        Raises StopRun.
+        """
         if self.validation is None:
             return
+        found = self.evaluate_weights(self.validation)
+        self.reporter.evaluation(self.progress.step, found)
+        if self.engine.averages:
+            self.saver.wait_copied()  # the average takes the weights' place
+            with self.engine.averaged():
+                averaged = self.evaluate_weights(self.validation)
+            self.reporter.evaluation(self.progress.step, averaged, average=True)
+            found["average"] = averaged
+        self.progress.evaluation = found
+
+    def evaluate_weights(self, dataset: PackedDataset) -> dict[str, Any]:
+        """Loss, perplexity, bits per byte and tokens, as the engine computes now; collective. Raises StopRun."""
         from mega_scale.training.trained_model import evaluate
 
         self.watchdog.beat("evaluating")
-        train, dataset = self.config.train, self.validation
+        train = self.config.train
         rows = train.eval_batches * train.global_batch_size or len(dataset)
         batches = validation_batches(dataset, rows, train.micro_batch_size, self.mesh.dp_rank(self.rank), self.mesh.dp)
         ratio = dataset.tokens_per_byte(rows, partial(text_size, self.tokenizer))
         after_batch = partial(self.check_stop, "evaluating")
-        found = evaluate(self.engine.module, self.engine.forward, batches, ratio, self.world, after_batch)
-        self.progress.evaluation = found._asdict()
-        self.reporter.evaluation(self.progress.step, self.progress.evaluation)
+        return evaluate(self.engine.module, self.engine.forward, batches, ratio, self.world, after_batch)._asdict()
 
     def sample(self) -> None:
         """Generate a text; collective. Raises StopRun."""

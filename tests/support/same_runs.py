@@ -6,10 +6,8 @@ from pathlib import Path
 import torch
 
 from mega_scale.checkpoint.state import StateReader
-from mega_scale.parallel.shard import WEIGHT
 
 KEYS = ("loss", "grad_norm", "lr", "tokens")
-KINDS = ("exp_avg", "exp_avg_sq")
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -37,10 +35,12 @@ def state_problems(reference: Path, checkpoint: Path) -> list[str]:
     """What differs between two checkpoints: weights, moments, buffers, random state, and trainer.json."""
     found = []
     one, other = (StateReader(folder / "state") for folder in (reference, checkpoint))
-    if one.shapes != other.shapes or one.trained != other.trained or one.optimizer_steps != other.optimizer_steps:
+    if one.shapes != other.shapes or one.kinds != other.kinds or one.optimizer_steps != other.optimizer_steps:
         return ["other parameters, moments or optimizer steps"]
+    if one.averaged != other.averaged:
+        return [f"the average is of {other.averaged} steps, not {one.averaged}"]
     for name in one.shapes:
-        for kind in (WEIGHT, *(KINDS if name in one.trained else ())):
+        for kind in one.kinds[name]:
             if not _same(one.whole(name, kind), other.whole(name, kind)):
                 found.append(f"{kind} of {name} differs")
     found += [f"buffer {name} differs" for name in one.buffers if not _same(one.buffer(name), other.buffer(name))]

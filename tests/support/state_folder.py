@@ -34,10 +34,9 @@ def load(engine: Engine, folder: Path, world: World) -> None:
 def canonical(folder: Path) -> dict[str, Tensor]:
     """Everything in a folder, whichever layout wrote it."""
     reader = StateReader(folder)
-    found = {"steps": torch.tensor(reader.optimizer_steps)}
+    found = {"steps": torch.tensor(reader.optimizer_steps), "averaged": torch.tensor(reader.averaged)}
     for name in reader.shardings:
-        kinds = ("weight", "exp_avg", "exp_avg_sq") if name in reader.trained else ("weight",)
-        found |= {f"{kind}/{name}": reader.whole(name, kind) for kind in kinds}
+        found |= {f"{kind}/{name}": reader.whole(name, kind) for kind in reader.kinds[name]}
     return found | {f"buffer/{name}": reader.buffer(name) for name in reader.buffers}
 
 

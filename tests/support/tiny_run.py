@@ -94,7 +94,9 @@ def plain_run(config: MegaConfig, steps: int = STEPS) -> tuple[list[float], list
     return losses, norms, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def make_engine(world: World, settings: dict[str, Any], dtype: str = "fp32", **changes: Any) -> Engine:
+def make_engine(
+    world: World, settings: dict[str, Any], dtype: str = "fp32", weight_average: float = 0.0, **changes: Any
+) -> Engine:
     config = tiny_config(**changes)
     return parallelize(
         meta_model(config),
@@ -105,6 +107,7 @@ def make_engine(world: World, settings: dict[str, Any], dtype: str = "fp32", **c
             micro_batch_size=ROWS // world.size // ACCUMULATION,
             accumulation=ACCUMULATION,
             max_grad_norm=MAX_GRAD_NORM,
+            weight_average=weight_average,
         ),
         world,
         build_optimizer,

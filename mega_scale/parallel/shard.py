@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mega_scale.model.basic_layers import MegaLinear
-from mega_scale.model.modeling_mega import initial_tensor
+from mega_scale.model.families import initial_tensor
 from mega_scale.parallel.world import ALONE, Axis
 
 WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"

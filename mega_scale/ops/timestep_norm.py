@@ -8,60 +8,40 @@ its group in the n_t valid tokens of its document up to itself. With a_t and b_t
 
 * recurrent: one token after the other, by Welford's update. The truth that all other forms are tested against.
 * blocked: statistics of runs of tokens, joined two by two inside blocks and then over blocks; a backward pass by hand.
+* native: C++ on CPUs, one pass over memory forward and one backward.
 
 Legend: B batch, L length, D channels, G groups, P parts of a row.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import ctypes
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import (
-    ANY_LENGTH,
-    chunk_count,
-    join_chunks,
-    once_differentiable,
-    split_chunks,
-    tracing,
-    without_autocast,
+from mega_scale.ops import in_memory, once_differentiable, tracing, without_autocast
+from mega_scale.ops.moments import (
+    MomentCarry,
+    Moments,
+    MomentTurn,
+    Rules,
+    known_state,
+    later_gradients,
+    later_sums,
+    moments_after,
+    part_borders,
+    part_total,
+    running_moments,
+    token_counts,
 )
+from mega_scale.ops.native import load, threads_for
 
-IMPLEMENTATIONS = ("auto", "recurrent", "blocked")
-_BLOCK = 64  # tokens
-_MOST_BLOCKS = 2**16  # of a program that is made for every length
-
-
-class Moments(NamedTuple):
-    """Statistics of the tokens of a document so far: what the norm hands from one call to the next.
-
-    Where nothing was counted, the mean is 0 and the variance 1, which nothing reads.
-    """
-
-    count: Tensor  # type: ignore[assignment]  # (B,) int64: valid tokens
-    mean: Tensor  # (B, G), fp32 or fp64
-    var: Tensor  # (B, G), population variance, in the dtype of the mean
-
-
-MomentTurn = Callable[[Tensor, Tensor], Callable[[], tuple[Tensor, Tensor]]]
-MomentCarry = Callable[[Moments, Tensor | None, bool], Callable[[], tuple[Moments, MomentTurn]]]
-"""How moments travel between the parts of a row that is cut along its length, without autograd. Each of two exchanges
-starts early and is awaited late: a call starts it, and returns the function that waits for it.
-
-`arrive = carry(total, begins, whole)` starts to send what this part holds:
-
-* total: the moments of this part's tokens alone, after its last document start if one is in it;
-* begins: (B,) bool, true where a document begins in this part; none: nowhere in any part;
-* whole: every token of every part counts, and no document begins in them: counts are L and need not travel.
-
-`before, turn = arrive()` waits for the other parts' totals; before: the moments before this part (`part_borders`).
-
-Backward, `finish = turn(d_mean, d_var)` starts to send the gradients of this part's own loss by the mean and variance
-before it, (B, G) each; `d_mean, d_var = finish()` waits, and gives the gradients of all later parts' losses by the
-moments after this part (`later_gradients`).
-"""
+__all__ = ["MomentCarry", "MomentTurn", "Moments", "later_gradients", "part_borders", "timestep_norm"]
+IMPLEMENTATIONS = ("auto", "recurrent", "blocked", "native")
+_SOURCE = Path(__file__).with_name("timestep_norm.cpp")
 
 
 def timestep_norm(
@@ -89,7 +69,8 @@ def timestep_norm(
         resets: (B, L) bool, true where a document begins: moments are forgotten before that token.
         valid: (B, L) bool, false for padding, which does not count and gives zeros; none: all true.
         carry: where x is one part of a longer row, brings the moments before it, in place of `state`.
-        impl: auto, recurrent (the reference) or blocked. auto is recurrent for one token, else blocked.
+        impl: auto, recurrent (the reference), blocked or native. auto is native on a CPU, outside torch.compile and
+            tracers, where a C++ compiler is found (else it warns); else recurrent for one token, else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x, and the moments after the last token, in the widest of fp32, the dtype of x and
@@ -104,31 +85,25 @@ def timestep_norm(
         raise ValueError(f"carry brings the state: it excludes a state of counts {tuple(state.count.shape)}")
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype = wide if state is None else torch.promote_types(wide, state.mean.dtype)
-    rules = _Rules(groups, eps, resets, valid, carry, wide)
+    rules = Rules(groups, eps, resets, valid, carry, wide)
     with without_autocast(x.device):
         if impl == "auto":
-            impl = "blocked" if x.shape[1] > 1 or carry is not None or tracing() == "trace" else "recurrent"
-        if impl == "recurrent":
-            if carry is not None:
-                raise ValueError("impl='recurrent' takes no carry: use impl='blocked'")
-            form, known = _recurrent, _known(x, groups, dtype, state)
-        else:
-            form = _traced if tracing() == "trace" else _Norm.apply
-            known = _known(x, groups, torch.float64, state)
+            impl = _best(x, carry, weight, bias, *(state or ()))
+        form: Any = _FORMS[impl]
+        if impl == "blocked" and tracing() == "trace":
+            form = _traced
+        known = known_state(x, groups, dtype if impl == "recurrent" else torch.float64, state)
         y, count, mean, var = form(rules, x, weight, bias, *known)
         empty = (count == 0)[:, None]
         return y, Moments(count, mean.to(dtype).masked_fill(empty, 0), var.to(dtype).masked_fill(empty, 1))
 
 
-class _Rules(NamedTuple):
-    """What is not differentiated; see `timestep_norm`."""
-
-    groups: int
-    eps: float
-    resets: Tensor | None
-    valid: Tensor | None
-    carry: MomentCarry | None
-    dtype: torch.dtype  # of arithmetic with tokens: that of x, at least fp32
+def _best(x: Tensor, carry: MomentCarry | None, *others: Tensor) -> str:
+    """The implementation that `auto` takes."""
+    if x.device.type == "cpu" and in_memory(x, *others) and _SOURCE.exists() and library() is not None:
+        return "native"
+    one = x.shape[1] == 1 and carry is None and tracing() != "trace"
+    return "recurrent" if one else "blocked"
 
 
 def _check(
@@ -170,22 +145,15 @@ def _check(
             )
 
 
-def _known(x: Tensor, groups: int, dtype: torch.dtype, state: Moments | None) -> Moments:
-    """The state in a dtype; zeros where nothing was counted, whatever an empty state holds."""
-    if state is None:
-        mean = x.new_zeros(len(x), groups, dtype=dtype)
-        return Moments(torch.zeros(len(x), dtype=torch.int64, device=x.device), mean, torch.zeros_like(mean))
-    empty = (state.count == 0)[:, None]
-    return Moments(state.count, *(t.to(dtype).masked_fill(empty, 0) for t in state[1:]))
-
-
 def _recurrent(
-    rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
+    rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
     """Welford's update: `n' = n + 1`, `M' = M + (a - M) / n'`, `V' = V + (b - V) / n' + n (a - M)^2 / n'^2`.
 
     Returns y, and count, mean and variance after the last token.
     """
+    if rules.carry is not None:
+        raise ValueError("impl='recurrent' takes no carry: use impl='blocked'")
     a, b = _token_moments(rules, x, mean.dtype)
     means, variances = [], []
     for t in range(x.shape[1]):
@@ -207,7 +175,7 @@ def _recurrent(
     return _normalised(rules, x, weight, bias, torch.stack(means, 1), torch.stack(variances, 1)), count, mean, var
 
 
-def _token_moments(rules: _Rules, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _token_moments(rules: Rules, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and variance of each group's channels of every token, (B, L, G) each, in `dtype`."""
     tokens = x.to(rules.dtype).unflatten(2, (rules.groups, -1))
     mean = tokens.mean(3)
@@ -216,7 +184,7 @@ def _token_moments(rules: _Rules, x: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return mean.to(dtype) + rest, centred.square().mean(3).to(dtype) - rest.square()
 
 
-def _normalised(rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+def _normalised(rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """`(x - mean) / sqrt(var + eps) (weight + 1) + bias` in the dtype of x, zero in padding; mean and var (B, L, G)."""
     high, rstd = mean.to(rules.dtype), torch.rsqrt(var + rules.eps).to(rules.dtype)
     tokens = x.to(rules.dtype).unflatten(2, (rules.groups, -1)) - high[..., None]
@@ -228,12 +196,19 @@ def _normalised(rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, mean: Te
 
 
 def _traced(
-    rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
+    rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
     """The blocked form by PyTorch's operators alone, differentiable any number of times."""
-    means, variances = _after(Moments(count, mean, var), _runs(rules, *_token_moments(rules, x, mean.dtype)))
+    means, variances = moments_after(
+        Moments(count, mean, var), running_moments(rules, *_token_moments(rules, x, mean.dtype))
+    )
     y = _normalised(rules, x, weight, bias, means, variances)
-    return y, _counts(rules, count, x)[:, -1], means[:, -1], variances[:, -1]
+    return y, token_counts(rules, count, x)[:, -1], means[:, -1], variances[:, -1]
+
+
+def _kinds(rules: Rules) -> tuple[Tensor | None, bool]:
+    """What a carry is told of a part besides its total."""
+    return None if rules.resets is None else rules.resets.any(1), rules.resets is None and rules.valid is None
 
 
 class _Norm(torch.autograd.Function):
@@ -241,24 +216,23 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rules: _Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
+        ctx: Any, rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.rules = rules
         ctx.turn = None
         a, b = _token_moments(rules, x, mean.dtype)
         if rules.carry is None:
-            runs = _runs(rules, a, b)
+            runs = running_moments(rules, a, b)
         else:
-            begins = None if rules.resets is None else rules.resets.any(1)
-            arrive = rules.carry(_total(rules, a, b), begins, begins is None and rules.valid is None)
-            runs = _runs(rules, a, b)
+            arrive = rules.carry(part_total(rules, a, b), *_kinds(rules))
+            runs = running_moments(rules, a, b)
             before, ctx.turn = arrive()
-            count, mean, var = _known(x, rules.groups, mean.dtype, before)
-        means, variances = _after(Moments(count, mean, var), runs)
+            count, mean, var = known_state(x, rules.groups, mean.dtype, before)
+        means, variances = moments_after(Moments(count, mean, var), runs)
         rstd = torch.rsqrt(variances + rules.eps)
         ctx.save_for_backward(x, weight, bias, means.to(rules.dtype), rstd.to(rules.dtype), count, mean)
-        end = _counts(rules, count, x)[:, -1].clone()
+        end = token_counts(rules, count, x)[:, -1].clone()
         ctx.mark_non_differentiable(end)
         y = _normalised(rules, x, weight, bias, means, variances)
         return y, end, means[:, -1].clone(), variances[:, -1].clone()
@@ -269,16 +243,16 @@ class _Norm(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, d_count: None, d_mean: Tensor | None, d_var: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, weight, bias, means, rstd, count, mean = ctx.saved_tensors
-        rules: _Rules = ctx.rules
+        rules: Rules = ctx.rules
         dy = torch.zeros_like(x) if dy is None else dy
-        counts = _counts(rules, count, x)[..., None]
+        counts = token_counts(rules, count, x)[..., None]
         share = torch.where(counts > 0, 1 / counts.to(rstd.dtype), 0)
         of_mean, of_var, d_weight, d_bias = _slopes(rules, x, dy, weight, means, rstd)
         if d_mean is not None:
             of_mean[:, -1] += d_mean.to(rules.dtype)
         if d_var is not None:
             of_var[:, -1] += d_var.to(rules.dtype)
-        shut, by_var, by_mean = _later(rules, of_var * share, of_mean * share, means)
+        shut, by_var, by_mean = later_sums(rules, of_var * share, of_mean * share, means)
         reach = count.to(rstd.dtype)[:, None]
         if rules.resets is not None:  # a document that begins the row keeps the state out
             reach = reach.masked_fill(rules.resets[:, :1], 0)
@@ -295,80 +269,8 @@ class _Norm(torch.autograd.Function):
         return None, dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, *d_state
 
 
-def _counts(rules: _Rules, count: Tensor, x: Tensor) -> Tensor:
-    """n of every token, (B, L) int64, from that before the first one, (B,)."""
-    if rules.valid is None:
-        counts = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[:2])
-    else:
-        counts = rules.valid.cumsum(1)
-    if rules.resets is None:
-        return counts + count[:, None]
-    before = counts - 1 if rules.valid is None else counts - rules.valid.long()
-    begin = torch.where(rules.resets, before, -count[:, None]).cummax(1).values
-    return counts - begin
-
-
-def _total(rules: _Rules, a: Tensor, b: Tensor) -> Moments:
-    """Moments of the tokens after the last document start, by plain sums."""
-    counted = torch.ones_like(a[..., 0], dtype=torch.bool) if rules.valid is None else rules.valid
-    if rules.resets is not None:
-        later = rules.resets.flip(1).cumsum(1).flip(1) - rules.resets.long()
-        counted = counted & (later == 0)
-    count = counted.sum(1)
-    share = 1 / count.clamp(min=1).to(a.dtype)[:, None]
-    mean = torch.where(counted[..., None], a, 0).sum(1) * share
-    squares = torch.where(counted[..., None], b + (a - mean[:, None]).square(), 0)
-    return Moments(count, mean.to(rules.dtype), (squares.sum(1) * share).to(rules.dtype))
-
-
-_Run = tuple[Tensor, ...]
-_Join = Callable[[_Run, _Run], _Run]
-
-
-def _together(before: _Run, after: _Run) -> _Run:
-    """Count, mean and variance of two runs of tokens together; counts are of any dtype."""
-    (n, mean, var), (more, other, spread) = before, after
-    both = n + more
-    share = more.to(mean.dtype) / both.clamp(min=1).to(mean.dtype)
-    step = other - mean
-    return both, mean + share * step, var + share * (spread - var) + share * (1 - share) * step.square()
-
-
-def _segmented(join: _Join) -> _Join:
-    """The same for runs that first say whether they keep out what came before, be it infinite."""
-
-    def joined(before: _Run, after: _Run) -> _Run:
-        both = join(before[1:], after[1:])
-        return before[0] | after[0], *(torch.where(after[0], own, t) for own, t in zip(after[1:], both, strict=True))
-
-    return joined
-
-
-def _runs(rules: _Rules, a: Tensor, b: Tensor) -> _Run:
-    """What tokens up to each one hold, from the last document start on: whether there is one in the row, (B, L, 1), and
-    count (B, L, 1), mean and variance (B, L, G); the first only where documents begin."""
-    if rules.valid is None:
-        runs = torch.ones_like(a[..., :1]), a, b
-    else:
-        valid = rules.valid[..., None]
-        runs = valid.to(a.dtype), torch.where(valid, a, 0), torch.where(valid, b, 0)
-    if rules.resets is None:
-        return _prefixes(_together, runs)
-    return _prefixes(_segmented(_together), (rules.resets[..., None], *runs))
-
-
-def _after(state: Moments, runs: _Run) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every token, (B, L, G), from the state before the first one."""
-    before: _Run = state.count[:, None, None], state.mean[:, None], state.var[:, None]
-    if len(runs) == 3:
-        _, mean, var = _together(before, runs)
-    else:
-        _, _, mean, var = _segmented(_together)((torch.zeros_like(runs[0][:, :1]), *before), runs)
-    return mean, var
-
-
 def _slopes(
-    rules: _Rules, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    rules: Rules, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What each token's own output asks of its mean and variance, (B, L, G), and gradients of weight and bias."""
     dy = dy.to(mean.dtype)
@@ -382,28 +284,8 @@ def _slopes(
     return of_mean, of_var, d_weight, dy.sum((0, 1))
 
 
-def _later(rules: _Rules, by_var: Tensor, by_mean: Tensor, pivot: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Sums from each token to the end of its document, of `Q = gV / n` and `U = (gM + 2 (pivot - M) gV) / n`.
-
-    The pivot of U is each token's own mean, so that only differences of means appear. Arguments are gV / n, gM / n and
-    M of every token, (B, L, G). Returns first whether a document begins behind the token, (B, L, 1); none: nowhere.
-    """
-
-    def join(later: _Run, own: _Run) -> _Run:
-        q, u, m = later
-        return own[0] + q, own[1] + u + 2 * (own[2] - m) * q, own[2]
-
-    runs = tuple(t.flip(1) for t in (by_var, by_mean, pivot))
-    if rules.resets is None:
-        q, u, _ = _prefixes(join, runs)
-        return None, q.flip(1), u.flip(1)
-    begins = F.pad(rules.resets[:, 1:], (0, 1))[..., None].flip(1)
-    shut, q, u, _ = _prefixes(_segmented(join), (begins, *runs))
-    return shut.flip(1), q.flip(1), u.flip(1)
-
-
 def _tokens_gradient(
-    rules: _Rules, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, by_mean: Tensor, by_var: Tensor
+    rules: Rules, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, by_mean: Tensor, by_var: Tensor
 ) -> Tensor:
     """`dx = dy (weight + 1) rstd + (U + 2 (x - M) Q) G / D`, in the dtype of x."""
     slopes = (dy.to(mean.dtype) * (weight.to(mean.dtype) + 1)).unflatten(2, (rules.groups, -1))
@@ -414,81 +296,101 @@ def _tokens_gradient(
     return dx if rules.valid is None else torch.where(rules.valid[..., None], dx, 0)
 
 
-def _prefixes(join: _Join, runs: _Run) -> _Run:
-    """Each token's run joined with all before it: tensors (B, L, ...); zeros are a run of no tokens."""
-    length = runs[0].shape[1]
-    static = tracing() not in ANY_LENGTH
-    if static and length <= _BLOCK:
-        return _joined(join, runs, length)
-    blocks = chunk_count(length, _BLOCK)
-    padding = (0, 0, 0, blocks * _BLOCK - length)
-    batch = runs[0].shape[0]
-    inside = tuple(split_chunks(F.pad(t, padding), _BLOCK).flatten(0, 1) for t in runs)
-    inside = tuple(t.unflatten(0, (batch, -1)) for t in _joined(join, inside, _BLOCK))  # (B, M, c, ...)
-    totals = tuple(t[:, :, -1] for t in inside)
-    ends = _joined(join, totals, blocks if static else _MOST_BLOCKS)
-    # No size here is one less than another: an exporter would keep whether it is 1.
-    place = torch.arange(blocks, device=runs[0].device)
-    before = tuple(
-        torch.where((place > 0)[:, None], t[:, (place - 1).clamp(min=0)], torch.zeros_like(t))[:, :, None] for t in ends
-    )
-    return tuple(join_chunks(t, 0, length) for t in join(before, inside))
+def _native(
+    rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, ...]:
+    """The recurrence by compiled C++, differentiable once; keeps x and two numbers a token and group."""
+    if x.device.type != "cpu" or not in_memory(x, weight, bias, mean, var):
+        raise ValueError(f"impl='native' runs on a CPU outside tracers, and x is on {x.device}: use impl='auto'")
+    if library() is None:
+        raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, mean, var))
+    return _Native.apply(rules, keeps, x, weight, bias, count, mean, var)
 
 
-def _joined(join: _Join, runs: _Run, most: int) -> _Run:
-    """The same in steps that double the length of runs, which is at most `most`."""
-    distance = 1
-    while distance < most:
-        if tracing() in ANY_LENGTH:
-            place = torch.arange(runs[0].shape[1], device=runs[0].device)
-            both = join(tuple(t[:, (place - distance).clamp(min=0)] for t in runs), runs)
-            runs = tuple(torch.where((place >= distance)[:, None], *pair) for pair in zip(both, runs, strict=True))
-        else:
-            both = join(tuple(t[:, :-distance] for t in runs), tuple(t[:, distance:] for t in runs))
-            runs = tuple(torch.cat([t[:, :distance], own], 1) for t, own in zip(runs, both, strict=True))
-        distance *= 2
-    return runs
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rules: Rules,
+        keeps: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        count: Tensor,
+        mean: Tensor,
+        var: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.rules, ctx.turn = rules, None
+        given = [t.to(rules.dtype).contiguous() for t in (x, weight, bias)]
+        if rules.carry is not None:
+            own = [torch.zeros_like(t) for t in (count, mean, var)]
+            _call("forward", rules, x, *given, *_flags(rules), *own, None, None, None)
+            total = Moments(own[0], *(t.to(rules.dtype) for t in own[1:]))
+            before, ctx.turn = rules.carry(total, *_kinds(rules))()
+            count, mean, var = known_state(x, rules.groups, mean.dtype, before)
+        end = [t.clone(memory_format=torch.contiguous_format) for t in (count, mean, var)]
+        y = torch.empty_like(given[0])
+        kept = [y.new_empty(*x.shape[:2], rules.groups) for _ in range(2)] if keeps else [None, None]
+        _call("forward", rules, x, *given, *_flags(rules), *end, y, *kept)
+        ctx.mark_non_differentiable(end[0])
+        ctx.save_for_backward(x, weight, bias, count, mean, *kept)
+        return y.to(x.dtype), *end
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, d_count: None, d_mean: Tensor | None, d_var: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias, count, mean, means, rstds = ctx.saved_tensors
+        rules: Rules = ctx.rules
+        dy = torch.zeros_like(x) if dy is None else dy
+        given = [t.to(rules.dtype).contiguous() for t in (x, dy, weight)]
+        mean = mean.contiguous()
+        rest = *given, *_flags(rules), count.contiguous(), mean, means, rstds
+        ends = [torch.zeros_like(mean) if t is None else t for t in (d_mean, d_var)]
+        gradients, dx = mean.new_empty(2, x.shape[2]), torch.empty_like(given[0])
+        if ctx.turn is not None:
+            own = [t.clone() for t in ends]
+            _call("backward", rules, x, *rest, *own, None, gradients)
+            ends = [t + later for t, later in zip(ends, ctx.turn(*(t.to(rules.dtype) for t in own))(), strict=True)]
+        states = [t.clone(memory_format=torch.contiguous_format) for t in ends]
+        _call("backward", rules, x, *rest, *states, dx, gradients)
+        d_weight, d_bias = gradients[0].to(weight.dtype), gradients[1].to(bias.dtype)
+        d_state = (None, None) if ctx.turn is not None else states
+        return None, None, dx.to(x.dtype), d_weight, d_bias, None, *d_state
 
 
-def part_borders(totals: Moments, begins: Tensor | None) -> Moments:
-    """Moments between the parts of a row, from those of its parts alone: (P, B, ...) to (P + 1, B, ...).
-
-    Entry r lies before part r, so the last one after the row; begins (P, B) as in `MomentCarry`.
-    """
-    join: _Join = _together
-    runs: _Run = totals.count[..., None], totals.mean, totals.var
-    if begins is not None:
-        join, runs = _segmented(_together), (begins[..., None], *runs)
-    found = [tuple(torch.zeros_like(t[0]) for t in runs)]
-    for part in range(len(totals.mean)):
-        found.append(join(found[-1], tuple(t[part] for t in runs)))
-    count, mean, var = (torch.stack(t) for t in list(zip(*found, strict=True))[-3:])
-    return Moments(count[..., 0], mean, var)
+def _flags(rules: Rules) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in (rules.resets, rules.valid)]
 
 
-def later_gradients(
-    part: int, borders: Moments, begins: Tensor | None, d_mean: Tensor, d_var: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of all later parts' losses by the mean and variance after part `part`, (B, G) each.
+def _call(name: str, rules: Rules, x: Tensor, *tensors: Tensor | None) -> None:
+    sizes: list[int | float] = [*x.shape, rules.groups, threads_for(x)]
+    function = getattr(library(), f"mega_timestep_norm_{name}_{str(rules.dtype).removeprefix('torch.')}")
+    eps = [rules.eps] if name == "forward" else []
+    function(*(None if t is None else t.data_ptr() for t in tensors), *sizes, *eps)
 
-    With n, M after this part and n_s, M_s before part s: `G_V = n sum_s gV_s / n_s`, `G_M = n sum_s (gM_s + 2 (M - M_s)
-    gV_s) / n_s`, up to the first later part in which a document begins; its tokens before that start count.
 
-    Args:
-        part: the number of this part.
-        borders: (P + 1, B, ...), of `part_borders`.
-        begins: (P, B) bool, as there.
-        d_mean: (P, B, G), gradients of each part's own loss by the mean before it.
-        d_var: (P, B, G), those by the variance.
-    """
-    count, mean, _ = (t[part + 1] for t in borders)
-    of_mean, of_var = torch.zeros_like(mean), torch.zeros_like(mean)
-    reached = count > 0
-    for later in range(part + 1, len(d_mean)):
-        n, before = (t.to(mean.dtype) for t in (count, borders.count[later].clamp(min=1)))
-        share = torch.where(reached, n / before, 0)[:, None]
-        of_var = of_var + share * d_var[later]
-        of_mean = of_mean + share * (d_mean[later] + 2 * (mean - borders.mean[later]) * d_var[later])
-        if begins is not None:
-            reached = reached & ~begins[later]
-    return of_mean, of_var
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library; none, with one warning, where it cannot be compiled."""
+    try:
+        found = load(_SOURCE)
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"the timestep norm on this CPU takes its blocked form, which is several times slower: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    integers = [ctypes.c_int64] * 5
+    for name, tensors, more in (("forward", 11, [ctypes.c_double]), ("backward", 13, [])):
+        for dtype in ("float32", "float64"):
+            function = getattr(found, f"mega_timestep_norm_{name}_{dtype}")
+            function.argtypes, function.restype = [ctypes.c_void_p] * tensors + integers + more, None
+    return found
+
+
+_FORMS = {"recurrent": _recurrent, "blocked": _Norm.apply, "native": _native}

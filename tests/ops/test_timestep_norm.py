@@ -92,7 +92,7 @@ def test_the_recurrence_is_the_definition(state, documents, padding):
         assert not found["y"][~valid].any() and not found["dx"][~valid].any()
 
 
-@pytest.mark.parametrize("impl", ["blocked"])
+@pytest.mark.parametrize("impl", ["blocked", "native"])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 500])
 def test_forms_match_the_recurrence(length, impl):
     for state, documents, padding in itertools.product([False, True], repeat=3):
@@ -129,13 +129,14 @@ def run_in_parts(parts, leaves, count, resets, valid, **options):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("impl", ["blocked", "native"])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
-def test_parts_of_a_row_equal_the_whole(parts):
+def test_parts_of_a_row_equal_the_whole(parts, impl):
     leaves, count, resets, valid = make_case(9 * parts, state=False, offset=3.0)
     resets[1, 9 * (parts - 1)] = resets[1, 8] = resets[2, 0] = True
     valid[0, : 9 * (parts - 1) + 2] = False  # the first parts of a row are padding
     for given in itertools.product([None, resets], [None, valid]):
-        got = run_in_parts(parts, leaves, count, *given)
+        got = run_in_parts(parts, leaves, count, *given, impl=impl)
         assert_same(got, run(leaves, count, *given, impl="recurrent"), 1e-12)
 
 

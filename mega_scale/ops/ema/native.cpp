@@ -11,9 +11,9 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
+
+#include "native.h"
 
 namespace {
 
@@ -32,22 +32,6 @@ inline Lane load(const float *from, int64_t numbers) {
     return lane;
 }
 inline void store(float *to, Lane lane, int64_t numbers) { std::memcpy(to, &lane, numbers * sizeof(float)); }
-
-// Threads share the groups: none writes what another reads, so results don't depend on their number.
-template <typename Function>
-void share(int64_t groups, int64_t threads, Function of_groups) {
-    threads = std::max<int64_t>(1, std::min(threads, groups));
-    std::vector<std::thread> others;
-    int64_t begun = 1;
-    try {
-        for (; begun < threads; begun++)
-            others.emplace_back(of_groups, groups * begun / threads, groups * (begun + 1) / threads);
-    } catch (const std::system_error &) {  // the system gives no more threads
-        of_groups(groups * begun / threads, groups);
-    }
-    of_groups(int64_t{0}, groups / threads);
-    for (auto &other : others) other.join();
-}
 
 // Long enough that keeping a state a block costs little, short enough that a block's rows share few pages of memory.
 constexpr int TOKENS = 32;

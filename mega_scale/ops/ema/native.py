@@ -6,11 +6,6 @@ Legend: B batch, L length, D channels, N moving averages per channel.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -21,18 +16,9 @@ from torch import Tensor
 
 from mega_scale.ops import in_memory, once_differentiable
 from mega_scale.ops.ema.coefficients import EmaCoefficients
+from mega_scale.ops.native import load, threads_for
 
-# Numbers of x that are worth a thread.
-_OF_A_THREAD = 2**16
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast"]
-# Floats of a vector register, and what lets a compiler use it, by what PyTorch finds the processor to have.
-_WIDTHS: dict[str, tuple[int, list[str]]] = {
-    "AVX512": (16, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
-    "AVX2": (8, ["-mavx2", "-mfma"]),
-}
-_OTHER: tuple[int, list[str]] = (4, [])
-_COMPILE_SECONDS = 300
 
 
 def native_ema(
@@ -82,8 +68,7 @@ class _Walk(torch.autograd.Function):
         coefficients = torch.stack([torch.expm1(log_decay), gain, projection, *(fade.exp() for fade in fades)])
         befores = x.new_empty(batch, blocks, native.mega_ema_states(channels, averages)) if keeps else None
         y, end = torch.empty_like(x), state.clone(memory_format=torch.contiguous_format)
-        threads = max(1, min(torch.get_num_threads(), x.numel() // _OF_A_THREAD))
-        ctx.sizes = batch, length, channels, averages, threads
+        ctx.sizes = batch, length, channels, averages, threads_for(x)
         tensors = x, coefficients, resets, end, y, befores
         native.mega_ema_forward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
         ctx.save_for_backward(x, log_decay, coefficients, befores, resets)
@@ -126,39 +111,3 @@ def library() -> ctypes.CDLL | None:
         function.restype = None
     found.mega_ema_states.argtypes, found.mega_ema_states.restype = [ctypes.c_int64] * 2, ctypes.c_int64
     return found
-
-
-def load(source: Path, folder: Path | None = None) -> ctypes.CDLL:
-    """Compile a C++ file unless that was done before, and open the library.
-
-    It is kept in `folder`, by default PyTorch's for extensions.
-
-    Raises:
-        ValueError: it cannot be compiled.
-        OSError: the library cannot be kept or opened.
-    """
-    # Slow to import, and only needed here.
-    from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root  # noqa: PLC0415
-
-    width, of_processor = _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), _OTHER)
-    command = [get_cxx_compiler(), *_FLAGS, *of_processor, f"-DWIDTH={width}"]
-    text = source.read_bytes() + " ".join([platform.machine(), *command]).encode()
-    folder = Path(get_default_build_root()) / "mega_scale" if folder is None else folder
-    file = folder / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if file.exists():
-        return ctypes.CDLL(str(file))
-    folder.mkdir(parents=True, exist_ok=True)
-    # Several processes may do so at once: each makes its own, and the last one stays.
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made = Path(temporary) / file.name
-        command += [str(source), "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-        except FileNotFoundError as error:
-            raise ValueError(f"there is no C++ compiler {command[0]!r}: install one, or name it in CXX") from error
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(f"{command[0]} was not done in {_COMPILE_SECONDS} s") from error
-        if done.returncode:
-            raise ValueError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()[-1000:]}")
-        os.replace(made, file)
-    return ctypes.CDLL(str(file))

@@ -38,7 +38,13 @@ _LARGE = f"{STATE}/part-"
 _NAMED = 3  # strays in a line
 _DELETED = ".deleted"  # follows the name of a checkpoint that is being deleted
 # What a run writes, beside its status and its lock; whatever else lies in its folder is its user's.
-_WRITTEN = ("checkpoints/step-*", "checkpoints/latest*", "tensorboard/events.out.tfevents.*", "metrics.jsonl*")
+_WRITTEN = (
+    "checkpoints/step-*",
+    "checkpoints/latest*",
+    "tensorboard/events.out.tfevents.*",
+    "metrics.jsonl*",
+    "trackers.json",
+)
 _OVERWRITING = "overwriting"
 _NOTE = (
     "A run that was started with --overwrite has yet to begin here. Delete this file to keep the run that lies here.\n"

@@ -69,6 +69,16 @@ class TrainConfig:
     tensorboard: bool = True
     """Whether to write TensorBoard events to the tensorboard folder in run_dir (no unit)."""
 
+    trackers: list[str] = field(default_factory=list)
+    """Trackers beside TensorBoard: wandb, trackio, or a reporter of yours as MODULE:CLASS or FILE.py:CLASS (names)."""
+
+    tracker_project: str | None = None
+    """Project in which W&B and trackio keep the run; null takes WANDB_PROJECT, or mega_scale (name)."""
+
+    callbacks: list[str] = field(default_factory=list)
+    """Callbacks of yours that every rank calls after steps, evaluations and saves, as MODULE:CLASS or FILE.py:CLASS
+    (names)."""
+
     stop_signals: list[str] = field(default_factory=lambda: list(STOP_SIGNALS))
     """Signals, on any one rank, after which the run finishes its step, saves and ends with exit code 85; after Ctrl-C
     (SIGINT), a second one ends it at once (names)."""

@@ -1,11 +1,12 @@
 """One run on one rank, from its settings to its last checkpoint, for every engine; read `Trainer` from the top down."""
 
-import json
+import itertools
 import math
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from operator import attrgetter
@@ -28,10 +29,14 @@ from mega_scale.parallel import Place, Placement, World, layout_changes, paralle
 from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr
 from mega_scale.settings import known_keys, to_yaml
+from mega_scale.training.callbacks import Callback, load_callbacks
 from mega_scale.training.config import build_optimizer, seconds_of
-from mega_scale.training.metrics import Reporter, SlowRanks, Throughput, memory_bytes
+from mega_scale.training.console import Reporters
+from mega_scale.training.metrics import SlowRanks, Throughput, memory_bytes
+from mega_scale.training.reporters import Reporter, Run, TensorBoard, find_trackers
 from mega_scale.training.schedule import learning_rate, schedule_changes, stable_step
 from mega_scale.training.stopping import EndOfRunError, Progress, RunStatus, Stopping, StopRun, Watchdog, rows_of
+from mega_scale.training.summary import describe_run, end_line, table
 
 # Keys by which the same run would have other numbers; of those of `parallel`, another line tells.
 _NUMBERS: tuple[str, ...] = ("model.", "data.", "optimizer.", "schedule.", "bad_steps.", "parallel.ds_config")
@@ -58,15 +63,29 @@ class StepResult(NamedTuple):
 class Trainer:
     """A run: making it checks all that a rank can check alone; `run` joins the other ranks, and trains.
 
-    Raises ValueError where it cannot start, OSError where a file that it needs cannot be read.
+    `trackers`, by name, and `callbacks` come beside those that the settings name. Raises ValueError where it cannot
+    start, OSError where a file that it needs cannot be read.
     """
 
     world: World
     watchdog: Watchdog
     stopping: Stopping
 
-    def __init__(self, config: RunConfig, placement: Placement, signals: StopSignals) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        placement: Placement,
+        signals: StopSignals,
+        trackers: Mapping[str, Callable[[Run], Reporter]] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         self.config, self.rank, self.signals = config, placement.rank, signals
+        self.began = time.monotonic()
+        self.trackers: dict[str, Callable[[Run], Reporter]] = {"TensorBoard": TensorBoard}
+        if not config.train.tensorboard:
+            self.trackers.clear()
+        self.trackers |= find_trackers(config.train.trackers) | dict(trackers or {})
+        self.callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
         self.run_dir = Path(config.run_dir)
         self.mesh = config.parallel.mesh(placement.size)
         self.key = read_key(config.checkpoint.key_file)
@@ -269,31 +288,31 @@ class Trainer:
                 replace_text(self.run_dir / "config.yaml", text)
             except OSError as error:
                 self.log(f"{self.run_dir / 'config.yaml'} is not written: {error.strerror}")
-            self.print_header(parameters)
-        self.reporter = Reporter(self.run_dir, self.rank, self.progress.step, train.steps, train.tensorboard)
+        names = dict(self.engine.module.named_parameters())
+        self.parameters_per_rank = sum(self.engine.local_tensor(name).numel() for name in names)
+        self.print_header(table(self, parameters))
+        run = describe_run(self, parameters) if self.rank == 0 else Run(self.run_dir)
+        self.reporter = Reporters(run, self.rank, self.trackers)
         self.throughput = Throughput(self.model_config, world.device, train.dtype, world.size)
         self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
         kept = stable_step(config)
         self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key, kept)
+        self.call_back("on_start")
 
-    def print_header(self, parameters: int) -> None:
-        """Say in a few lines what runs, in which layout; first rank."""
-        config, dataset = self.config, self.loader.dataset
-        names = dict(self.engine.module.named_parameters())
-        facts: dict[str, Any] = {
-            "parameters": parameters,
-            "parameters_per_rank": sum(self.engine.local_tensor(name).numel() for name in names),
-            **self.layout,
-            "device": str(self.world.device),
-            "dtype": config.train.dtype,
-            "training_tokens": dataset.tokens,
-            "tokens_per_step": config.train.global_batch_size * config.data.sequence_length,
-            **({"length_schedule": config.data.length_schedule} if config.data.lengths else {}),
-            "from_step": self.progress.step,
-        }
-        self.log(json.dumps(facts))
+    def call_back(self, method: str, *arguments: Any) -> None:
+        """Call a method of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, method)(self, *arguments)
+
+    def print_header(self, rows: Mapping[str, str]) -> None:
+        """Say in eight lines what runs, then what there is to say of the text."""
+        width = max(map(len, rows))
         validation = [] if self.validation is None else self.validation.tally.lines()
-        for line in [*dataset.tally().lines(), *(f"validation text: {line}" for line in validation)]:
+        for line in [
+            *(f"{name:<{width}} | {text}" for name, text in rows.items()),
+            *self.loader.dataset.tally().lines(),
+            *(f"validation text: {line}" for line in validation),
+        ]:
             self.log(line)
 
     # The loop
@@ -319,10 +338,13 @@ class Trainer:
             self.watchdog.beat("saving")
             ended = self.save()
         self.log_saves([*ended, *self.saver.finish()])
-        self.reporter.close()
         if progress.saved != progress.step:
             last = "there is none" if progress.folder is None else f"the last one is {progress.folder}"
+            self.reporter.close()
             raise EndOfRunError(NOT_WRITTEN, f"the checkpoint of step {progress.step} could not be written; {last}")
+        self.call_back("on_end", stopped)
+        self.reporter.close()
+        self.log(end_line(self.run_dir, progress, steps, stopped, self.began))
         return stopped
 
     def train_step(self) -> StepResult:
@@ -370,6 +392,7 @@ class Trainer:
         self.throughput.add(result.tokens, result.waited, result.length)
         self.reporter.advance()
         progress.count(result.tokens, result.loss, taken=result.problem is None)
+        self.call_back("on_step", progress.step, result)
         if result.problem is not None and self.after_bad_step(result):
             return  # rolled back: nothing to log
         self.data_state = self.loader.state_dict(progress.position)
@@ -455,6 +478,7 @@ class Trainer:
             self.reporter.evaluation(self.progress.step, averaged, average=True)
             found["average"] = averaged
         self.progress.evaluation = found
+        self.call_back("on_evaluation", self.progress.step, found)
 
     def evaluate_weights(self, dataset: PackedDataset) -> dict[str, Any]:
         """Loss, perplexity, bits per byte and tokens, as the engine computes now; collective. Raises StopRun."""
@@ -465,7 +489,14 @@ class Trainer:
         rows = train.eval_batches * train.global_batch_size or len(dataset)
         batches = validation_batches(dataset, rows, train.micro_batch_size, self.mesh.dp_rank(self.rank), self.mesh.dp)
         ratio = dataset.tokens_per_byte(rows, partial(text_size, self.tokenizer))
-        after_batch = partial(self.check_stop, "evaluating")
+        batches_of_rank = -(-min(rows, len(dataset)) // (train.micro_batch_size * self.mesh.dp))
+        done = itertools.count(1)
+        self.reporter.begin_progress()
+
+        def after_batch() -> None:
+            self.check_stop("evaluating")
+            self.reporter.progress(self.progress.step, "evaluating", next(done), batches_of_rank, "batches")
+
         return evaluate(self.engine.module, self.engine.forward, batches, ratio, self.world, after_batch)._asdict()
 
     def sample(self) -> None:
@@ -498,6 +529,7 @@ class Trainer:
         """Say how saves ended, and remember the last checkpoint."""
         progress = self.progress
         for saved in ended:
+            self.call_back("on_save", saved)
             if saved.folder is None:
                 if progress.saved == saved.step:
                     progress.saved = None

@@ -131,7 +131,7 @@ def uninterrupted(cell: Cell, text: Path, folder: Path) -> Reference:
         now = time.monotonic()
         for name in _unfinished(run_dir):
             seen.setdefault(name, [now, now])[1] = now
-        if not begun and "from_step" in ranks.text():
+        if not begun and "from step" in ranks.text():
             begun.append(now)
         return False
 
@@ -270,7 +270,7 @@ def _phase(ranks: forks.Ranks, run_dir: Path) -> str:
 
 
 def _check_resume(found: Findings, text: str, newest: int, where: str) -> None:
-    said = re.search(r'"from_step": (\d+)', text)
+    said = re.search(r"from step (\d+) of", text)
     if said is None:
         found.cut += 1
         return

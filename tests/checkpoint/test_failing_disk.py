@@ -6,9 +6,11 @@ import json
 import os
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mega_scale import files
-from mega_scale.training.metrics import Reporter
+from mega_scale.training.console import Reporters
+from mega_scale.training.reporters import Run, TensorBoard
 from mega_scale.training.stopping import RunStatus
 
 VALUES = {"loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "tokens": 10}
@@ -38,23 +40,27 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text().splitlines() == ["the first", "the third"]
 
 
-def test_metrics_that_cannot_be_written_are_reported_once(tmp_path, monkeypatch, capsys):
-    reporter = Reporter(tmp_path, rank=0, start=0, steps=5, tensorboard=True)
+def test_metrics_that_cannot_be_written_are_reported_once_and_written_later(tmp_path, monkeypatch, capsys):
+    reporter = Reporters(Run(tmp_path, steps=5), trackers={"TensorBoard": TensorBoard})
 
     def fail(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patched:
-        patched.setattr("mega_scale.training.metrics.append_line", fail)
-        patched.setattr(reporter._writer, "add_scalar", fail)
+        patched.setattr("mega_scale.training.reporters.append_line", fail)
+        patched.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
         reporter.evaluation(1, VALUES)
         reporter.evaluation(2, VALUES)
     reporter.evaluation(3, VALUES)
     reporter.close()
     output = capsys.readouterr().out
-    assert output.count("step 1 | metrics.jsonl is not written: Read-only file system") == 1
-    assert output.count("is not written") == output.count("TensorBoard events are written no more") == 1
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3]
+    for name in ("metrics.jsonl", "TensorBoard"):
+        assert output.count(f"step 1 | {name} is not written: Read-only file system") == 1
+        assert output.count(f"step 3 | {name} is written again: 2 reports came late") == 1
+    assert output.count("is not written") == 2
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [point.step for point in events.Scalars("loss/validation")] == [1, 2, 3]
 
 
 def test_a_status_that_cannot_be_written_hides_no_reason(tmp_path, capsys):

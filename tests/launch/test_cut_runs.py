@@ -1,6 +1,7 @@
 """launch/pretrain.py with rows or channels cut over ranks: equal losses, exact resume, exports, new starts."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def one_layout(engine, axis, run_dir, text_file):
         "parallel.self_test=true",
     )  # fmt: skip
     assert "self-test: loss and" in output
-    assert f'"{axis}": 2' in output and "parameters_per_rank" in output
+    assert f" {axis} 2" in output and re.search(r"gradients and moments of [\d.]+K parameters", output)
     return output
 
 
@@ -60,7 +61,7 @@ def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_pat
     pretrain("two forked", whole, *common)
     pretrain_until("deepspeed", halves, "step 6 | saved", *common)
     output = pretrain("two forked", halves, *common, "--resume")  # by launchers: test_killed_ranks.py
-    assert 'from_step": 6' in output
+    assert "from step 6 of" in output
     first, second = metrics(whole), metrics(halves)
     for step in range(7, STEPS + 1):
         for key in ("loss", "grad_norm", "lr", "tokens"):
@@ -73,7 +74,7 @@ def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_pat
     elastic = [*common, "parallel.tp=1", "parallel.engine=fsdp", f"train.steps={STEPS + 1}", "--resume"]
     code, output = start(LAUNCHERS["forked"], [*TINY, *elastic, f"run_dir={whole}"])
     changes = "parallel.engine deepspeed -> fsdp, processes 2 -> 1, parallel.tp 2 -> 1"
-    assert code == 0 and changes in output and f'from_step": {STEPS}' in output, output
+    assert code == 0 and changes in output and f"from step {STEPS} of" in output, output
     export = tmp_path / "export"
     code, output = start(["forked", "launch/export.py"], [str(halves), str(export)])
     assert code == 0, output

@@ -96,7 +96,7 @@ def run(legs: Sequence[Leg], text: Path, folder: Path) -> dict:
         )
         ranks.wait(LIMIT_S)
         left = forks.survivors()
-        said = re.search(r'"from_step": (\d+)', ranks.text())
+        said = re.search(r"from step (\d+) of", ranks.text())
         expected = -signal.SIGKILL if leg.cut else 0
         if said is None or left or set(ranks.codes.values()) != {expected}:
             raise ValueError(f"leg {number} ended with {ranks.codes}, left {left}:\n{ranks.text()[-6000:]}")

@@ -18,9 +18,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# The last two are what DeepSpeed and the C++ kernels import when an engine is made.
+# The last three are what DeepSpeed, the C++ kernels and the reporters import when they are made.
 IMPORTED = ["deepspeed", "launch.pretrain", "mega_scale.training.trainer"]
-IMPORTED += ["deepspeed.runtime.engine", "torch.utils.cpp_extension"]
+IMPORTED += ["deepspeed.runtime.engine", "torch.utils.cpp_extension", "torch.utils.tensorboard"]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(IMPORTED)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -14,10 +14,20 @@ def make_config(**changes):
     return mega_scale.MegaConfig(**{**settings, **changes})
 
 
+def make_megalodon_config(**changes):
+    settings = {
+        "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20,
+        "nffn_hidden_size": 28, "ema_projection_size": 3, "shared_representation_size": 8, "chunk_size": 8,
+        "timestep_norm_groups": 4, "swiglu": True, "rescale_nffn": True,
+    }  # fmt: skip
+    return mega_scale.MegalodonConfig(**{**settings, **changes})
+
+
 def make_model(seed=0, spread=0.2, kind="MegaForCausalLM", **changes):
     """A model in eval mode, a decoder unless told otherwise."""
     torch.manual_seed(seed)
-    model = getattr(mega_scale, kind)(make_config(**changes)).eval()
+    config = (make_megalodon_config if kind.startswith("Megalodon") else make_config)(**changes)
+    model = getattr(mega_scale, kind)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)

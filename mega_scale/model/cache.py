@@ -136,8 +136,11 @@ class MegaCache(Cache):
             self.final_norm = Moments(*map(function, self.final_norm))
 
 
-def check_cache(past: Cache, layers: int, batch: int) -> MegaCache:
-    """The cache given to a model of so many layers for `batch` rows. Raises ValueError where it is another's."""
+def check_cache(past: Cache, layers: int, batch: int, *, norms: bool) -> MegaCache:
+    """The cache given to a model of so many layers for `batch` rows. Raises ValueError where it is another's.
+
+    `norms` says whether blocks of the model's family keep moments of a timestep norm.
+    """
     if not isinstance(past, MegaCache):
         raise ValueError(
             f"past_key_values is a {type(past).__name__}: Mega takes mega_scale.MegaCache, the one that it returns; "
@@ -146,6 +149,8 @@ def check_cache(past: Cache, layers: int, batch: int) -> MegaCache:
     if len(past.states) != layers:
         raise ValueError(f"past_key_values has {len(past.states)} layers, the model {layers}")
     if (state := past.states[0].state) is not None:
+        if (state.norm is not None) != norms:
+            raise ValueError("past_key_values is of a model of another family: start again from an empty cache")
         if state.ema.shape[0] != batch:
             raise ValueError(f"past_key_values holds {state.ema.shape[0]} rows, the input {batch}")
         if in_memory(state.ema) and state.ema.is_inference() and not torch.is_inference_mode_enabled():

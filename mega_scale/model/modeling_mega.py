@@ -251,7 +251,7 @@ class MegaModel(MegaPreTrainedModel):
                 "pass use_cache=False, or set truncation=None"
             )
         layers = config.num_hidden_layers
-        return MegaCache(layers) if past is None else check_cache(past, layers, batch)
+        return MegaCache(layers) if past is None else check_cache(past, layers, batch, norms=False)
 
 
 class MegaForCausalLM(MegaPreTrainedModel, CausalLanguageModel, GenerationMixin):

@@ -187,7 +187,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         """The cache from which `batch` rows go on: the one given, or a new one, or none."""
         layers = self.config.num_hidden_layers
         if past is not None:
-            return check_cache(past, layers, batch)
+            return check_cache(past, layers, batch, norms=True)
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         return MegaCache(layers) if wanted else None
 

@@ -92,14 +92,26 @@ def test_the_recurrence_is_the_definition(documents, with_state):
     assert_same(run(leaves, by("recurrent", resets)), run(leaves, lambda own: definition(own, resets)), 1e-12)
 
 
-@pytest.mark.parametrize("impl", ["recurrent"])
+LENGTHS = (1, 63, 64, 65, 500, pytest.param(4096, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("impl", ["blocked", "fft"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_forms_match_the_recurrence(length, impl):
+    leaves = make_case(length, batch=3)
+    leaves["x"].data[1, : length // 3] = 0  # padding
+    for resets in (None,) if impl == "fft" else (None, make_resets(3, length)):
+        assert_same(run(leaves, by(impl, resets)), run(leaves, by("recurrent", resets)), 1e-10)
+
+
+@pytest.mark.parametrize("impl", ["recurrent", "blocked", "fft"])
 @pytest.mark.parametrize("parts", [2, 3, 4, 8])
 def test_parts_of_a_row_equal_the_whole(parts, impl):
     """All gradients, with and without documents."""
     leaves = make_case(35 * parts, batch=3, with_state=False)
     random = torch.rand(3, 35 * parts, generator=torch.Generator().manual_seed(7)) < 0.03
     random[0, 35 * (parts - 1)] = random[1, 34] = random[2, 0] = True
-    for resets in (None, random):
+    for resets in (None,) if impl == "fft" else (None, random):
 
         def average(own, carry, cut, resets=resets):
             return by(impl, None if resets is None else resets[:, cut], carry=carry)(own)
@@ -108,6 +120,42 @@ def test_parts_of_a_row_equal_the_whole(parts, impl):
         generator = torch.Generator().manual_seed(7)
         probe = {name: torch.randn(want[name].shape, generator=generator).double() for name in ("y", "end")}
         assert_same(average_in_parts(parts, probe, leaves, average), want, 1e-12)
+
+
+def test_transforms_exporters_and_compilers_give_the_same():
+    """Over few and over many blocks, by one exported program."""
+    leaves = make_case(40)
+    state, coefficients = leaves["state"].detach(), [c.detach() for c in coefficients_of(leaves)]
+
+    def average(x, state, *given):
+        return damped_ema(x, EmaCoefficients(*given), state)
+
+    def loss(x, *others):
+        y, end = average(x, *others)
+        return y.square().sum() + end.square().sum()
+
+    compiled = torch.compile(average, backend="eager")
+    x, auto = leaves["x"].detach(), torch.export.Dim.AUTO
+    shapes = {"x": {1: auto}, "state": None, "given": (None,) * 5}
+    exported = torch.export.export(Exported(average), (x, state, *coefficients), dynamic_shapes=shapes).module()
+    for tokens in (40, 65, 1100):
+        x = make_case(tokens)["x"].detach()
+        given = (x, state, *coefficients)
+        want = average(*given)
+        for found in (compiled(*given), exported(*given)):
+            for own, other in zip(found, want, strict=True):
+                torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(torch.func.grad(loss)(*given), torch.autograd.grad(loss(leaf, *given[1:]), leaf)[0])
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, state, *given):
+        return self.function(x, state, *given)
 
 
 def test_powers_over_long_rows_keep_their_phase():

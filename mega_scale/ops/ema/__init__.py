@@ -2,14 +2,13 @@
 
 * recurrent: one token after the other. The truth that all other forms are tested against.
 * fft: a convolution, as in the public implementations; the only form with truncated kernels.
-* blocked: matrix products inside blocks of tokens, each of which needs the past as one state.
+* blocked, in `blocked.py`: matrix products inside blocks of tokens, each of which needs the past as one state.
 
 A form takes x (B, L, D) in the dtype of gain and projection (D, N), h before the first token, none meaning zero, and
 `resets` (B, L) bool, true where a document begins: h is zeroed before that token. It returns y (B, L, D) and h after
 the last token. h is (B, D, N), or pairs of reals (B, D, N, 2) where coefficients are complex.
 
-Legend: B batch, L length, D channels (2D when bidirectional), N moving averages per channel, c tokens per block, M
-blocks per sequence.
+Legend: B batch, L length, D channels (2D when bidirectional), N moving averages per channel.
 """
 
 from collections.abc import Callable
@@ -17,20 +16,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops import (
-    ANY_LENGTH,
-    chunk_count,
     in_memory,
-    join_chunks,
     once_differentiable,
     runs_triton,
-    split_chunks,
     tracing,
     without_autocast,
 )
+from mega_scale.ops.ema.blocked import blocked_ema
 from mega_scale.ops.ema.coefficients import (
     EmaCoefficients,
     Fade,
@@ -46,9 +41,6 @@ __all__ = [
     "ema_coefficients", "forget",
 ]  # fmt: skip
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
-_BLOCK = 32  # tokens
-# Blocks of blocks, for tracers: what is left at the end is a matrix, of 32 rows at a million tokens.
-_DEPTH = 2
 Turn = Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 Carry = Callable[[Tensor, Fade, Tensor | None, bool], tuple[Tensor, Turn]]
 """How states travel between the parts of a sequence that is cut along its length, without autograd: sends this part's
@@ -170,9 +162,7 @@ def _check_kind(coefficients: EmaCoefficients, bidirectional: bool, truncation: 
 def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> str:
     """The implementation that `auto` takes for a kernel without truncation."""
     log_decay, length = coefficients.log_decay, x.shape[1]
-    if coefficients.angle is not None:
-        return "recurrent"
-    if log_decay.dtype == torch.float32 and in_memory(x, log_decay):
+    if coefficients.angle is None and log_decay.dtype == torch.float32 and in_memory(x, log_decay):
         if x.device.type == "cpu" and length > 1 and shipped() and library() is not None:
             return "native"
         narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and log_decay.shape[1] <= 32
@@ -265,7 +255,7 @@ def fft_ema(
     *,
     truncation: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`y = k * x` with `k[tau] = sum_n projection gain q^tau`, plus what the state gives.
+    """`y = k * x` with `k[tau] = Re sum_n c gain q^tau`, plus what the state gives.
 
     The kernel is zero from `truncation` taps on; there is then no finite state, neither before nor after.
     """
@@ -273,8 +263,9 @@ def fft_ema(
         raise ValueError("impl='fft' has one kernel for the whole sequence and takes no resets: use impl='blocked'")
     length = x.shape[1]
     steps = torch.arange(length + 1, device=x.device, dtype=x.dtype)
-    powers = torch.exp(coefficients.log_decay[..., None] * steps)  # (D, N, L + 1)
-    kernel = torch.einsum("dn,dnl->dl", coefficients.projection * coefficients.gain, powers[..., :length])
+    powers = coefficients.fade(steps[:, None, None]).value(x.dtype)  # (L + 1, D, N), or pairs
+    weights = coefficients.weights(powers)
+    kernel = coefficients.kernel(weights[:length]).T
     if truncation is not None:
         kernel = kernel * (steps[:length] < truncation)
     x_BDL = x.transpose(1, 2)
@@ -282,140 +273,12 @@ def fft_ema(
     y = torch.fft.irfft(spectrum, n=2 * length)[..., :length].transpose(1, 2)
     if truncation is not None:
         return y, None
-    into_state = coefficients.gain[..., None] * powers[..., :length].flip(-1)
-    end = torch.einsum("bdl,dnl->bdn", x_BDL, into_state)
+    end = torch.einsum("bld,ldn->bdn", x, coefficients.columns(powers[:length].flip(0), weighed=True))
+    end = end.view(coefficients.state_shape(x.shape[0]))
     if state is not None:
-        y = y + torch.einsum("bdn,dnl->bld", state * coefficients.projection, powers[..., 1:])
-        end = end + powers[..., length] * state
+        y = y + torch.einsum("bdn,ldn->bld", coefficients.columns(state), coefficients.columns(weights[1:]))
+        end = end + coefficients.fade(length).times(state)
     return y, end
-
-
-def blocked_ema(
-    x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """About 2c + 2N multiply-adds per element, in matrix products; reading documents' lengths synchronises a GPU.
-
-    q does not depend on the input, so inside a block of c tokens the average of a channel is one triangular matrix,
-    which all blocks of all sequences share. A document begins a block of its own.
-    """
-    log_decay, gain, projection = coefficients[:3]
-    batch, length, channels = x.shape
-    places = keep = None
-    if resets is None:
-        blocks = chunk_count(length, _BLOCK)
-        last = torch.full((batch,), (length - 1) // _BLOCK, device=x.device)
-        filled = length - last * _BLOCK  # tokens of the last block
-        full = not tracing() and length % _BLOCK == 0
-        tokens = x if full else F.pad(x, (0, 0, 0, blocks * _BLOCK - length))
-    else:
-        position = torch.arange(length, device=x.device).expand(batch, length)
-        opens = (position - torch.where(resets, position, 0).cummax(1).values) % _BLOCK == 0
-        block, place = opens.cumsum(1) - 1, position - torch.where(opens, position, 0).cummax(1).values
-        last, filled = block[:, -1], place[:, -1] + 1
-        blocks = int(last.max()) + 1
-        keep = x.new_ones(batch, blocks).scatter_reduce(1, block, (~resets).to(x.dtype), "amin")
-        row = torch.arange(batch, device=x.device)[:, None]
-        places = ((row * blocks + block) * _BLOCK + place).flatten()
-        tokens = x.new_zeros(batch * blocks * _BLOCK, channels).index_copy_(0, places, x.flatten(0, 1))
-        tokens = tokens.view(batch, -1, channels)
-    tokens = split_chunks(tokens, _BLOCK)  # (B, M, c, D)
-
-    steps = torch.arange(_BLOCK + 1, device=x.device, dtype=x.dtype)
-    powers = torch.exp(log_decay[:, None] * steps[:, None])  # (D, c + 1, N)
-    kernel = torch.einsum("dn,dcn->cd", projection * gain, powers[:, :_BLOCK])
-    into = gain[:, None] * powers[:, :_BLOCK].flip(1)
-    by_channel = tokens.permute(3, 0, 1, 2).contiguous().flatten(1, 2)
-    ends = torch.bmm(by_channel, into).unflatten(1, (batch, -1))
-    before = _states_before(ends, log_decay * _BLOCK, state, keep)
-    inside = torch.bmm(by_channel, _toeplitz(kernel).permute(2, 1, 0))  # what a block's tokens give each other
-    y = torch.baddbmm(inside, before.flatten(1, 2), (projection[:, None] * powers[:, 1:]).mT)
-    if y.requires_grad and not tracing():
-        y.register_hook(Tensor.contiguous)  # products of a transposed gradient would copy it, a channel at a time
-    y = y.unflatten(1, (batch, -1)).permute(1, 2, 3, 0).contiguous()
-    y = join_chunks(y, 0, length) if places is None else y.flatten(0, 2).index_select(0, places).view(x.shape)
-
-    # The last block may be part full.
-    after = torch.arange(_BLOCK - 1, -1, -1, device=x.device)
-    tail = x.index_select(1, (length - 1 - after).clamp(min=0))
-    tail = torch.where((after < filled[:, None])[..., None], tail, 0)
-    row = torch.arange(batch, device=x.device)
-    end = before[:, row, last].transpose(0, 1) * torch.exp(log_decay * filled[:, None, None])
-    return y, end + torch.einsum("bjd,djn->bdn", tail, into)
-
-
-def _states_before(ends: Tensor, log_decay: Tensor, state: Tensor | None, keep: Tensor | None) -> Tensor:
-    """States before every block, (D, B, M, N): from what blocks add (D, B, M, N), the decay of one (D, N), the state
-    before the first (B, D, N), and (B, M) zero where a block begins a document."""
-    channels, batch, blocks, averages = ends.shape
-    if not tracing() or keep is not None:
-        state = ends.new_zeros(batch, channels, averages) if state is None else state
-        return _Recurrence.apply(ends, log_decay.exp()[:, None], state.transpose(0, 1), keep)
-    added = ends.permute(1, 2, 0, 3).flatten(2)
-    before = _before(added, log_decay.flatten(), _DEPTH).unflatten(2, (channels, averages)).permute(2, 0, 1, 3)
-    if state is not None:
-        before = before + state.transpose(0, 1)[:, :, None] * torch.exp(
-            log_decay[:, None, None] * _steps(blocks, ends)[:, None]
-        )
-    return before
-
-
-class _Recurrence(torch.autograd.Function):
-    """`h_{m+1} = decay keep_m h_m + end_m`, from the state to keep_m h_m before every block."""
-
-    @staticmethod
-    def forward(ctx: Any, ends: Tensor, decay: Tensor, state: Tensor, keep: Tensor | None) -> Tensor:
-        """ends (D, B, M, N), decay (D, 1, N), state (D, B, N), keep (B, M)."""
-        before = torch.empty_like(ends, memory_format=torch.contiguous_format)
-        for m in range(ends.shape[2]):
-            state = state if keep is None else state * keep[:, m, None]
-            before[:, :, m] = state
-            state = torch.addcmul(ends[:, :, m], state, decay)
-        ctx.save_for_backward(before, decay, keep)
-        return before
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        before, decay, keep = ctx.saved_tensors
-        d_ends, d_decay, d_state = torch.empty_like(before), torch.zeros_like(decay), torch.zeros_like(before[:, :, 0])
-        for m in reversed(range(before.shape[2])):
-            d_ends[:, :, m] = d_state
-            d_decay += (d_state * before[:, :, m]).sum(1, keepdim=True)
-            d_state = torch.addcmul(gradient[:, :, m], d_state, decay)
-            d_state = d_state if keep is None else d_state * keep[:, m, None]
-        return d_ends, d_decay, d_state, None
-
-
-def _before(added: Tensor, log_decay: Tensor, depth: int) -> Tensor:
-    """h_m of `h_{m+1} = exp(log_decay) h_m + added_m` from zero: added (B, M, K), log_decay (K,), h (B, M, K).
-
-    A fixed number of operators whatever M, differentiable any number of times, for tracers. No size here is one less
-    than another: an exporter would keep whether it is 1.
-    """
-    count = added.shape[1]
-    if depth == 0 or (tracing() not in ANY_LENGTH and count <= _BLOCK):
-        kernel = torch.exp(log_decay * _steps(count, added)[:, None])
-        return torch.einsum("bjk,ijk->bik", added, _toeplitz(kernel, 1))
-    padding = chunk_count(count, _BLOCK) * _BLOCK - count
-    blocks, kernel = (
-        split_chunks(F.pad(added, (0, 0, 0, padding)), _BLOCK),
-        torch.exp(log_decay * _steps(_BLOCK, added)[:, None]),
-    )
-    inside = torch.einsum("bmjk,ijk->bmik", blocks, _toeplitz(kernel, 1))
-    ends = torch.einsum("bmjk,jk->bmk", blocks, kernel.flip(0))
-    found = inside + _before(ends, log_decay * _BLOCK, depth - 1)[:, :, None] * kernel
-    return join_chunks(found, 0, count)
-
-
-def _toeplitz(kernel: Tensor, lag: int = 0) -> Tensor:
-    """Entry (i, j, k) is `kernel[i - lag - j, k]`, zero where j > i - lag: (c, K) to (c, c, K)."""
-    steps = torch.arange(kernel.shape[0], device=kernel.device)
-    distance = steps[:, None] - lag - steps
-    return kernel[distance.clamp(min=0)] * (distance >= 0)[..., None]
-
-
-def _steps(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, device=like.device, dtype=like.dtype)
 
 
 _FORMS = {"recurrent": recurrent_ema, "fft": fft_ema, "blocked": blocked_ema, "native": native_ema}

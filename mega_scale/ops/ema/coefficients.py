@@ -67,6 +67,25 @@ class EmaCoefficients(NamedTuple):
             return Fade(self.log_decay).power(tokens)
         return Fade(self.log_decay.double(), self.angle.double()).power(tokens)
 
+    def weights(self, powers: Tensor) -> Tensor:
+        """What parts of a state give `y = Re sum_n c_n w_n h_n`, w being powers (..., D, N) or pairs: Re(c w), and
+        -Im(c w), in that shape."""
+        if self.projection_imag is None:
+            return self.projection * powers
+        re, im = powers.unbind(-1)
+        of_imaginary = -(self.projection * im + self.projection_imag * re)
+        return torch.stack([self.projection * re - self.projection_imag * im, of_imaginary], -1)
+
+    def kernel(self, weights: Tensor) -> Tensor:
+        """What a token gives outputs later on, (..., D), from `weights` of the decays' powers."""
+        return (self.gain * (weights if self.angle is None else weights[..., 0])).sum(-1)
+
+    def columns(self, states: Tensor, weighed: bool = False) -> Tensor:
+        """States (..., D, N) or pairs (..., D, N, 2), times the gain if `weighed`, as reals: (..., D, N or 2N)."""
+        if self.angle is None:
+            return states * self.gain if weighed else states
+        return (states * self.gain[..., None] if weighed else states).flatten(-2)
+
     def state_shape(self, batch: int) -> tuple[int, ...]:
         """(B, D, N), or (B, D, N, 2) of a complex average."""
         return (batch, *self.gain.shape) if self.angle is None else (batch, *self.gain.shape, 2)

@@ -6,11 +6,9 @@ The sections stand beside what they configure. Modules that take seconds to impo
 
 import contextlib
 import dataclasses
-import inspect
 import os
-import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +18,15 @@ import torch
 from mega_scale.checkpoint import folder as store
 from mega_scale.data.config import DataConfig
 from mega_scale.files import local_path, shipped
-from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
+from mega_scale.model.configuration import BaseConfig
+from mega_scale.model_section import (
+    FROM_TOKENIZER,
+    TRAINING_ONLY,
+    MegalodonSection,
+    MegaSection,
+    model_config,
+    section_of,
+)
 from mega_scale.parallel import mesh
 from mega_scale.parallel.config import EngineConfig, ParallelConfig, check_accelerate
 from mega_scale.process import refuse
@@ -45,79 +51,6 @@ _OPTIONS = {
 _COMPILERS = ("c++", "g++", "clang++")
 
 
-# The model section
-
-FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
-
-# A run pretrains a causal language model; MegaConfig itself keeps the defaults of transformers 4.37.2, an encoder's.
-CAUSAL = {"is_decoder": True, "bidirectional": False}
-
-
-def _make_section() -> type:
-    """The keys of MegaConfig as a dataclass; their sentences come from its docstring."""
-    entries = re.compile(r"^    (\w+): (.*\n(?:        .*\n)*)", re.MULTILINE)
-    sentences = dict(entries.findall(inspect.cleandoc(MegaConfig.__doc__ or "") + "\n"))
-    defaults = {field.name: field.default for field in dataclasses.fields(MegaConfig)} | CAUSAL
-    fields = []
-    for name, declared in inspect.get_annotations(MegaConfig, eval_str=True).items():
-        hint, default, sentence = declared, defaults[name], " ".join(sentences[name].split())
-        if name in FROM_TOKENIZER:
-            hint, default, sentence = declared | None, None, sentence.rstrip(".") + "; null takes the tokenizer's."
-        fields.append((name, hint, field(default=default, metadata={"help": sentence})))
-    namespace = {"__module__": __name__, "__doc__": "The model"}
-    return dataclasses.make_dataclass("ModelSection", fields, namespace=namespace)
-
-
-if TYPE_CHECKING:
-    ModelSection = Any
-else:
-    ModelSection = _make_section()
-
-
-def model_config(section: ModelSection, tokenizer: "PreTrainedTokenizerBase | None" = None) -> MegaConfig:
-    """Turn the `model` section into the configuration of a model; a tokenizer gives what the section leaves open.
-
-    Raises ValueError where a value or combination is impossible, cannot be trained, or does not fit the tokenizer.
-    """
-    values = {name: value for name, value in dataclasses.asdict(section).items() if value is not None}
-    if tokenizer is not None:
-        from mega_scale.data.tokenizer import separator_id, vocabulary_size
-
-        size = vocabulary_size(tokenizer)
-        remedy = f"it is less than the {size} ids of the tokenizer, leave it null, or set it to at least that"
-        require(values.get("vocab_size", size) >= size, "model.vocab_size", values.get("vocab_size"), remedy)
-        values.setdefault("vocab_size", size)
-        values.setdefault("eos_token_id", separator_id(tokenizer))
-        if "pad_token_id" not in values and _occurs_in_texts(tokenizer):
-            values["pad_token_id"] = None  # or its embedding would never be learned
-        for name in FROM_TOKENIZER[1:]:
-            values.setdefault(name, getattr(tokenizer, name))
-    try:
-        config = MegaConfig(**values)
-        config.check_for_model()
-        config.check_special_ids(*values)
-        if config.is_decoder and config.normalization_type in BATCH_NORMS:
-            raise ValueError(
-                f"normalization_type={config.normalization_type!r} takes its statistics from all positions, so a "
-                "decoder that trains would see the future: choose scalenorm, layernorm or rmsnorm"
-            )
-    except Exception as error:
-        # The strict dataclass wraps what its validators raise.
-        raise ValueError(f"model.{error.__cause__ or error}") from None
-    return config
-
-
-def _occurs_in_texts(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the padding token stands for something else too: an unknown word, or a word of the vocabulary.
-
-    One that begins or ends texts is in the configuration, which knows what that means.
-    """
-    pad, text = tokenizer.pad_token_id, getattr(tokenizer, "pad_token", None)
-    if pad is None or pad in (getattr(tokenizer, f"{role}_token_id", None) for role in ("unk", "sep", "cls", "mask")):
-        return pad is not None
-    return text is not None and pad in tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
 @dataclass
 class RunConfig:
     """The run"""
@@ -136,7 +69,7 @@ class RunConfig:
     """Folder of an export or a Hugging Face model from which the initial weights are taken (path). Model and
     tokenizer are that folder's, as for resume."""
 
-    model: ModelSection = field(default_factory=ModelSection)
+    model: MegaSection | MegalodonSection = field(default_factory=MegaSection)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -184,14 +117,11 @@ class RunConfig:
         self._check_folders()
 
     def _check_model(self) -> None:
-        model, data, tp, sp = self.model, self.data, self.parallel.tp, self.parallel.sp
-        require(model.is_decoder, "model.is_decoder", False, "a causal language model is trained, set it to true")
-        remedy = "pretraining on text has no encoder to attend to, set it to false"
-        require(not model.add_cross_attention, "model.add_cross_attention", True, remedy)
-        model_config(model)
-        length, chunk, whole = data.sequence_length, model.chunk_size, sp * model.chunk_size
-        if model.use_chunking:
+        model, data, tp, sp = model_config(self.model), self.data, self.parallel.tp, self.parallel.sp
+        length, chunk = data.sequence_length, model.attention_chunk
+        if chunk is not None:
             # In a schedule, every rank has whole chunks, so that nothing is padded.
+            whole = sp * chunk
             for short in data.lengths.lengths if data.lengths else ():
                 units = f"parallel.sp={sp} x model.chunk_size={chunk} = {whole}"
                 remedy = f"{short} is not a multiple of {units}, use {mesh.multiples(whole, short)}"
@@ -202,22 +132,14 @@ class RunConfig:
             )
             padded = sp > 1
             require(length % chunk == 0 or padded, "model.chunk_size", chunk, remedy)
-        key, reach = ("model.chunk_size", chunk) if model.use_chunking else ("data.sequence_length", length)
-        for rule in (
-            (data.packing != "reset" or model.truncation is None, "data.packing", "reset",
-             f"with model.truncation={model.truncation}, a moving average cannot begin anew inside a sequence: set "
-             "model.truncation=null, or data.packing=none or concat"),
-            (model.relative_positional_bias != "simple" or reach <= model.max_positions, key, reach,
-             f"model.relative_positional_bias='simple' reaches model.max_positions={model.max_positions}: set that to "
-             f"at least {reach}, or take the rotary"),
-        ):  # fmt: skip
+        for rule in _FAMILY_RULES.get(self.model.type, lambda run: ())(self):
             require(*rule)
         mesh.check_tensor_parallel(model, tp)
         mesh.check_segments(model, self.parallel.activation_checkpoint_segment, self.parallel.activation_checkpoint, sp)
         mesh.check_sequence_parallel(model, length, sp)
 
     def _check_training(self, dp: int) -> None:
-        train, truncation, batch = self.train, self.model.truncation, self.train.global_batch_size
+        train, batch = self.train, self.train.global_batch_size
         on_cpu, micro = self.parallel.device == "cpu" or not torch.cuda.is_available(), train.micro_batch_size
         sizes = f"global_batch_size of {mesh.multiples(dp * micro, batch)}"
         if batch % dp == 0:
@@ -225,9 +147,6 @@ class RunConfig:
         for rule in (
             (not (train.compile and on_cpu) or any(map(shutil.which, _COMPILERS)), "train.compile", True,
              f"a CPU needs a C++ compiler ({', '.join(_COMPILERS)}) in the PATH, install one, or set it to false"),
-            (truncation is None or not train.sample_every, "model.truncation", truncation,
-             f"it leaves no state to generate from, but train.sample_every={train.sample_every}: set sample_every=0, "
-             "or truncation=null"),
             (batch % (dp * micro) == 0, "train.global_batch_size", batch,
              f"it is not a multiple of {dp} data-parallel ranks x train.micro_batch_size={micro} = {dp * micro} "
              f"sequences, use a {sizes}"),
@@ -256,36 +175,57 @@ class RunConfig:
         store.check_run_folder(run_dir, self.resume, self.overwrite)
 
 
+def _mega_rules(run: RunConfig) -> Iterable[tuple[bool, str, Any, str]]:
+    """What a Mega may be and a run cannot train: whether it is not so, and the key, value and remedy."""
+    model, data, train = run.model, run.data, run.train
+    key, reach = ("model.chunk_size", model.chunk_size)
+    if not model.use_chunking:
+        key, reach = "data.sequence_length", data.sequence_length
+    return (
+        (model.is_decoder, "model.is_decoder", False, "a causal language model is trained, set it to true"),
+        (not model.add_cross_attention, "model.add_cross_attention", True,
+         "pretraining on text has no encoder to attend to, set it to false"),
+        (data.packing != "reset" or model.truncation is None, "data.packing", "reset",
+         f"with model.truncation={model.truncation}, a moving average cannot begin anew inside a sequence: set "
+         "model.truncation=null, or data.packing=none or concat"),
+        (model.relative_positional_bias != "simple" or reach <= model.max_positions, key, reach,
+         f"model.relative_positional_bias='simple' reaches model.max_positions={model.max_positions}: set that to "
+         f"at least {reach}, or take the rotary"),
+        (model.truncation is None or not train.sample_every, "model.truncation", model.truncation,
+         f"it leaves no state to generate from, but train.sample_every={train.sample_every}: set sample_every=0, "
+         "or truncation=null"),
+    )  # fmt: skip
+
+
+_FAMILY_RULES = {"mega": _mega_rules}
+
+
 # What a run takes from the folder that it goes on from or starts from
 #
 # Whatever of the model changes what it computes is the folder's: a key that says otherwise is refused. What only
 # training reads, dropout and the spread of initial weights, may be changed.
-
-TRAINING_ONLY = frozenset(
-    {
-        "dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob", "nffn_activation_dropout_prob",
-        "embedding_dropout_prob", "classifier_dropout", "use_feature_dropout", "initializer_range",
-        "ema_delta_alpha_range", "ema_beta_range", "ema_gamma_omega_range", "use_cache",
-    }
-)  # fmt: skip
-"""Keys of `model` that leave the function of trained weights as it is."""
 
 
 class Described(NamedTuple):
     """A model as a folder describes it."""
 
     source: str  # the key that names the folder, with its value
-    config: MegaConfig
+    model: Any  # the `model` section
     tokenizer: "PreTrainedTokenizerBase | None"  # None where none can be loaded
     tokenizer_name: str  # by which a run loads it
 
     def require_model(self, model: Any, names: Collection[str]) -> None:
         """Refuse a model, given by the keys of `model`, that is another function by some of them."""
-        wrong = [
-            f"model.{name}={getattr(model, name)!r} (there: {getattr(self.config, name)!r})"
-            for name in names
-            if name not in TRAINING_ONLY and getattr(model, name) != getattr(self.config, name)
-        ]
+        there = self.model
+        if "type" in names and model.type != there.type:
+            names = ["type"]
+        wrong = []
+        for name in names:
+            value = getattr(model, name)
+            if not hasattr(there, name):
+                wrong.append(f"model.{name}={value!r} (there: model.type={there.type!r}, which has no such key)")
+            elif name not in TRAINING_ONLY and value != getattr(there, name):
+                wrong.append(f"model.{name}={value!r} (there: {getattr(there, name)!r})")
         if wrong:
             raise ValueError(
                 f"{self.source} holds another model than the run describes: {', '.join(wrong)}; leave those keys out "
@@ -305,15 +245,15 @@ def described_by(config: RunConfig, checkpoint: Path | None) -> Described | None
         with contextlib.suppress(ValueError):
             tokenizer = read_own_tokenizer(checkpoint)
         recorded = read_yaml(checkpoint / "config.yaml").get("data", {}).get("tokenizer", config.data.tokenizer)
-        return Described(f"resume={config.resume!r}", read_model(checkpoint), tokenizer, recorded)
+        return Described(f"resume={config.resume!r}", section_of(read_model(checkpoint)), tokenizer, recorded)
     folder = str(config.init_from)
     with contextlib.suppress(ValueError):
         tokenizer = read_tokenizer(Path(folder))
-    return Described(f"init_from={folder!r}", read_config(Path(folder)), tokenizer, folder)
+    return Described(f"init_from={folder!r}", section_of(read_config(Path(folder))), tokenizer, folder)
 
 
 def require_same(
-    config: RunConfig, checkpoint: Path | None, model: MegaConfig, tokenizer: "PreTrainedTokenizerBase"
+    config: RunConfig, checkpoint: Path | None, model: BaseConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
     """Refuse a model or tokenizer that is not that of the folder from which the weights are taken, if there is one.
 
@@ -322,7 +262,7 @@ def require_same(
     if (described := described_by(config, checkpoint)) is None:
         return
     ids = FROM_TOKENIZER[1:]  # follow the tokenizer
-    described.require_model(model, [f.name for f in dataclasses.fields(config.model) if f.name not in ids])
+    described.require_model(section_of(model), [f.name for f in dataclasses.fields(config.model) if f.name not in ids])
     if described.tokenizer is not None and tokenizer.get_vocab() != described.tokenizer.get_vocab():
         raise ValueError(
             f"data.tokenizer={config.data.tokenizer!r} has another vocabulary than the tokenizer that "
@@ -345,14 +285,13 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
     if described is None:
         return config
     section, data = config.model, config.data
-    names = [field.name for field in dataclasses.fields(section)]
-    own = [name for name in names if f"model.{name}" in given]
+    own = [field.name for field in dataclasses.fields(section) if f"model.{field.name}" in given]
     own = [name for name in own if name not in FROM_TOKENIZER or getattr(section, name) is not None]
     described.require_model(section, own)
-    values = {name: getattr(section if name in own else described.config, name) for name in names}
+    model = dataclasses.replace(described.model, **{name: getattr(section, name) for name in own})
     if "data.tokenizer" not in given and described.tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=described.tokenizer_name)
-    return dataclasses.replace(config, model=type(section)(**values), data=data)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 # From files and the command line
@@ -393,7 +332,8 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
             if not quiet:
                 print(format_help(RunConfig, _DESCRIPTION, _OPTIONS), end="", flush=True)
             raise SystemExit(0)
-        config, given = resolve(RunConfig, [find_config(name) for name in configs] or [str(DEFAULT_CONFIG)], overrides)
+        base = None if configs else str(DEFAULT_CONFIG)
+        config, given = resolve(RunConfig, [find_config(name) for name in configs], overrides, base=base)
         # The keys of the default job are nobody's.
         config = adopt(config, given if configs else {key for key, _ in overrides})
     except ValueError as error:

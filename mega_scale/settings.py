@@ -1,6 +1,7 @@
 """Settings as nested dataclasses: defaults < YAML files < the command line, and refusals that name key, value, remedy.
 
-The keys are the fields, their types say which values are allowed, and the string below a field is its help.
+The keys are the fields, their types say which values are allowed, and the string below a field is its help. A section
+of several kinds is a union of dataclasses, each with a key `type` that only has its own name; the first is the default.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -79,12 +80,39 @@ def local_paths(args: argparse.Namespace) -> None:
 # Keys and types
 
 
+def sections(hint: Any) -> tuple[Any, ...]:
+    """The dataclasses of a field's type: none where it is a value, several for a section of several kinds."""
+    return tuple(member for member in members(hint) if dataclasses.is_dataclass(member))
+
+
 def known_keys(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Types by dotted key of a dataclass and of the dataclasses in it, in the order of declaration."""
+    """Types by dotted key of a dataclass and of the dataclasses in it, in the order of declaration.
+
+    A section of several kinds has the keys of all of them.
+    """
     keys: dict[str, Any] = {}
     for name, hint in get_type_hints(section).items():
-        keys |= known_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint}
+        kinds = sections(hint)
+        keys |= _keys_of_kinds(kinds, f"{prefix}{name}.") if kinds else {f"{prefix}{name}": hint}
     return keys
+
+
+def _keys_of_kinds(kinds: Iterable[Any], prefix: str) -> dict[str, Any]:
+    """The keys of each of some dataclasses; where one has several types, their union."""
+    keys: dict[str, Any] = {}
+    for kind in kinds:
+        for key, hint in known_keys(kind, prefix).items():
+            keys[key] = keys[key] | hint if keys.get(key, hint) != hint else hint
+    return keys
+
+
+def values_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key of a dataclass and of the dataclasses in it."""
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        values |= values_of(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
+    return values
 
 
 def members(hint: Any) -> tuple[Any, ...]:
@@ -95,16 +123,17 @@ def members(hint: Any) -> tuple[Any, ...]:
 def describe(hint: Any) -> str:
     """The values of a type in words, such as "an integer or null"."""
     words = []
+    choices = [str(v) for member in members(hint) if get_origin(member) is Literal for v in get_args(member)]
     for member in members(hint):
         if get_origin(member) is Literal:
-            words.append("one of " + ", ".join(str(value) for value in get_args(member)))
+            words.append("one of " + ", ".join(choices))
         elif get_origin(member) is list:
             words.append(f"a list of {describe(get_args(member)[0]).removeprefix('an ').removeprefix('a ')} items")
         elif get_origin(member) is dict:
             words.append("a mapping")
         elif not (member is int and _WORDS[float] in words):  # float | int is any number
             words.append(_WORDS.get(member, str(member)))
-    return " or ".join(words)
+    return " or ".join(dict.fromkeys(words))
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -283,16 +312,18 @@ def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> tuple[list[
 
 
 def resolve(
-    section: type, configs: Sequence[str], overrides: Overrides, *, stored: bool = False
+    section: type, configs: Sequence[str], overrides: Overrides, *, base: str | None = None, stored: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """Build a dataclass from its defaults, YAML files, and the command line, each over the one before.
 
-    `stored` files were written by a run, perhaps of an earlier version. Returns the dataclass, and the values of the
-    keys that were given. Raises ValueError where a key is unknown, or a value not of its type.
+    `base` is a file below the others that nobody asked for: a key of it that the chosen kind of a section lacks is left
+    out. `stored` files were written by a run, perhaps of an earlier version. Returns the dataclass, and the values of
+    the keys that were given. Raises ValueError where a key is unknown, or of another kind, or a value not of its type.
     """
     known = known_keys(section)
     values: dict[str, Any] = {}
-    for path in configs:
+    unasked: set[str] = set()
+    for path in configs if base is None else (base, *configs):
         given = _flatten(read_yaml(path), known)
         layer: dict[str, Any] = {}
         try:
@@ -304,6 +335,7 @@ def resolve(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         values |= layer
+        unasked = set(layer) if path == base else unasked - set(layer)
     mappings = [key for key, hint in known.items() if any(get_origin(member) is dict for member in members(hint))]
     for key, text in sorted(overrides, key=lambda override: override[0] not in known):  # mappings, then their entries
         mapping = next((name for name in mappings if key.startswith(f"{name}.")), None)
@@ -311,10 +343,11 @@ def resolve(
             raise ValueError(f"{key} has no value: write {key}=VALUE")
         if mapping is None:
             values[key] = allowed(key, text, known, _convert_text)
+            unasked.discard(key)
         else:
             values[mapping] = values.get(mapping) or {}
             _set_inside(values[mapping], key, key.removeprefix(f"{mapping}."), str(text))
-    return _build(section, values), values
+    return _build(section, values, unasked), values
 
 
 def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -341,14 +374,33 @@ def _set_inside(at: dict[str, Any], key: str, path: str, text: str) -> None:
         raise ValueError(f"{key}={text} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def _build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
+def _build(section: Any, values: dict[str, Any], unasked: Collection[str], prefix: str = "") -> Any:
     found = {}
     for name, hint in get_type_hints(section).items():
-        if dataclasses.is_dataclass(hint):
-            found[name] = _build(hint, values, f"{prefix}{name}.")
+        if kinds := sections(hint):
+            kind = _chosen(kinds, values, unasked, f"{prefix}{name}.")
+            found[name] = _build(kind, values, unasked, f"{prefix}{name}.")
         elif f"{prefix}{name}" in values:
             found[name] = values[f"{prefix}{name}"]
     return section(**found)
+
+
+def _chosen(kinds: tuple[Any, ...], values: dict[str, Any], unasked: Collection[str], prefix: str) -> Any:
+    """The kind of a section that its `type` names; refuses keys that only other kinds have."""
+    if len(kinds) == 1:
+        return kinds[0]
+    known = {kind().type: known_keys(kind, prefix) for kind in kinds}
+    chosen = values.get(f"{prefix}type", next(iter(known)))
+    given = [key for key in values if key.startswith(prefix) and key not in known[chosen] and key not in unasked]
+    if given:
+        owner = next(name for name, keys in known.items() if given[0] in keys)
+        words = "is a key" if len(given) == 1 else "are keys"
+        named = ", ".join(f"{key}={json.dumps(values[key])}" for key in given)
+        raise ValueError(
+            f"{named} {words} of {prefix}type={owner}, and the run has {prefix}type={chosen}: leave "
+            f"{'it' if len(given) == 1 else 'them'} out, or set {prefix}type={owner}"
+        )
+    return next(kind for kind in kinds if kind().type == chosen)
 
 
 # Help
@@ -370,20 +422,55 @@ def format_help(section: type, description: str, options: dict[str, str]) -> str
 
 
 def _add_keys(parser: argparse.ArgumentParser, section: Any, prefix: str) -> None:
+    title = (inspect.getdoc(section) or "").partition("\n")[0].removesuffix(".")
+    group = parser.add_argument_group(title)
     hints, defaults = get_type_hints(section), section()
+    for name, sentence in _sentences(section).items():
+        kinds = sections(hints[name])
+        if len(kinds) == 1:
+            _add_keys(parser, kinds[0], f"{prefix}{name}.")
+        elif kinds:
+            _add_kinds(parser, kinds, f"{prefix}{name}.")
+        else:
+            _add_key(group, f"{prefix}{name}", sentence, hints[name], _shown(getattr(defaults, name)))
+
+
+def _add_kinds(parser: argparse.ArgumentParser, kinds: tuple[Any, ...], prefix: str) -> None:
+    """Keys of a section of several kinds; each tells what it means, and what its default is, in which of them."""
+    sentences = {kind().type: _sentences(kind) for kind in kinds}
+    title = (inspect.getdoc(kinds[0]) or "").partition("\n")[0].removesuffix(".")
+    group = parser.add_argument_group(f"{title}, {' or '.join(sentences)}")
+    for name, hint in _keys_of_kinds(kinds, "").items():
+        meanings: dict[str, list[str]] = {}
+        values: dict[str, list[str]] = {}
+        for kind in kinds:
+            tag = kind().type
+            if name in sentences[tag]:
+                meanings.setdefault(sentences[tag][name], []).append(tag)
+                values.setdefault(_shown(getattr(kind(), name)), []).append(tag)
+        sentence = next(iter(meanings))
+        if len(meanings) > 1:
+            sentence = " ".join(f"{', '.join(tags)}: {meaning}" for meaning, tags in meanings.items())
+        default = ", ".join(f"{value} ({', '.join(tags)})" for value, tags in values.items())
+        _add_key(group, f"{prefix}{name}", sentence, hint, _shown(kinds[0]().type) if name == "type" else default)
+
+
+def _add_key(group: Any, key: str, sentence: str, hint: Any, default: str) -> None:
+    text = f"{sentence} (type: {describe(hint)}, default: {default})".replace("%", "%%")
+    group.add_argument(f"--{key}", metavar="VALUE", help=text)
+
+
+def _shown(default: Any) -> str:
+    return json.dumps(default) if default is None or isinstance(default, bool) else str(default)
+
+
+def _sentences(section: Any) -> dict[str, Any]:
+    """The help of each field: of its metadata, or the string below it."""
     sentences = {field.name: field.metadata.get("help") for field in dataclasses.fields(section)}
-    if None in sentences.values():  # they stand below the fields
+    if None in sentences.values():
         [definition] = ast.parse(inspect.getsource(section)).body
         assert isinstance(definition, ast.ClassDef)
         for node, below in itertools.pairwise(definition.body):
             if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
                 sentences[ast.unparse(node.target)] = " ".join(ast.literal_eval(below.value).split())
-    group = parser.add_argument_group((inspect.getdoc(section) or "").partition("\n")[0].removesuffix("."))
-    for name, sentence in sentences.items():
-        hint, default = hints[name], getattr(defaults, name)
-        if dataclasses.is_dataclass(hint):
-            _add_keys(parser, hint, f"{prefix}{name}.")
-            continue
-        default = json.dumps(default) if default is None or isinstance(default, bool) else default
-        text = f"{sentence} (type: {describe(hint)}, default: {default})".replace("%", "%%")
-        group.add_argument(f"--{prefix}{name}", metavar="VALUE", help=text)
+    return sentences

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from launch.pretrain import main
 from mega_scale.checkpoint.folder import Manifest, resume_path, write_manifest
 from mega_scale.config import DEFAULT_CONFIG, RunConfig, load_config, model_config, parse, to_yaml
 from mega_scale.files import hash_file
-from mega_scale.model import MegaConfig
+from mega_scale.model import MegaConfig, MegalodonConfig
 from mega_scale.settings import describe, known_keys
 
 KNOWN = known_keys(RunConfig)
@@ -139,12 +140,81 @@ def test_what_is_no_number_to_people_is_none_to_us(text, tmp_path, capsys):
 # The model section
 
 
-def test_model_section_is_what_megaconfig_declares():
-    keys = {key.removeprefix("model.") for key in KNOWN if key.startswith("model.")}
-    assert keys == set(MegaConfig.__annotations__)
-    ours, reference = RunConfig().model, MegaConfig()
-    differing = {key for key in keys if getattr(ours, key) != getattr(reference, key)}
-    assert differing == {"is_decoder", "bidirectional", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+def test_model_section_has_the_keys_and_defaults_of_each_configuration():
+    ids = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+    ours = {"mega": RunConfig().model, "megalodon": parse(["--config", os.devnull, "model.type=megalodon"]).model}
+    differing = {"mega": ids | {"is_decoder", "bidirectional"}, "megalodon": ids}
+    for configuration in (MegaConfig, MegalodonConfig):
+        name, reference = configuration.model_type, configuration()
+        keys = {field.name for field in dataclasses.fields(ours[name])}
+        assert keys == {"type", *configuration.__annotations__} and ours[name].type == name
+        assert {key for key in keys - {"type"} if getattr(ours[name], key) != getattr(reference, key)} == differing[
+            name
+        ]
+        assert {f"model.{key}" for key in keys} <= set(KNOWN)
+        assert type(model_config(ours[name], TOKENIZER)) is configuration
+
+
+def test_a_megalodon_takes_from_the_default_job_what_it_has(tmp_path, capsys):
+    """Files that were asked for are its user's: a key of another family in one is refused."""
+    found = parse(["model.type=megalodon", "model.num_attention_heads=2"])
+    default = load_config(DEFAULT_CONFIG)
+    assert (found.model.type, found.model.num_attention_heads, found.model.rope_base) == ("megalodon", 2, 1e4)
+    assert found.model.hidden_size == default.model.hidden_size and found.model.chunk_size == default.model.chunk_size
+    assert not hasattr(found.model, "use_chunking") and found.train == default.train
+    dataclasses.replace(found, run_dir=str(tmp_path)).validate(world_size=1)
+    message = _refusal(["--config", str(DEFAULT_CONFIG), "model.type=megalodon"], capsys)
+    assert "model.use_chunking=true, model.normalization_type=" in message and "are keys of model.type=mega" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (
+            "model.num_attention_heads=2",
+            [
+                "model.num_attention_heads=2 is a key of model.type=megalodon",
+                "has model.type=mega:",
+                "leave it out, or set model.type=megalodon",
+            ],
+        ),
+        ("model.type=mega model.swiglu=true", ["model.swiglu=true is a key of model.type=megalodon"]),
+        (
+            "model.type=megalodon model.use_chunking=false",
+            ["model.use_chunking=false is a key of model.type=mega,", "leave it out, or set model.type=mega"],
+        ),
+        (
+            "model.type=megalodon model.truncation=null model.is_decoder=true",
+            ["model.truncation=null, model.is_decoder=true are keys of model.type=mega,", "leave them out"],
+        ),
+        ("model.type=llama", ["model.type='llama'", "one of mega, megalodon"]),
+        ("model.type=megalodon model.rope=1", ["model.rope is not a key", "model.rope_base"]),
+        ("model.type=megalodon model.swiglu=3", ["model.swiglu='3'", "true or false"]),
+    ],
+)
+def test_keys_of_the_other_family_are_refused_by_name(words, fragments, tmp_path, capsys):
+    tree: dict[str, str] = dict(word.removeprefix("model.").split("=") for word in words.split())
+    text = "model:\n" + "".join(f"  {key}: {value}\n" for key, value in tree.items())
+    for argv in (words.split(), ["--config", _file(tmp_path, text)]):
+        message = _refusal(argv, capsys).replace("model.swiglu=3 ", "model.swiglu='3' ")
+        assert all(fragment in message for fragment in fragments), message
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        ("model.timestep_norm_groups=48", ["model.timestep_norm_groups=48", "hidden_size=128"]),
+        ("model.num_attention_heads=3", ["shared_representation_size=64", "num_attention_heads=3"]),
+        ("model.init_mode=zero", ["model.init_mode='zero'", "gaussian"]),
+        ("model.chunk_size=100", ["model.chunk_size=100", "sequence_length=512", "500 or 600"]),
+        ("model.vocab_size=0", ["model.vocab_size=0"]),
+    ],
+)
+def test_a_megalodon_that_cannot_be_is_refused(words, fragments, tmp_path):
+    config = parse(["model.type=megalodon", *words.split(), f"run_dir={tmp_path}"])
+    with pytest.raises(ValueError) as refused:
+        config.validate(world_size=1)
+    assert all(fragment in str(refused.value) for fragment in fragments), refused.value
 
 
 def test_vocabulary_and_special_tokens_follow_the_tokenizer_unless_set():
@@ -288,6 +358,11 @@ def test_help_documents_every_key(capsys):
             key = line.split()[0].removeprefix("--").rstrip(",")
         entries[key] = f"{entries.get(key, '')} {line.strip()}"
     assert set(KNOWN) <= set(entries)
+    for configuration in (MegaConfig, MegalodonConfig):
+        for name in configuration.__annotations__:
+            families = " ".join(entries[f"model.{name}"].split()).partition("default: ")[2]
+            assert configuration.model_type in re.findall(r"\w+", families), f"model.{name}: {families}"
+    assert "default: false (mega))" in " ".join(entries["model.use_chunking"].split())
     for key in KNOWN:
         documented = " ".join(entries[key].split())
         before, _, after = documented.partition("(type: ")
@@ -312,6 +387,17 @@ def test_printed_config_runs_again_as_it_is(tmp_path, capsys):
     text = capsys.readouterr().out
     assert yaml.safe_load(text).keys() == {field.name for field in dataclasses.fields(RunConfig)}
     assert parse(["--config", _file(tmp_path, text)]) == parse(argv)
+
+
+def test_a_printed_megalodon_has_its_own_keys_and_runs_again_as_it_is(tmp_path, capsys):
+    argv = ["model.type=megalodon", "model.swiglu=true", "optimizer.decay=all"]
+    with pytest.raises(SystemExit):
+        parse([*argv, "--print-config"])
+    text = capsys.readouterr().out
+    assert list(yaml.safe_load(text)["model"]) == ["type", *MegalodonConfig.__annotations__]
+    assert parse(["--config", _file(tmp_path, text)]) == parse(argv)
+    config = parse(argv)
+    assert load_config(_file(tmp_path, to_yaml(config))) == config
 
 
 @pytest.mark.parametrize(

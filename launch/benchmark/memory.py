@@ -21,9 +21,11 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mega_scale import MegaConfig, MegaForCausalLM
+from mega_scale import MegaConfig
 from mega_scale.config import load_config, model_config
 from mega_scale.data import load_tokenizer
+from mega_scale.model.configuration import BaseConfig
+from mega_scale.model.families import causal_lm_class
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.mesh import check_segments
 from mega_scale.process import PEER_LOST
@@ -47,10 +49,10 @@ LONG = common(config=str(harness.ROOT / "configs/enwik8-39m.yaml"), length=13107
 }
 
 
-def build_engine(config: MegaConfig, how: EngineConfig, world: World, seed: int = 0) -> Engine:
+def build_engine(config: BaseConfig, how: EngineConfig, world: World, seed: int = 0) -> Engine:
     """The trainer's engine of a model with values from a seed, and AdamW with its defaults, ready to train."""
     with torch.device("meta"):
-        model = MegaForCausalLM(config)
+        model = causal_lm_class(config)(config)
     values = seeded_values(config, seed)
     engine = parallelize(model, values, how, world, lambda sharded: build_optimizer(sharded, OptimizerConfig()))
     engine.module.train()

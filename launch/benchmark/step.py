@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from mega_scale import MegaConfig, MegaForCausalLM
 from mega_scale.config import load_config, model_config
 from mega_scale.model.basic_layers import use_own_linear
+from mega_scale.model.configuration import BaseConfig
+from mega_scale.model.families import causal_lm_class
 from mega_scale.ops.elementwise import compile_gates
 from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import EngineConfig, ParallelConfig, World
@@ -240,7 +242,7 @@ def train_on_gpu(options: dict[str, Any]) -> dict[str, Any]:
 _Built = tuple[Callable[[Tensor], Tensor | float], dict[str, float]]  # a training step; parameters and operations
 
 
-def _ours(args: argparse.Namespace, config: MegaConfig, world: World) -> _Built:
+def _ours(args: argparse.Namespace, config: BaseConfig, world: World) -> _Built:
     """This project's trainer: its engine on one process, sliced loss, fused AdamW, bf16 with fp32 masters."""
     recomputed = {"activation_checkpoint": args.recompute, "activation_checkpoint_segment": args.segment}
     parallel = ParallelConfig(engine="fsdp", device="cuda", **recomputed)
@@ -250,10 +252,10 @@ def _ours(args: argparse.Namespace, config: MegaConfig, world: World) -> _Built:
     return lambda tokens: train_step(engine, world, tokens, 1e-4)["loss"], known
 
 
-def _llama(args: argparse.Namespace, config: MegaConfig) -> _Built:
+def _llama(args: argparse.Namespace, config: BaseConfig) -> _Built:
     """transformers' Llama with flash attention (sdpa) under autocast, our sliced loss, fused AdamW."""
     with torch.device("meta"):
-        parameters = MegaForCausalLM(config).num_parameters()
+        parameters = causal_lm_class(config)(config).num_parameters()
     width, layers, words = config.hidden_size, config.num_hidden_layers, config.vocab_size
     sizes = {"vocabulary": words, "hidden": width, "layers": layers, "parameters": parameters, "llama_head": 128}
     with torch.device("cuda"):

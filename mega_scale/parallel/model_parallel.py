@@ -9,6 +9,7 @@ Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I quer
 
 import hashlib
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +152,7 @@ def tiny_model(config: MegaConfig, tp: int) -> MegaConfig:
     return MegaConfig(**({name: getattr(config, name) for name in MegaConfig.__annotations__} | changes))
 
 
-def run_self_test(config: MegaConfig, parallel: ParallelConfig, world: World, dtype: str = "fp32") -> tuple[int, float]:
+def run_self_test(config: Any, parallel: ParallelConfig, world: World, dtype: str = "fp32") -> tuple[int, float]:
     """Compare loss and gradients of a tiny model in this layout with those of one process; collective.
 
     In fp32, and then in the run's number format of forward and backward, where that is another. Returns, the same on

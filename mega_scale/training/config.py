@@ -138,7 +138,11 @@ class OptimizerConfig:
     """Added to the root of the second moment before dividing (absolute)."""
 
     weight_decay: float = 0.1
-    """Decoupled decay of linear and embedding weights, per step and unit of learning rate (no unit)."""
+    """Decoupled decay of the parameters that `decay` names, per step and unit of learning rate (no unit)."""
+
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: matrices, the weights of linear layers and embeddings, or all, norms, biases and averages too, as
+    Megalodon's authors train; its norms scale by weight + 1, and those of a Mega would decay to zero (no unit)."""
 
     max_grad_norm: float = 1.0
     """Norm to which the gradient of the whole model is clipped; 0 does not clip (L2 norm)."""
@@ -234,9 +238,10 @@ class BadStepsConfig:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over every trainable parameter of a model, each once, in two groups: those that decay first.
 
-    Weights of linear and embedding layers decay: matrices that this keeps in bounds. All else has a scale with a
-    meaning of its own: norms, biases, and what the moving average, queries, keys and relative positions have. The rule
-    looks at module types and names, never at shapes, so that sharded parameters are grouped as whole ones are.
+    With `decay="all"` there is one group. Else weights of linear and embedding layers decay: matrices that this keeps
+    in bounds. All else has a scale with a meaning of its own: norms, biases, and what the moving average, queries, keys
+    and relative positions have. The rule looks at module types and names, never at shapes, so that sharded parameters
+    are grouped as whole ones are.
 
     Raises ValueError where the model has no trainable parameter.
     """
@@ -245,7 +250,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = []
     for decays, weight_decay in ((True, config.weight_decay), (False, 0.0)):
-        if group := [parameter for parameter in parameters if (parameter in decaying) == decays]:
+        if group := [p for p in parameters if (config.decay == "all" or p in decaying) == decays]:
             groups.append({"params": group, "weight_decay": weight_decay})
     if not groups:
         raise ValueError("the model has no trainable parameter: leave requires_grad on for at least one")

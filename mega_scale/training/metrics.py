@@ -4,11 +4,12 @@ import math
 import statistics
 import time
 from functools import cache, partial
+from typing import Any
 
 import psutil
 import torch
 
-from mega_scale.model import MegaConfig
+from mega_scale.model.configuration import BaseConfig
 from mega_scale.parallel import World
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
@@ -35,24 +36,41 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
 
-def training_flops_per_token(config: MegaConfig, sequence_length: int) -> int:
+def training_flops_per_token(config: BaseConfig, sequence_length: int) -> int:
     """Operations of forward and backward per token of a sequence, in tokens; a multiply-add counts as two.
 
     What the algorithm needs counts, three times the forward pass: neither masked scores nor recomputed activations.
     Raises ValueError where the model attends to an encoder, whose length would count too.
     """
+    keys: float = min(config.attention_chunk or sequence_length, sequence_length)
+    if getattr(config, "is_decoder", True):
+        keys = (keys + 1) / 2  # that a query sees, on average
+    block, head = _FORWARD[config.model_type](config)
+    attention = int(2 * keys * (config.shared_representation_size + config.intermediate_size))
+    return 3 * (config.num_hidden_layers * (block + attention) + head)
+
+
+def _mega_flops(config: Any) -> tuple[int, int]:
+    """Operations per token of a block's forward pass but for attention, and of the head's."""
     if config.add_cross_attention:
         raise ValueError("add_cross_attention=True: operations depend on an encoder, give a model without it")
-    keys: float = min(config.chunk_size, sequence_length) if config.use_chunking else sequence_length
-    if config.is_decoder:
-        keys = (keys + 1) / 2  # that a query sees, on average
     d, z, e = config.hidden_size, config.shared_representation_size, config.intermediate_size
     projections = 2 * (d * e + d * (2 * d + z + e) + e * d)
     feed_forward = 4 * d * config.nffn_hidden_size if config.use_normalized_ffn else 0
     averages = 6 * config.ema_projection_size * d * (2 if config.bidirectional else 1)
-    attention = int(2 * keys * (z + e))
     head = 2 * d * config.vocab_size + (2 * d * d if config.add_lm_hidden_dense_layer else 0)
-    return 3 * (config.num_hidden_layers * (projections + feed_forward + averages + attention) + head)
+    return projections + feed_forward + averages, head
+
+
+def _megalodon_flops(config: Any) -> tuple[int, int]:
+    """The same of a Megalodon; a complex average is twice a real one."""
+    d, z, e = config.hidden_size, config.shared_representation_size, config.intermediate_size
+    projections = 2 * (d * e + d * (z + e + d) + e * d)
+    feed_forward = (6 if config.swiglu else 4) * d * config.nffn_hidden_size
+    return projections + feed_forward + 12 * config.ema_projection_size * d, 2 * d * config.vocab_size
+
+
+_FORWARD = {"mega": _mega_flops, "megalodon": _megalodon_flops}
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -65,7 +83,7 @@ def memory_bytes(device: torch.device) -> int:
 class Throughput:
     """Time and tokens since the last report; evaluations, samples and checkpoints can be left out of the time."""
 
-    def __init__(self, model: MegaConfig, device: torch.device, dtype: str, ranks: int) -> None:
+    def __init__(self, model: BaseConfig, device: torch.device, dtype: str, ranks: int) -> None:
         self.peak, self._ranks = peak_flops(device, dtype), ranks
         self._flops_per_token = cache(partial(training_flops_per_token, model))
         self._begin(time.perf_counter())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import psutil
 import torch
 
 from mega_scale.config import RunConfig
-from mega_scale.settings import known_keys
+from mega_scale.settings import values_of
 from mega_scale.training.metrics import memory_bytes
 from mega_scale.training.reporters import Run, versions
 from mega_scale.training.stopping import Progress
@@ -45,12 +44,8 @@ def describe_run(trainer: "Trainer", parameters: int) -> Run:
     """The run as its trackers are told of it."""
     config = trainer.config
     packages = {"deepspeed": ("deepspeed",), "fsdp": ()}[config.parallel.engine]
-    defaults = RunConfig()
-    differing = {
-        key: attrgetter(key)(config)
-        for key in known_keys(RunConfig)
-        if key in _ALWAYS or attrgetter(key)(config) != attrgetter(key)(defaults)
-    }
+    defaults = values_of(RunConfig()) | values_of(type(config.model)(), "model.") | {"model.type": "mega"}
+    differing = {key: value for key, value in values_of(config).items() if key in _ALWAYS or value != defaults[key]}
     facts = {
         "parameters": parameters,
         "parameters_per_rank": trainer.parameters_per_rank,

@@ -16,6 +16,7 @@ from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, ow
 from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.basic_layers import use_own_linear
+from mega_scale.model.configuration import BaseConfig
 from mega_scale.parallel import World, fill
 from mega_scale.process import log_to_stderr
 
@@ -195,9 +196,11 @@ def evaluate(
 # Its texts
 
 
-def check_sample(config: MegaConfig, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> None:
+def check_sample(config: BaseConfig, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> None:
     """Refuse (ValueError) a prompt that the tokenizer cannot read, or a text that leaves the model's positions."""
     length = len(prompt_ids(tokenizer, prompt)) + max_new_tokens
+    if not isinstance(config, MegaConfig):
+        return
     if config.relative_positional_bias == "simple" and not config.use_chunking and length - 1 > config.max_positions:
         raise ValueError(
             f"a prompt of {length - max_new_tokens} tokens and {max_new_tokens} more are beyond max_positions="

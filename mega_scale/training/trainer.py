@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +23,13 @@ from mega_scale.data import Loader, load_datasets, validation_batches
 from mega_scale.data.packing import PackedDataset
 from mega_scale.data.tokenizer import as_trained, load_tokenizer, text_size, unlike_training
 from mega_scale.files import replace_text
-from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model.configuration import BaseConfig
+from mega_scale.model.families import causal_lm_class
+from mega_scale.model_section import section_of
 from mega_scale.parallel import Place, Placement, World, layout_changes, parallelize, run_self_test, seeded_values
 from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr
-from mega_scale.settings import known_keys, to_yaml
+from mega_scale.settings import to_yaml, values_of
 from mega_scale.training.callbacks import Callback, load_callbacks
 from mega_scale.training.config import build_optimizer, seconds_of
 from mega_scale.training.console import Reporters
@@ -257,7 +258,7 @@ class Trainer:
         config, train, world = self.config, self.config.train, self.world
         self.watchdog.beat("building the model")
         with torch.device("meta"):
-            model = MegaForCausalLM(self.model_config)
+            model = causal_lm_class(self.model_config)(self.model_config)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = parallelize(
             model,
@@ -553,12 +554,13 @@ def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
     from mega_scale.training.trained_model import read_model
 
     try:
-        before = replace(load_config(checkpoint / "config.yaml"), model=read_model(checkpoint))
+        before = replace(load_config(checkpoint / "config.yaml"), model=section_of(read_model(checkpoint)))
     except ValueError as error:
         return f"the keys of the checkpoint cannot be compared: {error}"
     differing = []
-    for key in known_keys(RunConfig):
-        now, then = (attrgetter(key)(run) for run in (config, before))
+    earlier = values_of(before)
+    for key, now in values_of(config).items():
+        then = earlier.get(key)
         if key.startswith(_NUMBERS) and key not in _SILENT and now != then:
             texts = (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in (str(now), str(then)))
             differing.append("{}={} (was {})".format(key, *texts))
@@ -568,7 +570,7 @@ def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
     return "; ".join(filter(None, (line, schedule_changes(config, before, step))))
 
 
-def describe_model(config: MegaConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+def describe_model(config: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """Files of a checkpoint, by path, that make weights a model again: its configuration and tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)

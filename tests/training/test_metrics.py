@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model import MegaConfig, MegaForCausalLM, MegalodonConfig, MegalodonForCausalLM
 from mega_scale.training.metrics import Throughput, memory_bytes, peak_flops, training_flops_per_token
 
 
@@ -51,3 +51,16 @@ def test_flops_follow_the_matrix_products():
     assert training_flops_per_token(config, 1024) == 6 * weights + 3 * 3 * (2 * 6 * 4 * 64 + 256 * (32 + 96))
     with pytest.raises(ValueError, match="add_cross_attention=True"):
         training_flops_per_token(MegaConfig(add_cross_attention=True, is_decoder=True, bidirectional=False), 8)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_flops_of_a_megalodon_follow_its_matrix_products(swiglu):
+    config = MegalodonConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=3, intermediate_size=96, nffn_hidden_size=80,
+        shared_representation_size=32, ema_projection_size=4, chunk_size=128, num_attention_heads=2, swiglu=swiglu,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MegalodonForCausalLM(config)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert training_flops_per_token(config, 1024) == 6 * weights + 3 * 3 * (12 * 4 * 64 + 129 * (32 + 96))
+    assert training_flops_per_token(config, 64) == 6 * weights + 3 * 3 * (12 * 4 * 64 + 65 * (32 + 96))

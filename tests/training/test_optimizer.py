@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model import MegaConfig, MegaForCausalLM, MegalodonConfig, MegalodonForCausalLM
 from mega_scale.training.config import OptimizerConfig, build_optimizer
 
 # The matrices of a Mega language model, by the end of their names: all that decays.
@@ -57,6 +57,26 @@ def test_only_matrices_decay_and_each_parameter_is_in_one_group(bias, norm, tied
     kept = {name.rpartition(".")[2] for name, value in decay.items() if value == 0}
     ema = {"damping_factor", "decay_factor", "ema_expansion_matrix", "kernel_projection_matrix", "residual_weight"}
     assert kept >= ema | {"qk_weight", "qk_bias", "bias"}
+
+
+def test_all_decays_everything_in_one_group():
+    for model in (_model(), MegalodonForCausalLM(MegalodonConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1,
+                  timestep_norm_groups=2, ema_projection_size=2, intermediate_size=8, shared_representation_size=4,
+                  nffn_hidden_size=8, rescale_nffn=True))):  # fmt: skip
+        [group] = build_optimizer(model, OptimizerConfig(weight_decay=0.25, decay="all")).param_groups
+        assert group["weight_decay"] == 0.25
+        assert {*group["params"]} == {*model.parameters()} and len(group["params"]) == len({*group["params"]})
+
+
+def test_only_matrices_of_a_megalodon_decay():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "nffn_hidden_size": 8, "shared_representation_size": 4}
+    options = {"vocab_size": 11, "timestep_norm_groups": 2, "num_hidden_layers": 1, "swiglu": True}
+    decay, places = _groups(MegalodonForCausalLM(MegalodonConfig(**sizes, **options)))
+    assert places == len(decay)
+    matrices = {"embed", "wv", "wz", "wr", "wh1", "wh2", "fc1", "fc2", "fc3", "lm_head"}
+    for name, value in decay.items():
+        *_, module, parameter = name.split(".")
+        assert (value == 0.25) == (module in matrices and parameter == "weight"), name
 
 
 def test_frozen_parameters_are_left_out():

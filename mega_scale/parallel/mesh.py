@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
-from math import gcd, prod
+from math import gcd, lcm, prod
 from typing import Any, NamedTuple, Self
 
 from mega_scale.settings import local_paths, require
@@ -260,16 +260,33 @@ def _misfit(fixed: dict[str, int], world_size: int) -> str:
 
 
 def check_tensor_parallel(model: Any, tp: int) -> None:
-    """Refuse a model, a MegaConfig or the `model` section of a run, whose channels `tp` ranks cannot share."""
+    """Refuse a model, a configuration or the `model` section of a run, whose channels `tp` ranks cannot share."""
     if tp == 1:
         return
     _check_model(model, f"parallel.tp={tp}", both_ways="only the causal moving average shares its channels")
-    widths = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
-    if model.use_normalized_ffn:
-        widths["nffn_hidden_size"] = model.nffn_hidden_size
+    heads, groups = getattr(model, "num_attention_heads", 1), getattr(model, "timestep_norm_groups", None) or 1
+    # What ranks divide, and what else has to divide it.
+    shared = {"hidden_size": groups, "intermediate_size": heads, "timestep_norm_groups": 1}
+    shared |= {"nffn_hidden_size": 1} if getattr(model, "use_normalized_ffn", True) else {}
+    widths = {key: width for key in shared if (width := getattr(model, key, None)) is not None}
+
+    def fits(heads: int, ranks: int) -> bool:
+        """Whether ranks have whole heads, or heads whole ranks."""
+        return heads % ranks == 0 or ranks % heads == 0
+
+    fewer = f"parallel.tp={max(ranks for ranks in divisors(gcd(tp, *widths.values())) if fits(heads, ranks))}"
     for key, width in widths.items():
-        remedy = f"use model.{key}={multiples(tp, width)}, or parallel.tp={gcd(tp, *widths.values())}"
+        possible = multiples(lcm(tp, shared[key]), width)
+        if key == "timestep_norm_groups":
+            channels = widths["hidden_size"]
+            possible = nearest([n for n in divisors(channels) if n % tp == 0 and n < channels], width)
+        remedy = f"use model.{key}={possible}, or {fewer}" if possible else f"use {fewer}"
         require(width % tp == 0, "parallel.tp", tp, f"it does not divide model.{key}={width}, {remedy}")
+    if not fits(heads, tp):
+        both = gcd(model.shared_representation_size // 2, model.intermediate_size)
+        possible = nearest([count for count in divisors(both) if fits(count, tp)], heads)
+        why = f"neither of it and model.num_attention_heads={heads} divides the other"
+        require(False, "parallel.tp", tp, f"{why}, use model.num_attention_heads={possible}, or {fewer}")
 
 
 def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
@@ -289,7 +306,7 @@ def check_sequence_parallel(model: Any, length: int, sp: int) -> None:
         lengths = range(min(at_most, -(-length // sp)), 0, -1)
         return next((chunk for chunk in lengths if length > (sp - 1) * share(chunk)), 1)
 
-    chunk = f" with model.chunk_size={chunk_that_fits(model.max_positions)}"
+    chunk = f" with model.chunk_size={chunk_that_fits(getattr(model, 'max_positions', length))}"
     _check_model(model, f"parallel.sp={sp}", part="rank", chunk=chunk)
     if length <= (sp - 1) * share(model.chunk_size):
         raise ValueError(
@@ -319,20 +336,20 @@ def check_segments(model: Any, segment: int, every: int, sp: int) -> None:
 def _check_model(
     model: Any, setting: str, *, off: int = 1, part: str = "", both_ways: str = "", chunk: str = ""
 ) -> None:
-    """Refuse a model that cannot be computed in parts.
+    """Refuse a model that cannot be computed in parts; of another family than Mega, none of this is a choice.
 
     `part` names those of a row; `both_ways` says why it has to be causal; `chunk` is a remedy beside chunking.
     """
-    norm = model.normalization_type
+    norm, truncation = getattr(model, "normalization_type", None), getattr(model, "truncation", None)
     for broken, key, value, why, remedy in (
         (norm in ("batchnorm", "syncbatchnorm"), "normalization_type", norm,
          "its statistics run over tokens of a batch, which differ between ranks", "scalenorm, layernorm or rmsnorm"),
-        (model.add_cross_attention, "add_cross_attention", True,
+        (getattr(model, "add_cross_attention", False), "add_cross_attention", True,
          "what attends to an encoder is not shared by ranks", "false"),
-        (model.bidirectional and both_ways, "bidirectional", True, both_ways, "false"),
-        (model.truncation is not None and part, "truncation", model.truncation,
+        (getattr(model, "bidirectional", False) and both_ways, "bidirectional", True, both_ways, "false"),
+        (truncation is not None and part, "truncation", truncation,
          f"a truncated moving average has no state to pass from {part} to {part}", "null"),
-        (not model.use_chunking and part, "use_chunking", False,
+        (not getattr(model, "use_chunking", True) and part, "use_chunking", False,
          f"attention would reach over all {part}s", f"true{chunk}"),
     ):  # fmt: skip
         if broken:

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mega_scale.model import MegaConfig, MegaForCausalLM
 from mega_scale.model.basic_layers import MegaDropout, use_own_linear
 from mega_scale.ops.elementwise import compile_gates, positional_dropout
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
 from mega_scale.parallel.mesh import check_segments, check_sequence_parallel, check_tensor_parallel
 from mega_scale.parallel.plans import PLANS, Plan, divide
+from mega_scale.parallel.sequence_parallel import Gathers
 from mega_scale.parallel.shard import (
     Place,
     RowSlice,
@@ -36,6 +36,7 @@ from mega_scale.parallel.shard import (
 )
 from mega_scale.parallel.world import ALONE, Axis, World
 
+_MOST_KEYS = 2**20  # in a chunk
 _SEED = 11
 _CHUNK = 8
 # A gradient is read off the weights, which one step of SGD has moved: the loss is left undivided, so that it is large
@@ -90,14 +91,9 @@ def apply_model_parallelism(
     """
     config = model.config
     check_segments(config, checkpointing.activation_checkpoint_segment, checkpointing.activation_checkpoint, sp.size)
-    check_sequence_parallel(config, sp.size * max(config.chunk_size, 1), sp.size)
-    row_slice = RowSlice(sp.rank, sp.size, config.chunk_size if config.use_chunking else 1)
-    contexts = noop_context_fn
-    if sp.size > 1:
-        from mega_scale.parallel.sequence_parallel import StateExchange
-
-        exchange = StateExchange(sp)
-        contexts = exchange.contexts
+    check_sequence_parallel(config, sp.size * (config.attention_chunk or 1), sp.size)
+    row_slice = RowSlice(sp.rank, sp.size, config.attention_chunk or 1)
+    gathers = Gathers(sp)
 
     use_own_linear(model)
     for name, module in list(model.named_modules()):
@@ -105,9 +101,10 @@ def apply_model_parallelism(
         if plan.prepare is not None:
             plan.prepare(module)
         if plan.carry is not None and sp.size > 1:
-            module.carry = lambda: exchange if row_slice.cut else None
+            module.carry = partial(_carry, plan.carry(sp, gathers), row_slice)
         if isinstance(module, MegaDropout) and module.p > 0:
-            module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp)
+            heads = config.num_attention_heads * tp.rank // tp.size
+            module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp, heads)
     if tp.size > 1:
         check_tensor_parallel(config, tp.size)
         divide(model, tp)
@@ -116,15 +113,22 @@ def apply_model_parallelism(
     if checkpointing.activation_checkpoint:
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 
+        contexts = gathers.contexts if sp.size > 1 else noop_context_fn
         checkpoint_activations(model, checkpointing, row_slice, contexts)
     if compile:
         compile_gates(model)
     return row_slice
 
 
-def _drop(module: MegaDropout, key: str, row_slice: RowSlice, tp: Axis, x: Tensor) -> Tensor:
-    """Drop elements of x (B, L, D), or of attention weights (B, K, I, J), by position."""
-    wide = x.flatten(1, -2)
+def _carry(exchange: Any, row_slice: RowSlice) -> Any:
+    return exchange if row_slice.cut else None
+
+
+def _drop(module: MegaDropout, key: str, row_slice: RowSlice, tp: Axis, first_head: int, x: Tensor) -> Tensor:
+    """Drop elements of x (B, L, D), or of attention weights (B, K, [H,] I, J), by position."""
+    wide = x.movedim(2, -2) if x.dim() == 5 else x  # (B, K, I, H, J)
+    shape, last = wide.shape, 2 if x.dim() == 5 else 1
+    wide = wide.flatten(-last).flatten(1, -2)
     digest = hashlib.blake2b(key.format(step=row_slice.place.step).encode(), digest_size=4).digest()
     rows, positions, columns = (torch.arange(size, device=x.device) for size in wide.shape)
     rows, positions = rows + row_slice.place.first_row, positions + row_slice.first_token
@@ -132,24 +136,34 @@ def _drop(module: MegaDropout, key: str, row_slice: RowSlice, tp: Axis, x: Tenso
         columns += tp.rank * wide.shape[2]
         if module.featurewise:  # one draw for a feature of a row
             positions = positions.new_zeros(1)
-    return positional_dropout(wide, module.p, int.from_bytes(digest, "little"), rows, positions, columns).view_as(x)
+    elif x.dim() == 5:
+        columns = columns % shape[-1] + _MOST_KEYS * (columns // shape[-1] + first_head)
+    dropped = positional_dropout(wide, module.p, int.from_bytes(digest, "little"), rows, positions, columns)
+    dropped = dropped.view(shape)
+    return dropped.movedim(-2, 2) if x.dim() == 5 else dropped
 
 
-def tiny_model(config: MegaConfig, tp: int) -> MegaConfig:
+def tiny_model(config: Any, tp: int) -> Any:
     """The run's model with its options and few channels, all widths divisible by `tp` ranks."""
-    width = 8 * tp
+    width, heads = 8 * tp, config.num_attention_heads
+    # Several heads a rank, one, or several ranks a head.
+    heads = tp * min(heads // tp, 2) if heads % tp == 0 else heads
     changes = {
         "vocab_size": 2 * width,
         **dict.fromkeys(("hidden_size", "intermediate_size", "nffn_hidden_size"), width),
-        "shared_representation_size": 8,
+        "num_attention_heads": heads,
+        "shared_representation_size": 8 * heads,
+        "timestep_norm_groups": 2 * tp,
         "ema_projection_size": min(config.ema_projection_size, 4),
         "num_hidden_layers": 2,
         "max_positions": 128,
-        "chunk_size": _CHUNK if config.use_chunking else config.chunk_size,
+        "chunk_size": _CHUNK if config.attention_chunk else config.chunk_size,
         "pad_token_id": 1,
         "initializer_range": 0.2,  # so that every part of the model matters
     }
-    return MegaConfig(**({name: getattr(config, name) for name in MegaConfig.__annotations__} | changes))
+    kind = type(config)
+    kept = {name: getattr(config, name) for name in kind.__annotations__}
+    return kind(**(kept | {name: value for name, value in changes.items() if name in kept}))
 
 
 def run_self_test(config: Any, parallel: ParallelConfig, world: World, dtype: str = "fp32") -> tuple[int, float]:
@@ -161,15 +175,15 @@ def run_self_test(config: Any, parallel: ParallelConfig, world: World, dtype: st
     """
     tiny = tiny_model(config, world.shape.tp)
     # Kernels for GPUs take 64 tokens or more; the last chunk is not filled.
-    length = 9 * _CHUNK * world.shape.sp - 3 if tiny.use_chunking else 9 * _CHUNK
+    length = 9 * _CHUNK * world.shape.sp - 3 if tiny.attention_chunk else 9 * _CHUNK
     generator = torch.Generator().manual_seed(_SEED)
     tokens = torch.randint(2, tiny.vocab_size, (2 * world.shape.dp, length + 1), generator=generator)
     inputs, labels = tokens[:, :-1].to(world.device), tokens[:, 1:].to(world.device)
 
     # One process: loss and gradients by name of the state dict, of the whole batch.
-    model = on_meta(MegaForCausalLM, tiny)
+    model = on_meta(AutoModelForCausalLM.from_config, tiny)
     row_slice = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=ParallelConfig(), seed=_SEED)
-    values, whole, device = seeded_values(tiny, _SEED), on_meta(MegaForCausalLM, tiny), world.device
+    values, whole, device = seeded_values(tiny, _SEED), on_meta(AutoModelForCausalLM.from_config, tiny), world.device
     fill(model, values, lambda old, value: nn.Parameter(value.to(device, copy=True)), device, template=whole)
     model.train()
     row_slice.take(Place(), inputs, labels)
@@ -188,7 +202,7 @@ def run_self_test(config: Any, parallel: ParallelConfig, world: World, dtype: st
 
 
 def _compare(
-    tiny: MegaConfig,
+    tiny: Any,
     inputs: Tensor,
     labels: Tensor,
     parallel: ParallelConfig,
@@ -198,7 +212,7 @@ def _compare(
     expected: dict[str, Tensor],
 ) -> float:
     engine = parallelize(
-        on_meta(MegaForCausalLM, tiny),
+        on_meta(AutoModelForCausalLM.from_config, tiny),
         seeded_values(tiny, _SEED),
         EngineConfig(parallel, dtype, micro_batch_size=2, max_grad_norm=0.0, seed=_SEED),
         world,

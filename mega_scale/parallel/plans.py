@@ -5,7 +5,7 @@ A module that is in no plan needs nothing: it computes its own tokens and channe
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from mega_scale.model.layers import (
     MegaScaleNorm,
 )
 from mega_scale.model.modeling_mega import MegaForCausalLM
+from mega_scale.parallel.sequence_parallel import MomentExchange, StateExchange
 from mega_scale.parallel.shard import SegmentedLinear, on_meta
 from mega_scale.parallel.tensor_parallel import (
     ChannelParallelNorm,
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
     """How modules of one class are computed in parts."""
 
     prepare: Callable[[Any], None] | None = None  # what every layout does, so that checkpoints bear the same names
-    carry: Literal["states"] | None = None  # what parts of a row hand on: the exchange that a module calls `carry`
+    carry: type[StateExchange | MomentExchange] | None = None  # what brings a part of a row the state before it
     divide: Callable[[Any, Axis], nn.Module] | None = None  # this rank's part of its channels; None: its children's
 
 
@@ -116,7 +117,7 @@ PLANS: dict[type[nn.Module], Plan] = {
     MegaRMSNorm: Plan(divide=ChannelParallelNorm),
     MegaScaleNorm: Plan(divide=ChannelParallelNorm),
     MegaMovingAverageGatedAttention: Plan(prepare=_separate_segments, divide=_gated_attention),
-    MegaMultiDimensionDampedEma: Plan(carry="states"),
+    MegaMultiDimensionDampedEma: Plan(carry=StateExchange),
     MegaNormalizedFeedForwardNetwork: Plan(divide=_feed_forward),
 }
 """The plan of every class of modules that needs one."""

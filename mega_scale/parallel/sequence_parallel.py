@@ -1,25 +1,35 @@
-"""Sequence parallelism: every rank computes whole chunks of a row, and only states of the moving average travel.
+"""Sequence parallelism: every rank computes whole chunks of a row, and only states of averages and norms travel.
 
-Rank r averages its part of a row from zero, and gets the end states S_j of all others in one all-gather a direction.
-With Q the fade of a state over one part, the state before part r is `sum_{j<r} Q^(r-1-j) S_j`. Backward, the gradients
-G_r of those states travel the same way, and `dS_j = sum_{r>j} Q^(r-1-j) G_r`. Attention stays inside chunks.
+Moving averages. Rank r averages its part of a row from zero, and gets the end states S_j of all others in one
+all-gather a direction. With Q the fade of a state over one part, the state before part r is
+`sum_{j<r} Q^(r-1-j) S_j`. Backward, the gradients G_r of those states travel the same way, and
+`dS_j = sum_{r>j} conj(Q)^(r-1-j) G_r`. Complex states travel as pairs of reals.
 
-Legend: P ranks of the axis, B rows, R channels, N moving averages per channel.
+Timestep norms. Rank r gets counts, means and variances of all other parts, and joins those before its own. Backward,
+the gradients of every rank's loss by the moments before its part travel; `ops.timestep_norm` has the arithmetic.
+
+Attention stays inside chunks.
+
+Legend: P ranks of the axis, B rows, R channels, N moving averages per channel, G groups of channels.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
-from mega_scale.ops.ema import Fade, Turn
+from mega_scale.ops.ema import Fade, Turn, forget
+from mega_scale.ops.timestep_norm import Moments, MomentTurn, later_gradients, part_borders
 from mega_scale.parallel.world import Axis, Pending, start_gather
 
+# Integers that hold the bits of a number.
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
-class StateExchange:
-    """Brings every part of a row the state before it: the `carry` of `damped_ema`, over the ranks that share a row."""
+
+class Gathers:
+    """Starts the all-gathers of a model's forward pass; a block that is recomputed gets again what it received."""
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
@@ -39,7 +49,8 @@ class StateExchange:
         finally:
             self._received = None
 
-    def _gather(self, x: Tensor) -> Pending:
+    def start(self, x: Tensor) -> Pending:
+        """Start to collect the x of all ranks, (P, *x.shape)."""
         if self._received is not None and self._again:
             return Pending(self._received.popleft(), None)
         pending = start_gather(x, self._axis)
@@ -47,40 +58,101 @@ class StateExchange:
             self._received.append(pending.buffer)
         return pending
 
+
+class StateExchange:
+    """Brings every part of a row the state before it: the `carry` of `damped_ema`, over the ranks that share a row."""
+
+    def __init__(self, axis: Axis, gathers: Gathers | None = None) -> None:
+        self._axis, self._gathers = axis, gathers or Gathers(axis)
+
     def __call__(self, end: Tensor, fade: Fade, resets: Tensor | None, back: bool) -> tuple[Tensor, Turn]:
-        """See `Carry`: end (B, R, N)."""
-        log_fade = fade.log
+        """See `Carry`: end (B, R, N), or pairs (B, R, N, 2)."""
+        axis, pairs = self._axis, fade.angle is not None
+
+        def numbers(reals: Tensor) -> Tensor:
+            return torch.view_as_complex(reals.contiguous()) if pairs else reals
+
+        def reals(numbers: Tensor) -> Tensor:
+            return torch.view_as_real(numbers.resolve_conj()) if pairs else numbers
+
         # A document that begins this part keeps what lies to its right from what lies to its left.
-        shut = resets[:, :1, None] if back and resets is not None else None
+        shut = resets[:, 0] if back and resets is not None else None
         # One collective more, of one byte a row, where documents begin inside of rows.
-        flags = None if resets is None else self._gather((~resets.any(1)).to(torch.uint8))
-        pending = self._gather(end if shut is None else end.masked_fill(shut, 0))
+        flags = None if resets is None else self._gathers.start((~resets.any(1)).to(torch.uint8))
+        pending = self._gathers.start(end if shut is None else forget(end, shut))
         passes = None if flags is None else flags.wait().bool()
-        weights, distance = _weights(self._axis, log_fade, passes, not back)
+        weights, distance = _weights(axis, fade, passes, not back, end.dtype)
 
         def turn(d_state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            returning = start_gather(d_state, self._axis)
+            returning = start_gather(d_state, axis)
             # Each rank counts the paths that end at it; the sum over ranks, which all parameters get, counts every one.
-            d_log_fade = torch.einsum("pbrn,brn,pbrn,p->rn", pending.buffer, d_state, weights, distance)
-            onward, _ = _weights(self._axis, log_fade, passes, back)
-            d_end = torch.einsum("pbrn,pbrn->brn", returning.wait(), onward)
-            return d_end if shut is None else d_end.masked_fill(shut, 0), (d_log_fade,)
+            # A power w = exp((log + i angle) k) has the gradients Re and -Im of k conj(dw) w.
+            d_fade = torch.einsum(
+                "pbrn,brn,pbrn,p->rn", numbers(pending.buffer), numbers(d_state).conj(), weights, distance
+            )
+            onward, _ = _weights(axis, fade, passes, back, end.dtype)
+            d_end = reals(torch.einsum("pbrn,pbrn->brn", numbers(returning.wait()), onward.conj()))
+            parts = (d_fade.real, -d_fade.imag) if pairs else (d_fade,)
+            return d_end if shut is None else forget(d_end, shut), tuple(part.to(fade.log.dtype) for part in parts)
 
-        return torch.einsum("pbrn,pbrn->brn", pending.wait(), weights), turn
+        return reals(torch.einsum("pbrn,pbrn->brn", numbers(pending.wait()), weights)), turn
 
 
-def _weights(axis: Axis, log_fade: Tensor, passes: Tensor | None, from_left: bool) -> tuple[Tensor, Tensor]:
-    """How much of each rank's states reaches this part from the left, or from the right.
+class MomentExchange:
+    """Brings every part of a row the moments before it: the `carry` of `timestep_norm`, over ranks that share a row."""
+
+    def __init__(self, axis: Axis, gathers: Gathers | None = None) -> None:
+        self._axis, self._gathers = axis, gathers or Gathers(axis)
+
+    def __call__(self, total: Moments, begins: Tensor | None, whole: bool) -> Callable[[], tuple[Moments, MomentTurn]]:
+        """See `MomentCarry`: 2 G numbers a row travel, and one more unless `whole`; back, 2 G numbers."""
+        axis, dtype, groups = self._axis, total.mean.dtype, total.mean.shape[1]
+        integers = _INTEGERS[dtype]
+        sent = [total.mean.view(integers), total.var.view(integers)]
+        if not whole:
+            # A count, of at least 0, or its complement where a document begins.
+            code = total.count if begins is None else torch.where(begins, ~total.count, total.count)
+            sent.append(code.to(integers)[:, None])
+        pending = self._gathers.start(torch.cat(sent, 1))
+
+        def arrive() -> tuple[Moments, MomentTurn]:
+            received = pending.wait()
+            mean, var = received[..., : 2 * groups].view(dtype).chunk(2, 2)
+            counts, began = total.count.expand(axis.size, -1), None
+            if not whole:
+                code = received[..., -1].long()
+                counts, began = torch.where(code < 0, ~code, code), None if begins is None else code < 0
+            borders = part_borders(Moments(counts, mean, var), began)
+
+            def turn(d_mean: Tensor, d_var: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+                returning = start_gather(torch.cat([d_mean, d_var], 1), axis)
+
+                def finish() -> tuple[Tensor, Tensor]:
+                    return later_gradients(axis.rank, borders, began, *returning.wait().chunk(2, 2))
+
+                return finish
+
+            return Moments(*(tensor[axis.rank] for tensor in borders)), turn
+
+        return arrive
+
+
+def _weights(
+    axis: Axis, fade: Fade, passes: Tensor | None, from_left: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """How much of each rank's states, of a real dtype, reaches this part from the left, or from the right.
 
     Q^k for the k parts between the two, zero from the other side, and where a part between lets nothing pass.
 
     Returns:
-        (P, B or 1, R, N), and over how many parts, (P,).
+        (P, B or 1, R, N), complex if Q is, and over how many parts, (P,) likewise.
     """
-    own, others = axis.rank, torch.arange(axis.size, device=log_fade.device)
+    own, others = axis.rank, torch.arange(axis.size, device=fade.log.device)
     between = (own - others if from_left else others - own) - 1
-    distance = between.clamp(min=0).to(log_fade.dtype)
-    weights = torch.exp(log_fade * distance[:, None, None]) * (between >= 0)[:, None, None]
+    distance = between.clamp(min=0)
+    powers = fade.power(distance[:, None, None].to(fade.log.dtype)).value(dtype)
+    powers = powers if fade.angle is None else torch.view_as_complex(powers)
+    distance, weights = distance.to(powers.dtype), powers * (between >= 0)[:, None, None]
     if passes is None:
         return weights[:, None], distance
     # Every part strictly between the two must pass; a running count of closed ones says how many there are.

@@ -282,7 +282,7 @@ def _value(values: Values, model: nn.Module, name: str, target: Tensor) -> Tenso
     return value
 
 
-def on_meta(module: type[nn.Module], *args: Any) -> Any:
+def on_meta(module: Callable[..., nn.Module], *args: Any) -> Any:
     """Make a module without memory for its parameters."""
     with torch.device("meta"):
         return module(*args)

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import PreTrainedModel
 
 from mega_scale.model.cache import LayerState
-from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.shard import RowSlice
@@ -117,7 +116,8 @@ class SegmentedForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Anything but training on plain rows is computed whole."""
         given = inspect.signature(self._whole).bind(x, *args, **kwargs).arguments
-        borders: DocumentBorders | None = given.pop("borders", None)
+        # Facts of tokens, such as where documents begin, have parts as rows do.
+        facts = {name: given.pop(name) for name, value in list(given.items()) if hasattr(value, "between")}
         more = any(value is not None and value is not False for value in list(given.values())[1:])
         if more or not self._block.training or not torch.is_grad_enabled():
             found: tuple[Any, ...] = self._whole(x, *args, **kwargs)
@@ -127,14 +127,14 @@ class SegmentedForward:
         # Split in one go: the gradient of each slice taken alone would be as long as the row.
         for part in x.split(self._segment_length, 1):
             end = begin + part.shape[1]
-            own = None if borders is None else borders.between(begin, end)
+            own = {name: value.between(begin, end) for name, value in facts.items()}
             out, state, others = self._recompute(self._segment, part, state, begin, end < x.shape[1], own)
             outputs.append(out)
             begin = end
         return torch.cat(outputs, 1), *[None] * others
 
     def _segment(
-        self, x: Tensor, state: LayerState | None, begin: int, more: bool, borders: DocumentBorders | None
+        self, x: Tensor, state: LayerState | None, begin: int, more: bool, facts: dict[str, Any]
     ) -> tuple[Tensor, LayerState | None, int]:
         """One segment (B, S, D) from the state before it to the one after it, if there is `more`.
 
@@ -143,7 +143,7 @@ class SegmentedForward:
         first = self._row_slice.first_token
         self._row_slice.first_token = first + begin
         try:
-            out, *others = self._whole(x, state=state, return_state=more, borders=borders)
+            out, *others = self._whole(x, state=state, return_state=more, **facts)
         finally:
             self._row_slice.first_token = first  # recomputation ends with an exception when it has all that it needs
         after = next((value for value in others if isinstance(value, LayerState)), None)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
 from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear
@@ -17,6 +18,14 @@ from mega_scale.model.layers import (
     MegaNormalizedFeedForwardNetwork,
     MegaRMSNorm,
     MegaScaleNorm,
+)
+from mega_scale.model.megalodon_layers import (
+    MegalodonAttention,
+    MegalodonComplexEma,
+    MegalodonFeedForward,
+    MegalodonLayerNorm,
+    MegalodonRMSNorm,
+    MegalodonTimestepNorm,
 )
 from mega_scale.model.modeling_mega import MegaForCausalLM
 from mega_scale.parallel.sequence_parallel import MomentExchange, StateExchange
@@ -50,13 +59,13 @@ def divide(module: nn.Module, axis: Axis) -> nn.Module:
     return module
 
 
-def _average(whole: Any, axis: Axis, config: Any) -> nn.Module:
-    """A moving average of this rank's channels: each has its own, so nothing travels."""
-    own = copy(config)
-    own.hidden_size //= axis.size
-    part = sharded(type(whole), axis, {name: 0 for name, _ in whole.named_parameters()}, own)
-    part.carry = whole.carry
-    return cast(nn.Module, part)
+def _own_channels(module: Any, axis: Axis) -> nn.Module:
+    """Leave this rank's channels in parameters of which each row belongs to one; its arithmetic meets no others."""
+    own = dict(module.named_parameters(recurse=False))
+    for name, parameter in own.items():
+        setattr(module, name, nn.Parameter(parameter[: len(parameter) // axis.size].detach()))
+    module.shard_dims = dict.fromkeys(own, 0)
+    return cast(nn.Module, module)
 
 
 # Mega
@@ -78,7 +87,6 @@ def _gated_attention(whole: Any, axis: Axis) -> nn.Module:
     segments.shared = sharded(MegaLinear, axis, {}, config.hidden_size, whole.segments["shared"])  # queries and keys
     attention.v_proj = on_meta(ColumnParallelLinear, whole.v_proj, axis)
     attention.h_proj = on_meta(RowParallelLinear, whole.h_proj, axis)
-    attention.ema_gate = _average(whole.ema_gate, axis, config)
     attention.rel_pos_bias = sharded(type(whole.rel_pos_bias), axis, {}, config)
     # The stream's channels travel while the average is computed, the average's while values are.
     stream, average = gather_inputs(axis, attention.v_proj), gather_inputs(axis, segments)
@@ -108,6 +116,52 @@ def _causal_model(model: Any, axis: Axis) -> nn.Module:
     return model
 
 
+# Megalodon
+
+
+def _timestep_norm(norm: Any, axis: Axis) -> nn.Module:
+    """The norm of this rank's groups of channels: each has its own moments, so nothing travels."""
+    norm.groups //= axis.size
+    return _own_channels(norm, axis)
+
+
+def _normalized_attention(whole: Any, axis: Axis) -> nn.Module:
+    """Attention with this rank's heads; or its values of one head, with the queries and keys of that one."""
+    config, own, heads = whole.config, copy(whole.config), whole.heads
+    by_head = heads % axis.size == 0
+    own.num_attention_heads = heads // axis.size if by_head else 1
+    attention = sharded(MegalodonAttention, axis, {"gamma": 1, "beta": 1} if by_head else {}, own)
+    for name, module in whole.named_children():
+        attention.add_module(name, module)
+    for name in ("wv", "wr", "wh1", *(("wz",) if by_head else ())):
+        attention.add_module(name, on_meta(ColumnParallelLinear, attention.get_submodule(name), axis))
+    attention.wh2 = on_meta(RowParallelLinear, whole.wh2, axis)
+    keys = config.shared_representation_size
+    if by_head:
+        for name in ("gamma", "beta"):
+            attention.register_parameter(name, nn.Parameter(torch.empty(2, keys // axis.size, device="meta")))
+    else:
+        head = axis.rank * heads // axis.size * (keys // heads), keys // heads
+        attention.wz = sharded(MegaLinear, axis, {}, config.hidden_size, keys)
+        attention.wz.needed = dict.fromkeys(("weight", "bias"), (0, *head))
+        attention.needed = dict.fromkeys(("gamma", "beta"), (1, *head))
+    # The norm's channels travel while the average is computed.
+    stream = gather_inputs(axis, attention.wv)
+    average = gather_inputs(axis, attention.wz, attention.wr, attention.wh1)
+    attention.cema.register_forward_pre_hook(lambda module, args: stream.expect(args[0]))
+    attention.ema_dropout.register_forward_hook(lambda module, args, output: average.expect(output))
+    return cast(nn.Module, attention)
+
+
+def _swiglu_feed_forward(module: Any, axis: Axis) -> nn.Module:
+    layers = [name for name in ("fc1", "fc3") if getattr(module, name) is not None]
+    for name in layers:
+        module.add_module(name, on_meta(ColumnParallelLinear, module.get_submodule(name), axis))
+    module.fc2 = on_meta(RowParallelLinear, module.fc2, axis)
+    gather_inputs(axis, *(module.get_submodule(name) for name in layers))
+    return _own_channels(module, axis)  # alpha
+
+
 PLANS: dict[type[nn.Module], Plan] = {
     nn.Embedding: Plan(divide=VocabularyParallelEmbedding),
     nn.LayerNorm: Plan(divide=ChannelParallelNorm),
@@ -117,7 +171,13 @@ PLANS: dict[type[nn.Module], Plan] = {
     MegaRMSNorm: Plan(divide=ChannelParallelNorm),
     MegaScaleNorm: Plan(divide=ChannelParallelNorm),
     MegaMovingAverageGatedAttention: Plan(prepare=_separate_segments, divide=_gated_attention),
-    MegaMultiDimensionDampedEma: Plan(carry=StateExchange),
+    MegaMultiDimensionDampedEma: Plan(carry=StateExchange, divide=_own_channels),
     MegaNormalizedFeedForwardNetwork: Plan(divide=_feed_forward),
+    MegalodonAttention: Plan(divide=_normalized_attention),
+    MegalodonComplexEma: Plan(carry=StateExchange, divide=_own_channels),
+    MegalodonFeedForward: Plan(divide=_swiglu_feed_forward),
+    MegalodonLayerNorm: Plan(divide=ChannelParallelNorm),
+    MegalodonRMSNorm: Plan(divide=ChannelParallelNorm),
+    MegalodonTimestepNorm: Plan(carry=MomentExchange, divide=_timestep_norm),
 }
 """The plan of every class of modules that needs one."""

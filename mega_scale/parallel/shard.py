@@ -126,13 +126,6 @@ class Sharding(NamedTuple):
         return shards[0] if self.dim is None else torch.cat(list(shards), self.dim)[: self.length]
 
 
-class ShardedModule(nn.Module):
-    """A module whose parameters are shards."""
-
-    shard_dims: Mapping[str, int] = {}  # along which a parameter is sharded, by its name; others are whole
-    length: int | None = None  # of that dimension in the whole, where ranks need not divide it
-
-
 class SegmentedLinear(nn.Module):
     """The packed layer of gated attention as a layer for each segment: each is sharded, or not, in its own way."""
 
@@ -164,8 +157,9 @@ def shardings(model: nn.Module) -> dict[str, Sharding]:
         source, rows, dim, length = name, None, None, None
         if isinstance(whole := model.get_submodule(packed), SegmentedLinear):
             source, rows = f"{packed}.{local_name}", whole.rows[segment]
-        if isinstance(module, ShardedModule) and local_name in module.shard_dims:
-            dim, length = module.shard_dims[local_name], module.length
+        dims = getattr(module, "shard_dims", {})  # of modules with shards: see tensor_parallel
+        if local_name in dims:
+            dim, length = dims[local_name], getattr(module, "length", None)
         found[name] = Sharding(source, rows, dim, length)
     return found
 

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, check_ids
+from mega_scale.model.megalodon_layers import MegalodonLayerNorm, MegalodonRMSNorm
 from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
-from mega_scale.parallel.shard import ShardedModule, on_meta, shard_length
+from mega_scale.parallel.shard import on_meta, shard_length
 from mega_scale.parallel.world import Axis, gather, gather_replicated, reduce_scatter, start_gather, sum_gradient
 
 
-class TensorParallel(ShardedModule):
+class TensorParallel(nn.Module):
     """A module whose parameters are this rank's shards; reading one gives what the module's arithmetic needs."""
 
     # A parameter that every rank holds needs its gradient summed between its use and the engine's reduction. FSDP2 and
@@ -34,6 +35,9 @@ class TensorParallel(ShardedModule):
     # them: hence on reading, which leaves the forward of the module that this is mixed into as it is.
 
     axis: Axis
+    shard_dims: Mapping[str, int] = {}  # along which a parameter is sharded, by its name; others are whole
+    length: int | None = None  # of that dimension in the whole, where ranks need not divide it
+    needed: Mapping[str, tuple[int, int, int]] = {}  # of what every rank holds, by name: dimension, first and length
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
@@ -42,7 +46,8 @@ class TensorParallel(ShardedModule):
         axis: Axis | None = self.__dict__.get("axis")
         if axis is None or name in self.shard_dims or isinstance(value, DTensor):
             return value  # a DTensor is sharded by FSDP, which reads it in this way too; nobody computes with it
-        return sum_gradient(value, axis)
+        value = sum_gradient(value, axis)
+        return value.narrow(*self.needed[name]) if name in self.needed else value
 
 
 def sharded(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any:
@@ -104,13 +109,14 @@ class RowParallelLinear(TensorParallel, MegaLinear):
     """A linear layer whose inputs are sharded: ranks sum their outputs, each keeping its channels: W / T to D / T."""
 
     def __init__(self, whole: nn.Linear, axis: Axis) -> None:
-        super().__init__(whole.in_features // axis.size, whole.out_features)
+        super().__init__(whole.in_features // axis.size, whole.out_features, bias=False)
         self.axis, self.shard_dims = axis, {"weight": 1, "bias": 0}
-        self.bias = nn.Parameter(torch.empty(whole.out_features // axis.size, device=self.weight.device))
+        if whole.bias is not None:
+            self.bias = nn.Parameter(torch.empty(whole.out_features // axis.size, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         out = reduce_scatter(linear(x, self.weight), self.axis)
-        return out + self.bias.to(out.dtype)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class _Normalize(torch.autograd.Function):
@@ -150,11 +156,13 @@ class _Normalize(torch.autograd.Function):
 
 
 class ChannelParallelNorm(TensorParallel):
-    """LayerNorm, RMSNorm or ScaleNorm over sharded channels: one or two statistics a token travel."""
+    """Layer norm, RMS norm or ScaleNorm over sharded channels: one or two statistics a token travel."""
 
     def __init__(self, whole: Any, axis: Axis) -> None:
         super().__init__()
-        self.axis, self.center, self.eps = axis, isinstance(whole, nn.LayerNorm), whole.eps
+        self.axis, self.eps = axis, whole.eps
+        self.center = isinstance(whole, nn.LayerNorm | MegalodonLayerNorm)
+        self.added = 1.0 if isinstance(whole, MegalodonLayerNorm | MegalodonRMSNorm) else 0.0  # to the gain
         self.shard_dims = {"weight": 0, "bias": 0}  # the one number of ScaleNorm is everyone's
         for name, parameter in whole.named_parameters():
             own = parameter[: len(parameter) // axis.size] if name in self.shard_dims else parameter
@@ -164,7 +172,7 @@ class ChannelParallelNorm(TensorParallel):
         """x (B, L, D / T)."""
         out = _Normalize.apply(x, self.axis, self.center, self.eps)
         for name in self._parameters:  # the gain, a number or one a channel, and the bias
-            out = out + self.bias if name == "bias" else out * getattr(self, name)
+            out = out + self.bias if name == "bias" else out * (getattr(self, name).to(out.dtype) + self.added)
         return out.to(x.dtype)
 
 

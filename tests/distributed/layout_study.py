@@ -15,6 +15,8 @@ from mega_scale.parallel.world import join_axes
 
 STEPS = 20  # of the plain variant in every layout
 FEWER_STEPS = {"recomputed": 6, "dropout-recomputed": 6, "bf16": 5}
+# All of them are in campaigns/megalodon_layouts.py.
+FEWER_STEPS |= {"megalodon-plain": 5, "megalodon-dropout-recomputed": 4, "megalodon-bf16": 3}
 ROWS = 4
 LENGTH = 61  # fills 8 chunks of 8 but for 3 tokens
 DROPOUT = dict.fromkeys(
@@ -31,12 +33,31 @@ LAYOUTS = {
     "sp2-tp2": MeshShape(1, 1, 2, 2),
     "replicate2-sp2": MeshShape(2, 1, 2, 1),
 }
+# Two heads: one a rank of two, or for two ranks of four. Four: several a rank, or one.
+MEGALODON: dict[str, Any] = {
+    "model_type": "megalodon",
+    "num_attention_heads": 2,
+    "shared_representation_size": 16,
+    "timestep_norm_groups": 4,
+}
+OTHER_MEGALODON = MEGALODON | {
+    "num_attention_heads": 4,
+    "swiglu": False,
+    "rescale_nffn": False,
+    "norm_affine": False,
+    "tie_word_embeddings": True,
+    "scale_embeddings": True,
+    **dict.fromkeys(("dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.1),
+}
 # Name: changes of the model, activation checkpointing, number format.
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "plain": ({}, 0, "fp32"),
     "recomputed": ({}, 1, "fp32"),
     "dropout-recomputed": (DROPOUT, 1, "fp32"),
     "bf16": ({}, 0, "bf16"),
+    "megalodon-plain": (MEGALODON, 0, "fp32"),
+    "megalodon-dropout-recomputed": (OTHER_MEGALODON, 1, "fp32"),
+    "megalodon-bf16": (MEGALODON, 0, "bf16"),
 }
 # Other models that share the arithmetic of tensor and sequence parallelism, in one layout that has both.
 MODELS: dict[str, dict[str, Any]] = {
@@ -157,7 +178,8 @@ def steps_of(variant: str) -> int:
 def alone() -> dict[str, dict[str, Any]]:
     """One process, by variant and by model."""
     with World.start(ParallelConfig()) as world:
-        found = {name: run(world, "fsdp-3", VARIANTS[name], steps_of(name)) for name in VARIANTS if name != "bf16"}
+        exact = [name for name, (_, _, dtype) in VARIANTS.items() if dtype == "fp32"]
+        found = {name: run(world, "fsdp-3", VARIANTS[name], steps_of(name)) for name in exact}
         return found | {name: run(world, "fsdp-3", (model, 0, "fp32"), MODEL_STEPS) for name, model in MODELS.items()}
 
 
@@ -165,8 +187,10 @@ def alone() -> dict[str, dict[str, Any]]:
 RUNS = [
     (layout, ("fsdp-3", "zero-3")[(row + column) % 2], variant)
     for row, layout in enumerate(LAYOUTS)
-    for column, variant in enumerate(VARIANTS)
+    for column, variant in enumerate(name for name in VARIANTS if name != "megalodon-bf16")
 ]
+RUNS += [("sp2-tp2", engine, "megalodon-bf16") for engine in ("fsdp-3", "zero-3")]
+RUNS += [("dp2", engine, "megalodon-plain") for engine in ("fsdp-1", "fsdp-2", "zero-0", "zero-1", "zero-2")]
 
 
 def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -25,6 +25,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {**DROPOUT, "attention_probs_dropout_prob": 0.1},
     "laplace": {"attention_activation": "laplace", "normalize_before_mega": False},
+    "megalodon": {
+        "model_type": "megalodon",
+        **dict.fromkeys(("dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.1),
+    },
 }
 
 
@@ -53,8 +57,7 @@ def step(
 ) -> tuple[dict[str, Tensor], int]:
     """Loss, gradients and number of matrix products of one step."""
     config = tiny_run.tiny_config(**changes)
-    with torch.device("meta"):
-        model, template = MegaForCausalLM(config), MegaForCausalLM(config)
+    model, template = tiny_run.meta_model(config), tiny_run.meta_model(config)
     row_slice = apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=how, seed=1)
     place = {"template": template}
     fill(model, seeded_values(config, 2), lambda old, value: nn.Parameter(value.clone()), torch.device("cpu"), **place)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model import MegaConfig, MegalodonConfig
+from mega_scale.model.families import causal_lm_class
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.shard import fill
 
@@ -19,8 +20,10 @@ MAX_GRAD_NORM = 0.4
 LEARNING_RATES = [3e-3, 1e-2, 8e-3, 5e-3, 2e-3]
 
 
-def tiny_config(**changes: Any) -> MegaConfig:
+def tiny_config(model_type: str = "mega", **changes: Any) -> Any:
     """Odd sizes, so that nothing divides by the number of ranks."""
+    if model_type == "megalodon":
+        return _tiny_megalodon(**changes)
     settings: dict[str, Any] = {
         "vocab_size": 67,
         "hidden_size": 18,
@@ -43,9 +46,29 @@ def tiny_config(**changes: Any) -> MegaConfig:
     return MegaConfig(**(settings | changes))
 
 
-def meta_model(config: MegaConfig) -> MegaForCausalLM:
+def _tiny_megalodon(**changes: Any) -> MegalodonConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": 67,
+        "hidden_size": 18,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "shared_representation_size": 18,
+        "intermediate_size": 21,
+        "nffn_hidden_size": 23,
+        "ema_projection_size": 3,
+        "timestep_norm_groups": 3,
+        "chunk_size": 8,
+        "swiglu": True,
+        "rescale_nffn": True,
+        "pad_token_id": None,
+    }
+    return MegalodonConfig(**(settings | changes))
+
+
+def meta_model(config: Any) -> Any:
+    """The causal language model of a configuration of either family."""
     with torch.device("meta"):
-        return MegaForCausalLM(config)
+        return causal_lm_class(config)(config)
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.AdamW:
@@ -75,7 +98,7 @@ def micro_batches(step: int, world: World) -> tuple[list[tuple[Tensor, Tensor]],
     return [(inputs[s : s + rows], labels[s : s + rows]) for s in starts], count
 
 
-def plain_run(config: MegaConfig, steps: int = STEPS) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def plain_run(config: Any, steps: int = STEPS) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, gradient norms and final weights of one process without any engine, one forward a step."""
     model = meta_model(config)
     fill(model, seeded_values(config, SEED), lambda old, value: nn.Parameter(value), torch.device("cpu"))

@@ -1,8 +1,8 @@
 """Model and optimizer as files, in one canonical form for both engines: reading them, and rewriting them as others.
 
     index.json              shape and sharding of every parameter, and which numbers of which one lie in which file
-    part-00000.safetensors  `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` and, where it is kept, `average/NAME`, each
-                            a range of numbers, fp32
+    part-00000.safetensors  `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` or, of what Muon steps, `momentum/NAME`,
+                            and `average/NAME` where it is kept, each a range of numbers, fp32
 
 Every engine keeps of each parameter, and of its moments, one contiguous range of the flattened shard that its rank of
 `tp` has. Ranks that hold the same numbers share the work of writing them. Any number of ranks in any mesh reads what it
@@ -150,9 +150,11 @@ class StateReader:
                 # An average that is kept from here on begins with the weights.
                 stored = WEIGHT if kind == AVERAGE and not self.averaged else kind
                 wanted.append((tensor, (name, stored, local.shard, local.start, local.start + len(tensor))))
-                missing += [name] if stored not in self.kinds[name] else []
+                missing += [(name, stored)] if stored not in self.kinds[name] else []
         if missing:
-            raise ValueError(f"{self._folder} has no moments of {min(missing)}, which is trained here")
+            name, kind = min(missing)
+            remedy = "set optimizer.name to that of the checkpoint's config.yaml, or start anew with init_from"
+            raise ValueError(f"{self._folder} has no {kind} of {name}, which is trained here: {remedy}")
         for _, numbers in wanted:
             self._find(*numbers)
         for tensor, numbers in wanted:

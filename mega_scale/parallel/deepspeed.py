@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mega_scale.parallel.config import EngineConfig
-from mega_scale.parallel.engine import BuildOptimizer, Engine, Stepped, flat
-from mega_scale.parallel.shard import WEIGHT, Values
+from mega_scale.parallel.engine import BuildOptimizer, Engine, Stepped
+from mega_scale.parallel.shard import WEIGHT, Values, flat
 from mega_scale.parallel.world import Axis
 
 _linear = nn.functional.linear
@@ -51,8 +51,10 @@ class DeepSpeedEngine(Engine):
         if config.dtype == "bf16":
             # DeepSpeed turns autocast on in its own forward only; evaluation and generation call the module.
             model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)
+        optimizer = self._optimizer_over(build_optimizer)
+        _know(type(optimizer))
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model), config=native, mpu=unit, dist_init_required=False
+            model=model, optimizer=optimizer, config=native, mpu=unit, dist_init_required=False
         )
         self._call, self._optimizer = self._engine, self._engine.optimizer
         self._adam = self._optimizer if self._stage == 0 else self._optimizer.optimizer
@@ -218,6 +220,14 @@ def _start_deepspeed(device: str) -> Any:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     _import_muon()
     return deepspeed
+
+
+def _know(optimizer: type) -> None:
+    """Put our optimizer among those that DeepSpeed runs without a warning that it has not tested it."""
+    from deepspeed.runtime.zero import utils
+
+    if optimizer not in utils.ZERO_SUPPORTED_OPTIMIZERS:
+        utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
 
 
 def _import_muon() -> None:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from mega_scale.parallel.config import EngineConfig
+from mega_scale.parallel.muon import Muon
 from mega_scale.parallel.shard import (
     AVERAGE,
     MOMENTS,
+    MOMENTUM,
     START,
     WEIGHT,
     EngineState,
@@ -31,6 +33,7 @@ from mega_scale.parallel.shard import (
     RowSlice,
     Values,
     fill,
+    flat,
     on_meta,
     shardings,
 )
@@ -38,7 +41,7 @@ from mega_scale.parallel.weight_average import WeightAverage
 from mega_scale.parallel.world import World
 
 BuildOptimizer = Callable[[nn.Module], Optimizer]
-"""Makes AdamW over the parameters of a model that an engine has sharded."""
+"""Makes AdamW, or `Muon`, over the parameters of a model that an engine has sharded."""
 
 
 class Stepped(NamedTuple):
@@ -73,7 +76,11 @@ class Engine(ABC):
         self._stage, self._max_grad_norm = config.parallel.zero_stage, config.max_grad_norm
         self._call: Callable[..., Any] = model
         self._average: WeightAverage | None = None
+        self._matrices: set[str] = set()  # parameters that Muon steps
         self._build(values, config, build_optimizer)
+        if isinstance(self._adam, Muon):
+            tensors, places = self.state().tensors, {name: self._stepped(name) for name in self._matrices}
+            self._adam.attach([(name, tensors[name], *places[name][:2]) for name in places], world)
         if config.weight_average:
             held = {name: local.tensors for name, local in self.state().tensors.items()}
             trained = {name: tensors[WEIGHT] for name, tensors in held.items() if len(tensors) > 1}
@@ -119,12 +126,19 @@ class Engine(ABC):
         with self.row_slice:
             return loss_of(self._call, input_ids, shift_labels, num_items, document_starts=document_starts)
 
+    def _optimizer_over(self, build_optimizer: BuildOptimizer) -> Optimizer:
+        """Make the optimizer, and note which parameters Muon steps while they are what it is given."""
+        optimizer = build_optimizer(self.module)
+        stepped = {parameter for group in optimizer.param_groups if group.get("muon") for parameter in group["params"]}
+        self._matrices = {name for name in self._table if self._parameters[name] in stepped}
+        return optimizer
+
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of the loss of all ranks, as `forward` returned it; `last`: of the step."""
 
     def step(self, lr: float, skip: bool = False) -> float:
-        """Clip the gradients, take one AdamW step at an absolute learning rate, and forget the gradients.
+        """Clip the gradients, take one optimizer step at an absolute learning rate, and forget the gradients.
 
         Returns the L2 norm of the whole gradient before clipping. Where it is not finite, or with `skip`, the same on
         all ranks, none takes the step: weights, moments, average and counts stay as they are, to the bit.
@@ -176,15 +190,16 @@ class Engine(ABC):
         These are views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
         places, tensors = {name: self._stepped(name) for name in self._table}, {}
-        trained = [place.owner for name, place in places.items() if self._parameters[name].requires_grad]
-        steps = self._optimizer_steps(dict.fromkeys(trained))
+        trained = [name for name in places if self._parameters[name].requires_grad]
+        moments = {name: (MOMENTUM,) if name in self._matrices else MOMENTS for name in trained}
+        steps = self._optimizer_steps({places[name].owner: moments[name] for name in trained})
         for name, sharding in self._table.items():
             parameter, stepped = self._parameters[name], places[name]
             shape = sharding.part(self._template.get_parameter(sharding.source)).shape
             shard = sharding.shard(shape, self._tp.rank, self._tp.size)
             kinds = {WEIGHT: stepped.owner}
             if parameter.requires_grad:
-                kinds |= {kind: self._adam.state[stepped.owner][kind] for kind in MOMENTS}
+                kinds |= {kind: self._adam.state[stepped.owner][kind] for kind in moments[name]}
             count = max(shard.numel - stepped.start, 0)
             local = {kind: flat(tensor)[stepped.numbers][:count] for kind, tensor in kinds.items()}
             if self._average is not None and name in self._average.tensors:
@@ -200,17 +215,22 @@ class Engine(ABC):
         averaged = None if self._average is None else self._average.steps
         return EngineState(self._table, self._ties, self._tp.size, self._tp.rank, tensors, steps, buffers, averaged)
 
-    def _optimizer_steps(self, owners: Iterable[Tensor]) -> list[Tensor]:
-        """AdamW's counters of steps; its moments exist from here on, before the first step too, as that makes them."""
+    def _optimizer_steps(self, owners: Mapping[Tensor, Sequence[str]]) -> list[Tensor]:
+        """AdamW's counters of steps, from what is stepped with the kinds of its moments.
+
+        The moments exist from here on, before the first step too, as that makes them.
+        """
         defaults, steps = self._adam.defaults, []
-        for tensor in owners:
+        for tensor, kinds in owners.items():
             if not self._adam.state[tensor]:
                 device = tensor.device if defaults.get("fused") or defaults.get("capturable") else torch.device("cpu")
-                state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-                state |= {kind: torch.zeros_like(tensor, requires_grad=False) for kind in MOMENTS}
+                state: dict[str, Any] = {kind: torch.zeros_like(tensor, requires_grad=False) for kind in kinds}
+                if MOMENTUM not in kinds:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 self._adam.state[tensor] = state
-            step = self._adam.state[tensor]["step"]
-            steps.append(step.to_local() if isinstance(step, DTensor) else step)
+            if MOMENTUM not in kinds:
+                step = self._adam.state[tensor]["step"]
+                steps.append(step.to_local() if isinstance(step, DTensor) else step)
         return steps
 
     @abstractmethod
@@ -252,11 +272,6 @@ def loss_of(
     return loss
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """This rank's numbers of a tensor, as a 1-D view."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().view(-1)
-
-
 class FsdpEngine(Engine):
     """A model sharded by PyTorch's `fully_shard`, in the three stages that DeepSpeed calls ZeRO.
 
@@ -283,7 +298,7 @@ class FsdpEngine(Engine):
         self._whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
         if self._fsdp.rank > 0:
             self._counted = [p for p in self._counted if isinstance(p, DTensor)]
-        self._adam = build_optimizer(model)
+        self._adam = self._optimizer_over(build_optimizer)
         for group in list(self._adam.param_groups):  # PyTorch steps tensors of one kind at a time
             of_kind = [[p for p in group["params"] if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
             if all(of_kind):

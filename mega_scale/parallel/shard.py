@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from mega_scale.model.basic_layers import MegaLinear
 from mega_scale.model.families import initial_tensor
 from mega_scale.parallel.world import ALONE, Axis
 
-WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
-KINDS = (WEIGHT, *MOMENTS, AVERAGE)
-"""What an engine holds of a parameter: itself, and where it is trained its moments and, if kept, its average."""
+WEIGHT, AVERAGE = "weight", "average"
+MOMENTS, MOMENTUM = ("exp_avg", "exp_avg_sq"), "momentum"  # of AdamW, and of Muon
+KINDS = (WEIGHT, *MOMENTS, MOMENTUM, AVERAGE)
+"""What an engine may hold of a parameter: itself, and where it is trained its moments and, if kept, its average."""
 
 
 class Place(NamedTuple):
@@ -274,6 +276,11 @@ def _value(values: Values, model: nn.Module, name: str, target: Tensor) -> Tenso
             "give the configuration that the values were made with"
         )
     return value
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """This rank's numbers of a tensor, as a 1-D view."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().view(-1)
 
 
 def on_meta(module: Callable[..., nn.Module], *args: Any) -> Any:

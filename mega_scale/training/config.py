@@ -1,9 +1,9 @@
-"""Settings of training: the loop, AdamW, the learning rate's schedule, and bad steps."""
+"""Settings of training: the loop, the optimizer, the learning rate's schedule, and bad steps."""
 
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -123,10 +123,17 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and the clipping of gradients."""
+    """AdamW or Muon, and the clipping of gradients."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """What steps the weights: adamw, or muon for the matrices of blocks and adamw for all else (embeddings, head,
+    norms, moving average, biases); Muon's steps are as large, so they share lr and weight_decay (no unit)."""
 
     lr: float = 3e-4
     """Learning rate at the top of the schedule (absolute)."""
+
+    momentum: float = 0.95
+    """Share of the old momentum kept at each step, with name=muon (0 to below 1)."""
 
     beta1: float = 0.9
     """Share of the old first moment kept at each step (0 to below 1)."""
@@ -149,7 +156,7 @@ class OptimizerConfig:
 
     def validate(self) -> None:
         """Refuse values outside their range."""
-        not_negative, shares = ("weight_decay", "max_grad_norm"), ("beta1", "beta2")
+        not_negative, shares = ("weight_decay", "max_grad_norm"), ("beta1", "beta2", "momentum")
         require_ranges("optimizer", self, positive=("lr", "eps"), not_negative=not_negative, shares=shares)
 
 
@@ -235,27 +242,50 @@ class BadStepsConfig:
         require(not self.rollbacks or checkpoint_every > 0, "bad_steps.rollbacks", self.rollbacks, remedy)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter of a model, each once, in two groups: those that decay first.
+def build_optimizer(model: nn.Module, config: OptimizerConfig, dtype: str = "fp32") -> torch.optim.AdamW:
+    """AdamW, or Muon, over every trainable parameter of a model, each once: groups that decay first.
 
     With `decay="all"` there is one group. Else weights of linear and embedding layers decay: matrices that this keeps
     in bounds. All else has a scale with a meaning of its own: norms, biases, and what the moving average, queries, keys
     and relative positions have. The rule looks at module types and names, never at shapes, so that sharded parameters
     are grouped as whole ones are.
 
-    Raises ValueError where the model has no trainable parameter.
+    Muon steps the weights of linear layers inside blocks, orthogonalised in `dtype`, fp32 or bf16. Raises ValueError
+    where the model has no trainable parameter, or no blocks for Muon.
     """
     # Tied to a decaying and another place, a parameter decays.
-    decaying = dict.fromkeys(layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Embedding))
+    decaying = _weights(model, nn.Linear | nn.Embedding)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = []
-    for decays, weight_decay in ((True, config.weight_decay), (False, 0.0)):
-        if group := [p for p in parameters if (config.decay == "all" or p in decaying) == decays]:
-            groups.append({"params": group, "weight_decay": weight_decay})
+    matrices = _matrices_of_blocks(model) if config.name == "muon" else set()
+    groups: list[dict[str, Any]] = []
+    every = config.decay == "all"
+    for muon, decays in ((True, True), (False, True), (False, False)):
+        chosen = [p for p in parameters if (p in matrices) == muon and (every or p in decaying) == decays]
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": config.weight_decay if decays else 0.0, "muon": muon})
     if not groups:
         raise ValueError("the model has no trainable parameter: leave requires_grad on for at least one")
     # Fused, it reads and writes every number once a step.
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    from mega_scale.parallel.muon import Muon  # noqa: PLC0415  distributed tensors take a second
+
+    return Muon(groups, momentum=config.momentum, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, **options)
+
+
+def _matrices_of_blocks(model: nn.Module) -> set[nn.Parameter]:
+    """Weights of the linear layers inside the blocks of a model."""
+    blocks: Any = getattr(getattr(model, "base_model", None), "layers", None)
+    if blocks is None:
+        raise ValueError("optimizer.name='muon' steps the matrices of blocks, of which the model has none: use adamw")
+    return _weights(blocks, nn.Linear)
+
+
+def _weights(model: nn.Module, kinds: Any) -> set[nn.Parameter]:
+    """Parameters called weight of modules of some kinds; read as attributes, those of parallel layers are others."""
+    layers = (layer for layer in model.modules() if isinstance(layer, kinds))
+    return {weight for layer in layers for name, weight in layer.named_parameters(recurse=False) if name == "weight"}
 
 
 def seconds_of(duration: str | int) -> float:

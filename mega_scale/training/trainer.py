@@ -265,7 +265,7 @@ class Trainer:
             self.values,
             config.engine_config(world.size),
             world,
-            lambda sharded: build_optimizer(sharded, config.optimizer),
+            lambda sharded: build_optimizer(sharded, config.optimizer, train.dtype),
         )
         self.watchdog.beat("starting")
         self.engine.module.train()

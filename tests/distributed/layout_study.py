@@ -8,7 +8,16 @@ import tiny_run
 import torch
 from torch import Tensor
 
-from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, Place, World, parallelize, seeded_values
+from mega_scale.parallel import (
+    BuildOptimizer,
+    Engine,
+    EngineConfig,
+    ParallelConfig,
+    Place,
+    World,
+    parallelize,
+    seeded_values,
+)
 from mega_scale.parallel.mesh import MeshShape
 from mega_scale.parallel.shard import assemble, by_source, shardings
 from mega_scale.parallel.world import join_axes
@@ -115,6 +124,7 @@ def make_engine(
     activation_checkpoint: int = 0,
     dtype: str = "fp32",
     values: int = tiny_run.SEED,
+    build_optimizer: BuildOptimizer = tiny_run.build_optimizer,
 ) -> Engine:
     """One of `engine_study.ENGINES` in the layout of a world, of a model with some changes and seeded values."""
     shape = config(**(changes or {}))
@@ -130,7 +140,7 @@ def make_engine(
             seed=5,
         ),
         world,
-        tiny_run.build_optimizer,
+        build_optimizer,
     )
 
 

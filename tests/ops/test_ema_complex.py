@@ -95,7 +95,7 @@ def test_the_recurrence_is_the_definition(documents, with_state):
 LENGTHS = (1, 63, 64, 65, 500, pytest.param(4096, marks=pytest.mark.slow))
 
 
-@pytest.mark.parametrize("impl", ["blocked", "fft"])
+@pytest.mark.parametrize("impl", ["blocked", "fft", "native"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_forms_match_the_recurrence(length, impl):
     leaves = make_case(length, batch=3)
@@ -104,7 +104,68 @@ def test_forms_match_the_recurrence(length, impl):
         assert_same(run(leaves, by(impl, resets)), run(leaves, by("recurrent", resets)), 1e-10)
 
 
-@pytest.mark.parametrize("impl", ["recurrent", "blocked", "fft"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (3, 31, 15, 7), (2, 32, 16, 8), (2, 33, 17, 9), (1, 97, 37, 16), (2, 64, 129, 33)]
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_in_fp32_at_awkward_sizes(sizes, threads, monkeypatch):
+    monkeypatch.setattr("mega_scale.ops.native._OF_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    batch, length, channels, averages = sizes
+    leaves = make_case(length, batch, channels, averages, dtype=torch.float32)
+    for resets in (None, make_resets(batch, length)):
+        found, want = run(leaves, by("native", resets)), run(leaves, by("recurrent", resets), torch.float64)
+        assert found["y"].dtype == found["end"].dtype == torch.float32
+        assert_same(found, want, 1e-5)
+
+
+def test_auto_takes_native_in_fp32_and_blocks_in_fp64():
+    for dtype, impl in ((torch.float32, "native"), (torch.float64, "blocked")):
+        leaves = make_case(50, dtype=dtype)
+        found = {name: run(leaves, by(name))["y"] for name in ("auto", "native", "blocked")}
+        assert torch.equal(found["auto"], found[impl]) and not torch.equal(found["native"], found["blocked"])
+
+
+def test_native_keeps_its_input_and_a_state_a_block():
+    leaves, kept = make_case(32 * 64, 2, 32, 16, torch.float32, with_state=False), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    coefficients = coefficients_of(leaves)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        damped_ema(leaves["x"], coefficients, impl="native")
+    assert sorted(kept.values())[-2:] == [2 * 32 * 64 * 32, 2 * 64 * 32 * 16 * 2]
+
+
+@pytest.mark.parametrize("slowest", [1e-3, 1e-5, 1e-7])
+def test_slow_averages_are_not_rounded(slowest):
+    leaves = {name: leaf.detach() for name, leaf in make_case(8192, 1, 16, 8, with_state=False).items()}
+    given = coefficients_of(leaves)
+    given = given._replace(log_decay=given.log_decay * slowest, angle=given.angle * slowest**0.5)
+    want = damped_ema(leaves["x"], given)
+    narrow = given._replace(
+        **{name: getattr(given, name).float() for name in ("gain", "projection", "projection_imag")}
+    )
+    for impl in ("native", "blocked"):
+        for found, exact in zip(damped_ema(leaves["x"].float(), narrow, impl=impl), want, strict=True):
+            assert (found - exact).abs().max() < 1e-5 * exact.abs().max(), impl
+
+
+@pytest.mark.parametrize("impl", ["native", "fft"])
+def test_a_state_over_a_long_row_keeps_its_phase(impl):
+    """262,144 tokens in fp32: native keeps states between blocks in fp64."""
+    log_decay, angle = torch.tensor([[-1e-5, -1e-6]]).double(), torch.tensor([[2.9, -0.01]]).double()
+    one, state = torch.ones(1, 2), torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    given = EmaCoefficients(log_decay, one, one, angle, one)
+    with torch.no_grad():
+        _, end = damped_ema(torch.zeros(1, 262144, 1), given, state, impl=impl)
+    want = torch.view_as_complex(state.double()) * torch.polar((262144 * log_decay).exp(), 262144 * angle)
+    torch.testing.assert_close(torch.view_as_complex(end).to(want.dtype), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["recurrent", "blocked", "fft", "native"])
 @pytest.mark.parametrize("parts", [2, 3, 4, 8])
 def test_parts_of_a_row_equal_the_whole(parts, impl):
     """All gradients, with and without documents."""

@@ -161,11 +161,15 @@ def _check_kind(coefficients: EmaCoefficients, bidirectional: bool, truncation: 
 
 def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> str:
     """The implementation that `auto` takes for a kernel without truncation."""
-    log_decay, length = coefficients.log_decay, x.shape[1]
-    if coefficients.angle is None and log_decay.dtype == torch.float32 and in_memory(x, log_decay):
+    gain, length = coefficients.gain, x.shape[1]
+    if gain.dtype == torch.float32 and in_memory(x, gain):
         if x.device.type == "cpu" and length > 1 and shipped() and library() is not None:
             return "native"
-        narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and log_decay.shape[1] <= 32
+        narrow = (
+            x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            and gain.shape[1] <= 32
+            and coefficients.angle is None
+        )
         if length >= 64 and narrow and runs_triton(x):
             return "triton"
     mode = tracing()

@@ -1,5 +1,6 @@
-"""The damped EMA on a CPU in fp32: its recurrence as C++, with states in registers, compiled at its first use.
+"""The damped EMA on a CPU: its recurrence as C++, with states in registers, compiled at its first use.
 
+In fp32, and a complex average in fp64, too.
 The library is kept where PyTorch keeps its extensions, named by a hash of the source and the compiler's command.
 
 Legend: B batch, L length, D channels, N moving averages per channel.
@@ -24,54 +25,51 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 def native_ema(
     x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`recurrent_ema` by compiled C++, differentiable once. Forward keeps half as much as x for backward: states.
+    """`recurrent_ema` by compiled C++, differentiable once. Forward keeps half as much as x for backward: states, which
+    are as many numbers as x where they are complex.
 
     Raises:
         ValueError: a device or a dtype has no such form, or it could not be compiled.
     """
-    log_decay = coefficients[0]
-    if x.device.type != "cpu" or x.dtype != torch.float32 or log_decay.dtype != torch.float32:
+    log_decay, dtype = coefficients.log_decay, coefficients.gain.dtype
+    known = (torch.float32,) if coefficients.angle is None else (torch.float32, torch.float64)
+    if x.device.type != "cpu" or dtype not in known or any(t.dtype != dtype for t in (x, coefficients.projection)):
         raise ValueError(
-            f"impl='native' takes fp32 on a CPU, and x is {x.dtype} on {x.device}, coefficients {log_decay.dtype}: use "
-            "impl='blocked'"
+            f"impl='native' takes fp32 on a CPU, a complex average fp64, too, and x is {x.dtype} on {x.device}, "
+            f"coefficients {dtype}: use impl='blocked'"
         )
     if not in_memory(x, log_decay):
         raise ValueError("impl='native' cannot run where a tracer or a transform is active: use impl='auto'")
     if library() is None:
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
     if state is None:
-        state = log_decay.new_zeros(len(x), *log_decay.shape)
-    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *coefficients[:3], state))
+        state = x.new_zeros(coefficients.state_shape(len(x)))
+    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *coefficients, state))
     resets = None if resets is None else resets.contiguous()
-    y, end = _Walk.apply(x.contiguous(), *coefficients[:3], state, resets, keeps)
+    y, end = _Walk.apply(resets, keeps, x.contiguous(), state, *coefficients)
     return y, end
 
 
 class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        log_decay: Tensor,
-        gain: Tensor,
-        projection: Tensor,
-        state: Tensor,
-        resets: Tensor | None,
-        keeps: bool,
+        ctx: Any, resets: Tensor | None, keeps: bool, x: Tensor, state: Tensor, *given: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x (B, L, D), coefficients (D, N), state (B, D, N), resets (B, L), whether there will be a backward pass."""
+        """resets (B, L), whether there will be a backward pass, x (B, L, D), state, and coefficients (D, N)."""
         native: Any = library()
         batch, length, channels = x.shape
-        averages, tokens = log_decay.shape[1], native.mega_ema_tokens()
+        coefficients = EmaCoefficients(*given)
+        averages, tokens, parts = coefficients.gain.shape[1], native.mega_ema_tokens(), 1 + (len(given) == 5)
         blocks = -(-length // tokens)
-        fades = (log_decay * count for count in (tokens, length - (blocks - 1) * tokens))
-        coefficients = torch.stack([torch.expm1(log_decay), gain, projection, *(fade.exp() for fade in fades)])
-        befores = x.new_empty(batch, blocks, native.mega_ema_states(channels, averages)) if keeps else None
+        counts = tokens, length - (blocks - 1) * tokens  # of a block, and of the last one
+        rows = _rows(coefficients, counts)
+        kept = (batch, blocks, native.mega_ema_states(channels, averages, parts))
+        befores = x.new_empty(kept) if keeps else None
         y, end = torch.empty_like(x), state.clone(memory_format=torch.contiguous_format)
-        ctx.sizes = batch, length, channels, averages, threads_for(x)
-        tensors = x, coefficients, resets, end, y, befores
+        ctx.sizes = batch, length, channels, averages, parts, int(x.dtype == torch.float64), threads_for(x)
+        tensors = x, rows, resets, end, y, befores
         native.mega_ema_forward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
-        ctx.save_for_backward(x, log_decay, coefficients, befores, resets)
+        ctx.save_for_backward(x, rows, befores, resets)
         return y, end
 
     @staticmethod
@@ -79,13 +77,33 @@ class _Walk(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
         """Finds the states inside a block anew, from the one before it."""
         native: Any = library()
-        x, log_decay, coefficients, befores, resets = ctx.saved_tensors
+        x, rows, befores, resets = ctx.saved_tensors
         dy, adjoint = dy.contiguous(), d_end.clone(memory_format=torch.contiguous_format)
-        dx, gradients = torch.empty_like(x), torch.empty_like(coefficients[:3])
-        tensors = x, dy, coefficients, befores, resets, adjoint, dx, gradients
+        complex_numbers = adjoint.dim() == 4
+        dx, gradients = torch.empty_like(x), x.new_empty(5 if complex_numbers else 3, *rows.shape[1:])
+        tensors = x, dy, rows, befores, resets, adjoint, dx, gradients
         native.mega_ema_backward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
-        d_rate, d_gain, d_projection = gradients
-        return dx, d_rate * log_decay.exp(), d_gain, d_projection, adjoint, None, None
+        d_rate, d_gain, d_projection, *more = gradients
+        q = rows[0] + 1
+        if not complex_numbers:
+            return None, None, dx, adjoint, d_rate * q.to(x.dtype), d_gain, d_projection
+        # By the real and the imaginary part of q, to those of its logarithm.
+        (d_rotation, d_imaginary), rotation = more, rows[3]
+        d_log_decay, d_angle = d_rate * q + d_rotation * rotation, d_rotation * q - d_rate * rotation
+        return None, None, dx, adjoint, d_log_decay, d_gain, d_projection, d_angle, d_imaginary
+
+
+def _rows(coefficients: EmaCoefficients, counts: tuple[int, int]) -> Tensor:
+    """Rows (5, D, N), or (9, D, N) of a complex average, in fp64: what native.cpp calls coefficients."""
+    wide = EmaCoefficients(*(c.double() for c in coefficients))
+    log_decay, gain, projection, angle, imaginary = wide[:]
+    fades = [wide.fade(count).value(torch.float64) for count in counts]
+    if angle is None or imaginary is None:
+        return torch.stack([torch.expm1(log_decay), gain, projection, *fades])
+    # q - 1 without the rounding of q.
+    rate = torch.expm1(log_decay) * angle.cos() - 2 * (angle / 2).sin().square()
+    rotation = log_decay.exp() * angle.sin()
+    return torch.stack([rate, gain, projection, rotation, imaginary, *(t for f in fades for t in f.unbind(-1))])
 
 
 @cache
@@ -107,7 +125,7 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     for function, tensors in ((found.mega_ema_forward, 6), (found.mega_ema_backward, 8)):
-        function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 5
+        function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 7
         function.restype = None
-    found.mega_ema_states.argtypes, found.mega_ema_states.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    found.mega_ema_states.argtypes, found.mega_ema_states.restype = [ctypes.c_int64] * 3, ctypes.c_int64
     return found

@@ -18,6 +18,7 @@ import torch
 from mega_scale.checkpoint import folder as store
 from mega_scale.data.config import DataConfig
 from mega_scale.files import local_path, shipped
+from mega_scale.help import format_help
 from mega_scale.model.configuration import BaseConfig
 from mega_scale.model_section import (
     FROM_TOKENIZER,
@@ -30,7 +31,7 @@ from mega_scale.model_section import (
 from mega_scale.parallel import mesh
 from mega_scale.parallel.config import EngineConfig, ParallelConfig, check_accelerate
 from mega_scale.process import refuse
-from mega_scale.settings import format_help, read_yaml, require, resolve, split_arguments, to_yaml
+from mega_scale.settings import read_yaml, require, resolve, split_arguments, to_yaml
 from mega_scale.training.config import BadStepsConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = shipped("configs") / "debug.yaml"
 
-_DESCRIPTION = """Every key below can stand in a YAML file (as sections) and on the command line, as train.steps=200,
+_DESCRIPTION = """Every key can stand in a YAML file (as sections) and on the command line, as train.steps=200,
 --train.steps=200 or --train.steps 200. Command line beats files, a later file beats an earlier one, files beat the
-defaults shown here. A key that is unknown is refused."""
+defaults. A key that is unknown is refused."""
 _OPTIONS = {
     "--config FILE": "YAML file of keys, or a recipe in configs/ by its name, as enwik8-39m; may come several times; "
     "without it, debug (path)",
@@ -329,8 +330,9 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
     try:
         configs, overrides, options = split_arguments(argv, (field.name for field in dataclasses.fields(RunConfig)))
         if "help" in options:
+            text = format_help(RunConfig, _DESCRIPTION, _OPTIONS, options["help"])
             if not quiet:
-                print(format_help(RunConfig, _DESCRIPTION, _OPTIONS), end="", flush=True)
+                print(text, end="", flush=True)
             raise SystemExit(0)
         base = None if configs else str(DEFAULT_CONFIG)
         config, given = resolve(RunConfig, [find_config(name) for name in configs], overrides, base=base)

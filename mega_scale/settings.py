@@ -5,11 +5,8 @@ of several kinds is a union of dataclasses, each with a key `type` that only has
 """
 
 import argparse
-import ast
 import dataclasses
 import difflib
-import inspect
-import itertools
 import json
 import math
 import re
@@ -93,11 +90,11 @@ def known_keys(section: Any, prefix: str = "") -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for name, hint in get_type_hints(section).items():
         kinds = sections(hint)
-        keys |= _keys_of_kinds(kinds, f"{prefix}{name}.") if kinds else {f"{prefix}{name}": hint}
+        keys |= keys_of_kinds(kinds, f"{prefix}{name}.") if kinds else {f"{prefix}{name}": hint}
     return keys
 
 
-def _keys_of_kinds(kinds: Iterable[Any], prefix: str) -> dict[str, Any]:
+def keys_of_kinds(kinds: Iterable[Any], prefix: str) -> dict[str, Any]:
     """The keys of each of some dataclasses; where one has several types, their union."""
     keys: dict[str, Any] = {}
     for kind in kinds:
@@ -193,7 +190,7 @@ def allowed(key: str, value: Any, known: dict[str, Any], convert: Callable[[Any,
         return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     nearest = max(sections if isinstance(value, dict) else known, key=likeness)
-    raise ValueError(f"{key} is not a key: the nearest known one is {nearest}; --help lists all")
+    raise ValueError(f"{key} is not a key: the nearest known one is {nearest}; --help all lists them")
 
 
 # YAML
@@ -276,24 +273,29 @@ def to_yaml(config: Any) -> str:
 Overrides = list[tuple[str, str | None]]
 
 
-def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> tuple[list[str], Overrides, set[str]]:
+def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> tuple[list[str], Overrides, dict[str, str]]:
     """Sort the words of a command line: KEY=VALUE, --KEY=VALUE, --KEY VALUE, --config FILE and the other options.
 
     The first words of the known keys, `sections`, tell `--resume train.steps=4` from `--resume FOLDER`. Returns the
-    files, the keys with their values (None where a key has none), and which of "help" and "print_config" are given.
+    files, the keys with their values (None where a key has none), and which of "help", with the word behind it, and
+    "print_config" are given.
     """
     sections = set(sections)
     configs: list[str] = []
     overrides: Overrides = []
-    options = set()
+    options: dict[str, str] = {}
     rest = list(argv)
     while rest:
         token = rest.pop(0)
         name, equals, text = token.partition("=")
         dashed = name.startswith("--")
         key = name[2:].replace("-", "_") if dashed else name
-        if token in ("-h", "--help", "--print-config", "--print_config"):
-            options.add("help" if token == "-h" else key)
+        if token == "-h" or name == "--help":
+            topic = not equals and bool(rest) and not rest[0].startswith("-") and "=" not in rest[0]
+            options["help"] = rest.pop(0) if topic else text
+            continue
+        if token in ("--print-config", "--print_config"):
+            options["print_config"] = ""
             continue
         if (name.startswith("-") and not dashed) or not (dashed or equals):
             raise ValueError(f"{token!r} is not understood: write KEY=VALUE, as in train.steps=200")
@@ -401,76 +403,3 @@ def _chosen(kinds: tuple[Any, ...], values: dict[str, Any], unasked: Collection[
             f"{'it' if len(given) == 1 else 'them'} out, or set {prefix}type={owner}"
         )
     return next(kind for kind in kinds if kind().type == chosen)
-
-
-# Help
-
-
-def format_help(section: type, description: str, options: dict[str, str]) -> str:
-    """What `--help` prints: options, as "--config FILE", and every key with its sentence, type and default."""
-    usage = (
-        "%(prog)s [--config FILE] [KEY=VALUE ...] [--resume [CHECKPOINT]] [--overwrite] [--max-time TIME] "
-        "[--print-config] [--help]"
-    )
-    parser = argparse.ArgumentParser(usage=usage, description=description)
-    for option, sentence in options.items():
-        name, _, value = option.partition(" ")
-        shown: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
-        parser.add_argument(name, help=sentence, **shown)
-    _add_keys(parser, section, "")
-    return parser.format_help()
-
-
-def _add_keys(parser: argparse.ArgumentParser, section: Any, prefix: str) -> None:
-    title = (inspect.getdoc(section) or "").partition("\n")[0].removesuffix(".")
-    group = parser.add_argument_group(title)
-    hints, defaults = get_type_hints(section), section()
-    for name, sentence in _sentences(section).items():
-        kinds = sections(hints[name])
-        if len(kinds) == 1:
-            _add_keys(parser, kinds[0], f"{prefix}{name}.")
-        elif kinds:
-            _add_kinds(parser, kinds, f"{prefix}{name}.")
-        else:
-            _add_key(group, f"{prefix}{name}", sentence, hints[name], _shown(getattr(defaults, name)))
-
-
-def _add_kinds(parser: argparse.ArgumentParser, kinds: tuple[Any, ...], prefix: str) -> None:
-    """Keys of a section of several kinds; each tells what it means, and what its default is, in which of them."""
-    sentences = {kind().type: _sentences(kind) for kind in kinds}
-    title = (inspect.getdoc(kinds[0]) or "").partition("\n")[0].removesuffix(".")
-    group = parser.add_argument_group(f"{title}, {' or '.join(sentences)}")
-    for name, hint in _keys_of_kinds(kinds, "").items():
-        meanings: dict[str, list[str]] = {}
-        values: dict[str, list[str]] = {}
-        for kind in kinds:
-            tag = kind().type
-            if name in sentences[tag]:
-                meanings.setdefault(sentences[tag][name], []).append(tag)
-                values.setdefault(_shown(getattr(kind(), name)), []).append(tag)
-        sentence = next(iter(meanings))
-        if len(meanings) > 1:
-            sentence = " ".join(f"{', '.join(tags)}: {meaning}" for meaning, tags in meanings.items())
-        default = ", ".join(f"{value} ({', '.join(tags)})" for value, tags in values.items())
-        _add_key(group, f"{prefix}{name}", sentence, hint, _shown(kinds[0]().type) if name == "type" else default)
-
-
-def _add_key(group: Any, key: str, sentence: str, hint: Any, default: str) -> None:
-    text = f"{sentence} (type: {describe(hint)}, default: {default})".replace("%", "%%")
-    group.add_argument(f"--{key}", metavar="VALUE", help=text)
-
-
-def _shown(default: Any) -> str:
-    return json.dumps(default) if default is None or isinstance(default, bool) else str(default)
-
-
-def _sentences(section: Any) -> dict[str, Any]:
-    """The help of each field: of its metadata, or the string below it."""
-    sentences = {field.name: field.metadata.get("help") for field in dataclasses.fields(section)}
-    if None in sentences.values():
-        [definition] = ast.parse(inspect.getsource(section)).body
-        assert isinstance(definition, ast.ClassDef)
-        for node, below in itertools.pairwise(definition.body):
-            if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
-                sentences[ast.unparse(node.target)] = " ".join(ast.literal_eval(below.value).split())
-    return sentences

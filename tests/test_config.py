@@ -346,11 +346,50 @@ def test_a_checkpoint_is_accepted_by_name_and_as_the_latest(tmp_path):
 # Help and files
 
 
-def test_help_documents_every_key(capsys):
+def helped(capsys, *words):
     with pytest.raises(SystemExit) as ended:
-        parse(["--help"])
+        parse(list(words))
     assert ended.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_names_the_groups_of_keys_on_a_page(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = helped(capsys, "--help")
+    assert text == helped(capsys, "train.steps=3", "-h") and len(text.splitlines()) < 45
+    for group in {key.partition(".")[0] for key in KNOWN if "." in key}:
+        own = [key for key in KNOWN if key.startswith(f"{group}.")]
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {group} ")]
+        assert f"({len(own)} keys)" in text[text.index(line) :]
+    assert "--help [GROUP | KEY | all]" in text and "--config" in text and "train.log_every" not in text
+
+
+@pytest.mark.parametrize(
+    ("topic", "keys"),
+    [
+        ("train", [key for key in KNOWN if key.startswith("train.")]),
+        ("run", [key for key in KNOWN if "." not in key]),
+        ("train.steps", ["train.steps"]),
+        ("--train.eval-every", ["train.eval_every"]),
+        ("warmup", [key for key in KNOWN if "warmup" in key]),
+    ],
+)
+def test_help_on_a_group_a_key_or_a_word_documents_those_keys(topic, keys, capsys):
+    for words in (["--help", topic], [f"--help={topic}"]) if not topic.startswith("--") else ([f"--help={topic}"],):
+        lines = [line.split()[0] for line in helped(capsys, *words).splitlines() if line.startswith("  --")]
+        assert lines == [f"--{key}" for key in keys]
+
+
+def test_help_on_what_there_is_not_is_refused_in_a_line(capsys):
+    assert "no such group or key, the nearest one is optimizer" in _refusal(["--help", "optimiser"], capsys)
+    assert "--help lists the groups" in _refusal(["--help", "zzz"], capsys)
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help", "zzz"], quiet=True)  # all ranks end alike
+    assert ended.value.code == 2 and capsys.readouterr() == ("", "")
+
+
+def test_help_on_all_documents_every_key(capsys):
+    text = helped(capsys, "--help", "all")
     entries: dict[str, str] = {}
     key = ""
     for line in text.splitlines():

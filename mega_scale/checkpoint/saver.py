@@ -33,6 +33,7 @@ _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
 _NAMED = 4  # ranks whose problem is told
 _ALIGNMENT = 64  # bytes; every dtype can begin there
+_LOOK_S = 5.0
 _CHUNK_BYTES = 16 * 2**20
 _DTYPES = {
     torch.float64: "F64",
@@ -91,6 +92,8 @@ class Saver:
         self._config, self._key, self._kept = config, key, kept
         self._staging = Staging(world.device) if config.asynchronous else None
         self.under_way: _Save | None = None
+        self.written = self.total = 0  # bytes of this rank's part of it
+        self.on_wait: Callable[[], object] = lambda: None  # called now and then while training waits for it
         if world.rank == 0:
             # Remove what a killed run left half written, and restore what it was about to replace.
             for path in run_dir.glob(f"checkpoints/step-*{_REPLACED}"):
@@ -116,6 +119,7 @@ class Saver:
         tensors, ranges = rank_tensors(state, rank)
         if problem := self._prepare(unfinished, tensors):
             return [*ended, Saved(step, None, problem, time.perf_counter() - began, 0.0, 0)]
+        self.written, self.total = 0, sum(tensor.nbytes for tensor in tensors.values())
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
@@ -127,7 +131,10 @@ class Saver:
         def write() -> dict[str, Record]:
             state = tensors if copying is None else copying.result()
             tables = {f"{store.STATE}/{store.state_file(rank)}": state, store.random_file(rank): random}
-            found = {name: write_and_prove(unfinished / name, table, self._key) for name, table in tables.items()}
+            found = {
+                name: write_and_prove(unfinished / name, table, self._key, note=self._note)
+                for name, table in tables.items()
+            }
             trainer_text = (json.dumps(trainer, indent=1) + "\n").encode()
             for name, text in {store.TRAINER: trainer_text, **self._described}.items() if rank == 0 else ():
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +148,9 @@ class Saver:
         self.under_way = _Save(step, folder, index, ranges, began, copying, writing)
         self.under_way.stall_s = time.perf_counter() - began
         return [*ended, *([] if staging is not None else self.finish())]
+
+    def _note(self, count: int) -> None:
+        self.written += count
 
     def wait_copied(self) -> None:
         """Wait until the state has been copied; call it before anything changes the state. Not collective."""
@@ -163,7 +173,8 @@ class Saver:
         ended: list[Saved] = []
         while (save := self.under_way) is not None:
             began = time.perf_counter()
-            wait([save.completing or save.writing])
+            while wait([save.completing or save.writing], _LOOK_S).not_done:
+                self.on_wait()
             ended = self._advance(save, began)
         return ended
 
@@ -377,12 +388,24 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def write_and_prove(
-    path: Path, tensors: Mapping[str, Tensor], key: bytes | None, read: Callable[[str], Tensor] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    key: bytes | None,
+    read: Callable[[str], Tensor] | None = None,
+    note: Callable[[int], object] = lambda count: None,
 ) -> Record:
-    """Write a file, flush it, and read it back. Raises OSError where it does not come back as it was."""
+    """Write a file, flush it, and read it back. Raises OSError where it does not come back as it was.
+
+    `note` is called with the number of bytes of every piece that is written.
+    """
     found = new_hash(key)
+
+    def update(data: Any) -> None:
+        found.update(data)
+        note(memoryview(data).nbytes)
+
     try:
-        size = write_tensors(path, tensors, found.update, *([] if read is None else [read]))
+        size = write_tensors(path, tensors, update, *([] if read is None else [read]))
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not say which file it was
         raise

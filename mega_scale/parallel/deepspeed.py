@@ -19,6 +19,8 @@ from mega_scale.parallel.shard import WEIGHT, Values, flat
 from mega_scale.parallel.world import Axis
 
 _linear = nn.functional.linear
+# Warnings of DeepSpeed about what is meant to be: AdamW is PyTorch's.
+_HARMLESS = ("ZeRO with an untested optimizer",)
 
 
 class DeepSpeedEngine(Engine):
@@ -207,7 +209,9 @@ def _start_deepspeed(device: str) -> Any:
     import deepspeed
 
     # Its logger is made, and its level set, at import.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)
+    log.addFilter(lambda record: not any(text in record.getMessage() for text in _HARMLESS))
     chosen = deepspeed.accelerator.get_accelerator().device_name()
     if chosen != device:
         raise ValueError(

@@ -145,10 +145,13 @@ class Trainer:
                 try:
                     problem = self.folder.take(self.world, self.checkpoint is None, self.log)
                     code = 0 if problem else self.run_with_watchdog()
+                except ParallelizeError:
+                    quiet = self.world.store.add("refused", 1) > 1  # one of those that are refused says so
+                    raise
                 finally:
                     self.folder.lock.release()
         except ParallelizeError as error:
-            refuse(f"rank {self.rank}: {error}")
+            refuse(f"rank {self.rank}: {error}", quiet=quiet)
         self.signals.ignore()
         if problem:
             refuse(problem, quiet=self.rank != 0)
@@ -298,6 +301,7 @@ class Trainer:
         self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
         kept = stable_step(config)
         self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key, kept)
+        self.saver.on_wait = self.show_save
         self.call_back("on_start")
 
     def call_back(self, method: str, *arguments: Any) -> None:
@@ -402,6 +406,7 @@ class Trainer:
             self.log_step(result)
         paused = time.perf_counter()
         if self.saver.under_way is not None:
+            self.show_save()
             self.log_saves(self.saver.poll())
         if last or (train.eval_every and step % train.eval_every == 0):
             self.evaluate()
@@ -524,7 +529,12 @@ class Trainer:
             state["validation"] = progress.evaluation
         state |= {"data": self.data_state, "layout": self.layout}
         progress.saved = progress.step
+        self.reporter.begin_progress()
         return self.saver.save(progress.step, state)
+
+    def show_save(self) -> None:
+        """Say how far this rank's part of the checkpoint under way is."""
+        self.reporter.progress(self.progress.step, "saving", self.saver.written / 1e6, self.saver.total / 1e6, "MB")
 
     def log_saves(self, ended: list[Saved]) -> None:
         """Say how saves ended, and remember the last checkpoint."""

@@ -1,4 +1,7 @@
-"""Turns a training checkpoint, of either engine and any number of ranks, into one Hugging Face folder."""
+"""Turns a training checkpoint, of either engine and any number of ranks, into one Hugging Face folder.
+
+`--format original` writes the files of the original Megalodon code instead.
+"""
 
 import argparse
 import re
@@ -11,8 +14,11 @@ from mega_scale.config import load_config
 from mega_scale.data import as_trained
 from mega_scale.files import check_destination
 from mega_scale.hub.export import DEFAULT_SHARD_BYTES, model_card, write_export
+from mega_scale.hub.megalodon import write_original
+from mega_scale.model import MegalodonConfig
 from mega_scale.parallel import check_single
-from mega_scale.training.trained_model import open_checkpoint
+from mega_scale.process import log_to_stderr
+from mega_scale.training.trained_model import open_checkpoint, open_model
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -28,11 +34,16 @@ def byte_size(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the command, which its help calls `prog`. Raises ValueError or OSError for what is refused."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
+    words = "run folder (its newest checkpoint) or checkpoint folder; with --format original also a Hugging Face folder"
+    parser.add_argument("checkpoint", type=Path, help=words)
     parser.add_argument("out", type=Path, help="folder to create")
+    words = "what to write (default: hf): a Hugging Face folder, or the original Megalodon code's config and pickles"
+    parser.add_argument("--format", choices=("hf", "original"), default="hf", help=words)
+    words = "of --format original: model-parallel ranks, a file each (default: 1)"
+    parser.add_argument("--model-parallel", type=int, metavar="RANKS", help=words)
     words = "largest weight file (default: 5GB)"
-    parser.add_argument("--max-shard-size", type=byte_size, default=DEFAULT_SHARD_BYTES, help=words)
+    parser.add_argument("--max-shard-size", type=byte_size, help=words)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters (default: fp32)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     words = "add the model's Python files: torch and transformers alone then load it, by trust_remote_code=True"
@@ -43,6 +54,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     args = parser.parse_args(arguments)
     check_single("launch/export.py", args)
+    if args.format == "original":
+        write_as_original(args)
+        return
+    if args.model_parallel is not None:
+        raise ValueError("--model-parallel is for --format original: add that, or leave it out")
     check_destination(args.out, overwrite=args.overwrite)
     key = read_key(args.key_file)
     options = {"older": args.allow_older, "average": args.average}
@@ -52,6 +68,27 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     how = {"dtype": args.dtype, "with_code": args.remote_code}
     facts = {"tokenizer": tokenizer, "average": args.average}
     card = model_card(args.out.resolve().name, config, read_state(folder), asdict(run), **facts, **how)
-    how |= {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
+    how |= {"max_shard_bytes": args.max_shard_size or DEFAULT_SHARD_BYTES, "overwrite": args.overwrite}
     write_export(args.out, tensors, config, tokenizer, card, **how)
     print(f"exported {folder} to {args.out}")
+
+
+def write_as_original(args: argparse.Namespace) -> None:
+    """Write the original Megalodon code's folder."""
+    for name in ("remote_code", "max_shard_size"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for --format hf: leave it out")
+    key, at_hand = read_key(args.key_file), (args.checkpoint / "config.json").is_file()
+    if at_hand and args.average:
+        raise ValueError(f"--average is for checkpoints, which hold one, and {args.checkpoint} is a Hugging Face folder")
+    options = {"older": args.allow_older, "average": args.average}
+    opened = open_model(args.checkpoint, key) if at_hand else open_checkpoint(args.checkpoint, key, **options)
+    config, tensors, tokenizer, folder = opened
+    if not isinstance(config, MegalodonConfig):
+        raise ValueError(f"{folder} holds a {config.model_type} model: the original's format is of Megalodon models")
+    shards = args.model_parallel or 1
+    how = {"shards": shards, "dtype": args.dtype, "overwrite": args.overwrite}
+    write_original(args.out, tensors, config, tokenizer, **how)
+    if shards > 1 and config.rescale_nffn:
+        log_to_stderr("the original cannot compute rescale_nffn with several shards: write one")
+    print(f"exported {folder} to {args.out}, {shards} shard(s) of the original's format")

@@ -199,7 +199,16 @@ assert signals.asked == "SIGUSR1" and not signal.pthread_sigmask(signal.SIG_BLOC
     assert done.returncode == 0, done
 
 
-COMMANDS = ("prepare", "train_tokenizer", "evaluate", "generate", "export", "import_fairseq", "checkpoint")
+COMMANDS = (
+    "prepare",
+    "train_tokenizer",
+    "evaluate",
+    "generate",
+    "export",
+    "import_fairseq",
+    "import_megalodon",
+    "checkpoint",
+)
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "pretrain"])

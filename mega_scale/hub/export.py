@@ -25,8 +25,9 @@ from transformers.models.auto import modeling_auto
 from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.files import check_destination, write_folder, write_json
 from mega_scale.hub.folder import StateDictSpec, state_dict_spec
-from mega_scale.model import MegaConfig
-from mega_scale.model.configuration_mega import SAVED_BY
+from mega_scale.model import MegaConfig, MegalodonConfig
+from mega_scale.model.configuration import SAVED_BY, BaseConfig
+from mega_scale.model.families import causal_lm_class
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -52,7 +53,7 @@ _KINDS = {
 def write_export(
     folder: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
-    config: MegaConfig,
+    config: BaseConfig,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
     *,
@@ -61,7 +62,7 @@ def write_export(
     overwrite: bool = False,
     with_code: bool = False,
 ) -> Path:
-    """Write a causal language model as a folder that `AutoModelForCausalLM` and transformers 4.37.2 load.
+    """Write a causal language model as a folder that `AutoModelForCausalLM` loads, and of Mega transformers 4.37.2.
 
     The folder, which is returned, appears under its name only when it is complete. Memory stays below one shard and one
     tensor: `tensors`, full ones by their names in the state dict, are read once each; of tied names one is enough.
@@ -118,16 +119,16 @@ def _write_weights(
 
 
 def _write_configs(
-    folder: Path, config: MegaConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, with_code: bool
+    folder: Path, config: BaseConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, with_code: bool
 ) -> None:
     config = copy.deepcopy(config)
-    config.architectures = ["MegaForCausalLM"]
+    config.architectures = [causal_lm_class(config).__name__]
     config.dtype = dtype
     setattr(config, SAVED_BY, _PACKAGE)
     # A configuration that was read from a folder with code may point to files that this one lacks.
     vars(config).pop("auto_map", None)
     if with_code:
-        classes = auto_classes()
+        classes = auto_classes(type(config))
         config.auto_map = auto_map(classes)
         for name, text in remote_code(classes).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -194,13 +195,13 @@ _PACKAGE = "mega_scale"
 _ROOMS = ("model", "ops")
 
 
-def auto_classes() -> dict[str, type]:
-    """The Mega classes that transformers' Auto classes give for a MegaConfig, by the name of the Auto class."""
-    found: dict[str, type] = {"AutoConfig": MegaConfig}
+def auto_classes(family: type[BaseConfig] = MegaConfig) -> dict[str, type]:
+    """The classes that transformers' Auto classes give for a family's configuration, by the name of the Auto class."""
+    found: dict[str, type] = {"AutoConfig": family}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
-        if mapping is not None and MegaConfig in mapping:
-            found[name] = mapping[MegaConfig]
+        if mapping is not None and family in mapping:
+            found[name] = mapping[family]
     return found
 
 
@@ -272,7 +273,7 @@ def _flatten(module: str, source: str) -> tuple[str, set[str]]:
 
 _HOW_TO_LOAD = """\
 ```python
-import mega_scale  # registers the Mega classes with transformers
+import mega_scale  # registers its model classes with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
@@ -294,6 +295,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 # Absolute, of a home or variable, above a folder, on a Windows drive or host, or a file URL.
 _OF_A_MACHINE = re.compile(r"[/~$\\]|\.\.[/\\]|[A-Za-z]:[/\\]|file:")
 _TEXTS = ("sample_prompt",)  # are no paths, whatever they begin with
+_PAPERS = {MegaConfig.model_type: ("Mega", "2209.10655"), MegalodonConfig.model_type: ("Megalodon", "2404.08801")}
 _VERSIONS = (_PACKAGE, "torch", "transformers", "safetensors")
 _NOT_IN_HF = {
     "scale_embeddings": (False, "it does not scale embeddings by sqrt(hidden_size)"),
@@ -305,7 +307,7 @@ _NOT_IN_HF = {
 
 def model_card(
     name: str,
-    config: MegaConfig,
+    config: BaseConfig,
     trainer: Mapping[str, Any],
     run: Mapping[str, Any],
     *,
@@ -320,12 +322,13 @@ def model_card(
     only the last part. `average` says that the weights are the average of those of the run's steps. For the other
     arguments see `write_export`.
     """
-    attention = "Attention spans the whole sequence."
-    if config.use_chunking:
+    attention, chunk = "Attention spans the whole sequence.", config.attention_chunk
+    if chunk is not None:
         attention = (
-            f"Attention stays inside chunks of {config.chunk_size} tokens; the moving average carries information "
+            f"Attention stays inside chunks of {chunk} tokens; the moving average carries information "
             "across them, so the cost is linear in the length."
         )
+    family, paper = _PAPERS[config.model_type]
     spec = state_dict_spec(config)
     parameters = sum(spec.tensors[name].numel() for name in spec.stored() if name not in spec.buffers)
     model = {
@@ -359,10 +362,11 @@ def model_card(
     settings = yaml.safe_dump(run, sort_keys=False, allow_unicode=True).strip()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
     versions = {"python": platform.python_version(), **{package: version(package) for package in _VERSIONS}}
+    tags = f"tags:\n- {config.model_type}\n- {_PACKAGE}"
     sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mega\n- mega_scale\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{tags}\n---",
         f"# {_inline(name)}",
-        f"A Mega causal language model (arXiv 2209.10655), pretrained with mega_scale. {attention}",
+        f"A {family} causal language model (arXiv {paper}), pretrained with mega_scale. {attention}",
         "## Load",
         _HOW_TO_LOAD,
         *([_WITH_CODE] if with_code else []),
@@ -375,7 +379,9 @@ def model_card(
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 
-def _in_transformers_4(config: MegaConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def _in_transformers_4(config: BaseConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if not isinstance(config, MegaConfig):
+        return f"No release of transformers has {_PAPERS[config.model_type][0]} itself."
     beyond = [
         f"`{key}={getattr(config, key)!r}`: {effect}"
         for key, (default, effect) in _NOT_IN_HF.items()

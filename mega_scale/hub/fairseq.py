@@ -6,7 +6,6 @@ the reverse of the paper. Its last version weighs the input with `alpha`; names 
 
 import argparse
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mega_scale.files import check_destination, reason, write_folder
+from mega_scale.files import check_destination, write_folder
 from mega_scale.hub.export import write_export, write_tokenizer
-from mega_scale.hub.folder import StateDictSpec, state_dict_spec
+from mega_scale.hub.folder import StateDictSpec, read_pickle, state_dict_spec
 from mega_scale.model import MegaConfig, MegaForCausalLM, MegaForMaskedLM, MegaModel
 
 EMA_INPUTS = ("delta", "alpha")
@@ -342,15 +341,8 @@ def read_fairseq(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Returns tensors by name, and the command line's options, such as decoder_embed_dim; none of a bare state dict.
     Raises ValueError where it cannot be read so, or holds no model.
     """
-    try:
-        # The options are a Namespace, which holds values and runs nothing when it is read.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors and plain values ({reason(error)}): open it where you trust it, and "
-            'save {"model": checkpoint["model"], "args": checkpoint["args"]} with a torch of 1.6 or newer'
-        ) from error
+    # The options are a Namespace, which holds values and runs nothing when it is read.
+    content = read_pickle(path, argparse.Namespace, keep='{"model": checkpoint["model"], "args": checkpoint["args"]}')
     whole = isinstance(content, dict) and "model" in content
     state = content["model"] if whole else content
     args = content.get("args") if whole else None

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mega_scale import model as mega  # its models are imported when they are used: reading a configuration needs none
 from mega_scale.files import reason
 from mega_scale.model import MegaConfig
+from mega_scale.model.configuration import BaseConfig
 from mega_scale.model.configuration_mega import warn_if_norm_differs
+from mega_scale.model.families import CONFIGURATIONS, causal_lm_class
 
-BASE_PREFIX = "mega."
 _POOLER = "pooler."  # a base model may carry one, which no language model has
 _WEIGHT_FILES = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 _LISTED = 8
@@ -31,6 +31,7 @@ class StateDictSpec(NamedTuple):
     tensors: dict[str, Tensor]  # on meta, for every name, tied ones included, in the model's order
     ties: dict[str, str]  # for a name that shares its tensor with an earlier one, that earlier name
     buffers: frozenset[str]  # names that are buffers, not parameters
+    fp32_modules: tuple[str, ...] = ()  # modules whose parameters no number format rounds
 
     def owner(self, name: str) -> str:
         """The earliest name of the tensor that is called `name`."""
@@ -53,7 +54,7 @@ class StateDictSpec(NamedTuple):
 
     def stored_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """Dtype of `name` in a folder whose parameters are `dtype`: buffers and the moving average keep their own."""
-        exact = any(module in name.split(".") for module in mega.MegaPreTrainedModel.fp32_modules)
+        exact = any(module in name.split(".") for module in self.fp32_modules)
         keeps = exact or name in self.buffers or not self.tensors[name].is_floating_point()
         return self.tensors[name].dtype if keeps else dtype
 
@@ -80,16 +81,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f", and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def state_dict_spec(config: MegaConfig, build: Callable[[MegaConfig], nn.Module] | None = None) -> StateDictSpec:
-    """The state dict of the model that `build` makes (default: `MegaForCausalLM`), without memory for its weights."""
+def state_dict_spec(config: BaseConfig, build: Callable[[Any], nn.Module] | None = None) -> StateDictSpec:
+    """The state dict of the model that `build` makes (the family's causal one by default), without memory for it."""
     with torch.device("meta"):
-        model = (build or mega.MegaForCausalLM)(config)
+        model = (build or causal_lm_class(config))(config)
     buffers = dict(model.named_buffers())
     # A state dict detaches its values: identity survives only with keep_vars.
     tensors = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     ties = {name: first[id(tensor)] for name, tensor in tensors.items() if first[id(tensor)] != name}
-    return StateDictSpec(dict(tensors), ties, frozenset(name for name in tensors if name in buffers))
+    fp32_modules: tuple[str, ...] = getattr(model, "fp32_modules", ())
+    return StateDictSpec(dict(tensors), ties, frozenset(name for name in tensors if name in buffers), fp32_modules)
 
 
 class LazyTensors(UserDict[str, Any]):
@@ -101,11 +103,11 @@ class LazyTensors(UserDict[str, Any]):
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def open_folder(path: str | os.PathLike[str]) -> tuple[MegaConfig, LazyTensors]:
+def open_folder(path: str | os.PathLike[str]) -> tuple[BaseConfig, LazyTensors]:
     """Open an export, or a Mega folder of transformers 4.37.2, as a causal language model's configuration and tensors.
 
-    Tensors, of safetensors or `pytorch_model.bin` (without running its code), have the names of `MegaForCausalLM`'s
-    state dict, tied ones included; those of a base model (without `mega.`) are taken as the model's inside.
+    Tensors, of safetensors or `pytorch_model.bin` (without running its code), have the names of the model's state dict,
+    tied ones included; those of a base model (without `mega.` or `megalodon.`) are taken as the model's inside.
 
     Raises ValueError where the folder cannot be read, or names or shapes differ from the model's; all are listed.
     """
@@ -114,8 +116,9 @@ def open_folder(path: str | os.PathLike[str]) -> tuple[MegaConfig, LazyTensors]:
     spec = state_dict_spec(config)
     found = _stored_tensors(folder)
     problem = f"the weights in {folder} do not fit its config.json"
-    if found and not any(name.startswith(BASE_PREFIX) for name in found):
-        found = {BASE_PREFIX + name: tensor for name, tensor in found.items() if not name.startswith(_POOLER)}
+    prefix = f"{causal_lm_class(config).base_model_prefix}."
+    if found and not any(name.startswith(prefix) for name in found):
+        found = {prefix + name: tensor for name, tensor in found.items() if not name.startswith(_POOLER)}
         problem = f"{problem}, as it holds a base model, without a language-model head"
     spec.require({name: tensor.shape for name, tensor in found.items()}, problem)
     for name, owner in spec.unequal_ties(found):
@@ -126,21 +129,22 @@ def open_folder(path: str | os.PathLike[str]) -> tuple[MegaConfig, LazyTensors]:
     return config, LazyTensors({name: tensor.detach for name, tensor in spec.complete(found).items()})
 
 
-def read_config(folder: Path) -> MegaConfig:
+def read_config(folder: Path) -> BaseConfig:
     """Read the configuration of such a folder. Raises ValueError where it has none, or that of another model."""
     path = folder / "config.json"
     if not path.is_file():
         what = "holds no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{folder} {what}: name an export or a Hugging Face folder of a Mega model")
+        raise ValueError(f"{folder} {what}: name an export or a Hugging Face folder of a Mega or Megalodon model")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     found = values.get("model_type") if isinstance(values, dict) else None
-    if found != MegaConfig.model_type:
-        raise ValueError(f"{path} has model_type={found!r}: expected {MegaConfig.model_type!r}")
-    warn_if_norm_differs(values)
-    return MegaConfig.from_pretrained(folder)
+    if found not in CONFIGURATIONS:
+        raise ValueError(f"{path} has model_type={found!r}: expected {' or '.join(map(repr, CONFIGURATIONS))}")
+    if found == MegaConfig.model_type:
+        warn_if_norm_differs(values)
+    return CONFIGURATIONS[found].from_pretrained(folder)
 
 
 def _stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -167,12 +171,31 @@ def _stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _open_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, without running code from it."""
+    if path.suffix != ".safetensors":
+        return named_tensors(path, read_pickle(path))
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def read_pickle(path: str | os.PathLike[str], *classes: type, keep: str = "the model's state_dict()") -> Any:
+    """Map a file of `torch.save` into memory, without running its code: tensors, plain values, objects of `classes`.
+
+    Raises ValueError where it holds anything else or cannot be read; `keep` is what a user who trusts it should save.
+    """
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain values ({reason(error)}): open it where you trust it, and "
+            f"save {keep} with a torch of 1.6 or newer"
+        ) from error
+
+
+def named_tensors(path: str | os.PathLike[str], content: Any) -> dict[str, Tensor]:
+    """The content of a file as tensors by name. Raises ValueError where it is anything else."""
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds something else than named tensors: save a model's state_dict()")
-    return content
+    return dict(content)

@@ -14,9 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
 from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
-from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model import MegaConfig
 from mega_scale.model.basic_layers import use_own_linear
 from mega_scale.model.configuration import BaseConfig
+from mega_scale.model.families import causal_lm_class
+from mega_scale.model.pretrained import BasePreTrainedModel
 from mega_scale.parallel import World, fill
 from mega_scale.process import log_to_stderr
 
@@ -26,7 +28,7 @@ from mega_scale.process import log_to_stderr
 class Opened(NamedTuple):
     """A model whose weights are not read yet."""
 
-    config: MegaConfig
+    config: BaseConfig
     tensors: Mapping[str, Tensor]  # full CPU tensors by state-dict name, read when asked for
     tokenizer: PreTrainedTokenizerBase  # that lies beside it
     folder: Path  # the export, or the checkpoint, that it is
@@ -77,11 +79,13 @@ def _fitting(opened: Opened) -> Opened:
     return opened
 
 
-def read_model(folder: Path) -> MegaConfig:
+def read_model(folder: Path) -> BaseConfig:
     """Configuration of a verified checkpoint's model, from its own files. Raises ValueError where they have none."""
+    from mega_scale.hub.folder import read_config
+
     with _own_model(folder) as described:
         try:
-            return MegaConfig.from_pretrained(described, local_files_only=True)
+            return read_config(described)
         except Exception as error:  # of any kind, for a file that describes no model
             named = folder / "model"
             raise ValueError(f"{named} describes no model ({_reason(error)}): choose another checkpoint") from None
@@ -127,18 +131,18 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     key: bytes | None = None,
     log: Callable[[str], None] = log_to_stderr,
-) -> tuple[MegaForCausalLM, PreTrainedTokenizerBase, Path]:
+) -> tuple[BasePreTrainedModel, PreTrainedTokenizerBase, Path]:
     """Load a model, see `open_model`, in eval mode on one device, one tensor at a time, with tokenizer and folder.
 
     Weights have the `dtype`, but those of the moving average stay fp32.
     """
     config, tensors, tokenizer, folder = open_model(path, key, log=log)
     with torch.device("meta"):
-        model = MegaForCausalLM(config)
+        model = causal_lm_class(config)(config)
     use_own_linear(model)
 
     def value(name: str, owner: nn.Module, local_name: str) -> Tensor:
-        exact = any(part in name for part in MegaForCausalLM.fp32_modules)
+        exact = any(part in name for part in model.fp32_modules)
         return tensors[name].to(torch.float32 if exact else dtype)
 
     fill(model, value, lambda old, tensor: nn.Parameter(tensor.to(device)), device)

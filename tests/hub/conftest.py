@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mega_scale.model import MegaConfig, MegaForCausalLM
+from mega_scale.model import MegaConfig, MegalodonConfig
+from mega_scale.model.families import causal_lm_class
 
 SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2}
 
@@ -44,18 +45,45 @@ def make_config():
 
 
 @pytest.fixture(scope="session")
-def make_model(make_config):
-    """Models whose every parameter is away from its initial value, so that biases and norms show in the logits."""
-
+def make_megalodon_config():
     def make(**changes):
-        generator = torch.Generator().manual_seed(7)
-        model = MegaForCausalLM(make_config(**changes)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return model
+        sizes = {
+            "vocab_size": 259,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "shared_representation_size": 8,
+            "intermediate_size": 24,
+            "nffn_hidden_size": 20,
+            "ema_projection_size": 4,
+            "chunk_size": 8,
+            "timestep_norm_groups": 4,
+            "bos_token_id": 0,
+            "pad_token_id": 1,
+        }
+        return MegalodonConfig(**(sizes | changes))
 
     return make
+
+
+def _moved(config):
+    """A model whose every parameter is away from its initial value, so that biases and norms show in the logits."""
+    generator = torch.Generator().manual_seed(7)
+    model = causal_lm_class(config)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config):
+    return lambda **changes: _moved(make_config(**changes))
+
+
+@pytest.fixture(scope="session")
+def make_megalodon(make_megalodon_config):
+    return lambda **changes: _moved(make_megalodon_config(**changes))
 
 
 @pytest.fixture(scope="session")

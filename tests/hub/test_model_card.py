@@ -52,6 +52,13 @@ def test_card_counts_each_parameter_once(make_model, tied):
     assert f"| parameters | {count:,} |" in card_of(model.config)
 
 
+def test_card_of_a_megalodon(make_megalodon_config):
+    card = card_of(make_megalodon_config())
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["megalodon", "mega_scale"]
+    assert "A Megalodon causal language model (arXiv 2404.08801)" in card and "chunks of 8 tokens" in card
+    assert "No release of transformers has Megalodon itself." in card and "4.37.2" not in card
+
+
 def test_card_says_what_transformers_4_lacks(make_config):
     assert "also loads in transformers 4.37.2" in card_of(make_config())
     config = make_config(

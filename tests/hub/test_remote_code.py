@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_imports
 import mega_scale.model
 from mega_scale.hub.export import auto_classes, auto_map, flat_name, remote_code, write_export
 from mega_scale.hub.folder import open_folder
+from mega_scale.model import MegaConfig, MegalodonConfig
 
 ROOT = Path(mega_scale.__file__).parent
 
@@ -27,17 +28,21 @@ def files():
     return remote_code(auto_classes())
 
 
-def test_every_registered_class_is_in_the_map(files):
-    mapping = auto_map(auto_classes())
-    assert mapping["AutoConfig"] == "configuration_mega.MegaConfig"
-    assert mapping["AutoModel"] == "modeling_mega.MegaModel"
-    assert mapping["AutoModelForCausalLM"] == "modeling_mega.MegaForCausalLM"
+@pytest.mark.parametrize("family", [MegaConfig, MegalodonConfig])
+def test_every_registered_class_is_in_the_map(family):
+    files, mapping = remote_code(auto_classes(family)), auto_map(auto_classes(family))
+    name, stem = family.__name__.removesuffix("Config"), family.model_type
+    assert mapping["AutoConfig"] == f"configuration_{stem}.{name}Config"
+    assert mapping["AutoModel"] == f"modeling_{stem}.{name}Model"
+    assert mapping["AutoModelForCausalLM"] == f"modeling_{stem}.{name}ForCausalLM"
     for reference in mapping.values():
         file, name = reference.split(".")
         assert name in {node.name for node in ast.parse(files[f"{file}.py"]).body if isinstance(node, ast.ClassDef)}
 
 
-def test_files_need_only_each_other_torch_and_transformers(files, tmp_path):
+@pytest.mark.parametrize("family", [MegaConfig, MegalodonConfig])
+def test_files_need_only_each_other_torch_and_transformers(family, tmp_path):
+    files = remote_code(auto_classes(family))
     # Kernels import triton in a `try`, and transformers does not ask for what is imported there.
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -189,9 +194,11 @@ def bare_python(tmp_path_factory):
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_an_export_with_code_loads_without_mega_scale(tmp_path, make_model, tokenizer, input_ids, bare_python):
+def test_an_export_with_code_loads_without_mega_scale(
+    tmp_path, make_model, make_megalodon, tokenizer, input_ids, bare_python
+):
     cases = {
-        "chunks": {"use_chunking": True, "chunk_size": 8},
+        "megalodon": {"swiglu": True, "rescale_nffn": True, "scale_embeddings": True},
         "recipe": {
             "use_chunking": True,
             "chunk_size": 8,
@@ -207,7 +214,8 @@ def test_an_export_with_code_loads_without_mega_scale(tmp_path, make_model, toke
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     for name, changes in cases.items():
-        model, folder = make_model(**changes), tmp_path / name
+        make = make_megalodon if name == "megalodon" else make_model
+        model, folder = make(**changes), tmp_path / name
         write_export(folder, model.state_dict(), model.config, tokenizer, "", with_code=True)
         command = [bare_python, "-c", CHILD, folder, tmp_path / "inputs.safetensors", tmp_path / "result.safetensors"]
         done = subprocess.run(
@@ -216,7 +224,7 @@ def test_an_export_with_code_loads_without_mega_scale(tmp_path, make_model, toke
         assert done.returncode == 0, done.stderr
         result = load_file(tmp_path / "result.safetensors")
         ours = AutoModelForCausalLM.from_pretrained(folder).eval()
-        assert type(ours).__module__ == "mega_scale.model.modeling_mega"
+        assert type(ours).__module__ == f"mega_scale.model.modeling_{model.config.model_type}"
         with torch.no_grad():
             assert (result["logits"] - model(input_ids=input_ids).logits).abs().max() < 1e-5
         tokens = ours.generate(

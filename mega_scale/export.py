@@ -80,7 +80,9 @@ def write_as_original(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is for --format hf: leave it out")
     key, at_hand = read_key(args.key_file), (args.checkpoint / "config.json").is_file()
     if at_hand and args.average:
-        raise ValueError(f"--average is for checkpoints, which hold one, and {args.checkpoint} is a Hugging Face folder")
+        raise ValueError(
+            f"--average is for checkpoints, which hold one, and {args.checkpoint} is a Hugging Face folder"
+        )
     options = {"older": args.allow_older, "average": args.average}
     opened = open_model(args.checkpoint, key) if at_hand else open_checkpoint(args.checkpoint, key, **options)
     config, tensors, tokenizer, folder = opened

@@ -7,7 +7,7 @@ import torch
 
 from mega_scale.config import load_config, model_config, parse
 from mega_scale.data import load_tokenizer
-from mega_scale.model import MegaForCausalLM
+from mega_scale.model.families import causal_lm_class
 
 FOLDER = Path(__file__).parents[1] / "configs"
 
@@ -17,6 +17,9 @@ RECIPES = [
     ("enwik8-39m.yaml", 8, 39, True),
     ("wikitext103-252m.yaml", 24, 252, True),
     ("mega-1.3b.yaml", 16, 1300, False),
+    ("megalodon-200m.yaml", 8, 220.627968, True),
+    ("megalodon-1.3b.yaml", 16, 1342.832640, True),
+    ("megalodon-7b.yaml", 64, 7385.817088, True),
 ]
 
 
@@ -41,11 +44,11 @@ def test_recipe_can_start_and_has_its_size(name, ranks, millions, with_embedding
     tokenizer = load_tokenizer("byte") if config.data.tokenizer == "byte" else None
     shape = model_config(config.model, tokenizer)
     with torch.device("meta"):
-        model = MegaForCausalLM(shape)
+        model = causal_lm_class(shape)(shape)
     count = sum(parameter.numel() for parameter in model.parameters())
     if not with_embedding:
-        count -= model.mega.embedding_layer.word_embeddings.weight.numel()
-    assert count / 1e6 == pytest.approx(millions, rel=0.03)
+        count -= model.get_input_embeddings().weight.numel()
+    assert count / 1e6 == pytest.approx(millions, rel=1e-12 if name.startswith("megalodon") else 0.03)
 
 
 @pytest.mark.parametrize("name", [name for name, *_ in RECIPES])

@@ -252,7 +252,7 @@ def generate_text(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end if stop_at_eos else None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else separator_id(tokenizer),
-                use_cache=module.config.truncation is None,  # type: ignore[union-attr]
+                use_cache=getattr(module.config, "truncation", None) is None,  # a truncated average has no state
                 stopping_criteria=StoppingCriteriaList([after_token]),
                 **(options if temperature > 0 else {"do_sample": False}),
             )

@@ -54,7 +54,7 @@ def weights(make_model, monkeypatch):
     model = make_model()
     model.opened = []
 
-    def open_weights(folder):
+    def open_weights(folder, average):
         model.opened.append(folder)
         return model.state_dict()
 

@@ -32,7 +32,7 @@ from mega_scale.parallel import mesh
 from mega_scale.parallel.config import EngineConfig, ParallelConfig, check_accelerate
 from mega_scale.process import refuse
 from mega_scale.settings import read_yaml, require, resolve, split_arguments, to_yaml
-from mega_scale.training.config import BadStepsConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from mega_scale.training.config import BadStepsConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +78,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: store.CheckpointConfig = field(default_factory=store.CheckpointConfig)
     bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         for key in ("run_dir", "resume", "init_from"):
@@ -109,6 +110,7 @@ class RunConfig:
         self.schedule.validate(self.optimizer.lr, self.train.steps)
         self.checkpoint.validate()
         self.bad_steps.validate(self.checkpoint.every)
+        self.profile.validate(self.train.steps, world_size)
         dp = self.parallel.mesh(world_size).dp
         self._check_model()
         self._check_training(dp)

@@ -178,6 +178,13 @@ class DeepSpeedEngine(Engine):
         partition = flat(parameter.ds_tensor.data)
         return partition[: max(parameter.ds_numel - self._fsdp.rank * partition.numel(), 0)]
 
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        found = super().held_tensors()
+        found["weights"] += [p.ds_tensor.data for p in self._parameters.values() if hasattr(p, "ds_tensor")]
+        if self._stage == 3:
+            found["gradients"].append(self._optimizer.grad_partitions_flat_buffer)
+        return found
+
     def close(self) -> None:
         self._engine.destroy()
         # zero.Init replaces it for the whole process, and nothing of DeepSpeed puts it back.

@@ -248,6 +248,15 @@ class Engine(ABC):
     def local_tensor(self, name: str) -> Tensor:
         """What this rank keeps of a parameter of `module` between steps, flat; not collective."""
 
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """What this rank holds of weights, gradients and moments now, some perhaps twice; not collective."""
+        stepped = [parameter for group in self._adam.param_groups for parameter in group["params"]]
+        weights = [*self._parameters.values(), *stepped]
+        states = [value for state in self._adam.state.values() for value in state.values()]
+        gradients = [parameter.grad for parameter in weights if parameter.grad is not None]
+        moments = [value for value in states if isinstance(value, Tensor)]
+        return {"weights": weights, "gradients": gradients, "moments": moments}
+
     def close(self) -> None:  # noqa: B027
         """Free what the engine holds outside the module; needs no other rank, may be called after an error or twice."""
 

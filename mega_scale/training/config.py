@@ -299,3 +299,24 @@ def seconds_of(duration: str | int) -> float:
     remedy = 'it is no duration, give seconds, or hours as "3:50:00", days as "1-03:50:00"'
     require(seconds > 0, "train.max_time", duration, remedy)
     return float(seconds)
+
+
+@dataclass
+class ProfileConfig:
+    """Traces of some steps, by torch.profiler, and what is written when memory runs out."""
+
+    steps: list[int] = field(default_factory=list)
+    """First and last optimizer step to trace into the profile folder of run_dir, as [10, 14]; [] for none (steps)."""
+
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that write a trace, and on GPUs a snapshot of their memory (ranks)."""
+
+    def validate(self, steps: int, world_size: int) -> None:
+        """Refuse values that cannot be meant; `steps` is `train.steps`."""
+        first, last = [*self.steps, 0, 0][:2]
+        remedy = f"give the first and the last one, from 1 to train.steps={steps}, as profile.steps=[10, 14]"
+        fits = not self.steps or (len(self.steps) == 2 and 1 <= first <= last <= steps)
+        require(fits, "profile.steps", self.steps, remedy)
+        remedy = f"give some of the {world_size} ranks, 0 to {world_size - 1}"
+        fits = bool(self.ranks) and all(0 <= rank < world_size for rank in self.ranks)
+        require(fits, "profile.ranks", self.ranks, remedy)

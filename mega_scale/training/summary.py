@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from mega_scale.config import RunConfig
+from mega_scale.config import RunConfig, load_config, section_of
 from mega_scale.settings import values_of
 from mega_scale.training.metrics import memory_bytes
 from mega_scale.training.reporters import Run, versions
+from mega_scale.training.schedule import schedule_changes
 from mega_scale.training.stopping import Progress
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 # Keys by which runs are told apart even where they have the defaults.
 _ALWAYS = ("optimizer.lr", "train.steps", "train.global_batch_size", "train.seed", "data.sequence_length")
 _FIGURES = 3
+# Keys by which the same run would have other numbers; of those of `parallel`, another line tells.
+_NUMBERS: tuple[str, ...] = ("model.", "data.", "optimizer.", "schedule.", "bad_steps.", "parallel.ds_config")
+_NUMBERS += tuple(
+    f"train.{key}" for key in ("steps", "global_", "micro_", "seed", "dtype", "compile", "eval_batches", "weight_")
+)
+_SILENT = ("data.workers", "data.prefetch", "data.cache_dir")
+_LONGEST = 80  # characters of a value in a line
 
 
 def short(count: float) -> str:
@@ -141,3 +149,27 @@ def _state_bytes(trainer: "Trainer", parameters: int) -> float:
     gradients, moments = (sharded if stage >= least else whole for least in (2, 1))
     average = moments if trainer.engine.averages else 0
     return 4 * (trainer.parameters_per_rank + gradients + 2 * moments + average)
+
+
+def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
+    """Say in one line which keys that decide the numbers differ from those of a checkpoint; empty where none does.
+
+    `checkpoint` is verified; `step` is the number of optimizer steps that it has done.
+    """
+    from mega_scale.training.trained_model import read_model  # takes a second, which a new run does without
+
+    try:
+        before = dataclasses.replace(load_config(checkpoint / "config.yaml"), model=section_of(read_model(checkpoint)))
+    except ValueError as error:
+        return f"the keys of the checkpoint cannot be compared: {error}"
+    differing = []
+    earlier = values_of(before)
+    for key, now in values_of(config).items():
+        then = earlier.get(key)
+        if key.startswith(_NUMBERS) and key not in _SILENT and now != then:
+            texts = (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in (str(now), str(then)))
+            differing.append("{}={} (was {})".format(key, *texts))
+    if not differing:
+        return ""
+    line = f"resumed with other keys: {', '.join(differing)}"
+    return "; ".join(filter(None, (line, schedule_changes(config, before, step))))

@@ -18,34 +18,26 @@ from transformers import PreTrainedTokenizerBase
 
 from mega_scale.checkpoint.folder import RunFolder, find_checkpoint, read_key, read_state, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver
-from mega_scale.config import RunConfig, load_config, model_config, require_same
+from mega_scale.config import RunConfig, model_config, require_same
 from mega_scale.data import Loader, load_datasets, validation_batches
 from mega_scale.data.packing import PackedDataset
 from mega_scale.data.tokenizer import as_trained, load_tokenizer, text_size, unlike_training
 from mega_scale.files import replace_text
 from mega_scale.model.configuration import BaseConfig
 from mega_scale.model.families import causal_lm_class
-from mega_scale.model_section import section_of
 from mega_scale.parallel import Place, Placement, World, layout_changes, parallelize, run_self_test, seeded_values
 from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr
-from mega_scale.settings import to_yaml, values_of
+from mega_scale.settings import to_yaml
 from mega_scale.training.callbacks import Callback, load_callbacks
 from mega_scale.training.config import build_optimizer, seconds_of
 from mega_scale.training.console import Reporters
 from mega_scale.training.metrics import SlowRanks, Throughput, memory_bytes
+from mega_scale.training.profiler import OutOfMemory, Profiler, explain_out_of_memory
 from mega_scale.training.reporters import Reporter, Run, TensorBoard, find_trackers
-from mega_scale.training.schedule import learning_rate, schedule_changes, stable_step
+from mega_scale.training.schedule import learning_rate, stable_step
 from mega_scale.training.stopping import EndOfRunError, Progress, RunStatus, Stopping, StopRun, Watchdog, rows_of
-from mega_scale.training.summary import describe_run, end_line, table
-
-# Keys by which the same run would have other numbers; of those of `parallel`, another line tells.
-_NUMBERS: tuple[str, ...] = ("model.", "data.", "optimizer.", "schedule.", "bad_steps.", "parallel.ds_config")
-_NUMBERS += tuple(
-    f"train.{key}" for key in ("steps", "global_", "micro_", "seed", "dtype", "compile", "eval_batches", "weight_")
-)
-_SILENT = ("data.workers", "data.prefetch", "data.cache_dir")
-_LONGEST = 80  # characters of a value in a line
+from mega_scale.training.summary import changes, describe_run, end_line, table
 
 
 class StepResult(NamedTuple):
@@ -175,9 +167,11 @@ class Trainer:
                 self.check_ranks_agree()
                 if self.origin is not None:
                     self.checkpoint = self.choose_checkpoint(self.origin)
-                self.set_up()
+                with explain_out_of_memory(self):
+                    self.set_up()
                 try:
-                    stopped = self.train()
+                    with explain_out_of_memory(self):
+                        stopped = self.train()
                 finally:
                     self.loader.close()
                     self.engine.close()
@@ -190,6 +184,10 @@ class Trainer:
                 # Before it began to train: nothing was done that is not in its checkpoint.
                 status.write("stopped", begin, self.stopping.reason())
                 return STOPPED
+            except OutOfMemory as error:
+                status.write("failed", self.watchdog.step, str(error))
+                write_stderr(f"error: {error}")
+                raise
             except BaseException as error:
                 status.write("failed", self.watchdog.step, f"{type(error).__name__}: {error}")
                 raise
@@ -302,6 +300,7 @@ class Trainer:
         kept = stable_step(config)
         self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key, kept)
         self.saver.on_wait = self.show_save
+        self.profiler = Profiler(self.run_dir, config.profile, self.rank, world.device, self.reporter.log)
         self.call_back("on_start")
 
     def call_back(self, method: str, *arguments: Any) -> None:
@@ -332,7 +331,9 @@ class Trainer:
         stopped = None
         try:
             while progress.step < steps:
-                self.after_step(self.train_step())
+                with self.profiler.step(progress.step + 1):
+                    result = self.train_step()
+                self.after_step(result)
             if progress.evaluation is None:  # it was asked to stop in its last evaluation
                 self.evaluate()
         except StopRun:
@@ -347,6 +348,7 @@ class Trainer:
             last = "there is none" if progress.folder is None else f"the last one is {progress.folder}"
             self.reporter.close()
             raise EndOfRunError(NOT_WRITTEN, f"the checkpoint of step {progress.step} could not be written; {last}")
+        self.profiler.finish(progress.step)
         self.call_back("on_end", stopped)
         self.reporter.close()
         self.log(end_line(self.run_dir, progress, steps, stopped, self.began))
@@ -554,30 +556,6 @@ class Trainer:
                 f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
                 f"training stood still {saved.stall_s:.2f} s){f'; {saved.problem}' if saved.problem else ''}"
             )
-
-
-def changes(config: RunConfig, checkpoint: Path, step: int) -> str:
-    """Say in one line which keys that decide the numbers differ from those of a checkpoint; empty where none does.
-
-    `checkpoint` is verified; `step` is the number of optimizer steps that it has done.
-    """
-    from mega_scale.training.trained_model import read_model
-
-    try:
-        before = replace(load_config(checkpoint / "config.yaml"), model=section_of(read_model(checkpoint)))
-    except ValueError as error:
-        return f"the keys of the checkpoint cannot be compared: {error}"
-    differing = []
-    earlier = values_of(before)
-    for key, now in values_of(config).items():
-        then = earlier.get(key)
-        if key.startswith(_NUMBERS) and key not in _SILENT and now != then:
-            texts = (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in (str(now), str(then)))
-            differing.append("{}={} (was {})".format(key, *texts))
-    if not differing:
-        return ""
-    line = f"resumed with other keys: {', '.join(differing)}"
-    return "; ".join(filter(None, (line, schedule_changes(config, before, step))))
 
 
 def describe_model(config: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ and keys, E width of values, both of all heads, F width inside the feed-forward 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,12 +111,12 @@ def _gain(weight: Tensor | None, x: Tensor) -> Tensor | None:
     return None if weight is None else weight.to(torch.promote_types(x.dtype, torch.float32)) + 1
 
 
-@dataclass(frozen=True)
 class RotaryTurns:
-    """By what the new tokens' queries and keys turn, once for all layers; no tuple, so that engines hand it on as it
-    is."""
+    """By what the new tokens' queries and keys turn, once for all layers; neither tuple nor dataclass, of which FSDP
+    would round the numbers."""
 
-    turns: Tensor  # of `ops.attention.turns`: (L, dh / 2, 2), or (B, L, dh / 2, 2)
+    def __init__(self, turns: Tensor) -> None:
+        self.turns = turns  # of `ops.attention.turns`: (L, dh / 2, 2), or (B, L, dh / 2, 2)
 
     @classmethod
     def at(cls, seen: Any, pads: Tensor | None, x: Tensor, config: MegalodonConfig) -> "RotaryTurns":

@@ -47,7 +47,8 @@ class TensorParallel(nn.Module):
         if axis is None or name in self.shard_dims or isinstance(value, DTensor):
             return value  # a DTensor is sharded by FSDP, which reads it in this way too; nobody computes with it
         value = sum_gradient(value, axis)
-        return value.narrow(*self.needed[name]) if name in self.needed else value
+        # Outside the module's forward ZeRO-3 leaves nothing of it, and prints modules.
+        return value.narrow(*self.needed[name]) if name in self.needed and value.numel() else value
 
 
 def sharded(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any:

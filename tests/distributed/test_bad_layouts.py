@@ -11,6 +11,7 @@ import torch.distributed as dist
 import yaml
 
 from mega_scale.config import RunConfig, parse
+from mega_scale.model import MegalodonConfig
 from mega_scale.parallel import Placement
 from mega_scale.parallel.mesh import check_sequence_parallel, check_tensor_parallel
 from mega_scale.process import StopSignals
@@ -239,6 +240,32 @@ def test_sequence_parallel_refuses(changes, words):
 
 def test_an_unused_feed_forward_need_not_divide():
     check_tensor_parallel(section(use_normalized_ffn=False, nffn_hidden_size=7), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "says"),
+    [
+        ({}, 4, "model.timestep_norm_groups=6, use model.timestep_norm_groups=4 or 8, or parallel.tp=2"),
+        ({"hidden_size": 50, "timestep_norm_groups": 2}, 4, "model.hidden_size=50, use model.hidden_size=48 or 52"),
+        ({}, 3, "model.num_attention_heads=4 divides the other, use model.num_attention_heads=1, or parallel.tp=1"),
+        ({"intermediate_size": 20, "num_attention_heads": 2}, 8, "model.intermediate_size=20"),
+        ({"nffn_hidden_size": 25}, 2, "model.nffn_hidden_size=25, use model.nffn_hidden_size=24 or 26"),
+    ],
+)
+def test_tensor_parallel_refuses_a_megalodon(changes, tp, says):
+    sizes = {"hidden_size": 48, "intermediate_size": 48, "nffn_hidden_size": 48, "shared_representation_size": 16}
+    config = MegalodonConfig(**sizes | {"num_attention_heads": 4, "timestep_norm_groups": 6} | changes)
+    with pytest.raises(ValueError) as refusal:
+        check_tensor_parallel(config, tp)
+    assert f"parallel.tp={tp}" in str(refusal.value) and says in str(refusal.value)
+    check_tensor_parallel(config, 1)
+    check_sequence_parallel(config, 4 * config.chunk_size, 4)
+
+
+@pytest.mark.parametrize(("heads", "tp"), [(1, 4), (2, 4), (4, 4), (4, 2), (6, 2), (6, 3), (1, 3)])
+def test_ranks_share_heads_or_heads_share_ranks(heads, tp):
+    sizes = {"hidden_size": 48, "intermediate_size": 48, "nffn_hidden_size": 48, "shared_representation_size": 24}
+    check_tensor_parallel(MegalodonConfig(**sizes, num_attention_heads=heads, timestep_norm_groups=12), tp)
 
 
 @pytest.mark.parametrize("sp", [2, 3, 4])

@@ -17,20 +17,24 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LAYERS = 2
 ROWS = 2
 LENGTHS = (1024, 65536)  # tokens per rank
+MEGALODON_VARIANTS = ("megalodon-plain", "megalodon-dropout-recomputed")
 
 
-def train_once(world: World, engine: str, variant: str, tokens: int) -> tuple[list[Sent], list[Sent]]:
-    """What goes over the axis of the layout in one forward and one backward pass."""
+def train_once(
+    world: World, engine: str, variant: str, tokens: int, documents: bool = False
+) -> tuple[list[Sent], list[Sent]]:
+    """What goes over the axis that shares rows, or else channels, in one forward and one backward pass."""
     made = layout_study.make_engine(world, engine, *VARIANTS[variant])
     made.module.train()
     inputs = torch.arange(tokens).repeat(ROWS, 1) % 60
+    starts = inputs % 7 == 0 if documents else None
     with Recorder() as forward:
-        loss = made.forward(inputs, inputs + 1, inputs.numel(), Place())
+        loss = made.forward(inputs, inputs + 1, inputs.numel(), Place(), starts)
     with Recorder() as backward:
         made.backward(loss, last=True)
     made.step(1e-3)
     made.close()
-    group = world.axes["tp" if world.shape.tp > 1 else "sp"].group
+    group = world.axes["sp" if world.shape.sp > 1 else "tp"].group
     return forward.over(group), backward.over(group)
 
 
@@ -79,6 +83,12 @@ def study() -> dict[Any, Any]:
             for variant in ("plain", "recomputed"):
                 found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
                 found["tp", engine, variant, 61] = train_once(tensor, engine, variant, 61)
+            for variant in MEGALODON_VARIANTS:
+                found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
+        found["tp", "zero-3", "megalodon-plain", 61] = train_once(tensor, "zero-3", "megalodon-plain", 61)
+        found["documents"] = train_once(sequence, "fsdp-3", "megalodon-plain", 2 * 61, documents=True)
+        both = layout_study.lay_out(ranks, LAYOUTS["sp2-tp2"])
+        found["sp and tp"] = train_once(both, "fsdp-3", "megalodon-plain", 2 * 61)
         found["formats"] = {dtype: collectives(ranks, dtype) for dtype in ("fp32", "bf16")}
         copies = layout_study.lay_out(ranks, MeshShape(2, 1, 2, 1)), layout_study.lay_out(ranks, MeshShape(1, 2, 2, 1))
         for engine in ("fsdp-3", "fsdp-2", "fsdp-1"):
@@ -111,6 +121,40 @@ def test_sequence_parallel_sends_the_same_at_any_length(ranks):
     assert sum(call.bytes for call in long[0]) == LAYERS * 4 * ROWS * 3 * 24  # N = 3, D = 24
 
 
+def megalodon_bytes(tensor_parallel: int = 1) -> tuple[int, int]:
+    """Of the moments and of the states of a layer: 8 B G / T and 8 B N D / T."""
+    config = layout_study.config(**layout_study.MEGALODON)
+    states = config.ema_projection_size * config.hidden_size
+    return 8 * ROWS * config.timestep_norm_groups // tensor_parallel, 8 * ROWS * states // tensor_parallel
+
+
+@pytest.mark.parametrize("variant", MEGALODON_VARIANTS)
+@pytest.mark.parametrize("engine", ["fsdp-3", "zero-3"])
+def test_megalodon_sends_moments_and_states(ranks, engine, variant):
+    """Moments, then states of each layer, the last norm's moments; back the same, and nothing for recomputation."""
+    moments, states = megalodon_bytes()
+    for rank in ranks:
+        for calls in (rank["sp", engine, variant, 61][0], rank["sp", engine, variant, 61][1][::-1]):
+            assert [call.operation for call in calls] == ["_allgather_base_"] * (2 * LAYERS + 1)
+            assert [call.bytes for call in calls] == [moments, states] * LAYERS + [moments]
+
+
+def test_megalodon_sends_a_count_a_row_more_where_documents_begin(ranks):
+    moments, states = megalodon_bytes()
+    for rank in ranks:
+        forward, backward = rank["documents"]
+        norm = moments + 4 * ROWS
+        assert [call.bytes for call in forward] == [norm, ROWS, states] * LAYERS + [norm]  # and a byte a row
+        assert [call.bytes for call in backward] == [moments] + [states, moments] * LAYERS
+
+
+def test_ranks_of_tp_send_their_channels_and_groups_only(ranks):
+    moments, states = megalodon_bytes(2)
+    for rank in ranks:
+        for calls in (rank["sp and tp"][0], rank["sp and tp"][1][::-1]):
+            assert [call.bytes for call in calls] == [moments, states] * LAYERS + [moments]
+
+
 def test_the_average_takes_one_collective_a_step_of_its_own(ranks):
     """In bf16 its parameters stay fp32, and so whole on every rank."""
     for rank in ranks:
@@ -126,25 +170,30 @@ def test_copies_sum_their_gradients_once_a_step(ranks, engine):
         assert norm == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["fsdp-3", "zero-3"])
-def test_tensor_parallel_sends_five_large_tensors_forward(ranks, engine):
-    config = layout_study.config()
-    numbers = ROWS * 61 * config.hidden_size
+@pytest.mark.parametrize(
+    ("engine", "variant"), [("fsdp-3", "plain"), ("zero-3", "plain"), ("zero-3", "megalodon-plain")]
+)
+def test_tensor_parallel_sends_five_large_tensors_forward(ranks, engine, variant):
+    numbers = ROWS * 61 * layout_study.config().hidden_size
+    megalodon = variant == "megalodon-plain"
+    last = 1 if megalodon else 2
     for rank in ranks:
-        forward, backward = rank["tp", engine, "plain", 61]
+        forward, backward = rank["tp", engine, variant, 61]
         large = [call for call in forward if call.bytes >= 4 * numbers // 2]
         kinds = [call.operation for call in large]
         block = ["_allgather_base_"] * 2 + ["_reduce_scatter_base_", "_allgather_base_", "_reduce_scatter_base_"]
-        # The embedding is summed before the blocks; dense layer and head collect the stream after them.
-        assert kinds == ["_reduce_scatter_base_", *block * LAYERS, "_allgather_base_", "_allgather_base_"]
+        # The embedding is summed before the blocks; head, and a dense layer, collect the stream after them.
+        assert kinds == ["_reduce_scatter_base_", *block * LAYERS, *["_allgather_base_"] * last]
         for call in large:
             whole = call.operation == "_reduce_scatter_base_"
             assert call.bytes == 4 * numbers // (1 if whole else 2), call
         # A rank keeps its own half of what it sums, so both kinds send (T - 1) / T of B L D numbers.
-        sent = sum(call.bytes // (2 if call.operation == "_reduce_scatter_base_" else 1) for call in large[1:-2])
+        sent = sum(call.bytes // (2 if call.operation == "_reduce_scatter_base_" else 1) for call in large[1:-last])
         assert sent == LAYERS * 5 * 4 * numbers // 2
-        # Norms: mean and squared distance of every token, 8 bytes.
+        # Layer norms: mean and squared distance of every token, 8 bytes; RMS norms: the mean of squares.
         small = [call.bytes for call in forward if call not in large and call.operation == "_allgather_base_"]
-        assert small == [8 * ROWS * 61] * 2 * LAYERS
+        assert small == [8 * ROWS * 61] * (LAYERS if megalodon else 2 * LAYERS)
+        squares = [call.bytes for call in forward if call.operation == "allreduce_" and call.bytes == 4 * ROWS * 61]
+        assert len(squares) >= (LAYERS if megalodon else 0)
         again = [call for call in backward if call.bytes >= 4 * numbers // 2]
         assert len(again) == len(large)

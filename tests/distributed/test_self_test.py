@@ -7,18 +7,21 @@ import layout_study
 import pytest
 import tiny_run
 import torch
-from layout_study import DROPOUT, LAYOUTS
+from layout_study import DROPOUT, LAYOUTS, OTHER_MEGALODON
 from ranks import run_ranks
 
 from mega_scale.model import layers
 from mega_scale.parallel import ParallelConfig, World, sequence_parallel, tensor_parallel
+from mega_scale.parallel.mesh import check_tensor_parallel
 from mega_scale.parallel.model_parallel import run_self_test, tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def attempt(world: World, engine: str, stage: int, dtype: str = "fp32", **native: Any) -> tuple[int, float] | str:
-    config = tiny_run.tiny_config(**DROPOUT)
+def attempt(
+    world: World, engine: str, stage: int, dtype: str = "fp32", config: Any = None, **native: Any
+) -> tuple[int, float] | str:
+    config = config or tiny_run.tiny_config(**DROPOUT)
     ds_config = {"zero_optimization": native} if native else {}
     parallel = ParallelConfig(engine=engine, zero_stage=stage, ds_config=ds_config, **world.shape._asdict())
     try:
@@ -48,6 +51,10 @@ def study() -> dict[Any, Any]:
             # To DeepSpeed, ranks of sp are data-parallel ones: it divides by their number in whatever way it reduces.
             found[layout, "all-reduce", 2] = attempt(world, "deepspeed", 2, reduce_scatter=False)
         sp, tp = layout_study.lay_out(ranks, LAYOUTS["sp2"]), layout_study.lay_out(ranks, LAYOUTS["tp2"])
+        for heads in (1, 2):
+            model = layout_study.config(**OTHER_MEGALODON | {"num_attention_heads": heads})
+            found["megalodon", heads, "sp"] = attempt(sp, ("fsdp", "deepspeed")[heads - 1], 3, "bf16", model)
+            found["megalodon", heads, "tp"] = attempt(tp, ("deepspeed", "fsdp")[heads - 1], 3, "bf16", model)
 
         # Tokens that the moving average of a rank is given.
         found["tokens"] = {}
@@ -93,10 +100,10 @@ def ranks(tmp_path_factory):
 def test_right_layouts_pass(ranks):
     for rank in ranks:
         passed = {key: value for key, value in rank.items() if isinstance(key, tuple)}
-        assert len(passed) == 30
+        assert len(passed) == 34
         for key, found in passed.items():
             assert isinstance(found, tuple), (key, found)
-            assert found[0] > 40 and found[1] < 1e-4, (key, found)
+            assert found[0] > 35 and found[1] < 1e-4, (key, found)
 
 
 def test_kernels_of_a_gpu_have_as_many_tokens_as_they_take(ranks):
@@ -116,3 +123,15 @@ def test_the_tiny_model_has_the_options_of_the_run():
     tiny = tiny_model(config, 4)
     assert (tiny.normalization_type, tiny.attention_activation, tiny.scale_embeddings) == ("rmsnorm", "laplace", True)
     assert tiny.hidden_size % 4 == tiny.vocab_size % 4 == tiny.intermediate_size % 4 == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "tp", "expected"), [(1, 4, 1), (2, 4, 2), (4, 4, 4), (8, 2, 4), (3, 1, 2), (6, 3, 6)]
+)
+def test_the_tiny_model_has_heads_as_the_run_has(heads, tp, expected):
+    """Several on a rank, one, or several ranks a head."""
+    config = layout_study.config(**OTHER_MEGALODON | {"num_attention_heads": 1, "rescale_nffn": True})
+    config.num_attention_heads = heads
+    tiny = tiny_model(config, tp)
+    assert (tiny.model_type, tiny.num_attention_heads, tiny.rescale_nffn) == ("megalodon", expected, True)
+    check_tensor_parallel(tiny, tp)

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from mega_scale.model.layers import MegaRMSNorm, MegaScaleNorm
+from mega_scale.model.megalodon_layers import MegalodonLayerNorm, MegalodonRMSNorm
 from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.tensor_parallel import ChannelParallelNorm, VocabularyParallelEmbedding, vocabulary_part
@@ -24,6 +25,9 @@ NORMS = {
     "layernorm plain": lambda: nn.LayerNorm(12, 1e-5, elementwise_affine=False),
     "rmsnorm": lambda: MegaRMSNorm(12, 1e-5),
     "rmsnorm plain": lambda: MegaRMSNorm(12, 1e-5, elementwise_affine=False),
+    "megalodon layernorm": lambda: MegalodonLayerNorm(12, 1e-5),
+    "megalodon rmsnorm": lambda: MegalodonRMSNorm(12, 1e-5),
+    "megalodon rmsnorm plain": lambda: MegalodonRMSNorm(12, 1e-5, affine=False),
     "scalenorm": MegaScaleNorm,
     "scalenorm plain": lambda: MegaScaleNorm(affine=False),
 }

@@ -192,6 +192,42 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_exported(trained, run
     assert code == 2 and "train.weight_average" in output and not (tmp_path / "none").exists()
 
 
+def test_each_validation_set_has_figures_of_its_own(trained, tmp_path):
+    """The sources of a mixture by themselves, with further texts by name; together they are the validation loss."""
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} is a text of its own, not as short as others. " * 40)
+    common = [word for word in trained[1] if not word.startswith(("data.source", "data.path"))]
+    common += [f"model.{key}={value}" for key, value in MODEL.items()] + ["train.steps=1", "data.validation_fraction=0"]
+    text = trained[0] / "text.jsonl"
+    json_source = f"{{source: json, path: [{text}], validation_fraction: 0.5, weight: 1}}"
+    txt_source = (
+        f"{{source: text, path: [{tmp_path / 'one.txt'}], validation_path: [{tmp_path / 'two.txt'}], weight: 1}}"
+    )
+    sets = f"data.validation={{three: {{source: text, path: [{tmp_path / 'three.txt'}]}}}}"
+    mixture = f"data.mixture={{a: {json_source}, b: {txt_source}}}"
+    code, output = run(*common, mixture, sets, f"run_dir={tmp_path / 'run'}", "train.eval_batches=0")
+    assert code == 0, output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {row["part"]: row for row in rows if row["part"].startswith("validation")}
+    assert set(found) == {"validation", "validation/a", "validation/b", "validation/three"}
+    whole, parts = found.pop("validation"), list(found.values())
+    assert whole["tokens"] == sum(part["tokens"] for part in parts)
+    mean = sum(part["loss"] * part["tokens"] for part in parts) / whole["tokens"]
+    assert whole["loss"] == pytest.approx(mean) and len({part["loss"] for part in parts}) == 3
+    sizes = [part["loss"] * part["tokens"] / part["bits_per_byte"] for part in parts]
+    assert whole["bits_per_byte"] == pytest.approx(mean * whole["tokens"] / sum(sizes))
+    assert "validation three loss" in output
+    saved = read_state(tmp_path / "run" / "checkpoints" / "step-00000001")["validation"]
+    assert saved["loss"] == whole["loss"] and saved["sets"]["three"]["loss"] == found["validation/three"]["loss"]
+    # Beside what is held out of a single text; a set alone is the whole.
+    single = [*trained[1], *(f"model.{key}={value}" for key, value in MODEL.items()), sets, "train.steps=1"]
+    for words, parts in (([], {"validation/held_out", "validation/three"}), (["data.validation_fraction=0"], set())):
+        folder = tmp_path / f"single-{len(words)}"
+        assert run(*single, *words, f"run_dir={folder}")[0] == 0
+        rows = [json.loads(line)["part"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert {part for part in rows if part.startswith("validation")} == {"validation"} | parts
+
+
 @pytest.mark.parametrize(
     "word,said",
     [

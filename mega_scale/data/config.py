@@ -29,6 +29,10 @@ SOURCE_KEYS = (
     "source", "path", "hub_name", "hub_config", "hub_split", "text_column", "validation_path", "validation_split",
     "validation_fraction", "max_documents", "streaming",
 )  # fmt: skip
+# Those that a set of data.validation may have, which is read whole.
+_SET_KEYS = ("source", "path", "hub_name", "hub_config", "hub_split", "text_column", "max_documents")
+HELD_OUT = "held_out"
+"""Name of the set that is held out of a text which is no mixture, where there are other sets."""
 _SHARED_DEFAULTS = ("text_column", "validation_fraction", "streaming")  # which may stand beside a mixture, too
 
 _Rule = tuple[object, str, str]  # whether it is broken, the key, and the remedy
@@ -81,6 +85,10 @@ class DataConfig:
 
     validation_documents: int | None = None
     """Size of the validation part at most (documents); null takes all; a stream must be told where to stop."""
+
+    validation: dict[str, Any] | None = None
+    """Further texts to validate on by name, such as {code: {source: text, path: [code/*.py]}}, each read whole, with
+    figures of its own, as the held out text of each source of a mixture has. A set has the keys of such a source."""
 
     max_documents: int | None = None
     """Read only the first of the corpus (documents), before anything is held out; null reads all."""
@@ -157,9 +165,10 @@ class DataConfig:
 
     @property
     def validates(self) -> bool:
-        """Whether any text is held out for validation."""
+        """Whether there is any text to validate on."""
         sources = mixture_entries(self).values()
-        return any(source.separate_validation or source.validation_fraction for source, *_ in sources)
+        held_out = any(source.separate_validation or source.validation_fraction for source, *_ in sources)
+        return held_out or bool(self.validation)
 
     def validate(self) -> None:
         """Check every key without reading any text. Raises ValueError for the first that cannot work."""
@@ -170,6 +179,7 @@ class DataConfig:
                         raise _refusal(key, getattr(source, key), remedy)
             except ValueError as error:
                 raise of_source(name, error) from None
+        validation_sets(self)
 
     def _text_rules(self) -> Iterator[_Rule]:
         source, name = self.source, self.hub_name or ""
@@ -335,6 +345,29 @@ def mixture_entries(config: DataConfig) -> dict[str, tuple[DataConfig, Fraction,
         found[name] = source, Fraction(str(share)), kind == "epochs"
     if len({by_epochs for _, _, by_epochs in found.values()}) > 1:
         raise ValueError("data.mixture: some sources have a weight and some have epochs; give all of them the same")
+    return found
+
+
+def validation_sets(config: DataConfig) -> dict[str, DataConfig]:
+    """Read `data.validation`: what each set is read by, by its name; ValueError for what it cannot have."""
+    found, types, held_out = {}, known_keys(DataConfig), mixture_entries(config)
+    unset = {field.name: field.default for field in fields(config) if field.name in SOURCE_KEYS}
+    unset |= {"mixture": None, "validation": None, "validation_fraction": 0.0, "text_column": config.text_column}
+    for name, entry in (config.validation or {}).items():
+        where = f"data.validation.{name}"
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name in (*held_out, HELD_OUT):
+            raise ValueError(f"{where}: give the set another name, of letters, digits and ._- that no source has")
+        if not isinstance(entry, dict) or "source" not in entry:
+            raise ValueError(f"{where}={entry!r}: give its source ({', '.join(get_args(Source))}) and keys, as path")
+        known = {f"{where}.{key}": types[key] for key in _SET_KEYS}
+        given = {key: allowed(f"{where}.{key}", value, known) for key, value in entry.items()}
+        try:
+            found[name] = replace(config, **(unset | given))
+            for broken, key, remedy in found[name]._text_rules():
+                if broken:
+                    raise _refusal(key, getattr(found[name], key), remedy)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.data.config import DataConfig, LengthSchedule, mixture_entries, of_source
+from mega_scale.data.config import HELD_OUT, DataConfig, LengthSchedule, mixture_entries, of_source, validation_sets
 from mega_scale.data.packing import MISSING, Dataset, Mixture, PackedDataset, StreamedDataset
 from mega_scale.data.sources import Documents, Tally, load_corpus, load_documents
 from mega_scale.data.tokenizer import tokenizer_digest
@@ -38,14 +38,16 @@ _Log = Callable[[str], None]
 def load_datasets(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, log: _Log = lambda _: None
 ) -> tuple[Dataset | Mixture, PackedDataset | None]:
-    """Make what a run trains on and what it validates on, None if the configuration holds out nothing.
+    """Make what a run trains on and what it validates on, None if the configuration has nothing of it.
 
+    What is validated on has `parts`, by name, where there are several: what is held out of each source, and the sets
+    of `data.validation`.
     `log` is given one line if this process waits for another one that tokenises the same text. Raises ValueError where
     a key cannot work, the text cannot be read, a part has less than one row, or prepared data has another tokenizer.
     """
     config.validate()
     datasets, weights = dict[str, Dataset](), dict[str, Fraction]()
-    validation, left_out = list[TokenStore](), Tally()
+    validation, left_out = dict[str, TokenStore](), Tally()
     for name, (source, share, by_epochs) in mixture_entries(config).items():
         try:
             dataset, held_out, tally = _load_source(source, tokenizer, log)
@@ -57,8 +59,14 @@ def load_datasets(
         except ValueError as error:
             raise of_source(name, error) from None
         if held_out is not None:
-            validation.append(held_out)
+            validation[name or HELD_OUT] = held_out
             left_out.merge(tally)
+    for name, source in validation_sets(config).items():
+        try:
+            validation[name], tally = _load_set(source, tokenizer, log)
+        except ValueError as error:
+            raise ValueError(f"data.validation.{name}: {error}") from None
+        left_out.merge(tally)
     train = Mixture(datasets, weights) if config.mixture is not None else datasets[""]
     if not validation:
         return train, None
@@ -66,7 +74,27 @@ def load_datasets(
     if not config.separate_validation:
         own = f"name text of its own (data.{'validation_split' if config.source == 'hub' else 'validation_path'})"
         remedy = f"raise data.validation_fraction={config.validation_fraction}, set it to 0, or {own}"
-    return train, _packed(config, TokenStore.joined(validation), left_out, "the text to validate on", remedy)
+    stores = list(validation.values())
+    joined = _packed(config, TokenStore.joined(stores), left_out, "the text to validate on", remedy)
+    if len(stores) > 1:
+        # Of one token, nothing is predicted.
+        joined.parts = {name: _packed(config, store, Tally()) for name, store in validation.items() if store.tokens > 1}
+    return train, joined
+
+
+def _load_set(config: DataConfig, tokenizer: PreTrainedTokenizerBase, log: _Log) -> tuple[TokenStore, Tally]:
+    """All documents of a set of `data.validation`, which are enough to predict one; and what was left out of them."""
+    if config.source == "prepared":
+        store, _, tally = _open_prepared(config, tokenizer)
+        [path] = config.path or [""]
+        store = TokenStore.joined([store, open_part(Path(path), read_manifest(Path(path)), "validation")])
+    else:
+        documents = load_documents(config)
+        store = tokenise(documents, tokenizer, config, "whole", log)
+        tally = copy.deepcopy(documents.tally)
+    if store.tokens < 2:
+        raise ValueError(f"{_source(config)} has {store.tokens} tokens, of which none can be predicted: give more text")
+    return store, tally
 
 
 def load_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:

@@ -36,7 +36,7 @@ class PackedDataset:
 
     With `order` "best_fit" rows hold whole documents, see `_Windows`, that start at multiples of `alignment` tokens.
     `tally` counts the rows of text that the store was made from, `labels` the tokens that an epoch predicts; `tokens`,
-    `bytes` and `fingerprint` are the store's.
+    `bytes` and `fingerprint` are the store's. `parts` are the same documents in several datasets, by name, if any.
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class PackedDataset:
         *,
         order: PackingOrder = "in_order",
         alignment: int = 1,
+        parts: "Mapping[str, PackedDataset] | None" = None,
     ) -> None:
+        self.parts = dict(parts or {})
         self._store, self._windows = store, None
         if order == "best_fit" or packing == "none":
             self._windows = _Windows(store, sequence_length, alignment, best_fit=order == "best_fit")

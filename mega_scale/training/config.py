@@ -55,7 +55,7 @@ class TrainConfig:
     """Steps between two evaluations on the validation text; 0 evaluates only at the end (steps)."""
 
     eval_batches: int = 0
-    """Global batches in one evaluation; 0 takes the whole validation text (batches)."""
+    """Global batches in one evaluation of each validation set; 0 takes the whole text (batches)."""
 
     sample_every: int = 0
     """Steps between two generated samples; 0 generates none (steps)."""

@@ -161,6 +161,14 @@ class Evaluation(NamedTuple):
     tokens: int  # predicted
 
 
+def combine(found: Iterable[tuple[Evaluation, float]]) -> Evaluation:
+    """The evaluation of several texts together, from that of each and how many bytes it was of."""
+    evaluations, sizes = zip(*found, strict=True)
+    nats, tokens = sum(one.loss * one.tokens for one in evaluations), sum(one.tokens for one in evaluations)
+    bits_per_byte = nats / sum(sizes) / math.log(2) if sum(sizes) else 0.0
+    return Evaluation(nats / tokens, math.exp(min(nats / tokens, 700.0)), bits_per_byte, tokens)
+
+
 @torch.no_grad()
 def evaluate(
     module: nn.Module,

@@ -1,6 +1,5 @@
 """One run on one rank, from its settings to its last checkpoint, for every engine; read `Trainer` from the top down."""
 
-import itertools
 import math
 import os
 import sys
@@ -19,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from mega_scale.checkpoint.folder import RunFolder, find_checkpoint, read_key, read_state, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver
 from mega_scale.config import RunConfig, model_config, require_same
-from mega_scale.data import Loader, load_datasets, validation_batches
-from mega_scale.data.packing import PackedDataset
-from mega_scale.data.tokenizer import as_trained, load_tokenizer, text_size, unlike_training
+from mega_scale.data import Loader, load_datasets
+from mega_scale.data.tokenizer import as_trained, load_tokenizer, unlike_training
 from mega_scale.files import replace_text
 from mega_scale.model.configuration import BaseConfig
 from mega_scale.model.families import causal_lm_class
@@ -477,35 +475,15 @@ class Trainer:
         """
         if self.validation is None:
             return
-        found = self.evaluate_weights(self.validation)
-        self.reporter.evaluation(self.progress.step, found)
+        from mega_scale.training.validation import evaluate_weights
+
+        found = evaluate_weights(self, self.validation)
         if self.engine.averages:
             self.saver.wait_copied()  # the average takes the weights' place
             with self.engine.averaged():
-                averaged = self.evaluate_weights(self.validation)
-            self.reporter.evaluation(self.progress.step, averaged, average=True)
-            found["average"] = averaged
+                found["average"] = evaluate_weights(self, self.validation, average=True)
         self.progress.evaluation = found
         self.call_back("on_evaluation", self.progress.step, found)
-
-    def evaluate_weights(self, dataset: PackedDataset) -> dict[str, Any]:
-        """Loss, perplexity, bits per byte and tokens, as the engine computes now; collective. Raises StopRun."""
-        from mega_scale.training.trained_model import evaluate
-
-        self.watchdog.beat("evaluating")
-        train = self.config.train
-        rows = train.eval_batches * train.global_batch_size or len(dataset)
-        batches = validation_batches(dataset, rows, train.micro_batch_size, self.mesh.dp_rank(self.rank), self.mesh.dp)
-        ratio = dataset.tokens_per_byte(rows, partial(text_size, self.tokenizer))
-        batches_of_rank = -(-min(rows, len(dataset)) // (train.micro_batch_size * self.mesh.dp))
-        done = itertools.count(1)
-        self.reporter.begin_progress()
-
-        def after_batch() -> None:
-            self.check_stop("evaluating")
-            self.reporter.progress(self.progress.step, "evaluating", next(done), batches_of_rank, "batches")
-
-        return evaluate(self.engine.module, self.engine.forward, batches, ratio, self.world, after_batch)._asdict()
 
     def sample(self) -> None:
         """Generate a text; collective. Raises StopRun."""

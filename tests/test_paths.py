@@ -93,6 +93,8 @@ def test_names_and_strange_local_names_stay():
         ("checkpoint", "list {}"),
         ("checkpoint", "convert run {}"),
         ("checkpoint", "convert run out --new-key-file {}"),
+        ("plot", "{}"),
+        ("plot", "run --output {}"),
         ("generate", "{}"),
         ("generate", "run --key-file {}"),
         ("evaluate", "{} text"),

@@ -201,6 +201,36 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def read_charts(run_dir: Path) -> dict[str, list[dict[str, float]]]:
+    """Points of a run's charts by name, in order: step, value, and where they are known tokens and hours.
+
+    A step that was done again, after a rollback, counts as it was last. Raises ValueError where there is no point.
+    """
+    path = run_dir / "metrics.jsonl"
+    found: list[dict[str, Any]] = []
+    for row in rows(path) if path.is_file() else ():
+        first = len(found)
+        while row["part"] == "train" and first and found[first - 1]["step"] >= row["step"]:
+            first -= 1
+        if any(old["part"] == "train" or old["step"] > row["step"] for old in found[first:]):
+            del found[first:]
+        found.append(row)
+    charts_of: dict[str, list[dict[str, float]]] = {}
+    began = next((row["time"] for row in found if "time" in row), 0.0)
+    tokens = {row["step"]: row["tokens"] for row in found if row["part"] == "train" and "tokens" in row}
+    for row in found:
+        place = {"step": row["step"]}
+        if row["step"] in tokens:
+            place["tokens"] = tokens[row["step"]]
+        if "time" in row:
+            place["hours"] = (row["time"] - began) / 3600
+        for name, value in charts(row["part"], {key: row[key] for key in row.keys() - {"step", "part", "time"}}):
+            charts_of.setdefault(name, []).append({**place, "value": value})
+    if not charts_of:
+        raise ValueError(f"{path} has no figures to draw: name the folder of a run that has reported a step")
+    return charts_of
+
+
 class TensorBoard:
     """Events in the tensorboard folder of the run; those after the run's first step are superseded."""
 

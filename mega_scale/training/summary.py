@@ -87,7 +87,7 @@ def table(trainer: "Trainer", parameters: int) -> dict[str, str]:
     if dataset.tokens:
         total += f" ({train.steps * tokens / dataset.tokens:.{_FIGURES}g} epochs)"
     known = "a stream of" if dataset.tokens is None else short(dataset.tokens)
-    layout = trainer.layout
+    layout, ranks = trainer.layout, f"{world.size} rank{'s' if world.size > 1 else ''}"
     axes = " x ".join(f"{name} {size}" for name, size in zip(trainer.mesh._fields, trainer.mesh, strict=True))
     state = _state_bytes(trainer, parameters)
     trackers = ["metrics.jsonl", *trainer.trackers]
@@ -104,8 +104,7 @@ def table(trainer: "Trainer", parameters: int) -> dict[str, str]:
         f"{data.length_schedule if data.lengths else f'{length:,}'}",
         "batch": f"{train.global_batch_size} rows, {short(tokens)} tokens a step ({dp} x {micro} rows x "
         f"{train.global_batch_size // (micro * dp)} accumulated); {total}",
-        "layout": f"{world.size} ranks ({axes}), {layout['engine']} ZeRO-{layout['zero_stage']}, "
-        f"{_device(world.device)}",
+        "layout": f"{ranks} ({axes}), {layout['engine']} ZeRO-{layout['zero_stage']}, {_device(world.device)}",
         "memory": f"{gib(state)} a rank for weights, gradients and moments of {short(trainer.parameters_per_rank)} "
         f"parameters, activations not counted; {gib(memory_bytes(world.device))} in use of {gib(_total(world.device))}",
         "run folder": f"{trainer.run_dir}, {every}",

@@ -273,6 +273,30 @@ def require_same(
         )
 
 
+def _type_of_folder(values: dict[str, Any]) -> dict[str, Any]:
+    """`model.type` where a run takes its weights from a folder, of which `values` of keys tell; else nothing."""
+    config = RunConfig(**{key: values[key] for key in ("run_dir", "resume", "init_from") if key in values})
+    if "model.type" in values or config.resume is config.init_from is None:
+        return {}
+    from mega_scale.hub.folder import read_config
+    from mega_scale.training.trained_model import read_model
+
+    try:
+        checkpoint = _checkpoint_of(config, values.get("checkpoint.key_file"))
+        if checkpoint is None and config.init_from is None:
+            return {}
+        model = read_config(Path(str(config.init_from))) if checkpoint is None else read_model(checkpoint)
+        return {"model.type": model.model_type}
+    except (ValueError, OSError):  # refused by `validate`
+        return {}
+
+
+def _checkpoint_of(config: RunConfig, key_file: str | None) -> Path | None:
+    """The checkpoint that a run goes on from, if any. Raises ValueError where none that is meant can be used."""
+    path = store.resume_path(Path(config.run_dir), config.resume)
+    return None if path is None else store.find_checkpoint(path, store.read_key(key_file))[0]
+
+
 def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
     """Take model and tokenizer from the folder that a run takes its weights from.
 
@@ -280,9 +304,7 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
     `given`, which its user gave, is refused where it contradicts the folder.
     """
     try:
-        path = store.resume_path(Path(config.run_dir), config.resume)
-        key = store.read_key(config.checkpoint.key_file)
-        described = described_by(config, None if path is None else store.find_checkpoint(path, key)[0])
+        described = described_by(config, _checkpoint_of(config, config.checkpoint.key_file))
     except (ValueError, OSError):
         return config
     if described is None:
@@ -337,7 +359,8 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
                 print(text, end="", flush=True)
             raise SystemExit(0)
         base = None if configs else str(DEFAULT_CONFIG)
-        config, given = resolve(RunConfig, [find_config(name) for name in configs], overrides, base=base)
+        files = [find_config(name) for name in configs]
+        config, given = resolve(RunConfig, files, overrides, base=base, derive=_type_of_folder)
         # The keys of the default job are nobody's.
         config = adopt(config, given if configs else {key for key, _ in overrides})
     except ValueError as error:

@@ -314,13 +314,20 @@ def split_arguments(argv: Sequence[str], sections: Iterable[str]) -> tuple[list[
 
 
 def resolve(
-    section: type, configs: Sequence[str], overrides: Overrides, *, base: str | None = None, stored: bool = False
+    section: type,
+    configs: Sequence[str],
+    overrides: Overrides,
+    *,
+    base: str | None = None,
+    stored: bool = False,
+    derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {},
 ) -> tuple[Any, dict[str, Any]]:
     """Build a dataclass from its defaults, YAML files, and the command line, each over the one before.
 
     `base` is a file below the others that nobody asked for: a key of it that the chosen kind of a section lacks is left
-    out. `stored` files were written by a run, perhaps of an earlier version. Returns the dataclass, and the values of
-    the keys that were given. Raises ValueError where a key is unknown, or of another kind, or a value not of its type.
+    out. `stored` files were written by a run, perhaps of an earlier version. `derive` finds values of keys that were
+    not given in those that were. Returns the dataclass, and the values of the keys that were given. Raises ValueError
+    where a key is unknown, or of another kind, or a value not of its type.
     """
     known = known_keys(section)
     values: dict[str, Any] = {}
@@ -349,7 +356,7 @@ def resolve(
         else:
             values[mapping] = values.get(mapping) or {}
             _set_inside(values[mapping], key, key.removeprefix(f"{mapping}."), str(text))
-    return _build(section, values, unasked), values
+    return _build(section, derive(values) | values, unasked), values
 
 
 def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -97,6 +97,11 @@ def part_total(rules: Rules, a: Tensor, b: Tensor) -> Moments:
     return Moments(count, mean.to(rules.dtype), (squares.sum(1) * share).to(rules.dtype))
 
 
+def part_kinds(rules: Rules) -> tuple[Tensor | None, bool]:
+    """What a carry is told of a part besides its total."""
+    return None if rules.resets is None else rules.resets.any(1), rules.resets is None and rules.valid is None
+
+
 _Run = tuple[Tensor, ...]
 _Join = Callable[[_Run, _Run], _Run]
 

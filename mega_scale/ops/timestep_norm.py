@@ -9,6 +9,7 @@ its group in the n_t valid tokens of its document up to itself. With a_t and b_t
 * recurrent: one token after the other, by Welford's update. The truth that all other forms are tested against.
 * blocked: statistics of runs of tokens, joined two by two inside blocks and then over blocks; a backward pass by hand.
 * native: C++ on CPUs, one pass over memory forward and one backward.
+* triton: `timestep_norm_triton.py`, two passes each way.
 
 Legend: B batch, L length, D channels, G groups, P parts of a row.
 """
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import in_memory, once_differentiable, tracing, without_autocast
+from mega_scale.ops import in_memory, once_differentiable, runs_triton, tracing, without_autocast
 from mega_scale.ops.moments import (
     MomentCarry,
     Moments,
@@ -33,6 +34,7 @@ from mega_scale.ops.moments import (
     later_sums,
     moments_after,
     part_borders,
+    part_kinds,
     part_total,
     running_moments,
     token_counts,
@@ -40,7 +42,7 @@ from mega_scale.ops.moments import (
 from mega_scale.ops.native import load, threads_for
 
 __all__ = ["MomentCarry", "MomentTurn", "Moments", "later_gradients", "part_borders", "timestep_norm"]
-IMPLEMENTATIONS = ("auto", "recurrent", "blocked", "native")
+IMPLEMENTATIONS = ("auto", "recurrent", "blocked", "native", "triton")
 _SOURCE = Path(__file__).with_name("timestep_norm.cpp")
 
 
@@ -69,8 +71,10 @@ def timestep_norm(
         resets: (B, L) bool, true where a document begins: moments are forgotten before that token.
         valid: (B, L) bool, false for padding, which does not count and gives zeros; none: all true.
         carry: where x is one part of a longer row, brings the moments before it, in place of `state`.
-        impl: auto, recurrent (the reference), blocked or native. auto is native on a CPU, outside torch.compile and
-            tracers, where a C++ compiler is found (else it warns); else recurrent for one token, else blocked.
+        impl: auto, recurrent (the reference), blocked, native or triton. Outside torch.compile and tracers, auto is
+            native on a CPU where a C++ compiler is found (else it warns), and triton on an NVIDIA GPU of compute
+            capability 8 or newer where triton is installed, for more than one token; else recurrent for one token;
+            else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x, and the moments after the last token, in the widest of fp32, the dtype of x and
@@ -89,9 +93,10 @@ def timestep_norm(
     with without_autocast(x.device):
         if impl == "auto":
             impl = _best(x, carry, weight, bias, *(state or ()))
-        form: Any = _FORMS[impl]
-        if impl == "blocked" and tracing() == "trace":
-            form = _traced
+        form: Any = _traced if impl == "blocked" and tracing() == "trace" else _FORMS.get(impl)
+        if impl == "triton":
+            # Not before it is needed: triton may not be installed.
+            from mega_scale.ops.timestep_norm_triton import triton_norm as form  # noqa: PLC0415
         known = known_state(x, groups, dtype if impl == "recurrent" else torch.float64, state)
         y, count, mean, var = form(rules, x, weight, bias, *known)
         empty = (count == 0)[:, None]
@@ -100,8 +105,11 @@ def timestep_norm(
 
 def _best(x: Tensor, carry: MomentCarry | None, *others: Tensor) -> str:
     """The implementation that `auto` takes."""
-    if x.device.type == "cpu" and in_memory(x, *others) and _SOURCE.exists() and library() is not None:
-        return "native"
+    if in_memory(x, *others):
+        if x.device.type == "cpu" and _SOURCE.exists() and library() is not None:
+            return "native"
+        if x.shape[1] > 1 and runs_triton(x):
+            return "triton"
     one = x.shape[1] == 1 and carry is None and tracing() != "trace"
     return "recurrent" if one else "blocked"
 
@@ -206,11 +214,6 @@ def _traced(
     return y, token_counts(rules, count, x)[:, -1], means[:, -1], variances[:, -1]
 
 
-def _kinds(rules: Rules) -> tuple[Tensor | None, bool]:
-    """What a carry is told of a part besides its total."""
-    return None if rules.resets is None else rules.resets.any(1), rules.resets is None and rules.valid is None
-
-
 class _Norm(torch.autograd.Function):
     """The blocked form; keeps x and two numbers a token and group."""
 
@@ -225,7 +228,7 @@ class _Norm(torch.autograd.Function):
         if rules.carry is None:
             runs = running_moments(rules, a, b)
         else:
-            arrive = rules.carry(part_total(rules, a, b), *_kinds(rules))
+            arrive = rules.carry(part_total(rules, a, b), *part_kinds(rules))
             runs = running_moments(rules, a, b)
             before, ctx.turn = arrive()
             count, mean, var = known_state(x, rules.groups, mean.dtype, before)
@@ -328,7 +331,7 @@ class _Native(torch.autograd.Function):
             own = [torch.zeros_like(t) for t in (count, mean, var)]
             _call("forward", rules, x, *given, *_flags(rules), *own, None, None, None)
             total = Moments(own[0], *(t.to(rules.dtype) for t in own[1:]))
-            before, ctx.turn = rules.carry(total, *_kinds(rules))()
+            before, ctx.turn = rules.carry(total, *part_kinds(rules))()
             count, mean, var = known_state(x, rules.groups, mean.dtype, before)
         end = [t.clone(memory_format=torch.contiguous_format) for t in (count, mean, var)]
         y = torch.empty_like(given[0])

@@ -12,14 +12,31 @@ import triton
 
 from mega_scale.ops.attention_triton import scores_gradient_kernel, softmax_constants, weights_kernel
 from mega_scale.ops.ema.triton import OUTPUTS, TILE, gradient_flags, gradients_kernel, outputs_kernel
+from mega_scale.ops.timestep_norm_triton import (
+    before_kernel,
+    behind_kernel,
+    block_constants,
+    normalise_kernel,
+    slopes_kernel,
+    token_constants,
+    tokens_gradient_kernel,
+    totals_kernel,
+)
 
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 # Of arguments; all others are pointers to fp32. As at a launch, the compiler is told which are multiples of 16 in all
 # configs: pointers, and some sizes.
 _TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
-_INT32 = ("document", "since")
+_OTHERS = {
+    **dict.fromkeys(("document", "since"), "*i32"),
+    **dict.fromkeys(("count", "counts"), "*i64"),
+    **dict.fromkeys(("totals", "before", "behind", "first_mean", "first_var", "end_mean", "end_var"), "*fp64"),
+    "valid": "*u8",
+    **dict.fromkeys(("scale", "eps"), "fp32"),
+}
+_NORM_CHANNELS = 64  # of a group, as in the largest models
 _ROUND_SIZES = ("D", "first", "keys", "chunk")
-_SIZES = ("L", "HEAD", "STEPS", "TILES", "groups", *_ROUND_SIZES)
+_SIZES = ("L", "HEAD", "STEPS", "TILES", "groups", "G", "M", *_ROUND_SIZES)
 
 
 def compile_kernels(
@@ -59,6 +76,12 @@ def _variants(
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
                 own = {**TILE.constants(n, wide, every, every), "SPLITS": 1, **flags}
                 yield gradients_kernel, f"gradients_kernel{words}{part}", f"N={n}", own
+    for kernel in (totals_kernel, normalise_kernel, slopes_kernel, tokens_gradient_kernel):
+        own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
+        yield kernel, kernel.fn.__name__, f"S={_NORM_CHANNELS}", own
+    for kernel in (before_kernel, behind_kernel):
+        own = {**block_constants(_NORM_CHANNELS, documents=True), "num_warps": 4}
+        yield kernel, kernel.fn.__name__, f"G={_NORM_CHANNELS}", own
     for count in keys:
         softmax: dict[str, Any] = dict(softmax_constants(count))
         for bias, words in ((True, ""), (False, ", no bias")):
@@ -69,8 +92,8 @@ def _variants(
 
 def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Any:
     names = list(inspect.signature(kernel.fn).parameters)
-    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(_TOKENS, _TYPES[dtype]) | dict.fromkeys(_INT32, "*i32")
-    types |= {"scale": "fp32"} | dict.fromkeys(_SIZES, "i32") | dict.fromkeys(values, "constexpr")
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(_TOKENS, _TYPES[dtype])
+    types |= _OTHERS | dict.fromkeys(_SIZES, "i32") | dict.fromkeys(values, "constexpr")
     round_places = [i for i, name in enumerate(names) if types[name].startswith("*") or name in _ROUND_SIZES]
     source = triton.compiler.ASTSource(
         kernel,

@@ -6,6 +6,8 @@ import pytest
 import torch
 from parts import carry_moments, run_parts
 
+from mega_scale.ops import timestep_norm as module
+from mega_scale.ops.native import load
 from mega_scale.ops.timestep_norm import Moments, timestep_norm
 
 GROUPS, WIDTH = 3, 4
@@ -92,14 +94,171 @@ def test_the_recurrence_is_the_definition(state, documents, padding):
         assert not found["y"][~valid].any() and not found["dx"][~valid].any()
 
 
-@pytest.mark.parametrize("impl", ["blocked", "native"])
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 500])
-def test_forms_match_the_recurrence(length, impl):
+FORMS = ("blocked", "native")
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
+def test_forms_match_the_recurrence(length):
     for state, documents, padding in itertools.product([False, True], repeat=3):
         leaves, count, resets, valid = make_case(length, state=state, offset=3.0)
         given = resets if documents else None, valid if padding else None
         want = run(leaves, count, *given, impl="recurrent")
-        assert_same(run(leaves, count, *given, impl=impl), want)
+        for impl in FORMS:
+            assert_same(run(leaves, count, *given, impl=impl), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [500, 4096])
+def test_forms_match_the_recurrence_over_long_rows(length):
+    leaves, count, resets, valid = make_case(length, offset=3.0)
+    for given in ((), (resets, valid)):
+        want = run(leaves, count, *given, impl="recurrent")
+        for impl in FORMS:
+            assert_same(run(leaves, count, *given, impl=impl), want)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_65536_tokens_about_100_stay_exact_in_fp32(impl):
+    x = torch.randn(1, 65536, 8, generator=torch.Generator().manual_seed(5)) + 100
+    weight = torch.zeros(8)
+    y, end = timestep_norm(x, weight, weight, 2, impl=impl)
+    want, exact = timestep_norm(x.double(), weight.double(), weight.double(), 2, impl="blocked")
+    assert (y - want).abs().max() <= 2e-6  # running sums are 4e-3 off, Welford's update 4e-4
+    assert y.dtype == end.mean.dtype == torch.float32
+    torch.testing.assert_close(end.mean.double(), exact.mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(end.var.double(), exact.var, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["recurrent", *FORMS])
+def test_neither_the_future_nor_another_document_nor_padding_is_read(impl):
+    leaves, count, _, valid = make_case(150, offset=1.0)
+    resets = torch.zeros_like(valid)
+    resets[:, [70, 110]] = True
+
+    def normalise(x):
+        x, weight, bias = (t.float() for t in (x, leaves["weight"], leaves["bias"]))
+        state = Moments(count, leaves["mean"].float(), leaves["var"].float())
+        return timestep_norm(x, weight, bias, GROUPS, EPS, state, resets, valid, impl=impl)[0]
+
+    clean = normalise(leaves["x"])
+    for poison in (1e30, float("inf"), float("nan")):
+        dirty = leaves["x"].clone()
+        dirty[:, 60:70] = dirty[:, 105:110] = poison
+        dirty[~valid] = poison
+        y = normalise(dirty)
+        for kept in (slice(0, 60), slice(70, 105), slice(110, None)):
+            assert torch.equal(y[:, kept], clean[:, kept])
+
+
+@pytest.mark.parametrize("impl", ["recurrent", *FORMS])
+def test_state_carries_a_row_cut_anywhere(impl):
+    leaves, count, resets, valid = make_case(140, offset=50.0)
+    x, weight, bias = (leaves[name] for name in ("x", "weight", "bias"))
+    state = Moments(count, leaves["mean"], leaves["var"])
+    whole, end = timestep_norm(x, weight, bias, GROUPS, EPS, state, resets, valid, impl=impl)
+    pieces, cuts = [], [1, 63, 64, 2, 10]
+    for piece, *flags in zip(*(t.split(cuts, 1) for t in (x, resets, valid)), strict=True):
+        y, state = timestep_norm(piece, weight, bias, GROUPS, EPS, state, *flags, impl=impl)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-10, rtol=0)
+    assert torch.equal(state.count, end.count)
+    torch.testing.assert_close(state.mean, end.mean, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["recurrent", *FORMS])
+def test_bf16_tokens_have_fp32_statistics_and_a_state_keeps_its_dtype(impl):
+    leaves = make_case(80, offset=30.0, state=False)[0]
+    x, weight, bias = (leaves[name].bfloat16() for name in ("x", "weight", "bias"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, end = timestep_norm(x, weight, bias, GROUPS, EPS, impl=impl)
+    want, exact = timestep_norm(*(t.double() for t in (x, weight, bias)), GROUPS, EPS, impl="recurrent")
+    assert y.dtype == torch.bfloat16 and end.mean.dtype == end.var.dtype == torch.float32
+    torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(end.mean.double(), exact.mean, rtol=1e-5, atol=0)
+    wide = Moments(end.count, end.mean.double(), end.var.double())
+    assert timestep_norm(x, weight, bias, GROUPS, EPS, wide, impl=impl)[1].mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_it_keeps_its_input_and_two_numbers_a_token_and_group(impl):
+    leaves, kept = make_case(256, batch=2, state=False)[0], {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 8
+        return tensor
+
+    inputs = [leaf.clone().requires_grad_() for leaf in leaves.values()]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        timestep_norm(*inputs, GROUPS, impl=impl)
+    a_group = 2 * 256 * GROUPS
+    assert sorted(kept.values())[-3:] == [a_group, a_group, a_group * WIDTH]
+    assert sum(kept.values()) <= a_group * (WIDTH + 2) + 100
+
+
+def test_bits_do_not_depend_on_threads_or_layouts(monkeypatch):
+    monkeypatch.setattr("mega_scale.ops.native._OF_A_THREAD", 1)
+    leaves, count, resets, valid = make_case(100)
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(run(leaves, count, resets, valid, impl="native"))
+    leaves["x"] = torch.cat([leaves["x"]] * 2, -1)[..., : GROUPS * WIDTH]
+    found.append(run(leaves, count, resets.t().contiguous().t(), valid, impl="native"))
+    assert all(torch.equal(other[name], found[0][name]) for other in found[1:] for name in found[0])
+
+
+def test_auto_is_native_on_a_cpu_and_blocked_without_a_compiler(monkeypatch, tmp_path):
+    leaves, count, resets, valid = make_case(70)
+    forms = {impl: run(leaves, count, resets, valid, impl=impl)["y"] for impl in ("auto", "native", "blocked")}
+    assert torch.equal(forms["auto"], forms["native"])
+    monkeypatch.setattr(module, "load", lambda source: load(source, tmp_path))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    module.library.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"timestep norm.*no C\+\+ compiler '/no/such/compiler'") as warned:
+        assert torch.equal(run(leaves, count, resets, valid)["y"], forms["blocked"])
+        run(leaves, count, resets, valid)
+    with pytest.raises(ValueError, match="could not be compiled"):
+        run(leaves, count, impl="native")
+    module.library.cache_clear()
+    assert len(warned) == 1
+
+
+def test_compilers_and_transforms_take_the_blocked_form():
+    leaves, count, resets, valid = make_case(70)
+    state = Moments(count, leaves["mean"], leaves["var"])
+
+    def total(x):
+        y, end = timestep_norm(x, leaves["weight"], leaves["bias"], GROUPS, EPS, state, resets, valid)
+        return y.sin().sum() + end.var.sum()
+
+    want = torch.autograd.grad(total(leaf := leaves["x"].clone().requires_grad_()), leaf)[0]
+    found = torch.func.grad(total)(leaves["x"])
+    torch.testing.assert_close(found, want, atol=1e-10, rtol=0)
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(leaf), leaf)
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(torch.autograd.grad(total(leaf), leaf, create_graph=True)[0].sum(), leaf)
+
+
+class Normed(torch.nn.Module):
+    def forward(self, x, weight, bias, count, mean, var, resets, valid):
+        return timestep_norm(x, weight, bias, GROUPS, EPS, Moments(count, mean, var), resets, valid)
+
+
+@pytest.mark.slow
+def test_an_exported_program_takes_every_length():
+    def inputs(length):
+        leaves, count, resets, valid = make_case(length)
+        return leaves["x"], leaves["weight"], leaves["bias"], count, leaves["mean"], leaves["var"], resets, valid
+
+    length = torch.export.Dim("length", min=2, max=10000)
+    shapes = ({1: length}, *[None] * 5, {1: length}, {1: length})
+    program = torch.export.export(Normed(), inputs(70), dynamic_shapes=shapes, strict=False).module()
+    for tokens in (2, 64, 65, 700):
+        for got, want in zip(*(f(*inputs(tokens)) for f in (program, Normed())), strict=True):
+            for a, b in zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]:
+                torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
 def run_in_parts(parts, leaves, count, resets, valid, **options):
@@ -129,7 +288,7 @@ def run_in_parts(parts, leaves, count, resets, valid, **options):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", ["blocked", "native"])
+@pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
 def test_parts_of_a_row_equal_the_whole(parts, impl):
     leaves, count, resets, valid = make_case(9 * parts, state=False, offset=3.0)

@@ -1,0 +1,423 @@
+"""The timestep norm by Triton kernels: tokens are read twice forward, for moments and for outputs, and twice backward.
+
+A program owns one group of channels in a block of T tokens of a row. Inside a block, each token sums over the tokens up
+to it, or from it on, by a triangle of T x T pairs, which knows documents and padding, and takes differences of means
+only. Between blocks one program a row and some groups goes from block to block in fp64: moments before each block, and
+sums over all tokens behind it, `Q = sum of gV / n` and `U = sum of (gM + 2 (pivot - M) gV) / n`.
+
+Legend: B batch, L length, D channels, G groups of S channels (SP those padded to a power of two), M blocks of T tokens.
+
+    x, y, dx, dy     (B, L, D) contiguous tokens and their gradients
+    document         (B, L) int32: documents that have begun
+    valid            (B, L) uint8: 0 for padding
+    counts           (B, L) int64: n of every token
+    means, rstds     (B, L, G): of every token
+    totals           (3, B, M, G) fp64: count, mean, variance of a block's tokens after its last document start;
+                     backward (2, B, M, G), Q and U of those before its first one
+    before           (2, B, M + 1, G) fp64: mean and variance between blocks
+    behind           (3, B, M + 1, G) fp64: Q, U and its pivot between blocks, of the document that goes on there
+    sums             (2, B M, D): a block's part of the gradients of weight and bias
+"""
+
+# mypy: disable-error-code="assignment"
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mega_scale.ops import once_differentiable
+from mega_scale.ops.moments import Moments, Rules, known_state, part_kinds, token_counts
+
+try:
+    # In a `try`, as transformers demands every other import of a model's own files to be installed.
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    raise ImportError("the timestep norm's Triton kernels need triton: pip install 'mega_scale[triton]'") from missing
+
+BLOCK = 64  # T: a guess until it is measured, of which no kernel spills registers
+# Groups of a program that goes from block to block.
+_GROUPS = 32
+
+
+def token_constants(size: int, documents: bool, padding: bool) -> dict[str, Any]:
+    """What kernels of tokens are compiled with, for groups of so many channels."""
+    padded = triton.next_power_of_2(size)
+    return {"S": size, "SP": padded, "T": BLOCK, "DOCUMENTS": documents, "PADDING": padding}
+
+
+def block_constants(groups: int, documents: bool) -> dict[str, Any]:
+    """What kernels that go from block to block are compiled with."""
+    return {"GB": min(_GROUPS, triton.next_power_of_2(groups)), "T": BLOCK, "DOCUMENTS": documents}
+
+
+def triton_norm(
+    rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, ...]:
+    """The norm on a GPU (or anywhere, interpreted: TRITON_INTERPRET=1); keeps x and two numbers a token and group.
+
+    x (B, L, D) is bf16, fp16, fp32 or fp64, count (B,) int64, mean and var (B, G) fp64. Returns y in the dtype of x,
+    and count, mean and var after the last token. Raises ValueError if x is not on a GPU and kernels are not
+    interpreted.
+    """
+    if not x.is_cuda and not triton.knobs.runtime.interpret:
+        raise ValueError(f"impl='triton' needs a GPU and x is on {x.device}: use impl='blocked'")
+    return _Norm.apply(rules, x.contiguous(), weight, bias, count, mean, var)
+
+
+class _Rows:
+    """Rows like x (B, L, D): documents, padding, counts, and what kernels compute of them."""
+
+    def __init__(self, rules: Rules, x: Tensor) -> None:
+        length, channels = x.shape[1:]
+        self.rules, self.x = rules, x
+        self.blocks = -(-length // BLOCK)
+        self.document = None if rules.resets is None else rules.resets.cumsum(1, dtype=torch.int32)
+        self.valid = None if rules.valid is None else rules.valid.contiguous().view(torch.uint8)
+        self._sizes = (length, channels, rules.groups, self.blocks)
+
+    def new(self, *leading: int, blocks: int) -> Tensor:
+        return self.x.new_empty(*leading, len(self.x), blocks, self.rules.groups, dtype=torch.float64)
+
+    def _given(self, *tensors: Tensor | None) -> list[Tensor]:
+        """What a kernel does not read is any tensor."""
+        return [self.x if t is None else t for t in tensors]
+
+    def of_tokens(self, kernel: Any, *tensors: Tensor | None, **flags: Any) -> None:
+        size = self.x.shape[2] // self.rules.groups
+        options = token_constants(size, self.document is not None, self.valid is not None)
+        with torch.cuda.device_of(self.x):
+            kernel[(len(self.x) * self.blocks * self.rules.groups,)](
+                *self._given(self.document, self.valid, *tensors), *self._sizes, **options, **flags
+            )
+
+    def of_blocks(self, kernel: Any, *tensors: Tensor | None, **flags: Any) -> None:
+        options = block_constants(self.rules.groups, self.document is not None)
+        with torch.cuda.device_of(self.x):
+            kernel[(len(self.x), triton.cdiv(self.rules.groups, options["GB"]))](
+                *self._given(self.document, *tensors), *self._sizes, **options, **flags
+            )
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rules: Rules,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        count: Tensor,
+        mean: Tensor,
+        var: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.rules, ctx.turn = rules, None
+        rows = _Rows(rules, x)
+        totals, before = rows.new(3, blocks=rows.blocks), rows.new(2, blocks=rows.blocks + 1)
+        rows.of_tokens(totals_kernel, x, totals)
+        if rules.carry is not None:
+            nothing = torch.zeros_like(count)
+            rows.of_blocks(before_kernel, totals, nothing, torch.zeros_like(mean), torch.zeros_like(mean), before)
+            own = before[:, :, -1].to(rules.dtype, copy=True)  # which the next run does not change
+            arrive = rules.carry(Moments(token_counts(rules, nothing, x)[:, -1], *own), *part_kinds(rules))
+            arrived, ctx.turn = arrive()
+            count, mean, var = known_state(x, rules.groups, mean.dtype, arrived)
+        rows.of_blocks(before_kernel, totals, count, mean.contiguous(), var.contiguous(), before)
+        counts = token_counts(rules, count, x).contiguous()
+        y = torch.empty_like(x)
+        means, rstds = (x.new_empty(*x.shape[:2], rules.groups, dtype=rules.dtype) for _ in range(2))
+        given = (t.to(rules.dtype).contiguous() for t in (weight, bias))
+        rows.of_tokens(normalise_kernel, x, *given, counts, before, y, means, rstds, eps=rules.eps)
+        end = counts[:, -1].clone()
+        ctx.mark_non_differentiable(end)
+        ctx.save_for_backward(x, weight, bias, count, mean, means, rstds)
+        return y, end, *before[:, :, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, d_count: None, d_mean: Tensor | None, d_var: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias, count, mean, means, rstds = ctx.saved_tensors
+        rules: Rules = ctx.rules
+        rows = _Rows(rules, x)
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        counts = token_counts(rules, count, x).contiguous()
+        given = (x, dy, weight.to(rules.dtype).contiguous(), counts, means, rstds)
+        totals, behind = rows.new(2, blocks=rows.blocks), rows.new(3, blocks=rows.blocks + 1)
+        sums = x.new_empty(2, len(x) * rows.blocks, x.shape[2], dtype=rules.dtype)
+        rows.of_tokens(slopes_kernel, *given, totals, sums)
+        ends = [torch.zeros_like(mean) if t is None else t.contiguous() for t in (d_mean, d_var)]
+
+        def go_back() -> list[Tensor]:
+            """Sums between blocks; returns the gradients of mean and variance before the row."""
+            rows.of_blocks(behind_kernel, totals, counts, means, *ends, behind)
+            q, u, pivot = behind[:, :, 0]
+            n = count.to(mean.dtype)[:, None]
+            if rules.resets is not None:
+                n = n.masked_fill(rules.resets[:, :1], 0)
+            return [n * (u + 2 * (mean - pivot) * q), n * q]
+
+        d_state = go_back()
+        if ctx.turn is not None:
+            later = ctx.turn(*(t.to(rules.dtype) for t in d_state))
+            d_weight, d_bias = sums.sum(1)
+            ends = [t + other for t, other in zip(ends, later(), strict=True)]
+            go_back()
+            d_state = []
+        else:
+            d_weight, d_bias = sums.sum(1)
+        dx = torch.empty_like(x)
+        rows.of_tokens(tokens_gradient_kernel, *given, behind, dx)
+        return None, dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, *(d_state or (None, None))
+
+
+@triton.jit
+def _place(L, G, M, T: tl.constexpr, S: tl.constexpr, SP: tl.constexpr):
+    """Row, block and group of a program; its tokens, channels in the group, and which of (T, SP) exist."""
+    own = tl.program_id(0)
+    group, block, row = own % G, (own // G) % M, (own // G // M).to(tl.int64)
+    token, channel = block * T + tl.arange(0, T), tl.arange(0, SP)
+    return row, block, group, token, channel, (token < L)[:, None] & (channel < S)[None, :]
+
+
+@triton.jit
+def _kinds(document, valid, row, block, token, L, T: tl.constexpr, DOCUMENTS: tl.constexpr, PADDING: tl.constexpr):
+    """Document and whether it counts, of every token, (T,); the document before the block, and at its end."""
+    there = token < L
+    counts, own = there, tl.zeros((T,), tl.int32)
+    first, last = 0, 0
+    if PADDING:
+        counts = counts & (tl.load(valid + row * L + token, mask=there, other=0) != 0)
+    if DOCUMENTS:
+        own = tl.load(document + row * L + token, mask=there, other=-1)
+        first = tl.load(document + row * L + block * T - 1, mask=block > 0, other=0)
+        last = tl.load(document + row * L + tl.minimum(block * T + T, L) - 1)
+    return own, counts, first, last
+
+
+@triton.jit
+def _token_moments(tokens, there, S: tl.constexpr):
+    """Mean of every token, in two parts, variance, and what remains of its channels."""
+    high = tl.sum(tokens, 1) / S
+    centred = tl.where(there, tokens - high[:, None], 0.0)
+    low = tl.sum(centred, 1) / S
+    return high, low, tl.sum(centred * centred, 1) / S - low * low, centred
+
+
+@triton.jit
+def totals_kernel(
+    document, valid, x, totals, L, D, G, M,
+    S: tl.constexpr, SP: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and variance of the block's tokens after its last document start."""
+    row, block, group, token, channel, there = _place(L, G, M, T, S, SP)
+    own, counts, _, last = _kinds(document, valid, row, block, token, L, T, DOCUMENTS, PADDING)
+    at = (row * L + token[:, None]) * D + group * S + channel[None, :]
+    tokens = _wide(tl.load(x + at, mask=there & counts[:, None], other=0.0))
+    high, low, spread, _ = _token_moments(tokens, there, S)
+    held = counts & (own == last)
+    n = tl.sum(held.to(high.dtype), 0)
+    share = 1 / tl.maximum(n, 1)
+    mean = tl.sum(tl.where(held, high, 0.0), 0) * share
+    step = tl.where(held, (high - mean) + low, 0.0)
+    rest = tl.sum(step, 0) * share
+    var = tl.sum(tl.where(held, spread + step * step, 0.0), 0) * share - rest * rest
+    place = (row * M + block) * G + group
+    plane = (tl.num_programs(0)).to(tl.int64)
+    tl.store(totals + place, n.to(tl.float64))
+    tl.store(totals + plane + place, mean.to(tl.float64) + rest.to(tl.float64))
+    tl.store(totals + 2 * plane + place, var.to(tl.float64))
+
+
+@triton.jit
+def _wide(tokens):
+    """Tokens in the dtype of arithmetic with them."""
+    if tokens.dtype != tl.float64:
+        tokens = tokens.to(tl.float32)
+    return tokens
+
+
+@triton.jit
+def before_kernel(
+    document, totals, count, first_mean, first_var, before, L, D, G, M,
+    GB: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance before every block and after the last one, of some groups of a row."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) * GB + tl.arange(0, GB)
+    there, plane = group < G, tl.num_programs(0).to(tl.int64) * M * G
+    n = tl.load(count + row).to(tl.float64)
+    mean = tl.load(first_mean + row * G + group, mask=there, other=0.0)
+    var = tl.load(first_var + row * G + group, mask=there, other=0.0)
+    seen = 0
+    for block in range(M):
+        place = (row * (M + 1) + block) * G + group
+        tl.store(before + place, mean, mask=there)
+        tl.store(before + plane + tl.num_programs(0).to(tl.int64) * G + place, var, mask=there)
+        own = totals + (row * M + block) * G + group
+        more = tl.load(own, mask=there, other=0.0)
+        other = tl.load(own + plane, mask=there, other=0.0)
+        spread = tl.load(own + 2 * plane, mask=there, other=0.0)
+        if DOCUMENTS:
+            last = tl.load(document + row * L + tl.minimum(block * T + T, L) - 1)
+            begins = last != seen
+            n, mean, var = tl.where(begins, 0.0, n), tl.where(begins, other, mean), tl.where(begins, spread, var)
+            seen = last
+        n += more
+        share = more / tl.maximum(n, 1.0)
+        step = other - mean
+        mean += share * step
+        var += share * (spread - var) + share * (1 - share) * step * step
+    place = (row * (M + 1) + M) * G + group
+    tl.store(before + place, mean, mask=there)
+    tl.store(before + plane + tl.num_programs(0).to(tl.int64) * G + place, var, mask=there)
+
+
+@triton.jit
+def normalise_kernel(
+    document, valid, x, weight, bias, counts, before, y, means, rstds, L, D, G, M, eps,
+    S: tl.constexpr, SP: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """y, and the mean and 1 / sqrt(variance + eps) of every token."""
+    row, block, group, token, channel, there = _place(L, G, M, T, S, SP)
+    own, counted, first, _ = _kinds(document, valid, row, block, token, L, T, DOCUMENTS, PADDING)
+    at = (row * L + token[:, None]) * D + group * S + channel[None, :]
+    tokens = _wide(tl.load(x + at, mask=there & counted[:, None], other=0.0))
+    high, low, spread, centred = _token_moments(tokens, there, S)
+    # Means of prefixes as what they add to the token's own, so that no digits of a large mean are lost.
+    seen = (token[None, :] <= token[:, None]) & counted[None, :] & (own[None, :] == own[:, None])
+    n = tl.sum(seen.to(high.dtype), 1)
+    inner = 1 / tl.maximum(n, 1)
+    step = tl.where(seen, (high[None, :] - high[:, None]) + low[None, :], 0.0)
+    offset = tl.sum(step, 1) * inner
+    step = tl.where(seen, step - offset[:, None], 0.0)
+    var = tl.sum(tl.where(seen, spread[None, :] + step * step, 0.0), 1) * inner
+    # With what came before the block.
+    plane = tl.num_programs(0).to(tl.int64) // M * (M + 1)
+    place = (row * (M + 1) + block) * G + group
+    past_mean, past_var = tl.load(before + place), tl.load(before + plane + place)
+    past_high = past_mean.to(high.dtype)
+    past = (past_high - high) + (past_mean - past_high.to(tl.float64)).to(high.dtype)
+    whole = tl.load(counts + row * L + token, mask=token < L, other=1).to(high.dtype)
+    share = n / tl.maximum(whole, 1)
+    gap = past - offset
+    goes_on = (own == first) & (whole > n)
+    joined = past_var.to(high.dtype) + share * (var - past_var.to(high.dtype)) + share * (1 - share) * gap * gap
+    offset, var = tl.where(goes_on, offset + (1 - share) * gap, offset), tl.where(goes_on, joined, var)
+    rstd = 1 / tl.sqrt(tl.maximum(var, 0.0) + eps)
+    scale = tl.load(weight + group * S + channel, mask=channel < S, other=0.0) + 1
+    shift = tl.load(bias + group * S + channel, mask=channel < S, other=0.0)
+    found = (centred - offset[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
+    found = tl.where(counted[:, None], found, 0.0)
+    tl.store(y + at, found.to(y.dtype.element_ty), mask=there)
+    of_token = (row * L + token) * G + group
+    tl.store(means + of_token, high + offset, mask=token < L)
+    tl.store(rstds + of_token, rstd, mask=token < L)
+
+
+@triton.jit
+def _slopes(
+    x, dy, weight, counts, means, rstds, row, group, token, channel, there, counted, L, D, G, S: tl.constexpr
+):  # fmt: skip
+    """gM / n, gV / n and M of every token; (T, SP): dy, dy (weight + 1), x - M and rstd."""
+    at = (row * L + token[:, None]) * D + group * S + channel[None, :]
+    there = there & counted[:, None]
+    of_token = (row * L + token) * G + group
+    mean = tl.load(means + of_token, mask=token < L, other=0.0)
+    rstd = tl.load(rstds + of_token, mask=token < L, other=0.0)
+    centred = tl.where(there, _wide(tl.load(x + at, mask=there, other=0.0)) - mean[:, None], 0.0)
+    up = _wide(tl.load(dy + at, mask=there, other=0.0))
+    scale = tl.load(weight + group * S + channel, mask=channel < S, other=0.0) + 1
+    slope = up * scale[None, :]
+    n = tl.load(counts + row * L + token, mask=token < L, other=1).to(mean.dtype)
+    share = rstd / tl.maximum(n, 1)
+    by_mean = -share * tl.sum(slope, 1)
+    by_var = -0.5 * share * rstd * rstd * tl.sum(slope * centred, 1)
+    return by_mean, by_var, mean, up, slope, centred, rstd
+
+
+@triton.jit
+def slopes_kernel(
+    document, valid, x, dy, weight, counts, means, rstds, totals, sums, L, D, G, M,
+    S: tl.constexpr, SP: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """Q and U, about the block's first mean, of its tokens before the first document start, and the block's part of the
+    gradients of weight and bias."""
+    row, block, group, token, channel, there = _place(L, G, M, T, S, SP)
+    own, counted, first, _ = _kinds(document, valid, row, block, token, L, T, DOCUMENTS, PADDING)
+    by_mean, by_var, mean, up, _, centred, rstd = _slopes(
+        x, dy, weight, counts, means, rstds, row, group, token, channel, there, counted, L, D, G, S
+    )
+    held = counted & (own == first)
+    pivot = tl.load(means + (row * L + block * T) * G + group)
+    u = tl.where(held, by_mean + 2 * (pivot - mean) * by_var, 0.0)
+    place, plane = (row * M + block) * G + group, tl.num_programs(0).to(tl.int64)
+    tl.store(totals + place, tl.sum(tl.where(held, by_var, 0.0), 0).to(tl.float64))
+    tl.store(totals + plane + place, tl.sum(u, 0).to(tl.float64))
+    at = (row * M + block) * D + group * S + channel
+    tl.store(sums + at, tl.sum(up * centred * rstd[:, None], 0), mask=channel < S)
+    tl.store(sums + tl.num_programs(0).to(tl.int64) * S + at, tl.sum(up, 0), mask=channel < S)
+
+
+@triton.jit
+def behind_kernel(
+    document, totals, counts, means, end_mean, end_var, behind, L, D, G, M,
+    GB: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """Q, U and pivot before every block and after the last one, of the document that goes on there."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) * GB + tl.arange(0, GB)
+    there, rows = group < G, tl.num_programs(0).to(tl.int64)
+    plane, small = rows * (M + 1) * G, rows * M * G
+    n = tl.load(counts + row * L + L - 1).to(tl.float64)
+    share = tl.where(n > 0, 1 / tl.maximum(n, 1.0), 0.0)
+    q = tl.load(end_var + row * G + group, mask=there, other=0.0) * share
+    u = tl.load(end_mean + row * G + group, mask=there, other=0.0) * share
+    pivot = tl.load(means + (row * L + L - 1) * G + group, mask=there, other=0.0).to(tl.float64)
+    for later in range(M):
+        block = M - 1 - later
+        place = (row * (M + 1) + block + 1) * G + group
+        tl.store(behind + place, q, mask=there)
+        tl.store(behind + plane + place, u, mask=there)
+        tl.store(behind + 2 * plane + place, pivot, mask=there)
+        mean = tl.load(means + (row * L + block * T) * G + group, mask=there, other=0.0).to(tl.float64)
+        u += 2 * (mean - pivot) * q
+        if DOCUMENTS:
+            last = tl.load(document + row * L + tl.minimum(block * T + T, L) - 1)
+            begins = last != tl.load(document + row * L + block * T - 1, mask=block > 0, other=0)
+            q, u = tl.where(begins, 0.0, q), tl.where(begins, 0.0, u)
+        pivot = mean
+        own = totals + (row * M + block) * G + group
+        q += tl.load(own, mask=there, other=0.0)
+        u += tl.load(own + small, mask=there, other=0.0)
+    place = row * (M + 1) * G + group
+    tl.store(behind + place, q, mask=there)
+    tl.store(behind + plane + place, u, mask=there)
+    tl.store(behind + 2 * plane + place, pivot, mask=there)
+
+
+@triton.jit
+def tokens_gradient_kernel(
+    document, valid, x, dy, weight, counts, means, rstds, behind, dx, L, D, G, M,
+    S: tl.constexpr, SP: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """`dx = dy (weight + 1) rstd + (U + 2 (x - M) Q) / S`, U about the token's own mean."""
+    row, block, group, token, channel, there = _place(L, G, M, T, S, SP)
+    own, counted, _, last = _kinds(document, valid, row, block, token, L, T, DOCUMENTS, PADDING)
+    by_mean, by_var, mean, _, slope, centred, rstd = _slopes(
+        x, dy, weight, counts, means, rstds, row, group, token, channel, there, counted, L, D, G, S
+    )
+    seen = (token[None, :] >= token[:, None]) & counted[None, :] & (own[None, :] == own[:, None])
+    q = tl.sum(tl.where(seen, by_var[None, :], 0.0), 1)
+    u = tl.sum(tl.where(seen, by_mean[None, :] + 2 * (mean[:, None] - mean[None, :]) * by_var[None, :], 0.0), 1)
+    place = (row * (M + 1) + block + 1) * G + group
+    plane = tl.num_programs(0).to(tl.int64) // M * (M + 1)
+    past_q, past_u = tl.load(behind + place).to(q.dtype), tl.load(behind + plane + place).to(q.dtype)
+    pivot = tl.load(behind + 2 * plane + place).to(q.dtype)
+    goes_on = own == last
+    u = tl.where(goes_on, u + past_u + 2 * (mean - pivot) * past_q, u)
+    q = tl.where(goes_on, q + past_q, q)
+    found = slope * rstd[:, None] + (u[:, None] + 2 * centred * q[:, None]) / S
+    at = (row * L + token[:, None]) * D + group * S + channel[None, :]
+    tl.store(dx + at, tl.where(counted[:, None], found, 0.0).to(dx.dtype.element_ty), mask=there)

@@ -79,9 +79,9 @@ class Reporter(Protocol):
 # Charts
 
 _GROUPS = {
-    "model_throughput": ("tokens_per_second", "step_seconds", "mfu", "loader_wait", "eta_seconds"),
+    "model_throughput": ("tokens_per_second", "step_seconds", "mfu"),
     "optimizer": ("lr", "grad_norm"),
-    "training_data": ("tokens", "epochs", "sequence_length", "padding", "bad_rows", "lost_bytes"),
+    "training_data": ("tokens", "epochs", "sequence_length", "padding", "loader_wait", "bad_rows", "lost_bytes"),
     "training_health": ("bad_steps", "memory_gib"),
 }
 
@@ -89,6 +89,7 @@ _GROUPS = {
 def charts(part: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Names and values of the charts that show figures; trackers sort them by name, and loss/ comes first."""
     shown = {name: value for name, value in values.items() if type(value) in (int, float)}
+    shown.pop("eta_seconds", None)
     if "memory_bytes" in shown:
         shown["memory_gib"] = shown.pop("memory_bytes") / 2**30
     for name, value in shown.items():
@@ -271,9 +272,10 @@ class TensorBoard:
             for name, value in (facts | flatten(run.differing)).items()
             if value is not None
         }
-        for summary in hparams(plain, dict.fromkeys(("loss/validation", "loss/train"), 0.0)):
+        # Without the first part, the experiment's, TensorBoard has the keys of all runs, those that differ first.
+        for summary in hparams(plain, {})[1:]:
             self._writer.file_writer.add_summary(summary)
-        layout = {"loss": {"train and validation": ["Multiline", ["loss/train$", "loss/validation"]]}}
+        layout = {"loss": {"train and validation": ["Multiline", ["loss/train$", "loss/validation(/.*)?$"]]}}
         for group, names in _GROUPS.items():
             layout[group] = {name: ["Multiline", [f"{group}/{name}"]] for name in names}
         self._writer.add_custom_scalars(layout)

@@ -24,7 +24,6 @@ from mega_scale.parallel.world import join_axes
 
 STEPS = 20  # of the plain variant in every layout
 FEWER_STEPS = {"recomputed": 6, "dropout-recomputed": 6, "bf16": 5}
-# All of them are in campaigns/megalodon_layouts.py.
 FEWER_STEPS |= {"megalodon-plain": 5, "megalodon-dropout-recomputed": 4, "megalodon-bf16": 3}
 ROWS = 4
 LENGTH = 61  # fills 8 chunks of 8 but for 3 tokens
@@ -197,10 +196,14 @@ def alone() -> dict[str, dict[str, Any]]:
 RUNS = [
     (layout, ("fsdp-3", "zero-3")[(row + column) % 2], variant)
     for row, layout in enumerate(LAYOUTS)
-    for column, variant in enumerate(name for name in VARIANTS if name != "megalodon-bf16")
+    for column, variant in enumerate(("plain", "recomputed", "dropout-recomputed", "bf16"))
 ]
-RUNS += [("sp2-tp2", engine, "megalodon-bf16") for engine in ("fsdp-3", "zero-3")]
-RUNS += [("dp2", engine, "megalodon-plain") for engine in ("fsdp-1", "fsdp-2", "zero-0", "zero-1", "zero-2")]
+# Every layout, and every pair of engine and variant; campaigns/layout_steps.py has all of them.
+RUNS += [
+    (layout, ("fsdp-3", "zero-3")[row % 2], ("megalodon-plain", "megalodon-dropout-recomputed")[row // 2 % 2])
+    for row, layout in enumerate(LAYOUTS)
+]
+RUNS += [("sp2-tp2", "zero-3", "megalodon-bf16")]
 
 
 def study(size: int) -> dict[tuple[str, str, str], dict[str, Any]]:

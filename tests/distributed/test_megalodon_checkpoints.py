@@ -25,7 +25,6 @@ CHAIN = [
     ("sp2-tp2", "zero-1"),
     ("sp4", "fsdp-3"),
     ("dp2-sp2", "zero-2"),
-    ("replicate2-sp2", "zero-3"),
     ("tp4", "fsdp-1"),
 ]
 OTHER_WEIGHTS = 77  # than those that are loaded

@@ -175,9 +175,10 @@ class MegalodonAttention(ChunkedAttention):
         resets = None if borders is None else borders.starts
         normed, moments = self.timenorm(x, None if state is None else state.norm, resets, valid)
         averaged, ema_state = self.cema(normed, None if state is None else state.ema, resets)
-        pre = self.wv(normed)
-        with recomputed(self.rmsnorm, averaged) as m:
-            z, gate, candidate = self.from_average(self.ema_dropout(m))
+        with recomputed(self.rmsnorm, averaged) as averaged_normed:
+            m = self.ema_dropout(averaged_normed)
+            pre = self.wv(normed)  # while ranks that share channels exchange those of m
+            z, gate, candidate = self.from_average(m)
         with recomputed(F.silu, pre) as v:
             q, k = self.gates.normalized_queries_and_keys(z, self.gamma, self.beta, self.heads, self.config.norm_eps)
             q, k = self.turn(q, k, rotary)

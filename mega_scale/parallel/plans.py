@@ -145,7 +145,7 @@ def _normalized_attention(whole: Any, axis: Axis) -> nn.Module:
         attention.wz = sharded(MegaLinear, axis, {}, config.hidden_size, keys)
         attention.wz.needed = dict.fromkeys(("weight", "bias"), (0, *head))
         attention.needed = dict.fromkeys(("gamma", "beta"), (1, *head))
-    # The norm's channels travel while the average is computed.
+    # The norm's channels travel while the average is computed, the average's while values are.
     stream = gather_inputs(axis, attention.wv)
     average = gather_inputs(axis, attention.wz, attention.wr, attention.wh1)
     attention.cema.register_forward_pre_hook(lambda module, args: stream.expect(args[0]))

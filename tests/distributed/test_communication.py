@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LAYERS = 2
 ROWS = 2
 LENGTHS = (1024, 65536)  # tokens per rank
-MEGALODON_VARIANTS = ("megalodon-plain", "megalodon-dropout-recomputed")
+MEGALODON = [("fsdp-3", "megalodon-plain"), ("zero-3", "megalodon-dropout-recomputed")]
 
 
 def train_once(
@@ -83,8 +83,8 @@ def study() -> dict[Any, Any]:
             for variant in ("plain", "recomputed"):
                 found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
                 found["tp", engine, variant, 61] = train_once(tensor, engine, variant, 61)
-            for variant in MEGALODON_VARIANTS:
-                found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
+        for engine, variant in MEGALODON:
+            found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
         found["tp", "zero-3", "megalodon-plain", 61] = train_once(tensor, "zero-3", "megalodon-plain", 61)
         found["documents"] = train_once(sequence, "fsdp-3", "megalodon-plain", 2 * 61, documents=True)
         both = layout_study.lay_out(ranks, LAYOUTS["sp2-tp2"])
@@ -128,8 +128,7 @@ def megalodon_bytes(tensor_parallel: int = 1) -> tuple[int, int]:
     return 8 * ROWS * config.timestep_norm_groups // tensor_parallel, 8 * ROWS * states // tensor_parallel
 
 
-@pytest.mark.parametrize("variant", MEGALODON_VARIANTS)
-@pytest.mark.parametrize("engine", ["fsdp-3", "zero-3"])
+@pytest.mark.parametrize(("engine", "variant"), MEGALODON)
 def test_megalodon_sends_moments_and_states(ranks, engine, variant):
     """Moments, then states of each layer, the last norm's moments; back the same, and nothing for recomputation."""
     moments, states = megalodon_bytes()

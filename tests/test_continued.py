@@ -1,7 +1,5 @@
 """A run that goes on, or starts from an export: the model of the folder, and a word on all else that differs."""
 
-import contextlib
-import io
 import json
 import shutil
 from dataclasses import replace
@@ -10,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import exit_code
 from safetensors.torch import load_file
 from same_runs import state_problems
+from small_runs import MODEL, TINY, run
 
-from launch.pretrain import main as pretrain
 from mega_scale import export
 from mega_scale.checkpoint.folder import read_manifest, read_state, write_manifest
 from mega_scale.checkpoint.state import open_weights
@@ -22,17 +19,6 @@ from mega_scale.config import load_config
 from mega_scale.files import hash_file
 from mega_scale.training.schedule import learning_rate
 
-MODEL = {
-    "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "nffn_hidden_size": 20, "chunk_size": 16,
-    "shared_representation_size": 8, "ema_projection_size": 2, "use_chunking": True, "attention_activation": "laplace",
-    "activation": "gelu", "dropout_prob": 0.1, "normalization_type": "rmsnorm",
-}  # fmt: skip
-TINY = [
-    "data.source=json", "data.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2",
-    "train.eval_every=0", "train.eval_batches=1", "train.sample_every=0", "train.tensorboard=false",
-    "schedule.warmup_steps=0", "schedule.min_lr=0", "data.validation_fraction=0.5", "checkpoint.every=2",
-    "optimizer.lr=0.05", "parallel.engine=fsdp", "parallel.self_test=false",
-]  # fmt: skip
 # Each is a word that contradicts the model, most of them without another shape.
 OTHERS = {
     "attention_activation": "softmax", "activation": "silu", "chunk_size": "32", "normalize_before_mega": "true",
@@ -40,14 +26,6 @@ OTHERS = {
     "normalization_type": "layernorm", "hidden_size": "32", "num_hidden_layers": "2", "vocab_size": "300",
     "tie_word_embeddings": "false", "final_norm": "true", "eos_token_id": "0",
 }  # fmt: skip
-
-
-def run(*words, command=pretrain):
-    """Exit code and all that was printed."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        code = exit_code(command, *words)
-    return code, text.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ _DELETED = ".deleted"  # follows the name of a checkpoint that is being deleted
 _WRITTEN = (
     "checkpoints/step-*",
     "checkpoints/latest*",
+    "eval_command/step-*",
     "tensorboard/events.out.tfevents.*",
     "metrics.jsonl*",
     "trackers.json",

@@ -74,8 +74,9 @@ class _Save:
 class Saver:
     """Writes the checkpoints of a run; methods are collective, except for `wait_copied`.
 
-    `described` has `config.yaml` and the files in `model/`, by path, on the first rank. The checkpoint of step `kept`
-    is never deleted. `under_way` is the checkpoint that is being written, if any, on all ranks alike.
+    `described` has `config.yaml` and the files in `model/`, by path, on the first rank. Checkpoints of the steps in
+    `held`, at first of `kept`, are not deleted. `under_way` is the checkpoint that is being written, if any, on all
+    ranks alike.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class Saver:
         kept: int | None = None,
     ) -> None:
         self._run_dir, self._engine, self._world, self._described = run_dir, engine, world, described
-        self._config, self._key, self._kept = config, key, kept
+        self._config, self._key = config, key
+        self.held = set[int]() if kept is None else {kept}
         self._staging = Staging(world.device) if config.asynchronous else None
         self.under_way: _Save | None = None
         self.written = self.total = 0  # bytes of this rank's part of it
@@ -241,7 +243,7 @@ class Saver:
             remark = f"{store.LATEST} still names another: {reason(error)}"
         forget(replaced)
         # The one just written stays in any case: it was read back, and a damaged one may seem to be newer.
-        always = [save.folder] + ([] if self._kept is None else [store.folder_of(self._run_dir, self._kept)])
+        always = [save.folder, *(store.folder_of(self._run_dir, step) for step in tuple(self.held))]
         others = [folder for folder in store.checkpoints(self._run_dir) if folder not in always]
         for folder in store.surplus([*others, save.folder], self._config.keep, self._config.keep_every):
             with contextlib.suppress(OSError):

@@ -57,6 +57,18 @@ class TrainConfig:
     eval_batches: int = 0
     """Global batches in one evaluation of each validation set; 0 takes the whole text (batches)."""
 
+    eval_command: str | None = None
+    """Command run beside the training, on the first rank's machine, with a fresh export: {model} stands for its folder,
+    {output} for a path to write to, {step} for its step. Numbers of the JSON that it writes there, or prints last, go
+    to the trackers; "lm_eval --model hf --model_args pretrained={model} --tasks piqa --output_path {output}", say."""
+
+    eval_command_every: int = 0
+    """Steps between two runs of eval_command, for each of which a checkpoint is written; one is left out while another
+    runs; 0 runs it at the end only, as every value does (steps)."""
+
+    eval_command_timeout_s: float = 3600.0
+    """Longest that an export with its eval_command may take before it is ended, also at the end of a run (seconds)."""
+
     sample_every: int = 0
     """Steps between two generated samples; 0 generates none (steps)."""
 
@@ -101,8 +113,15 @@ class TrainConfig:
         require_ranges(
             "train",
             self,
-            positive=("steps", "global_batch_size", "micro_batch_size", "log_every", "sample_tokens"),
-            not_negative=("seed", "eval_every", "eval_batches", "sample_every"),
+            positive=(
+                "steps",
+                "global_batch_size",
+                "micro_batch_size",
+                "log_every",
+                "sample_tokens",
+                "eval_command_timeout_s",
+            ),
+            not_negative=("seed", "eval_every", "eval_batches", "eval_command_every", "sample_every"),
             shares=("weight_average",),
         )
         if others := [name for name in self.stop_signals if name not in SIGNALS]:

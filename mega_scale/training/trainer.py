@@ -30,12 +30,15 @@ from mega_scale.settings import to_yaml
 from mega_scale.training.callbacks import Callback, load_callbacks
 from mega_scale.training.config import build_optimizer, seconds_of
 from mega_scale.training.console import Reporters
+from mega_scale.training.eval_command import EvalCommand, words_of
 from mega_scale.training.metrics import SlowRanks, Throughput, memory_bytes
 from mega_scale.training.profiler import OutOfMemory, Profiler, explain_out_of_memory
 from mega_scale.training.reporters import Reporter, Run, TensorBoard, find_trackers
 from mega_scale.training.schedule import learning_rate, stable_step
 from mega_scale.training.stopping import EndOfRunError, Progress, RunStatus, Stopping, StopRun, Watchdog, rows_of
 from mega_scale.training.summary import changes, describe_run, end_line, table
+
+_POLL_S = 0.5  # between two looks at a command
 
 
 class StepResult(NamedTuple):
@@ -93,6 +96,9 @@ class Trainer:
             tensors = open_folder(config.init_from)[1]
             self.values = lambda name, owner, local_name: tensors[name]
         data, train = config.data, config.train
+        self.eval_command: EvalCommand | None = None  # of the first rank, whose machine needs the program
+        if train.eval_command is not None and self.rank == 0:
+            words_of(train.eval_command)
         self.tokenizer = as_trained(tokenizer, data.add_bos)
         if train.sample_every:
             from mega_scale.training.trained_model import check_sample
@@ -171,6 +177,8 @@ class Trainer:
                     with explain_out_of_memory(self):
                         stopped = self.train()
                 finally:
+                    if self.eval_command is not None:
+                        self.eval_command.end("the run failed")
                     self.loader.close()
                     self.engine.close()
             except EndOfRunError as error:
@@ -298,6 +306,10 @@ class Trainer:
         kept = stable_step(config)
         self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key, kept)
         self.saver.on_wait = self.show_save
+        if train.eval_command is not None and self.rank == 0:
+            limit_s, key_file = train.eval_command_timeout_s, config.checkpoint.key_file
+            outlets = self.saver.held, self.reporter.log, self.reporter.values
+            self.eval_command = EvalCommand(train.eval_command, limit_s, self.run_dir, key_file, *outlets)
         self.profiler = Profiler(self.run_dir, config.profile, self.rank, world.device, self.reporter.log)
         self.call_back("on_start")
 
@@ -347,6 +359,7 @@ class Trainer:
             self.reporter.close()
             raise EndOfRunError(NOT_WRITTEN, f"the checkpoint of step {progress.step} could not be written; {last}")
         self.profiler.finish(progress.step)
+        self.finish_command(stopped)
         self.call_back("on_end", stopped)
         self.reporter.close()
         self.log(end_line(self.run_dir, progress, steps, stopped, self.began))
@@ -408,17 +421,36 @@ class Trainer:
         if self.saver.under_way is not None:
             self.show_save()
             self.log_saves(self.saver.poll())
+        if self.eval_command is not None:
+            self.eval_command.poll()
         if last or (train.eval_every and step % train.eval_every == 0):
             self.evaluate()
         if train.sample_every and step % train.sample_every == 0:
             self.sample()
         # A state whose last steps were bad is none to go back to.
         every = self.config.checkpoint.every
-        due = (bool(every) and step % every == 0) or step == stable_step(self.config)
+        due = (bool(every) and step % every == 0) or step == stable_step(self.config) or self.runs_command(step)
         if due and progress.bad.in_a_row == 0:
             self.watchdog.beat("saving")
             self.log_saves(self.save())
         self.throughput.skip(time.perf_counter() - paused)
+
+    def runs_command(self, step: int) -> bool:
+        """Whether `train.eval_command` is run on the checkpoint of a step."""
+        train = self.config.train
+        every = train.eval_command_every
+        return train.eval_command is not None and (step == train.steps or (every > 0 and step % every == 0))
+
+    def finish_command(self, stopped: str | None) -> None:
+        """Wait for `train.eval_command`, as long as it may take, unless the run is to stop; collective."""
+        while self.config.train.eval_command is not None and stopped is None:
+            self.watchdog.beat("waiting for eval_command")
+            done = self.eval_command is None or self.eval_command.poll()
+            if self.world.all_agree(done) or self.stopping.agreed():
+                break
+            time.sleep(_POLL_S)
+        if self.eval_command is not None:
+            self.eval_command.end("the run stops")
 
     def after_bad_step(self, result: StepResult) -> bool:
         """Report a step that was not taken; too many in a row end the run, or roll it back, which is returned."""
@@ -534,6 +566,8 @@ class Trainer:
                 f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
                 f"training stood still {saved.stall_s:.2f} s){f'; {saved.problem}' if saved.problem else ''}"
             )
+            if self.eval_command is not None and self.runs_command(saved.step):
+                self.eval_command.start(saved.step, saved.folder, last=saved.step == self.config.train.steps)
 
 
 def describe_model(config: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

@@ -65,8 +65,9 @@ class Rules(NamedTuple):
 def known_state(x: Tensor, groups: int, dtype: torch.dtype, state: Moments | None) -> Moments:
     """The state in a dtype; zeros where nothing was counted, whatever an empty state holds."""
     if state is None:
-        mean = x.new_zeros(len(x), groups, dtype=dtype)
-        return Moments(torch.zeros(len(x), dtype=torch.int64, device=x.device), mean, torch.zeros_like(mean))
+        rows = x.shape[0]  # for exporters and tracers, len(x) would be a constant
+        mean = x.new_zeros(rows, groups, dtype=dtype)
+        return Moments(torch.zeros(rows, dtype=torch.int64, device=x.device), mean, torch.zeros_like(mean))
     empty = (state.count == 0)[:, None]
     return Moments(state.count, *(t.to(dtype).masked_fill(empty, 0) for t in state[1:]))
 

@@ -51,9 +51,9 @@ def test_with_compiled_gates(way):
 
 
 @every_way
-@pytest.mark.parametrize("chunked", [True, False])
-def test_a_cache_goes_on(way, chunked):
-    model, ids = make_model(use_chunking=chunked), make_ids(2, 21)
+@pytest.mark.parametrize("changes", [{}, {"use_chunking": False}, {"kind": "MegalodonForCausalLM"}], ids=str)
+def test_a_cache_goes_on(way, changes):
+    model, ids = make_model(**changes), make_ids(2, 21)
     with torch.no_grad():
         cache = model(ids[:, :13], use_cache=True).past_key_values
         again = way(cache)

@@ -1,7 +1,4 @@
-"""Megalodon under tracers, transforms, compilers and exporters, and copies of it: the numbers at other sizes, too."""
-
-import copy
-import pickle
+"""Megalodon under tracers, transforms, compilers and exporters: the numbers at other sizes, too."""
 
 import pytest
 import torch
@@ -60,16 +57,6 @@ def test_derivatives_by_transforms_are_those_of_backward_which_has_no_second_one
     assert_close(slope, sum((a * b).sum() for a, b in zip(along.values(), expected, strict=True)))
     with pytest.raises(RuntimeError, match=r"create_graph=True.*torch\.func"):
         torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), create_graph=True)
-
-
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])  # noqa: S301
-def test_copies_of_models_and_caches_go_on(way):
-    model, ids = megalodon(), make_ids(2, 21)
-    with torch.no_grad():
-        cache = model(ids[:, :13], use_cache=True).past_key_values
-        again = way(cache)
-        expected = model(ids[:, 13:], past_key_values=cache).logits
-        assert torch.equal(way(model)(ids[:, 13:], past_key_values=again).logits, expected)
 
 
 @pytest.mark.slow

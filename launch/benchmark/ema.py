@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
+from mega_scale.ops.ema import EmaCoefficients, complex_ema_coefficients, damped_ema, ema_coefficients
 
 from . import harness
 from .harness import Option, common
@@ -26,6 +26,9 @@ from .peers import EMA_PARAMETERS, EmaStep
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 FORMS = ("native", "blocked", "fft")
+COMPLEX_FORMS = ("native", "blocked")
+_COMPLEX = ", complex"  # ends the names of forms of Megalodon's complex average
+COMPLEX_PARAMETERS = ("alpha", "delta", "theta", "gamma")
 _GPU_FORMS = ["triton", "blocked"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _COPY_BYTES = 2**31
@@ -39,6 +42,7 @@ KERNELS = common(states=[16]) | {
     "architectures": Option([80, 90], "compute capabilities: 80 A100, 90 H100"),
     "dtypes": Option(["bf16", "fp32"], "of tokens", ["bf16", "fp16", "fp32"]),
     "keys": Option([4096], "of a chunk of attention"),
+    "numbers": Option(["real"], "of moving averages", ["real", "complex"]),
 }
 
 
@@ -46,10 +50,13 @@ def our_ema(impl: str, problem: Mapping[str, Tensor]) -> EmaStep:
     """An implementation of `damped_ema` on a problem, see `ema_problem`."""
     # A kernel truncated at the full length is the same kernel, without the state that a plain convolution lacks.
     truncation = problem["x"].shape[1] if impl == "fft" else None
-    leaves = {name: problem[name].clone().requires_grad_() for name in ("x", *EMA_PARAMETERS)}
+    turns = "alpha" in problem
+    names = COMPLEX_PARAMETERS if turns else EMA_PARAMETERS
+    leaves = {name: problem[name].clone().requires_grad_() for name in ("x", *names)}
 
     def average() -> Tensor:
-        coefficients = ema_coefficients(*(leaves[name] for name in EMA_PARAMETERS))
+        parameters = [leaves[name] for name in names]
+        coefficients = complex_ema_coefficients(*parameters) if turns else ema_coefficients(*parameters)
         return damped_ema(leaves["x"], coefficients, impl=impl, truncation=truncation)[0]
 
     return EmaStep(average, leaves, problem["dy"])
@@ -85,16 +92,30 @@ def ema_problem(batch: int, length: int, hidden: int, states: int, seed: int, de
     }
 
 
+def complex_problem(problem: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The x and dy of another problem, and fp32 alpha and delta (D, N, 1), theta (D, 1, 1), gamma (D, N, 2)."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    (hidden, states), own = problem["projection"].shape, {name: problem[name] for name in ("x", "dy")}
+    shapes = (hidden, states, 1), (hidden, states, 1), (hidden, 1, 1), (hidden, states, 2)
+    scales = 0.2, 0.2, 1.0, 1.0
+    made = (scale * normal(shape) for scale, shape in zip(scales, shapes, strict=True))
+    return own | dict(zip(COMPLEX_PARAMETERS, made, strict=True))
+
+
 def run_ema(args: argparse.Namespace) -> None:
     """Check, time and print. Raises ValueError where an implementation is wrong, or the peer cannot be run."""
     problem = ema_problem(args.batch, args.length, args.hidden, args.states, args.seed)
+    turning = complex_problem(problem, args.seed)
     steps = {impl: our_ema(impl, problem) for impl in FORMS}
+    steps |= {impl + _COMPLEX: our_ema(impl, turning) for impl in COMPLEX_FORMS}
     found = {impl: step.run() for impl, step in steps.items()}
     timed = {impl: step.time for impl, step in steps.items()}
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         file, results = f"{folder}/problem.safetensors", f"{folder}/results.safetensors"
+        turning_file = f"{folder}/complex.safetensors"
         save_file(problem, file)
+        save_file(turning, turning_file)
         if args.peer_python:
             how: Any = {"name": f"--peer-python {args.peer_python}", "python": args.peer_python}
             peer = stack.enter_context(harness.worker("peers:PeerEma", {"problem": file}, **how))
@@ -103,13 +124,19 @@ def run_ema(args: argparse.Namespace) -> None:
             peer("write_results", results)
             name = f"transformers {theirs['transformers']}"
             found[name], timed[name] = load_file(results), partial(peer, "time")
-        truth = our_ema("recurrent", {name: tensor.double() for name, tensor in problem.items()}).run()
-        errors = {name: harness.compare(name, each, truth, TOLERANCE["fp32"]) for name, each in found.items()}
+        wide = ({name: tensor.double() for name, tensor in own.items()} for own in (problem, turning))
+        truths = [our_ema("recurrent", own).run() for own in wide]
+        errors = {
+            name: harness.compare(name, each, truths[name.endswith(_COMPLEX)], TOLERANCE["fp32"])
+            for name, each in found.items()
+        }
         rows = harness.timed_rows(harness.in_turns(timed, args.repeats, args.warmup))
         with harness.worker("ema", name="the process that measures memory", environment=harness.GIVES_BACK) as memory:
             for row in rows:
                 row["error"] = errors[row["name"]]
-                row["extra_memory"] = memory("peak_memory", file, row["name"]) if row["name"] in FORMS else None
+                impl, turns = row["name"].removesuffix(_COMPLEX), row["name"].endswith(_COMPLEX)
+                own = turning_file if turns else file
+                row["extra_memory"] = memory("peak_memory", own, impl) if row["name"] in steps else None
     columns = {
         "": "{name}", "median ms": "{median:.3f}", "min": "{least:.3f}", "max": "{greatest:.3f}",
         "times native": "{ratio:.2f}", "largest error": "{error:.1e}", "extra memory, in inputs": "{extra_memory:.2f}",
@@ -175,7 +202,7 @@ def run_kernels(args: argparse.Namespace) -> None:
         raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
     from mega_scale.ops.triton_report import compile_kernels
 
-    found = compile_kernels(args.architectures, args.dtypes, args.states, args.keys)
+    found = compile_kernels(args.architectures, args.dtypes, args.states, args.keys, args.numbers)
     rows = [row | {"shared_kib": row["shared_bytes"] / 1024} for row in found]
     columns = {
         "kernel": "{kernel}", "GPU": "{architecture}", "tokens": "{dtype}", "size": "{size}", "warps": "{warps}",

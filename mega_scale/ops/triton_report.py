@@ -1,6 +1,7 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be here: registers, shared memory, spills."""
 
 import inspect
+import itertools
 import re
 import subprocess
 import tempfile
@@ -11,7 +12,8 @@ from typing import Any
 import triton
 
 from mega_scale.ops.attention_triton import scores_gradient_kernel, softmax_constants, weights_kernel
-from mega_scale.ops.ema.triton import OUTPUTS, TILE, gradient_flags, gradients_kernel, outputs_kernel
+from mega_scale.ops.ema.triton import OUTPUTS, TILE, gradient_flags
+from mega_scale.ops.ema.triton_kernels import gradients_kernel, outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
     before_kernel,
     behind_kernel,
@@ -29,7 +31,7 @@ _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 _TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
 _OTHERS = {
     **dict.fromkeys(("document", "since"), "*i32"),
-    **dict.fromkeys(("count", "counts"), "*i64"),
+    **dict.fromkeys(("count", "counts", "angle"), "*i64"),
     **dict.fromkeys(("totals", "before", "behind", "first_mean", "first_var", "end_mean", "end_var"), "*fp64"),
     "valid": "*u8",
     **dict.fromkeys(("scale", "eps"), "fp32"),
@@ -40,14 +42,18 @@ _SIZES = ("L", "HEAD", "STEPS", "TILES", "groups", "G", "M", *_ROUND_SIZES)
 
 
 def compile_kernels(
-    architectures: Sequence[int], dtypes: Sequence[str], averages: Sequence[int], keys: Sequence[int]
+    architectures: Sequence[int],
+    dtypes: Sequence[str],
+    averages: Sequence[int],
+    keys: Sequence[int],
+    numbers: Sequence[str] = ("real",),
 ) -> list[dict[str, Any]]:
     """Compile every kernel in every variant, with Triton's own ptxas, a row a variant; no GPU is needed.
 
     `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16 or fp32; `averages` N of the moving
-    average; `keys` those of a chunk. A row has registers and spilled bytes (stored and loaded) of a thread, warps and
-    bytes of shared memory of a program, and instructions for matrix units. Raises ValueError if kernels are interpreted
-    here, or a dtype has none.
+    average, and `numbers` real or complex; `keys` those of a chunk. A row has registers and spilled bytes (stored and
+    loaded) of a thread, warps and bytes of shared memory of a program, and instructions for matrix units. Raises
+    ValueError if kernels are interpreted here, or a dtype has none.
     """
     if triton.knobs.runtime.interpret:
         raise ValueError("kernels are interpreted here, not compiled: unset TRITON_INTERPRET")
@@ -58,24 +64,27 @@ def compile_kernels(
         _compile(kernel, name, size, constants, architecture, dtype)
         for architecture in architectures
         for dtype in dtypes
-        for kernel, name, size, constants in _variants(dtype, averages, keys)
+        for kernel, name, size, constants in _variants(dtype, averages, keys, numbers)
     ]
 
 
 def _variants(
-    dtype: str, averages: Sequence[int], keys: Sequence[int]
+    dtype: str, averages: Sequence[int], keys: Sequence[int], numbers: Sequence[str]
 ) -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     """Kernel, its name, the size it is compiled for, and what it is compiled with."""
     wide = dtype != "bf16"
-    for n in averages:
+    for n, kind in itertools.product(averages, numbers):
+        pairs = kind == "complex"
+        columns, size = n * (1 + pairs), f"N={n}, complex" if pairs else f"N={n}"
         for every, words in ((False, ""), (True, ", documents and states")):
             # A row is one part in most launches.
-            own = {**TILE.constants(n, wide, every), "SPLITS": 1, "INITIAL": every, **OUTPUTS}
-            yield outputs_kernel, f"outputs_kernel{words}", f"N={n}", own
+            both = {"SPLITS": 1, "COMPLEX": pairs}
+            own = {**TILE.constants(columns, wide, every), **both, "INITIAL": every, **OUTPUTS}
+            yield outputs_kernel, f"outputs_kernel{words}", size, own
             for flags in gradient_flags(wide, every, every):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                own = {**TILE.constants(n, wide, every, every), "SPLITS": 1, **flags}
-                yield gradients_kernel, f"gradients_kernel{words}{part}", f"N={n}", own
+                own = {**TILE.constants(columns, wide, every, every), **both, **flags}
+                yield gradients_kernel, f"gradients_kernel{words}{part}", size, own
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel, tokens_gradient_kernel):
         own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
         yield kernel, kernel.fn.__name__, f"S={_NORM_CHANNELS}", own

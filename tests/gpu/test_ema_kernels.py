@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mega_scale.ops.ema import damped_ema, ema_coefficients
+from mega_scale.ops.ema import complex_ema_coefficients, damped_ema, ema_coefficients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -11,6 +11,7 @@ pytestmark = [
 ]
 
 PARAMETERS = ("damping", "decay", "expansion", "projection")
+COMPLEX = ("alpha", "delta", "theta", "gamma")
 
 # batch, length, channels, averages, bidirectional, share of tokens that begin a document (none: no resets at all)
 CASES = [
@@ -37,9 +38,27 @@ def make(batch, length, channels, averages, bidirectional):
     return leaves, normal(batch, length, channels).bfloat16(), normal(batch, rows, averages)
 
 
+def make_complex(batch, length, channels, averages):
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    shapes = (channels, averages, 1), (channels, averages, 1), (channels, 1, 1), (channels, averages, 2)
+    leaves = {"x": normal(batch, length, channels).bfloat16(), "state": normal(batch, channels, averages, 2)}
+    leaves |= {name: normal(*shape) for name, shape in zip(COMPLEX, shapes, strict=True)}
+    return leaves, normal(batch, length, channels).bfloat16(), normal(batch, channels, averages, 2)
+
+
+def coefficients_of(leaves):
+    if "alpha" in leaves:
+        return complex_ema_coefficients(*(leaves[name] for name in COMPLEX))
+    return ema_coefficients(*(leaves[name] for name in PARAMETERS))
+
+
 def run(leaves, dy, d_end, resets, *, impl, device, x_dtype, dtype, bidirectional):
     leaves = {n: t.to(device, x_dtype if n == "x" else dtype).requires_grad_() for n, t in leaves.items()}
-    coefficients = ema_coefficients(*(leaves[name] for name in PARAMETERS))
+    coefficients = coefficients_of(leaves)
     resets = None if resets is None else resets.to(device)
     y, end = damped_ema(leaves["x"], coefficients, leaves["state"], resets, impl=impl, bidirectional=bidirectional)
     loss = (y.to(dtype) * dy.to(device, dtype)).sum() + (end * d_end.to(device, dtype)).sum()
@@ -48,12 +67,25 @@ def run(leaves, dy, d_end, resets, *, impl, device, x_dtype, dtype, bidirectiona
     return found | {"d" + name: gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
+COMPLEX_CASES = [(2, 65, 5, 3, 1.0), (1, 1000, 48, 16, 0.01), (2, 4096, 256, 16, None), (4, 2049, 64, 8, None)]
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", COMPLEX_CASES, ids=str)
+def test_complex_averages_match_the_recurrence_in_fp64(case, x_dtype):
+    *sizes, share = case
+    check(make_complex(*sizes), share, x_dtype, bidirectional=False)
+
+
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_match_the_recurrence_in_fp64(case, x_dtype):
     batch, length, channels, averages, bidirectional, share = case
-    tensors = make(batch, length, channels, averages, bidirectional)
-    resets = None
+    check(make(batch, length, channels, averages, bidirectional), share, x_dtype, bidirectional)
+
+
+def check(tensors, share, x_dtype, bidirectional):
+    (batch, length, _), resets = tensors[0]["x"].shape, None
     if share is not None:
         resets = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)) < share
     truth = run(*tensors, resets, impl="blocked", device="cpu", x_dtype=torch.float64, dtype=torch.float64,

@@ -16,11 +16,12 @@ from parts import average_in_parts
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-from mega_scale.ops.ema import EmaCoefficients, damped_ema, ema_coefficients
+from mega_scale.ops.ema import EmaCoefficients, complex_ema_coefficients, damped_ema, ema_coefficients, triton_kernels
 from mega_scale.ops.ema import triton as ema_triton
 from mega_scale.ops.ema.triton import Tile, triton_ema
 
 PARAMETERS = ("damping", "decay", "expansion", "projection")
+COMPLEX = ("alpha", "delta", "theta", "gamma")
 # Segments of 8 tokens, tiles of 16, so that short rows have several of all.
 SMALL = Tile(segments=2, block=4, steps=2, channels=8)
 SPLIT = SMALL._replace(splits=3)
@@ -40,7 +41,7 @@ def interpreter(monkeypatch):
         return cast(self, source, dtype)
 
     def called(self, *arguments, **options):
-        ours = self.fn.__module__ == triton_ema.__module__
+        ours = self.fn.__module__ == triton_kernels.__name__
         return (self.rewrite() if ours else call.__get__(self))(*arguments, **options)
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
@@ -76,11 +77,27 @@ def make_resets(batch, length, place):
     return resets
 
 
+def make_complex_leaves(batch, length, channels, averages, with_state=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(length + channels)
+    shapes = (channels, averages, 1), (channels, averages, 1), (channels, 1, 1), (channels, averages, 2)
+    leaves = {"x": torch.randn(batch, length, channels, generator=generator).to(dtype)}
+    leaves |= {name: torch.randn(shape, generator=generator) for name, shape in zip(COMPLEX, shapes, strict=True)}
+    if with_state:
+        leaves["state"] = torch.randn(batch, channels, averages, 2, generator=generator)
+    return leaves
+
+
+def coefficients_of(leaves):
+    if "alpha" in leaves:
+        return complex_ema_coefficients(*(leaves[name] for name in COMPLEX))
+    return ema_coefficients(*(leaves[name] for name in PARAMETERS))
+
+
 def run(leaves, average, resets, names=None, dtype=torch.float32):
     """y, the end state, and the gradients, by leaves of these names, of a fixed random function of both."""
     leaves = {name: leaf.clone() if name == "x" else leaf.to(dtype) for name, leaf in leaves.items()}
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    coefficients = ema_coefficients(*(leaves[name] for name in PARAMETERS))
+    coefficients = coefficients_of(leaves)
     y, end = average(leaves["x"], coefficients, leaves.get("state"), resets)
     generator = torch.Generator().manual_seed(7)
     # Exact in bf16, so that every contender gets the same gradient of y.
@@ -150,6 +167,30 @@ def test_kernels_match_the_recurrence_in_fp64(case):
     assert_same(got, truth(leaves, resets), 1e-5 if dtype == FP32 else 2e-5)
 
 
+COMPLEX_CASES = [
+    (FP32, 1, 1, 2, 1, SMALL, True, None),
+    (FP32, 2, 7, 5, 3, SMALL, True, "borders"),
+    (BF16, 2, 16, 4, 3, SMALL, True, "all"),
+    (FP32, 1, 67, 3, 3, SPLIT, True, "random"),
+    (BF16, 1, 63, 2, 3, SPLIT, True, None),
+    (BF16, 1, 63, 3, 16, Tile(), True, None),
+    (FP32, 2, 64, 3, 3, Tile(), False, "one"),
+    (FP32, 1, 65, 3, 16, Tile(), True, "random"),
+    (BF16, 1, 500, 3, 8, Tile(), True, "one"),
+    (FP32, 1, 1100, 2, 3, Tile(splits=2), True, None),
+]
+
+
+@pytest.mark.parametrize("case", COMPLEX_CASES, ids=str)
+def test_complex_averages_match_the_recurrence_in_fp64(case):
+    dtype, batch, length, channels, averages, tile, with_state, place = case
+    leaves = make_complex_leaves(batch, length, channels, averages, with_state, dtype)
+    resets = None if place is None else make_resets(batch, length, place)
+    got = run(leaves, tiled(tile), resets)
+    assert got["y"].dtype == got["dx"].dtype == dtype and got["end"].dtype == FP32
+    assert_same(got, truth(leaves, resets), 1e-5 if dtype == FP32 else 2e-5)
+
+
 def test_slow_decays_keep_their_precision():
     leaves = make_leaves(1, 300, 3, 4, dtype=torch.bfloat16)
     leaves["decay"] -= 5
@@ -157,11 +198,12 @@ def test_slow_decays_keep_their_precision():
 
 
 @pytest.mark.parametrize("kept, with_state", [("y", True), ("end", True), ("end", False)])
-def test_either_result_can_go_without_a_gradient(kept, with_state):
-    leaves = make_leaves(1, 35, 3, 3, with_state)
+@pytest.mark.parametrize("make", [make_leaves, make_complex_leaves])
+def test_either_result_can_go_without_a_gradient(make, kept, with_state):
+    leaves = make(1, 35, 3, 3, with_state)
     resets = make_resets(1, 35, "one")
     # Where nothing but the end has a gradient, projections have none.
-    names = [name for name in leaves if kept == "y" or name != "projection"]
+    names = [name for name in leaves if kept == "y" or name not in ("projection", "gamma")]
 
     def part(average):
         def partly(*arguments):
@@ -196,11 +238,17 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("case", PARTS, ids=str)
-def test_parts_of_a_sequence_equal_the_whole(case, monkeypatch):
+COMPLEX_PARTS = [(2, False, "borders", FP32, SPLIT), (3, False, None, BF16, SPLIT), (4, False, "random", FP32, SMALL)]
+
+
+@pytest.mark.parametrize(
+    "case, make", [*((case, make_leaves) for case in PARTS), *((case, make_complex_leaves) for case in COMPLEX_PARTS)]
+)
+def test_parts_of_a_sequence_equal_the_whole(case, make, monkeypatch):
     parts, bidirectional, place, dtype, tile = case
     length = 35 if tile is SPLIT else 18  # three splits, the first with some tokens of no segment; or two tiles
-    leaves = make_leaves(1, length * parts, 2, 3, with_state=False, rows=2 if bidirectional else 1, dtype=dtype)
+    more = {"rows": 2} if bidirectional else {}
+    leaves = make(1, length * parts, 2, 3, with_state=False, dtype=dtype, **more)
     resets = None if place is None else make_resets(1, length * parts, place)
     if place == "borders" and parts > 1:
         resets[:, [length, 2 * length - 1]] = True  # the first token of a part, and the last of one
@@ -210,7 +258,7 @@ def test_parts_of_a_sequence_equal_the_whole(case, monkeypatch):
         monkeypatch.setattr(ema_triton._Rows, name, counted(passes, name, getattr(ema_triton._Rows, name)))
 
     def average(own, carry, cut):
-        coefficients = ema_coefficients(*(own[name] for name in PARAMETERS))
+        coefficients = coefficients_of(own)
         options = {"bidirectional": bidirectional, "carry": carry, "impl": "triton"}
         return damped_ema(own["x"], coefficients, None, None if resets is None else resets[:, cut], **options)
 
@@ -325,3 +373,6 @@ def test_what_has_no_kernel_is_refused():
         damped_ema(torch.zeros(1, 5, 2).double(), coefficients(3, torch.float64), impl="triton")
     with pytest.raises(ValueError, match="up to 32 moving averages per channel, not 33"):
         damped_ema(torch.zeros(1, 5, 2), coefficients(33, torch.float32), impl="triton")
+    leaves = make_complex_leaves(1, 5, 2, 17)
+    with pytest.raises(ValueError, match="up to 16 complex moving averages per channel, not 17"):
+        damped_ema(leaves["x"], coefficients_of(leaves), impl="triton")

@@ -85,8 +85,8 @@ def damped_ema(
             each direction.
         impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
             a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
-            64 tokens or more and N up to 32, outside torch.compile; native on a CPU in fp32, outside torch.compile,
-            where a C++ compiler is found (else it warns); else blocked.
+            64 tokens or more and N up to 32, or 16 complex, outside torch.compile; native on a CPU in fp32, outside
+            torch.compile, where a C++ compiler is found (else it warns); else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first), in the
@@ -165,11 +165,8 @@ def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> st
     if gain.dtype == torch.float32 and in_memory(x, gain):
         if x.device.type == "cpu" and length > 1 and shipped() and library() is not None:
             return "native"
-        narrow = (
-            x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and gain.shape[1] <= 32
-            and coefficients.angle is None
-        )
+        columns = gain.shape[1] * (1 if coefficients.angle is None else 2)
+        narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and columns <= 32
         if length >= 64 and narrow and runs_triton(x):
             return "triton"
     mode = tracing()

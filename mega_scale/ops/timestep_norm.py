@@ -207,6 +207,8 @@ def _traced(
     rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
     """The blocked form by PyTorch's operators alone, differentiable any number of times."""
+    if rules.carry is not None:
+        raise ValueError("carry passes states between ranks, which tracers and transforms do not take")
     means, variances = moments_after(
         Moments(count, mean, var), running_moments(rules, *_token_moments(rules, x, mean.dtype))
     )

@@ -248,7 +248,7 @@ def before_kernel(
     """Mean and variance before every block and after the last one, of some groups of a row."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) * GB + tl.arange(0, GB)
     there, plane = group < G, tl.num_programs(0).to(tl.int64) * M * G
-    n = tl.load(count + row).to(tl.float64)
+    n = tl.zeros((GB,), tl.float64) + tl.load(count + row).to(tl.float64)
     mean = tl.load(first_mean + row * G + group, mask=there, other=0.0)
     var = tl.load(first_var + row * G + group, mask=there, other=0.0)
     seen = 0

@@ -24,7 +24,7 @@ def smaller_blocks(monkeypatch):
     monkeypatch.setattr(timestep_norm_triton, "BLOCK", 8)
 
 
-@pytest.mark.parametrize("length", [1, 8, 9, 20])
+@pytest.mark.parametrize("length", [1, 9, 20])
 def test_kernels_match_the_recurrence_in_fp64(length):
     for state, documents, padding in [(False, False, False), (True, True, True)]:
         leaves, count, resets, valid = make_case(length, batch=2, state=state, offset=3.0)
@@ -43,7 +43,7 @@ def test_blocks_of_64_match_the_recurrence_in_fp64(monkeypatch):
 
 @pytest.mark.parametrize("flags", [False, True])
 def test_parts_of_a_row_equal_the_whole(flags):
-    leaves, count, resets, valid = make_case(27, state=False, offset=3.0)
+    leaves, count, resets, valid = make_case(27, batch=2, state=False, offset=3.0)
     resets[1, 18] = True
     given = (resets, valid) if flags else (None, None)
     got = run_in_parts(3, leaves, count, *given, impl="triton")
@@ -52,7 +52,7 @@ def test_parts_of_a_row_equal_the_whole(flags):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics_of_narrow_tokens_are_fp32(dtype):
-    leaves, count, resets, valid = make_case(20, offset=100.0 if dtype == torch.float32 else 3.0)
+    leaves, count, resets, valid = make_case(20, batch=2, offset=100.0 if dtype == torch.float32 else 3.0)
     exact = {name: (t.to(dtype) if name == "x" else t.float()).double() for name, t in leaves.items()}
     want = run(exact, count, resets, valid, impl="recurrent")
     narrow = {name: exact[name].to(dtype if name == "x" else torch.float32) for name in leaves}

@@ -108,13 +108,13 @@ def test_forms_match_the_recurrence(length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [500, 4096])
-def test_forms_match_the_recurrence_over_long_rows(length):
-    leaves, count, resets, valid = make_case(length, offset=3.0)
-    for given in ((), (resets, valid)):
-        want = run(leaves, count, *given, impl="recurrent")
-        for impl in FORMS:
-            assert_same(run(leaves, count, *given, impl=impl), want)
+@pytest.mark.parametrize("length, flagged", [(500, False), (4096, True)])
+def test_forms_match_the_recurrence_over_long_rows(length, flagged):
+    leaves, count, *flags = make_case(length, offset=3.0)
+    given = flags if flagged else ()
+    want = run(leaves, count, *given, impl="recurrent")
+    for impl in FORMS:
+        assert_same(run(leaves, count, *given, impl=impl), want)
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -148,6 +148,19 @@ def test_neither_the_future_nor_another_document_nor_padding_is_read(impl):
         y = normalise(dirty)
         for kept in (slice(0, 60), slice(70, 105), slice(110, None)):
             assert torch.equal(y[:, kept], clean[:, kept])
+
+
+@pytest.mark.parametrize("impl", ["recurrent", *FORMS])
+def test_an_empty_state_is_not_read_and_padding_leaves_it_empty(impl):
+    leaves, _, _, valid = make_case(30)
+    empty = torch.zeros(3, dtype=torch.int64)
+    valid[0] = False
+    want = run({name: leaves[name] for name in ("x", "weight", "bias")}, empty, None, valid, impl="recurrent")
+    leaves["mean"][:], leaves["var"][:] = float("nan"), float("inf")
+    got = run(leaves, empty, None, valid, impl=impl)
+    assert_same(got, want)
+    assert not got["dmean"].any() and not got["dvar"].any()
+    assert got["count"][0] == 0 and not got["mean"][0].any() and (got["var"][0] == 1).all()
 
 
 @pytest.mark.parametrize("impl", ["recurrent", *FORMS])

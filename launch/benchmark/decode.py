@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from mega_scale import MegaCache, MegaConfig, MegaForCausalLM
+from mega_scale import MegaCache, MegaConfig, MegaForCausalLM, MegalodonConfig, MegalodonForCausalLM
 
 from . import harness
 from .harness import Option, common
+from .ours import megalodon_config
 from .peers import PEERS, Decoding, mega_arguments
 
 TOLERANCE = 1e-3
@@ -23,20 +24,25 @@ _CHECKED = 16  # tokens of a window whose logits are compared
 _PREFILL = 8192
 DECODE = common(chunk=128, hidden=64, layers=2, shared=32, values=128, states=16, vocabulary=256) | {
     "contexts": Option([1024, 2048, 16384], "tokens of context at which our step is timed"),
+    "megalodon": Option(False, "also time our Megalodon of as many parameters"),
     "peer-context": Option(2048, "tokens of context of the other models, one of --contexts"),
     **common(activation="softmax", seed=0, peer_python=None, repeats=5, warmup=1),
 }
 
 
-def cache_bytes(config: MegaConfig, element_size: int) -> int:
+def cache_bytes(config: MegaConfig | MegalodonConfig, element_size: int) -> int:
     """Bytes of a chunked model's cache of one sequence by README.md's formula; keys have `element_size` bytes."""
     averages = 4 * config.hidden_size * config.ema_projection_size
     widths = config.shared_representation_size + config.intermediate_size
-    return config.num_hidden_layers * (averages + element_size * config.chunk_size * widths)
+    keys, layers = element_size * config.chunk_size * widths, config.num_hidden_layers
+    if isinstance(config, MegaConfig):
+        return layers * (averages + keys)
+    moments = 8 * config.timestep_norm_groups + 8  # mean and variance of every group, and the number of tokens
+    return layers * (2 * averages + moments + keys) + moments
 
 
 @torch.no_grad()
-def our_windows(model: MegaForCausalLM, contexts: Sequence[int], window: int, seed: int) -> list[Decoding]:
+def our_windows(model: Any, contexts: Sequence[int], window: int, seed: int) -> list[Decoding]:
     """Read one text, and keep the cache where each window of so many tokens begins, about ascending contexts.
 
     Raises ValueError where the cache's size is not that of the formula.
@@ -71,6 +77,14 @@ def run_decode(args: argparse.Namespace) -> None:
         f"mega_scale at {context}": window for context, window in zip(contexts, windows, strict=True)
     }
     known = {name: windows[0].describe() for name in contenders}
+    note = ""
+    if args.megalodon:
+        other = MegalodonForCausalLM(megalodon_config(sizes)).eval()
+        more = our_windows(other, contexts, args.chunk, args.seed)
+        named = {f"mega_scale, Megalodon at {context}": each for context, each in zip(contexts, more, strict=True)}
+        contenders |= named
+        known |= {name: more[0].describe() for name in named}
+        note = f" Megalodon's cache holds {cache_bytes(other.config, other.dtype.itemsize)} bytes."
     sizes["parameters"] = windows[0].describe()["parameters"]
     arguments = {"sizes": sizes, "start": args.peer_context - args.chunk // 2, "seed": args.seed}
     with contextlib.ExitStack() as stack:
@@ -95,5 +109,5 @@ def run_decode(args: argparse.Namespace) -> None:
         "": "{name}", "parameters": "{parameters:,}", "median ms/token": "{median:.3f}", "min": "{least:.3f}",
         "max": "{greatest:.3f}", "times ours": "{ratio:.2f}", "largest error": "{error:.1e}",
     }  # fmt: skip
-    note = f"Ours, slowest context over fastest: {growth:.3f}; its cache holds {held} bytes at each."
+    note = f"Ours, slowest context over fastest: {growth:.3f}; its cache holds {held} bytes at each.{note}"
     harness.report(args, columns, rows, note, cache_bytes=held, slowest_over_fastest_context=growth)

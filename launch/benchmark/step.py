@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mega_scale import MegaConfig, MegaForCausalLM
+from mega_scale import MegaConfig, MegaForCausalLM, MegalodonForCausalLM
 from mega_scale.config import load_config, model_config
 from mega_scale.model.basic_layers import use_own_linear
 from mega_scale.model.configuration import BaseConfig
@@ -39,9 +39,11 @@ from mega_scale.training.metrics import peak_flops, training_flops_per_token
 from . import harness
 from .harness import Option, common
 from .memory import build_engine, train_step
+from .ours import count_parameters, megalodon_config
 from .peers import PEERS, TrainingStep, mega_arguments
 
 TOLERANCE = 1e-3
+MEGALODON = "ours, Megalodon"
 PEER_LONGEST = 8192  # tokens; peers are given no longer sequence
 _PRODUCT_TOKENS, _PRODUCT_RUNS = 2048, 8
 _MATRIX = 8192
@@ -50,6 +52,7 @@ STEP = common(lengths=[2048, 8192], hidden=512, layers=4, shared=128, states=16,
     "values": Option(1024, "width E of values and of the feed-forward network"),
     "bf16": Option(False, "also time ours with bf16 matrix products (autocast)"),
     "compile": Option(False, "also time ours with train.compile"),
+    "megalodon": Option(False, "also time our Megalodon of as many parameters, in the same ways"),
     "peers": Option(["llama"], "models of about our size to compare with; none leaves them out", ["llama", "mamba2"]),
     **common(peer_python=None, repeats=3, warmup=1),
     "malloc": Option("kept", "processes keep freed memory, in huge pages, or as the system does", ["kept", "default"]),
@@ -68,22 +71,26 @@ MFU = common(config=str(harness.ROOT / "configs/mega-1.3b.yaml"), lengths=[4096,
 
 
 def our_training(kind: str, sizes: dict[str, Any], length: int, weights: str) -> TrainingStep:
-    """A training step of our model without an engine; `ours` writes its initial weights, the other kinds read them."""
+    """A training step of our model without an engine; `ours` writes its initial weights, the other Megas read them."""
     torch.manual_seed(0)
-    model = MegaForCausalLM(MegaConfig(**mega_arguments(sizes), max_positions=length))
+    model: Any
+    if kind.startswith(MEGALODON):
+        model = MegalodonForCausalLM(megalodon_config(sizes))
+    else:
+        model = MegaForCausalLM(MegaConfig(**mega_arguments(sizes), max_positions=length))
     if kind == "ours":
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, weights)
-    else:
+    elif not kind.startswith(MEGALODON):
         model.load_state_dict(load_file(weights))
     use_own_linear(model)  # as engines do
     if sizes["segment"]:
         how = ParallelConfig(activation_checkpoint=1, activation_checkpoint_segment=sizes["segment"])
         checkpoint_activations(model, how, RowSlice())
-    if kind == "ours compiled":
+    if kind.endswith(" compiled"):
         compile_gates(model)  # as train.compile does
 
     def loss(tokens: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "ours bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind.endswith(" bf16")):
             return model(input_ids=tokens, labels=tokens, skip_logits=True).loss
 
     return TrainingStep(model, loss)
@@ -95,9 +102,7 @@ def run_step(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     config = MegaConfig(**mega_arguments(harness.integers(args)))
     check_segments(config, args.segment, 1, 1)
-    with torch.device("meta"):
-        parameters = MegaForCausalLM(config).num_parameters()
-    flops = training_flops_per_token(config, max(args.lengths))
+    parameters, flops = count_parameters(config), training_flops_per_token(config, max(args.lengths))
     rows = [row for length in args.lengths for row in _rows(args, length, flops, parameters)]
     rates: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
@@ -122,7 +127,8 @@ def run_step(args: argparse.Namespace) -> None:
 
 def _rows(args: argparse.Namespace, length: int, flops: float, parameters: int) -> list[dict[str, Any]]:
     """Figures of all contenders at one length."""
-    kinds = ["ours", *(["ours bf16"] if args.bf16 else []), *(["ours compiled"] if args.compile else [])]
+    ways = ["", *([" bf16"] if args.bf16 else []), *([" compiled"] if args.compile else [])]
+    kinds = [family + way for family in ("ours", *([MEGALODON] if args.megalodon else [])) for way in ways]
     if length <= PEER_LONGEST:
         kinds += [*(["mega"] if args.peer_python else []), *args.peers]
     first: dict[str, dict[str, float]] = {}
@@ -160,8 +166,9 @@ def _rows(args: argparse.Namespace, length: int, flops: float, parameters: int) 
         row |= {"kind": kind, "length": length, "ceilings": ceilings, **first[kind], **known[kind]}
         if kind in PEERS:
             row["name"] = f"transformers {row['transformers']} {PEERS[kind][0]}"
-        if kind not in args.peers:  # the FLOP model is of Mega
-            row["shares"] = {by: row["median"] * flops / most for by, most in ceilings.items()}
+        if kind not in args.peers:  # the FLOP model is of our families
+            own = training_flops_per_token(megalodon_config(sizes), length) if kind.startswith(MEGALODON) else flops
+            row["shares"] = {by: row["median"] * own / most for by, most in ceilings.items()}
     return rows
 
 

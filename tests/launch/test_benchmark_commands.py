@@ -42,12 +42,14 @@ def test_ema_compares_our_forms(run):
 
 @pytest.mark.slow
 def test_step_times_ours_beside_a_peer(run):
-    report, output = run("step", *STEP, "--lengths", "32")
-    assert [row["kind"] for row in report["rows"]] == ["ours", "llama"]
+    report, output = run("step", *STEP, "--lengths", "32", "--megalodon")
+    assert [row["kind"] for row in report["rows"]] == ["ours", step.MEGALODON, "llama"]
     assert all(row["median"] > 0 and row["megabytes"] > 0 for row in report["rows"])
-    ours, llama = report["rows"]
+    ours, megalodon, llama = report["rows"]
     # As many parameters as ours, so that the comparison is fair.
-    assert llama["parameters"] == pytest.approx(ours["parameters"], rel=0.05)
+    for other in (megalodon, llama):
+        assert other["parameters"] == pytest.approx(ours["parameters"], rel=0.05)
+    assert megalodon["shares"]["torch.mm"] > 0 and megalodon["name"] in output
     assert ours["shares"]["torch.mm"] > 0 and "shares" not in llama
     assert f"transformers {llama['transformers']} Llama, sdpa" in output
     assert report["exponents"] == {}  # one length
@@ -67,13 +69,15 @@ def test_steps_in_segments_and_compiled_ones_are_the_same_step(tmp_path, change)
 
 @pytest.mark.slow
 def test_decode_compares_contexts_and_a_llama(run):
-    report, _ = run("decode", *DECODE)
+    report, _ = run("decode", *DECODE, "--megalodon")
     names = [row["name"] for row in report["rows"]]
-    assert names[:2] == ["mega_scale at 32", "mega_scale at 64"] and names[2].startswith("Llama, sdpa (transformers 5")
+    assert names[:2] == ["mega_scale at 32", "mega_scale at 64"] and names[4].startswith("Llama, sdpa (transformers 5")
+    assert names[2:4] == ["mega_scale, Megalodon at 32", "mega_scale, Megalodon at 64"]
     assert all(len(row["times"]) == 2 and row["error"] < 1e-4 for row in report["rows"])
     assert report["cache_bytes"] == 3 * (4 * 64 * 4 + 4 * 8 * (6 + 10))
     assert report["rows"][0]["ratio"] == 1 and report["slowest_over_fastest_context"] >= 1
-    assert report["rows"][2]["parameters"] == pytest.approx(report["rows"][0]["parameters"], rel=0.05)
+    for row in report["rows"][2:]:
+        assert row["parameters"] == pytest.approx(report["rows"][0]["parameters"], rel=0.05)
 
 
 @pytest.mark.parametrize(

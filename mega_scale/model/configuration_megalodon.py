@@ -1,5 +1,7 @@
 """Configuration of Megalodon models (arXiv 2404.08801)."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 
 from mega_scale.model.configuration import BaseConfig, name_classes
@@ -7,6 +9,8 @@ from mega_scale.model.configuration import BaseConfig, name_classes
 # Table of transformers' Auto classes to the class of ours that belongs there.
 CLASSES = {"MODEL": "MegalodonModel", "MODEL_FOR_CAUSAL_LM": "MegalodonForCausalLM"}
 INIT_MODES = ("he", "bert", "xavier", "gaussian")
+# What MegaConfig lets a user choose.
+_FIXED = {"is_decoder": True, "bidirectional": False, "use_chunking": True, "truncation": None}
 
 
 @strict
@@ -68,6 +72,12 @@ class MegalodonConfig(BaseConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, value in _FIXED.items():
+            if kwargs.pop(name, value) != value:
+                raise ValueError(f"{name} is always {value} in a Megalodon model: leave it out")
+        super().__post_init__(**kwargs)
 
     @property
     def attention_chunk(self) -> int:

@@ -32,6 +32,9 @@ def megalodon(**changes):
         ({"rope_base": -1.0}, r"rope_base=-1\.0 must be greater than 0"),
         ({"init_mode": "kaiming"}, "init_mode='kaiming' is unknown: choose one of he, bert, xavier, gaussian"),
         ({"dropout_prob": 1.0}, r"dropout_prob=1\.0 must lie in"),
+        ({"bidirectional": True}, "bidirectional is always False in a Megalodon model: leave it out"),
+        ({"use_chunking": False}, "use_chunking is always True"),
+        ({"truncation": 8}, "truncation is always None"),
     ],
 )
 def test_configurations_that_no_model_can_have_are_refused(changes, message):

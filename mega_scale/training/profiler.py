@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import json
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +28,19 @@ class Profiler:
     """Traces the steps that the settings name, on the ranks that they name; in all other steps it does nothing."""
 
     def __init__(
-        self, run_dir: Path, config: ProfileConfig, rank: int, device: torch.device, log: Callable[[str], None]
+        self,
+        run_dir: Path,
+        config: ProfileConfig,
+        rank: int,
+        device: torch.device,
+        log: Callable[[str], None],
+        pause: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         self._config, self._rank, self._device, self._log = config, rank, device, log
         self._first, self._last = config.steps or (0, 0)
         self._folder = run_dir / "profile" / f"steps-{self._first}-{self._last}"
         self._trace: Any = None
+        self._pause = pause  # is told of seconds that were not training
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -47,9 +56,12 @@ class Profiler:
         else:
             yield
         if step == self._last:
+            began = time.perf_counter()
             self._write(step)
+            self._pause(time.perf_counter() - began)
 
     def _start(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # lines of its own about starting and stopping
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -310,7 +310,8 @@ class Trainer:
             limit_s, key_file = train.eval_command_timeout_s, config.checkpoint.key_file
             outlets = self.saver.held, self.reporter.log, self.reporter.values
             self.eval_command = EvalCommand(train.eval_command, limit_s, self.run_dir, key_file, *outlets)
-        self.profiler = Profiler(self.run_dir, config.profile, self.rank, world.device, self.reporter.log)
+        profiled = (self.run_dir, config.profile, self.rank, world.device)
+        self.profiler = Profiler(*profiled, self.reporter.log, self.throughput.skip)
         self.call_back("on_start")
 
     def call_back(self, method: str, *arguments: Any) -> None:

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import mega_scale
-from mega_scale.config import ModelSection, model_config
+from mega_scale.config import MegaSection, model_config
 
 WORDS = ["<unk>", "<pad>", "<s>", "</s>", "the", "cat", "!"]
 
@@ -30,7 +30,7 @@ def learned_rows(model):
 @pytest.mark.parametrize("pad", ["<pad>", "</s>", "<s>", "<unk>", "the", "!"])
 def test_a_run_learns_the_embedding_of_every_token_that_occurs_in_texts(pad):
     tokenizer = word_tokenizer(pad)
-    config = model_config(ModelSection(hidden_size=16, num_hidden_layers=1), tokenizer)
+    config = model_config(MegaSection(hidden_size=16, num_hidden_layers=1), tokenizer)
     model = mega_scale.MegaForCausalLM(config).eval()
     assert learned_rows(model) == [row for row in range(7) if row != WORDS.index("<pad>") or pad != "<pad>"]
 
@@ -70,7 +70,7 @@ def test_weights_made_when_that_row_stayed_at_zero_load_as_they_are(tmp_path):
 def test_a_run_refuses_ids_outside_the_vocabulary(ids, tokenizer):
     (name,) = ids
     with pytest.raises(ValueError, match=rf"^model\.{name}=.*{ids[name]}.*from 0 to 6".replace("[", "\\[")):
-        model_config(ModelSection(**ids, vocab_size=7), tokenizer)
+        model_config(MegaSection(**ids, vocab_size=7), tokenizer)
 
 
 def test_a_model_refuses_only_a_padding_token_that_has_no_row():
@@ -79,7 +79,7 @@ def test_a_model_refuses_only_a_padding_token_that_has_no_row():
     # 4.37.2 loads all of these.
     for ids in ({"eos_token_id": 5000}, {"pad_token_id": -1}, {"vocab_size": 2}, {"bos_token_id": -1}):
         assert torch.isfinite(make_model(**ids)(torch.tensor([[0, 1, 0]])).logits).all()
-    assert model_config(ModelSection(vocab_size=2)).eos_token_id == 2  # nobody chose it
+    assert model_config(MegaSection(vocab_size=2)).eos_token_id == 2  # nobody chose it
 
 
 def test_a_vocabulary_is_not_cut_below_its_padding_token(tmp_path):

@@ -36,7 +36,7 @@ class ParallelConfig:
     """Ranks that read different rows, parameters sharded over them; -1: what other dimensions leave (ranks)."""
 
     sp: int = 1
-    """Sequence parallelism: ranks that share one sequence in whole chunks and pass only the EMA's state (ranks)."""
+    """Sequence parallelism: ranks that share one sequence in whole chunks and pass only EMA and norm states (ranks)."""
 
     tp: int = 1
     """Tensor parallelism: ranks of one host that share the channels of every layer (ranks)."""

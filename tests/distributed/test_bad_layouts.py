@@ -262,6 +262,19 @@ def test_tensor_parallel_refuses_a_megalodon(changes, tp, says):
     check_sequence_parallel(config, 4 * config.chunk_size, 4)
 
 
+def test_a_run_of_a_megalodon_is_refused_before_any_process_group(tmp_path):
+    (tmp_path / "text.txt").write_text("a few words, " * 2000)
+    model = "model.type=megalodon model.chunk_size=32 model.timestep_norm_groups=4"
+
+    def run(more: str) -> None:
+        attempt(parse(f"{SOUND.format(folder=tmp_path)} {model} {more}".split()), 8, 8)
+
+    with pytest.raises(ValueError, match=r"parallel.tp=8 .*model.timestep_norm_groups=8 or 16, or parallel.tp=4"):
+        run("parallel.tp=8")
+    run("parallel.tp=4")
+    run("parallel.tp=8 model.timestep_norm_groups=16")
+
+
 @pytest.mark.parametrize(("heads", "tp"), [(1, 4), (2, 4), (4, 4), (4, 2), (6, 2), (6, 3), (1, 3)])
 def test_ranks_share_heads_or_heads_share_ranks(heads, tp):
     sizes = {"hidden_size": 48, "intermediate_size": 48, "nffn_hidden_size": 48, "shared_representation_size": 24}

@@ -14,7 +14,7 @@ from small_runs import MODEL, TINY, run
 
 from mega_scale import export
 from mega_scale.checkpoint.folder import read_manifest, read_state, write_manifest
-from mega_scale.checkpoint.state import open_weights
+from mega_scale.checkpoint.state import convert, open_weights
 from mega_scale.config import load_config
 from mega_scale.files import hash_file
 from mega_scale.training.schedule import learning_rate
@@ -154,6 +154,7 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_exported(trained, run
     assert code == 0 and "train.weight_average=0.5 (was 0.0)" in output, output
     last = run_dir / "checkpoints" / "step-00000008"
     weights, average = dict(open_weights(last / "state")), dict(open_weights(last / "state", average=True))
+    assert state_problems(last, convert(last, tmp_path / "converted", 3)) == []
     name = "lm_head.weight"
     assert not torch.equal(weights[name], average[name])
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

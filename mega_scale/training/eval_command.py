@@ -33,6 +33,7 @@ _OF_RANKS = (
 )  # fmt: skip
 _LONGEST = 2**24  # bytes of JSON
 _NAMED = 6  # figures in a line
+_RESERVED = ("step", "part", "time")  # what a line of metrics.jsonl says itself
 
 
 def words_of(command: str) -> list[str]:
@@ -187,7 +188,7 @@ def _read(output: Path, printed: Path) -> dict[str, float]:
     else:
         lines = [line for line in _text(printed).splitlines() if line.lstrip().startswith("{")]
         found = json.loads(lines[-1]) if lines else {}
-    figures = dict(figures_of(found))
+    figures = {name: value for name, value in figures_of(found) if name not in _RESERVED}
     if not figures:
         raise RuntimeError("it gave no figures: print a line of JSON last, or write a JSON file to {output}")
     return figures

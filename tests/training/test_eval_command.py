@@ -59,14 +59,15 @@ def test_it_is_given_a_fresh_export_and_its_json_is_reported(made, tmp_path):
         "assert not {'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR'} & set(os.environ)\n"
         "print('noise')\n"
         "source = pathlib.Path(sys.argv[1], 'weights').read_text()\n"
-        "print(json.dumps({'tasks': {'a': 0.5, 'name': source, 'nan': float('nan')}, 'step': int(sys.argv[3])}))"
+        "tasks = {'a': 0.5, 'name': source, 'nan': float('nan')}\n"
+        "print(json.dumps({'tasks': tasks, 'at': int(sys.argv[3]), 'step': 1}))"
     )
     command = made(program)
     command.start(7, Path("checkpoint"), last=False)
     assert made.held == {7}  # not deleted while it is exported
     wait(command)
-    assert made.reported == [(7, "eval_command", {"tasks/a": 0.5, "step": 7})] and made.held == set()
-    assert made.said == ["step 7 | eval_command: tasks/a 0.5, step 7"]
+    assert made.reported == [(7, "eval_command", {"tasks/a": 0.5, "at": 7})] and made.held == set()
+    assert made.said == ["step 7 | eval_command: tasks/a 0.5, at 7"]
     assert not (tmp_path / "eval_command" / "step-00000007" / "model").exists()
 
 

@@ -46,7 +46,8 @@ class StateDictSpec(NamedTuple):
     def unequal_ties(self, found: Mapping[str, Tensor]) -> list[tuple[str, str]]:
         """Names that share a tensor but were found with different values."""
         both = [(name, owner) for name, owner in self.ties.items() if name in found and owner in found]
-        return [(name, owner) for name, owner in both if not torch.equal(found[name], found[owner])]
+        pairs = [(name, owner, found[name], found[owner]) for name, owner in both]
+        return [(name, owner) for name, owner, a, b in pairs if a.dtype != b.dtype or not torch.equal(a, b)]
 
     def stored(self) -> list[str]:
         """Names that a folder holds: each tensor once."""

@@ -167,7 +167,7 @@ def original_to_megalodon(shards: Mapping[str, Mapping[str, Tensor]], config: Me
             )
     cut = {name for name, place in table.items() if place.cut is not None}
     cut |= {name for name, (_, dimension) in _buffers(config).items() if dimension is not None}
-    _check_shards(clean, spec, cut)
+    _check_ranks(clean, spec, cut)
     states = list(clean.values())
     joined = {
         place.name: partial(_join, [state[name] for state in states], place.cut)
@@ -187,7 +187,9 @@ def megalodon_to_original(
     """
     check_shards(config, shards)
     ours, spec = state_dict_spec(config), _spec(config, shards)
-    ours.require({name: tensor.shape for name, tensor in tensors.items()}, "the tensors do not fit the configuration")
+    # Only names: a mapping reads a tensor when it is looked up.
+    shapes = {name: ours.tensors[name].shape if name in ours.tensors else () for name in tensors}
+    ours.require(shapes, "the tensors do not fit the configuration")
     source_of = ours.complete({name: name for name in tensors})
     table = name_table(config.num_hidden_layers)
     for rank in range(shards):
@@ -201,7 +203,9 @@ def megalodon_to_original(
                 state[name] = torch.zeros(expected.shape, dtype=DTYPES[dtype] if expected.ndim else expected.dtype)
             else:
                 place = table[name]
-                whole = tensors[source_of[place.name]]
+                whole, shape = tensors[source_of[place.name]], ours.tensors[place.name].shape
+                if whole.shape != shape:
+                    raise ValueError(f"{place.name} is {tuple(whole.shape)}, expected {tuple(shape)}")
                 part = whole if place.cut is None else whole.chunk(shards, place.cut)[rank]
                 # A copy: a pickle would hold all of a storage of which this is a part.
                 state[name] = part.detach().to("cpu", DTYPES[dtype], copy=True).contiguous()
@@ -253,9 +257,11 @@ def _without_wrappers(label: str, state: Mapping[str, Tensor]) -> dict[str, Tens
     return found
 
 
-def _check_shards(shards: Mapping[str, Mapping[str, Tensor]], spec: StateDictSpec, cut: Collection[str]) -> None:
+def _check_ranks(shards: Mapping[str, Mapping[str, Tensor]], spec: StateDictSpec, cut: Collection[str]) -> None:
     """Refuse shards that are one rank's twice, or that disagree about what each has whole: all that is not `cut`."""
     for (first, a), (second, b) in itertools.combinations(shards.items(), 2):
+        if kinds := [name for name in a if name in b and a[name].dtype != b[name].dtype]:
+            raise ValueError(f"{first} and {second} differ in the dtype of {', '.join(kinds)}: convert either")
         both = [name for name in cut if name in a and name in b and name not in spec.buffers]
         # Constant tensors are the same in all shards of a new model: biases, say.
         if all(torch.equal(a[name], b[name]) for name in both) and any(_varies(a[name]) for name in both):

@@ -144,6 +144,20 @@ def open_config(model):
     return config_from_original(model, SIZES["vocab_size"])
 
 
+def test_tensors_that_do_not_fit_are_not_written(tmp_path):
+    config = open_config(SIZES)
+    tensors = MegalodonForCausalLM(config).state_dict()
+    name = "megalodon.layers.1.nffn.fc2.weight"
+    for wrong_tensors, message in (
+        ({n: t for n, t in tensors.items() if n != name}, rf"missing \(1\): {name}"),
+        (tensors | {"extra": torch.zeros(1)}, r"unexpected \(1\): extra"),
+        (tensors | {name: torch.zeros(2, 2)}, rf"{name} is \(2, 2\), expected \(16, 12\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_original(tmp_path / "out", wrong_tensors, config)
+        assert not list(tmp_path.iterdir())
+
+
 def test_configurations_run_both_ways():
     config = open_config({})
     assert (config.num_hidden_layers, config.rope_base, config.tie_word_embeddings) == (8, 10000.0, False)
@@ -200,6 +214,7 @@ REFUSED = {
         r"mis-shaped \(1\): layers\.0\.mega\.wh2\.weight is \(16, 24\), expected \(16, 12\)",
     ),
     "integers": (wrong("layers.0.mega.wz.bias", torch.Tensor.long), r"layers\.0\.mega\.wz\.bias is torch\.int64"),
+    "half a shard": (wrong("layers.0.mega.wz.bias", torch.Tensor.half), r"differ in the dtype of layers\.0\.mega\.wz"),
     "same shard": (repeated, r"consolidated\.00\.pth and consolidated\.01\.pth hold the same shard"),
     "not whole": (wrong("layers.1.nffn.norm.bias", lambda x: x + 1), r"01\.pth differ in layers\.1\.nffn\.norm\.bias"),
     "prior mean": (wrong("layers.1.mega.timenorm.prior_mean", lambda x: x + 1), r"timenorm\.prior_mean are not zero"),

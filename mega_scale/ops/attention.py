@@ -401,7 +401,9 @@ class _Turn(torch.autograd.Function):
             ctx.save_for_backward(turns)
         pairs = x.to(turns.dtype).unflatten(-1, (-1, 2))
         if in_memory(x):  # one pass over memory; compilers and exporters lack complex numbers
-            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(turns))
+            # A complex number cannot begin at an odd place of memory.
+            pairs = pairs.clone() if pairs.storage_offset() % 2 else pairs.contiguous()
+            turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
         else:
             (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
             turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)

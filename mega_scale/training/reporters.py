@@ -26,7 +26,7 @@ IDENTITIES = "trackers.json"
 """File of a run folder that says under which names trackers know the run."""
 
 _LONGEST_LINE = 2**20  # bytes
-_WANDB_START_S, _WANDB_END_S = 60.0, 60.0
+_WANDB_S = 30.0  # for its start, and for its end: other ranks wait for this one
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ class WeightsAndBiases:
     def __init__(self, run: Run) -> None:
         import wandb
 
-        settings = wandb.Settings(console="off", init_timeout=_WANDB_START_S, finish_timeout=_WANDB_END_S, silent=True)
+        settings = wandb.Settings(console="off", init_timeout=_WANDB_S, finish_timeout=_WANDB_S, silent=True)
         config = {**run.config, "facts": dict(run.facts)}
         self._run: Any = wandb.init(
             project=run.project, name=run.folder.name, id=run.identity("wandb"), resume="allow", dir=str(run.folder),

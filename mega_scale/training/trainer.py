@@ -362,6 +362,7 @@ class Trainer:
         self.profiler.finish(progress.step)
         self.finish_command(stopped)
         self.call_back("on_end", stopped)
+        self.watchdog.beat("closing trackers")
         self.reporter.close()
         self.log(end_line(self.run_dir, progress, steps, stopped, self.began))
         return stopped

@@ -17,15 +17,27 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mega_scale.checkpoint import folder as store
+from mega_scale.checkpoint.remote import RemoteRun, localized, split_url
+from mega_scale.data.config import cache_folder
+from mega_scale.object_store import path_or_url
 from mega_scale.parallel import check_single
 from mega_scale.process import log_to_stderr, run_command
 
 
+def remote_run(path: str, key: bytes | None) -> RemoteRun:
+    """A run in an object store."""
+    return RemoteRun(split_url(path)[0], cache_folder(None), key, "path")
+
+
 def run_list(args: argparse.Namespace, key: bytes | None) -> int:
     """Print a line for each checkpoint; 1 if one has a problem. Hashes of the state are not verified."""
-    found = [store.summary(folder, key) for folder in store.checkpoints(args.path)]
+    if isinstance(args.path, str):
+        found = list(remote_run(args.path, key).summaries())
+    else:
+        found = [store.summary(folder, key) for folder in store.checkpoints(Path(args.path))]
     if not found:
         raise ValueError(f"{args.path} has no checkpoints: give the run_dir of a run that has saved")
     for row in found:
@@ -45,24 +57,39 @@ def run_list(args: argparse.Namespace, key: bytes | None) -> int:
 
 def run_verify(args: argparse.Namespace, key: bytes | None) -> int:
     """Verify one checkpoint, or all of a run; 1 if one is damaged."""
-    one = store.is_checkpoint(args.path)
-    folders = [args.path] if one else store.checkpoints(args.path)
-    if not folders:
+    path, remote, one = Path(args.path), None, split_url(str(args.path))[1] is not None
+    places: list[Any]
+    if isinstance(args.path, str):
+        remote = remote_run(args.path, key)
+        places = [split_url(args.path)[1]] if one else list(reversed(remote.checkpoints()))
+    else:
+        one = store.is_checkpoint(path)
+        places = [path] if one else store.checkpoints(path)
+    if not places:
         raise ValueError(f"{args.path} has no checkpoints: give a checkpoint folder, or a run_dir")
     damaged = 0
-    for folder in folders:
+    for place in places:
+        folder = place if remote is None else f"{remote.url}/checkpoints/{place}"
         try:
-            manifest = store.verify(folder, key)
+            manifest = store.verify(Path(place), key) if remote is None else remote.verify(str(place))
         except store.CheckpointError as error:
             damaged += 1
             print(f"DAMAGED {error}")
         else:
             print(f"valid   {folder}: {len(manifest.files)} files, {manifest.bytes:,} bytes")
-            for name in store.strays(folder, manifest):
+            for name in store.strays(place, manifest) if remote is None else ():
                 print(f"stray   {folder}: {name!r} is none of its files, and nobody reads it")
-    for path in [] if one else store.others(args.path):
-        print(f"stray   {path.parent}: {path.name!r} is no checkpoint, and nobody reads it")
+    for other in [] if one or remote is not None else store.others(path):
+        print(f"stray   {other.parent}: {other.name!r} is no checkpoint, and nobody reads it")
     return int(damaged > 0)
+
+
+def run_prune(args: argparse.Namespace, key: bytes | None) -> Sequence[Path | str]:
+    """Delete checkpoints; returns which, or which would be."""
+    newest, how = (args.keep, args.keep_every), {"damaged": args.damaged, "dry": args.dry_run}
+    if isinstance(args.path, str):
+        return remote_run(args.path, key).prune(*newest, **how)
+    return store.prune(args.path, *newest, key=key, **how)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,7 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("path", type=Path, help="run folder; to verify or convert, also a checkpoint folder")
+    words = "run folder, here or in an object store; to verify or convert, also a checkpoint folder"
+    shared.add_argument(
+        "path", type=path_or_url, help="run folder, here or in an object store; to verify or convert, also a checkpoint"
+    )
     shared.add_argument("--key-file", help="secret with which the checkpoints are signed")
     command = commands.add_parser("list", help="a line for each of a run; the state is not read", parents=[shared])
     command.add_argument("--json", action="store_true", help="a JSON object for each")
@@ -105,16 +135,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case "convert":
             from mega_scale.checkpoint.state import convert
 
-            folder, notes = store.find_checkpoint(args.path, key, older=args.allow_older, proof=store.verify)
+            path = localized(args.path, cache_folder(None), key, log_to_stderr, older=args.allow_older)
+            folder, notes = store.find_checkpoint(path, key, older=args.allow_older, proof=store.verify)
             if notes:
                 log_to_stderr(f"{folder} is taken: {'; '.join(notes)}")
             print(f"wrote {convert(folder, args.out, args.parts, key, store.read_key(args.new_key_file))}")
         case "prune":
             if args.keep < 1 and not args.damaged:
                 raise ValueError("nothing to do: give --keep with at least 1, or --damaged")
-            newest = args.keep, args.keep_every
-            for folder in store.prune(args.path, *newest, damaged=args.damaged, key=key, dry=args.dry_run):
-                print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
+            for pruned in run_prune(args, key):
+                print(f"{'would delete' if args.dry_run else 'deleted'} {pruned}")
     raise SystemExit(code)
 
 

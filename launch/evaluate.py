@@ -14,15 +14,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mega_scale.checkpoint.folder import read_key
+from mega_scale.checkpoint.remote import localized
 from mega_scale.data import DataConfig, load_whole, validation_batches
+from mega_scale.data.config import cache_folder
 from mega_scale.data.tokenizer import adds_bos
+from mega_scale.object_store import path_or_url
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.parallel.engine import loss_of
 from mega_scale.process import log_to_stderr, refuse, run_command
@@ -33,7 +35,8 @@ from mega_scale.training.trained_model import evaluate, load_model
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what is refused is said in one line, with exit code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path, help="run folder (its newest checkpoint), checkpoint, export or HF folder")
+    words = "run (its newest checkpoint) or checkpoint, here or in an object store, export or HF folder"
+    parser.add_argument("model", type=path_or_url, help=words)
     parser.add_argument("text", nargs="+", help="files or globs")
     parser.add_argument("--source", choices=("text", "json", "parquet", "arrow"), default="text", help="kind of file")
     parser.add_argument("--text-column", default="text", help="column that holds the text, in json, parquet and arrow")
@@ -53,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         how: Any = {"sequence_length": args.sequence_length, "packing": args.packing, "validation_fraction": 0.0}
         settings = DataConfig(args.source, args.text, text_column=args.text_column, **how)
         log = log_to_stderr if rank == 0 else lambda line: None
-        model, tokenizer, folder = load_model(args.model, torch.device("cpu"), key=read_key(args.key_file), log=log)
+        key = read_key(args.key_file)
+        path = localized(args.model, cache_folder(None), key, log)
+        model, tokenizer, folder = load_model(path, torch.device("cpu"), key=key, log=log)
         dataset = load_whole(replace(settings, add_bos=adds_bos(tokenizer)), tokenizer)
         batches = validation_batches(dataset, len(dataset), args.batch_size, rank, size)
     except (ValueError, OSError) as error:

@@ -10,12 +10,14 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from mega_scale.checkpoint.folder import read_key
+from mega_scale.checkpoint.remote import localized
+from mega_scale.data.config import cache_folder
 from mega_scale.hub.export import DTYPES
+from mega_scale.object_store import path_or_url
 from mega_scale.parallel import check_single
 from mega_scale.process import log_to_stderr, run_command
 from mega_scale.settings import require
@@ -25,7 +27,8 @@ from mega_scale.training.trained_model import check_sample, generate_text, load_
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError or OSError for what is refused."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path, help="run folder (its newest checkpoint), checkpoint, export or HF folder")
+    words = "run (its newest checkpoint) or checkpoint, here or in an object store, export or HF folder"
+    parser.add_argument("model", type=path_or_url, help=words)
     parser.add_argument("--prompt", default="", help="text to continue; empty begins a document")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to generate (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
@@ -41,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require(args.temperature >= 0, "--temperature", args.temperature, "give 0 or more")
     require(0 < args.top_p <= 1, "--top-p", args.top_p, "give more than 0, and at most 1")
     device, key = torch.device(args.device), read_key(args.key_file)
-    model, tokenizer, folder = load_model(args.model, device, DTYPES[args.dtype], key)
+    path = localized(args.model, cache_folder(None), key, log_to_stderr)
+    model, tokenizer, folder = load_model(path, device, DTYPES[args.dtype], key)
     check_sample(model.config, tokenizer, args.prompt, args.max_new_tokens)
     log_to_stderr(f"text by {folder}")
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "temperature", "top_p", "stop_at_eos")}

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mega_scale.checkpoint import folder as store
-from mega_scale.data.config import DataConfig
+from mega_scale.checkpoint.remote import RemoteRun, localized, work_folder
+from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder, resume_path
+from mega_scale.data.config import DataConfig, cache_folder
 from mega_scale.files import local_path, shipped
 from mega_scale.help import format_help
 from mega_scale.model.configuration import BaseConfig
@@ -28,9 +30,10 @@ from mega_scale.model_section import (
     model_config,
     section_of,
 )
+from mega_scale.object_store import is_url
 from mega_scale.parallel import mesh
 from mega_scale.parallel.config import EngineConfig, ParallelConfig, check_accelerate
-from mega_scale.process import refuse
+from mega_scale.process import log_to_stderr, refuse
 from mega_scale.settings import read_yaml, require, resolve, split_arguments, to_yaml
 from mega_scale.training.config import BadStepsConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, TrainConfig
 
@@ -57,10 +60,11 @@ class RunConfig:
     """The run"""
 
     run_dir: str = "runs/debug"
-    """Folder for checkpoints, TensorBoard events and the resolved configuration (path)."""
+    """Folder for checkpoints, TensorBoard events and the resolved configuration, or a place in an object store such as
+    s3://bucket/run, for which each host has a folder in data.cache_dir (path)."""
 
     resume: str | None = None
-    """Checkpoint to continue from: "latest" in run_dir, "auto" the same if any, or a checkpoint folder (path).
+    """Checkpoint to continue from: "latest" in run_dir, "auto" the same if any, or a checkpoint's folder or URL (path).
     Model and tokenizer are the checkpoint's; a `model` key that is given must agree, unless it is one of dropout."""
 
     overwrite: bool = False
@@ -82,8 +86,20 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for key in ("run_dir", "resume", "init_from"):
-            if isinstance(value := getattr(self, key), str):
+            if isinstance(value := getattr(self, key), str) and not (key != "init_from" and is_url(value)):
                 setattr(self, key, local_path(value, key))
+
+    @property
+    def folder(self) -> Path:
+        """Where this host has the run: `run_dir`, or the folder for a run in an object store."""
+        cache = cache_folder(self.data.cache_dir)
+        return work_folder(self.run_dir, cache) if is_url(self.run_dir) else Path(self.run_dir)
+
+    def remote(self) -> RemoteRun | None:
+        """The run in its object store, if it is in one. Raises ValueError where that cannot be used."""
+        if not is_url(self.run_dir):
+            return None
+        return RemoteRun(self.run_dir, cache_folder(self.data.cache_dir), store.read_key(self.checkpoint.key_file))
 
     def engine_config(self, world_size: int) -> EngineConfig:
         """What engines have to know of this run on `world_size` ranks."""
@@ -160,22 +176,22 @@ class RunConfig:
             require(*rule)
 
     def _check_folders(self) -> None:
-        run_dir = Path(self.run_dir)
-        store.create_run_folder(run_dir)
+        run_dir = self.folder
+        create_run_folder(run_dir)
         key = store.read_key(self.checkpoint.key_file)
         if self.resume is not None and self.resume != "auto":
             try:
                 store.find_checkpoint(run_dir if self.resume == "latest" else Path(self.resume), key)
             except (ValueError, OSError) as error:
                 raise ValueError(f"resume={self.resume!r}: {error}") from None
-        starts = store.resume_path(run_dir, self.resume) is None
+        starts = resume_path(run_dir, self.resume) is None
         described = self.init_from is None or os.path.isfile(f"{self.init_from}/config.json")
         remedy = (
             "it has no config.json, give the folder of a Hugging Face model or an export (a run is exported by python "
             "launch/export.py RUN FOLDER)"
         )
         require(described or not starts, "init_from", self.init_from, remedy)
-        store.check_run_folder(run_dir, self.resume, self.overwrite)
+        check_run_folder(run_dir, self.resume, self.overwrite)
 
 
 def _mega_rules(run: RunConfig) -> Iterable[tuple[bool, str, Any, str]]:
@@ -278,11 +294,15 @@ def _type_of_folder(values: dict[str, Any]) -> dict[str, Any]:
     config = RunConfig(**{key: values[key] for key in ("run_dir", "resume", "init_from") if key in values})
     if "model.type" in values or config.resume is config.init_from is None:
         return {}
+    config.data.cache_dir, config.checkpoint.key_file = (
+        values.get(key) for key in ("data.cache_dir", "checkpoint.key_file")
+    )
     from mega_scale.hub.folder import read_config
     from mega_scale.training.trained_model import read_model
 
     try:
-        checkpoint = _checkpoint_of(config, values.get("checkpoint.key_file"))
+        config = bring(config, lambda line: None)  # what there is to say is said when the run is brought
+        checkpoint = _checkpoint_of(config)
         if checkpoint is None and config.init_from is None:
             return {}
         model = read_config(Path(str(config.init_from))) if checkpoint is None else read_model(checkpoint)
@@ -291,10 +311,10 @@ def _type_of_folder(values: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def _checkpoint_of(config: RunConfig, key_file: str | None) -> Path | None:
+def _checkpoint_of(config: RunConfig) -> Path | None:
     """The checkpoint that a run goes on from, if any. Raises ValueError where none that is meant can be used."""
-    path = store.resume_path(Path(config.run_dir), config.resume)
-    return None if path is None else store.find_checkpoint(path, store.read_key(key_file))[0]
+    path = resume_path(config.folder, config.resume)
+    return None if path is None else store.find_checkpoint(path, store.read_key(config.checkpoint.key_file))[0]
 
 
 def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
@@ -304,7 +324,7 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
     `given`, which its user gave, is refused where it contradicts the folder.
     """
     try:
-        described = described_by(config, _checkpoint_of(config, config.checkpoint.key_file))
+        described = described_by(config, _checkpoint_of(config))
     except (ValueError, OSError):
         return config
     if described is None:
@@ -317,6 +337,26 @@ def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:
     if "data.tokenizer" not in given and described.tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=described.tokenizer_name)
     return dataclasses.replace(config, model=model, data=data)
+
+
+def bring(config: RunConfig, log: Callable[[str], None]) -> RunConfig:
+    """Bring to this host what a run needs of object stores before it starts, its newest checkpoint among it.
+
+    Raises ValueError where a store cannot be used, or has nothing that can be resumed.
+    """
+    key = "data.path"
+    try:
+        config.data.bring()
+        key = "run_dir"
+        if remote := config.remote():
+            remote.prepare(log, resumes=config.resume in ("latest", "auto"))
+        if is_url(config.resume):
+            key, secret = "resume", store.read_key(config.checkpoint.key_file)
+            path = localized(str(config.resume), cache_folder(config.data.cache_dir), secret, log)
+            config = dataclasses.replace(config, resume=str(path))
+    except OSError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return config
 
 
 # From files and the command line
@@ -361,6 +401,7 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
         base = None if configs else str(DEFAULT_CONFIG)
         files = [find_config(name) for name in configs]
         config, given = resolve(RunConfig, files, overrides, base=base, derive=_type_of_folder)
+        config = bring(config, lambda line: None if quiet else log_to_stderr(line))
         # The keys of the default job are nobody's.
         config = adopt(config, given if configs else {key for key, _ in overrides})
     except ValueError as error:

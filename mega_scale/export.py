@@ -10,12 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mega_scale.checkpoint.folder import ALLOW_OLDER, read_key, read_state
+from mega_scale.checkpoint.remote import localized
 from mega_scale.config import load_config
 from mega_scale.data import as_trained
+from mega_scale.data.config import cache_folder
 from mega_scale.files import check_destination
 from mega_scale.hub.export import DEFAULT_SHARD_BYTES, model_card, write_export
 from mega_scale.hub.megalodon import write_original
 from mega_scale.model import MegalodonConfig
+from mega_scale.object_store import path_or_url
 from mega_scale.parallel import check_single
 from mega_scale.process import log_to_stderr
 from mega_scale.training.trained_model import open_checkpoint, open_model
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     """Run the command, which its help calls `prog`. Raises ValueError or OSError for what is refused."""
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     words = "run folder (its newest checkpoint) or checkpoint folder; with --format original also a Hugging Face folder"
-    parser.add_argument("checkpoint", type=Path, help=words)
+    parser.add_argument("checkpoint", type=path_or_url, help=words)
     parser.add_argument("out", type=Path, help="folder to create")
     words = "what to write (default: hf): a Hugging Face folder, or the original Megalodon code's config and pickles"
     parser.add_argument("--format", choices=("hf", "original"), default="hf", help=words)
@@ -54,13 +57,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     args = parser.parse_args(arguments)
     check_single("launch/export.py", args)
+    key = read_key(args.key_file)
+    args.checkpoint = localized(args.checkpoint, cache_folder(None), key, log_to_stderr, older=args.allow_older)
     if args.format == "original":
         write_as_original(args)
         return
     if args.model_parallel is not None:
         raise ValueError("--model-parallel is for --format original: add that, or leave it out")
     check_destination(args.out, overwrite=args.overwrite)
-    key = read_key(args.key_file)
     options = {"older": args.allow_older, "average": args.average}
     config, tensors, tokenizer, folder = open_checkpoint(args.checkpoint, key, **options)
     run = load_config(folder / "config.yaml")

@@ -216,8 +216,8 @@ class FileLock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "machine": _machine(),
-            "started": _started(os.getpid()),
+            "machine": machine_id(),
+            "started": process_start(os.getpid()),
             "token": secrets.token_hex(8),
         }
         self._watched: dict[str, tuple[tuple[int, ...], float]] = {}
@@ -273,7 +273,7 @@ class FileLock:
     def _dead(self, owner: dict[str, Any]) -> bool:
         """Whether an owner is known to be dead. Raises LockedError where it lives."""
         if self._own["machine"] is not None and owner.get("machine") == self._own["machine"]:
-            if _started(int(owner["pid"])) != owner["started"]:
+            if process_start(int(owner["pid"])) != owner["started"]:
                 return True
         else:
             stamp, since = self._watched.setdefault(owner["token"], (owner["stamp"], time.monotonic()))
@@ -322,6 +322,21 @@ class FileLock:
         return fresh
 
 
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold a lock; one that lives is waited for. Raises OSError."""
+    lock, taken = FileLock(path), False
+    while not taken:
+        with contextlib.suppress(LockedError):
+            taken = lock.attempt()
+        if not taken:
+            time.sleep(_LOOK_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """What a lock says, and a `stamp` that changes with every touch; None where there is none."""
     try:
@@ -348,7 +363,7 @@ def _in_words(owner: dict[str, Any] | None) -> str:
     return f"host {host}, process {pid}, since {since}"
 
 
-def _machine() -> str | None:
+def machine_id() -> str | None:
     """What all processes have in common that see each other by number; None where the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
@@ -356,7 +371,7 @@ def _machine() -> str | None:
         return None
 
 
-def _started(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process of this machine was started; None where there is no such process, or its end is not waited for."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

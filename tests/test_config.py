@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from launch.pretrain import main
-from mega_scale.checkpoint.folder import Manifest, resume_path, write_manifest
+from mega_scale.checkpoint.folder import Manifest, write_manifest
+from mega_scale.checkpoint.run_folder import resume_path
 from mega_scale.config import DEFAULT_CONFIG, RunConfig, load_config, model_config, parse, to_yaml
 from mega_scale.files import hash_file
 from mega_scale.model import MegaConfig, MegalodonConfig

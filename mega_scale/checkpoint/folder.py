@@ -6,12 +6,9 @@ programs: a run resumes from the newest checkpoint that is proven, whatever `lat
 
 import contextlib
 import hmac
-import itertools
 import json
-import os
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -19,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mega_scale import files
 from mega_scale.files import FileLock, Record, discard, read_regular, replace_text
-from mega_scale.settings import require, require_ranges
+from mega_scale.settings import require_ranges
 
 if TYPE_CHECKING:
     from mega_scale.parallel import World
@@ -37,19 +34,6 @@ _NAME = re.compile(r"step-[0-9]{8,}")
 _LARGE = f"{STATE}/part-"
 _NAMED = 3  # strays in a line
 _DELETED = ".deleted"  # follows the name of a checkpoint that is being deleted
-# What a run writes, beside its status and its lock; whatever else lies in its folder is its user's.
-_WRITTEN = (
-    "checkpoints/step-*",
-    "checkpoints/latest*",
-    "eval_command/step-*",
-    "tensorboard/events.out.tfevents.*",
-    "metrics.jsonl*",
-    "trackers.json",
-)
-_OVERWRITING = "overwriting"
-_NOTE = (
-    "A run that was started with --overwrite has yet to begin here. Delete this file to keep the run that lies here.\n"
-)
 
 
 @dataclass
@@ -181,15 +165,18 @@ def own_files(folder: Path) -> set[str]:
 # What lies in a checkpoint's folder, compared with its manifest
 
 
-def verify(folder: Path, key: bytes | None = None, share: slice = slice(None)) -> Manifest:
+def verify(
+    folder: Path, key: bytes | None = None, share: slice = slice(None), elsewhere: Mapping[str, int] | None = None
+) -> Manifest:
     """Verify that a checkpoint holds what was written: names, sizes and hashes of all files.
 
-    Of the files of its state, by size, only a `share` may be read. Raises CheckpointError, which names the folder and
+    Of the files of its state, by size, only a `share` may be read; those that lie `elsewhere`, by name, have sizes
+    there. Raises CheckpointError, which names the folder and
     the first file that differs.
     """
     try:
         manifest = read_manifest(folder, key)
-        _check_list(folder, manifest)
+        _check_list(folder, manifest, elsewhere or {})
         large = [name for name in manifest.files if name.startswith(_LARGE)]
         large.sort(key=lambda name: (-manifest.files[name].size, name))
         for name in [*(name for name in manifest.files if not name.startswith(_LARGE)), *large[share]]:
@@ -219,19 +206,20 @@ def _verify_together(folder: Path, key: bytes | None, world: "World") -> Manifes
     return manifest
 
 
-def _check_list(folder: Path, manifest: Manifest) -> None:
+def _check_list(folder: Path, manifest: Manifest, elsewhere: Mapping[str, int]) -> None:
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     for name in _around(manifest) & found.keys():
         # A link to a folder is none of the checkpoint's own, and its files are not looked through.
         if found[name].is_symlink() or found[name].is_dir() == (name == MANIFEST):
             raise CheckpointError(f"{name} is a link, or no longer what it was")
         del found[name]
-    if missing := manifest.files.keys() - found.keys():
+    if missing := manifest.files.keys() - found.keys() - elsewhere.keys():
         raise CheckpointError(f"{min(missing)} is missing")
     for name, record in manifest.files.items():
-        if found[name].is_symlink() or not found[name].is_file():
+        if name not in elsewhere and (found[name].is_symlink() or not found[name].is_file()):
             raise CheckpointError(f"{name} is no regular file")
-        if (size := found[name].stat().st_size) != record.size:
+        size = elsewhere[name] if name in elsewhere else found[name].stat().st_size
+        if size != record.size:
             raise CheckpointError(f"{name} has {size} bytes, {record.size} were written")
 
 
@@ -259,11 +247,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return found
 
 
-def summary(folder: Path, key: bytes | None = None) -> dict[str, Any]:
-    """Facts about a checkpoint, whose state is not read; only the first three where it has a problem."""
+def summary(folder: Path, key: bytes | None = None, elsewhere: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Facts about a checkpoint, whose state is not read; only the first three where it has a problem.
+
+    Sizes of files that lie `elsewhere` are given by name.
+    """
     found: dict[str, Any] = {"folder": str(folder), "serial": claimed_serial(folder), "problem": None}
     try:
-        manifest, state = verify_quickly(folder, key), read_state(folder)
+        manifest, state = verify_quickly(folder, key, elsewhere=elsewhere), read_state(folder)
     except ValueError as error:
         return found | {"problem": str(error)}
     found |= {"step": manifest.step, "bytes": manifest.bytes, "tokens": state["tokens"], "layout": state["layout"]}
@@ -313,6 +304,11 @@ def others(run_dir: Path) -> list[Path]:
 def next_serial(run_dir: Path) -> int:
     """Number for the next checkpoint of a run, greater than that of all it has, damaged ones included."""
     return max((_age(folder)[0] for folder in checkpoints(run_dir)), default=0) + 1
+
+
+def is_name(name: str) -> bool:
+    """Whether a name is one of a checkpoint's folder."""
+    return bool(_NAME.fullmatch(name))
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -438,127 +434,3 @@ def prune(
                 delete(folder)
             sweep(run_dir)
     return chosen
-
-
-# The folder as one job has it: what lies there is gone on with, or replaced, or left alone
-
-
-def resume_path(run_dir: Path, resume: str | None) -> Path | None:
-    """Run or checkpoint folder that a run goes on from (`resume`: latest, auto, a folder, or None); None: afresh."""
-    if resume is None or (resume == "auto" and (_is_overwritten(run_dir) or not checkpoints(run_dir))):
-        return None
-    return run_dir if resume in ("latest", "auto") else Path(resume)
-
-
-def create_run_folder(run_dir: Path) -> None:
-    """Make the folder of a run, if it is not there. Raises ValueError where it cannot be made or written."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} cannot be created ({error.strerror}): choose a folder that can be written"
-        ) from None
-    saved, writable = run_dir / "checkpoints", os.access(run_dir, os.W_OK | os.X_OK)
-    require(writable, "run_dir", str(run_dir), "choose a folder that can be written")
-    free = saved.is_dir() or not os.path.lexists(saved)
-    require(free, "run_dir", str(run_dir), f"{saved} is no folder, move it away")
-
-
-def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None:
-    """Refuse a run in a folder that holds one, which it neither goes on with nor may replace (`overwrite`)."""
-    own = resume in ("latest", "auto") or (resume is not None and _lies_in(Path(resume), run_dir))
-    overwritten, problem = _is_overwritten(run_dir), ""
-    if overwrite and own:
-        problem = f"overwrite=True with resume={resume!r}: that would delete what it goes on from; give one of the two"
-    elif resume == "latest" and overwritten:
-        stopped = f"a run with --overwrite was stopped before it began in {run_dir}: start that run with --resume auto"
-        problem = f"resume='latest': {stopped}, or delete {run_dir / _OVERWRITING} to keep the run before it"
-    elif not overwrite and not own and (overwritten or _holds_run(run_dir)):
-        remedy = "go on with it (--resume), replace it (--overwrite), or choose another run_dir"
-        problem = f"run_dir={str(run_dir)!r} holds a run already: {remedy}"
-    if problem:
-        raise ValueError(problem)
-
-
-class RunFolder:
-    """A run folder held by this job by its `lock`; for `lost` see `FileLock`. Methods but `take` are for rank 0."""
-
-    def __init__(self, run_dir: Path, resume: str | None, overwrite: bool, lost: Callable[[str], None]) -> None:
-        self._run_dir, self._resume, self._overwrite = run_dir, resume, overwrite
-        self.lock = FileLock(run_dir / LOCK, lost)
-
-    def take(self, world: "World", afresh: bool, log: Callable[[str], None]) -> str | None:
-        """Take the folder on rank 0, waiting for an owner of whom it is not known whether it lives; collective.
-
-        Returns why this job cannot have it, the same on all ranks; None where it has it. For `afresh` see `attempt`.
-        """
-        for attempts in itertools.count():
-            taken, problem = False, None
-            if world.rank == 0:
-                try:
-                    taken = self.attempt(afresh)
-                except ValueError as error:
-                    problem = str(error)
-                except OSError as error:
-                    what = f"cannot be written ({error.strerror or error}): choose a folder that can be written"
-                    problem = f"run_dir={str(self._run_dir)!r} {what}"
-                if not (taken or problem or attempts):
-                    log(
-                        f"{self._run_dir} is held by another job ({self.lock.owner}): waiting for up to "
-                        f"{files.STALE_S:.0f} s to see whether it lives"
-                    )
-            # The others take part in every attempt, so that none of them waits for longer than it may.
-            taken, problem = world.broadcast([taken, problem])
-            if taken or problem:
-                break
-            time.sleep(1.0)
-        return problem
-
-    def attempt(self, afresh: bool) -> bool:
-        """Take the folder; nothing in it changes yet, but that one to overwrite is marked as such.
-
-        Returns whether this job has it; if not, try again: it is not known yet whether the owner lives. Raises
-        ValueError where another job has it, or has had it since this one looked whether to start `afresh`.
-        """
-        if not self.lock.attempt():
-            return False
-        check_run_folder(self._run_dir, self._resume, self._overwrite)
-        if afresh != (resume_path(self._run_dir, self._resume) is None):
-            raise ValueError(f"another job has changed {self._run_dir} while this one started: start it again")
-        # From now on, --resume auto never goes on with what is to be overwritten, whenever this job is killed.
-        if self._overwrite and _holds_run(self._run_dir):
-            (self._run_dir / _OVERWRITING).write_text(_NOTE, encoding="utf-8")
-        return True
-
-    def begin(self, checkpoint: Path | None, key: bytes | None) -> None:
-        """Delete the run that is overwritten, if there is one: the new one begins. Raises OSError.
-
-        Where it starts afresh, without a `checkpoint`, a `config.yaml` that lies there becomes `config.yaml.before`.
-        """
-        if checkpoint is not None and self._resume not in ("latest", "auto") and _lies_in(checkpoint, self._run_dir):
-            # Named, it becomes the newest: killed before its first save, --resume auto would go on from a later one.
-            its_run = checkpoint.parent.parent
-            if checkpoints(its_run)[-1].name != checkpoint.name:
-                newest = read_manifest(checkpoint, key)._replace(serial=next_serial(its_run))
-                write_manifest(checkpoint, newest, key)
-                replace_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
-        if self._overwrite or (self._resume == "auto" and _is_overwritten(self._run_dir)):
-            for path in [path for pattern in _WRITTEN for path in self._run_dir.glob(pattern)]:
-                discard(path)
-        (self._run_dir / _OVERWRITING).unlink(missing_ok=True)
-        users, kept = self._run_dir / "config.yaml", self._run_dir / "config.yaml.before"
-        if checkpoint is None and users.exists() and not (self._overwrite or kept.exists()):
-            users.rename(kept)
-
-
-def _is_overwritten(run_dir: Path) -> bool:
-    return (run_dir / _OVERWRITING).exists()
-
-
-def _holds_run(run_dir: Path) -> bool:
-    metrics = run_dir / "metrics.jsonl"
-    return any(run_dir.glob("checkpoints/step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
-
-
-def _lies_in(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())

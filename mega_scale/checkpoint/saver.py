@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.checkpoint import folder as store
+from mega_scale.checkpoint.remote import RemoteRun
 from mega_scale.files import Record, discard, flush, forget, hash_file, new_hash, reason, replace_text, write_json
 from mega_scale.parallel import Engine, World
 from mega_scale.parallel.shard import WEIGHT, EngineState
@@ -75,8 +76,8 @@ class Saver:
     """Writes the checkpoints of a run; methods are collective, except for `wait_copied`.
 
     `described` has `config.yaml` and the files in `model/`, by path, on the first rank. Checkpoints of the steps in
-    `held`, at first of `kept`, are not deleted. `under_way` is the checkpoint that is being written, if any, on all
-    ranks alike.
+    `held`, at first of `kept`, are not deleted. A run in an object store has a `remote`: its checkpoints are saved when
+    they are there. `under_way` is the checkpoint that is being written, if any, on all ranks alike.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Saver:
         config: store.CheckpointConfig,
         key: bytes | None = None,
         kept: int | None = None,
+        remote: RemoteRun | None = None,
     ) -> None:
         self._run_dir, self._engine, self._world, self._described = run_dir, engine, world, described
-        self._config, self._key = config, key
+        self._config, self._key, self._remote = config, key, remote
         self.held = set[int]() if kept is None else {kept}
         self._staging = Staging(world.device) if config.asynchronous else None
         self.under_way: _Save | None = None
@@ -106,7 +108,7 @@ class Saver:
                         path.rename(path.with_suffix(""))
             store.sweep(run_dir, UNFINISHED)
             store.sweep(run_dir)
-            self._serial = store.next_serial(run_dir)
+            self._serial = max(store.next_serial(run_dir), 0 if remote is None else remote.next_serial())
 
     def save(self, step: int, trainer: dict[str, Any]) -> list[Saved]:
         """Begin a checkpoint, or write it where saves are not asynchronous; wait for the one before.
@@ -130,8 +132,10 @@ class Saver:
             staging.mark()
             copying = _start("copy", lambda: staging.copy(tensors))
 
-        def write() -> dict[str, Record]:
+        def write() -> tuple[dict[str, Record], str]:
             state = tensors if copying is None else copying.result()
+            for name in (store.STATE, store.RANDOM):  # a run in an object store has a folder on each host
+                (unfinished / name).mkdir(parents=True, exist_ok=True)
             tables = {f"{store.STATE}/{store.state_file(rank)}": state, store.random_file(rank): random}
             found = {
                 name: write_and_prove(unfinished / name, table, self._key, note=self._note)
@@ -142,7 +146,12 @@ class Saver:
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 (unfinished / name).write_bytes(text)
                 found[name] = flush_and_hash(unfinished / name, self._key)
-            return found
+            try:
+                if self._remote is not None:
+                    self._remote.upload(unfinished, folder.name, found)
+            except OSError as error:
+                return found, reason(error)
+            return found, ""
 
         # The index says how many steps the optimizer has done: now, since training goes on before it is written.
         index = build_index(state, [])
@@ -184,7 +193,8 @@ class Saver:
         """From written to being completed, or from there to the end; all ranks' tasks are done."""
         if save.completing is None:
             problem = _problem(save.writing)
-            reports = self._world.gather([None if problem else save.writing.result(), save.ranges, problem])
+            records, unsent = ({}, "") if problem else save.writing.result()
+            reports = self._world.gather([records, save.ranges, problem, unsent])
             save.completing = _start("complete", lambda: self._complete(save, reports), self._staging is not None)
             save.stall_s += time.perf_counter() - began
             return []
@@ -193,6 +203,8 @@ class Saver:
         problem, size, write_s, remark = self._world.broadcast(outcome)
         if problem and self._world.rank == 0:
             forget(save.folder.with_suffix(UNFINISHED))
+        elif self._remote is not None and self._world.local_rank == 0:
+            forget(save.folder.with_suffix(UNFINISHED))  # of hosts other than the first
         self.under_way = None
         stall_s = save.stall_s + time.perf_counter() - began
         return [Saved(save.step, None if problem else save.folder, problem or remark, stall_s, write_s, size)]
@@ -205,6 +217,8 @@ class Saver:
         if self._world.rank == 0:
             try:
                 forget(unfinished)
+                if self._remote is not None:
+                    self._remote.withdraw(unfinished.stem)
                 for folder in (store.STATE, store.RANDOM):
                     (unfinished / folder).mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(unfinished).free
@@ -223,11 +237,11 @@ class Saver:
         """
         if reports is None:
             return 0, 0.0, ""
-        if problems := [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(reports) if problem]:
+        if problems := [f"rank {rank}: {problem}" for rank, (*_, problem, _) in enumerate(reports) if problem]:
             raise OSError("; ".join(problems[:_NAMED]))
         unfinished, replaced = save.folder.with_suffix(UNFINISHED), save.folder.with_suffix(_REPLACED)
-        index = save.index | {"parts": [ranges for _, ranges, _ in reports]}
-        files = {name: Record(*record) for records, _, _ in reports for name, record in records.items()}
+        index = save.index | {"parts": [ranges for _, ranges, *_ in reports]}
+        files = {name: Record(*record) for records, *_ in reports for name, record in records.items()}
         manifest = store.Manifest(save.step, self._serial, files)
         write_index_and_manifest(unfinished, index, manifest, self._key)
         if os.path.lexists(save.folder):  # a run that was continued from before this step writes it anew
@@ -242,6 +256,8 @@ class Saver:
         except OSError as error:  # nobody resumes by its word
             remark = f"{store.LATEST} still names another: {reason(error)}"
         forget(replaced)
+        if self._remote is not None:
+            remark += self._publish(self._remote, save.folder, manifest, [unsent for *_, unsent in reports])
         # The one just written stays in any case: it was read back, and a damaged one may seem to be newer.
         always = [save.folder, *(store.folder_of(self._run_dir, step) for step in tuple(self.held))]
         others = [folder for folder in store.checkpoints(self._run_dir) if folder not in always]
@@ -250,6 +266,26 @@ class Saver:
                 store.delete(folder)
         store.sweep(self._run_dir)
         return manifest.bytes, time.perf_counter() - save.began, remark
+
+    def _publish(self, remote: RemoteRun, folder: Path, manifest: store.Manifest, unsent: list[str]) -> str:
+        """Make a checkpoint of what all ranks uploaded; returns what went wrong beside it. Raises OSError."""
+        try:
+            if failed := [f"rank {rank}: {problem}" for rank, problem in enumerate(unsent) if problem]:
+                raise OSError("; ".join(failed[:_NAMED]))
+            index = f"{store.STATE}/{INDEX}"
+            remote.upload(folder, folder.name, {index: manifest.files[index]})
+            remote.complete(folder)
+        except OSError as error:
+            raise OSError(f"it is not in {remote.url}, but in {folder} alone: {reason(error)}") from None
+        try:
+            held = (store.folder_of(self._run_dir, step).name for step in tuple(self.held))
+            always = [folder.name, *(name for name in held if name != folder.name)]
+            if self._config.keep:
+                remote.keep(self._config.keep, self._config.keep_every, always)
+            remote.upload_beside()
+        except OSError as error:
+            return reason(error)
+        return ""
 
 
 def _start(name: str, work: Callable[[], Any], background: bool = True) -> Future[Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from mega_scale.files import local_path
+from mega_scale.object_store import copy_folder, folder_of, is_url
 from mega_scale.settings import allowed, known_keys
 
 Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared"]
@@ -145,7 +146,9 @@ class DataConfig:
         for key in ("path", "validation_path", "hub_name", "tokenizer", "cache_dir"):
             value = getattr(self, key)
             if isinstance(value, list):
-                setattr(self, key, [local_path(part, f"data.{key}") for part in value])
+                stored = key == "path" and self.source == "prepared"
+                paths = [part if stored and is_url(part) else local_path(part, f"data.{key}") for part in value]
+                setattr(self, key, paths)
             elif isinstance(value, str):
                 setattr(self, key, local_path(value, f"data.{key}"))
 
@@ -153,6 +156,19 @@ class DataConfig:
     def lengths(self) -> "LengthSchedule | None":
         """The length schedule; None if all sequences have `sequence_length`."""
         return None if self.length_schedule is None else LengthSchedule(self.length_schedule, self.sequence_length)
+
+    @property
+    def prepared(self) -> Path:
+        """Where this host has the prepared data, or its copy."""
+        [path] = self.path or [""]
+        return folder_of(path, cache_folder(self.cache_dir), "copies") if is_url(path) else Path(path)
+
+    def bring(self) -> None:
+        """Copy prepared data that lies in an object store to this host. Raises ValueError or OSError."""
+        sources = [source for source, *_ in mixture_entries(self).values()] if self.mixture else [self]
+        for source in [*sources, *validation_sets(self).values()]:
+            for path in filter(is_url, source.path or []):
+                copy_folder(path, cache_folder(self.cache_dir), "data.path")
 
     @property
     def files(self) -> list[str]:
@@ -190,7 +206,7 @@ class DataConfig:
             folders = self.path or []
             yield len(folders) != 1, "path", "source prepared needs one folder; several can be a data.mixture"
             remedy = "it has no manifest.json; name a folder that launch/prepare.py has written to its end"
-            yield not os.path.isfile(f"{folders[0]}/manifest.json"), "path", remedy
+            yield not (self.prepared / "manifest.json").is_file(), "path", remedy
         for key, is_needed in (("path", True), ("validation_path", False)):
             paths = getattr(self, key)
             if source in FILE_SOURCES and (is_needed or paths is not None):

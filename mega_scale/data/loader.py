@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,8 +85,8 @@ def _load_set(config: DataConfig, tokenizer: PreTrainedTokenizerBase, log: _Log)
     """All documents of a set of `data.validation`, which are enough to predict one; and what was left out of them."""
     if config.source == "prepared":
         store, _, tally = _open_prepared(config, tokenizer)
-        [path] = config.path or [""]
-        store = TokenStore.joined([store, open_part(Path(path), read_manifest(Path(path)), "validation")])
+        folder = config.prepared
+        store = TokenStore.joined([store, open_part(folder, read_manifest(folder), "validation")])
     else:
         documents = load_documents(config)
         store = tokenise(documents, tokenizer, config, "whole", log)
@@ -141,8 +140,7 @@ def _open_prepared(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TokenStore, TokenStore | None, Tally]:
     """Documents to train on, to validate on, and what was left out when they were prepared."""
-    [path] = config.path or [""]
-    folder, fraction = Path(path), config.validation_fraction
+    path, folder, fraction = (config.path or [""])[0], config.prepared, config.validation_fraction
     manifest = read_manifest(folder)
     if manifest.add_bos != config.add_bos:
         raise ValueError(

@@ -107,21 +107,22 @@ def table(trainer: "Trainer", parameters: int) -> dict[str, str]:
         "layout": f"{ranks} ({axes}), {layout['engine']} ZeRO-{layout['zero_stage']}, {_device(world.device)}",
         "memory": f"{gib(state)} a rank for weights, gradients and moments of {short(trainer.parameters_per_rank)} "
         f"parameters, activations not counted; {gib(memory_bytes(world.device))} in use of {gib(_total(world.device))}",
-        "run folder": f"{trainer.run_dir}, {every}",
+        "run folder": f"{config.run_dir}, {every}",
         "trackers": ", ".join(trackers),
         "resume": f"from step {progress.step} of {train.steps}: {begun}",
     }
 
 
-def end_line(run_dir: Path, progress: Progress, steps: int, stopped: str | None, began: float) -> str:
+def end_line(run_dir: str, progress: Progress, steps: int, stopped: str | None, began: float) -> str:
     """What was reached, where it lies, and what to do next; `began` is a time of `time.monotonic`."""
+    place = None if progress.folder is None else f"{run_dir}/checkpoints/{progress.folder.name}"
     reached = f"step {progress.step} of {steps} in {duration(time.monotonic() - began)}"
     if progress.evaluation is not None:
         reached += f", validation loss {progress.evaluation['loss']:.4f}"
     if stopped is not None:
-        return f"stopped at {reached} ({stopped}); it lies in {progress.folder}; go on: the same command with --resume"
-    export = Path("exports") / run_dir.name
-    return f"finished {reached}; it lies in {progress.folder}; next: python launch/export.py {run_dir} {export}"
+        return f"stopped at {reached} ({stopped}); it lies in {place}; go on: the same command with --resume"
+    export = Path("exports") / Path(run_dir).name
+    return f"finished {reached}; it lies in {place}; next: python launch/export.py {run_dir} {export}"
 
 
 def _source(data: Any) -> str:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mega_scale.checkpoint.folder import RunFolder, find_checkpoint, read_key, read_state, resume_path
+from mega_scale.checkpoint.folder import find_checkpoint, read_key, read_state
+from mega_scale.checkpoint.run_folder import RunFolder, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver
 from mega_scale.config import RunConfig, model_config, require_same
 from mega_scale.data import Loader, load_datasets
@@ -80,7 +81,7 @@ class Trainer:
             self.trackers.clear()
         self.trackers |= find_trackers(config.train.trackers) | dict(trackers or {})
         self.callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
-        self.run_dir = Path(config.run_dir)
+        self.run_dir, self.remote = config.folder, config.remote()
         self.mesh = config.parallel.mesh(placement.size)
         self.key = read_key(config.checkpoint.key_file)
         self.origin, self.checkpoint = resume_path(self.run_dir, config.resume), None
@@ -137,15 +138,22 @@ class Trainer:
         """
         try:
             with World.start(self.config.parallel) as self.world:
-                self.folder = RunFolder(self.run_dir, self.config.resume, self.config.overwrite, _end_without_folder)
+                locks = () if self.remote is None else (self.remote.lock(_end_without_folder),)
+                options = self.config.resume, self.config.overwrite
+                self.folder = RunFolder(self.run_dir, *options, _end_without_folder, *locks)
                 try:
                     problem = self.folder.take(self.world, self.checkpoint is None, self.log)
                     code = 0 if problem else self.run_with_watchdog()
+                    if self.remote is not None and self.rank == 0 and not problem:
+                        try:
+                            self.remote.upload_beside()
+                        except OSError as error:
+                            self.log(f"status and metrics are not in {self.remote.url}: {error}")
                 except ParallelizeError:
                     quiet = self.world.store.add("refused", 1) > 1  # one of those that are refused says so
                     raise
                 finally:
-                    self.folder.lock.release()
+                    self.folder.release()
         except ParallelizeError as error:
             refuse(f"rank {self.rank}: {error}", quiet=quiet)
         self.signals.ignore()
@@ -162,7 +170,7 @@ class Trainer:
 
         def end(verdict: str) -> None:
             status.write("failed", self.watchdog.step, verdict, last=True)
-            self.folder.lock.release()
+            self.folder.release()
 
         with Watchdog(self.world, config.train.hang_timeout(config.parallel.timeout_s), end) as self.watchdog:
             begin = 0 if self.checkpoint is None else read_state(self.checkpoint)["step"]
@@ -291,7 +299,7 @@ class Trainer:
         if self.rank == 0:
             text = to_yaml(replace(config, resume=None, overwrite=False))
             described = {"config.yaml": text.encode(), **describe_model(self.model_config, self.tokenizer)}
-            self.folder.begin(self.checkpoint, self.key)
+            self.begin_folder()
             try:
                 replace_text(self.run_dir / "config.yaml", text)
             except OSError as error:
@@ -304,7 +312,7 @@ class Trainer:
         self.throughput = Throughput(self.model_config, world.device, train.dtype, world.size)
         self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
         kept = stable_step(config)
-        self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key, kept)
+        self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key, kept, self.remote)
         self.saver.on_wait = self.show_save
         if train.eval_command is not None and self.rank == 0:
             limit_s, key_file = train.eval_command_timeout_s, config.checkpoint.key_file
@@ -313,6 +321,17 @@ class Trainer:
         profiled = (self.run_dir, config.profile, self.rank, world.device)
         self.profiler = Profiler(*profiled, self.reporter.log, self.throughput.skip)
         self.call_back("on_start")
+
+    def begin_folder(self) -> None:
+        """Make the folder, and what the object store has of it, this run's own; first rank."""
+        remote, checkpoint = self.remote, self.checkpoint
+        self.folder.begin(checkpoint, self.key, 0 if remote is None else remote.next_serial())
+        if remote is None:
+            return
+        if checkpoint is None:
+            remote.clear()  # the run that is overwritten, if there is one
+        elif checkpoint.is_relative_to(self.run_dir):
+            remote.complete(checkpoint)  # it may have become the newest
 
     def call_back(self, method: str, *arguments: Any) -> None:
         """Call a method of every callback."""
@@ -364,7 +383,7 @@ class Trainer:
         self.call_back("on_end", stopped)
         self.watchdog.beat("closing trackers")
         self.reporter.close()
-        self.log(end_line(self.run_dir, progress, steps, stopped, self.began))
+        self.log(end_line(self.config.run_dir, progress, steps, stopped, self.began))
         return stopped
 
     def train_step(self) -> StepResult:
@@ -565,7 +584,8 @@ class Trainer:
             progress.folder = saved.folder
             self.stopping.save_s = max(self.stopping.save_s, saved.write_s)
             self.reporter.log(
-                f"step {saved.step} | saved {saved.folder} ({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
+                f"step {saved.step} | saved {self.config.run_dir}/checkpoints/{saved.folder.name} "
+                f"({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
                 f"training stood still {saved.stall_s:.2f} s){f'; {saved.problem}' if saved.problem else ''}"
             )
             if self.eval_command is not None and self.runs_command(saved.step):

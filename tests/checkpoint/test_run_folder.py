@@ -7,15 +7,8 @@ import signal
 import pytest
 
 from mega_scale import files
-from mega_scale.checkpoint.folder import (
-    Manifest,
-    RunFolder,
-    check_run_folder,
-    checkpoints,
-    find_checkpoint,
-    resume_path,
-    write_manifest,
-)
+from mega_scale.checkpoint.folder import Manifest, checkpoints, find_checkpoint, write_manifest
+from mega_scale.checkpoint.run_folder import RunFolder, check_run_folder, resume_path
 from mega_scale.files import hash_file
 
 
@@ -136,7 +129,7 @@ def test_a_kill_before_the_new_run_begins_never_leads_back_to_the_old_one(run_di
     again = RunFolder(run_dir, "auto", False, print)
     assert again.attempt(afresh=True)
     again.begin(None, None)
-    again.lock.release()
+    again.release()
     assert not checkpoints(run_dir) and not (run_dir / "metrics.jsonl").exists() and (run_dir / "notes.txt").exists()
     assert not (run_dir / "overwriting").exists()
 
@@ -152,14 +145,14 @@ def test_a_checkpoint_that_was_named_becomes_the_newest_so_that_a_kill_does_not_
     folder = RunFolder(run_dir, str(named), False, print)
     assert folder.attempt(afresh=False)
     folder.begin(named, None)
-    folder.lock.release()
+    folder.release()
     assert find_checkpoint(run_dir) == (named, [])
     assert [path.name for path in checkpoints(run_dir)] == ["step-00000020", "step-00000010"]
     before = content(run_dir)
     folder = RunFolder(run_dir, str(named), False, print)
     assert folder.attempt(afresh=False)
     folder.begin(named, None)  # it is already
-    folder.lock.release()
+    folder.release()
     assert content(run_dir) == before
 
 
@@ -169,5 +162,5 @@ def test_a_users_own_config_file_is_kept_under_another_name(tmp_path):
         folder = RunFolder(tmp_path, "auto", False, print)
         assert folder.attempt(afresh=True)
         folder.begin(None, None)
-        folder.lock.release()
+        folder.release()
         assert (tmp_path / "config.yaml.before").read_text() == "# mine"

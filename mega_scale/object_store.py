@@ -14,8 +14,8 @@ T = TypeVar("T")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(?!/).+")
 # What has to be installed for a kind of store, and by which extra of ours, where there is one.
 _PACKAGES = {
-    "s3": ("s3fs", "'mega_scale[s3]'"), "s3a": ("s3fs", "'mega_scale[s3]'"), "gs": ("gcsfs", "'mega_scale[gcs]'"),
-    "gcs": ("gcsfs", "'mega_scale[gcs]'"), "hf": ("huggingface_hub", "huggingface_hub"), "az": ("adlfs", "adlfs"),
+    "s3": ("s3fs", "'mega_scale[s3]'"), "s3a": ("s3fs", "'mega_scale[s3]'"), "gs": ("gcsfs", "gcsfs"),
+    "gcs": ("gcsfs", "gcsfs"), "hf": ("huggingface_hub", "huggingface_hub"), "az": ("adlfs", "adlfs"),
     "abfs": ("adlfs", "adlfs"), "abfss": ("adlfs", "adlfs"),
 }  # fmt: skip
 # Not stores: folders of this machine, and what only lives in a process or cannot be written.

@@ -238,7 +238,7 @@ def test_prepared_data_is_read_from_a_store(tmp_path, monkeypatch):
         config = parse([*TINY, *keys, *how])
         config.data.validate()
         dataset, _ = load_datasets(config.data, load_tokenizer("byte"), print)
-        assert dataset.tokens == 6000 and (url in to_yaml(config))
+        assert dataset.tokens == 6001 and url in to_yaml(config)
     with pytest.raises(SystemExit, match="2"):
         parse([*TINY, "data.source=prepared", "data.path=s3://bucket/nothing", f"data.cache_dir={tmp_path}/disk"])
     with pytest.raises(OSError, match="does not answer"):

@@ -199,7 +199,8 @@ class MegalodonAttention(ChunkedAttention):
     @staticmethod
     def turn(q: Tensor, k: Tensor, rotary: RotaryTurns) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, L, H, dh) at their positions, (B, L, Z)."""
-        return turn(q, rotary.turns).flatten(2), turn(k, rotary.turns).flatten(2)
+        turns = rotary.turns.to(q.device)  # where layers are on several
+        return turn(q, turns).flatten(2), turn(k, turns).flatten(2)
 
     def attend_chunks(
         self,

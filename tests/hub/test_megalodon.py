@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import import_megalodon
 from mega_scale import export
+from mega_scale.hub.export import write_export
 from mega_scale.hub.folder import open_folder, read_pickle, state_dict_spec
 from mega_scale.hub.megalodon import config_from_original, config_to_original, name_table, open_original, write_original
 from mega_scale.model import MegalodonConfig, MegalodonForCausalLM
@@ -306,7 +307,7 @@ def test_folders_that_are_not_whole_or_would_run_code_are_refused(tmp_path, monk
     assert open_original(folder).note is None
 
 
-def test_the_commands_go_both_ways(tmp_path, tokenizer, capsys):
+def test_the_commands_go_both_ways(tmp_path, tokenizer, make_model, capsys):
     states, whole = original(SIZES, 2)
     source, words = save(tmp_path / "in", SIZES, states), tmp_path / "words"
     tokenizer.save_pretrained(words)
@@ -342,4 +343,8 @@ def test_the_commands_go_both_ways(tmp_path, tokenizer, capsys):
     assert "so it is no original checkpoint" in refused(export.main, out, words, *original_format, "--overwrite")
     assert "--model-parallel is for --format original" in refused(export.main, out, back, "--model-parallel", "2")
     assert "--remote-code is for --format hf" in refused(export.main, out, back, *original_format, "--remote-code")
+    mega = make_model()
+    write_export(tmp_path / "mega", mega.state_dict(), mega.config, tokenizer, "")
+    assert "mega holds a mega model" in refused(export.main, tmp_path / "mega", tmp_path / "new", *original_format)
+    assert "--average is for checkpoints" in refused(export.main, out, tmp_path / "new", *original_format, "--average")
     assert not (tmp_path / "new").exists()

@@ -7,9 +7,12 @@ of several kinds is a union of dataclasses, each with a key `type` that only has
 import argparse
 import dataclasses
 import difflib
+import importlib
+import importlib.util
 import json
 import math
 import re
+import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from mega_scale.files import local_path
+from mega_scale.files import local_path, reason
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 # What a key means that is given without a value, and options that stand for a key.
@@ -410,3 +413,40 @@ def _chosen(kinds: tuple[Any, ...], values: dict[str, Any], unasked: Collection[
             f"{'it' if len(given) == 1 else 'them'} out, or set {prefix}type={owner}"
         )
     return next(kind for kind in kinds if kind().type == chosen)
+
+
+# Classes and functions of a user's own
+
+
+def load_object(name: str, key: str, remedy: str) -> Any:
+    """What a setting names as MODULE:NAME, or as FILE.py:NAME, a path; importing it runs its code.
+
+    Raises ValueError, which names the key and says what is wrong, where there is none.
+    """
+    module, colon, attribute = name.rpartition(":")
+    if not (colon and module and attribute):
+        raise ValueError(f"{key}={name!r} is not possible: {remedy}")
+    try:
+        found = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+    except Exception as error:
+        raise ValueError(f"{key}={name!r}: {module} cannot be imported ({reason(error)})") from error
+    if not hasattr(found, attribute):
+        raise ValueError(f"{key}={name!r}: {module} has no {attribute}")
+    return getattr(found, attribute)
+
+
+def _load_file(path: Path) -> Any:
+    """The module in a file, loaded once, though no folder of it is searched for modules."""
+    name = f"mega_scale_user_{path.stem}_{abs(hash(path.resolve()))}"
+    if name not in sys.modules:
+        if not path.is_file():
+            raise FileNotFoundError(2, "No such file", str(path))
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from mega_scale.files import local_path
 from mega_scale.object_store import copy_folder, folder_of, is_url
-from mega_scale.settings import allowed, known_keys
+from mega_scale.settings import allowed, known_keys, load_object
 
-Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared"]
+Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared", "own"]
 FILE_SOURCES = ("text", "json", "parquet", "arrow")
 Packing = Literal["none", "concat", "reset"]
 PackingOrder = Literal["in_order", "best_fit"]
@@ -27,15 +27,16 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _HUB_TIMEOUT_S = 5.0
 # Keys that say where text comes from, which a source of a mixture may have; the other keys hold for all sources.
 SOURCE_KEYS = (
-    "source", "path", "hub_name", "hub_config", "hub_split", "text_column", "validation_path", "validation_split",
-    "validation_fraction", "max_documents", "streaming",
+    "source", "path", "reader", "hub_name", "hub_config", "hub_split", "text_column", "validation_path",
+    "validation_split", "validation_fraction", "max_documents", "streaming",
 )  # fmt: skip
 # Those that a set of data.validation may have, which is read whole.
-_SET_KEYS = ("source", "path", "hub_name", "hub_config", "hub_split", "text_column", "max_documents")
+_SET_KEYS = ("source", "path", "reader", "hub_name", "hub_config", "hub_split", "text_column", "max_documents")
 HELD_OUT = "held_out"
 """Name of the set that is held out of a text which is no mixture, where there are other sets."""
 _SHARED_DEFAULTS = ("text_column", "validation_fraction", "streaming")  # which may stand beside a mixture, too
 
+_READER = "name a function as MODULE:NAME or FILE.py:NAME"
 _Rule = tuple[object, str, str]  # whether it is broken, the key, and the remedy
 
 
@@ -45,11 +46,16 @@ class DataConfig:
 
     source: Source = "python-stdlib"
     """Kind of corpus: python-stdlib (the text of Python's own library), text (UTF-8, one document a file), json (one
-    object a line, or a list), parquet, arrow, hub (a data set by name), or prepared (a folder that launch/prepare.py
-    wrote). Text and json may be compressed (gz, zst, bz2, xz, lz4, by content)."""
+    object a line, or a list), parquet, arrow, hub (a data set by name), prepared (a folder that launch/prepare.py
+    wrote), or own (what a function of yours gives, see reader). Text and json may be compressed (gz, zst, bz2, xz,
+    lz4, by content)."""
 
     path: list[str] | None = None
     """Files or globs to read in this order (paths), for sources that are files; the folder of source prepared."""
+
+    reader: str | None = None
+    """Function that gives the texts of source own, as MODULE:NAME or FILE.py:NAME; called without arguments, it returns
+    texts, the same ones in the same order each time."""
 
     mixture: dict[str, Any] | None = None
     """Several sources by name, each with its own keys (source, path, hub_name and the like) and either weight, its
@@ -216,6 +222,14 @@ class DataConfig:
                 remedy = f"set data.source to what they are ({', '.join(FILE_SOURCES)}), or {key} to null"
                 yield paths is not None, key, f"source {source} reads no files; {remedy}"
         yield not self.text_column, "text_column", "name the column that holds the text"
+        if source == "own":
+            yield self.reader is None, "reader", _READER
+            load_object(self.reader or "", "data.reader", _READER)
+        yield (
+            source != "own" and self.reader is not None,
+            "reader",
+            f"only source own has it, not {source}; set it to null",
+        )
         if source == "hub":
             is_name = HUB_NAME.fullmatch(name) or os.path.isdir(name)
             yield not is_name, "hub_name", 'source hub needs a data set\'s name, such as "owner/name"'

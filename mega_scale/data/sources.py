@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import numpy as np
 
 from mega_scale.data.config import Damage, DataConfig, FileRange
+from mega_scale.settings import load_object
 
 if TYPE_CHECKING:
     from mega_scale.data.readers import BadRow, FileSource, HubSource, Rows
@@ -255,13 +256,32 @@ def shuffled(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.nd
 # Sources: each splits all its text into ranges of about `size` bytes (None splits no file), and reads a range in order
 
 
-def open_source(config: DataConfig, *, held_out: bool = False) -> "FileSource | HubSource | StdlibSource":
+def open_source(config: DataConfig, *, held_out: bool = False) -> "FileSource | HubSource | OwnSource | StdlibSource":
     """Open what to train on, or with `held_out` a validation text of its own; reads no text."""
     if config.source == "python-stdlib":
         return StdlibSource()
+    if config.source == "own":
+        return OwnSource(str(config.reader))
     from mega_scale.data.readers import open_files  # noqa: PLC0415  needs pyarrow
 
     return open_files(config, held_out)
+
+
+class OwnSource:
+    """What a user's function gives, in one range."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._texts = load_object(name, "data.reader", "name a function as MODULE:NAME or FILE.py:NAME")
+
+    def ranges(self, size: int | None) -> list[FileRange]:
+        return [FileRange(self._name, 0, -1, 0)]
+
+    def read(self, part: FileRange) -> "Rows":
+        for number, text in enumerate(self._texts()):
+            if not isinstance(text, str):
+                raise ValueError(f"data.reader={self._name!r} gives a {type(text).__name__} as text {number}: give str")
+            yield text
 
 
 # The default corpus: the sources of Python's library, and the documentation of its compiled modules

@@ -1,13 +1,9 @@
 """Classes of your own in a run, named in its settings: `Callback`, and what loads it by name."""
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mega_scale.files import reason
+from mega_scale.settings import load_object
 
 if TYPE_CHECKING:
     from mega_scale.checkpoint.saver import Saved
@@ -35,40 +31,6 @@ class Callback:
 
     def on_end(self, trainer: "Trainer", stopped: str | None) -> None:
         """The run ends with its last checkpoint written; `stopped` says why before its last step, if so."""
-
-
-def load_object(name: str, key: str, remedy: str) -> Any:
-    """What a setting names as MODULE:NAME, or as FILE.py:NAME, a path; importing it runs its code.
-
-    Raises ValueError, which names the key and says what is wrong, where there is none.
-    """
-    module, colon, attribute = name.rpartition(":")
-    if not (colon and module and attribute):
-        raise ValueError(f"{key}={name!r} is not possible: {remedy}")
-    try:
-        found = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-    except Exception as error:
-        raise ValueError(f"{key}={name!r}: {module} cannot be imported ({reason(error)})") from error
-    if not hasattr(found, attribute):
-        raise ValueError(f"{key}={name!r}: {module} has no {attribute}")
-    return getattr(found, attribute)
-
-
-def _load_file(path: Path) -> Any:
-    """The module in a file, loaded once, though no folder of it is searched for modules."""
-    name = f"mega_scale_user_{path.stem}_{abs(hash(path.resolve()))}"
-    if name not in sys.modules:
-        if not path.is_file():
-            raise FileNotFoundError(2, "No such file", str(path))
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[name])
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def load_callbacks(names: Sequence[str]) -> list[Callback]:

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mega_scale.files import append_line, reason, replace_text
-from mega_scale.settings import require
-from mega_scale.training.callbacks import load_object
+from mega_scale.settings import load_object, require
 
 IDENTITIES = "trackers.json"
 """File of a run folder that says under which names trackers know the run."""

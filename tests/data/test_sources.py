@@ -242,3 +242,29 @@ def test_rows_go_everywhere():
         counts[np.arange(10), shuffled(np.arange(10), 10, seed=5, epoch=epoch)] += 1
     chi_square = ((counts - 200) ** 2 / 200).sum()
     assert chi_square < 130  # 81 degrees of freedom: above this once in 2,000 tries
+
+
+def test_texts_of_a_function_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "def texts():\n    return [f'text {n}' for n in range(50)]\n\nbad, number = lambda: [1], 3\n"
+    )
+    config = DataConfig("own", reader="own.py:texts", validation_fraction=0.2)
+    config.validate()
+    corpus = load_corpus(config)
+    assert sorted([*corpus.train, *corpus.validation], key=lambda text: int(text[5:])) == [
+        f"text {n}" for n in range(50)
+    ]
+    assert [*load_documents(config)] == [f"text {n}" for n in range(50)]
+    for reader, problem in {
+        None: "name a function",
+        "own.py": "name a function",
+        "own.py:none": "has no none",
+        "gone.py:x": "No such file",
+    }.items():
+        with pytest.raises(ValueError, match=problem):
+            DataConfig("own", reader=reader).validate()
+    with pytest.raises(ValueError, match="gives a int as text 0: give str"):
+        list(load_documents(DataConfig("own", reader="own.py:bad")))
+    with pytest.raises(ValueError, match=r"data\.reader.*only source own"):
+        DataConfig(reader="own.py:texts").validate()

@@ -17,7 +17,7 @@ from mega_scale.checkpoint.folder import read_manifest, read_state, write_manife
 from mega_scale.checkpoint.state import convert, open_weights
 from mega_scale.config import load_config
 from mega_scale.files import hash_file
-from mega_scale.training.schedule import learning_rate
+from mega_scale.training.schedule import Schedule
 
 # Each is a word that contradicts the model, most of them without another shape.
 OTHERS = {
@@ -121,7 +121,7 @@ def test_another_horizon_is_said_with_what_it_does_to_the_learning_rate(trained,
     code, output = run(*trained[1], f"run_dir={run_dir}", "--resume", "train.steps=12")
     (line,) = [line for line in output.splitlines() if "other keys" in line]
     runs = (replace(before, train=replace(before.train, steps=steps)) for steps in (12, 4))
-    now, then = (learning_rate(4, run) for run in runs)
+    now, then = (Schedule(run).lr(4) for run in runs)
     assert code == 0 and "train.steps=12 (was 4)" in line and then == 0
     assert "; the cosine fall now ends at step 12 (was 4); " in line
     assert line.endswith(f"the learning rate of step 5 is {now:.4g} (was {then:.4g})")

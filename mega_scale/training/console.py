@@ -80,11 +80,11 @@ class Reporters:
         self, run: Run, rank: int = 0, trackers: Mapping[str, Callable[[Run], Reporter]] | None = None
     ) -> None:
         self._active, self._steps = rank == 0, run.steps
-        self._shown = self._active and sys.stderr.isatty()
+        self.shown = self._active and sys.stderr.isatty()  # whether there is a progress bar
         self._bar = tqdm(
-            total=run.steps, initial=run.start, unit="step", disable=not self._shown, dynamic_ncols=True, leave=False
+            total=run.steps, initial=run.start, unit="step", disable=not self.shown, dynamic_ncols=True, leave=False
         )
-        self._told = self._since = time.monotonic()  # progress
+        self._told = 0.0  # when progress was, by the monotonic clock
         self._outlets: list[_Outlet] = []
         if not self._active:
             return
@@ -108,21 +108,20 @@ class Reporters:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def progress(self, step: int, what: str, done: float, total: float, unit: str = "") -> None:
-        """Say how far something that takes long is: beside the progress bar, or in a line every 20 seconds."""
+    def progress(self, step: int, what: str, done: float, total: float, unit: str = "", *, since: float) -> None:
+        """Say how far something that takes long is: beside the progress bar, or in a line every 20 seconds.
+
+        It began at `since`, as `time.monotonic` counts seconds.
+        """
         if not self._active:
             return
         text = f"{what}: {done:,.0f} of {total:,.0f}{unit and f' {unit}'}"
-        if self._shown:
+        if self.shown:
             self._bar.set_postfix_str("" if done >= total else text)
         now = time.monotonic()
-        if now - self._told > _PROGRESS_S and not self._shown and done < total:
-            self.log(f"step {step} | {text}, {now - self._since:.0f} s so far")
+        if now - max(self._told, since) > _PROGRESS_S and not self.shown and done < total:
+            self.log(f"step {step} | {text}, {now - since:.0f} s so far")
             self._told = now
-
-    def begin_progress(self) -> None:
-        """Note that something begins that may take long."""
-        self._told = self._since = time.monotonic()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Report a training step; `values` are those that `Trainer.log_step` gathers."""

@@ -1,5 +1,6 @@
 """One run on one rank, from its settings to its last checkpoint, for every engine; read `Trainer` from the top down."""
 
+import contextlib
 import math
 import os
 import sys
@@ -35,7 +36,7 @@ from mega_scale.training.eval_command import EvalCommand, words_of
 from mega_scale.training.metrics import SlowRanks, Throughput, memory_bytes
 from mega_scale.training.profiler import OutOfMemory, Profiler, explain_out_of_memory
 from mega_scale.training.reporters import Reporter, Run, TensorBoard, find_trackers
-from mega_scale.training.schedule import learning_rate, stable_step
+from mega_scale.training.schedule import Schedule
 from mega_scale.training.stopping import EndOfRunError, Progress, RunStatus, Stopping, StopRun, Watchdog, rows_of
 from mega_scale.training.summary import changes, describe_run, end_line, table
 
@@ -83,6 +84,7 @@ class Trainer:
         self.callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
         self.run_dir, self.remote = config.folder, config.remote()
         self.mesh = config.parallel.mesh(placement.size)
+        self.readers, self.reader = self.mesh.dp, self.mesh.dp_rank(self.rank)  # ranks that read different rows
         self.key = read_key(config.checkpoint.key_file)
         self.origin, self.checkpoint = resume_path(self.run_dir, config.resume), None
         if self.origin is not None:
@@ -112,8 +114,8 @@ class Trainer:
             dataset,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            rank=self.mesh.dp_rank(self.rank),
-            world_size=self.mesh.dp,
+            rank=self.reader,
+            world_size=self.readers,
             seed=data.seed,
             shuffle=data.shuffle,
             workers=data.workers,
@@ -286,14 +288,13 @@ class Trainer:
         self.engine.module.train()
         # Whatever was drawn until here, for workers or by libraries, is none of the run's.
         torch.manual_seed(train.seed)
-        self.progress = Progress(config.bad_steps)
+        self.progress, self.schedule = Progress(config.bad_steps), Schedule(config)
         if self.checkpoint is not None:
             from mega_scale.checkpoint.state import load_checkpoint
 
             self.watchdog.beat("loading")
             state = load_checkpoint(self.checkpoint, self.engine, world)
             self.progress = Progress.resume(config.bad_steps, self.checkpoint, state)
-        self.data_state = self.loader.state_dict(self.progress.position)
         self.layout = config.parallel.layout(world.size)
         described: dict[str, bytes] = {}  # what a checkpoint holds beside its state: settings, model and tokenizer
         if self.rank == 0:
@@ -311,16 +312,19 @@ class Trainer:
         self.reporter = Reporters(run, self.rank, self.trackers)
         self.throughput = Throughput(self.model_config, world.device, train.dtype, world.size)
         self.slow_ranks = SlowRanks(world, train.slow_rank_factor if world.size > 1 else 0.0)
-        kept = stable_step(config)
-        self.saver = Saver(self.run_dir, self.engine, world, described, config.checkpoint, self.key, kept, self.remote)
+        checkpoint = config.checkpoint, self.key, self.schedule.stable_step
+        self.saver = Saver(self.run_dir, self.engine, world, described, *checkpoint, self.remote)
         self.saver.on_wait = self.show_save
         if train.eval_command is not None and self.rank == 0:
             limit_s, key_file = train.eval_command_timeout_s, config.checkpoint.key_file
             outlets = self.saver.held, self.reporter.log, self.reporter.values
             self.eval_command = EvalCommand(train.eval_command, limit_s, self.run_dir, key_file, *outlets)
-        profiled = (self.run_dir, config.profile, self.rank, world.device)
-        self.profiler = Profiler(*profiled, self.reporter.log, self.throughput.skip)
-        self.call_back("on_start")
+        self.profiler: Profiler | None = None
+        if config.profile.steps:
+            profiled = self.run_dir, config.profile, self.rank, world.device
+            self.profiler = Profiler(*profiled, self.reporter.log, self.throughput.skip)
+        for callback in self.callbacks:
+            callback.on_start(self)
 
     def begin_folder(self) -> None:
         """Make the folder, and what the object store has of it, this run's own; first rank."""
@@ -332,11 +336,6 @@ class Trainer:
             remote.clear()  # the run that is overwritten, if there is one
         elif checkpoint.is_relative_to(self.run_dir):
             remote.complete(checkpoint)  # it may have become the newest
-
-    def call_back(self, method: str, *arguments: Any) -> None:
-        """Call a method of every callback."""
-        for callback in self.callbacks:
-            getattr(callback, method)(self, *arguments)
 
     def print_header(self, rows: Mapping[str, str]) -> None:
         """Say in eight lines what runs, then what there is to say of the text."""
@@ -361,7 +360,8 @@ class Trainer:
         stopped = None
         try:
             while progress.step < steps:
-                with self.profiler.step(progress.step + 1):
+                profiled = None if self.profiler is None else self.profiler.step(progress.step + 1)
+                with profiled or contextlib.nullcontext():
                     result = self.train_step()
                 self.after_step(result)
             if progress.evaluation is None:  # it was asked to stop in its last evaluation
@@ -372,15 +372,17 @@ class Trainer:
         ended = []
         if progress.saved != progress.step:
             self.watchdog.beat("saving")
-            ended = self.save()
+            ended = self.save(self.loader.state_dict(progress.position))
         self.log_saves([*ended, *self.saver.finish()])
         if progress.saved != progress.step:
             last = "there is none" if progress.folder is None else f"the last one is {progress.folder}"
             self.reporter.close()
             raise EndOfRunError(NOT_WRITTEN, f"the checkpoint of step {progress.step} could not be written; {last}")
-        self.profiler.finish(progress.step)
+        if self.profiler is not None:
+            self.profiler.finish(progress.step)
         self.finish_command(stopped)
-        self.call_back("on_end", stopped)
+        for callback in self.callbacks:
+            callback.on_end(self, stopped)
         self.watchdog.beat("closing trackers")
         self.reporter.close()
         self.log(end_line(self.config.run_dir, progress, steps, stopped, self.began))
@@ -390,7 +392,7 @@ class Trainer:
         """Do the next optimizer step, unless it is bad; collective. Raises StopRun before it computes."""
         world, progress = self.world, self.progress
         step = progress.step + 1
-        lr = learning_rate(step - 1, self.config)
+        lr = self.schedule.lr(step - 1)
         self.watchdog.beat("waiting for data", step)
         began = time.perf_counter()
         batches = self.loader.batches(progress.position)
@@ -407,7 +409,7 @@ class Trainer:
             given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
             inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
             # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
-            place = Place(step - 1, (i * self.mesh.dp + self.mesh.dp_rank(self.rank)) * len(inputs))
+            place = Place(step - 1, (i * self.readers + self.reader) * len(inputs))
             share = self.engine.forward(inputs, labels, seen, place, starts)
             self.engine.backward(share, last=i == len(batches) - 1)
             shares.append(share.detach())
@@ -429,12 +431,13 @@ class Trainer:
         """
         progress, train = self.progress, self.config.train
         self.throughput.add(result.tokens, result.waited, result.length)
-        self.reporter.advance()
+        if self.reporter.shown:
+            self.reporter.advance()
         progress.count(result.tokens, result.loss, taken=result.problem is None)
-        self.call_back("on_step", progress.step, result)
+        for callback in self.callbacks:
+            callback.on_step(self, progress.step, result)
         if result.problem is not None and self.after_bad_step(result):
             return  # rolled back: nothing to log
-        self.data_state = self.loader.state_dict(progress.position)
         step, last = progress.step, progress.step == train.steps
         if step % train.log_every == 0 or last:
             self.log_step(result)
@@ -450,17 +453,17 @@ class Trainer:
             self.sample()
         # A state whose last steps were bad is none to go back to.
         every = self.config.checkpoint.every
-        due = (bool(every) and step % every == 0) or step == stable_step(self.config) or self.runs_command(step)
+        due = (bool(every) and step % every == 0) or step == self.schedule.stable_step
+        due |= train.eval_command is not None and self.runs_command(step)
         if due and progress.bad.in_a_row == 0:
             self.watchdog.beat("saving")
-            self.log_saves(self.save())
+            self.log_saves(self.save(self.loader.state_dict(progress.position)))
         self.throughput.skip(time.perf_counter() - paused)
 
     def runs_command(self, step: int) -> bool:
-        """Whether `train.eval_command` is run on the checkpoint of a step."""
-        train = self.config.train
-        every = train.eval_command_every
-        return train.eval_command is not None and (step == train.steps or (every > 0 and step % every == 0))
+        """Whether `train.eval_command`, which there is, is run on the checkpoint of a step."""
+        every = self.config.train.eval_command_every
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
 
     def finish_command(self, stopped: str | None) -> None:
         """Wait for `train.eval_command`, as long as it may take, unless the run is to stop; collective."""
@@ -536,7 +539,8 @@ class Trainer:
             with self.engine.averaged():
                 found["average"] = evaluate_weights(self, self.validation, average=True)
         self.progress.evaluation = found
-        self.call_back("on_evaluation", self.progress.step, found)
+        for callback in self.callbacks:
+            callback.on_evaluation(self, self.progress.step, found)
 
     def sample(self) -> None:
         """Generate a text; collective. Raises StopRun."""
@@ -554,26 +558,30 @@ class Trainer:
         )
         self.reporter.sample(step, text)
 
-    def save(self) -> list[Saved]:
-        """Begin a checkpoint, or write it where saves are not asynchronous; collective. Returns saves that ended."""
+    def save(self, data: dict[str, Any]) -> list[Saved]:
+        """Begin a checkpoint, or write it where saves are not asynchronous; collective. Returns saves that ended.
+
+        `data` is what `Loader.state_dict` says of the steps so far.
+        """
         progress = self.progress
         state = {"step": progress.step, "tokens": progress.tokens, "bad_steps": asdict(progress.bad)}
         if progress.evaluation is not None:
             state["validation"] = progress.evaluation
-        state |= {"data": self.data_state, "layout": self.layout}
-        progress.saved = progress.step
-        self.reporter.begin_progress()
+        state |= {"data": data, "layout": self.layout}
+        progress.saved, self.save_began = progress.step, time.monotonic()
         return self.saver.save(progress.step, state)
 
     def show_save(self) -> None:
         """Say how far this rank's part of the checkpoint under way is."""
-        self.reporter.progress(self.progress.step, "saving", self.saver.written / 1e6, self.saver.total / 1e6, "MB")
+        done, total = self.saver.written / 1e6, self.saver.total / 1e6
+        self.reporter.progress(self.progress.step, "saving", done, total, "MB", since=self.save_began)
 
     def log_saves(self, ended: list[Saved]) -> None:
         """Say how saves ended, and remember the last checkpoint."""
         progress = self.progress
         for saved in ended:
-            self.call_back("on_save", saved)
+            for callback in self.callbacks:
+                callback.on_save(self, saved)
             if saved.folder is None:
                 if progress.saved == saved.step:
                     progress.saved = None

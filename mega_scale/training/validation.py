@@ -1,6 +1,7 @@
 """A run's loss on its validation sets, each by itself and all together."""
 
 import itertools
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,17 +37,16 @@ def evaluate_weights(trainer: "Trainer", dataset: PackedDataset, average: bool =
 def _evaluate_set(trainer: "Trainer", dataset: PackedDataset) -> tuple[Evaluation, float]:
     """The evaluation on one text, and the bytes of text that it is of; collective. Raises StopRun."""
     trainer.watchdog.beat("evaluating")
-    train, mesh, step = trainer.config.train, trainer.mesh, trainer.progress.step
+    train, readers, step = trainer.config.train, trainer.readers, trainer.progress.step
     rows = train.eval_batches * train.global_batch_size or len(dataset)
-    batches = validation_batches(dataset, rows, train.micro_batch_size, mesh.dp_rank(trainer.rank), mesh.dp)
+    batches = validation_batches(dataset, rows, train.micro_batch_size, trainer.reader, readers)
     ratio = dataset.tokens_per_byte(rows, partial(text_size, trainer.tokenizer))
-    batches_of_rank = -(-min(rows, len(dataset)) // (train.micro_batch_size * mesh.dp))
-    done = itertools.count(1)
-    trainer.reporter.begin_progress()
+    batches_of_rank = -(-min(rows, len(dataset)) // (train.micro_batch_size * readers))
+    done, began = itertools.count(1), time.monotonic()
 
     def after_batch() -> None:
         trainer.check_stop("evaluating")
-        trainer.reporter.progress(step, "evaluating", next(done), batches_of_rank, "batches")
+        trainer.reporter.progress(step, "evaluating", next(done), batches_of_rank, "batches", since=began)
 
     engine = trainer.engine
     found = evaluate(engine.module, engine.forward, batches, ratio, trainer.world, after_batch)

@@ -29,7 +29,7 @@ from mega_scale.model import MegaConfig
 from mega_scale.model.basic_layers import use_own_linear
 from mega_scale.model.families import causal_lm_class
 from mega_scale.model_section import model_config
-from mega_scale.training.schedule import learning_rate
+from mega_scale.training.schedule import Schedule
 
 ENGINES = {"deepspeed": "deepspeed", "torchrun": "fsdp"}
 NAMES = {"megalodon": "Megalodon", "mega": "Mega", "llama": "transformers' Llama"}
@@ -75,6 +75,7 @@ class Candidate:
             use_own_linear(self.model)
         self.family, self.rate, self.run, self.seconds = family, rate, run, []
         self.run.optimizer.lr, self.run.schedule.min_lr = rate, rate / 10
+        self.schedule = Schedule(run)
         decays = [p for p in self.model.parameters() if p.ndim == 2]
         rest = [p for p in self.model.parameters() if p.ndim != 2]
         how = run.optimizer
@@ -96,7 +97,7 @@ class Candidate:
             (self.losses(batch)[0] / seen).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optimizer.max_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, self.run)
+            group["lr"] = self.schedule.lr(number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.seconds.append(time.process_time() - began)

@@ -256,10 +256,9 @@ def test_progress_is_told_where_something_takes_long(tmp_path, capsys, monkeypat
     now = [0.0]
     monkeypatch.setattr("mega_scale.training.console.time.monotonic", lambda: now[0])
     reporter = reporters(tmp_path)
-    reporter.begin_progress()
     for batch in range(1, 61):
         now[0] += 1.0
-        reporter.progress(5, "evaluating", batch, 60, "batches")
+        reporter.progress(5, "evaluating", batch, 60, "batches", since=0.0)
     reporter.close()
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 5 | evaluating: 21 of 60 batches, 21 s so far" and "42 of 60" in second

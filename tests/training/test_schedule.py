@@ -8,7 +8,7 @@ import pytest
 
 from mega_scale.config import RunConfig
 from mega_scale.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from mega_scale.training.schedule import learning_rate, schedule_changes, stable_step
+from mega_scale.training.schedule import Schedule, schedule_changes
 
 BASE, TOTAL = 1e-3, 110
 
@@ -18,7 +18,7 @@ def _run(schedule: ScheduleConfig, lr: float, steps: int) -> RunConfig:
 
 
 def _rate(step: int, **settings) -> float:
-    return learning_rate(step, _run(ScheduleConfig(**settings), BASE, TOTAL))
+    return Schedule(_run(ScheduleConfig(**settings), BASE, TOTAL)).lr(step)
 
 
 def test_rise_is_linear_and_ends_at_the_base_rate():
@@ -36,7 +36,7 @@ def test_a_rise_below_one_is_a_share_of_the_run():
 
     def risen(warmup_steps, steps):
         schedule = ScheduleConfig("constant", warmup_steps)
-        return next(step for step in range(steps) if learning_rate(step, _run(schedule, 1.0, steps)) == 1.0)
+        return next(step for step in range(steps) if Schedule(_run(schedule, 1.0, steps)).lr(step) == 1.0)
 
     assert [risen(0.3, steps) for steps in (1, 6, 200)] == [0, 0, 59]
     assert [risen(whole, 1000) for whole in (0, 1, 60, 60.0)] == [0, 0, 59, 59]
@@ -95,11 +95,11 @@ def test_wsd_falls_in_the_shape_and_length_that_are_asked_for(shape, left, lengt
 
 def test_the_stable_part_does_not_depend_on_the_length_of_the_run():
     schedule = ScheduleConfig("wsd", warmup_steps=7, decay_steps=10)
-    short, long = (_run(schedule, BASE, steps) for steps in (50, 500))
-    assert [learning_rate(step, short) for step in range(41)] == [learning_rate(step, long) for step in range(41)]
-    assert stable_step(short) == 40 and stable_step(long) == 490
+    short, long = (Schedule(_run(schedule, BASE, steps)) for steps in (50, 500))
+    assert [short.lr(step) for step in range(41)] == [long.lr(step) for step in range(41)]
+    assert short.stable_step == 40 and long.stable_step == 490
     for other in ({"decay_steps": 0}, {"decay": "cosine"}, {"decay_steps": 50, "warmup_steps": 0}):
-        assert stable_step(_run(replace(schedule, **other), BASE, 50)) is None
+        assert Schedule(_run(replace(schedule, **other), BASE, 50)).stable_step is None
 
 
 @pytest.mark.parametrize(

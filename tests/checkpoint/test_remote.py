@@ -7,7 +7,7 @@ import object_store
 import pytest
 import s3fs
 from commands import exit_code
-from launching import TINY, pretrain
+from launching import ROOT, TINY, pretrain, study
 
 import mega_scale.object_store
 from launch import checkpoint as tool
@@ -268,3 +268,10 @@ def test_a_run_in_a_store_goes_on_bit_for_bit_on_an_empty_disk(server, tmp_path,
     config = parse([*TINY, f"run_dir={url}", disk])
     with pytest.raises(ValueError, match="holds a run already"):
         config.validate(1)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_jobs_that_are_killed_while_they_upload_leave_nothing_wrong():
+    code, output = study(ROOT / "tests/campaigns/store_kills.py", ["--kills", "2"], timeout=300)
+    assert code == 0 and " 0 problems" in output, output[-3000:]

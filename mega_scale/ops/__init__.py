@@ -1,4 +1,4 @@
-"""PyTorch modes that a function of tensors must respect: compilers and tracers, autocast, double backward.
+"""What functions of tensors share: chunks, threads, and PyTorch's modes (compilers, autocast), which they respect.
 
 Legend: B batch, L length, M chunks, c tokens of a chunk, W width.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+# Numbers of a tensor that are worth a thread.
+_OF_A_THREAD = 2**16
 ANY_LENGTH = ("export", "trace")
 """Ways of `tracing` that make one program for every length, so that no branch may depend on this one."""
 
@@ -45,6 +47,11 @@ def runs_triton(x: Tensor) -> bool:
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
         and importlib.util.find_spec("triton") is not None
     )
+
+
+def threads_for(x: Tensor) -> int:
+    """Threads that the work of C++ on a tensor is worth, of those that PyTorch takes."""
+    return max(1, min(torch.get_num_threads(), x.numel() // _OF_A_THREAD))
 
 
 def chunk_count(length: int, size: int) -> int:

@@ -12,10 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-# Numbers of a tensor that are worth a thread.
-_OF_A_THREAD = 2**16
 _HEADER = Path(__file__).with_name("native.h")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno"]
 # Floats of a vector register, and what lets a compiler use it, by what PyTorch finds the processor to have.
@@ -25,11 +22,6 @@ _WIDTHS: dict[str, tuple[int, list[str]]] = {
 }
 _OTHER: tuple[int, list[str]] = (4, [])
 _COMPILE_SECONDS = 300
-
-
-def threads_for(x: Tensor) -> int:
-    """Threads that the work on a tensor is worth, of those that PyTorch takes."""
-    return max(1, min(torch.get_num_threads(), x.numel() // _OF_A_THREAD))
 
 
 def load(source: Path, folder: Path | None = None) -> ctypes.CDLL:

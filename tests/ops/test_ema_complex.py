@@ -109,7 +109,7 @@ def test_forms_match_the_recurrence(length, impl):
 )
 @pytest.mark.parametrize("threads", [1, 3])
 def test_native_in_fp32_at_awkward_sizes(sizes, threads, monkeypatch):
-    monkeypatch.setattr("mega_scale.ops.native._OF_A_THREAD", 1)
+    monkeypatch.setattr("mega_scale.ops._OF_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     batch, length, channels, averages = sizes
     leaves = make_case(length, batch, channels, averages, dtype=torch.float32)

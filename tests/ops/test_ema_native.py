@@ -40,7 +40,7 @@ def run(tensors, resets, impl, dtype=torch.float32):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_awkward_sizes_match_the_recurrence_in_fp64(batch, length, channels, averages, documents, threads, monkeypatch):
-    monkeypatch.setattr("mega_scale.ops.native._OF_A_THREAD", 1)
+    monkeypatch.setattr("mega_scale.ops._OF_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     tensors, resets = make_case(batch, length, channels, averages)
     resets = resets if documents else None
@@ -52,7 +52,7 @@ def test_awkward_sizes_match_the_recurrence_in_fp64(batch, length, channels, ave
 
 def test_bits_do_not_depend_on_threads(monkeypatch):
     tensors, resets = make_case(2, 100, 80, 16)
-    monkeypatch.setattr("mega_scale.ops.native._OF_A_THREAD", 1)
+    monkeypatch.setattr("mega_scale.ops._OF_A_THREAD", 1)
     results = []
     for threads in (1, 2, 5, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

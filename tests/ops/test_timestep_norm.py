@@ -209,7 +209,7 @@ def test_it_keeps_its_input_and_two_numbers_a_token_and_group(impl):
 
 
 def test_bits_do_not_depend_on_threads_or_layouts(monkeypatch):
-    monkeypatch.setattr("mega_scale.ops.native._OF_A_THREAD", 1)
+    monkeypatch.setattr("mega_scale.ops._OF_A_THREAD", 1)
     leaves, count, resets, valid = make_case(100)
     found = []
     for threads in (1, 2, 5):

@@ -1,4 +1,4 @@
-"""The damped exponential moving average: one entry, and its forms in PyTorch's own operators.
+"""The damped exponential moving average: coefficients, one entry, and its forms in PyTorch's own operators.
 
 * recurrent: one token after the other. The truth that all other forms are tested against.
 * fft: a convolution, as in the public implementations; the only form with truncated kernels.
@@ -11,6 +11,7 @@ the last token. h is (B, D, N), or pairs of reals (B, D, N, 2) where coefficient
 Legend: B batch, L length, D channels (2D when bidirectional), N moving averages per channel.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,14 +27,7 @@ from mega_scale.ops import (
     without_autocast,
 )
 from mega_scale.ops.ema.blocked import blocked_ema
-from mega_scale.ops.ema.coefficients import (
-    EmaCoefficients,
-    Fade,
-    complex_ema_coefficients,
-    complex_product,
-    ema_coefficients,
-    forget,
-)
+from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade, complex_product, forget, wrap
 from mega_scale.ops.ema.native import library, native_ema, shipped
 
 __all__ = [
@@ -55,6 +49,46 @@ Arguments:
 * (B, L) bool, true where a document begins in this part; none: nowhere;
 * `back`: whether states travel from right to left.
 """
+
+
+def ema_coefficients(damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor) -> EmaCoefficients:
+    """Coefficients from a layer's parameters (arXiv 2209.10655, equations 5 and 6, in the names of HF 4.37.2).
+
+    `p = sigmoid(damping)`, `q = 1 - p sigmoid(decay)`, `gain = p expansion`, `projection / sqrt(N)`: in fp32 (fp64 for
+    fp64 parameters) whatever autocast says, from damping, decay and expansion (D, N, 1) and projection (D, N).
+    """
+    dtype = torch.promote_types(damping.dtype, torch.float32)
+    with without_autocast(damping.device):
+        p = damping.to(dtype).squeeze(-1).sigmoid()
+        # Both sigmoids can round to 1; the bound keeps log(0), and its gradient, out.
+        lost = (p * decay.to(dtype).squeeze(-1).sigmoid()).clamp_max(1 - torch.finfo(dtype).eps)
+        gain = p * expansion.to(dtype).squeeze(-1)
+        return EmaCoefficients(torch.log1p(-lost), gain, projection.to(dtype) * projection.shape[-1] ** -0.5)
+
+
+def complex_ema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> EmaCoefficients:
+    """Coefficients of Megalodon's complex average from a layer's parameters (arXiv 2404.08801, section 3.1).
+
+    As in the authors' code, the input has no phase: `p = sigmoid(alpha)`, `q = (1 - p sigmoid(delta)) exp(i phi)` with
+    `phi_k = 2 pi k sigmoid(theta) / N` for k from 1 to N, `gain = p`, `c = gamma / sqrt(N)`.
+
+    Args:
+        alpha, delta: (D, N, 1).
+        theta: (D, 1, 1).
+        gamma: (D, N, 2), real and imaginary part.
+
+    Returns:
+        log_decay and angle in fp64, the angle in (-pi, pi]; the others in fp32, or in fp64 for fp64 parameters.
+    """
+    dtype, averages = torch.promote_types(alpha.dtype, torch.float32), alpha.shape[1]
+    with without_autocast(alpha.device):
+        p = alpha.double().squeeze(-1).sigmoid()
+        lost = (p * delta.double().squeeze(-1).sigmoid()).clamp_max(1 - torch.finfo(torch.float64).eps)
+        log_decay = torch.log1p(-lost)
+        order = torch.arange(1, averages + 1, device=theta.device, dtype=torch.float64)
+        angle = wrap(theta.double().squeeze(-1).sigmoid() * order * (2 * math.pi / averages))
+        real, imaginary = (gamma.to(dtype) * averages**-0.5).unbind(-1)
+        return EmaCoefficients(log_decay, p.to(dtype), real, angle, imaginary)
 
 
 def damped_ema(
@@ -107,9 +141,9 @@ def damped_ema(
             f"coefficients have {rows} rows for {x.shape[2]} channels with bidirectional={bidirectional}: "
             "one row a channel and direction is needed"
         )
-    _check_kind(coefficients, bidirectional, truncation)
-    expected = coefficients.state_shape(x.shape[0])
-    if state is not None and tuple(state.shape) != expected:
+    if coefficients.angle is not None or coefficients.projection_imag is not None:
+        _check_complex(coefficients, bidirectional, truncation)
+    if state is not None and tuple(state.shape) != (expected := coefficients.state_shape(x.shape[0])):
         raise ValueError(f"state has shape {tuple(state.shape)}: expected {expected}")
     if resets is not None and (resets.shape != x.shape[:2] or resets.dtype != torch.bool):
         raise ValueError(f"resets are {resets.dtype} {tuple(resets.shape)}: expected bool {tuple(x.shape[:2])}")
@@ -141,16 +175,14 @@ def damped_ema(
         return y.to(given), end
 
 
-def _check_kind(coefficients: EmaCoefficients, bidirectional: bool, truncation: int | None) -> None:
-    """Raise ValueError where coefficients are complex in part, or lack what is asked for."""
+def _check_complex(coefficients: EmaCoefficients, bidirectional: bool, truncation: int | None) -> None:
+    """Raise ValueError where coefficients are complex in part only, or lack what is asked for."""
     parts = coefficients.angle, coefficients.projection_imag
     if (parts[0] is None) != (parts[1] is None):
         raise ValueError(
             f"coefficients have {'no angle' if parts[0] is None else 'no projection_imag'}: a complex average needs "
             "angle and projection_imag, a real one neither"
         )
-    if parts[0] is None:
-        return
     if bidirectional:
         raise ValueError("bidirectional=True with complex coefficients: a complex average runs from left to right only")
     if truncation is not None:

@@ -1,4 +1,4 @@
-"""Coefficients of the damped exponential moving average, real and complex, from a layer's parameters, and their powers.
+"""Coefficients of the damped exponential moving average, real and complex, and their powers.
 
 Complex numbers are pairs of reals, in a last dimension of 2: real part, imaginary part. No parameter, buffer or
 collective has a complex dtype.
@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.ops import without_autocast
-
 
 class Fade(NamedTuple):
     """A power of the decays, q^t: what is left of a state after t tokens.
@@ -28,7 +26,7 @@ class Fade(NamedTuple):
 
     def power(self, exponent: Tensor | float) -> "Fade":
         """Raised to an exponent that broadcasts against (D, N)."""
-        return Fade(self.log * exponent, None if self.angle is None else _wrap(self.angle * exponent))
+        return Fade(self.log * exponent, None if self.angle is None else wrap(self.angle * exponent))
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """The number itself: (D, N), or pairs (D, N, 2) of a complex average; computed in the dtype of log."""
@@ -91,44 +89,6 @@ class EmaCoefficients(NamedTuple):
         return (batch, *self.gain.shape) if self.angle is None else (batch, *self.gain.shape, 2)
 
 
-def ema_coefficients(damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor) -> EmaCoefficients:
-    """Coefficients from a layer's parameters (arXiv 2209.10655, equations 5 and 6, in the names of HF 4.37.2).
-
-    `p = sigmoid(damping)`, `q = 1 - p sigmoid(decay)`, `gain = p expansion`, `projection / sqrt(N)`: in fp32 (fp64 for
-    fp64 parameters) whatever autocast says, from damping, decay and expansion (D, N, 1) and projection (D, N).
-    """
-    dtype = torch.promote_types(damping.dtype, torch.float32)
-    with without_autocast(damping.device):
-        p = damping.to(dtype).squeeze(-1).sigmoid()
-        forget = _below_one(p * decay.to(dtype).squeeze(-1).sigmoid())
-        gain = p * expansion.to(dtype).squeeze(-1)
-        return EmaCoefficients(torch.log1p(-forget), gain, projection.to(dtype) * projection.shape[-1] ** -0.5)
-
-
-def complex_ema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> EmaCoefficients:
-    """Coefficients of Megalodon's complex average from a layer's parameters (arXiv 2404.08801, section 3.1).
-
-    As in the authors' code, the input has no phase: `p = sigmoid(alpha)`, `q = (1 - p sigmoid(delta)) exp(i phi)` with
-    `phi_k = 2 pi k sigmoid(theta) / N` for k from 1 to N, `gain = p`, `c = gamma / sqrt(N)`.
-
-    Args:
-        alpha, delta: (D, N, 1).
-        theta: (D, 1, 1).
-        gamma: (D, N, 2), real and imaginary part.
-
-    Returns:
-        log_decay and angle in fp64, the angle in (-pi, pi]; the others in fp32, or in fp64 for fp64 parameters.
-    """
-    dtype, averages = torch.promote_types(alpha.dtype, torch.float32), alpha.shape[1]
-    with without_autocast(alpha.device):
-        p = alpha.double().squeeze(-1).sigmoid()
-        log_decay = torch.log1p(-_below_one(p * delta.double().squeeze(-1).sigmoid()))
-        order = torch.arange(1, averages + 1, device=theta.device, dtype=torch.float64)
-        angle = _wrap(theta.double().squeeze(-1).sigmoid() * order * (2 * math.pi / averages))
-        real, imaginary = (gamma.to(dtype) * averages**-0.5).unbind(-1)
-        return EmaCoefficients(log_decay, p.to(dtype), real, angle, imaginary)
-
-
 def complex_product(a: Tensor, b: Tensor) -> Tensor:
     """Product of complex numbers as pairs, (..., 2) each."""
     (a_re, a_im), (b_re, b_im) = a.unbind(-1), b.unbind(-1)
@@ -140,11 +100,6 @@ def forget(state: Tensor, rows: Tensor) -> Tensor:
     return state.masked_fill(rows.view(-1, *[1] * (state.dim() - 1)), 0.0)
 
 
-def _below_one(forget: Tensor) -> Tensor:
-    """Both sigmoids can round to 1; the bound keeps log(0), and its gradient, out."""
-    return forget.clamp_max(1 - torch.finfo(forget.dtype).eps)
-
-
-def _wrap(angle: Tensor) -> Tensor:
+def wrap(angle: Tensor) -> Tensor:
     """The same angle in (-pi, pi], with a gradient of 1."""
     return angle - 2 * math.pi * (angle.detach() / (2 * math.pi) - 0.5).ceil()

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import in_memory, once_differentiable
+from mega_scale.ops import in_memory, once_differentiable, threads_for
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.native import load, threads_for
+from mega_scale.ops.native import load
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 
@@ -42,20 +42,19 @@ def native_ema(
         raise ValueError("impl='native' cannot run where a tracer or a transform is active: use impl='auto'")
     if library() is None:
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
-    if state is None:
-        state = x.new_zeros(coefficients.state_shape(len(x)))
-    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *coefficients, state))
+    given = [c for c in coefficients[:] if c is not None]
+    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, *given))
     resets = None if resets is None else resets.contiguous()
-    y, end = _Walk.apply(resets, keeps, x.contiguous(), state, *coefficients)
+    y, end = _Walk.apply(resets, keeps, x.contiguous(), state, *given)
     return y, end
 
 
 class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, resets: Tensor | None, keeps: bool, x: Tensor, state: Tensor, *given: Tensor
+        ctx: Any, resets: Tensor | None, keeps: bool, x: Tensor, state: Tensor | None, *given: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """resets (B, L), whether there will be a backward pass, x (B, L, D), state, and coefficients (D, N)."""
+        """resets (B, L), whether there will be a backward pass, x (B, L, D), state, none for zero, and coefficients."""
         native: Any = library()
         batch, length, channels = x.shape
         coefficients = EmaCoefficients(*given)
@@ -65,7 +64,9 @@ class _Walk(torch.autograd.Function):
         rows = _rows(coefficients, counts)
         kept = (batch, blocks, native.mega_ema_states(channels, averages, parts))
         befores = x.new_empty(kept) if keeps else None
-        y, end = torch.empty_like(x), state.clone(memory_format=torch.contiguous_format)
+        y, end = torch.empty_like(x), x.new_zeros(batch, channels, averages, *[2] * (parts - 1))
+        if state is not None:
+            end.copy_(state)
         ctx.sizes = batch, length, channels, averages, parts, int(x.dtype == torch.float64), threads_for(x)
         tensors = x, rows, resets, end, y, befores
         native.mega_ema_forward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
@@ -84,22 +85,23 @@ class _Walk(torch.autograd.Function):
         tensors = x, dy, rows, befores, resets, adjoint, dx, gradients
         native.mega_ema_backward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
         d_rate, d_gain, d_projection, *more = gradients
-        q = rows[0] + 1
+        d_state, q = adjoint if ctx.needs_input_grad[3] else None, rows[0] + 1
         if not complex_numbers:
-            return None, None, dx, adjoint, d_rate * q.to(x.dtype), d_gain, d_projection
+            return None, None, dx, d_state, d_rate * q.to(x.dtype), d_gain, d_projection
         # By the real and the imaginary part of q, to those of its logarithm.
         (d_rotation, d_imaginary), rotation = more, rows[3]
         d_log_decay, d_angle = d_rate * q + d_rotation * rotation, d_rotation * q - d_rate * rotation
-        return None, None, dx, adjoint, d_log_decay, d_gain, d_projection, d_angle, d_imaginary
+        return None, None, dx, d_state, d_log_decay, d_gain, d_projection, d_angle, d_imaginary
 
 
 def _rows(coefficients: EmaCoefficients, counts: tuple[int, int]) -> Tensor:
     """Rows (5, D, N), or (9, D, N) of a complex average, in fp64: what native.cpp calls coefficients."""
-    wide = EmaCoefficients(*(c.double() for c in coefficients))
-    log_decay, gain, projection, angle, imaginary = wide[:]
+    log_decay, gain, projection, *more = (c.double() for c in coefficients[:] if c is not None)
+    if not more:
+        return torch.stack([torch.expm1(log_decay), gain, projection, *((log_decay * count).exp() for count in counts)])
+    angle, imaginary = more
+    wide = EmaCoefficients(log_decay, gain, projection, angle, imaginary)
     fades = [wide.fade(count).value(torch.float64) for count in counts]
-    if angle is None or imaginary is None:
-        return torch.stack([torch.expm1(log_decay), gain, projection, *fades])
     # q - 1 without the rounding of q.
     rate = torch.expm1(log_decay) * angle.cos() - 2 * (angle / 2).sin().square()
     rotation = log_decay.exp() * angle.sin()

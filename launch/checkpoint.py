@@ -22,7 +22,7 @@ from typing import Any
 from mega_scale.checkpoint import folder as store
 from mega_scale.checkpoint.remote import RemoteRun, localized, split_url
 from mega_scale.data.config import cache_folder
-from mega_scale.object_store import path_or_url
+from mega_scale.files import path_or_url
 from mega_scale.parallel import check_single
 from mega_scale.process import log_to_stderr, run_command
 

@@ -24,7 +24,7 @@ from mega_scale.checkpoint.remote import localized
 from mega_scale.data import DataConfig, load_whole, validation_batches
 from mega_scale.data.config import cache_folder
 from mega_scale.data.tokenizer import adds_bos
-from mega_scale.object_store import path_or_url
+from mega_scale.files import path_or_url
 from mega_scale.parallel import ParallelConfig, World, placement
 from mega_scale.parallel.engine import loss_of
 from mega_scale.process import log_to_stderr, refuse, run_command

@@ -16,8 +16,8 @@ import torch
 from mega_scale.checkpoint.folder import read_key
 from mega_scale.checkpoint.remote import localized
 from mega_scale.data.config import cache_folder
+from mega_scale.files import path_or_url
 from mega_scale.hub.export import DTYPES
-from mega_scale.object_store import path_or_url
 from mega_scale.parallel import check_single
 from mega_scale.process import log_to_stderr, run_command
 from mega_scale.settings import require

@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mega_scale.checkpoint import folder as store
-from mega_scale.checkpoint.remote import RemoteRun, localized, work_folder
 from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder, resume_path
 from mega_scale.data.config import DataConfig, cache_folder
-from mega_scale.files import local_path, shipped
-from mega_scale.help import format_help
+from mega_scale.files import is_url, local_path, shipped
 from mega_scale.model.configuration import BaseConfig
 from mega_scale.model_section import (
     FROM_TOKENIZER,
@@ -30,7 +28,6 @@ from mega_scale.model_section import (
     model_config,
     section_of,
 )
-from mega_scale.object_store import is_url
 from mega_scale.parallel import mesh
 from mega_scale.parallel.config import EngineConfig, ParallelConfig, check_accelerate
 from mega_scale.process import log_to_stderr, refuse
@@ -39,6 +36,8 @@ from mega_scale.training.config import BadStepsConfig, OptimizerConfig, ProfileC
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from mega_scale.checkpoint.remote import RemoteRun
 
 DEFAULT_CONFIG = shipped("configs") / "debug.yaml"
 
@@ -92,13 +91,18 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """Where this host has the run: `run_dir`, or the folder for a run in an object store."""
-        cache = cache_folder(self.data.cache_dir)
-        return work_folder(self.run_dir, cache) if is_url(self.run_dir) else Path(self.run_dir)
+        if not is_url(self.run_dir):
+            return Path(self.run_dir)
+        from mega_scale.checkpoint.remote import work_folder
 
-    def remote(self) -> RemoteRun | None:
+        return work_folder(self.run_dir, cache_folder(self.data.cache_dir))
+
+    def remote(self) -> "RemoteRun | None":
         """The run in its object store, if it is in one. Raises ValueError where that cannot be used."""
         if not is_url(self.run_dir):
             return None
+        from mega_scale.checkpoint.remote import RemoteRun
+
         return RemoteRun(self.run_dir, cache_folder(self.data.cache_dir), store.read_key(self.checkpoint.key_file))
 
     def engine_config(self, world_size: int) -> EngineConfig:
@@ -351,6 +355,8 @@ def bring(config: RunConfig, log: Callable[[str], None]) -> RunConfig:
         if remote := config.remote():
             remote.prepare(log, resumes=config.resume in ("latest", "auto"))
         if is_url(config.resume):
+            from mega_scale.checkpoint.remote import localized
+
             key, secret = "resume", store.read_key(config.checkpoint.key_file)
             path = localized(str(config.resume), cache_folder(config.data.cache_dir), secret, log)
             config = dataclasses.replace(config, resume=str(path))
@@ -394,6 +400,8 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
     try:
         configs, overrides, options = split_arguments(argv, (field.name for field in dataclasses.fields(RunConfig)))
         if "help" in options:
+            from mega_scale.help import format_help
+
             text = format_help(RunConfig, _DESCRIPTION, _OPTIONS, options["help"])
             if not quiet:
                 print(text, end="", flush=True)

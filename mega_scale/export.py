@@ -14,11 +14,10 @@ from mega_scale.checkpoint.remote import localized
 from mega_scale.config import load_config
 from mega_scale.data import as_trained
 from mega_scale.data.config import cache_folder
-from mega_scale.files import check_destination
+from mega_scale.files import check_destination, path_or_url
 from mega_scale.hub.export import DEFAULT_SHARD_BYTES, model_card, write_export
 from mega_scale.hub.megalodon import write_original
 from mega_scale.model import MegalodonConfig
-from mega_scale.object_store import path_or_url
 from mega_scale.parallel import check_single
 from mega_scale.process import log_to_stderr
 from mega_scale.training.trained_model import open_checkpoint, open_model

@@ -21,6 +21,20 @@ import xxhash
 
 _LONGEST_REASON = 2000  # characters: what several ranks say comes in one line
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.\-]+):/")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(?!/).+")
+# Not stores: folders of this machine, and what only lives in a process or cannot be written.
+_NO_STORES = ("file", "local", "http", "https", "data")
+
+
+def is_url(path: str | None) -> bool:
+    """Whether a path lies in an object store, such as `s3://bucket/run`."""
+    match = _URL.fullmatch((path or "").strip())
+    return match is not None and match[1].lower() not in _NO_STORES
+
+
+def path_or_url(text: str) -> Path | str:
+    """A path of this host, or a place in an object store, as an argument of a command."""
+    return text if is_url(text) else Path(text)
 
 
 def local_path(path: str, key: str) -> str:

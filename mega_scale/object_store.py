@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,28 +10,14 @@ from typing import Any, TypeVar
 from mega_scale.files import Record, forget, hash_file, in_turn, new_hash, reason
 
 T = TypeVar("T")
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(?!/).+")
 # What has to be installed for a kind of store, and by which extra of ours, where there is one.
 _PACKAGES = {
     "s3": ("s3fs", "'mega_scale[s3]'"), "s3a": ("s3fs", "'mega_scale[s3]'"), "gs": ("gcsfs", "gcsfs"),
     "gcs": ("gcsfs", "gcsfs"), "hf": ("huggingface_hub", "huggingface_hub"), "az": ("adlfs", "adlfs"),
     "abfs": ("adlfs", "adlfs"), "abfss": ("adlfs", "adlfs"),
 }  # fmt: skip
-# Not stores: folders of this machine, and what only lives in a process or cannot be written.
-_NO_STORES = ("file", "local", "http", "https", "data")
 _TRIES, _PAUSE_S = 5, 0.5  # of a request; the pause doubles
 _CHUNK_BYTES = 8 * 2**20
-
-
-def is_url(path: str | None) -> bool:
-    """Whether a path lies in an object store, such as `s3://bucket/run`."""
-    match = _URL.fullmatch((path or "").strip())
-    return match is not None and match[1].lower() not in _NO_STORES
-
-
-def path_or_url(text: str) -> Path | str:
-    """A path of this host, or a place in an object store, as an argument of a command."""
-    return text if is_url(text) else Path(text)
 
 
 class ObjectStore:

@@ -29,12 +29,13 @@ from mega_scale.files import (
     forget,
     hash_file,
     in_turn,
+    is_url,
     machine_id,
     process_start,
     reason,
     replace_text,
 )
-from mega_scale.object_store import ObjectStore, folder_of, is_url
+from mega_scale.object_store import ObjectStore, folder_of
 
 # What lies beside the checkpoints and is kept in the store too.
 _BESIDE = ("config.yaml", "metrics.jsonl", "status.json", "trackers.json", "tensorboard/events.out.tfevents.*")

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mega_scale.checkpoint import folder as store
-from mega_scale.checkpoint.remote import RemoteRun
 from mega_scale.files import Record, discard, flush, forget, hash_file, new_hash, reason, replace_text, write_json
 from mega_scale.parallel import Engine, World
 from mega_scale.parallel.shard import WEIGHT, EngineState
+
+if TYPE_CHECKING:
+    from mega_scale.checkpoint.remote import RemoteRun
 
 INDEX = "index.json"
 FORMAT = 1
@@ -89,7 +91,7 @@ class Saver:
         config: store.CheckpointConfig,
         key: bytes | None = None,
         kept: int | None = None,
-        remote: RemoteRun | None = None,
+        remote: "RemoteRun | None" = None,
     ) -> None:
         self._run_dir, self._engine, self._world, self._described = run_dir, engine, world, described
         self._config, self._key, self._remote = config, key, remote
@@ -267,7 +269,7 @@ class Saver:
         store.sweep(self._run_dir)
         return manifest.bytes, time.perf_counter() - save.began, remark
 
-    def _publish(self, remote: RemoteRun, folder: Path, manifest: store.Manifest, unsent: list[str]) -> str:
+    def _publish(self, remote: "RemoteRun", folder: Path, manifest: store.Manifest, unsent: list[str]) -> str:
         """Make a checkpoint of what all ranks uploaded; returns what went wrong beside it. Raises OSError."""
         try:
             if failed := [f"rank {rank}: {problem}" for rank, problem in enumerate(unsent) if problem]:

@@ -12,8 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from mega_scale.files import local_path
-from mega_scale.object_store import copy_folder, folder_of, is_url
+from mega_scale.files import is_url, local_path
 from mega_scale.settings import allowed, known_keys, load_object
 
 Source = Literal["python-stdlib", "text", "json", "parquet", "arrow", "hub", "prepared", "own"]
@@ -167,13 +166,19 @@ class DataConfig:
     def prepared(self) -> Path:
         """Where this host has the prepared data, or its copy."""
         [path] = self.path or [""]
-        return folder_of(path, cache_folder(self.cache_dir), "copies") if is_url(path) else Path(path)
+        if not is_url(path):
+            return Path(path)
+        from mega_scale.object_store import folder_of
+
+        return folder_of(path, cache_folder(self.cache_dir), "copies")
 
     def bring(self) -> None:
         """Copy prepared data that lies in an object store to this host. Raises ValueError or OSError."""
         sources = [source for source, *_ in mixture_entries(self).values()] if self.mixture else [self]
         for source in [*sources, *validation_sets(self).values()]:
             for path in filter(is_url, source.path or []):
+                from mega_scale.object_store import copy_folder
+
                 copy_folder(path, cache_folder(self.cache_dir), "data.path")
 
     @property
@@ -327,8 +332,8 @@ def find_on_hub(name: str, kind: Literal["model", "dataset"]) -> Literal["there"
 
     A name that is hidden from this user is absent; without a network, all are unreachable.
     """
-    from huggingface_hub import HfApi  # noqa: PLC0415  a quarter of a second
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=_HUB_TIMEOUT_S)

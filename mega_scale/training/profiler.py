@@ -16,6 +16,7 @@ from torch import Tensor
 from mega_scale.files import reason, replace_text
 from mega_scale.parallel import Engine
 from mega_scale.training.config import ProfileConfig
+from mega_scale.training.stopping import OutOfMemory
 
 if TYPE_CHECKING:
     from mega_scale.training.trainer import Trainer
@@ -103,17 +104,6 @@ def _free(path: Path) -> Path:
 
 
 # Memory that runs out
-
-
-class OutOfMemory(SystemExit):
-    """Ends this rank, with exit code 1 and a line that says what held its memory, and which keys lower it."""
-
-    def __init__(self, line: str) -> None:
-        super().__init__(1)
-        self.line = line
-
-    def __str__(self) -> str:
-        return self.line
 
 
 def ran_out(error: BaseException) -> bool:

@@ -141,6 +141,17 @@ class EndOfRunError(Exception):
         self.code = code
 
 
+class OutOfMemory(SystemExit):
+    """Ends this rank, with exit code 1 and a line that says what held its memory, and which keys lower it."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(1)
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line
+
+
 class StopRun(Exception):
     """All ranks agreed to stop; raised on all of them at the same place."""
 

@@ -6,11 +6,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +29,27 @@ from mega_scale.parallel import Place, Placement, World, layout_changes, paralle
 from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr
 from mega_scale.settings import to_yaml
-from mega_scale.training.callbacks import Callback, load_callbacks
 from mega_scale.training.config import build_optimizer, seconds_of
 from mega_scale.training.console import Reporters
-from mega_scale.training.eval_command import EvalCommand, words_of
 from mega_scale.training.metrics import SlowRanks, Throughput, memory_bytes
-from mega_scale.training.profiler import OutOfMemory, Profiler, explain_out_of_memory
 from mega_scale.training.reporters import Reporter, Run, TensorBoard, find_trackers
 from mega_scale.training.schedule import Schedule
-from mega_scale.training.stopping import EndOfRunError, Progress, RunStatus, Stopping, StopRun, Watchdog, rows_of
+from mega_scale.training.stopping import (
+    EndOfRunError,
+    OutOfMemory,
+    Progress,
+    RunStatus,
+    Stopping,
+    StopRun,
+    Watchdog,
+    rows_of,
+)
 from mega_scale.training.summary import changes, describe_run, end_line, table
+
+if TYPE_CHECKING:
+    from mega_scale.training.callbacks import Callback
+    from mega_scale.training.eval_command import EvalCommand
+    from mega_scale.training.profiler import Profiler
 
 _POLL_S = 0.5  # between two looks at a command
 
@@ -66,6 +77,8 @@ class Trainer:
     world: World
     watchdog: Watchdog
     stopping: Stopping
+    eval_command: "EvalCommand | None" = None  # of the first rank, whose machine needs the program
+    profiler: "Profiler | None" = None  # of a run with steps to trace
 
     def __init__(
         self,
@@ -73,7 +86,7 @@ class Trainer:
         placement: Placement,
         signals: StopSignals,
         trackers: Mapping[str, Callable[[Run], Reporter]] | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence["Callback"] = (),
     ) -> None:
         self.config, self.rank, self.signals = config, placement.rank, signals
         self.began = time.monotonic()
@@ -81,7 +94,11 @@ class Trainer:
         if not config.train.tensorboard:
             self.trackers.clear()
         self.trackers |= find_trackers(config.train.trackers) | dict(trackers or {})
-        self.callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
+        self.callbacks = list(callbacks)
+        if config.train.callbacks:
+            from mega_scale.training.callbacks import load_callbacks
+
+            self.callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
         self.run_dir, self.remote = config.folder, config.remote()
         self.mesh = config.parallel.mesh(placement.size)
         self.readers, self.reader = self.mesh.dp, self.mesh.dp_rank(self.rank)  # ranks that read different rows
@@ -99,8 +116,9 @@ class Trainer:
             tensors = open_folder(config.init_from)[1]
             self.values = lambda name, owner, local_name: tensors[name]
         data, train = config.data, config.train
-        self.eval_command: EvalCommand | None = None  # of the first rank, whose machine needs the program
         if train.eval_command is not None and self.rank == 0:
+            from mega_scale.training.eval_command import words_of
+
             words_of(train.eval_command)
         self.tokenizer = as_trained(tokenizer, data.add_bos)
         if train.sample_every:
@@ -181,10 +199,10 @@ class Trainer:
                 self.check_ranks_agree()
                 if self.origin is not None:
                     self.checkpoint = self.choose_checkpoint(self.origin)
-                with explain_out_of_memory(self):
+                with _explain_out_of_memory(self):
                     self.set_up()
                 try:
-                    with explain_out_of_memory(self):
+                    with _explain_out_of_memory(self):
                         stopped = self.train()
                 finally:
                     if self.eval_command is not None:
@@ -316,11 +334,14 @@ class Trainer:
         self.saver = Saver(self.run_dir, self.engine, world, described, *checkpoint, self.remote)
         self.saver.on_wait = self.show_save
         if train.eval_command is not None and self.rank == 0:
+            from mega_scale.training.eval_command import EvalCommand
+
             limit_s, key_file = train.eval_command_timeout_s, config.checkpoint.key_file
             outlets = self.saver.held, self.reporter.log, self.reporter.values
             self.eval_command = EvalCommand(train.eval_command, limit_s, self.run_dir, key_file, *outlets)
-        self.profiler: Profiler | None = None
         if config.profile.steps:
+            from mega_scale.training.profiler import Profiler
+
             profiled = self.run_dir, config.profile, self.rank, world.device
             self.profiler = Profiler(*profiled, self.reporter.log, self.throughput.skip)
         for callback in self.callbacks:
@@ -607,6 +628,18 @@ def describe_model(config: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> di
         tokenizer.save_pretrained(folder)
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         return {f"model/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files}
+
+
+@contextlib.contextmanager
+def _explain_out_of_memory(trainer: Trainer) -> Iterator[None]:
+    """Turn an error of memory that runs out into `OutOfMemory`, after a report is written into the run folder."""
+    try:
+        yield
+    except Exception:
+        from mega_scale.training.profiler import explain_out_of_memory
+
+        with explain_out_of_memory(trainer):
+            raise
 
 
 def _end_without_folder(reason: str) -> None:

@@ -18,8 +18,8 @@ from mega_scale.checkpoint.saver import flush_and_hash
 from mega_scale.config import parse
 from mega_scale.data import load_datasets
 from mega_scale.data.tokenizer import load_tokenizer
-from mega_scale.files import LockedError
-from mega_scale.object_store import ObjectStore, copy_folder, is_url
+from mega_scale.files import LockedError, is_url
+from mega_scale.object_store import ObjectStore, copy_folder
 from mega_scale.settings import to_yaml
 
 

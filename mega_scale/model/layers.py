@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mega_scale.model.attention import ChunkedAttention
-from mega_scale.model.basic_layers import INDICES, MegaDropout, check_ids, check_inputs
+from mega_scale.model.basic_layers import INDICES, ChunkedAttention, MegaDropout, check_ids, check_inputs
 from mega_scale.model.cache import LayerState
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops import without_autocast
-from mega_scale.ops.attention import ChunkDocuments, chunk_attention
+from mega_scale.ops.attention import chunk_attention
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
 from mega_scale.ops.ema import Carry, damped_ema, ema_coefficients
 
@@ -248,7 +247,6 @@ class MegaMovingAverageGatedAttention(ChunkedAttention):
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config, causal=config.is_decoder)
-        self.config = config
         self.activation = ACT2FN[config.activation]
         self.gates = EAGER
         self.ema_dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
@@ -285,8 +283,7 @@ class MegaMovingAverageGatedAttention(ChunkedAttention):
         the padding before each row's first token, from which chunks count; `borders` are of documents in rows without
         such padding. Weights are (B, K, C, C), or (B, 1, L, position + L) while one chunk holds everything.
         """
-        length = x.shape[1]
-        new_mask = None if mask is None else mask[:, -length:]
+        new_mask = None if mask is None else mask[:, -x.shape[1] :]
         normed = self.norm(x, new_mask) if self.config.normalize_before_mega else x
         averaged, ema_state = self.ema_gate(
             normed, new_mask, None if state is None else state.ema, None if borders is None else borders.starts
@@ -300,10 +297,7 @@ class MegaMovingAverageGatedAttention(ChunkedAttention):
             update, z, gate, candidate = segments
             # They keep what precision they have: relu2 squares their scores.
             q, k = self.gates.queries_and_keys(z, self.qk_weight, self.qk_bias)
-            seen = self.position(state, return_state, x)
-            attended, weights, kept = self.attend(
-                q, k, v, mask, pads, seen, state, return_state, return_weights, borders
-            )
+            attended, weights, kept = self.attend(q, k, v, mask, pads, state, return_state, return_weights, borders)
         with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + self.h_proj(gated)
         if self.config.activation == "silu" and not (self.dropout.training and self.dropout.p):
@@ -315,32 +309,13 @@ class MegaMovingAverageGatedAttention(ChunkedAttention):
         if not return_state or ema_state is None:
             return out, weights, None
         assert kept is not None
-        return out, weights, LayerState(ema_state, *kept, seen + length)
+        return out, weights, LayerState(ema_state, *kept)
 
-    def attend_chunks(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        offset: int | Tensor,
-        return_weights: bool,
-        documents: ChunkDocuments | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return chunk_attention(
-            q, k, v, self.rel_pos_bias(q.shape[2], k.shape[2], offset),
-            activation=self.config.attention_activation,
-            causal=self.causal,
-            offset=offset,
-            key_mask=key_mask,
-            dropout=self.weight_dropout(),
-            return_weights=return_weights,
-            documents=documents,
-            impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",
-        )  # fmt: skip
-
-    def drop_values(self, v: Tensor) -> Tensor:
-        return self.hidden_dropout(v)
+    def attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, **rules: Any) -> tuple[Tensor, Tensor | None]:
+        if self.training:  # as rows (B, K J, E)
+            v = self.hidden_dropout(v.flatten(1, 2)).view(v.shape)
+        bias = self.rel_pos_bias(q.shape[2], k.shape[2], rules["offset"])
+        return chunk_attention(q, k, v, bias, activation=self.config.attention_activation, **rules)
 
 
 class MegaGatedCrossAttention(nn.Module):

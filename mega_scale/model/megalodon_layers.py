@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mega_scale.model.attention import ChunkedAttention
-from mega_scale.model.basic_layers import MegaDropout
+from mega_scale.model.basic_layers import ChunkedAttention, MegaDropout
 from mega_scale.model.cache import LayerState
 from mega_scale.model.configuration_megalodon import MegalodonConfig
 from mega_scale.model.rows import DocumentBorders
-from mega_scale.ops.attention import ChunkDocuments, chunk_attention, turn, turns
+from mega_scale.ops.attention import chunk_attention, turn, turns
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
 from mega_scale.ops.ema import Carry, complex_ema_coefficients, damped_ema
 from mega_scale.ops.timestep_norm import MomentCarry, Moments, timestep_norm
@@ -138,7 +137,7 @@ class MegalodonAttention(ChunkedAttention):
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
-        self.config, self.gates = config, EAGER
+        self.gates = EAGER
         channels, keys, values = config.hidden_size, config.shared_representation_size, config.intermediate_size
         self.heads = config.num_attention_heads
         self.dropout = MegaDropout(config.dropout_prob)
@@ -182,15 +181,14 @@ class MegalodonAttention(ChunkedAttention):
         with recomputed(F.silu, pre) as v:
             q, k = self.gates.normalized_queries_and_keys(z, self.gamma, self.beta, self.heads, self.config.norm_eps)
             q, k = self.turn(q, k, rotary)
-            seen = self.position(state, return_state, x)
-            attended, _, kept = self.attend(q, k, v, mask, pads, seen, state, return_state, False, borders)
+            attended, _, kept = self.attend(q, k, v, mask, pads, state, return_state, False, borders)
         with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + self.wh2(self.hidden_dropout(gated))
         out = x + self.dropout(candidate)
         if not return_state:
             return out, None
         assert kept is not None and ema_state is not None
-        return out, LayerState(ema_state, *kept, seen + x.shape[1], moments)
+        return out, LayerState(ema_state, *kept, moments)
 
     def from_average(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What becomes queries and keys (B, L, Z), the gate (B, L, E), and the candidate (B, L, D) before attention."""
@@ -202,28 +200,9 @@ class MegalodonAttention(ChunkedAttention):
         turns = rotary.turns.to(q.device)  # where layers are on several
         return turn(q, turns).flatten(2), turn(k, turns).flatten(2)
 
-    def attend_chunks(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        offset: int | Tensor,
-        return_weights: bool,
-        documents: ChunkDocuments | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, **rules: Any) -> tuple[Tensor, Tensor | None]:
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in (q, k, v))
-        out, weights = chunk_attention(
-            q, k, v,
-            scale=1.0,
-            causal=self.causal,
-            offset=offset,
-            key_mask=key_mask,
-            dropout=self.weight_dropout(),
-            return_weights=return_weights,
-            documents=documents,
-            impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",
-        )  # fmt: skip
+        out, weights = chunk_attention(q, k, v, scale=1.0, **rules)
         return out.transpose(2, 3).flatten(3), weights
 
 

@@ -41,7 +41,7 @@ def op_normalized_attention(z, v, gamma, beta, heads, chunk, rope_base, eps, sta
     mask, pads, borders = read_rows(valid, starts, {}, None, z, chunk=chunk, positional=True)
     q, k = layer.gates.normalized_queries_and_keys(z, gamma, beta, heads, eps)
     q, k = layer.turn(q, k, RotaryTurns.at(0, pads, z, config))
-    return layer.attend(q, k, v, mask, pads, 0, None, False, False, borders)[0]
+    return layer.attend(q, k, v, mask, pads, None, False, False, borders)[0]
 
 
 def call(layer, parameters, *args):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from mega_scale.parallel.config import EngineConfig
-from mega_scale.parallel.muon import Muon
 from mega_scale.parallel.shard import (
     AVERAGE,
     MOMENTS,
@@ -37,8 +36,10 @@ from mega_scale.parallel.shard import (
     on_meta,
     shardings,
 )
-from mega_scale.parallel.weight_average import WeightAverage
 from mega_scale.parallel.world import World
+
+if TYPE_CHECKING:
+    from mega_scale.parallel.weight_average import WeightAverage
 
 BuildOptimizer = Callable[[nn.Module], Optimizer]
 """Makes AdamW, or `Muon`, over the parameters of a model that an engine has sharded."""
@@ -60,6 +61,7 @@ class Engine(ABC):
     """
 
     _adam: Optimizer
+    _average: "WeightAverage | None" = None
 
     def __init__(
         self,
@@ -75,13 +77,15 @@ class Engine(ABC):
         self._tp, self._fsdp, self._copies = world.axes["tp"], world.axes["fsdp"], world.axes["dp_replicate"]
         self._stage, self._max_grad_norm = config.parallel.zero_stage, config.max_grad_norm
         self._call: Callable[..., Any] = model
-        self._average: WeightAverage | None = None
         self._matrices: set[str] = set()  # parameters that Muon steps
         self._build(values, config, build_optimizer)
-        if isinstance(self._adam, Muon):
+        if self._matrices:
             tensors, places = self.state().tensors, {name: self._stepped(name) for name in self._matrices}
-            self._adam.attach([(name, tensors[name], *places[name][:2]) for name in places], world)
+            muon: Any = self._adam
+            muon.attach([(name, tensors[name], *places[name][:2]) for name in places], world)
         if config.weight_average:
+            from mega_scale.parallel.weight_average import WeightAverage
+
             held = {name: local.tensors for name, local in self.state().tensors.items()}
             trained = {name: tensors[WEIGHT] for name, tensors in held.items() if len(tensors) > 1}
             self._average = WeightAverage(config.weight_average, trained)

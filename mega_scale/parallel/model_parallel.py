@@ -21,8 +21,6 @@ from mega_scale.ops.elementwise import compile_gates, positional_dropout
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
 from mega_scale.parallel.mesh import check_segments, check_sequence_parallel, check_tensor_parallel
-from mega_scale.parallel.plans import PLANS, Plan, divide
-from mega_scale.parallel.sequence_parallel import Gathers
 from mega_scale.parallel.shard import (
     Place,
     RowSlice,
@@ -32,6 +30,7 @@ from mega_scale.parallel.shard import (
     fill,
     on_meta,
     seeded_values,
+    separate_segments,
     shardings,
 )
 from mega_scale.parallel.world import ALONE, Axis, World
@@ -93,19 +92,21 @@ def apply_model_parallelism(
     check_segments(config, checkpointing.activation_checkpoint_segment, checkpointing.activation_checkpoint, sp.size)
     check_sequence_parallel(config, sp.size * (config.attention_chunk or 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.attention_chunk or 1)
-    gathers = Gathers(sp)
+    contexts = noop_context_fn
 
     use_own_linear(model)
+    separate_segments(model)
+    if sp.size > 1:
+        from mega_scale.parallel.plans import share_rows
+
+        contexts = share_rows(model, sp, row_slice).contexts
     for name, module in list(model.named_modules()):
-        plan = PLANS.get(type(module), Plan())
-        if plan.prepare is not None:
-            plan.prepare(module)
-        if plan.carry is not None and sp.size > 1:
-            module.carry = partial(_carry, plan.carry(sp, gathers), row_slice)
         if isinstance(module, MegaDropout) and module.p > 0:
             heads = config.num_attention_heads * tp.rank // tp.size
             module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp, heads)
     if tp.size > 1:
+        from mega_scale.parallel.plans import divide
+
         check_tensor_parallel(config, tp.size)
         divide(model, tp)
         if config.tie_word_embeddings:
@@ -113,15 +114,10 @@ def apply_model_parallelism(
     if checkpointing.activation_checkpoint:
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 
-        contexts = gathers.contexts if sp.size > 1 else noop_context_fn
         checkpoint_activations(model, checkpointing, row_slice, contexts)
     if compile:
         compile_gates(model)
     return row_slice
-
-
-def _carry(exchange: Any, row_slice: RowSlice) -> Any:
-    return exchange if row_slice.cut else None
 
 
 def _drop(module: MegaDropout, key: str, row_slice: RowSlice, tp: Axis, first_head: int, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A module that is in no plan needs nothing: it computes its own tokens and channe
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,8 +29,8 @@ from mega_scale.model.megalodon_layers import (
     MegalodonTimestepNorm,
 )
 from mega_scale.model.modeling_mega import MegaForCausalLM
-from mega_scale.parallel.sequence_parallel import MomentExchange, StateExchange
-from mega_scale.parallel.shard import SegmentedLinear, on_meta
+from mega_scale.parallel.sequence_parallel import Gathers, MomentExchange, StateExchange
+from mega_scale.parallel.shard import RowSlice, on_meta
 from mega_scale.parallel.tensor_parallel import (
     ChannelParallelNorm,
     ColumnParallelLinear,
@@ -45,9 +46,22 @@ from mega_scale.parallel.world import Axis
 class Plan(NamedTuple):
     """How modules of one class are computed in parts."""
 
-    prepare: Callable[[Any], None] | None = None  # what every layout does, so that checkpoints bear the same names
     carry: type[StateExchange | MomentExchange] | None = None  # what brings a part of a row the state before it
     divide: Callable[[Any, Axis], nn.Module] | None = None  # this rank's part of its channels; None: its children's
+
+
+def share_rows(model: nn.Module, axis: Axis, row_slice: RowSlice) -> Gathers:
+    """Have the modules of a model bring the states before their part of a row; returns what gathers them."""
+    gathers = Gathers(axis)
+    for module in model.modules():
+        if (plan := PLANS.get(type(module))) is not None and plan.carry is not None:
+            own: Any = module
+            own.carry = partial(_carry, plan.carry(axis, gathers), row_slice)
+    return gathers
+
+
+def _carry(exchange: Any, row_slice: RowSlice) -> Any:
+    return exchange if row_slice.cut else None
 
 
 def divide(module: nn.Module, axis: Axis) -> nn.Module:
@@ -69,10 +83,6 @@ def _own_channels(module: Any, axis: Axis) -> nn.Module:
 
 
 # Mega
-
-
-def _separate_segments(attention: Any) -> None:
-    attention.mx_proj = on_meta(SegmentedLinear, attention.config.hidden_size, attention.segments)
 
 
 def _gated_attention(whole: Any, axis: Axis) -> nn.Module:
@@ -170,7 +180,7 @@ PLANS: dict[type[nn.Module], Plan] = {
     MegaEmbeddings: Plan(divide=_embeddings),
     MegaRMSNorm: Plan(divide=ChannelParallelNorm),
     MegaScaleNorm: Plan(divide=ChannelParallelNorm),
-    MegaMovingAverageGatedAttention: Plan(prepare=_separate_segments, divide=_gated_attention),
+    MegaMovingAverageGatedAttention: Plan(divide=_gated_attention),
     MegaMultiDimensionDampedEma: Plan(carry=StateExchange, divide=_own_channels),
     MegaNormalizedFeedForwardNetwork: Plan(divide=_feed_forward),
     MegalodonAttention: Plan(divide=_normalized_attention),

@@ -145,6 +145,14 @@ class SegmentedLinear(nn.Module):
         return tuple(layer(x) for layer in self.children())
 
 
+def separate_segments(model: nn.Module) -> None:
+    """Take packed layers apart, in every layout, so that checkpoints bear the same names."""
+    module: Any
+    for module in list(model.modules()):
+        if isinstance(segments := getattr(module, "segments", None), dict):  # of gated attention
+            module.mx_proj = on_meta(SegmentedLinear, module.config.hidden_size, segments)
+
+
 def shard_length(length: int, ranks: int) -> int:
     """What each rank has of a length: the same, so that the last ranks' tensors end in padding."""
     return -(-length // ranks)

@@ -40,7 +40,7 @@ BANDWIDTH = common(batch=1, length=32768, hidden=4096, states=16, repeats=30, wa
 }
 KERNELS = common(states=[16]) | {
     "architectures": Option([80, 90], "compute capabilities: 80 A100, 90 H100"),
-    "dtypes": Option(["bf16", "fp32"], "of tokens", ["bf16", "fp16", "fp32"]),
+    "dtypes": Option(["bf16", "fp32"], "of tokens", ["bf16", "fp16", "fp32", "fp64"]),
     "keys": Option([4096], "of a chunk of attention"),
     "numbers": Option(["real"], "of moving averages", ["real", "complex"]),
 }

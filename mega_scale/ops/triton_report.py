@@ -25,9 +25,9 @@ from mega_scale.ops.timestep_norm_triton import (
     totals_kernel,
 )
 
-_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-# Of arguments; all others are pointers to fp32. As at a launch, the compiler is told which are multiples of 16 in all
-# configs: pointers, and some sizes.
+_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
+# Of arguments; all others are pointers to fp32, or fp64 where tokens are. As at a launch, the compiler is told which
+# are multiples of 16 in all configs: pointers, and some sizes.
 _TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
 _OTHERS = {
     **dict.fromkeys(("document", "since"), "*i32"),
@@ -50,10 +50,10 @@ def compile_kernels(
 ) -> list[dict[str, Any]]:
     """Compile every kernel in every variant, with Triton's own ptxas, a row a variant; no GPU is needed.
 
-    `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16 or fp32; `averages` N of the moving
-    average, and `numbers` real or complex; `keys` those of a chunk. A row has registers and spilled bytes (stored and
-    loaded) of a thread, warps and bytes of shared memory of a program, and instructions for matrix units. Raises
-    ValueError if kernels are interpreted here, or a dtype has none.
+    `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16, fp32, or fp64, which attention
+    lacks; `averages` N of the moving average, and `numbers` real or complex; `keys` those of a chunk. A row has
+    registers and spilled bytes (stored and loaded) of a thread, warps and bytes of shared memory of a program, and
+    instructions for matrix units. Raises ValueError if kernels are interpreted here, or a dtype has none.
     """
     if triton.knobs.runtime.interpret:
         raise ValueError("kernels are interpreted here, not compiled: unset TRITON_INTERPRET")
@@ -72,18 +72,18 @@ def _variants(
     dtype: str, averages: Sequence[int], keys: Sequence[int], numbers: Sequence[str]
 ) -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     """Kernel, its name, the size it is compiled for, and what it is compiled with."""
-    wide = dtype != "bf16"
+    wide, double = dtype != "bf16", dtype == "fp64"
     for n, kind in itertools.product(averages, numbers):
         pairs = kind == "complex"
         columns, size = n * (1 + pairs), f"N={n}, complex" if pairs else f"N={n}"
         for every, words in ((False, ""), (True, ", documents and states")):
             # A row is one part in most launches.
             both = {"SPLITS": 1, "COMPLEX": pairs}
-            own = {**TILE.constants(columns, wide, every), **both, "INITIAL": every, **OUTPUTS}
+            own = {**TILE.constants(columns, wide, every, double=double), **both, "INITIAL": every, **OUTPUTS}
             yield outputs_kernel, f"outputs_kernel{words}", size, own
             for flags in gradient_flags(wide, every, every):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                own = {**TILE.constants(columns, wide, every, every), **both, **flags}
+                own = {**TILE.constants(columns, wide, every, every, double), **both, **flags}
                 yield gradients_kernel, f"gradients_kernel{words}{part}", size, own
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel, tokens_gradient_kernel):
         own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
@@ -91,7 +91,7 @@ def _variants(
     for kernel in (before_kernel, behind_kernel):
         own = {**block_constants(_NORM_CHANNELS, documents=True), "num_warps": 4}
         yield kernel, kernel.fn.__name__, f"G={_NORM_CHANNELS}", own
-    for count in keys:
+    for count in () if double else keys:
         softmax: dict[str, Any] = dict(softmax_constants(count))
         for bias, words in ((True, ""), (False, ", no bias")):
             own = {**softmax, "BIAS": bias}
@@ -101,7 +101,7 @@ def _variants(
 
 def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Any:
     names = list(inspect.signature(kernel.fn).parameters)
-    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(_TOKENS, _TYPES[dtype])
+    types = dict.fromkeys(names, "*fp64" if dtype == "fp64" else "*fp32") | dict.fromkeys(_TOKENS, _TYPES[dtype])
     types |= _OTHERS | dict.fromkeys(_SIZES, "i32") | dict.fromkeys(values, "constexpr")
     round_places = [i for i, name in enumerate(names) if types[name].startswith("*") or name in _ROUND_SIZES]
     source = triton.compiler.ASTSource(

@@ -137,7 +137,7 @@ def assert_same(got, want, tolerance=1e-5):
         assert (difference <= allowed).all(), f"{name} differs by {difference.max()}"
 
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 # dtype of tokens, batch, length, channels, averages, sizes, state, where documents begin
 CASES = [
     (FP32, 1, 1, 1, 1, SMALL, True, None),
@@ -191,6 +191,37 @@ def test_complex_averages_match_the_recurrence_in_fp64(case):
     assert_same(got, truth(leaves, resets), 1e-5 if dtype == FP32 else 2e-5)
 
 
+# maker of leaves, dtype of tokens, length, averages, sizes, state, where documents begin
+FP64_CASES = [
+    (make_leaves, FP64, 35, 3, SPLIT, True, "random"),
+    (make_leaves, FP64, 65, 32, Tile(), False, "one"),
+    (make_complex_leaves, FP64, 1, 3, SMALL, True, None),
+    (make_complex_leaves, FP64, 35, 3, SPLIT, True, "borders"),
+    (make_complex_leaves, FP64, 63, 3, Tile(), True, "borders"),
+    (make_complex_leaves, FP64, 64, 16, Tile(), True, "random"),
+    (make_complex_leaves, FP64, 65, 3, Tile(), False, None),
+    (make_complex_leaves, FP64, 500, 2, Tile(), True, "one"),
+    (make_complex_leaves, BF16, 16, 3, SMALL, True, "all"),
+]
+
+
+@pytest.mark.parametrize("case", FP64_CASES, ids=lambda case: f"{case[0].__name__}, {case[1:]}")
+def test_fp64_coefficients_give_fp64_averages(case):
+    make, dtype, length, averages, tile, with_state, place = case
+    leaves = {name: leaf.double() for name, leaf in make(1, length, 3, averages, with_state).items()}
+    leaves["x"][:, : length // 5] = 0  # as padding is
+    leaves["x"] = leaves["x"].to(dtype)
+    resets = None if place is None else make_resets(1, length, place)
+    got = run(leaves, tiled(tile), resets, dtype=FP64)
+    assert got["y"].dtype == got["dx"].dtype == dtype and {got[name].dtype for name in got} <= {dtype, FP64}
+
+    def recurrence(x, coefficients, state, resets):
+        return damped_ema(x, coefficients, state, resets, impl="recurrent")
+
+    want = run({**leaves, "x": leaves["x"].double()}, recurrence, resets, dtype=FP64)
+    assert_same(got, want, 1e-10)
+
+
 def test_slow_decays_keep_their_precision():
     leaves = make_leaves(1, 300, 3, 4, dtype=torch.bfloat16)
     leaves["decay"] -= 5
@@ -238,7 +269,12 @@ PARTS = [
 ]
 
 
-COMPLEX_PARTS = [(2, False, "borders", FP32, SPLIT), (3, False, None, BF16, SPLIT), (4, False, "random", FP32, SMALL)]
+COMPLEX_PARTS = [
+    (2, False, "borders", FP32, SPLIT),
+    (3, False, None, BF16, SPLIT),
+    (4, False, "random", FP32, SMALL),
+    (2, False, "borders", FP64, SMALL),
+]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +285,8 @@ def test_parts_of_a_sequence_equal_the_whole(case, make, monkeypatch):
     length = 35 if tile is SPLIT else 18  # three splits, the first with some tokens of no segment; or two tiles
     more = {"rows": 2} if bidirectional else {}
     leaves = make(1, length * parts, 2, 3, with_state=False, dtype=dtype, **more)
+    if dtype == FP64:
+        leaves = {name: leaf.double() for name, leaf in leaves.items()}
     resets = None if place is None else make_resets(1, length * parts, place)
     if place == "borders" and parts > 1:
         resets[:, [length, 2 * length - 1]] = True  # the first token of a part, and the last of one
@@ -266,7 +304,7 @@ def test_parts_of_a_sequence_equal_the_whole(case, make, monkeypatch):
     generator = torch.Generator().manual_seed(7)
     probe = {"y": torch.randn(want["y"].shape, generator=generator).bfloat16().to(dtype)}
     probe["end"] = torch.randn(want["end"].shape, generator=generator)
-    assert_same(average_in_parts(parts, probe, leaves, average), want, 1e-5 if dtype == FP32 else 2e-5)
+    assert_same(average_in_parts(parts, probe, leaves, average), want, {FP64: 1e-10, FP32: 1e-5, BF16: 2e-5}[dtype])
     # Every pass once, for each part and direction.
     assert sorted(passes) == sorted(["ends", "outputs", "adjoints", "gradients"] * parts * (1 + bidirectional))
 
@@ -369,8 +407,8 @@ def test_what_has_no_kernel_is_refused():
     def coefficients(averages, dtype):
         return EmaCoefficients(*(-torch.ones(2, averages, dtype=dtype) for _ in range(3)))
 
-    with pytest.raises(ValueError, match="float64"):
-        damped_ema(torch.zeros(1, 5, 2).double(), coefficients(3, torch.float64), impl="triton")
+    with pytest.raises(ValueError, match=r"not torch\.float64 and torch\.float32: use impl='blocked'"):
+        damped_ema(torch.zeros(1, 5, 2).double(), coefficients(3, torch.float32), impl="triton")
     with pytest.raises(ValueError, match="up to 32 moving averages per channel, not 33"):
         damped_ema(torch.zeros(1, 5, 2), coefficients(33, torch.float32), impl="triton")
     leaves = make_complex_leaves(1, 5, 2, 17)

@@ -42,10 +42,12 @@ class Tile(NamedTuple):
     warps: int = 8
     splits: int | None = None  # SPLITS, at most; none: as many as keep a GPU busy
 
-    def constants(self, columns: int, wide: bool, documents: bool, last: bool = False) -> dict[str, int]:
+    def constants(
+        self, columns: int, wide: bool, documents: bool, last: bool = False, double: bool = False
+    ) -> dict[str, int]:
         """What kernels are compiled for: fewer channels where tokens are `wide`, or there is more to hold."""
         padded = max(self.block, 1 << (columns - 1).bit_length())
-        more = (wide or documents or last) + (wide and documents and last) + (padded > 16)
+        more = (wide or documents or last) + (wide and documents and last) + (padded > 16) + double
         channels = max(self.channels >> more, 1)
         return {"N": columns, "NP": padded, "T": self.block, "SEG": self.segments, "CH": channels,
                 "DOCUMENTS": documents, "num_warps": self.warps}  # fmt: skip
@@ -72,9 +74,10 @@ def triton_ema(
     """The recurrence of `recurrent_ema` by Triton kernels, for a GPU (or anywhere, interpreted: TRITON_INTERPRET=1).
 
     x (B, L, D) is bf16, fp16 or fp32, and all of its size that is kept for the backward pass; coefficients (D, N), N up
-    to 32, or 16 complex ones, and state are fp32; resets (B, L) bool. A `Carry` with its last two arguments bound may
-    stand for the state. Returns y (B, L, D) in the dtype of x, and h after the last token, fp32. Raises ValueError if x
-    is not on a GPU and kernels are not interpreted, a dtype has no kernel, or N is too large.
+    to 32, or 16 complex ones, and state are fp32; resets (B, L) bool. All of them may be fp64, or all but x. A `Carry`
+    with its last two arguments bound may stand for the state. Returns y (B, L, D) in the dtype of x, and h after the
+    last token in that of the state. Raises ValueError if x is not on a GPU and kernels are not interpreted, a dtype has
+    no kernel, or N is too large.
     """
     coefficients = EmaCoefficients(*coefficients)
     rows = _Rows(x, coefficients, resets, tile)
@@ -90,14 +93,17 @@ class _Rows:
     """
 
     def __init__(self, x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None, tile: Tile) -> None:
-        self.wide, dtype = x.dtype != torch.bfloat16, coefficients.gain.dtype
+        dtype = coefficients.gain.dtype
+        self.double = dtype == torch.float64
+        self.wide = self.double or x.dtype != torch.bfloat16
         self.complex = coefficients.angle is not None
         if not x.is_cuda and not INTERPRETED.value:
             raise ValueError(f"impl='triton' needs a GPU and x is on {x.device}: use impl='blocked'")
-        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or dtype != torch.float32:
+        taken = {torch.bfloat16, torch.float16, torch.float32, dtype}
+        if dtype not in (torch.float32, torch.float64) or x.dtype not in taken:
             raise ValueError(
-                f"impl='triton' takes bf16, fp16 or fp32 inputs and fp32 coefficients, not {x.dtype} and {dtype}: use "
-                "impl='blocked'"
+                "impl='triton' takes bf16, fp16 or fp32 inputs and fp32 coefficients, or fp64 coefficients and any of "
+                f"these or fp64 inputs, not {x.dtype} and {dtype}: use impl='blocked'"
             )
         averages, most = coefficients.gain.shape[1], MOST_COLUMNS // (1 + self.complex)
         if averages > most:
@@ -116,12 +122,15 @@ class _Rows:
         splits = tile.splits
         if splits is None:
             # Only where multiprocessors would idle, as parts are read once more, before.
-            programs = batch * -(-channels // tile.constants(self._columns, self.wide, resets is not None)["CH"])
+            programs = batch * -(-channels // self._constants()["CH"])
             units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
             splits = units // programs
         tiles = -(-tiles // max(1, min(splits, tiles)))
         self.splits = max(1, -(-segments // max(1, tiles * tile.segments)))
         self._sizes = (length, channels, head, steps, tiles, self.splits)
+
+    def _constants(self, last: bool = False) -> dict[str, int]:
+        return self._tile.constants(self._columns, self.wide, self.document is not None, last, self.double)
 
     def columns(self, numbers: Tensor) -> Tensor:
         """Columns (..., D, K) of numbers (..., D, N), real or complex; complex ones may be pairs."""
@@ -140,12 +149,11 @@ class _Rows:
             return log_decay, gain, projection, gain  # which a real average does not read
         # Doubles have 53 bits. Of 63 bits one is left, so that half a turn fits.
         turns = (angle.double() / (2 * math.pi) * 2.0**62).long() << 2
-        log_decay, gain, turns = (t.repeat_interleave(2, 1) for t in (log_decay.float(), gain, turns))
+        log_decay, gain, turns = (t.repeat_interleave(2, 1) for t in (log_decay.to(gain.dtype), gain, turns))
         return log_decay, gain, torch.stack([projection, imaginary], -1).flatten(1), turns
 
     def _run(self, kernel: Any, x: Tensor, given: Any, *more: Tensor | None, **flags: int) -> None:
-        documents = self.document is not None
-        own = self._tile.constants(self._columns, self.wide, documents, bool(flags.get("LAST")))
+        own = self._constants(bool(flags.get("LAST")))
         grid = (len(x) * self.splits, -(-x.shape[2] // own["CH"]))
         gain = given[1]  # what a kernel does not read is any tensor
         others = [gain if t is None else t.contiguous() for t in (self.document, *more)]
@@ -222,7 +230,7 @@ class _Rows:
 
     def fade(self, coefficients: EmaCoefficients, tokens: int | Tensor) -> Tensor:
         """q^tokens, (..., D, N), real or complex."""
-        value = coefficients.fade(tokens).value(torch.float32)
+        value = coefficients.fade(tokens).value(coefficients.gain.dtype)
         return torch.view_as_complex(value) if self.complex else value
 
     def through(self, coefficients: EmaCoefficients) -> Tensor:

@@ -1,6 +1,8 @@
 """The damped EMA's Triton kernels; what starts them, and what they compute, is in `triton.py`.
 
 COMPLEX: a moving average is two columns of a state, its real and its imaginary part. Coefficients are given by column.
+NUMBER, fp32 or fp64, is the dtype of coefficients, and so of states, sums and scratch memory. WIDE: tokens are widened
+to it, as they are not bf16 or have fp64 coefficients.
 
 Legend: B batch, L length, D channels, N columns of a state, NP those padded. x, y and their gradients are contiguous
 (B, L, D), coefficients (D, N), states (B, D, N). `document` (B, L) counts the documents that have begun.
@@ -22,7 +24,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def _parts(values, WIDE: tl.constexpr):
-    """Two bf16 numbers whose sum is an fp32 value but for 2**-17 of it; with WIDE the value itself."""
+    """Two bf16 numbers whose sum is an fp32 value but for 2**-17 of it; with WIDE the value itself, fp32 or fp64."""
     high, low = values, values
     if not WIDE:
         high = values.to(tl.bfloat16)
@@ -32,14 +34,18 @@ def _parts(values, WIDE: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc):
-    if INTERPRETED:  # which multiplies the bits of bf16 numbers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="tf32x3")
+    if acc.dtype == tl.float64:  # without matrix units: of some of these products Triton compiles none in fp64
+        acc += tl.sum(a[:, :, :, None] * b[:, None, :, :], 2)
+    else:
+        if INTERPRETED:  # which multiplies the bits of bf16 numbers
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    return acc
 
 
 @triton.jit
 def _product(a, matrix, acc):
-    """acc + a matrix, which is in `_parts`: of bf16 tokens as they are, of fp32 states in parts, or all in fp32."""
+    """acc + a matrix, which is in `_parts`: of bf16 tokens as they are, of fp32 states in parts, or all in NUMBER."""
     high = a
     if matrix[0].dtype == tl.bfloat16:
         if a.dtype == tl.float32:
@@ -78,7 +84,10 @@ def _power(exponent, turns, shift, steps, COMPLEX: tl.constexpr):
     """
     size = tl.exp(exponent * steps)
     if COMPLEX:
-        phase = ((turns * steps) >> 32).to(tl.float32) * 2.0**-32
+        if exponent.dtype == tl.float64:
+            phase = (turns * steps).to(tl.float64) * 2.0**-64
+        else:
+            phase = ((turns * steps) >> 32).to(tl.float32) * 2.0**-32
         size *= tl.cos(6.283185307179586 * (phase - shift))
     return size
 
@@ -105,10 +114,18 @@ def _toeplitz(kernel, scratch, BACK: tl.constexpr, T: tl.constexpr, CH: tl.const
 
 
 @triton.jit
-def _read(pointer, mask, WIDE: tl.constexpr):
+def _read(pointer, mask, WIDE: tl.constexpr, NUMBER: tl.constexpr):
     """Tokens (SEG, T, CH) as (CH, SEG, T)."""
     tokens = tl.permute(tl.load(pointer, mask=mask, other=0.0), (2, 0, 1))
-    return tokens.to(tl.float32) if WIDE else tokens
+    return tokens.to(NUMBER) if WIDE else tokens
+
+
+@triton.jit
+def _rounded(values, pointer):
+    """Values in the dtype of what `pointer` points to; fp64 ones by way of fp32, as none become bf16 at once."""
+    if values.dtype == tl.float64 and pointer.dtype.element_ty != tl.float64:
+        values = values.to(tl.float32)
+    return values.to(pointer.dtype.element_ty)
 
 
 @triton.jit
@@ -184,7 +201,8 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
     INITIAL: tl.constexpr, DOCUMENTS: tl.constexpr, OUTPUTS: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """With OUTPUTS y and the states after rows, `end`; else those after `parts` (B, SPLITS, D, N), begun at zero."""
-    WIDE: tl.constexpr = x.dtype.element_ty != tl.bfloat16
+    NUMBER: tl.constexpr = gain.dtype.element_ty
+    WIDE: tl.constexpr = x.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
     row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
     channel, n, t, seg = tl.program_id(1) * CH + tl.arange(0, CH), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, SEG)
     x, y, document = x + row * L * D, y + row * L * D, document + row * L
@@ -193,11 +211,11 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
     exponent = tl.load(log_decay + at, mask=there, other=0.0)
     weight = tl.load(gain + at, mask=there, other=0.0)
     own_out = tl.load(projection + at, mask=there, other=0.0)
-    turns, shift, out, out_imag, enters = at, tl.zeros((1, NP), tl.float32), own_out, own_out, weight
+    turns, shift, out, out_imag, enters = at, tl.zeros((1, NP), NUMBER), own_out, own_out, weight
     if COMPLEX:
         # Columns are real and imaginary parts in turns, and both columns of a pair need both parts of its projection.
         turns = tl.load(angle + at, mask=there, other=0)
-        shift = (n % 2).to(tl.float32)[None, :] * 0.25
+        shift = (n % 2).to(NUMBER)[None, :] * 0.25
         out = tl.load(projection + at - (n % 2)[None, :], mask=there, other=0.0)
         out_imag = tl.load(projection + at + 1 - (n % 2)[None, :], mask=there, other=0.0)
         enters = tl.where(shift == 0, weight, 0.0)
@@ -226,11 +244,11 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
         carry = tl.where(_same(document, first, stop, DOCUMENTS), left, 0.0)
         carry += tl.load(parts + (row * SPLITS + part) * D * N + at, mask=there, other=0.0)
     for i in range(tl.where(split == 0, HEAD, 0)):
-        token = tl.load(x + i * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+        token = tl.load(x + i * D + channel, mask=channel < D, other=0.0).to(NUMBER)
         carry = tl.where(_same(document, i, i + 1, DOCUMENTS), _times(carry, decay, COMPLEX), 0.0)
         carry += enters * token[:, None]
         if OUTPUTS:
-            tl.store(y + i * D + channel, tl.sum(carry * read, 1).to(y.dtype.element_ty), mask=channel < D)
+            tl.store(y + i * D + channel, _rounded(tl.sum(carry * read, 1), y), mask=channel < D)
 
     segment = seg * tokens
     place = (segment[:, None, None] + t[None, :, None]) * D + channel[None, None, :]
@@ -239,11 +257,11 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
         count = (L - first) // tokens
         real = seg < count
         mask = real[:, None, None] & (channel < D)[None, None, :]
-        states = tl.zeros((CH, SEG, NP), tl.float32)
+        states = tl.zeros((CH, SEG, NP), NUMBER)
         for step in range(STEPS):
             block = first + step * T
             _, _, of_last, passes, _ = _borders(document, block + segment, real, T, DOCUMENTS)
-            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE)
+            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
             left = tl.where(passes, _times(states, fade, COMPLEX), 0.0)
             states = _product(tl.where(of_last, own, 0.0), into, left)
         states, _, carry, _ = _join(
@@ -253,12 +271,12 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
         for step in range(STEPS if OUTPUTS else 0):
             block = first + step * T
             here, of_before, of_last, passes, many = _borders(document, block + segment, real, T, DOCUMENTS)
-            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE)
-            found = tl.where(of_before, _product(states, from_state, tl.zeros((CH, SEG, T), tl.float32)), 0.0)
+            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
+            found = tl.where(of_before, _product(states, from_state, tl.zeros((CH, SEG, T), NUMBER)), 0.0)
             for one in range(many):
                 alike = (here == one)[None, :, :]
                 found = tl.where(alike, _product(tl.where(alike, own, 0.0), toeplitz, found), found)
-            result = tl.permute(found, (1, 2, 0)).to(y.dtype.element_ty)
+            result = _rounded(tl.permute(found, (1, 2, 0)), y)
             tl.store(y + block.to(tl.int64) * D + place, result, mask=mask)
             left = tl.where(passes, _times(states, fade, COMPLEX), 0.0)
             states = _product(tl.where(of_last, own, 0.0), into, left)
@@ -292,7 +310,8 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
     `sums` (2 or 3, B SPLITS, D, N) are those of x times adjoints; times slopes times the projection; and with LAST,
     which is for the gradient by the end `d_end`, times adjoints times the projection. The last two count d_end, too.
     """
-    WIDE: tl.constexpr = dy.dtype.element_ty != tl.bfloat16
+    NUMBER: tl.constexpr = gain.dtype.element_ty
+    WIDE: tl.constexpr = dy.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
     row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
     channel, n, t, seg = tl.program_id(1) * CH + tl.arange(0, CH), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, SEG)
     x, dy, dx, document = x + row * L * D, dy + row * L * D, dx + row * L * D, document + row * L
@@ -301,11 +320,11 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
     exponent = tl.load(log_decay + at, mask=there, other=0.0)
     weight = tl.load(gain + at, mask=there, other=0.0)
     own_out = tl.load(projection + at, mask=there, other=0.0)
-    turns, shift, out, out_imag, enters = at, tl.zeros((1, NP), tl.float32), own_out, own_out, weight
+    turns, shift, out, out_imag, enters = at, tl.zeros((1, NP), NUMBER), own_out, own_out, weight
     if COMPLEX:
         # Columns are real and imaginary parts in turns, and both columns of a pair need both parts of its projection.
         turns = tl.load(angle + at, mask=there, other=0)
-        shift = (n % 2).to(tl.float32)[None, :] * 0.25
+        shift = (n % 2).to(NUMBER)[None, :] * 0.25
         out = tl.load(projection + at - (n % 2)[None, :], mask=there, other=0.0)
         out_imag = tl.load(projection + at + 1 - (n % 2)[None, :], mask=there, other=0.0)
         enters = tl.where(shift == 0, weight, 0.0)
@@ -333,7 +352,7 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
     segment_fade = _power(exponent, turns, shift, tokens, COMPLEX)
     size, kind = TILES * SEG * tokens, tl.num_programs(0).to(tl.int64) * D * N
 
-    carry, carry_slope = tl.zeros((CH, NP), tl.float32), tl.zeros((CH, NP), tl.float32)
+    carry, carry_slope = tl.zeros((CH, NP), NUMBER), tl.zeros((CH, NP), NUMBER)
     from_end = tl.load(d_end + row * D * N + at, mask=there & LAST, other=0.0)
     for i in range(SPLITS - 1 - split if DX or SUMS else 0):
         first = HEAD + (SPLITS - 1 - i) * size
@@ -346,18 +365,18 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
 
     segment = seg * tokens
     place = (segment[:, None, None] + t[None, :, None]) * D + channel[None, None, :]
-    sum_adjoint, sum_slope = tl.zeros((CH, SEG, NP), tl.float32), tl.zeros((CH, SEG, NP), tl.float32)
-    sum_weighed, pairs = tl.zeros((CH, SEG, NP), tl.float32), tl.zeros((CH, T, T), tl.float32)
+    sum_adjoint, sum_slope = tl.zeros((CH, SEG, NP), NUMBER), tl.zeros((CH, SEG, NP), NUMBER)
+    sum_weighed, pairs = tl.zeros((CH, SEG, NP), NUMBER), tl.zeros((CH, T, T), NUMBER)
     for tile in range(TILES):
         first = HEAD + ((split + 1) * TILES - 1 - tile) * SEG * tokens
         count = (L - first) // tokens
         real = seg < count
         mask = real[:, None, None] & (channel < D)[None, None, :]
-        adjoint, slope = tl.zeros((CH, SEG, NP), tl.float32), tl.zeros((CH, SEG, NP), tl.float32)
+        adjoint, slope = tl.zeros((CH, SEG, NP), NUMBER), tl.zeros((CH, SEG, NP), NUMBER)
         for step in range(STEPS):
             block = first + (STEPS - 1 - step) * T
             _, of_before, _, passes, _ = _borders(document, block + segment, real, T, DOCUMENTS)
-            d_outputs = _read(dy + block.to(tl.int64) * D + place, mask, WIDE)
+            d_outputs = _read(dy + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
             adjoint, slope = _receded(
                 adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T, COMPLEX
             )
@@ -368,8 +387,8 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
         for step in range(STEPS if DX or SUMS else 0):
             block = first + (STEPS - 1 - step) * T
             here, of_before, of_last, passes, many = _borders(document, block + segment, real, T, DOCUMENTS)
-            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE)
-            d_outputs = _read(dy + block.to(tl.int64) * D + place, mask, WIDE)
+            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
+            d_outputs = _read(dy + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
             after, after_slope = adjoint, slope
             if LAST:
                 distance = tl.maximum(L - (block + segment + T), 0)[None, :, None]
@@ -380,17 +399,17 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
                     rest = tl.where((counts == tl.load(document + L - 1))[None, :, None], rest, 0.0)
                 after = _times(adjoint, own_out[:, None, :], COMPLEX) + rest
                 after_slope = _times(slope, own_out[:, None, :], COMPLEX) + rest * distance
-            found = tl.zeros((CH, SEG, T), tl.float32)
+            found = tl.zeros((CH, SEG, T), NUMBER)
             if DX:
                 found = tl.where(of_last, _product(after, from_adjoint, found), 0.0)
             if SUMS:
                 of_tokens = tl.where(of_last, own, 0.0)
-                reached = _product(of_tokens, to_sum, tl.zeros((CH, SEG, NP), tl.float32))
+                reached = _product(of_tokens, to_sum, tl.zeros((CH, SEG, NP), NUMBER))
                 sum_adjoint += _times(reached, adjoint, COMPLEX)
                 sum_slope += _times(reached, after_slope, COMPLEX)
                 if LAST:
                     sum_weighed += _times(reached, after, COMPLEX)
-                reached = _product(of_tokens, to_slope_sum, tl.zeros((CH, SEG, NP), tl.float32))
+                reached = _product(of_tokens, to_slope_sum, tl.zeros((CH, SEG, NP), NUMBER))
                 sum_slope += _times(reached, after, COMPLEX)
             for one in range(many):
                 alike = (here == one)[None, :, :]
@@ -400,7 +419,7 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
                 if SUMS:
                     pairs = _dot(tl.permute(tl.where(alike, own, 0.0), (0, 2, 1)), d_alike, pairs)
             if DX:
-                result = tl.permute(found, (1, 2, 0)).to(dx.dtype.element_ty)
+                result = _rounded(tl.permute(found, (1, 2, 0)), dx)
                 tl.store(dx + block.to(tl.int64) * D + place, result, mask=mask)
             adjoint, slope = _receded(
                 adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T, COMPLEX
@@ -416,8 +435,8 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
         total, total_slope, total_weighed = total + both, total_slope + lag * weighed, total_weighed + weighed
     for head in range(tl.where(split == 0, HEAD, 0)):
         i = HEAD - 1 - head
-        d_output = tl.load(dy + i * D + channel, mask=channel < D, other=0.0).to(tl.float32)[:, None]
-        token = tl.load(x + i * D + channel, mask=channel < D, other=0.0).to(tl.float32)[:, None]
+        d_output = tl.load(dy + i * D + channel, mask=channel < D, other=0.0).to(NUMBER)[:, None]
+        token = tl.load(x + i * D + channel, mask=channel < D, other=0.0).to(NUMBER)[:, None]
         rest = _times(from_end, _power(exponent, turns, shift, L - 1 - i, COMPLEX), COMPLEX)
         rest = tl.where(_same(document, i + 1, L, DOCUMENTS), rest, 0.0)
         own = carry + tl.where(shift == 0, d_output, 0.0)
@@ -426,7 +445,7 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
         total_slope += token * (_times(carry_slope, own_out, COMPLEX) + rest * (L - 1 - i))
         total_weighed += token * after
         if DX:
-            found = tl.sum(enters * after, 1).to(dx.dtype.element_ty)
+            found = _rounded(tl.sum(enters * after, 1), dx)
             tl.store(dx + i * D + channel, found, mask=channel < D)
         passes = _same(document, i, i + 1, DOCUMENTS)
         carry_slope = tl.where(passes, _times(carry_slope + own, decay, COMPLEX), 0.0)

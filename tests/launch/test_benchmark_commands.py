@@ -34,7 +34,8 @@ def run(tmp_path, capsys):
 def test_ema_compares_our_forms(run):
     sizes = ["--batch", "1", "--length", "65", "--hidden", "4", "--states", "3", "--repeats", "3", "--warmup", "1"]
     report, output = run("ema", *sizes)
-    assert [row["name"] for row in report["rows"]] == ["native", "blocked", "fft"]
+    complex_forms = ["native, complex", "blocked, complex"]
+    assert [row["name"] for row in report["rows"]] == ["native", "blocked", "fft", *complex_forms]
     for row in report["rows"]:
         assert len(row["times"]) == 3 and row["error"] < 1e-4 and row["extra_memory"] >= 0
     assert "| native |" in output

@@ -19,7 +19,7 @@ from mega_scale.checkpoint import folder as store
 from mega_scale.checkpoint.run_folder import check_run_folder, create_run_folder, resume_path
 from mega_scale.data.config import DataConfig, cache_folder
 from mega_scale.files import is_url, local_path, shipped
-from mega_scale.model.configuration import BaseConfig
+from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.model_section import (
     FROM_TOKENIZER,
     TRAINING_ONLY,

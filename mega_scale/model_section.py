@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mega_scale.model.configuration import BaseConfig
-from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
+from mega_scale.model import CONFIGURATIONS
+from mega_scale.model.configuration_mega import BATCH_NORMS, BaseConfig, MegaConfig
 from mega_scale.model.configuration_megalodon import MegalodonConfig
-from mega_scale.model.families import CONFIGURATIONS
 from mega_scale.settings import require
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import torch
 
 from mega_scale.config import load_config, model_config, parse
 from mega_scale.data import load_tokenizer
-from mega_scale.model.families import causal_lm_class
+from mega_scale.model import causal_lm_class
 
 FOLDER = Path(__file__).parents[1] / "configs"
 

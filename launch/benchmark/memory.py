@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from mega_scale import MegaConfig
 from mega_scale.config import load_config, model_config
 from mega_scale.data import load_tokenizer
-from mega_scale.model.configuration import BaseConfig
-from mega_scale.model.families import causal_lm_class
+from mega_scale.model import causal_lm_class
+from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.mesh import check_segments
 from mega_scale.process import PEER_LOST

@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mega_scale import MegaConfig, MegaForCausalLM, MegalodonForCausalLM
 from mega_scale.config import load_config, model_config
+from mega_scale.model import causal_lm_class
 from mega_scale.model.basic_layers import use_own_linear
-from mega_scale.model.configuration import BaseConfig
-from mega_scale.model.families import causal_lm_class
+from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.ops.elementwise import compile_gates
 from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import EngineConfig, ParallelConfig, World

@@ -25,9 +25,8 @@ from transformers.models.auto import modeling_auto
 from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
 from mega_scale.files import check_destination, write_folder, write_json
 from mega_scale.hub.folder import StateDictSpec, state_dict_spec
-from mega_scale.model import MegaConfig, MegalodonConfig
-from mega_scale.model.configuration import SAVED_BY, BaseConfig
-from mega_scale.model.families import causal_lm_class
+from mega_scale.model import MegaConfig, MegalodonConfig, causal_lm_class
+from mega_scale.model.configuration_mega import SAVED_BY, BaseConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -14,10 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mega_scale.files import reason
-from mega_scale.model import MegaConfig
-from mega_scale.model.configuration import BaseConfig
-from mega_scale.model.configuration_mega import warn_if_norm_differs
-from mega_scale.model.families import CONFIGURATIONS, causal_lm_class
+from mega_scale.model import CONFIGURATIONS, MegaConfig, causal_lm_class
+from mega_scale.model.configuration_mega import BaseConfig, warn_if_norm_differs
 
 _POOLER = "pooler."  # a base model may carry one, which no language model has
 _WEIGHT_FILES = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]

@@ -5,19 +5,21 @@ width of values, C chunk, K chunks, I queries, J keys.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mega_scale.model.cache import LayerState, remember
-from mega_scale.model.configuration import BaseConfig
-from mega_scale.model.rows import DocumentBorders, LeftPadding
+from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.ops import ANY_LENGTH, chunk_count, in_memory, join_chunks, split_chunks, tracing
 from mega_scale.ops.attention import ChunkDocuments
 from mega_scale.ops.linear import linear, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from mega_scale.model.cache import LayerState
+    from mega_scale.model.rows import DocumentBorders, LeftPadding
 
 INDICES = (torch.int64, torch.int32)  # dtypes of token ids
 
@@ -128,10 +130,10 @@ class ChunkedAttention(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         pads: Tensor | None,
-        state: LayerState | None,
+        state: "LayerState | None",
         return_state: bool,
         return_weights: bool,
-        borders: DocumentBorders | None,
+        borders: "DocumentBorders | None",
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Any] | None]:
         """Attention of q (B, L, Z) to k (B, L, Z), v (B, L, E) and those of the state, which come before.
 
@@ -145,10 +147,16 @@ class ChunkedAttention(nn.Module):
             # A number would hold for the calls that are like this one.
             seen = torch.zeros((), dtype=torch.long, device=q.device) + seen
         if pads is None:
-            kept = remember(state, k, v, self.chunk) if return_state else None
+            kept = None
+            if return_state:
+                from mega_scale.model.cache import remember
+
+                kept = remember(state, k, v, self.chunk)
             documents = None if borders is None else borders.chunks
             out, weights = self._attend(q, k, v, mask, state, kept, return_weights, documents)
         else:
+            from mega_scale.model.rows import LeftPadding
+
             padding = LeftPadding.lay(pads, seen, 0 if state is None else state.keys.shape[1], q.shape[1], self.chunk)
             out, weights, kept = self._attend_left_padded(q, k, v, mask, state, padding, return_weights)
         return out, weights, None if kept is None else (*kept, seen + q.shape[1])
@@ -159,7 +167,7 @@ class ChunkedAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        state: LayerState | None,
+        state: "LayerState | None",
         kept: tuple[Tensor, Tensor] | None,
         return_weights: bool,
         documents: ChunkDocuments | None,
@@ -194,8 +202,8 @@ class ChunkedAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        state: LayerState | None,
-        padding: LeftPadding,
+        state: "LayerState | None",
+        padding: "LeftPadding",
         return_weights: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         """The same for left-padded rows; also returns the keys and values to remember."""

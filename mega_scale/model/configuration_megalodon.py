@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from mega_scale.model.configuration import BaseConfig, name_classes
+from mega_scale.model.configuration_mega import BaseConfig, name_classes
 
 # Table of transformers' Auto classes to the class of ours that belongs there.
 CLASSES = {"MODEL": "MegalodonModel", "MODEL_FOR_CAUSAL_LM": "MegalodonForCausalLM"}

@@ -5,7 +5,7 @@ E width of values, C chunk, K chunks, I queries, J keys, W outputs of a linear l
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,15 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mega_scale.model.basic_layers import INDICES, ChunkedAttention, MegaDropout, check_ids, check_inputs
-from mega_scale.model.cache import LayerState
 from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
-from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops import without_autocast
 from mega_scale.ops.attention import chunk_attention
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
 from mega_scale.ops.ema import Carry, damped_ema, ema_coefficients
+
+if TYPE_CHECKING:
+    from mega_scale.model.cache import LayerState
+    from mega_scale.model.rows import DocumentBorders
 
 _EPSILON = 1e-5  # of all norms
 
@@ -272,11 +274,11 @@ class MegaMovingAverageGatedAttention(ChunkedAttention):
         x: Tensor,
         mask: Tensor | None = None,
         pads: Tensor | None = None,
-        state: LayerState | None = None,
+        state: "LayerState | None" = None,
         return_state: bool = False,
         return_weights: bool = False,
-        borders: DocumentBorders | None = None,
-    ) -> tuple[Tensor, Tensor | None, LayerState | None]:
+        borders: "DocumentBorders | None" = None,
+    ) -> "tuple[Tensor, Tensor | None, LayerState | None]":
         """Update the residual stream (B, L, D) after `state`; also returns weights and the state after x, or none.
 
         The mask (B, L) bool, after a state also of columns before, is true for valid positions; `pads` (B,) int64 is
@@ -309,6 +311,8 @@ class MegaMovingAverageGatedAttention(ChunkedAttention):
         if not return_state or ema_state is None:
             return out, weights, None
         assert kept is not None
+        from mega_scale.model.cache import LayerState
+
         return out, weights, LayerState(ema_state, *kept)
 
     def attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, **rules: Any) -> tuple[Tensor, Tensor | None]:
@@ -386,12 +390,12 @@ class MegaBlock(GradientCheckpointingLayer):
         pads: Tensor | None = None,
         encoder_output: Tensor | None = None,
         encoder_mask: Tensor | None = None,
-        state: LayerState | None = None,
+        state: "LayerState | None" = None,
         encoder: tuple[Tensor, Tensor] | None = None,
         return_state: bool = False,
         return_weights: bool = False,
-        borders: DocumentBorders | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, LayerState | None, tuple[Tensor, Tensor] | None]:
+        borders: "DocumentBorders | None" = None,
+    ) -> "tuple[Tensor, Tensor | None, Tensor | None, LayerState | None, tuple[Tensor, Tensor] | None]":
         """Update the residual stream; arguments as in `MegaMovingAverageGatedAttention`.
 
         Cross-attention takes the encoder's output (B, S, D), or what an earlier call made of it, and its mask (B, S).

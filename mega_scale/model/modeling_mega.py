@@ -3,7 +3,7 @@
 Legend: B batch, L length, D channels, V vocabulary.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
-from mega_scale.model.cache import MegaCache, check_cache, is_empty_wrapper
-from mega_scale.model.causal_lm import CausalLanguageModel, following_tokens, kept_positions
 from mega_scale.model.configuration_mega import BATCH_NORMS, CLASSES, MegaConfig, warn_if_norm_differs
 from mega_scale.model.layers import (
     BIASES,
@@ -28,8 +26,17 @@ from mega_scale.model.layers import (
     MegaScaleNorm,
     MegaSequenceNorm,
 )
-from mega_scale.model.pretrained import BasePreTrainedModel
-from mega_scale.model.rows import DOCUMENT_KEYS, DocumentBorders, encoder_mask, read_rows
+from mega_scale.model.pretrained import (
+    DOCUMENT_KEYS,
+    BasePreTrainedModel,
+    CausalLanguageModel,
+    following_tokens,
+    kept_positions,
+)
+
+if TYPE_CHECKING:
+    from mega_scale.model.cache import MegaCache
+    from mega_scale.model.rows import DocumentBorders
 
 logger = logging.get_logger(__name__)
 
@@ -187,11 +194,15 @@ class MegaModel(MegaPreTrainedModel):
             cache = self._cache(past_key_values, use_cache, x.shape[0])
         source_mask = None
         if config.add_cross_attention:
+            from mega_scale.model.rows import encoder_mask
+
             source_mask = encoder_mask(encoder_attention_mask, encoder_hidden_states, cache, x)
         # Without any of these, all tokens are valid, and each row is one document.
         mask = pads = borders = None
         documents = {key: kwargs[key] for key in DOCUMENT_KEYS if kwargs.get(key) is not None}
         if cache is not None or attention_mask is not None or document_starts is not None or documents:
+            from mega_scale.model.rows import read_rows
+
             chunk = config.attention_chunk
             mask, pads, borders = read_rows(
                 attention_mask, document_starts, documents, cache, x,
@@ -225,7 +236,7 @@ class MegaModel(MegaPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions and config.add_cross_attention else None,
         )
 
-    def _check_documents(self, borders: DocumentBorders | None) -> None:
+    def _check_documents(self, borders: "DocumentBorders | None") -> None:
         config = self.config
         if borders is not None and (config.truncation is not None or config.add_cross_attention):
             key = "add_cross_attention" if config.truncation is None else "truncation"
@@ -234,8 +245,10 @@ class MegaModel(MegaPreTrainedModel):
                 "inside a row, and an encoder's output belongs to a whole row; give each document a row"
             )
 
-    def _cache(self, past: Cache | None, use_cache: bool | None, batch: int) -> MegaCache | None:
+    def _cache(self, past: Cache | None, use_cache: bool | None, batch: int) -> "MegaCache | None":
         """The cache from which `batch` rows go on: the one given, or a new one, or none."""
+        from mega_scale.model.cache import MegaCache, check_cache, is_empty_wrapper
+
         config = self.config
         if is_empty_wrapper(past):
             past, use_cache = None, True

@@ -14,7 +14,6 @@ from transformers.utils import can_return_tuple
 
 from mega_scale.model.basic_layers import LanguageModelHead, MegaDropout, check_ids, check_inputs
 from mega_scale.model.cache import MegaCache, check_cache
-from mega_scale.model.causal_lm import CausalLanguageModel, following_tokens, kept_positions
 from mega_scale.model.configuration_megalodon import CLASSES, MegalodonConfig
 from mega_scale.model.megalodon_layers import (
     MegalodonAttention,
@@ -26,8 +25,14 @@ from mega_scale.model.megalodon_layers import (
     MegalodonTimestepNorm,
     RotaryTurns,
 )
-from mega_scale.model.pretrained import BasePreTrainedModel
-from mega_scale.model.rows import DOCUMENT_KEYS, read_rows
+from mega_scale.model.pretrained import (
+    DOCUMENT_KEYS,
+    BasePreTrainedModel,
+    CausalLanguageModel,
+    following_tokens,
+    kept_positions,
+)
+from mega_scale.model.rows import read_rows
 
 _NORMS = (MegalodonLayerNorm, MegalodonRMSNorm, MegalodonTimestepNorm)
 

@@ -16,9 +16,6 @@ from mega_scale.model.cache import MegaCache
 from mega_scale.ops import ANY_LENGTH, chunk_count, in_memory, tracing
 from mega_scale.ops.attention import ChunkDocuments
 
-# What transformers' flattened batches say of documents.
-DOCUMENT_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
 
 class LeftPadding(NamedTuple):
     """Left-padded rows, moved so that each has its first token at the start of a chunk.

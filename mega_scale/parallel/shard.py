@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from mega_scale.model import initial_tensor
 from mega_scale.model.basic_layers import MegaLinear
-from mega_scale.model.families import initial_tensor
 from mega_scale.parallel.world import ALONE, Axis
 
 WEIGHT, AVERAGE = "weight", "average"

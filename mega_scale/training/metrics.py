@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from mega_scale.model.configuration import BaseConfig
+from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.parallel import World
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.

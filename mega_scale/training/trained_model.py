@@ -14,10 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
 from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
-from mega_scale.model import MegaConfig
+from mega_scale.model import MegaConfig, causal_lm_class
 from mega_scale.model.basic_layers import use_own_linear
-from mega_scale.model.configuration import BaseConfig
-from mega_scale.model.families import causal_lm_class
+from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.model.pretrained import BasePreTrainedModel
 from mega_scale.parallel import World, fill
 from mega_scale.process import log_to_stderr

@@ -23,8 +23,8 @@ from mega_scale.config import RunConfig, model_config, require_same
 from mega_scale.data import Loader, load_datasets
 from mega_scale.data.tokenizer import as_trained, load_tokenizer, unlike_training
 from mega_scale.files import replace_text
-from mega_scale.model.configuration import BaseConfig
-from mega_scale.model.families import causal_lm_class
+from mega_scale.model import causal_lm_class
+from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.parallel import Place, Placement, World, layout_changes, parallelize, run_self_test, seeded_values
 from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr

@@ -8,8 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mega_scale.model import MegaConfig, MegalodonConfig
-from mega_scale.model.families import causal_lm_class
+from mega_scale.model import MegaConfig, MegalodonConfig, causal_lm_class
 
 SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2}
 

@@ -8,8 +8,8 @@ import transformers
 from builders import make_ids, make_megalodon_config, make_model
 
 import mega_scale
+from mega_scale.model import causal_lm_class, configuration_class, initial_tensor
 from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, use_own_linear
-from mega_scale.model.families import causal_lm_class, configuration_class, initial_tensor
 
 
 def megalodon(**changes):

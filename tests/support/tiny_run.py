@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mega_scale.model import MegaConfig, MegalodonConfig
-from mega_scale.model.families import causal_lm_class
+from mega_scale.model import MegaConfig, MegalodonConfig, causal_lm_class
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.shard import fill
 

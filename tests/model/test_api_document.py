@@ -86,7 +86,8 @@ def run(name, checkpoint):
 
 def test_all_examples_are_here():
     kinds = {name.split(",")[0] for name in EXAMPLES}
-    assert kinds == set(mega_scale.__all__) - {"MegaCache", "MegaPreTrainedModel"} and len(EXAMPLES) == 9
+    classes = {name for name in mega_scale.__all__ if not name.startswith("Megalodon")}  # which 4.37.2 does not have
+    assert kinds == classes - {"MegaCache", "MegaPreTrainedModel"} and len(EXAMPLES) == 9
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parts import average_in_parts
 
+from mega_scale.ops import ema
 from mega_scale.ops.ema import EmaCoefficients, Fade, complex_ema_coefficients, damped_ema
 
 PARAMETERS = ("alpha", "delta", "theta", "gamma")
@@ -268,3 +269,13 @@ def test_refusals_name_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=words):
             damped_ema(x, own, **arguments)
+
+
+@pytest.mark.parametrize("capability, taken", [((8, 0), "triton"), ((9, 0), "triton"), ((10, 0), "blocked")])
+def test_complex_averages_take_triton_where_it_compiles_them(monkeypatch, capability, taken):
+    monkeypatch.setattr(ema, "runs_triton", lambda x: True)
+    monkeypatch.setattr(ema, "library", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x, real = torch.zeros(1, 64, 2), [-torch.ones(2, 3)] * 3
+    assert ema._best(x, EmaCoefficients(*real, torch.ones(2, 3).double(), torch.ones(2, 3)), None) == taken
+    assert ema._best(x, EmaCoefficients(*real), None) == "triton"

@@ -119,8 +119,8 @@ def damped_ema(
             each direction.
         impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
             a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
-            64 tokens or more and N up to 32, or 16 complex, outside torch.compile; native on a CPU in fp32, outside
-            torch.compile, where a C++ compiler is found (else it warns); else blocked.
+            64 tokens or more and N up to 32, or 16 complex (but on capability 10 or newer), outside torch.compile;
+            native on a CPU in fp32, outside torch.compile, where a C++ compiler is found (else it warns); else blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first), in the
@@ -199,13 +199,18 @@ def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> st
             return "native"
         columns = gain.shape[1] * (1 if coefficients.angle is None else 2)
         narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and columns <= 32
-        if length >= 64 and narrow and runs_triton(x):
+        if length >= 64 and narrow and runs_triton(x) and (coefficients.angle is None or _compiles_complex(x)):
             return "triton"
     mode = tracing()
     # A decoding step, for which blocks would be idle ceremony; transforms take no branch by documents' lengths.
     if (length == 1 and mode != "trace") or (resets is not None and mode == "trace"):
         return "recurrent"
     return "blocked"
+
+
+def _compiles_complex(x: Tensor) -> bool:
+    """Whether Triton compiles complex averages for the GPU of x: for sm_100 its compiler (3.7.1) ends the process."""
+    return torch.cuda.get_device_capability(x.device) < (10, 0)
 
 
 def _both_ways(

@@ -30,7 +30,7 @@ from mega_scale.parallel.model_parallel import ParallelizeError
 from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr
 from mega_scale.settings import to_yaml
 from mega_scale.training.config import build_optimizer, seconds_of
-from mega_scale.training.console import Reporters
+from mega_scale.training.console import Reporters, changes, describe_run, end_line, table
 from mega_scale.training.metrics import SlowRanks, Throughput, memory_bytes
 from mega_scale.training.reporters import Reporter, Run, TensorBoard, find_trackers
 from mega_scale.training.schedule import Schedule
@@ -44,7 +44,6 @@ from mega_scale.training.stopping import (
     Watchdog,
     rows_of,
 )
-from mega_scale.training.summary import changes, describe_run, end_line, table
 
 if TYPE_CHECKING:
     from mega_scale.training.callbacks import Callback

@@ -31,7 +31,6 @@ from mega_scale.model.pretrained import (
     BasePreTrainedModel,
     CausalLanguageModel,
     following_tokens,
-    kept_positions,
 )
 
 if TYPE_CHECKING:
@@ -325,7 +324,8 @@ class MegaForCausalLM(MegaPreTrainedModel, CausalLanguageModel, GenerationMixin)
             return_dict=True,
             **{key: kwargs[key] for key in DOCUMENT_KEYS if key in kwargs},
         )
-        hidden = kept_positions(outputs.last_hidden_state, logits_to_keep)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = outputs.last_hidden_state[:, kept]
         if self.dense is not None:
             hidden = torch.tanh(self.dense(hidden))
         loss, logits = self.predict(hidden, following, num_items_in_batch, bool(kwargs.get("skip_logits")))

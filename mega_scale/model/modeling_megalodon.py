@@ -30,7 +30,6 @@ from mega_scale.model.pretrained import (
     BasePreTrainedModel,
     CausalLanguageModel,
     following_tokens,
-    kept_positions,
 )
 from mega_scale.model.rows import read_rows
 
@@ -245,7 +244,8 @@ class MegalodonForCausalLM(CausalLanguageModel, MegalodonPreTrainedModel, Genera
             return_dict=True,
             **{key: kwargs[key] for key in (*DOCUMENT_KEYS, "output_attentions") if key in kwargs},
         )
-        hidden = kept_positions(outputs.last_hidden_state, logits_to_keep)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = outputs.last_hidden_state[:, kept]
         loss, logits = self.predict(hidden, following, num_items_in_batch, bool(kwargs.get("skip_logits")))
         return CausalLMOutputWithPast(
             loss=loss,

@@ -5,7 +5,7 @@ Legend: B batch, L length, D channels, V vocabulary, K classes.
 
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -118,25 +118,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None
     return mean(total, (labels != -100).sum(), num_items)
 
 
-def sliced_cross_entropy(head: nn.Module, x: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """`cross_entropy(head(x), labels, num_items)`, a few tokens of x (B, L, D) at a time, so that logits are never
-    whole; but of whole logits where calling the head is more than its product: replaced, adapted, watched."""
-    check_labels(labels, x.shape[:-1])
-    labels = labels.to(x.device)
-    if isinstance(head, LanguageModelHead):
-        return mean(head(x, labels), (labels != -100).sum(), num_items)
-    if (
-        type(head) is not nn.Linear
-        or torch.compiler.is_compiling()
-        or "forward" in vars(head)
-        or head._compiled_call_impl is not None
-        or head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
-        or _has_any_global_hook()
-    ):  # fmt: skip
-        return cross_entropy(head(x), labels, num_items)
-    return mean(linear_cross_entropy(x, head.weight, head.bias, labels), (labels != -100).sum(), num_items)
-
-
 class CausalLanguageModel:
     """The head's part of a causal language model; stands before `GenerationMixin` among the bases."""
 
@@ -154,11 +135,36 @@ class CausalLanguageModel:
         num_items: Tensor | int | None = None,
         skip_logits: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss of hidden states (B, L, D) against the tokens that follow (B, L), and logits; either may be none."""
-        if following is not None and skip_logits:
-            return sliced_cross_entropy(self.lm_head, hidden, following, num_items), None
-        logits = self.lm_head(hidden)
-        return None if following is None else cross_entropy(logits, following, num_items), logits
+        """The loss of hidden states (B, L, D) against the tokens that follow (B, L), and logits; either may be none.
+
+        With `skip_logits` a few tokens are taken at a time, so that logits are never whole; but where calling the head
+        is more than its product, as where it is replaced, adapted or watched.
+        """
+        head = self.lm_head
+        if following is not None and skip_logits and (isinstance(head, LanguageModelHead) or _only_multiplies(head)):
+            check_labels(following, hidden.shape[:-1])
+            following = following.to(hidden.device)
+            if isinstance(head, LanguageModelHead):
+                total = head(hidden, following)
+            else:
+                total = linear_cross_entropy(hidden, head.weight, head.bias, following)
+            return mean(total, (following != -100).sum(), num_items), None
+        logits = head(hidden)
+        if following is None:
+            return None, logits
+        return cross_entropy(logits, following, num_items), None if skip_logits else logits
+
+
+def _only_multiplies(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling an output layer is its product and nothing else."""
+    return (
+        type(head) is nn.Linear
+        and not torch.compiler.is_compiling()
+        and "forward" not in vars(head)
+        and head._compiled_call_impl is None
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
 
 
 def following_tokens(labels: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
@@ -167,8 +173,3 @@ def following_tokens(labels: Tensor | None, kwargs: dict[str, Any]) -> Tensor | 
     if following is None and labels is not None:
         following = F.pad(labels[:, 1:], (0, 1), value=-100)
     return following
-
-
-def kept_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The last n of hidden states (B, L, D), all for 0; or those at the given positions."""
-    return hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]

@@ -96,11 +96,11 @@ class DeepSpeedEngine(Engine):
         if self._stage == 0:
             # Without ZeRO, DeepSpeed has no norm of its own, and would step with any gradient.
             counted = [p.grad for p in self._counted if p.grad is not None]
-            norm = self._norm(counted, alike=("dp_replicate", "fsdp"))
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = self._clip(gradients, counted, alike=("dp_replicate", "fsdp"))
             if skip or not norm.isfinite():
                 self._optimizer.zero_grad(set_to_none=True)
             else:
-                self._clip([p.grad for p in self.module.parameters() if p.grad is not None], norm)
                 self._engine.step()
             return float(norm)
         if skip:

@@ -177,16 +177,19 @@ class Engine(ABC):
             self._average.swap()
             self._rewritten()
 
-    def _norm(self, counted: list[Tensor], alike: Sequence[str]) -> Tensor:
-        """L2 norm of the whole gradient from this rank's part, of which ranks along `alike` hold copies."""
+    def _clip(self, gradients: list[Tensor], counted: list[Tensor], alike: Sequence[str]) -> Tensor:
+        """Clip this rank's gradients; returns the L2 norm of the whole gradient before.
+
+        `counted` are those that count in the norm, of which ranks along `alike` hold copies. Where the norm is not
+        finite, the gradients are of no use.
+        """
         own = torch.zeros((), device=self._world.device)
         if counted:
             own = torch.stack(torch._foreach_norm(counted)).square().sum()
-        return self._world.sum(own, alike=alike).sqrt()
-
-    def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
+        norm = self._world.sum(own, alike=alike).sqrt()
         if self._max_grad_norm > 0:
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def state(self) -> EngineState:
         """Model and optimizer as this rank holds them, between two steps; not collective.
@@ -356,17 +359,19 @@ class FsdpEngine(Engine):
 
     @torch.no_grad()
     def _step(self, lr: float, skip: bool) -> float:
-        self._drop_gathered()
-        gradients = [p.grad for p in self._whole if p.grad is not None]
-        if gradients:
-            total = parameters_to_vector(gradients)
+        for unit in self._units:
+            unit.reshard()  # as in `_rewritten`
+        whole = [p.grad for p in self._whole if p.grad is not None]
+        if whole:
+            total = parameters_to_vector(whole)
             for axis in (self._fsdp, self._copies):
                 if axis.size > 1:
                     dist.all_reduce(total, group=axis.group)
-            vector_to_parameters(total, gradients)
-        norm = self._norm([flat(p.grad) for p in self._counted if p.grad is not None], alike=("dp_replicate",))
+            vector_to_parameters(total, whole)
+        gradients = [flat(p.grad) for p in self.module.parameters() if p.grad is not None]
+        counted = [flat(p.grad) for p in self._counted if p.grad is not None]
+        norm = self._clip(gradients, counted, alike=("dp_replicate",))
         if not skip and norm.isfinite():
-            self._clip([flat(p.grad) for p in self.module.parameters() if p.grad is not None], norm)
             for group in self._adam.param_groups:
                 group["lr"] = lr
             self._adam.step()
@@ -384,12 +389,9 @@ class FsdpEngine(Engine):
         return min(self._fsdp.rank * -(-rows // self._fsdp.size), rows) * math.prod(rest)
 
     def _rewritten(self) -> None:
-        self._drop_gathered()
+        # Free weights that a forward without backward left gathered: they stand in for the sharded ones until then.
+        for unit in self._units:
+            unit.reshard()
 
     def local_tensor(self, name: str) -> Tensor:
         return flat(self._parameters[name])
-
-    def _drop_gathered(self) -> None:
-        """Free weights that a forward without backward left gathered: they stand in for the sharded ones until then."""
-        for unit in self._units:
-            unit.reshard()

@@ -174,7 +174,7 @@ class Stopping:
 
     def wanted(self) -> bool:
         """Whether this rank wants to stop; not collective."""
-        return self._signals.asked is not None or self.time_over()
+        return self._signals.asked is not None or (self._limit_s < math.inf and self.time_over())
 
     def time_over(self) -> bool:
         """Whether the clock says so."""

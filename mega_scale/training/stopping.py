@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,6 +242,11 @@ class Watchdog:
     def __init__(self, world: World, timeout_s: float, at_end: Callable[[str], None]) -> None:
         self._world, self._timeout_s, self._at_end = world, timeout_s, at_end
         self._beats, self.step, self._phase, self._since = 0, 0, "start-up", time.monotonic()
+        # Sets a timer that needs no lock; set anew at every look, it goes off when there are no more looks. Among
+        # others, a bit early: the launcher may end this rank as soon as they have ended.
+        alone = world.monitor is None
+        longest = timeout_s if alone else _EARLY * timeout_s
+        self._arm = partial(faulthandler.dump_traceback_later, longest, exit=alone, file=2)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -283,13 +289,6 @@ class Watchdog:
             writer.start()
             writer.join(_LONGEST_PAUSE_S)
             os._exit(PEER_LOST)
-
-    def _arm(self) -> None:
-        """Set the timer that needs no lock; set anew at every look, it goes off when there are no more looks."""
-        alone = self._world.monitor is None
-        # Among others, a bit early: the launcher may end this rank as soon as they have ended.
-        longest = self._timeout_s if alone else _EARLY * self._timeout_s
-        faulthandler.dump_traceback_later(longest, exit=alone, file=2)
 
     def _stand(self) -> Standing:
         """Print this rank's stacks, and say where it stands.

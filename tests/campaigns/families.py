@@ -23,11 +23,10 @@ from launching import LAUNCHERS, ROOT, start
 sys.path.append(str(ROOT))  # for launch
 from launch.benchmark.ours import count_parameters, megalodon_config
 from launch.benchmark.peers import PEERS
-from mega_scale.config import load_config
+from mega_scale.config import load_config, model_config
 from mega_scale.data import Loader, load_datasets, load_tokenizer, validation_batches
 from mega_scale.model import MegaConfig, causal_lm_class
 from mega_scale.model.basic_layers import use_own_linear
-from mega_scale.model_section import model_config
 from mega_scale.training.schedule import Schedule
 
 ENGINES = {"deepspeed": "deepspeed", "torchrun": "fsdp"}

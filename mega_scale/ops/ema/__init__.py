@@ -26,7 +26,6 @@ from mega_scale.ops import (
     tracing,
     without_autocast,
 )
-from mega_scale.ops.ema.blocked import blocked_ema
 from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade, complex_product, forget, wrap
 from mega_scale.ops.ema.native import library, native_ema, shipped
 
@@ -319,4 +318,10 @@ def fft_ema(
     return y, end
 
 
-_FORMS = {"recurrent": recurrent_ema, "fft": fft_ema, "blocked": blocked_ema, "native": native_ema}
+def _blocked(*given: Any) -> tuple[Tensor, Tensor]:
+    from mega_scale.ops.ema.blocked import blocked_ema  # noqa: PLC0415  where native or Triton's kernels cannot be
+
+    return blocked_ema(*given)
+
+
+_FORMS = {"recurrent": recurrent_ema, "fft": fft_ema, "blocked": _blocked, "native": native_ema}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import in_memory, once_differentiable, runs_triton, threads_for, tracing, without_autocast
+from mega_scale.ops import in_memory, load, once_differentiable, runs_triton, threads_for, tracing, without_autocast
 from mega_scale.ops.moments import (
     MomentCarry,
     Moments,
@@ -39,7 +39,6 @@ from mega_scale.ops.moments import (
     running_moments,
     token_counts,
 )
-from mega_scale.ops.native import load
 
 __all__ = ["MomentCarry", "MomentTurn", "Moments", "later_gradients", "part_borders", "timestep_norm"]
 IMPLEMENTATIONS = ("auto", "recurrent", "blocked", "native", "triton")

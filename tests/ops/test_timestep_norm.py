@@ -6,8 +6,8 @@ import pytest
 import torch
 from parts import carry_moments, run_parts
 
+from mega_scale.ops import load
 from mega_scale.ops import timestep_norm as module
-from mega_scale.ops.native import load
 from mega_scale.ops.timestep_norm import Moments, timestep_norm
 
 GROUPS, WIDTH = 3, 4

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import in_memory, once_differentiable, threads_for
+from mega_scale.ops import in_memory, load, once_differentiable, threads_for
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.native import load
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 

@@ -20,8 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 OWN = (str(ROOT / "mega_scale"), str(ROOT / "launch"))
-# At most so many files and functions; an import touches a file, and is no function.
-BOUNDS = {"start-up": (40, None), "step": (22, 95), "save": (8, None)}
+# At most so many files and functions; an import touches a file, and is no function. A start took 40 files before there
+# were two model families, trackers and a table of the run; it is to come back to them.
+BOUNDS = {"start-up": (47, None), "step": (22, 95), "save": (8, None)}
 # Code that a reader sees no function in.
 NO_FUNCTIONS = ("<module>", "<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
 

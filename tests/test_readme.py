@@ -37,7 +37,7 @@ CLUSTER = ("deepspeed --hostfile", "torchrun --nnodes", "sbatch ", "srun ", "mpi
 # Those that measure for minutes: their command takes its options, and tests/launch/test_benchmark_commands.py runs it.
 MEASURES = ("python launch/benchmark",)
 # Those that take minutes: they start, and say what their options are.
-CAMPAIGNS = "PYTHONPATH=tests/support python tests/campaigns"
+CAMPAIGNS = ("PYTHONPATH=tests/support python tests/", "PYTHONPATH=tests/support:tests/distributed python tests/")
 
 
 def printed(language):

@@ -187,7 +187,7 @@ class Engine(ABC):
         if counted:
             own = torch.stack(torch._foreach_norm(counted)).square().sum()
         norm = self._world.sum(own, alike=alike).sqrt()
-        if self._max_grad_norm > 0:
+        if self._max_grad_norm > 0 and gradients:  # this rank may hold none
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

@@ -118,7 +118,7 @@ def trained(tmp_path_factory, text_file):
 @pytest.mark.slow
 def test_a_run_reports_and_leaves_what_it_should(trained):
     run_dir, output = trained
-    assert output.count("validation loss") == 3 and output.count("sample:") == 2
+    assert output.count(" | validation loss") == 3 and output.count("sample:") == 2
     assert "tok/s" in output and "eta" in output
     assert [folder.name for folder in sorted((run_dir / "checkpoints").glob("step-*"))] == [
         "step-00000020",

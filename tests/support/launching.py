@@ -119,4 +119,4 @@ def _kill_all(pid):
 def metrics(run_dir, part="train"):
     """Rows of metrics.jsonl, by step, without the time of day."""
     rows = (json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row for row in rows if row["part"] == part and row.pop("time")}
+    return {row["step"]: row for row in rows if row["part"] == part and row.pop("time", True)}

@@ -222,15 +222,10 @@ class MegalodonForCausalLM(CausalLanguageModel, MegalodonPreTrainedModel, Genera
         document_starts: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the cross-entropy of the next token when labels are given; other arguments as in the backbone.
+        """Logits, and the cross-entropy of the next token when labels are given.
 
-        Args:
-            labels: (B, L) int64, the tokens themselves, of which t + 1 is compared with position t; -100 is ignored:
-                set it where the first token of a document would be predicted from the one before.
-            logits_to_keep: compute only the last n logits (0: all), or those at the given positions.
-            num_items_in_batch: what the sum of losses is divided by; default: the number of labels that count.
-            kwargs: `shift_labels` (B, L) int64, in place of `labels`: the next token of every position. (The Trainer
-                expects every named argument with "label" in it.) `skip_logits=True`: a loss without whole logits.
+        `labels`, `logits_to_keep`, `num_items_in_batch`, `shift_labels` and `skip_logits` are as in `MegaForCausalLM`,
+        other arguments as in the backbone.
         """
         following = following_tokens(labels, kwargs)
         outputs = self.megalodon(

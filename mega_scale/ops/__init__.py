@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -123,6 +124,19 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *gradients)
 
     return once
+
+
+def load_or_warn(source: Path, what: str) -> ctypes.CDLL | None:
+    """The library of a C++ file; none, with a warning that `what` is slower, where it cannot be compiled or kept."""
+    try:
+        return load(source)
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"{what} on this CPU takes its blocked form, which is several times slower: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 def load(source: Path, folder: Path | None = None) -> ctypes.CDLL:

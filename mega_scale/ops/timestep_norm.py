@@ -15,7 +15,6 @@ Legend: B batch, L length, D channels, G groups, P parts of a row.
 """
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import in_memory, load, once_differentiable, runs_triton, threads_for, tracing, without_autocast
+from mega_scale.ops import (
+    in_memory,
+    load_or_warn,
+    once_differentiable,
+    runs_triton,
+    threads_for,
+    tracing,
+    without_autocast,
+)
 from mega_scale.ops.moments import (
     MomentCarry,
     Moments,
@@ -380,14 +387,7 @@ def _call(name: str, rules: Rules, x: Tensor, *tensors: Tensor | None) -> None:
 @cache
 def library() -> ctypes.CDLL | None:
     """The library; none, with one warning, where it cannot be compiled."""
-    try:
-        found = load(_SOURCE)
-    except (OSError, ValueError) as error:
-        warnings.warn(
-            f"the timestep norm on this CPU takes its blocked form, which is several times slower: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    if (found := load_or_warn(_SOURCE, "the timestep norm")) is None:
         return None
     integers = [ctypes.c_int64] * 5
     for name, tensors, more in (("forward", 11, [ctypes.c_double]), ("backward", 13, [])):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mega_scale import ops
 from mega_scale.ops.ema import EmaCoefficients, damped_ema, native
 
 
@@ -137,11 +138,11 @@ SOURCE = Path(native.__file__).with_name("native.cpp")
 
 def test_many_processes_may_compile_at_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        libraries = list(pool.map(lambda _: native.load(SOURCE, tmp_path), range(4)))
+        libraries = list(pool.map(lambda _: ops.load(SOURCE, tmp_path), range(4)))
     assert {library.mega_ema_tokens() for library in libraries} == {32}
     (file,) = tmp_path.iterdir()
     before = file.stat().st_mtime_ns
-    native.load(SOURCE, tmp_path)
+    ops.load(SOURCE, tmp_path)
     assert file.stat().st_mtime_ns == before
 
 
@@ -149,13 +150,13 @@ def test_a_change_of_the_source_makes_another_library(tmp_path):
     source = tmp_path / "own.cpp"
     for number in (1, 2):
         source.write_text(f'extern "C" int number() {{ return {number}; }}\n')
-        assert native.load(source, tmp_path / "kept").number() == number
+        assert ops.load(source, tmp_path / "kept").number() == number
 
 
 @pytest.fixture
 def without_compiler(tmp_path, monkeypatch):
-    load = native.load
-    monkeypatch.setattr(native, "load", lambda source: load(source, tmp_path))
+    load = ops.load
+    monkeypatch.setattr(ops, "load", lambda source: load(source, tmp_path))
     monkeypatch.setenv("CXX", "/no/such/compiler")
     native.library.cache_clear()
     yield
@@ -177,5 +178,5 @@ def test_without_a_compiler_it_warns_once_and_takes_the_blocked_form(without_com
 def test_what_a_compiler_says_is_told(tmp_path):
     (tmp_path / "broken.cpp").write_text("int main( {\n")
     with pytest.raises(ValueError, match=r"ended with 1: .*broken.cpp"):
-        native.load(tmp_path / "broken.cpp", tmp_path / "kept")
+        ops.load(tmp_path / "broken.cpp", tmp_path / "kept")
     assert not list((tmp_path / "kept").iterdir())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parts import carry_moments, run_parts
 
+from mega_scale import ops
 from mega_scale.ops import load
 from mega_scale.ops import timestep_norm as module
 from mega_scale.ops.timestep_norm import Moments, timestep_norm
@@ -224,7 +225,7 @@ def test_auto_is_native_on_a_cpu_and_blocked_without_a_compiler(monkeypatch, tmp
     leaves, count, resets, valid = make_case(70)
     forms = {impl: run(leaves, count, resets, valid, impl=impl)["y"] for impl in ("auto", "native", "blocked")}
     assert torch.equal(forms["auto"], forms["native"])
-    monkeypatch.setattr(module, "load", lambda source: load(source, tmp_path))
+    monkeypatch.setattr(ops, "load", lambda source: load(source, tmp_path))
     monkeypatch.setenv("CXX", "/no/such/compiler")
     module.library.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"timestep norm.*no C\+\+ compiler '/no/such/compiler'") as warned:

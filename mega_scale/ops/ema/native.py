@@ -7,7 +7,6 @@ Legend: B batch, L length, D channels, N moving averages per channel.
 """
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import in_memory, load, once_differentiable, threads_for
+from mega_scale.ops import in_memory, load_or_warn, once_differentiable, threads_for
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -116,14 +115,7 @@ def shipped() -> bool:
 @cache
 def library() -> ctypes.CDLL | None:
     """The library; none, with one warning, where it cannot be compiled."""
-    try:
-        found = load(_SOURCE)
-    except (OSError, ValueError) as error:
-        warnings.warn(
-            f"the moving average on this CPU takes its blocked form, which is several times slower: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    if (found := load_or_warn(_SOURCE, "the moving average")) is None:
         return None
     for function, tensors in ((found.mega_ema_forward, 6), (found.mega_ema_backward, 8)):
         function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 7

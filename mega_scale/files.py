@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+_PACKAGE = Path(__file__).resolve().parent
 _LONGEST_REASON = 2000  # characters: what several ranks say comes in one line
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.\-]+):/")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(?!/).+")
@@ -55,10 +56,14 @@ def local_path(path: str, key: str) -> str:
     return expanded
 
 
+def installed() -> bool:
+    """Whether a wheel was installed, in which `launch` and `configs` lie inside the package."""
+    return (_PACKAGE / "launch").is_dir()
+
+
 def shipped(folder: str) -> Path:
     """Where a folder of the project's top level is: inside an installed package, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    return here / folder if (here / folder).is_dir() else here.parent / folder
+    return (_PACKAGE if installed() else _PACKAGE.parent) / folder
 
 
 def flush(path: Path) -> None:

@@ -57,10 +57,14 @@ def test_a_wheel_has_all_that_git_has_and_trains_on_two_ranks_outside_of_the_che
     own = {"PYTHONPATH": str(site), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     use = {"cwd": here, "env": os.environ | own | {"HF_HUB_OFFLINE": "1"}}
     command = site / "bin/mega-scale"
-    run(command, "--nproc-per-node=2", f"--master-port={free_port()}", "pretrain", "--config", "debug", *SHORT, **use)
+    ranks = ["--nproc-per-node=2", f"--master-port={free_port()}"]
+    said = run(command, *ranks, "pretrain", "--config", "debug", *SHORT, **use)
     assert json.loads((here / "runs/debug/status.json").read_text())["state"] == "finished"
-    run(command, "export", "runs/debug", "exported", **use)
-    place, parameters = run(sys.executable, "-c", LOAD, "exported", **use).split()
+    # What the end line says to do next can be done here.
+    following = said.partition("; next: ")[2].split()[:4]
+    assert following == ["mega-scale", "export", "runs/debug", "exports/debug"]
+    run(command, *following[1:], **use)
+    place, parameters = run(sys.executable, "-c", LOAD, "exports/debug", **use).split()
     assert place.startswith(str(site)) and int(parameters) > 600_000
 
 

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from mega_scale.config import RunConfig, load_config, section_of
-from mega_scale.files import reason
+from mega_scale.files import installed, reason
 from mega_scale.settings import values_of
 from mega_scale.training.metrics import memory_bytes
 from mega_scale.training.reporters import MetricsFile, Reporter, Run, versions
@@ -313,7 +313,8 @@ def end_line(run_dir: str, progress: Progress, steps: int, stopped: str | None, 
     if stopped is not None:
         return f"stopped at {reached} ({stopped}); it lies in {place}; go on: the same command with --resume"
     export = Path("exports") / Path(run_dir).name
-    return f"finished {reached}; it lies in {place}; next: python launch/export.py {run_dir} {export}"
+    command = "mega-scale export" if installed() else "python launch/export.py"
+    return f"finished {reached}; it lies in {place}; next: {command} {run_dir} {export}"
 
 
 def _source(data: Any) -> str:

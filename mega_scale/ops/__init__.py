@@ -1,5 +1,5 @@
-"""What functions of tensors share: chunks, threads, and PyTorch's modes (compilers, autocast), which they respect;
-and C++ for CPUs, compiled at its first use and kept where PyTorch keeps its extensions.
+"""What functions of tensors share: which device's forms they take, chunks, threads, and PyTorch's modes (compilers,
+autocast), which they respect; and C++ for CPUs, compiled at its first use and kept where PyTorch keeps its extensions.
 
 Legend: B batch, L length, M chunks, c tokens of a chunk, W width.
 """
@@ -12,8 +12,9 @@ import platform
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +35,73 @@ _WIDTHS: dict[str, tuple[int, list[str]]] = {
 }
 _OTHER: tuple[int, list[str]] = (4, [])
 _COMPILE_SECONDS = 300
+# Multiprocessors of an NVIDIA GPU by its compute capability, for GPUs that are not there.
+_MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
+KERNELS: dict[str, int] = {}
+"""Launches of a custom operator by its name, as `mega_scale::average_forward`; one unless it is listed."""
 ANY_LENGTH = ("export", "trace")
 """Ways of `tracing` that make one program for every length, so that no branch may depend on this one."""
+
+
+# Kind and compute capability of the device that fake tensors are taken to lie on.
+_pretended: ContextVar[tuple[str, int, int] | None] = ContextVar("pretended", default=None)
+
+
+@torch.compiler.assume_constant_result  # compilers do not follow context variables
+def _pretended_device() -> tuple[str, int, int] | None:
+    return _pretended.get()
+
+
+@contextmanager
+def as_if(kind: str, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Choose forms for fake and meta tensors as on a device of this kind (cpu, cuda) and compute capability.
+
+    Such tensors lie on a CPU and have no memory, so kernels are not launched for them: a model's operators can be
+    followed as a GPU would run them, without one. Real tensors keep the forms of their own device.
+    """
+    token = _pretended.set((kind, *capability))
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def device_kind(x: Tensor | torch.device) -> str:
+    """The type of device whose forms are chosen, as `torch.device.type`: that of x, or inside `as_if` the one named
+    there, unless x is a real tensor. What a compiler traces counts as fake."""
+    pretended = _pretended_device()
+    if pretended is not None and (isinstance(x, torch.device) or _without_memory(x)):
+        return pretended[0]
+    return x.type if isinstance(x, torch.device) else x.device.type
+
+
+def device_capability(x: Tensor) -> tuple[int, int]:
+    """The compute capability of the GPU whose forms are chosen for x, which `device_kind` says is on one."""
+    pretended = _pretended_device()
+    if pretended is not None and _without_memory(x):
+        return pretended[1:]
+    return torch.cuda.get_device_capability(x.device)
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Multiprocessors of the GPU whose forms are chosen for x; one on a CPU, where kernels are interpreted."""
+    if device_kind(x) != "cuda":
+        return 1
+    if _without_memory(x):
+        return _MULTIPROCESSORS.get(device_capability(x), 132)
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **constants: Any) -> None:
+    """Launch a Triton kernel on the device of its first tensor; do nothing for fake and meta tensors."""
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    if not any(_without_memory(t) for t in tensors):
+        with torch.cuda.device_of(tensors[0]):
+            kernel[grid](*given, **constants)
+
+
+def _without_memory(x: Tensor) -> bool:
+    return x.is_meta or type(x) not in _ORDINARY or torch.compiler.is_compiling()
 
 
 def tracing() -> Literal["compile", "export", "trace"] | None:
@@ -53,18 +119,16 @@ def tracing() -> Literal["compile", "export", "trace"] | None:
 
 def in_memory(*tensors: Tensor) -> bool:
     """Whether code outside PyTorch may read the tensors' storage: fake, functional and meta tensors have none."""
-    return tracing() is None and all(type(t) in _ORDINARY and not t.is_meta and not t.is_neg() for t in tensors)
+    return tracing() is None and all(not _without_memory(t) and not t.is_neg() for t in tensors)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether x lies on an NVIDIA GPU of compute capability 8 or newer, and triton is installed."""
-    return (
-        x.is_cuda
-        and in_memory(x)
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and importlib.util.find_spec("triton") is not None
-    )
+    """Whether x lies on an NVIDIA GPU of compute capability 8 or newer (or is taken `as_if`), and triton is there."""
+    if device_kind(x) != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    if _pretended_device() is not None and _without_memory(x):
+        return tracing() is None and device_capability(x) >= (8, 0)
+    return in_memory(x) and torch.version.cuda is not None and device_capability(x) >= (8, 0)
 
 
 def threads_for(x: Tensor) -> int:

@@ -22,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import ANY_LENGTH, in_memory, once_differentiable, runs_triton, tracing, without_autocast
+from mega_scale.ops import (
+    ANY_LENGTH,
+    device_kind,
+    in_memory,
+    once_differentiable,
+    runs_triton,
+    tracing,
+    without_autocast,
+)
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
@@ -123,7 +131,7 @@ def chunk_attention(
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
     if impl == "causal":
-        return causal_attention(q, k, v, bias, scale, _GPU_BLOCK if q.is_cuda else _CPU_BLOCK), None
+        return causal_attention(q, k, v, bias, scale, _GPU_BLOCK if device_kind(q) == "cuda" else _CPU_BLOCK), None
     if impl == "triton":
         # Not before it is needed: triton may not be installed.
         from mega_scale.ops.attention_triton import triton_attention  # noqa: PLC0415
@@ -400,7 +408,7 @@ class _Turn(torch.autograd.Function):
         if ctx is not None:
             ctx.save_for_backward(turns)
         pairs = x.to(turns.dtype).unflatten(-1, (-1, 2))
-        if in_memory(x):  # one pass over memory; compilers and exporters lack complex numbers
+        if tracing() is None:  # one pass over memory; compilers and exporters lack complex numbers
             # A complex number cannot begin at an odd place of memory.
             pairs = pairs.clone() if pairs.storage_offset() % 2 else pairs.contiguous()
             turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import once_differentiable, without_autocast
+from mega_scale.ops import device_kind, launch, once_differentiable, without_autocast
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
@@ -103,7 +103,7 @@ def triton_attention(
     attention does. Scores, softmax and the gradients of weights are fp32; weights and the gradients of scores are
     multiplied in the dtype of v. Differentiable once.
     """
-    if not v.is_cuda and not triton.knobs.runtime.interpret:
+    if device_kind(v) != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(
             f"impl='triton' needs a GPU and v is on {v.device}: use impl='causal', or 'sdpa' for documents"
         )
@@ -134,7 +134,7 @@ def _blocks(chunk: int) -> Iterator[tuple[slice, int]]:
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """Product of half-precision matrices in fp32, which CPUs (where kernels are interpreted) lack."""
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+    return torch.bmm(a, b, out_dtype=torch.float32) if device_kind(a) == "cuda" else torch.bmm(a.float(), b.float())
 
 
 def softmax_constants(keys: int) -> dict[str, int]:
@@ -153,11 +153,11 @@ class _TritonAttention(torch.autograd.Function):
         out, weights = torch.empty_like(v), v.new_empty(groups, chunk, chunk)
         for rows, keys in _blocks(chunk):
             scores = _wide_product(q[:, rows], k[:, :keys].mT)
-            with torch.cuda.device_of(q):
-                weights_kernel[(scores.shape[1], groups)](
-                    scores, bias, since, weights, rows.start, keys, chunk, scale,
-                    BIAS=bias is not None, DOCUMENTS=since is not None, **softmax_constants(keys),
-                )  # fmt: skip
+            launch(
+                weights_kernel, (scores.shape[1], groups),
+                scores, bias, since, weights, rows.start, keys, chunk, scale,
+                BIAS=bias is not None, DOCUMENTS=since is not None, **softmax_constants(keys),
+            )  # fmt: skip
             # Not written into `out` by the product itself, whose result selective checkpointing could then not keep.
             out[:, rows] = torch.bmm(weights[:, rows, :keys], v[:, :keys])
         ctx.save_for_backward(q, k, v, weights)
@@ -174,11 +174,11 @@ class _TritonAttention(torch.autograd.Function):
         d_scores, d_q, d_k, d_v = (torch.empty_like(t) for t in (weights, q, k, v))
         for rows, keys in blocks:
             d_weights = _wide_product(d_out[:, rows], v[:, :keys].mT)
-            with torch.cuda.device_of(q):
-                scores_gradient_kernel[(d_weights.shape[1], splits)](
-                    d_weights, weights, d_scores, d_bias, rows.start, keys, chunk, groups,
-                    BIAS=biased, **softmax_constants(keys),
-                )  # fmt: skip
+            launch(
+                scores_gradient_kernel, (d_weights.shape[1], splits),
+                d_weights, weights, d_scores, d_bias, rows.start, keys, chunk, groups,
+                BIAS=biased, **softmax_constants(keys),
+            )  # fmt: skip
             torch.bmm(d_scores[:, rows, :keys], k[:, :keys], out=d_q[:, rows])
         # A block of keys is seen from its first token on: one product sums over all of its queries.
         for own, _ in blocks:

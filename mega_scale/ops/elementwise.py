@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mega_scale.ops import in_memory
+from mega_scale.ops import device_kind, tracing
 
 # Multipliers of 32-bit integer hashes that mix well (lowbias32, found by C. Wellons' search); as signed numbers.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
@@ -36,7 +36,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
     """
     result = function(*inputs)
     if (
-        not in_memory(result)
+        tracing() is not None
         or not torch.is_grad_enabled()
         or not result.requires_grad
         # Hooks are in force already; PyTorch has no public name for them.
@@ -44,17 +44,22 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
     ):
         yield result
         return
-    address, elements, dtype = result.data_ptr(), result.numel(), result.dtype
+    # By storage and not by address, which all fake tensors share.
+    place, elements, dtype = _place(result), result.numel(), result.dtype
 
     def pack(tensor: Tensor) -> Tensor | torch.Size:
         whole = tensor.numel() == elements and tensor.dtype == dtype and tensor.is_contiguous()
-        return tensor.shape if whole and tensor.data_ptr() == address else tensor
+        return tensor.shape if whole and _place(tensor) == place else tensor
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else function(*inputs).view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield result
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def queries_and_keys(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +148,7 @@ def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     x is (..., D), the gain (1,), (D,) or none for one.
     """
     width = x.shape[-1]
-    if x.is_cuda and (gain is None or gain.dtype == x.dtype):
+    if device_kind(x) == "cuda" and (gain is None or gain.dtype == x.dtype):
         # PyTorch's kernel for GPUs, which reads memory once; on a CPU F.rms_norm takes longer than what is below.
         if gain is None or gain.numel() == width:
             return F.rms_norm(x, (width,), gain, eps)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import autocast_dtype, in_memory, once_differentiable, tracing, without_autocast
+from mega_scale.ops import autocast_dtype, device_kind, in_memory, once_differentiable, tracing, without_autocast
 
 # Fewer are a decoding step's, which reads the weight once whatever multiplies it.
 _TOKENS = 32
@@ -54,7 +54,7 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (  # the cheapest questions first
         x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
+        and device_kind(x) == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and _onednn_is_faster()
         and in_memory(x, weight)
@@ -124,7 +124,7 @@ def linear_cross_entropy(
             "expected (..., D), (V, D) and (...)"
         )
     if slice_tokens is None:
-        slice_tokens = max((_CPU_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS) // weight.shape[0], 1)
+        slice_tokens = max((_CPU_LOGITS if device_kind(hidden) == "cpu" else _GPU_LOGITS) // weight.shape[0], 1)
     dtype = autocast_dtype(hidden.device)
     if dtype is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

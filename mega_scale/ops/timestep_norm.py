@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import (
+    device_kind,
     in_memory,
     load_or_warn,
     once_differentiable,
@@ -111,11 +112,10 @@ def timestep_norm(
 
 def _best(x: Tensor, carry: MomentCarry | None, *others: Tensor) -> str:
     """The implementation that `auto` takes."""
-    if in_memory(x, *others):
-        if x.device.type == "cpu" and _SOURCE.exists() and library() is not None:
-            return "native"
-        if x.shape[1] > 1 and runs_triton(x):
-            return "triton"
+    if in_memory(x, *others) and device_kind(x) == "cpu" and _SOURCE.exists() and library() is not None:
+        return "native"
+    if x.shape[1] > 1 and runs_triton(x):
+        return "triton"
     one = x.shape[1] == 1 and carry is None and tracing() != "trace"
     return "recurrent" if one else "blocked"
 

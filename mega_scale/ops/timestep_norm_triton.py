@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import once_differentiable
+from mega_scale.ops import device_kind, launch, once_differentiable
 from mega_scale.ops.moments import Moments, Rules, known_state, part_kinds, token_counts
 
 try:
@@ -61,7 +61,7 @@ def triton_norm(
     and count, mean and var after the last token. Raises ValueError if x is not on a GPU and kernels are not
     interpreted.
     """
-    if not x.is_cuda and not triton.knobs.runtime.interpret:
+    if device_kind(x) != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(f"impl='triton' needs a GPU and x is on {x.device}: use impl='blocked'")
     return _Norm.apply(rules, x.contiguous(), weight, bias, count, mean, var)
 
@@ -87,17 +87,14 @@ class _Rows:
     def of_tokens(self, kernel: Any, *tensors: Tensor | None, **flags: Any) -> None:
         size = self.x.shape[2] // self.rules.groups
         options = token_constants(size, self.document is not None, self.valid is not None)
-        with torch.cuda.device_of(self.x):
-            kernel[(len(self.x) * self.blocks * self.rules.groups,)](
-                *self._given(self.document, self.valid, *tensors), *self._sizes, **options, **flags
-            )
+        grid = (len(self.x) * self.blocks * self.rules.groups,)
+        given = self._given(self.document, self.valid, *tensors)
+        launch(kernel, grid, *given, *self._sizes, **options, **flags)
 
     def of_blocks(self, kernel: Any, *tensors: Tensor | None, **flags: Any) -> None:
         options = block_constants(self.rules.groups, self.document is not None)
-        with torch.cuda.device_of(self.x):
-            kernel[(len(self.x), triton.cdiv(self.rules.groups, options["GB"]))](
-                *self._given(self.document, *tensors), *self._sizes, **options, **flags
-            )
+        grid = (len(self.x), triton.cdiv(self.rules.groups, options["GB"]))
+        launch(kernel, grid, *self._given(self.document, *tensors), *self._sizes, **options, **flags)
 
 
 class _Norm(torch.autograd.Function):

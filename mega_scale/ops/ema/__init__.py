@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import (
+    device_capability,
+    device_kind,
     in_memory,
     once_differentiable,
     runs_triton,
@@ -193,8 +195,8 @@ def _check_complex(coefficients: EmaCoefficients, bidirectional: bool, truncatio
 def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> str:
     """The implementation that `auto` takes for a kernel without truncation."""
     gain, length = coefficients.gain, x.shape[1]
-    if gain.dtype == torch.float32 and in_memory(x, gain):
-        if x.device.type == "cpu" and length > 1 and shipped() and library() is not None:
+    if gain.dtype == torch.float32:
+        if in_memory(x, gain) and device_kind(x) == "cpu" and length > 1 and shipped() and library() is not None:
             return "native"
         columns = gain.shape[1] * (1 if coefficients.angle is None else 2)
         narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and columns <= 32
@@ -209,7 +211,7 @@ def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> st
 
 def _compiles_complex(x: Tensor) -> bool:
     """Whether Triton compiles complex averages for the GPU of x: for sm_100 its compiler (3.7.1) ends the process."""
-    return torch.cuda.get_device_capability(x.device) < (10, 0)
+    return device_capability(x) < (10, 0)
 
 
 def _both_ways(

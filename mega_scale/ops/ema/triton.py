@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import once_differentiable
+from mega_scale.ops import device_kind, launch, multiprocessors, once_differentiable
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.triton_kernels import INTERPRETED, gradients_kernel, outputs_kernel
 
@@ -97,7 +97,7 @@ class _Rows:
         self.double = dtype == torch.float64
         self.wide = self.double or x.dtype != torch.bfloat16
         self.complex = coefficients.angle is not None
-        if not x.is_cuda and not INTERPRETED.value:
+        if device_kind(x) != "cuda" and not INTERPRETED.value:
             raise ValueError(f"impl='triton' needs a GPU and x is on {x.device}: use impl='blocked'")
         taken = {torch.bfloat16, torch.float16, torch.float32, dtype}
         if dtype not in (torch.float32, torch.float64) or x.dtype not in taken:
@@ -123,8 +123,7 @@ class _Rows:
         if splits is None:
             # Only where multiprocessors would idle, as parts are read once more, before.
             programs = batch * -(-channels // self._constants()["CH"])
-            units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-            splits = units // programs
+            splits = multiprocessors(x) // programs
         tiles = -(-tiles // max(1, min(splits, tiles)))
         self.splits = max(1, -(-segments // max(1, tiles * tile.segments)))
         self._sizes = (length, channels, head, steps, tiles, self.splits)
@@ -159,10 +158,9 @@ class _Rows:
         others = [gain if t is None else t.contiguous() for t in (self.document, *more)]
         # What threads of a program exchange: two numbers a segment, channel and column.
         scratch = gain.new_empty(grid[0] * grid[1] * 2 * own["SEG"] * own["CH"] * own["NP"])
-        with torch.cuda.device_of(x):
-            kernel[grid](
-                x.contiguous(), *given, *others, scratch, *self._sizes, COMPLEX=self.complex, **own, **flags
-            )  # fmt: skip
+        launch(
+            kernel, grid, x.contiguous(), *given, *others, scratch, *self._sizes, COMPLEX=self.complex, **own, **flags
+        )
 
     def ends(self, x: Tensor, given: Any) -> Tensor:
         """States after parts, (B, SPLITS, D, K)."""

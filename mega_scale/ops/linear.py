@@ -11,7 +11,7 @@ Legend: T tokens, D inputs, W outputs, V words, S tokens of a slice.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -88,9 +88,58 @@ class _Linear(torch.autograd.Function):
         return (
             times_transposed(gradient, weight.t()) if of_x else None,
             gradient.t() @ x if of_weight else None,
-            # As a product, which reads rows in order; a sum over them takes twice as long.
-            (gradient.new_ones(1, len(gradient)) @ gradient)[0] if of_bias else None,
+            _sum_tokens(gradient) if of_bias else None,
         )
+
+
+def packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`x weight^T + bias` of several layers that read the same x, as one product; differentiable once.
+
+    x is (..., D), the weights are (W, D) and the biases (W,) with a W each. Returns a tensor (..., W) a layer; they are
+    views of one. The weights are put together again in the backward pass: a copy that is kept would be as large as the
+    layers, which FSDP frees in between.
+    """
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
+        x, weights, biases = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
+    with without_autocast(x.device):
+        if tracing() == "trace":
+            packed = F.linear(x, torch.cat([*weights]), torch.cat([*biases]))
+            return packed.split([len(weight) for weight in weights], -1)
+        outs: tuple[Tensor, ...] = _PackedLinear.apply(x.flatten(0, -2), *weights, *biases)
+        return tuple(out.unflatten(0, x.shape[:-1]) for out in outs)
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
+        """x (T, D); weights, then as many biases."""
+        weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        ctx.save_for_backward(x, *weights)
+        packed = times_transposed(x, torch.cat(weights), torch.cat(biases))
+        return packed.split([len(weight) for weight in weights], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        of_x, *of_layers = ctx.needs_input_grad
+        of_weights, of_biases = any(of_layers[: len(weights)]), any(of_layers[len(weights) :])
+        gradient, widths = torch.cat(gradients, 1), [len(weight) for weight in weights]
+        none = (None,) * len(weights)
+        return (
+            times_transposed(gradient, torch.cat(weights).t()) if of_x else None,
+            *((gradient.t() @ x).split(widths) if of_weights else none),
+            *(_sum_tokens(gradient).split(widths) if of_biases else none),
+        )
+
+
+def _sum_tokens(gradient: Tensor) -> Tensor:
+    """The gradient of a bias, (W,), by that of outputs (T, W)."""
+    if device_kind(gradient) == "cpu":
+        # As a product, which reads rows in order; a sum over them takes twice as long.
+        return (gradient.new_ones(1, len(gradient)) @ gradient)[0]
+    return gradient.sum(0)
 
 
 class VocabularyPart(NamedTuple):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from mega_scale.model import initial_tensor
 from mega_scale.model.basic_layers import MegaLinear
+from mega_scale.ops.linear import packed_linear
 from mega_scale.parallel.world import ALONE, Axis
 
 WEIGHT, AVERAGE = "weight", "average"
@@ -129,7 +130,10 @@ class Sharding(NamedTuple):
 
 
 class SegmentedLinear(nn.Module):
-    """The packed layer of gated attention as a layer for each segment: each is sharded, or not, in its own way."""
+    """The packed layer of gated attention as a layer for each segment: each is sharded, or not, in its own way.
+
+    They read the same input, so they are computed as one product, unless a layer computes its own in another way.
+    """
 
     def __init__(self, channels: int, segments: Mapping[str, int]) -> None:
         super().__init__()
@@ -142,7 +146,10 @@ class SegmentedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, L, D) to one tensor a segment."""
-        return tuple(layer(x) for layer in self.children())
+        layers: list[Any] = list(self.children())
+        if any(type(layer).forward is not MegaLinear.forward for layer in layers):
+            return tuple(layer(x) for layer in layers)
+        return packed_linear(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
 
 
 def separate_segments(model: nn.Module) -> None:

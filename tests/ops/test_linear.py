@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mega_scale.ops import linear as module
-from mega_scale.ops.linear import linear, times_transposed
+from mega_scale.ops.linear import linear, packed_linear, times_transposed
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 
@@ -96,3 +96,37 @@ def test_it_is_taken_on_other_processors_with_wide_registers(capability, text, f
     monkeypatch.setattr(module, "_PROCESSOR", file)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert module._onednn_is_faster.__wrapped__() is faster
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__.partition(".")[0] in ("mm", "addmm", "_linear_pointwise")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [(2, 20), (3,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2, 3), (4, 5, 6)])
+def test_packed_layers_are_one_product_and_equal_each_alone(tokens, dtype, frozen):
+    generator = torch.Generator().manual_seed(len(tokens))
+    sizes = [(*tokens, 5), (3, 5), (4, 5), (1, 5), (3,), (4,), (1,)]
+    leaves = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    leaves = [leaf.requires_grad_(number not in frozen) for number, leaf in enumerate(leaves)]
+    x, weights, biases = leaves[0], leaves[1:4], leaves[4:]
+    wanted = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    slopes = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype) for out in wanted]
+    with Products() as seen:
+        found = packed_linear(x, weights, biases)
+        assert seen.count == 1
+        torch.autograd.backward(found, slopes)
+    # Of tokens and of weights one each, and the biases' sum.
+    assert seen.count == 1 + x.requires_grad + weights[0].requires_grad + biases[0].requires_grad
+    learned = [leaf for leaf in leaves if leaf.requires_grad]
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    for leaf, want in zip(learned, torch.autograd.grad(wanted, learned, slopes), strict=True):
+        torch.testing.assert_close(leaf.grad, want)

@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -31,13 +33,26 @@ class DeepSpeedEngine(Engine):
     backward; gradients of the copies are summed before its step. All that is stepped is fp32.
     """
 
+    _reading: Callable[[], AbstractContextManager[Any]] = nullcontext  # where DeepSpeed itself reads from the device
+
     def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
         model, world = self.module, self._world
         native = config.native_deepspeed(self._fsdp.size)
         # DeepSpeed reads it even where there is no launcher; others take it for a launcher's word, so close removes it.
         self._names_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-        deepspeed, unit = _start_deepspeed(world.device.type), _mesh_unit(self._fsdp, self._tp)
+        self._deepspeed, self._native = _start_deepspeed(world.device.type), native
+        self._spared = ExitStack()
+        if world.pretended:
+            from mega_scale.parallel.pretended_deepspeed import Zeros, spare
+
+            self._reading, self._spared = Zeros, spare(model)
+        with world.memory(), self._reading():
+            self._materialise(values, config, build_optimizer)
+
+    def _materialise(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
+        model, world, native, deepspeed = self.module, self._world, self._native, self._deepspeed
+        unit = _mesh_unit(self._fsdp, self._tp)
         if self._stage == 3:
             init = partial(
                 deepspeed.zero.Init, config_dict_or_path=native, data_parallel_group=self._fsdp.group, mpu=unit
@@ -66,7 +81,7 @@ class DeepSpeedEngine(Engine):
             numbers = flat(stepped.owner)[stepped.numbers]
             begin = 0 if self._stage == 3 else stepped.start
             computed = self.local_tensor(name)[begin : begin + len(numbers)]
-            if not torch.equal(numbers.to(computed.device), computed):
+            if world.number((numbers.to(computed.device) != computed).any(), unknown=0.0):
                 raise RuntimeError(
                     f"parallel.engine=deepspeed keeps other numbers than the model's for {name}, so that checkpoints "
                     "would be wrong: remove keys of parallel.ds_config.zero_optimization, or use parallel.engine=fsdp"
@@ -84,10 +99,14 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        with self.row_slice:
+        with self.row_slice, self._reading():
             self._engine.backward(loss * self._fsdp.size, scale_wrt_gas=False)
 
     def _step(self, lr: float, skip: bool) -> float:
+        with self._reading():
+            return self._step_all(lr, skip)
+
+    def _step_all(self, lr: float, skip: bool) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self._copies.size > 1:
@@ -97,16 +116,17 @@ class DeepSpeedEngine(Engine):
             # Without ZeRO, DeepSpeed has no norm of its own, and would step with any gradient.
             counted = [p.grad for p in self._counted if p.grad is not None]
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = self._clip(gradients, counted, alike=("dp_replicate", "fsdp"))
-            if skip or not norm.isfinite():
+            norm = self._world.number(self._clip(gradients, counted, alike=("dp_replicate", "fsdp")))
+            if skip or not math.isfinite(norm):
                 self._optimizer.zero_grad(set_to_none=True)
             else:
                 self._engine.step()
-            return float(norm)
+            return norm
         if skip:
             return self._discard_step()
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = self._engine.get_global_grad_norm()
+        return self._world.number(norm) if isinstance(norm, Tensor) else float(norm)
 
     def _discard_step(self) -> float:
         """Have ZeRO forget the gradients in its own way; returns their true norm, which ZeRO then does not keep.
@@ -132,7 +152,7 @@ class DeepSpeedEngine(Engine):
             self._engine.step()
         finally:
             delattr(self._optimizer, name)
-        return float(norms[0])
+        return self._world.number(norms[0])
 
     def _stepped(self, name: str) -> Stepped:
         optimizer, fsdp, parameter = self._optimizer, self._fsdp, self._parameters[name]
@@ -187,6 +207,7 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         self._engine.destroy()
+        self._spared.close()
         # zero.Init replaces it for the whole process, and nothing of DeepSpeed puts it back.
         nn.functional.linear = _linear
         if self._names_local_rank:

@@ -88,7 +88,8 @@ class Engine(ABC):
 
             held = {name: local.tensors for name, local in self.state().tensors.items()}
             trained = {name: tensors[WEIGHT] for name, tensors in held.items() if len(tensors) > 1}
-            self._average = WeightAverage(config.weight_average, trained)
+            with world.memory():
+                self._average = WeightAverage(config.weight_average, trained, world.number)
 
     @abstractmethod
     def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
@@ -299,8 +300,12 @@ class FsdpEngine(Engine):
     """
 
     def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
-        model = self.module
         self._shard_modules(config.dtype)
+        with self._world.memory():
+            self._materialise(values, build_optimizer)
+
+    def _materialise(self, values: Values, build_optimizer: BuildOptimizer) -> None:
+        model = self.module
         model.to_empty(device=self._world.device)
 
         def place(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
@@ -370,13 +375,13 @@ class FsdpEngine(Engine):
             vector_to_parameters(total, whole)
         gradients = [flat(p.grad) for p in self.module.parameters() if p.grad is not None]
         counted = [flat(p.grad) for p in self._counted if p.grad is not None]
-        norm = self._clip(gradients, counted, alike=("dp_replicate",))
-        if not skip and norm.isfinite():
+        norm = self._world.number(self._clip(gradients, counted, alike=("dp_replicate",)))
+        if not skip and math.isfinite(norm):
             for group in self._adam.param_groups:
                 group["lr"] = lr
             self._adam.step()
         self._adam.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def _stepped(self, name: str) -> Stepped:
         return Stepped(self._parameters[name], slice(None), self._first(self._parameters[name]))

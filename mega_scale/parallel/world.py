@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mega_scale.ops import once_differentiable
+from mega_scale.ops import in_memory, once_differentiable
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.mesh import MeshShape, placement
 from mega_scale.settings import require
@@ -177,6 +178,9 @@ class World:
     monitor: "PeerMonitor | None"  # watches the other ranks; None where there are none
     timeout_s: float  # longest wait of one rank for the others
     store: dist.Store  # keys and values that all ranks share
+    pretended: bool = False  # whether this rank has no others: see `pretend`
+    # Around all that gives an engine's model and optimizer memory; entered once an engine.
+    memory: Callable[[], AbstractContextManager[Any]] = nullcontext
     _gathers: Iterator[int] = field(default_factory=count)  # numbers them
 
     @classmethod
@@ -212,6 +216,31 @@ class World:
             raise
         return cls(rank, size, local_rank, device, shape, axes, monitor, config.timeout_s, store)
 
+    @classmethod
+    def pretend(
+        cls,
+        rank: int,
+        size: int,
+        config: ParallelConfig,
+        local_size: int | None = None,
+        memory: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> "World":
+        """One rank of a run of `size` that nobody else is in, on the CPU: collectives leave what they fill as it was.
+
+        `local_size` is the number of ranks on a host, None where all are on one. What ranks tell each other is what
+        this one says. With a `memory` of fake tensors, an engine takes none, and `number` knows no numbers.
+
+        Raises ValueError where the mesh does not hold the ranks, or `rank` is none of them.
+        """
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        shape = config.mesh(size)
+        require(0 <= rank < size, "rank", rank, f"choose one of the {size} ranks, 0 to {size - 1}")
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        axes = join_axes(shape, rank, config.timeout_s)
+        local_rank, device = rank % (local_size or size), torch.device("cpu")
+        return cls(rank, size, local_rank, device, shape, axes, None, config.timeout_s, dist.HashStore(), True, memory)
+
     def __enter__(self) -> "World":
         return self
 
@@ -227,6 +256,13 @@ class World:
             # process if they ask for it when the interpreter is already ending.
             time.sleep(0.1)
         dist.destroy_process_group()
+
+    def number(self, value: Tensor, unknown: float = 1.0) -> float:
+        """The number of a scalar tensor of this rank, for which the host waits; `unknown` of a tensor without numbers.
+
+        Engines read from the device by this only, so that they can be run on fake tensors.
+        """
+        return unknown if self.pretended and not in_memory(value) else float(value)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -249,10 +285,14 @@ class World:
 
     def all_agree(self, flag: bool) -> bool:
         """Whether a flag is true on every rank; the same answer on all ranks."""
+        if self.pretended:
+            return flag
         return int(self.sum(torch.tensor(int(flag)))) == self.size
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on all ranks, as JSON gives it back (a tuple comes as a list): no code travels."""
+        if self.pretended:
+            return json.loads(json.dumps(value))
         payload = torch.tensor(list(json.dumps(value).encode()) if self.rank == 0 else [], dtype=torch.uint8)
         length = torch.tensor(len(payload), device=self.device)
         dist.broadcast(length, src=0)
@@ -270,6 +310,8 @@ class World:
 
         By the store: NCCL would connect rank 0 to every other rank for it, and keep those connections.
         """
+        if self.pretended:
+            return [json.loads(json.dumps(value))] * self.size if self.rank == 0 else None
         number = next(self._gathers)
         keys = [f"gather/{number}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], json.dumps(value))

@@ -4,7 +4,6 @@ Legend: B batch, L new tokens, D channels, V vocabulary, W outputs of a linear l
 width of values, C chunk, K chunks, I queries, J keys.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.ops import ANY_LENGTH, chunk_count, in_memory, join_chunks, split_chunks, tracing
 from mega_scale.ops.attention import ChunkDocuments
+from mega_scale.ops.elementwise import PositionalDropout
 from mega_scale.ops.linear import linear, linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -34,21 +34,30 @@ class MegaLinear(nn.Linear):
 class MegaDropout(nn.Module):
     """Zeroes elements of (B, L, D) with probability p while training; featurewise: one draw for a feature of a row."""
 
-    drop: Callable[[Tensor], Tensor] | None = None  # does it, where PyTorch is not to draw
+    drop: Any = None  # does it, where PyTorch is not to draw: as here, but for p
 
     def __init__(self, p: float, featurewise: bool = False) -> None:
         super().__init__()
         self.p = float(p)
         self.featurewise = featurewise
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        if self.drop is not None:
-            return self.drop(x)
-        if self.featurewise:
-            return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
-        return F.dropout(x, self.p)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x after dropout, plus the residual."""
+        if self.training and self.p > 0 and self.drop is not None:
+            return self.drop(x, residual)
+        if self.training and self.p > 0:
+            x = (
+                x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
+                if self.featurewise
+                else F.dropout(x, self.p)
+            )
+        return x if residual is None else residual + x
+
+    def of_weights(self) -> float | PositionalDropout:
+        """What attention does to its weights: their probability of being dropped, or what drops them by place."""
+        if not self.training or self.drop is None:
+            return self.p if self.training else 0.0
+        return self.drop.of_weights()
 
 
 class LanguageModelHead(nn.Linear):
@@ -238,13 +247,12 @@ class ChunkedAttention(nn.Module):
         q, k, v = (t.unsqueeze(1) if size is None else split_chunks(t, size) for t in (q, k, v))
         if key_mask is not None:
             key_mask = key_mask.unsqueeze(1) if size is None else split_chunks(key_mask, size)
-        drop = self.attention_dropout
         return self.attend_chunks(
             q, k, v,
             causal=self.causal,
             offset=offset,
             key_mask=key_mask,
-            dropout=0.0 if not drop.training else drop if drop.drop else drop.p,  # a probability, or what drops
+            dropout=self.attention_dropout.of_weights(),
             return_weights=return_weights,
             documents=documents,
             impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",

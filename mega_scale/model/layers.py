@@ -240,7 +240,7 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
         else:
             pre = self.fc1(self.norm(x, mask) if self.prenorm else x)
         with recomputed(self.activation, pre) as active:
-            out = x + self.dropout(self.fc2(self.hidden_dropout(active)))
+            out = self.dropout(self.fc2(self.hidden_dropout(active)), x)
         return out if self.prenorm else self.norm(out, mask)
 
 

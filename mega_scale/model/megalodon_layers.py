@@ -184,7 +184,7 @@ class MegalodonAttention(ChunkedAttention):
             attended, _, kept = self.attend(q, k, v, mask, pads, state, return_state, False, borders)
         with recomputed(self.gates.gate, attended, gate) as gated:
             candidate = candidate + self.wh2(self.hidden_dropout(gated))
-        out = x + self.dropout(candidate)
+        out = self.dropout(candidate, x)
         if not return_state:
             return out, None
         assert kept is not None and ema_state is not None
@@ -233,8 +233,10 @@ class MegalodonFeedForward(nn.Module):
             factor = None if self.fc3 is None else self.fc3(normed)
         inputs = (pre,) if factor is None else (pre, factor)
         with recomputed(F.silu if factor is None else self.gates.swiglu, *inputs) as active:
-            added = self.dropout(self.fc2(self.hidden_dropout(active)))
-        return x + added if self.alpha is None else torch.addcmul(x, self.alpha.to(x.dtype), added)
+            out = self.fc2(self.hidden_dropout(active))
+        if self.alpha is None:
+            return self.dropout(out, x)
+        return torch.addcmul(x, self.alpha.to(x.dtype), self.dropout(out))
 
 
 class MegalodonBlock(GradientCheckpointingLayer):

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mega_scale.ops import device_kind, tracing
+from mega_scale.ops import device_kind, runs_triton, tracing
 
 # Multipliers of 32-bit integer hashes that mix well (lowbias32, found by C. Wellons' search); as signed numbers.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 _MASK = 2**32 - 1
+MOST_KEYS = 2**20
+"""In a chunk: numbers of columns that belong to a head of attention weights."""
 
 
 @contextmanager
@@ -160,6 +162,42 @@ def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         return (wide * (inverse * gain)).to(x.dtype)
     out = wide * inverse
     return (out if gain is None else out * gain).to(x.dtype)
+
+
+class PositionalDropout(NamedTuple):
+    """Dropout by place of a part of the global batch: of tokens (B, L, D), or of attention weights (B, K, [H,] I, J).
+
+    Element (b, t, d) of tokens is (first_row + b, first_position + t, first_column + d) to `positional_dropout`. The
+    positions of weights are those of queries, K chunks of I; their columns are keys, and MOST_KEYS more a head.
+    """
+
+    p: float
+    key: int
+    first_row: int = 0
+    first_position: int = 0
+    first_column: int = 0
+    featurewise: bool = False  # of tokens: one draw for a feature of a row
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x without what is dropped, plus the residual, which has its shape; by one kernel a pass on a GPU."""
+        if runs_triton(x) and x.dtype != torch.float64:
+            # It imports triton, which not everyone has.
+            from mega_scale.ops.dropout_triton import triton_dropout  # noqa: PLC0415
+
+            fused = residual is not None and residual.dtype == x.dtype
+            y = triton_dropout(x, residual if fused else None, *self)
+            return y if fused or residual is None else residual + y
+        wide = x.movedim(2, -2) if x.dim() == 5 else x  # (B, K, I, H, J)
+        shape = wide.shape
+        wide = wide.flatten(-2 if x.dim() == 5 else -1).flatten(1, -2)
+        rows, positions, columns = (torch.arange(size, device=x.device) for size in wide.shape)
+        if x.dim() == 5:
+            columns = columns % shape[-1] + MOST_KEYS * (columns // shape[-1])
+        positions = positions.new_zeros(1) if self.featurewise else positions + self.first_position
+        y = positional_dropout(wide, self.p, self.key, rows + self.first_row, positions, columns + self.first_column)
+        y = y.view(shape)
+        y = y.movedim(-2, 2) if x.dim() == 5 else y
+        return y if residual is None else residual + y
 
 
 def positional_dropout(x: Tensor, p: float, key: int, rows: Tensor, positions: Tensor, columns: Tensor) -> Tensor:

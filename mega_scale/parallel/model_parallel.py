@@ -8,8 +8,7 @@ Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I quer
 """
 
 import hashlib
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mega_scale.model.basic_layers import MegaDropout, use_own_linear
-from mega_scale.ops.elementwise import compile_gates, positional_dropout
+from mega_scale.ops.elementwise import MOST_KEYS, PositionalDropout, compile_gates
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
 from mega_scale.parallel.mesh import check_segments, check_sequence_parallel, check_tensor_parallel
@@ -35,7 +34,6 @@ from mega_scale.parallel.shard import (
 )
 from mega_scale.parallel.world import ALONE, Axis, World
 
-_MOST_KEYS = 2**20  # in a chunk
 _SEED = 11
 _CHUNK = 8
 # A gradient is read off the weights, which one step of SGD has moved: the loss is left undivided, so that it is large
@@ -103,7 +101,7 @@ def apply_model_parallelism(
     for name, module in list(model.named_modules()):
         if isinstance(module, MegaDropout) and module.p > 0:
             heads = config.num_attention_heads * tp.rank // tp.size
-            module.drop = partial(_drop, module, f"{seed}:{{step}}:{name}", row_slice, tp, heads)
+            module.drop = _Drop(module, f"{seed}:{{step}}:{name}", row_slice, tp, heads)
     if tp.size > 1:
         from mega_scale.parallel.plans import divide
 
@@ -120,23 +118,29 @@ def apply_model_parallelism(
     return row_slice
 
 
-def _drop(module: MegaDropout, key: str, row_slice: RowSlice, tp: Axis, first_head: int, x: Tensor) -> Tensor:
-    """Drop elements of x (B, L, D), or of attention weights (B, K, [H,] I, J), by position."""
-    wide = x.movedim(2, -2) if x.dim() == 5 else x  # (B, K, I, H, J)
-    shape, last = wide.shape, 2 if x.dim() == 5 else 1
-    wide = wide.flatten(-last).flatten(1, -2)
-    digest = hashlib.blake2b(key.format(step=row_slice.place.step).encode(), digest_size=4).digest()
-    rows, positions, columns = (torch.arange(size, device=x.device) for size in wide.shape)
-    rows, positions = rows + row_slice.place.first_row, positions + row_slice.first_token
-    if x.dim() == 3:
-        columns += tp.rank * wide.shape[2]
-        if module.featurewise:  # one draw for a feature of a row
-            positions = positions.new_zeros(1)
-    elif x.dim() == 5:
-        columns = columns % shape[-1] + _MOST_KEYS * (columns // shape[-1] + first_head)
-    dropped = positional_dropout(wide, module.p, int.from_bytes(digest, "little"), rows, positions, columns)
-    dropped = dropped.view(shape)
-    return dropped.movedim(-2, 2) if x.dim() == 5 else dropped
+class _Drop(NamedTuple):
+    """What a module drops, by position, on this rank."""
+
+    module: MegaDropout
+    key: str  # with a place for the step
+    row_slice: RowSlice
+    tp: Axis
+    first_head: int
+
+    def at(self, first_column: int) -> PositionalDropout:
+        digest = hashlib.blake2b(self.key.format(step=self.row_slice.place.step).encode(), digest_size=4).digest()
+        return PositionalDropout(
+            self.module.p, int.from_bytes(digest, "little"), self.row_slice.place.first_row,
+            self.row_slice.first_token, first_column, self.module.featurewise,
+        )  # fmt: skip
+
+    def of_weights(self) -> PositionalDropout:
+        """For attention weights (B, K, [H,] I, J)."""
+        return self.at(MOST_KEYS * self.first_head)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """For x (B, L, D)."""
+        return self.at(self.tp.rank * x.shape[2])(x, residual)
 
 
 def tiny_model(config: Any, tp: int) -> Any:

@@ -8,13 +8,12 @@ import os
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/ops/test_ema_triton.py, which sets TRITON_INTERPRET"
 
 # ruff: noqa: E402
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
+from interpreting import round_bf16
 from parts import average_in_parts
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction
 
 from mega_scale.ops.ema import EmaCoefficients, complex_ema_coefficients, damped_ema, ema_coefficients, triton_kernels
 from mega_scale.ops.ema import triton as ema_triton
@@ -31,20 +30,13 @@ SPLIT = SMALL._replace(splits=3)
 def interpreter(monkeypatch):
     """Bf16 rounded to the nearest, as GPUs do, where interpretation cuts off; and functions of kernels called faster:
     each call would prepare triton's language anew, which starting a kernel has done."""
-    cast, call = InterpreterBuilder.cast_impl, InterpretedFunction.__call__
-
-    def rounded(self, source, dtype):
-        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
-            bits = np.ascontiguousarray(source.data).view(np.uint32)
-            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-            source = TensorHandle(np.where(np.isfinite(source.data), nearest, bits).view(np.float32), source.dtype)
-        return cast(self, source, dtype)
+    call = InterpretedFunction.__call__
 
     def called(self, *arguments, **options):
         ours = self.fn.__module__ == triton_kernels.__name__
         return (self.rewrite() if ours else call.__get__(self))(*arguments, **options)
 
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
+    round_bf16(monkeypatch)
     monkeypatch.setattr(InterpretedFunction, "__call__", called)
 
 

@@ -19,6 +19,7 @@ is complex.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from mega_scale.ops import device_kind, launch, multiprocessors, once_differentiable
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.triton_kernels import INTERPRETED, gradients_kernel, outputs_kernel
+from mega_scale.ops.operators import operator
 
 MOST_COLUMNS = 32
 
@@ -86,6 +88,15 @@ def triton_ema(
     return y, end
 
 
+class Cut(NamedTuple):
+    """How rows are cut into a head, and parts of tiles of segments."""
+
+    head: int  # HEAD, tokens
+    steps: int  # STEPS, blocks of a segment
+    tiles: int  # TILES, of a part
+    splits: int  # SPLITS, parts of a row
+
+
 class _Rows:
     """Rows like x (B, L, D): their documents, how they are cut, and what kernels compute of them.
 
@@ -94,8 +105,6 @@ class _Rows:
 
     def __init__(self, x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None, tile: Tile) -> None:
         dtype = coefficients.gain.dtype
-        self.double = dtype == torch.float64
-        self.wide = self.double or x.dtype != torch.bfloat16
         self.complex = coefficients.angle is not None
         if device_kind(x) != "cuda" and not INTERPRETED.value:
             raise ValueError(f"impl='triton' needs a GPU and x is on {x.device}: use impl='blocked'")
@@ -111,25 +120,11 @@ class _Rows:
             raise ValueError(
                 f"impl='triton' takes up to {most} {kind} averages per channel, not {averages}: use impl='blocked'"
             )
-        self._tile, self._columns = tile, averages * (1 + self.complex)
         self.document = None if resets is None else resets.cumsum(1, dtype=torch.int32)
-        batch, length, channels = x.shape
-        steps = tile.steps
-        while steps > 1 and steps * tile.block * tile.segments > length:
-            steps //= 2
-        segments, head = divmod(length, steps * tile.block)
-        tiles = -(-segments // tile.segments)
-        splits = tile.splits
-        if splits is None:
-            # Only where multiprocessors would idle, as parts are read once more, before.
-            programs = batch * -(-channels // self._constants()["CH"])
-            splits = multiprocessors(x) // programs
-        tiles = -(-tiles // max(1, min(splits, tiles)))
-        self.splits = max(1, -(-segments // max(1, tiles * tile.segments)))
-        self._sizes = (length, channels, head, steps, tiles, self.splits)
-
-    def _constants(self, last: bool = False) -> dict[str, int]:
-        return self._tile.constants(self._columns, self.wide, self.document is not None, last, self.double)
+        self._length, self._tile = x.shape[1], tile
+        channels = _constants(x, coefficients.gain, averages * (1 + self.complex), self.document, tile)["CH"]
+        self.cut = _cut(x, tile, channels)
+        self._layout = (self.document, self.complex, self.cut, tile[:-1])
 
     def columns(self, numbers: Tensor) -> Tensor:
         """Columns (..., D, K) of numbers (..., D, N), real or complex; complex ones may be pairs."""
@@ -151,31 +146,18 @@ class _Rows:
         log_decay, gain, turns = (t.repeat_interleave(2, 1) for t in (log_decay.to(gain.dtype), gain, turns))
         return log_decay, gain, torch.stack([projection, imaginary], -1).flatten(1), turns
 
-    def _run(self, kernel: Any, x: Tensor, given: Any, *more: Tensor | None, **flags: int) -> None:
-        own = self._constants(bool(flags.get("LAST")))
-        grid = (len(x) * self.splits, -(-x.shape[2] // own["CH"]))
-        gain = given[1]  # what a kernel does not read is any tensor
-        others = [gain if t is None else t.contiguous() for t in (self.document, *more)]
-        # What threads of a program exchange: two numbers a segment, channel and column.
-        scratch = gain.new_empty(grid[0] * grid[1] * 2 * own["SEG"] * own["CH"] * own["NP"])
-        launch(
-            kernel, grid, x.contiguous(), *given, *others, scratch, *self._sizes, COMPLEX=self.complex, **own, **flags
-        )
-
     def ends(self, x: Tensor, given: Any) -> Tensor:
         """States after parts, (B, SPLITS, D, K)."""
-        parts = given[1].new_empty(len(x), self.splits, *given[1].shape)
-        self._run(outputs_kernel, x, given, None, parts, x, None, INITIAL=False, OUTPUTS=False)
-        return parts
+        return _ema_ends(x, given, *self._layout)
 
     def joined(self, parts: Tensor, coefficients: EmaCoefficients, back: bool = False) -> Tensor:
         """States after rows, or if `back` adjoints before them, (B, D, N) real or complex, from columns (B, SPLITS, D,
         K) of those of parts."""
         found = self.numbers(parts)
-        if self.splits == 1:
+        head, steps, tiles, splits = self.cut
+        if splits == 1:
             return found[:, 0]
-        length, _, head, steps, tiles, splits = self._sizes
-        size = tiles * steps * self._tile.segments * self._tile.block
+        length, size = self._length, tiles * steps * self._tile.segments * self._tile.block
         inner = torch.arange(head + size, head + size * splits, size, device=parts.device)
         border = F.pad(inner, (1, 0)) if back else F.pad(inner, (0, 1), value=length)
         if self.document is not None:
@@ -185,16 +167,12 @@ class _Rows:
 
     def outputs(self, x: Tensor, given: Any, state: Tensor | None, parts: Tensor | None) -> tuple[Tensor, Tensor]:
         """y, and columns of the states after rows, from columns of those before."""
-        y, end = torch.empty_like(x), given[1].new_empty(len(x), *given[1].shape)
-        self._run(outputs_kernel, x, given, state, parts, y, end, INITIAL=state is not None, **OUTPUTS)
+        y, end = _ema_outputs(x, given, state, parts, *self._layout)
         return y, end
 
     def adjoints(self, dy: Tensor, given: Any) -> Tensor:
         """Adjoints and slopes before parts, (2, B, SPLITS, D, K)."""
-        parts = given[1].new_empty(2, len(dy), self.splits, *given[1].shape)
-        flags = {"LAST": False, "DX": False, "SUMS": False}
-        self._run(gradients_kernel, dy, given, dy, None, parts, dy, None, None, **flags)
-        return parts
+        return _ema_adjoints(dy, given, *self._layout)
 
     def gradients(
         self, x: Tensor, dy: Tensor, coefficients: EmaCoefficients, state: Tensor | None, d_end: Tensor | None,
@@ -207,11 +185,9 @@ class _Rows:
         given = self.given(coefficients)
         gain, projection = coefficients.gain, self.numbers(given[2])
         last, d_state = d_end is not None, None
-        dx, entered = torch.empty_like(x), given[1].new_empty(2, len(x), *given[1].shape)
-        sums = given[1].new_empty(3 if last else 2, len(x) * self.splits, *given[1].shape)
-        ends = None if d_end is None else self.columns(d_end)
-        for flags in gradient_flags(self.wide, self.document is not None, last):
-            self._run(gradients_kernel, dy, given, x, ends, parts, dx, sums, entered, **flags)
+        dx, sums, entered = _ema_gradients(
+            x, dy, given, None if d_end is None else self.columns(d_end), parts, *self._layout
+        )
         # Summed here and not by atomic additions, whose order, and so whose last bits, change from run to run.
         adjoint, slope, *weighed = self.numbers(sums.sum(1))
         d_log_decay, d_projection, before = gain * slope, gain * adjoint, self.numbers(entered)
@@ -233,7 +209,7 @@ class _Rows:
 
     def through(self, coefficients: EmaCoefficients) -> Tensor:
         """What is left of a state after all tokens, (D, N) or (B, D, N)."""
-        fade = self.fade(coefficients, self._sizes[0])
+        fade = self.fade(coefficients, self._length)
         return fade if self.document is None else fade * (self.document[:, -1] == 0)[:, None, None]
 
     def paired(self, gradient: Tensor) -> Tensor:
@@ -245,6 +221,115 @@ class _Rows:
         return torch.view_as_complex(gradient.contiguous()).conj().resolve_conj() if self.complex else gradient
 
 
+def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
+    """How to cut rows like x (B, L, D), of which a program owns so many channels."""
+    batch, length, width = x.shape
+    steps = tile.steps
+    while steps > 1 and steps * tile.block * tile.segments > length:
+        steps //= 2
+    segments, head = divmod(length, steps * tile.block)
+    tiles = -(-segments // tile.segments)
+    splits = tile.splits
+    if splits is None:
+        # Only where multiprocessors would idle, as parts are read once more, before.
+        splits = multiprocessors(x) // (batch * -(-width // channels))
+    tiles = -(-tiles // max(1, min(splits, tiles)))
+    return Cut(head, steps, tiles, max(1, -(-segments // max(1, tiles * tile.segments))))
+
+
+def _constants(
+    x: Tensor, gain: Tensor, columns: int, document: Tensor | None, tile: Tile, last: bool = False
+) -> dict[str, int]:
+    double = gain.dtype == torch.float64
+    return tile.constants(columns, _wide(x, gain), document is not None, last, double)
+
+
+def _wide(x: Tensor, gain: Tensor) -> bool:
+    return gain.dtype == torch.float64 or x.dtype != torch.bfloat16
+
+
+def _launch(
+    kernel: Any, x: Tensor, given: Sequence[Tensor], more: Sequence[Tensor | None], document: Tensor | None,
+    pairs: bool, cut: Sequence[int], tile: Sequence[int], **flags: int,
+) -> None:  # fmt: skip
+    gain = given[1]  # what a kernel does not read is any tensor
+    own = _constants(x, gain, gain.shape[1], document, Tile(*tile), bool(flags.get("LAST")))
+    grid = (len(x) * Cut(*cut).splits, -(-x.shape[2] // own["CH"]))
+    others = [gain if t is None else t.contiguous() for t in (document, *more)]
+    # What threads of a program exchange: two numbers a segment, channel and column.
+    scratch = gain.new_empty(grid[0] * grid[1] * 2 * own["SEG"] * own["CH"] * own["NP"])
+    launch(kernel, grid, x.contiguous(), *given, *others, scratch, *x.shape[1:], *cut, COMPLEX=pairs, **own, **flags)
+
+
+def _parts_like(
+    x: Tensor, given: Sequence[Tensor], document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int]
+) -> Tensor:
+    return given[1].new_empty(len(x), Cut(*cut).splits, *given[1].shape)
+
+
+@operator(_parts_like)
+def _ema_ends(
+    x: Tensor, given: Sequence[Tensor], document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int]
+) -> Tensor:
+    parts = _parts_like(x, given, document, pairs, cut, tile)
+    more = None, parts, x, None
+    _launch(outputs_kernel, x, given, more, document, pairs, cut, tile, INITIAL=False, OUTPUTS=False)
+    return parts
+
+
+def _outputs_like(x: Tensor, given: Sequence[Tensor], *others: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), given[1].new_empty(len(x), *given[1].shape)
+
+
+@operator(_outputs_like)
+def _ema_outputs(
+    x: Tensor, given: Sequence[Tensor], state: Tensor | None, parts: Tensor | None, document: Tensor | None,
+    pairs: bool, cut: Sequence[int], tile: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y, end = _outputs_like(x, given)
+    more = state, parts, y, end
+    _launch(outputs_kernel, x, given, more, document, pairs, cut, tile, INITIAL=state is not None, **OUTPUTS)
+    return y, end
+
+
+def _adjoints_like(
+    dy: Tensor, given: Sequence[Tensor], document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int]
+) -> Tensor:
+    return given[1].new_empty(2, len(dy), Cut(*cut).splits, *given[1].shape)
+
+
+@operator(_adjoints_like)
+def _ema_adjoints(
+    dy: Tensor, given: Sequence[Tensor], document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int]
+) -> Tensor:
+    parts = _adjoints_like(dy, given, document, pairs, cut, tile)
+    more, flags = (dy, None, parts, dy, None, None), {"LAST": False, "DX": False, "SUMS": False}
+    _launch(gradients_kernel, dy, given, more, document, pairs, cut, tile, **flags)
+    return parts
+
+
+def _gradients_like(
+    x: Tensor, dy: Tensor, given: Sequence[Tensor], ends: Tensor | None, parts: Tensor | None,
+    document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gain = given[1]
+    sums = gain.new_empty(2 if ends is None else 3, len(x) * Cut(*cut).splits, *gain.shape)
+    return torch.empty_like(x), sums, gain.new_empty(2, len(x), *gain.shape)
+
+
+@operator(_gradients_like)
+def _ema_gradients(
+    x: Tensor, dy: Tensor, given: Sequence[Tensor], ends: Tensor | None, parts: Tensor | None,
+    document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, sums over tokens, and what reaches the beginnings of rows; see `gradients_kernel`."""
+    dx, sums, entered = _gradients_like(x, dy, given, ends, parts, document, pairs, cut, tile)
+    more = x, ends, parts, dx, sums, entered
+    for flags in gradient_flags(_wide(x, given[1]), document is not None, ends is not None):
+        _launch(gradients_kernel, dy, given, more, document, pairs, cut, tile, **flags)
+    return dx, sums, entered
+
+
 class _Average(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -253,7 +338,7 @@ class _Average(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rows, ctx.turn, coefficients = rows, None, EmaCoefficients(*tensors)
         given = rows.given(coefficients)
-        parts: Any = rows.ends(x, given) if carry is not None or rows.splits > 1 else None
+        parts: Any = rows.ends(x, given) if carry is not None or rows.cut.splits > 1 else None
         if carry is not None:
             end = rows.joined(parts, coefficients)
             state, ctx.turn = carry(torch.view_as_real(end) if rows.complex else end, coefficients.fade(x.shape[1]))
@@ -270,7 +355,7 @@ class _Average(torch.autograd.Function):
         given = rows.given(coefficients)
         state = state if state is None or not rows.complex else torch.view_as_complex(state.contiguous())
         reached = None if d_end is None else rows.unpaired(d_end)
-        parts: Any = rows.adjoints(dy, given) if ctx.turn is not None or rows.splits > 1 else None
+        parts: Any = rows.adjoints(dy, given) if ctx.turn is not None or rows.cut.splits > 1 else None
         both, d_fade = reached, None
         if ctx.turn is not None:
             d_state = rows.numbers(given[2]) * rows.joined(parts[0], coefficients, back=True)

@@ -10,16 +10,12 @@ import itertools
 import json
 import sys
 import time
-import weakref
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mega_scale import MegaConfig
 from mega_scale.config import load_config, model_config
@@ -28,6 +24,7 @@ from mega_scale.model import causal_lm_class
 from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.parallel.mesh import check_segments
+from mega_scale.parallel.meter import Meter
 from mega_scale.process import PEER_LOST
 from mega_scale.training.config import OptimizerConfig, build_optimizer
 
@@ -59,36 +56,6 @@ def build_engine(config: BaseConfig, how: EngineConfig, world: World, seed: int 
     return engine
 
 
-class SavedBytes(TorchDispatchMode):
-    """Counts what the forward pass in its `with` statement leaves in memory, but for what `model`'s parameters hold.
-
-    Every storage that an operation makes is followed: hooks on what autograd saves would not see what hooks within
-    them save.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = model
-        self._made: list[weakref.ref[torch.UntypedStorage]] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._made.append(weakref.ref(leaf.untyped_storage()))
-        return result
-
-    def total(self) -> int:
-        """Bytes that are held now, each storage once."""
-        gc.collect()
-        held = {storage._cdata: storage.nbytes() for storage in (made() for made in self._made) if storage is not None}
-        for parameter in self._model.parameters():
-            held.pop(parameter.untyped_storage()._cdata, None)
-        return sum(held.values())
-
-
 def needs(
     config: dict[str, Any], parallel: dict[str, Any], dtype: str, length: int, seed: int, warm_up: bool
 ) -> dict[str, float]:
@@ -113,10 +80,10 @@ def needs(
 def train_step(engine: Engine, world: World, text: Tensor, lr: float, *, count_saved: bool = False) -> dict[str, float]:
     """Train on the next tokens of texts (B, L + 1)."""
     inputs, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    saved_bytes = SavedBytes(engine.module) if count_saved else None
-    with saved_bytes or contextlib.nullcontext():
+    meter = Meter(events=False) if count_saved else None
+    with meter or contextlib.nullcontext():
         loss = engine.forward(inputs, labels, labels.numel())
-    saved = saved_bytes.total() if saved_bytes else 0
+    saved = sum(meter.kept().values()) if meter else 0
     engine.backward(loss, last=True)
     norm = engine.step(lr)
     return {"loss": float(world.sum(loss.detach())), "norm": norm, "saved": saved}

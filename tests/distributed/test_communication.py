@@ -7,10 +7,10 @@ import pytest
 import torch
 from layout_study import LAYOUTS, VARIANTS
 from ranks import run_ranks
-from recorder import Recorder, Sent
 
 from mega_scale.parallel import ParallelConfig, Place, World
 from mega_scale.parallel.mesh import MeshShape
+from mega_scale.parallel.meter import Meter, Sent
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -28,9 +28,9 @@ def train_once(
     made.module.train()
     inputs = torch.arange(tokens).repeat(ROWS, 1) % 60
     starts = inputs % 7 == 0 if documents else None
-    with Recorder() as forward:
+    with Meter(events=False) as forward:
         loss = made.forward(inputs, inputs + 1, inputs.numel(), Place(), starts)
-    with Recorder() as backward:
+    with Meter(events=False) as backward:
         made.backward(loss, last=True)
     made.step(1e-3)
     made.close()
@@ -45,7 +45,7 @@ def accumulate(world: World, engine: str) -> tuple[list[int], float]:
     calls = []
     for i in range(3):
         inputs = (torch.arange(2 * 61).view(ROWS, 61) + 7 * i + 100 * world.shape.dp_rank(world.rank)) % 60
-        with Recorder() as recorder:
+        with Meter(events=False) as recorder:
             made.backward(made.forward(inputs, inputs + 1, 12 * 61, Place()), last=i == 2)
         sent = recorder.over(world.axes["dp_replicate"].group) if world.shape.dp_replicate > 1 else []
         calls.append(len([call for call in sent if call.operation == "allreduce_"]))
@@ -60,7 +60,7 @@ def collectives(world: World, dtype: str) -> list[int]:
     made.module.train()
     inputs = torch.arange(61).repeat(ROWS, 1) % 60
     counts = []
-    with Recorder() as recorder:
+    with Meter(events=False) as recorder:
         loss = made.forward(inputs, inputs + 1, inputs.numel(), Place())
         counts.append(len(recorder.sent))
         made.backward(loss, last=True)

@@ -1,0 +1,125 @@
+"""What operators cost on a GPU: bytes read and written, operations, launches of kernels.
+
+The default rule reads every tensor that is given and writes every one that comes back; operators for which it is wrong
+are listed. Custom operators tell their operations here, and their launches in `mega_scale.ops.KERNELS`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from mega_scale.ops import KERNELS
+
+_aten = torch.ops.aten
+# Neither launch a kernel nor touch memory.
+_FREE = {
+    "aten::detach", "aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::is_pinned",
+    "aten::new_empty_strided", "aten::lift_fresh", "aten::set_", "aten::resize_", "aten::_local_scalar_dense",
+    "aten::_unsafe_view", "prim::device", "aten::_reshape_alias", "aten::sym_size", "aten::record_stream",
+}  # fmt: skip
+# Move data between ranks, which links do and not kernels of products or memory.
+_ELSEWHERE = {"c10d", "_c10d_functional", "profiler", "prim"}
+# Fill all of their first argument, which they need not read.
+_FILL = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::uniform_", "aten::normal_", "aten::bernoulli_"}
+# Read as much of their first tensor as they write.
+_GATHER = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}
+# Read and write as much of their first tensor as their last one has.
+_SCATTER = {"aten::scatter_add_", "aten::scatter_", "aten::index_put_", "aten::index_add_"}
+# Tensors that one launch of PyTorch's multi-tensor kernels takes.
+_FOREACH = 48
+
+
+class Cost(NamedTuple):
+    """Tensors that an operator reads and writes with the bytes of each, its operations, and launches."""
+
+    reads: list[tuple[Tensor, int]]
+    writes: list[tuple[Tensor, int]]
+    flops: int
+    kernels: int
+
+
+def _product(a: Tensor, b: Tensor) -> int:
+    """Operations of (..., M, K) times (..., K, N)."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+FLOPS: dict[str, Callable[..., int]] = {
+    "aten::mm": lambda a, b, *_: _product(a, b),
+    "aten::bmm": lambda a, b, *_: _product(a, b),
+    "aten::addmm": lambda _, a, b, *more: _product(a, b),
+    "aten::addmm_": lambda _, a, b, *more: _product(a, b),
+    "aten::baddbmm": lambda _, a, b, *more: _product(a, b),
+    "aten::baddbmm_": lambda _, a, b, *more: _product(a, b),
+    "aten::_scaled_mm": lambda a, b, *_: _product(a, b),
+    "mkldnn::_linear_pointwise": lambda a, weight, *_: _product(a, weight.t()),
+    # Tokens times channels times columns of states; what reads only one tensor does half as much.
+    "mega_scale::ema_outputs": lambda x, given, *_: x.numel() * given[1].shape[1],
+    "mega_scale::ema_ends": lambda x, given, *_: x.numel() * given[1].shape[1] // 2,
+    "mega_scale::ema_adjoints": lambda x, given, *_: x.numel() * given[1].shape[1] // 2,
+    "mega_scale::ema_gradients": lambda x, dy, given, *_: x.numel() * given[1].shape[1],
+}
+"""Operations by operator, from its positional arguments: two a multiply-add of products; of the average, steps."""
+
+
+def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
+    """The cost of an operator that was called so; none where it is a view, an allocation, or moves data elsewhere."""
+    name = func.name().split(".")[0]
+    if name in _FREE or func.namespace in _ELSEWHERE:
+        return None
+    given, made = _tensors((args, kwargs)), _tensors(result)
+    written = written_arguments(func, args, kwargs)
+    known = {t.untyped_storage()._cdata for t in given}
+    if not written and made and all(t.untyped_storage()._cdata in known for t in made):
+        return None  # a view, or a conversion that had nothing to do
+    reads = _once(given[1:] if name in _FILL else given)
+    if "_scaled" not in name and name.endswith(("::zeros", "::full", "::ones", "::new_zeros", "::zeros_like")):
+        reads = []
+    writes = _once([*written, *(t for t in made if t.untyped_storage()._cdata not in known)])
+    if name in _GATHER and made:
+        size = sum(bytes_of(t) for t in made)
+        reads = [(t, min(seen, size)) for t, seen in reads]
+    elif name in _SCATTER:
+        size = min(bytes_of(t) for t in given)
+        reads, writes = ([(t, min(seen, size)) for t, seen in each] for each in (reads, writes))
+    if not reads and not writes:
+        return None  # a question, not work
+    flops = FLOPS[name](*args) if name in FLOPS else 0
+    kernels = KERNELS.get(name, 1)
+    if "_foreach_" in name or "_fused_ad" in name:
+        kernels = -(-len(given) // _FOREACH)
+    return Cost(reads, writes, flops, kernels)
+
+
+def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments that an operator writes into, by its schema."""
+    found: list[Tensor] = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            found += _tensors(value)
+    return found
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of memory that lie under a tensor, numbers that are repeated (expanded) once."""
+    size = tensor.element_size()
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if stride or not length:
+            size *= length
+    return size
+
+
+def _once(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
+    """Each different piece of memory, and its bytes."""
+    found = {}
+    for t in tensors:
+        if t.numel():
+            found[t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()] = (t, bytes_of(t))
+    return list(found.values())
+
+
+def _tensors(argument: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)]

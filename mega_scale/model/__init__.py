@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from mega_scale.model.modeling_mega import MegaForCausalLM, MegaModel, MegaPreTrainedModel
     from mega_scale.model.modeling_megalodon import MegalodonForCausalLM, MegalodonModel, MegalodonPreTrainedModel
     from mega_scale.model.pretrained import BasePreTrainedModel
+    from mega_scale.model.static_cache import DecodingGraph, MegaStaticCache
 
 _MODULES = {
     "MegaCache": "cache",
+    **dict.fromkeys(("DecodingGraph", "MegaStaticCache"), "static_cache"),
     **dict.fromkeys(("MegaForCausalLM", "MegaModel", "MegaPreTrainedModel"), "modeling_mega"),
     **dict.fromkeys(("MegalodonForCausalLM", "MegalodonModel", "MegalodonPreTrainedModel"), "modeling_megalodon"),
 }
@@ -85,6 +87,7 @@ AutoTokenizer.register(MegaConfig, RobertaTokenizer, exist_ok=True)
 AutoTokenizer.register(MegalodonConfig, PreTrainedTokenizerFast, exist_ok=True)
 
 __all__ = [
+    "DecodingGraph",
     "MegaCache",
     "MegaConfig",
     "MegaForCausalLM",
@@ -95,6 +98,7 @@ __all__ = [
     "MegaForTokenClassification",
     "MegaModel",
     "MegaPreTrainedModel",
+    "MegaStaticCache",
     "MegalodonConfig",
     "MegalodonForCausalLM",
     "MegalodonModel",

@@ -20,6 +20,7 @@ from mega_scale.ops.linear import linear, linear_cross_entropy
 if TYPE_CHECKING:
     from mega_scale.model.cache import LayerState
     from mega_scale.model.rows import DocumentBorders, LeftPadding
+    from mega_scale.model.static_cache import OpenChunk
 
 INDICES = (torch.int64, torch.int32)  # dtypes of token ids
 
@@ -151,6 +152,8 @@ class ChunkedAttention(nn.Module):
         such padding. Returns (B, L, E), weights or none, and with `return_state` what to remember: keys, values, and
         columns so far, a tensor without dimensions in a program that is exported.
         """
+        if state is not None and state.rows is not None:
+            return self._attend_in_place(q, k, v, state, state.rows, return_weights)
         seen: Any = 0 if state is None else state.position
         if return_state and torch.compiler.is_exporting():
             # A number would hold for the calls that are like this one.
@@ -169,6 +172,21 @@ class ChunkedAttention(nn.Module):
             padding = LeftPadding.lay(pads, seen, 0 if state is None else state.keys.shape[1], q.shape[1], self.chunk)
             out, weights, kept = self._attend_left_padded(q, k, v, mask, state, padding, return_weights)
         return out, weights, None if kept is None else (*kept, seen + q.shape[1])
+
+    def _attend_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, state: "LayerState", rows: "OpenChunk", return_weights: bool
+    ) -> tuple[Tensor, None, tuple[Tensor, Tensor, Any]]:
+        """Attention of one token a row to a static cache's keys, among which its own is written first."""
+        if return_weights:
+            raise ValueError("output_attentions=True with a static cache: use mega_scale.MegaCache")
+        place = rows.place(state.position)
+        rows.write(place, state.keys, k)
+        rows.write(place, state.values, v)
+        if getattr(self.config, "attention_activation", "softmax") != "softmax":
+            # These divide scores by the place in the chunk, but count keys of the token's document only.
+            q = q * ((place + 1) / (place + 1 - rows.first)).to(q.dtype)[:, None, None]
+        out, _ = self._attend_in_chunks(q, state.keys, state.values, rows.visible(place), place, False, None)
+        return out[:, 0], None, (state.keys, state.values, state.position)
 
     def _attend(
         self,

@@ -4,9 +4,9 @@ Legend: B batch, L new tokens, D channels, N moving averages per channel, C chun
 keys, E width of values, S encoder length.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from mega_scale.ops import in_memory
 from mega_scale.ops.timestep_norm import Moments
+
+if TYPE_CHECKING:
+    from mega_scale.model.rows import DocumentBorders
+    from mega_scale.model.static_cache import OpenChunk
 
 _ROWS = ("mask", "documents", "encoder_mask")  # tensors of a cache that say something of its rows
 _MOMENTS = tuple(f"norm_{name}" for name in Moments._fields)
@@ -28,8 +32,10 @@ class LayerState:
     ema: Tensor  # h of the moving average, (B, D, N) fp32, or of a complex one pairs of reals (B, D, N, 2)
     keys: Tensor  # (B, C, Z), or (B, position, Z)
     values: Tensor  # (B, C, E), or (B, position, E)
-    position: int | Tensor  # columns seen, padding included; a tensor without dimensions while a program is exported
+    # Columns seen, padding included; a tensor without dimensions in a static cache, and while a program is exported.
+    position: int | Tensor
     norm: Moments | None = None  # of the block's timestep norm, where it has one
+    rows: "OpenChunk | None" = None  # of a static cache: where in its buffers the next key and value of each row belong
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that have a row for each row of the batch, by name."""
@@ -68,6 +74,10 @@ class MegaCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1  # there is none
 
+    def remember(self, state: LayerState | None, encoder: tuple[Tensor, Tensor] | None = None) -> None:
+        """Keep the states after the new tokens."""
+        self.state, self.encoder = state, encoder
+
     def reset(self) -> None:
         self.state, self.encoder = None, None
 
@@ -87,8 +97,10 @@ class MegaCacheLayer(CacheLayerMixin):
 class MegaCache(Cache):
     """One state per block; pass it back as `past_key_values` to go on where the last call ended."""
 
+    layer_class = MegaCacheLayer
+
     def __init__(self, num_hidden_layers: int) -> None:
-        self.states = [MegaCacheLayer() for _ in range(num_hidden_layers)]
+        self.states = [self.layer_class() for _ in range(num_hidden_layers)]
         # Of the rows; none where no row has any padding, documents or mask.
         self.pads: Tensor | None = None  # padding before each row's first token, (B,) int64
         self.documents: Tensor | None = None  # number of each remembered key's, (B, position in C, or position) int64
@@ -101,6 +113,24 @@ class MegaCache(Cache):
     def is_compileable(self) -> bool:
         """The position is a Python number, so `generate()` does not compile steps by itself."""
         return False
+
+    def begin_call(self, length: int) -> "MegaCache":
+        """The cache that the model is to read and write in a call of so many new tokens."""
+        return self
+
+    def end_call(self) -> "MegaCache":
+        """Called when all states are remembered; the cache to return."""
+        return self
+
+    def read_token(
+        self, attention_mask: Tensor | None, document_starts: Tensor | None, extras: Mapping[str, Any], x: Tensor
+    ) -> "tuple[Tensor | None, Tensor, DocumentBorders | None] | None":
+        """What `read_rows` returns for one token, of a cache whose position no host knows; of others, none."""
+        return None
+
+    def remember_final_norm(self, moments: Moments) -> None:
+        """Keep the moments of the model's last norm after the new tokens."""
+        self.final_norm = moments
 
     @property
     def nbytes(self) -> int:

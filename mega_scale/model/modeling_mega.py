@@ -190,7 +190,7 @@ class MegaModel(MegaPreTrainedModel):
         x = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
         cache = None
         if past_key_values is not None or use_cache is not False:
-            cache = self._cache(past_key_values, use_cache, x.shape[0])
+            cache = self._cache(past_key_values, use_cache, *x.shape[:2])
         source_mask = None
         if config.add_cross_attention:
             from mega_scale.model.rows import encoder_mask
@@ -219,10 +219,12 @@ class MegaModel(MegaPreTrainedModel):
                 x, mask, pads, encoder_hidden_states, source_mask, *known, layer is not None, output_attentions, borders
             )
             if layer is not None:
-                layer.state, layer.encoder = state, encoder
+                layer.remember(state, encoder)
             hidden_states.append(x)
             attentions.append(weights)
             cross_attentions.append(cross_weights)
+        if cache is not None:
+            cache = cache.end_call()
         new_mask = None if mask is None else mask[:, -x.shape[1] :]
         if self.final_norm is not None:
             x = self.final_norm(x, new_mask)
@@ -244,8 +246,8 @@ class MegaModel(MegaPreTrainedModel):
                 "inside a row, and an encoder's output belongs to a whole row; give each document a row"
             )
 
-    def _cache(self, past: Cache | None, use_cache: bool | None, batch: int) -> "MegaCache | None":
-        """The cache from which `batch` rows go on: the one given, or a new one, or none."""
+    def _cache(self, past: Cache | None, use_cache: bool | None, batch: int, length: int) -> "MegaCache | None":
+        """The cache from which `batch` rows go on by `length` tokens: the one given, or a new one, or none."""
         from mega_scale.model.cache import MegaCache, check_cache, is_empty_wrapper
 
         config = self.config
@@ -263,7 +265,9 @@ class MegaModel(MegaPreTrainedModel):
                 "pass use_cache=False, or set truncation=None"
             )
         layers = config.num_hidden_layers
-        return MegaCache(layers) if past is None else check_cache(past, layers, batch, norms=False)
+        if past is None:
+            return MegaCache(layers)
+        return check_cache(past, layers, batch, norms=False).begin_call(length)
 
 
 class MegaForCausalLM(MegaPreTrainedModel, CausalLanguageModel, GenerationMixin):

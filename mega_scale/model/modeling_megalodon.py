@@ -152,7 +152,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         x = self._embedded(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache, x.shape[0])
+        cache = self._cache(past_key_values, use_cache, *x.shape[:2])
         mask = pads = borders = None
         documents = {key: kwargs[key] for key in DOCUMENT_KEYS if kwargs.get(key) is not None}
         if cache is not None or attention_mask is not None or document_starts is not None or documents:
@@ -166,13 +166,14 @@ class MegalodonModel(MegalodonPreTrainedModel):
             layer = None if cache is None else cache.states[i]
             x, state = block(x, rotary, mask, pads, None if layer is None else layer.state, layer is not None, borders)
             if layer is not None:
-                layer.state = state
+                layer.remember(state)
             hidden_states.append(x)
         valid = None if mask is None else mask[:, -x.shape[1] :]
         resets = None if borders is None else borders.starts
         x, moments = self.final_norm(x, None if cache is None else cache.final_norm, resets, valid)
         if cache is not None:
-            cache.final_norm = moments
+            cache.remember_final_norm(moments)
+            cache = cache.end_call()
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
@@ -187,11 +188,11 @@ class MegalodonModel(MegalodonPreTrainedModel):
             x = self.embed(input_ids)
         return self.embed_dropout(x if self.scale == 1.0 else x * self.scale)
 
-    def _cache(self, past: Cache | None, use_cache: bool | None, batch: int) -> MegaCache | None:
-        """The cache from which `batch` rows go on: the one given, or a new one, or none."""
+    def _cache(self, past: Cache | None, use_cache: bool | None, batch: int, length: int) -> MegaCache | None:
+        """The cache from which `batch` rows go on by `length` tokens: the one given, or a new one, or none."""
         layers = self.config.num_hidden_layers
         if past is not None:
-            return check_cache(past, layers, batch, norms=True)
+            return check_cache(past, layers, batch, norms=True).begin_call(length)
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         return MegaCache(layers) if wanted else None
 

@@ -128,6 +128,34 @@ class CausalLanguageModel:
         # generate() then leaves the cache to forward(), which makes a MegaCache.
         return False
 
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Give `cache_implementation="static"` its own cache; otherwise what transformers does."""
+        named, wanted = generation_config.cache_implementation, generation_config.use_cache
+        if named == "static" and wanted is not False and model_kwargs.get("past_key_values") is None:
+            # Compilers are slow to import.
+            from mega_scale.model.static_cache import MegaStaticCache  # noqa: PLC0415
+
+            longest = max(max_cache_length, generation_config.max_cache_len or 0)
+            model_kwargs["past_key_values"] = MegaStaticCache(self.config, longest)  # type: ignore[attr-defined]
+            return
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        attention_mask: Tensor | None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> Tensor | None:
+        """The mask that `generate()` hands to steps with a static cache: none, as generated tokens are valid."""
+        return attention_mask if is_first_iteration else None
+
     def predict(
         self,
         hidden: Tensor,

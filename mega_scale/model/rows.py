@@ -150,13 +150,15 @@ def read_rows(
     bool, true for valid columns, none where all are; padding before each row's first token, (B,) int64, none where no
     row has any or it moves nothing; documents, none where every row holds one.
     """
-    mask, pads = _mask_and_pads(attention_mask, chunk, positional, cache, x)
     shape = tuple(x.shape[:2])
     if document_starts is not None and (document_starts.dtype != torch.bool or document_starts.shape != shape):
         raise ValueError(
             f"document_starts is {document_starts.dtype} {tuple(document_starts.shape)}: expected bool {shape}, "
             "one for each new token"
         )
+    if cache is not None and (read := cache.read_token(attention_mask, document_starts, extras, x)) is not None:
+        return read
+    mask, pads = _mask_and_pads(attention_mask, chunk, positional, cache, x)
     if extras:
         document_starts = _document_starts(document_starts, extras, mask, pads, cache, x)
     if document_starts is None and cache is not None and cache.documents is not None:

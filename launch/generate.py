@@ -21,7 +21,7 @@ from mega_scale.hub.export import DTYPES
 from mega_scale.parallel import check_single
 from mega_scale.process import log_to_stderr, run_command
 from mega_scale.settings import require
-from mega_scale.training.trained_model import check_sample, generate_text, load_model
+from mega_scale.training.trained_model import CACHES, check_sample, generate_text, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--key-file", help="secret with which the checkpoint is signed")
     parser.add_argument("--stop-at-eos", action="store_true", help="end at the end-of-text token")
+    words = "dynamic, or static: steps of fixed shapes, compiled on a GPU, which pays for long texts (default: dynamic)"
+    parser.add_argument("--cache", choices=CACHES, default=CACHES[0], help=words)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: fp32)")
     args = parser.parse_args(arguments)
@@ -48,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer, folder = load_model(path, device, DTYPES[args.dtype], key)
     check_sample(model.config, tokenizer, args.prompt, args.max_new_tokens)
     log_to_stderr(f"text by {folder}")
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "temperature", "top_p", "stop_at_eos")}
+    names = ("max_new_tokens", "seed", "temperature", "top_p", "stop_at_eos", "cache")
+    sampling = {name: getattr(args, name) for name in names}
     print(generate_text(model, tokenizer, args.prompt, **sampling))
 
 

@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mega_scale import MegaCache, MegaConfig, MegaForCausalLM, MegalodonConfig, MegalodonForCausalLM
+from mega_scale import MegaCache, MegaConfig, MegaForCausalLM, MegalodonConfig, MegalodonForCausalLM, MegaStaticCache
 
 from . import harness
 from .harness import Option, common
@@ -25,6 +27,7 @@ _PREFILL = 8192
 DECODE = common(chunk=128, hidden=64, layers=2, shared=32, values=128, states=16, vocabulary=256) | {
     "contexts": Option([1024, 2048, 16384], "tokens of context at which our step is timed"),
     "megalodon": Option(False, "also time our Megalodon of as many parameters"),
+    "static": Option(False, "also time our compiled step with a static cache, after the first of --contexts"),
     "peer-context": Option(2048, "tokens of context of the other models, one of --contexts"),
     **common(activation="softmax", seed=0, peer_python=None, repeats=5, warmup=1),
 }
@@ -39,6 +42,58 @@ def cache_bytes(config: MegaConfig | MegalodonConfig, element_size: int) -> int:
         return layers * (averages + keys)
     moments = 8 * config.timestep_norm_groups + 8  # mean and variance of every group, and the number of tokens
     return layers * (2 * averages + moments + keys) + moments
+
+
+class StaticDecoding(Decoding):
+    """The same text's end, decoded by one compiled step with a static cache."""
+
+    def __init__(self, model: Any, cache: MegaCache, token: Tensor) -> None:
+        super().__init__(model, cache, token)
+        self._static, self._compiled = MegaStaticCache(model.config), torch.compile(model, fullgraph=True)
+
+    def _restart(self) -> None:
+        self._static.fill(self._past)
+        self._cache, self._token = self._static, self._first
+
+    def _forward(self, tokens: Tensor, cache: Any) -> Any:
+        return (self._compiled if cache is self._static else self.model)(tokens, past_key_values=cache, use_cache=True)
+
+
+class _Operators(TorchDispatchMode):
+    """Counts what PyTorch dispatches, but for views: on a GPU, launches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def operators(decoding: Decoding) -> int:
+    """Operators of one of its steps, views left out."""
+    decoding._restart()
+    with _Operators() as counted:
+        decoding._step()
+    return counted.count
+
+
+def static_window(window: Decoding) -> tuple[StaticDecoding, str]:
+    """The window with a static cache, and how many graphs, kernels and library calls its steps were compiled to."""
+    import torch._dynamo
+    import torch._inductor.metrics as compiled
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.reset()
+    static = StaticDecoding(window.model, window._past, window._first)
+    static.run(2 * window.model.config.chunk_size + 1)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    calls = torch._dynamo.utils.counters["inductor"]["extern_calls"]
+    return static, (
+        f"{operators(window)} operators a token; with a static cache, over two chunks, {graphs} graph of "
+        f"{compiled.generated_kernel_count} kernels and {calls} library calls"
+    )
 
 
 @torch.no_grad()
@@ -77,14 +132,24 @@ def run_decode(args: argparse.Namespace) -> None:
         f"mega_scale at {context}": window for context, window in zip(contexts, windows, strict=True)
     }
     known = {name: windows[0].describe() for name in contenders}
-    note = ""
+    notes = []
+    if args.static:
+        static, counted = static_window(windows[0])
+        name = f"mega_scale, static cache at {contexts[0]}"
+        contenders[name], known[name] = static, windows[0].describe()
+        notes.append(f"Mega: {counted}.")
     if args.megalodon:
         other = MegalodonForCausalLM(megalodon_config(sizes)).eval()
         more = our_windows(other, contexts, args.chunk, args.seed)
         named = {f"mega_scale, Megalodon at {context}": each for context, each in zip(contexts, more, strict=True)}
         contenders |= named
         known |= {name: more[0].describe() for name in named}
-        note = f" Megalodon's cache holds {cache_bytes(other.config, other.dtype.itemsize)} bytes."
+        notes.append(f"Megalodon's cache holds {cache_bytes(other.config, other.dtype.itemsize)} bytes.")
+        if args.static:
+            static, counted = static_window(more[0])
+            name = f"mega_scale, Megalodon, static cache at {contexts[0]}"
+            contenders[name], known[name] = static, more[0].describe()
+            notes.append(f"Megalodon: {counted}.")
     sizes["parameters"] = windows[0].describe()["parameters"]
     arguments = {"sizes": sizes, "start": args.peer_context - args.chunk // 2, "seed": args.seed}
     with contextlib.ExitStack() as stack:
@@ -109,5 +174,5 @@ def run_decode(args: argparse.Namespace) -> None:
         "": "{name}", "parameters": "{parameters:,}", "median ms/token": "{median:.3f}", "min": "{least:.3f}",
         "max": "{greatest:.3f}", "times ours": "{ratio:.2f}", "largest error": "{error:.1e}",
     }  # fmt: skip
-    note = f"Ours, slowest context over fastest: {growth:.3f}; its cache holds {held} bytes at each.{note}"
+    note = f"Ours, slowest context over fastest: {growth:.3f}; its cache holds {held} bytes at each. {' '.join(notes)}"
     harness.report(args, columns, rows, note, cache_bytes=held, slowest_over_fastest_context=growth)

@@ -21,6 +21,9 @@ from mega_scale.model.pretrained import BasePreTrainedModel
 from mega_scale.parallel import World, fill
 from mega_scale.process import log_to_stderr
 
+CACHES = ("dynamic", "static")
+"""What a text is generated with: a `MegaCache`, or a `MegaStaticCache`, whose steps are compiled on a GPU."""
+
 # Opening one
 
 
@@ -230,14 +233,15 @@ def generate_text(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stop_at_eos: bool = False,
+    cache: str = CACHES[0],
     every_token: Callable[[], None] = lambda: None,
 ) -> str:
     """Continue a text, from a document's start; an empty one begins a document. Returns it with what follows.
 
     Collective when the model is sharded, and the same on all ranks. Leaves the random state as it found it, so that
     training does not depend on samples. A `temperature` of 0 takes the likeliest token; `top_p` is the share of
-    probability to sample from. `every_token` is called after each generated token; what it raises, on all ranks alike,
-    ends the generation.
+    probability to sample from. A static `cache` is for a model that is not sharded. `every_token` is called after each
+    generated token; what it raises, on all ranks alike, ends the generation.
     """
     device = next(module.parameters()).device
     end = end_ids(tokenizer, module.config.eos_token_id)  # type: ignore[union-attr,arg-type]
@@ -261,6 +265,7 @@ def generate_text(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else separator_id(tokenizer),
                 use_cache=getattr(module.config, "truncation", None) is None,  # a truncated average has no state
                 stopping_criteria=StoppingCriteriaList([after_token]),
+                cache_implementation=None if cache == CACHES[0] else cache,
                 **(options if temperature > 0 else {"do_sample": False}),
             )
     finally:

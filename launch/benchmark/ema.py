@@ -41,7 +41,6 @@ BANDWIDTH = common(batch=1, length=32768, hidden=4096, states=16, repeats=30, wa
 KERNELS = common(states=[16]) | {
     "architectures": Option([80, 90], "compute capabilities: 80 A100, 90 H100"),
     "dtypes": Option(["bf16", "fp32"], "of tokens", ["bf16", "fp16", "fp32", "fp64"]),
-    "keys": Option([4096], "of a chunk of attention"),
     "numbers": Option(["real"], "of moving averages", ["real", "complex"]),
 }
 
@@ -202,7 +201,7 @@ def run_kernels(args: argparse.Namespace) -> None:
         raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
     from mega_scale.ops.triton_report import compile_kernels
 
-    found = compile_kernels(args.architectures, args.dtypes, args.states, args.keys, args.numbers)
+    found = compile_kernels(args.architectures, args.dtypes, args.states, args.numbers)
     rows = [row | {"shared_kib": row["shared_bytes"] / 1024} for row in found]
     columns = {
         "kernel": "{kernel}", "GPU": "{architecture}", "tokens": "{dtype}", "size": "{size}", "warps": "{warps}",

@@ -5,7 +5,7 @@
 * causal: softmax in blocks of queries, each of which meets only the keys up to its end. A masked product over a whole
   chunk computes twice what is seen; in n blocks a share of (n + 1) / 2n is left, in products that are still large. The
   weights are saved for the backward pass: half a chunk's width a token, little beside a block's other activations.
-* triton: the same on a GPU in half precision, with documents (`attention_triton`).
+* triton: the same on a GPU in half precision, with documents and dropout by place (`attention_triton`).
 
 Positional biases are functions of the distance alone, so that one vector holds a whole Toeplitz matrix. Rotary
 positions (`rotate`) are in the queries and keys instead, and need no bias.
@@ -15,8 +15,8 @@ of its values, c queries of a block, G chunks of all rows.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from mega_scale.ops import (
     tracing,
     without_autocast,
 )
+from mega_scale.ops.elementwise import PositionalDropout
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
@@ -95,12 +96,12 @@ def chunk_attention(
         offset: keys that precede the first query, tokens: one number, or (B,) int64, one for every row.
         key_mask: (B, K, J) bool, true for valid keys. A softmax chunk without any valid key attends as if unmasked.
         dropout: probability of dropping a weight, or a function of weights (B, K, [H,] I, J) that drops some, eager
-            only.
+            only unless it is a `PositionalDropout`.
         return_weights: eager only.
         documents: of keys, numbers (B, K, J): a query sees those of its own document only, query i being key
             `offset + i` (one number for all rows); none where chunks hold one document each.
         impl: eager, sdpa, causal (without masks, documents or dropout, as many queries as keys), triton (the same with
-            documents), or auto: the last that serves, triton outside torch.compile and on a compute capability of 8 or
+            documents and dropout by place), or auto: the last that serves, triton on a compute capability of 8 or
             newer only.
 
     Returns (B, K, [H,] I, E) in the dtype of v, and the weights before dropout (B, K, [H,] I, J) or none. Raises
@@ -111,12 +112,15 @@ def chunk_attention(
         documents = None
     queries, keys = q.shape[-2], k.shape[-2]
     fused = activation == "softmax" and not return_weights and not callable(dropout)
-    whole = causal and queries == keys and isinstance(offset, int) and offset == 0
-    whole = whole and fused and key_mask is None and dropout == 0
-    if (impl == "causal" and not (whole and documents is None)) or (impl == "triton" and not whole):
+    placed = dropout if isinstance(dropout, PositionalDropout) else None
+    whole = causal and queries == keys and isinstance(offset, int) and offset == 0 and key_mask is None
+    whole = whole and activation == "softmax" and not return_weights and (dropout == 0 or placed is not None)
+    alone = whole and documents is None and placed is None
+    if (impl == "causal" and not alone) or (impl == "triton" and not whole):
         raise ValueError(
             f"impl={impl!r} is softmax over the keys up to each query alone, without offset, masks, "
-            f"{'documents, ' if impl == 'causal' else ''}dropout or weights to return: use impl='sdpa' or 'eager'"
+            f"{'documents, dropout' if impl == 'causal' else 'dropout but by place'} or weights to return: "
+            "use impl='sdpa' or 'eager'"
         )
     if impl == "sdpa" and not fused:
         raise ValueError(
@@ -124,10 +128,8 @@ def chunk_attention(
             "use impl='eager'"
         )
     if impl == "auto":
-        # Python counts blocks of queries, and one chunk may be of a length that a compiler leaves open.
-        any_length = tracing() in ANY_LENGTH or (k.shape[1] == 1 and torch.compiler.is_compiling())
         kernels = whole and v.dtype in (torch.bfloat16, torch.float16) and runs_triton(v)
-        blocks = whole and documents is None and not any_length
+        blocks = alone and tracing() not in ANY_LENGTH
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
     if impl == "causal":
@@ -136,7 +138,8 @@ def chunk_attention(
         # Not before it is needed: triton may not be installed.
         from mega_scale.ops.attention_triton import triton_attention  # noqa: PLC0415
 
-        return triton_attention(q, k, v, bias, scale, None if documents is None else documents.numbers), None
+        numbers = None if documents is None else documents.numbers
+        return triton_attention(q, k, v, bias, scale, numbers, placed), None
 
     rules: dict[str, Any] = {"activation": activation, "causal": causal, "offset": offset, "dropout": dropout}
     rules |= {"eager": impl == "eager", "scale": scale}
@@ -320,53 +323,101 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, block: int) -> Tensor:
         """q, k (G, C, Z), v (G, C, E), bias (2C - 1,)."""
-        ctx.block, ctx.scale, chunk = block, scale, q.shape[1]
-        matrix = None if bias is None else bias.unfold(0, chunk, 1).flip(0)
-        future = torch.full((block, block), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-        out, kept = torch.empty_like(v), []
-        for begin in range(0, chunk, block):
-            end = min(begin + block, chunk)
-            hidden = future[: end - begin, : end - begin]
-            if matrix is None:
-                scores = (q[:, begin:end] * scale) @ k[:, :end].mT
-                scores[..., begin:] += hidden
-            else:
-                start = matrix[begin:end, :end].clone()
-                start[:, begin:] += hidden
-                scores = torch.baddbmm(start.expand(len(q), -1, -1), q[:, begin:end], k[:, :end].mT, alpha=scale)
-            weights = scores.softmax(-1).to(v.dtype)
-            # Not written into `out` by the product itself, whose result selective checkpointing could then not keep.
-            out[:, begin:end] = weights @ v[:, :end]
-            kept.append(weights)
-        ctx.save_for_backward(q, k, v, *kept)
-        return out
+        out, weights = _causal_blocks(q, k, v, bias, scale, block)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.block, ctx.scale = block, scale
+        return cast(Tensor, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        scale, chunk = ctx.scale, q.shape[1]
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_matrix = q.new_zeros(chunk, chunk) if ctx.needs_input_grad[3] else None
-        # From the end: the last block, which meets every key, writes what the others add to.
-        for index in reversed(range(len(kept))):
-            weights, begin = kept[index], index * ctx.block
-            end = min(begin + ctx.block, chunk)
-            own, d_out = q[:, begin:end], gradient[:, begin:end]
-            d_weights = (d_out @ v[:, :end].mT).to(q.dtype)
-            d_scores = torch._softmax_backward_data(d_weights, weights.to(q.dtype), -1, q.dtype)
-            if d_matrix is not None:
-                d_matrix[begin:end, :end] = d_scores.sum(0)
-            if scale != 1.0:
-                torch.mul(d_scores, scale, out=d_scores)
-            torch.bmm(d_scores, k[:, :end], out=d_q[:, begin:end])
-            if end == chunk:
-                torch.bmm(d_scores.mT, own, out=d_k)
-                torch.bmm(weights.mT, d_out, out=d_v)
-            else:
-                d_k[:, :end].baddbmm_(d_scores.mT, own)
-                d_v[:, :end].baddbmm_(weights.mT, d_out)
-        return d_q, d_k, d_v, None if d_matrix is None else _by_distance(d_matrix), None, None
+        q, k, v, weights = ctx.saved_tensors
+        biased = ctx.needs_input_grad[3]
+        d_q, d_k, d_v, d_bias = _causal_gradients(gradient, q, k, v, weights, ctx.scale, ctx.block, biased)
+        return d_q, d_k, d_v, d_bias if biased else None, None, None
+
+
+# Operators of their own: what a compiler traces is as long for every chunk.
+
+
+@torch.library.custom_op("mega_scale::causal_attention", mutates_args=())
+def _causal_blocks(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, block: int
+) -> tuple[Tensor, Tensor]:
+    """Outputs (G, C, E), and the weights (G, c, J) of all blocks, one after another."""
+    chunk, kept = q.shape[1], v.new_empty(_kept_weights(*q.shape[:2], block))
+    matrix = None if bias is None else bias.unfold(0, chunk, 1).flip(0)
+    future = torch.full((block, block), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    out = torch.empty_like(v)
+    for begin, end, weights in _weights_of_blocks(kept, q, block):
+        hidden = future[: end - begin, : end - begin]
+        if matrix is None:
+            scores = (q[:, begin:end] * scale) @ k[:, :end].mT
+            scores[..., begin:] += hidden
+        else:
+            start = matrix[begin:end, :end].clone()
+            start[:, begin:] += hidden
+            scores = torch.baddbmm(start.expand(len(q), -1, -1), q[:, begin:end], k[:, :end].mT, alpha=scale)
+        if scores.dtype == weights.dtype:
+            torch.softmax(scores, -1, out=weights)
+        else:
+            weights.copy_(scores.softmax(-1))
+        torch.bmm(weights, v[:, :end], out=out[:, begin:end])
+    return out, kept
+
+
+@_causal_blocks.register_fake
+def _(q, k, v, bias, scale, block):  # type: ignore[no-untyped-def]
+    return torch.empty_like(v), v.new_empty(_kept_weights(*q.shape[:2], block))
+
+
+def _kept_weights(groups: int, chunk: int, block: int) -> int:
+    """Numbers that blocks keep, in terms that hold for a length that a compiler leaves open."""
+    whole = (chunk + block - 1) // block - 1
+    return groups * (block * block * whole * (whole + 1) // 2 + (chunk - whole * block) * chunk)
+
+
+def _weights_of_blocks(kept: Tensor, q: Tensor, block: int) -> Iterator[tuple[int, int, Tensor]]:
+    """First and end of each block of queries, and what is kept of it, (G, c, J)."""
+    (groups, chunk), place = q.shape[:2], 0
+    for begin in range(0, chunk, block):
+        end = min(begin + block, chunk)
+        size = groups * (end - begin) * end
+        yield begin, end, kept[place : place + size].view(groups, end - begin, end)
+        place += size
+
+
+@torch.library.custom_op("mega_scale::causal_attention_backward", mutates_args=())
+def _causal_gradients(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float, block: int, biased: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and of the bias (2C - 1,) unless it is none: then no numbers."""
+    chunk = q.shape[1]
+    d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    d_matrix = q.new_zeros(chunk, chunk) if biased else None
+    # From the end: the last block, which meets every key, writes what the others add to.
+    for begin, end, weights in reversed([*_weights_of_blocks(kept, q, block)]):
+        own, d_out = q[:, begin:end], gradient[:, begin:end]
+        d_weights = (d_out @ v[:, :end].mT).to(q.dtype)
+        d_scores = torch._softmax_backward_data(d_weights, weights.to(q.dtype), -1, q.dtype)
+        if d_matrix is not None:
+            d_matrix[begin:end, :end] = d_scores.sum(0)
+        if scale != 1.0:
+            torch.mul(d_scores, scale, out=d_scores)
+        torch.bmm(d_scores, k[:, :end], out=d_q[:, begin:end])
+        if end == chunk:
+            torch.bmm(d_scores.mT, own, out=d_k)
+            torch.bmm(weights.mT, d_out, out=d_v)
+        else:
+            d_k[:, :end].baddbmm_(d_scores.mT, own)
+            d_v[:, :end].baddbmm_(weights.mT, d_out)
+    return d_q, d_k, d_v, q.new_empty(0) if d_matrix is None else _by_distance(d_matrix).contiguous()
+
+
+@_causal_gradients.register_fake
+def _(gradient, q, k, v, kept, scale, block, biased):  # type: ignore[no-untyped-def]
+    d_bias = q.new_empty(2 * q.shape[1] - 1 if biased else 0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:

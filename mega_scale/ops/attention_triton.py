@@ -1,19 +1,24 @@
-"""Causal softmax attention of whole chunks on a GPU: large matrix products, and Triton kernels for what is between.
+"""Causal softmax attention of whole chunks on a GPU: large matrix products, and Triton kernels that hold scores.
 
 Values of Mega are thousands of channels wide, wider than fused attention kernels hold in a multiprocessor. So products
-are the vendor's, in blocks of queries that each meet only the keys up to their end; scores are in fp32, and one kernel
-makes weights of them. The weights are saved for the backward pass: C numbers a token and head, about as many as its
-values.
+with values are the vendor's, in blocks of queries that each meet only the keys up to their end. Scores are never in
+memory: one kernel multiplies queries and keys twice, for the statistics of each query and then for its weights, as the
+product is an eighth of that with values or less. Weights are saved in the dtype of values: C numbers a token and head.
+By `delta = sum dO O`, which is the mean that the softmax's gradient subtracts, gradients of scores are written where
+their product `dO V^T` is computed: neither it nor weights in fp32 are in memory.
 
-Legend: H heads, G chunks of all sequences and heads, C chunk, Z width of a head's queries and keys, E width of its
-values, R queries of a block, from `first` on, J the keys that they meet, from the chunk's first on. WIDTH is J padded
-to a power of two; `bias` and `d_bias` are used with BIAS only, `since` with DOCUMENTS.
+Dropout of weights is that of places (`dropout_triton`). Both kernels hash in registers, and write weights as they are
+and as they are multiplied; the latter are not saved.
 
-    scores, d_weights    (G, R, J) fp32, contiguous
-    weights, d_scores    (G, C, C), any floating dtype; only the block's queries and keys are written
+Legend: G chunks of all sequences and heads, C chunk, Z width of a head's queries and keys, E width of its values, R
+queries of a block. ROWS queries meet KEYS keys in a program's tile, DEPTH channels at a time.
+
+    q, k, v, out         (G, C, Z), (G, C, Z), (G, C, E) and (G, C, E), contiguous, of one dtype
+    weights, d_scores    (G, C, C) in it; read and written up to the last key of each block of queries
+    dropped              the same of the weights that values are multiplied with; empty without dropout
     bias                 (2C - 1,) fp32: its entry m belongs to key minus query m - (C - 1)
     since                (G, C) int32: the first key that a query sees
-    d_bias               (splits, C, C) fp32: its entry (s, i, a) belongs to query i and the key a before it
+    delta                (G, C) fp32
 """
 
 from collections.abc import Iterator
@@ -23,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import device_kind, launch, once_differentiable, without_autocast
+from mega_scale.ops import KERNELS, device_kind, once_differentiable, tracing, without_autocast
+from mega_scale.ops.elementwise import MOST_KEYS, PositionalDropout
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
@@ -32,59 +38,181 @@ try:
 except ImportError as missing:
     raise ImportError("attention by Triton kernels needs triton: pip install 'mega_scale[triton]'") from missing
 
-_LEAST_BLOCK = 128
-_BLOCKS = 8
-# Enough of the gradients' programs for a GPU.
+from mega_scale.ops.dropout_triton import column_hash, keep, launch_numbers, place_hash
+
+BLOCK = 256
+"""R: of C = 4,096 a block multiplies 0.53 of the square, one of 512 0.56, and reads values at 256 FLOPs a byte."""
+ROWS = 128
+DISTANCES = {"ROWS": 32, "KEYS": 128, "num_warps": 4}
+WIDTH = {"WIDTH": 1024, "num_warps": 4}
+# Enough of the bias's programs for a GPU.
 _PROGRAMS = 1024
 
 
+def tile(narrow: bool) -> dict[str, int]:
+    """What a kernel with products is compiled with: guesses until they are measured. Narrow ones hold more numbers."""
+    return {"ROWS": ROWS, "KEYS": 64 if narrow else 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
+
+
+_HEAD_COLUMNS = tl.constexpr(MOST_KEYS)
+# Products of a chunk of 2,048 tokens.
+KERNELS |= {"mega_scale::weighted_values": 8, "mega_scale::values_gradient": 8, "mega_scale::score_products": 16}
+KERNELS["mega_scale::distance_sums"] = 2
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
 @triton.jit
+def _tile_product(a, b, group, row, column, rows, width, DEPTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """`a b^T` of some rows of one group in each, (G, rows, width), in fp32."""
+    a += group * rows * width
+    b += group * rows * width
+    total = tl.zeros((ROWS, KEYS), tl.float32)
+    for begin in range(0, width, DEPTH):
+        z = begin + tl.arange(0, DEPTH)
+        own = tl.load(
+            a + row[:, None] * width + z[None, :],
+            mask=(row < rows)[:, None] & (z < width)[None, :], other=0.0,
+        )  # fmt: skip
+        other = tl.load(
+            b + column[None, :] * width + z[:, None],
+            mask=(column < rows)[None, :] & (z < width)[:, None], other=0.0,
+        )  # fmt: skip
+        if INTERPRETED:  # the interpreter multiplies bf16 as if its bits were integers
+            own, other = own.to(tl.float32), other.to(tl.float32)
+        total = tl.dot(own, other, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _scores(
+    q, k, bias, group, query, first, own, chunk, width, scale, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Scores of queries by KEYS keys from `first` on; `own` is the first key that each sees."""
+    key = first + tl.arange(0, KEYS)
+    score = _tile_product(q, k, group, query, key, chunk, width, DEPTH, ROWS, KEYS) * scale
+    visible = (key[None, :] <= query[:, None]) & (key[None, :] >= own[:, None])
+    if BIAS:
+        at = (chunk - 1) + key[None, :] - query[:, None]
+        score += tl.load(bias + at, mask=visible & (query < chunk)[:, None], other=0.0)
+    return tl.where(visible, score, float("-inf"))
+
+
+@triton.jit
+def _stays(
+    group, query, column, key, first_row, first_position, first_column, threshold, chunk, chunks, heads,
+):  # fmt: skip
+    """Which weights are kept, of queries by keys of one group."""
+    row, of_row = group // (chunks * heads), group % (chunks * heads)
+    place = place_hash(row + first_row, (of_row // heads) * chunk + query + first_position, key)
+    columns = column + first_column + (of_row % heads) * _HEAD_COLUMNS
+    return keep(place[:, None], column_hash(columns, key)[None, :], threshold)
+
+
+@triton.jit(do_not_specialize=["key", "first_row", "first_position", "first_column", "threshold"])
 def weights_kernel(
-    scores, bias, since, weights, first, keys, chunk, scale,
-    WIDTH: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr,
+    q, k, bias, since, weights, dropped, key, first_row, first_position, first_column, threshold, factor, chunk, width,
+    chunks, heads, scale, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Weights of one query, zero where it does not see; program (i, j) has query i of the block in group j."""
-    query = first + tl.program_id(0)
+    """Weights of ROWS queries, zero where they do not see; program (i, g) has the i-th last ones of group g."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that take longest first
     group = tl.program_id(1).to(tl.int64)
-    key = tl.arange(0, WIDTH)
-    visible = key <= query
+    query = tile * ROWS + tl.arange(0, ROWS)
+    end = tl.minimum((tile + 1) * ROWS, chunk)
+    met = tl.minimum(((tile * ROWS) // BLOCK + 1) * BLOCK, chunk)
+    own, begin = query * 0, 0
     if DOCUMENTS:
-        visible = visible & (key >= tl.load(since + group * chunk + query))
-    at = (group * tl.num_programs(0) + tl.program_id(0)) * keys + key
-    score = tl.load(scores + at, mask=visible, other=0.0) * scale
-    if BIAS:
-        score += tl.load(bias + (chunk - 1 - query) + key, mask=visible, other=0.0)
-    score = tl.where(visible, score, float("-inf"))
-    # Each query sees itself, so the largest score is a number.
-    power = tl.exp(score - tl.max(score, 0))
-    weight = power / tl.sum(power, 0)
-    row = (group * chunk + query) * chunk
-    tl.store(weights + row + key, weight.to(weights.dtype.element_ty), mask=key < keys)
+        own = tl.load(since + group * chunk + query, mask=query < chunk, other=0x7FFFFFFF)
+        begin = tl.min(own, 0) // KEYS * KEYS
+        own = tl.where(query < chunk, own, 0)
+
+    largest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for first in range(begin, end, KEYS):
+        score = _scores(q, k, bias, group, query, first, own, chunk, width, scale, BIAS, ROWS, KEYS, DEPTH)
+        most = tl.maximum(largest, tl.max(score, 1))
+        # A tile in which a query sees nothing, before its document.
+        beyond = tl.where(most == float("-inf"), 0.0, most)
+        total = total * tl.exp(largest - beyond) + tl.sum(tl.exp(score - beyond[:, None]), 1)
+        largest = most
+
+    # Places in a group are of 32 bits: addresses of a tile would fill the registers.
+    weights += group * chunk * chunk
+    dropped += group * chunk * chunk
+    row = (query * chunk)[:, None]
+    for first in range(0, met, KEYS):
+        column = first + tl.arange(0, KEYS)
+        there = (query < chunk)[:, None] & (column < met)[None, :]
+        weight = tl.zeros((ROWS, KEYS), tl.float32)
+        if (first >= begin) & (first < end):
+            score = _scores(q, k, bias, group, query, first, own, chunk, width, scale, BIAS, ROWS, KEYS, DEPTH)
+            weight = tl.exp(score - largest[:, None]) / total[:, None]
+        tl.store(weights + row + column[None, :], weight.to(weights.dtype.element_ty), mask=there)
+        if DROPOUT:
+            stays = _stays(
+                group, query, column, key, first_row, first_position, first_column, threshold, chunk, chunks, heads
+            )
+            # Rounded as they are where another operation drops them.
+            weight = weight.to(weights.dtype.element_ty).to(tl.float32)
+            weight = tl.where(stays, weight * factor, 0.0)
+            tl.store(dropped + row + column[None, :], weight.to(weights.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["key", "first_row", "first_position", "first_column", "threshold"])
+def scores_gradient_kernel(
+    d_out, v, weights, delta, d_scores, dropped, key, first_row, first_position, first_column, threshold, factor, chunk,
+    width, chunks, heads, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of scaled scores, `P (dO V^T - delta)`; program (i, j, g) has the i-th queries and j-th keys."""
+    first_query, first = tl.program_id(0) * ROWS, tl.program_id(1) * KEYS
+    met = tl.minimum((first_query // BLOCK + 1) * BLOCK, chunk)
+    if first < met:
+        group = tl.program_id(2).to(tl.int64)
+        query, column = first_query + tl.arange(0, ROWS), first + tl.arange(0, KEYS)
+        at, of_group = (query * chunk)[:, None] + column[None, :], group * chunk * chunk
+        there = (query < chunk)[:, None] & (column < met)[None, :]
+        slope, kept = tl.zeros((ROWS, KEYS), tl.float32), tl.zeros((ROWS, KEYS), tl.float32)
+        if first < first_query + ROWS:
+            slope = _tile_product(d_out, v, group, query, column, chunk, width, DEPTH, ROWS, KEYS)
+            weight = tl.load(weights + of_group + at, mask=there, other=0.0).to(tl.float32)
+            if DROPOUT:
+                stays = _stays(
+                    group, query, column, key, first_row, first_position, first_column, threshold, chunk, chunks, heads
+                )
+                slope, kept = tl.where(stays, slope * factor, 0.0), tl.where(stays, weight * factor, 0.0)
+            mean = tl.load(delta + group * chunk + query, mask=query < chunk, other=0.0)
+            slope = weight * (slope - mean[:, None])
+        tl.store(d_scores + of_group + at, slope.to(d_scores.dtype.element_ty), mask=there)
+        if DROPOUT:
+            tl.store(dropped + of_group + at, kept.to(dropped.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def scores_gradient_kernel(
-    d_weights, weights, d_scores, d_bias, first, keys, chunk, groups, WIDTH: tl.constexpr, BIAS: tl.constexpr
-):  # fmt: skip
-    """Gradients by scaled scores, and by the bias summed over groups; program (i, j) has query i in every n-th group,
-    n being the number of programs along j."""
-    query = first + tl.program_id(0)
-    key = tl.arange(0, WIDTH)
-    met = key < keys
+def distances_kernel(d_scores, sums, chunk, pairs, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Sums of gradients by distance; program (i, s) has KEYS distances, of every n-th of the `pairs` of a group and
+    ROWS queries, n being the number of programs along s. `sums` is (n, C) fp32."""
+    distance = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    tiles = tl.cdiv(chunk, ROWS)
+    total = tl.zeros((KEYS,), tl.float32)
+    for pair in range(tl.program_id(1), pairs, tl.num_programs(1)):
+        query = pair % tiles * ROWS + tl.arange(0, ROWS)
+        key = query[:, None] - distance[None, :]
+        at = ((tl.cast(pair // tiles, tl.int64) * chunk + query) * chunk)[:, None] + key
+        total += tl.sum(tl.load(d_scores + at, mask=(key >= 0) & (query < chunk)[:, None], other=0.0).to(tl.float32), 0)
+    tl.store(sums + tl.program_id(1).to(tl.int64) * chunk + distance, total, mask=distance < chunk)
+
+
+@triton.jit
+def row_products_kernel(a, b, products, width, WIDTH: tl.constexpr):
+    """Sums of `a b` over the channels of a row, one row a program."""
+    row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((WIDTH,), tl.float32)
-    for group in range(tl.program_id(1), groups, tl.num_programs(1)):
-        at = (tl.cast(group, tl.int64) * tl.num_programs(0) + tl.program_id(0)) * keys + key
-        row = (tl.cast(group, tl.int64) * chunk + query) * chunk
-        weight = tl.load(weights + row + key, mask=met, other=0.0).to(tl.float32)
-        slope = tl.load(d_weights + at, mask=met, other=0.0)
-        slope = weight * (slope - tl.sum(weight * slope, 0))
-        tl.store(d_scores + row + key, slope.to(d_scores.dtype.element_ty), mask=met)
-        total += slope
-    if BIAS:
-        own = (tl.program_id(1).to(tl.int64) * chunk + query) * chunk
-        tl.store(d_bias + own + (query - key), total, mask=key <= query)
-        for begin in range(query + 1, chunk, WIDTH):
-            tl.store(d_bias + own + begin + key, tl.zeros((WIDTH,), tl.float32), mask=begin + key < chunk)
+    for begin in range(0, width, WIDTH):
+        at = begin + tl.arange(0, WIDTH)
+        own = tl.load(a + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+        total += own * tl.load(b + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(products + row, tl.sum(total, 0))
 
 
 def triton_attention(
@@ -94,6 +222,7 @@ def triton_attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     numbers: Tensor | None = None,
+    dropout: PositionalDropout | None = None,
 ) -> Tensor:
     """`softmax(scale q k^T + bias) v` over the keys up to each query, of its own document.
 
@@ -101,9 +230,9 @@ def triton_attention(
     are slow), the bias (2C - 1,) and the scale as in `chunk_attention`; `numbers` (B, K, C) do not decrease in a chunk
     and are equal in a document, none where a chunk is one. Queries and keys are rounded to the dtype of v, as fused
     attention does. Scores, softmax and the gradients of weights are fp32; weights and the gradients of scores are
-    multiplied in the dtype of v. Differentiable once.
+    multiplied in the dtype of v. `dropout` drops weights by place. Differentiable once.
     """
-    if device_kind(v) != "cuda" and not triton.knobs.runtime.interpret:
+    if device_kind(v) != "cuda" and not INTERPRETED.value:
         raise ValueError(
             f"impl='triton' needs a GPU and v is on {v.device}: use impl='causal', or 'sdpa' for documents"
         )
@@ -111,7 +240,7 @@ def triton_attention(
         raise ValueError("impl='triton' computes in fp32 and v is in fp64: use impl='causal', or 'sdpa' for documents")
     with without_autocast(q.device):
         heads = v.shape[2] if v.dim() == 5 else 1
-        q, k = (t.to(v.dtype).flatten(0, -3) for t in (q, k))
+        q, k = (t.to(v.dtype).flatten(0, -3).contiguous() for t in (q, k))
         since = None
         if numbers is not None:
             # The place in its chunk where each token's document begins.
@@ -121,71 +250,174 @@ def triton_attention(
             since = torch.where(begins, places, 0).cummax(1).values.int().repeat_interleave(heads, 0)
         bias = None if bias is None else bias.float().contiguous()
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return _TritonAttention.apply(q, k, v.flatten(0, -3), bias, scale, since).view(v.shape)
-
-
-def _blocks(chunk: int) -> Iterator[tuple[slice, int]]:
-    """Queries of each block, and the number of keys that they meet."""
-    size = max(chunk // _BLOCKS, _LEAST_BLOCK)
-    for begin in range(0, chunk, size):
-        end = min(begin + size, chunk)
-        yield slice(begin, end), end
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Product of half-precision matrices in fp32, which CPUs (where kernels are interpreted) lack."""
-    return torch.bmm(a, b, out_dtype=torch.float32) if device_kind(a) == "cuda" else torch.bmm(a.float(), b.float())
-
-
-def softmax_constants(keys: int) -> dict[str, int]:
-    """What kernels are compiled with for a block that meets so many keys."""
-    width = 1 << (keys - 1).bit_length()
-    return {"WIDTH": width, "num_warps": min(max(width // 512, 1), 16)}
+        drop = (v.shape[1], heads, *((0.0, 0, 0, 0, 0) if dropout is None else dropout[:5]))
+        return _TritonAttention.apply(q, k, v.flatten(0, -3).contiguous(), bias, since, scale, drop).view(v.shape)
 
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, since: Tensor | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, since: Tensor | None, scale: float, drop: Any
     ) -> Tensor:
-        """q, k (G, C, Z), v (G, C, E), bias (2C - 1,), since (G, C)."""
-        groups, chunk, ctx.scale = *q.shape[:2], scale
-        out, weights = torch.empty_like(v), v.new_empty(groups, chunk, chunk)
-        for rows, keys in _blocks(chunk):
-            scores = _wide_product(q[:, rows], k[:, :keys].mT)
-            launch(
-                weights_kernel, (scores.shape[1], groups),
-                scores, bias, since, weights, rows.start, keys, chunk, scale,
-                BIAS=bias is not None, DOCUMENTS=since is not None, **softmax_constants(keys),
-            )  # fmt: skip
-            # Not written into `out` by the product itself, whose result selective checkpointing could then not keep.
-            out[:, rows] = torch.bmm(weights[:, rows, :keys], v[:, :keys])
-        ctx.save_for_backward(q, k, v, weights)
+        weights, dropped = softmax_weights(q, k, bias, since, scale, *drop)
+        out: Tensor = weighted_values(dropped if drop[2] else weights, v)
+        ctx.save_for_backward(q, k, v, weights, out)
+        ctx.scale, ctx.drop = scale, drop
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        (groups, chunk), biased = q.shape[:2], ctx.needs_input_grad[3]
-        blocks = list(_blocks(chunk))
-        splits = min(groups, -(-_PROGRAMS // blocks[0][1]))
-        d_bias = q.new_empty(splits, chunk, chunk, dtype=torch.float32) if biased else None
-        d_scores, d_q, d_k, d_v = (torch.empty_like(t) for t in (weights, q, k, v))
-        for rows, keys in blocks:
-            d_weights = _wide_product(d_out[:, rows], v[:, :keys].mT)
-            launch(
-                scores_gradient_kernel, (d_weights.shape[1], splits),
-                d_weights, weights, d_scores, d_bias, rows.start, keys, chunk, groups,
-                BIAS=biased, **softmax_constants(keys),
-            )  # fmt: skip
-            torch.bmm(d_scores[:, rows, :keys], k[:, :keys], out=d_q[:, rows])
+        q, k, v, weights, out = ctx.saved_tensors
+        # A compiler makes it part of the kernel that computes d_out, which reads out as well.
+        delta = row_products(d_out, out) if tracing() is None else (d_out.float() * out.float()).sum(-1)
+        d_scores, dropped = scores_gradient(d_out, v, weights, delta, *ctx.drop)
+        d_q, d_k = score_products(d_scores, q, k, ctx.scale)
+        d_v = values_gradient(dropped if ctx.drop[2] else weights, d_out)
+        d_bias = None
+        if ctx.needs_input_grad[3]:
+            by_distance = distance_sums(d_scores).flip(0)
+            d_bias = torch.cat([by_distance, by_distance.new_zeros(len(by_distance) - 1)])
+        return d_q, d_k, d_v, d_bias, None, None, None
+
+
+def _blocks(chunk: int) -> Iterator[tuple[slice, int]]:
+    """Queries of each block, and the number of keys that they meet."""
+    for begin in range(0, chunk, BLOCK):
+        end = min(begin + BLOCK, chunk)
+        yield slice(begin, end), end
+
+
+def _place_arguments(
+    p: float, key: int, first_row: int, first_position: int, first_column: int, like: Tensor
+) -> tuple[Any, ...]:
+    """What kernels take of dropout."""
+    key, threshold, factor = launch_numbers(p, key, like.dtype)
+    return key, first_row, first_position, first_column, threshold, factor
+
+
+@torch.library.custom_op("mega_scale::softmax_weights", mutates_args=())
+def softmax_weights(
+    q: Tensor, k: Tensor, bias: Tensor | None, since: Tensor | None, scale: float, chunks: int, heads: int, p: float,
+    key: int, first_row: int, first_position: int, first_column: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights, and with p > 0 those that dropout leaves; rows are of `chunks` chunks of `heads` heads."""
+    groups, chunk, width = q.shape
+    weights = q.new_empty(groups, chunk, chunk)
+    dropped = torch.empty_like(weights) if p else q.new_empty(0)
+    with torch.cuda.device_of(q):
+        weights_kernel[(-(-chunk // ROWS), groups)](
+            q, k, q if bias is None else bias, q if since is None else since, weights, dropped if p else weights,
+            *_place_arguments(p, key, first_row, first_position, first_column, q), chunk, width, chunks, heads, scale,
+            BIAS=bias is not None, DOCUMENTS=since is not None, DROPOUT=p > 0, BLOCK=BLOCK, **tile(True),
+        )  # fmt: skip
+    return weights, dropped
+
+
+@softmax_weights.register_fake
+def _(q, k, bias, since, scale, chunks, heads, p, *_):  # type: ignore[no-untyped-def]
+    weights = q.new_empty(q.shape[0], q.shape[1], q.shape[1])
+    return weights, torch.empty_like(weights) if p else q.new_empty(0)
+
+
+@torch.library.custom_op("mega_scale::weighted_values", mutates_args=())
+def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
+    """`weights v`, (G, C, E), a product a block of queries."""
+    out = torch.empty_like(v)
+    for rows, keys in _blocks(v.shape[1]):
+        torch.bmm(weights[:, rows, :keys], v[:, :keys], out=out[:, rows])
+    return out
+
+
+@weighted_values.register_fake
+def _(weights, v):  # type: ignore[no-untyped-def]
+    return torch.empty_like(v)
+
+
+@torch.library.custom_op("mega_scale::row_products", mutates_args=())
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of `a b` over channels: (G, C, E) twice to (G, C) fp32."""
+    products = a.new_empty(a.shape[:-1], dtype=torch.float32)
+    with torch.cuda.device_of(a):
+        row_products_kernel[(products.numel(),)](a.contiguous(), b, products, a.shape[-1], **WIDTH)
+    return products
+
+
+@row_products.register_fake
+def _(a, b):  # type: ignore[no-untyped-def]
+    return a.new_empty(a.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("mega_scale::scores_gradient", mutates_args=())
+def scores_gradient(
+    d_out: Tensor, v: Tensor, weights: Tensor, delta: Tensor, chunks: int, heads: int, p: float, key: int,
+    first_row: int, first_position: int, first_column: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of scaled scores, and with p > 0 the weights that dropout left, as `softmax_weights` has them."""
+    groups, chunk, width = v.shape
+    d_scores = torch.empty_like(weights)
+    dropped = torch.empty_like(weights) if p else v.new_empty(0)
+    own = tile(narrow=p > 0)
+    with torch.cuda.device_of(v):
+        scores_gradient_kernel[(-(-chunk // ROWS), -(-chunk // own["KEYS"]), groups)](
+            d_out.contiguous(), v, weights, delta, d_scores, dropped if p else d_scores,
+            *_place_arguments(p, key, first_row, first_position, first_column, v), chunk, width, chunks, heads,
+            DROPOUT=p > 0, BLOCK=BLOCK, **own,
+        )  # fmt: skip
+    return d_scores, dropped
+
+
+@scores_gradient.register_fake
+def _(d_out, v, weights, delta, chunks, heads, p, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(weights), torch.empty_like(weights) if p else v.new_empty(0)
+
+
+@torch.library.custom_op("mega_scale::score_products", mutates_args=())
+def score_products(d_scores: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients of queries and keys, from those of scaled scores."""
+    d_q, d_k = torch.empty_like(q), torch.empty_like(k)
+    for rows, keys in _blocks(q.shape[1]):
+        _scaled_product(d_scores[:, rows, :keys], k[:, :keys], scale, d_q[:, rows])
         # A block of keys is seen from its first token on: one product sums over all of its queries.
-        for own, _ in blocks:
-            queries = slice(own.start, chunk)
-            torch.bmm(d_scores[:, queries, own].mT, q[:, queries], out=d_k[:, own])
-            torch.bmm(weights[:, queries, own].mT, d_out[:, queries], out=d_v[:, own])
-        if d_bias is not None:
-            by_distance = d_bias.sum((0, 1)).flip(0)
-            d_bias = torch.cat([by_distance, by_distance.new_zeros(chunk - 1)])
-        return d_q.mul_(ctx.scale), d_k.mul_(ctx.scale), d_v, d_bias, None, None
+        _scaled_product(d_scores[:, rows.start :, rows].mT, q[:, rows.start :], scale, d_k[:, rows])
+    return d_q, d_k
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
+    torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)  # with beta 0, what `out` holds does not count
+
+
+@score_products.register_fake
+def _(d_scores, q, k, scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+@torch.library.custom_op("mega_scale::values_gradient", mutates_args=())
+def values_gradient(weights: Tensor, d_out: Tensor) -> Tensor:
+    """`weights^T d_out`, (G, C, E), a product a block of keys."""
+    d_v = torch.empty_like(d_out, memory_format=torch.contiguous_format)
+    for rows, _ in _blocks(d_out.shape[1]):
+        torch.bmm(weights[:, rows.start :, rows].mT, d_out[:, rows.start :], out=d_v[:, rows])
+    return d_v
+
+
+@values_gradient.register_fake
+def _(weights, d_out):  # type: ignore[no-untyped-def]
+    return torch.empty_like(d_out, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mega_scale::distance_sums", mutates_args=())
+def distance_sums(d_scores: Tensor) -> Tensor:
+    """Sums over queries and groups by how many tokens before the query a key is: (G, C, C) to (C,) fp32."""
+    groups, chunk, _ = d_scores.shape
+    pairs, tiles = groups * -(-chunk // DISTANCES["ROWS"]), -(-chunk // DISTANCES["KEYS"])
+    # Partial sums, as atomic additions change their order, and so the last bits, from run to run.
+    sums = d_scores.new_empty(min(pairs, max(_PROGRAMS // tiles, 1)), chunk, dtype=torch.float32)
+    with torch.cuda.device_of(d_scores):
+        distances_kernel[(tiles, len(sums))](d_scores, sums, chunk, pairs, **DISTANCES)
+    return sums.sum(0)
+
+
+@distance_sums.register_fake
+def _(d_scores):  # type: ignore[no-untyped-def]
+    return d_scores.new_empty(d_scores.shape[1], dtype=torch.float32)

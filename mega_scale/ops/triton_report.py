@@ -11,7 +11,16 @@ from typing import Any
 
 import triton
 
-from mega_scale.ops.attention_triton import scores_gradient_kernel, softmax_constants, weights_kernel
+from mega_scale.ops.attention_triton import (
+    BLOCK,
+    DISTANCES,
+    WIDTH,
+    distances_kernel,
+    row_products_kernel,
+    scores_gradient_kernel,
+    tile,
+    weights_kernel,
+)
 from mega_scale.ops.ema.triton import OUTPUTS, TILE, gradient_flags
 from mega_scale.ops.ema.triton_kernels import gradients_kernel, outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
@@ -28,30 +37,30 @@ from mega_scale.ops.timestep_norm_triton import (
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
 # Of arguments; all others are pointers to fp32, or fp64 where tokens are. As at a launch, the compiler is told which
 # are multiples of 16 in all configs: pointers, and some sizes.
-_TOKENS = ("x", "y", "dx", "dy", "weights", "d_scores")
+_TOKENS = ("x", "y", "dx", "dy", "q", "k", "v", "d_out", "weights", "dropped", "d_scores", "a", "b")
 _OTHERS = {
     **dict.fromkeys(("document", "since"), "*i32"),
     **dict.fromkeys(("count", "counts", "angle"), "*i64"),
     **dict.fromkeys(("totals", "before", "behind", "first_mean", "first_var", "end_mean", "end_var"), "*fp64"),
     "valid": "*u8",
-    **dict.fromkeys(("scale", "eps"), "fp32"),
+    **dict.fromkeys(("scale", "eps", "factor"), "fp32"),
+    **dict.fromkeys(("key", "first_row", "first_position", "first_column", "threshold"), "i32"),
 }
 _NORM_CHANNELS = 64  # of a group, as in the largest models
-_ROUND_SIZES = ("D", "first", "keys", "chunk")
-_SIZES = ("L", "HEAD", "STEPS", "TILES", "groups", "G", "M", *_ROUND_SIZES)
+_ROUND_SIZES = ("D", "chunk", "width")
+_SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "chunks", "heads", "pairs", *_ROUND_SIZES)
 
 
 def compile_kernels(
     architectures: Sequence[int],
     dtypes: Sequence[str],
     averages: Sequence[int],
-    keys: Sequence[int],
     numbers: Sequence[str] = ("real",),
 ) -> list[dict[str, Any]]:
     """Compile every kernel in every variant, with Triton's own ptxas, a row a variant; no GPU is needed.
 
     `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16, fp32, or fp64, which attention
-    lacks; `averages` N of the moving average, and `numbers` real or complex; `keys` those of a chunk. A row has
+    lacks; `averages` N of the moving average, and `numbers` real or complex. A row has
     registers and spilled bytes (stored and loaded) of a thread, warps and bytes of shared memory of a program, and
     instructions for matrix units. Raises ValueError if kernels are interpreted here, or a dtype has none.
     """
@@ -64,12 +73,12 @@ def compile_kernels(
         _compile(kernel, name, size, constants, architecture, dtype)
         for architecture in architectures
         for dtype in dtypes
-        for kernel, name, size, constants in _variants(dtype, averages, keys, numbers)
+        for kernel, name, size, constants in _variants(dtype, averages, numbers)
     ]
 
 
 def _variants(
-    dtype: str, averages: Sequence[int], keys: Sequence[int], numbers: Sequence[str]
+    dtype: str, averages: Sequence[int], numbers: Sequence[str]
 ) -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     """Kernel, its name, the size it is compiled for, and what it is compiled with."""
     wide, double = dtype != "bf16", dtype == "fp64"
@@ -91,12 +100,17 @@ def _variants(
     for kernel in (before_kernel, behind_kernel):
         own = {**block_constants(_NORM_CHANNELS, documents=True), "num_warps": 4}
         yield kernel, kernel.fn.__name__, f"G={_NORM_CHANNELS}", own
-    for count in () if double else keys:
-        softmax: dict[str, Any] = dict(softmax_constants(count))
-        for bias, words in ((True, ""), (False, ", no bias")):
-            own = {**softmax, "BIAS": bias}
-            yield weights_kernel, f"weights_kernel{words}", f"{count} keys", {**own, "DOCUMENTS": True}
-            yield scores_gradient_kernel, f"scores_gradient_kernel{words}", f"{count} keys", own
+    if not double:
+        yield from _attention_variants()
+
+
+def _attention_variants() -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
+    for drops, words in ((False, ""), (True, ", dropout")):
+        own = {"BLOCK": BLOCK, "DROPOUT": drops}
+        yield weights_kernel, f"weights_kernel{words}", "", {**tile(True), **own, "BIAS": True, "DOCUMENTS": drops}
+        yield scores_gradient_kernel, f"scores_gradient_kernel{words}", "", {**tile(drops), **own}
+    yield distances_kernel, "distances_kernel", "", {**DISTANCES}
+    yield row_products_kernel, "row_products_kernel", "", {**WIDTH}
 
 
 def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Any:

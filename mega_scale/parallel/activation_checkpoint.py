@@ -27,14 +27,14 @@ _MATMULS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
-    # Half precision into fp32, as attention on GPUs has its scores; older releases of PyTorch lack it.
-    *([torch.ops.aten.bmm.dtype] if "dtype" in torch.ops.aten.bmm.overloads() else []),
     torch.ops.aten.baddbmm.default,
     *ONEDNN_PRODUCTS,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
+# Attention's own, by name, as those for GPUs are not there before they are needed.
+_OWN_MATMULS = ("causal_attention", "softmax_weights", "weighted_values")
 
 
 def checkpoint_activations(
@@ -87,7 +87,8 @@ class _SavedMatmuls(TorchDispatchMode):
         return True  # matmuls are outside of what is compiled
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function not in _MATMULS:
+        own = function.namespace == "mega_scale" and function._opname in _OWN_MATMULS
+        if not own and function not in _MATMULS:
             return function(*args, **(kwargs or {}))
         if not self._replay:
             out = function(*args, **(kwargs or {}))

@@ -1,9 +1,11 @@
 """Attention in chunks: definitions checked by loops, the fused form against the reference, gradients included."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from mega_scale.ops.attention import ChunkDocuments, causal_attention, chunk_attention, rotate, toeplitz
 
@@ -208,3 +210,31 @@ def test_causal_blocks_refuse_what_they_lack():
     for options in ({}, {"causal": True, "key_mask": mask}, {"causal": True, "activation": "laplace"}):
         with pytest.raises(ValueError, match="impl='causal' is softmax"):
             chunk_attention(q, k, v, bias, impl="causal", **options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_compiled_graph_is_as_long_for_every_chunk(bias):
+    """However many blocks of queries a chunk has."""
+
+    def nodes(chunks, length):
+        torch.compiler.reset()
+        counts = []
+
+        def counting(graph, inputs):
+            counts.append(len(graph.graph.nodes))
+            return graph.forward
+
+        leaves = [torch.randn(1, chunks, length, width, requires_grad=True) for width in (4, 4, 6)]
+        leaves += [torch.randn(2 * length - 1, requires_grad=True)] if bias else []
+        # The backward pass is traced as well.
+        compiled = torch.compile(
+            partial(chunk_attention, causal=True), fullgraph=True, dynamic=False,
+            backend=aot_autograd(fw_compiler=counting, bw_compiler=counting),
+        )  # fmt: skip
+        found = torch.autograd.grad(compiled(*leaves)[0].square().sum(), leaves)
+        expected = torch.autograd.grad(chunk_attention(*leaves, causal=True)[0].square().sum(), leaves)
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want)
+        return counts
+
+    assert nodes(2, 128) == nodes(3, 300) == nodes(1, 130)

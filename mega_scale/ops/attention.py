@@ -35,8 +35,8 @@ from mega_scale.ops.elementwise import PositionalDropout
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
-# Queries of a block of the causal form; on a GPU products have to be larger.
-_CPU_BLOCK, _GPU_BLOCK = 128, 512
+# Queries of a block; on a GPU products have to be larger.
+_CPU_BLOCK, GPU_BLOCK = 128, 256
 
 
 class ChunkDocuments(NamedTuple):
@@ -133,7 +133,7 @@ def chunk_attention(
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
     if impl == "causal":
-        return causal_attention(q, k, v, bias, scale, _GPU_BLOCK if device_kind(q) == "cuda" else _CPU_BLOCK), None
+        return causal_attention(q, k, v, bias, scale, GPU_BLOCK if device_kind(q) == "cuda" else _CPU_BLOCK), None
     if impl == "triton":
         # Not before it is needed: triton may not be installed.
         from mega_scale.ops.attention_triton import triton_attention  # noqa: PLC0415
@@ -345,7 +345,7 @@ def _causal_blocks(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, block: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs (G, C, E), and the weights (G, c, J) of all blocks, one after another."""
-    chunk, kept = q.shape[1], v.new_empty(_kept_weights(*q.shape[:2], block))
+    chunk, kept = q.shape[1], v.new_empty(_kept_weights(q.shape[0], q.shape[1], block))
     matrix = None if bias is None else bias.unfold(0, chunk, 1).flip(0)
     future = torch.full((block, block), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     out = torch.empty_like(v)
@@ -367,8 +367,8 @@ def _causal_blocks(
 
 
 @_causal_blocks.register_fake
-def _(q, k, v, bias, scale, block):  # type: ignore[no-untyped-def]
-    return torch.empty_like(v), v.new_empty(_kept_weights(*q.shape[:2], block))
+def _(q, k, v, bias, scale, block):
+    return torch.empty_like(v), v.new_empty(_kept_weights(q.shape[0], q.shape[1], block))
 
 
 def _kept_weights(groups: int, chunk: int, block: int) -> int:
@@ -415,7 +415,7 @@ def _causal_gradients(
 
 
 @_causal_gradients.register_fake
-def _(gradient, q, k, v, kept, scale, block, biased):  # type: ignore[no-untyped-def]
+def _(gradient, q, k, v, kept, scale, block, biased):
     d_bias = q.new_empty(2 * q.shape[1] - 1 if biased else 0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mega_scale.ops import KERNELS
+from mega_scale.ops.attention import GPU_BLOCK
 
 _aten = torch.ops.aten
 # Neither launch a kernel nor touch memory.
@@ -28,6 +29,9 @@ _FILL = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::uniform_", "aten::n
 _GATHER = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}
 # Read and write as much of their first tensor as their last one has.
 _SCATTER = {"aten::scatter_add_", "aten::scatter_", "aten::index_put_", "aten::index_add_"}
+# Read and write squares (G, C, C) of weights up to the last key of each block of queries.
+_SQUARES = {"mega_scale::softmax_weights", "mega_scale::weighted_values", "mega_scale::scores_gradient",
+            "mega_scale::score_products", "mega_scale::values_gradient", "mega_scale::distance_sums"}  # fmt: skip
 # Tensors that one launch of PyTorch's multi-tensor kernels takes.
 _FOREACH = 48
 
@@ -46,6 +50,16 @@ def _product(a: Tensor, b: Tensor) -> int:
     return 2 * a.numel() * b.shape[-1]
 
 
+def _below_diagonal(x: Tensor, chunk: int) -> int:
+    """Operations of (G, C, W) times the blocks of (G, C, C) that are on and below the diagonal."""
+    return round(2 * x.numel() * chunk * _share_of_square(chunk))
+
+
+def _share_of_square(chunk: int) -> float:
+    blocks = -(-chunk // GPU_BLOCK)
+    return (blocks + 1) / (2 * blocks)
+
+
 FLOPS: dict[str, Callable[..., int]] = {
     "aten::mm": lambda a, b, *_: _product(a, b),
     "aten::bmm": lambda a, b, *_: _product(a, b),
@@ -60,6 +74,12 @@ FLOPS: dict[str, Callable[..., int]] = {
     "mega_scale::ema_ends": lambda x, given, *_: x.numel() * given[1].shape[1] // 2,
     "mega_scale::ema_adjoints": lambda x, given, *_: x.numel() * given[1].shape[1] // 2,
     "mega_scale::ema_gradients": lambda x, dy, given, *_: x.numel() * given[1].shape[1],
+    # Attention, by blocks of queries. Scores are computed twice, for statistics and for weights.
+    "mega_scale::softmax_weights": lambda q, k, *_: 2 * _below_diagonal(q, q.shape[1]),
+    "mega_scale::weighted_values": lambda weights, v: _below_diagonal(v, v.shape[1]),
+    "mega_scale::scores_gradient": lambda d_out, v, *_: _below_diagonal(v, v.shape[1]),
+    "mega_scale::score_products": lambda scores, q, *_: 2 * _below_diagonal(q, q.shape[1]),
+    "mega_scale::values_gradient": lambda weights, d_out: _below_diagonal(d_out, d_out.shape[1]),
 }
 """Operations by operator, from its positional arguments: two a multiply-add of products; of the average, steps."""
 
@@ -78,6 +98,8 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
     if "_scaled" not in name and name.endswith(("::zeros", "::full", "::ones", "::new_zeros", "::zeros_like")):
         reads = []
     writes = _once([*written, *(t for t in made if t.untyped_storage()._cdata not in known)])
+    if name in _SQUARES:
+        reads, writes = ([(t, _of_square(t, seen)) for t, seen in each] for each in (reads, writes))
     if name in _GATHER and made:
         size = sum(bytes_of(t) for t in made)
         reads = [(t, min(seen, size)) for t, seen in reads]
@@ -91,6 +113,10 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
     if "_foreach_" in name or "_fused_ad" in name:
         kernels = -(-len(given) // _FOREACH)
     return Cost(reads, writes, flops, kernels)
+
+
+def _of_square(x: Tensor, seen: int) -> int:
+    return round(seen * _share_of_square(x.shape[1])) if x.dim() == 3 and x.shape[1] == x.shape[2] else seen
 
 
 def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

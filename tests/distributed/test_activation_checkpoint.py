@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mega_scale.model import MegaForCausalLM
+from mega_scale.ops.attention import chunk_attention
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
 from mega_scale.parallel import ParallelConfig, Place, seeded_values
 from mega_scale.parallel.mesh import check_segments
@@ -106,17 +106,16 @@ def test_rows_with_a_mask_are_computed_whole():
         assert torch.equal(found[name], tensor), name
 
 
-def test_half_precision_products_into_fp32_are_saved():
-    """Attention on a GPU has its scores from them; without one, the meta device computes their shapes."""
-    with torch.device("meta"):
-        model = MegaForCausalLM(tiny_run.tiny_config())
-        x = torch.randn(2, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+def test_attention_is_saved_with_the_matmuls():
+    operators = (torch.ops.mega_scale.causal_attention.default,)
     counts = {}
     for policy in ("full", "save_matmuls"):
+        model = tiny_run.meta_model(tiny_run.tiny_config())
         apply_model_parallelism(model, sp=ALONE, tp=ALONE, checkpointing=recomputing(1, policy, 0), seed=1)
         checkpoint: Any = model.mega.layers[0]._gradient_checkpointing_func
-        with Products((torch.ops.aten.bmm.dtype,)) as products:
-            checkpoint(lambda x: torch.bmm(x.detach(), x.detach(), out_dtype=torch.float32) * x, x).sum().backward()
+        q, k, v = (torch.randn(1, 2, 8, width, requires_grad=True) for width in (4, 4, 6))
+        with Products(operators) as products:
+            checkpoint(lambda *leaves: chunk_attention(*leaves, causal=True)[0].square(), q, k, v).sum().backward()
         counts[policy] = products.count
     assert counts == {"full": 2, "save_matmuls": 1}
 

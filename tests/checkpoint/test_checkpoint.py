@@ -404,6 +404,50 @@ def test_the_thread_that_copies_takes_its_rank_s_gpu_first(monkeypatch):
     assert calls == [torch.device("cuda", 3), "stream", "wait"]
 
 
+def test_memory_beside_a_gpu_is_locked_as_it_is_needed_and_not_by_powers_of_two(monkeypatch):
+    locked, asked = {}, []
+    empty = torch.empty
+
+    class Cudart:
+        def cudaHostRegister(self, address, size, flags):
+            locked[address] = size
+            return self.answer
+
+        def cudaHostUnregister(self, address):
+            del locked[address]
+            return 0
+
+    def check(code):
+        if code:
+            raise RuntimeError("out of memory")
+
+    cudart = Cudart()
+    cudart.answer = 0
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    monkeypatch.setattr(torch, "empty", lambda size, **how: asked.append((size, how)) or empty(min(size, 64), **how))
+    staging = saver.Staging(torch.device("cpu"))
+    staging._stream = object()
+    for size in (10_500_000_000, 3_000_000_001, 2**33 + 64):  # the largest so far is taken, and given back
+        staging._allocate(size)
+        assert list(locked.values()) == [size] and asked[-1] == (size, {"dtype": torch.uint8})
+    cudart.answer = 2
+    with pytest.warns(RuntimeWarning, match=r"11,000,000,000 bytes .* cannot be locked \(out of memory\)"):
+        staging._allocate(11_000_000_000)
+    locked.clear()
+    cudart.answer = 0
+    staging._allocate(12_000_000_000)
+    assert list(locked.values()) == [12_000_000_000]
+
+
+def test_the_room_for_a_copy_is_what_its_tensors_take():
+    staging = saver.Staging(torch.device("cpu"))
+    tensors = {str(number): torch.zeros(1000 + number, dtype=torch.bfloat16) for number in range(50)}
+    staging.copy(tensors)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    assert needed <= staging._buffer.nbytes <= needed + 64 * len(tensors)
+
+
 def test_what_the_next_step_changes_is_not_in_an_asynchronous_checkpoint(tmp_path, monkeypatch):
     """The copy is made beside the next forward and backward pass; the optimizer waits for it."""
     engine, copy, copied = TinyEngine(2), saver.Staging.copy, []

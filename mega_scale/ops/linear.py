@@ -20,13 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import autocast_dtype, device_kind, in_memory, once_differentiable, tracing, without_autocast
+from mega_scale.ops import (
+    autocast_dtype,
+    device_kind,
+    in_memory,
+    once_differentiable,
+    runs_triton,
+    tracing,
+    without_autocast,
+)
 
 # Fewer are a decoding step's, which reads the weight once whatever multiplies it.
 _TOKENS = 32
 # Logits that exist at a time, numbers: on a CPU they should stay in its caches, a GPU needs large products.
-_CPU_LOGITS, _GPU_LOGITS = 2**21, 2**26
+# With kernels they exist once, in 16 bits.
+_CPU_LOGITS, _GPU_LOGITS, _KERNEL_LOGITS = 2**21, 2**26, 2**28
 _NO_TARGET = -100  # as `torch.nn.functional.cross_entropy` has it
+LOSSES = ("auto", "plain", "triton")
 _PROCESSOR = Path("/proc/cpuinfo")
 # A PyTorch that was built without oneDNN does not even know its operators.
 ONEDNN_PRODUCTS = [torch.ops.mkldnn._linear_pointwise.default] if torch.backends.mkldnn.is_available() else []
@@ -159,21 +169,23 @@ def linear_cross_entropy(
     *,
     part: VocabularyPart | None = None,
     slice_tokens: int | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Cross-entropy of `hidden weight^T + bias`, summed over targets in fp32, nats; differentiable once.
 
     Hidden states are (..., D) in fp32 or bf16, the weight (V, D) and the bias (V,) are this rank's rows under `part`,
     targets (...) int64, -100 where there is none. Ranks that share words return the same loss, and their
     gradients of `hidden` add up. S is chosen by device and V unless it is given; under a compiler or a tracer, logits
-    are whole. Raises ValueError where shapes do not fit.
+    are whole. `impl` is plain, triton (`cross_entropy_triton`, for a GPU and up to fp32), or auto: the last that
+    serves. Raises ValueError where shapes do not fit, or for another `impl`.
     """
+    if impl not in LOSSES:
+        raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(LOSSES)}")
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} do not fit: "
             "expected (..., D), (V, D) and (...)"
         )
-    if slice_tokens is None:
-        slice_tokens = max((_CPU_LOGITS if device_kind(hidden) == "cpu" else _GPU_LOGITS) // weight.shape[0], 1)
     dtype = autocast_dtype(hidden.device)
     if dtype is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -182,10 +194,68 @@ def linear_cross_entropy(
             logits = F.linear(hidden, weight, bias).flatten(0, -2)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(logits, targets.flatten(), reduction="sum")
+        kernels = impl == "triton" or (impl == "auto" and runs_triton(hidden) and hidden.dtype != torch.float64)
+        if slice_tokens is None:
+            most = _KERNEL_LOGITS if kernels else _CPU_LOGITS if device_kind(hidden) == "cpu" else _GPU_LOGITS
+            slice_tokens = max(most // weight.shape[0], 1)
         loss: Tensor = _LinearCrossEntropy.apply(
-            hidden.flatten(0, -2), weight, bias, targets.flatten(), part, slice_tokens
+            hidden.flatten(0, -2), weight, bias, targets.flatten(), part, slice_tokens, kernels
         )
     return loss
+
+
+def _loss_and_slope(
+    logits: Tensor, targets: Tensor, part: VocabularyPart | None, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The sum of losses, at least fp32, and if wanted its gradient by logits (S, V)."""
+    counts = targets != _NO_TARGET
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # The column of each target, and whether this rank has it.
+    column, mine = targets, counts
+    if part is not None:
+        scores[:, part.words :] = -math.inf
+        column, mine = _own_columns(targets, part)
+    column = column.where(mine, 0)[:, None]
+    largest = scores.amax(1)
+    if part is not None:
+        part.reduce(largest, "max")
+    scores -= largest[:, None]
+    hit = scores.gather(1, column)[:, 0].where(mine, 0)
+    sums = scores.exp_().sum(1)
+    if part is not None:
+        part.reduce(both := torch.stack([hit, sums]), "sum")
+        hit, sums = both
+    loss = ((sums.log() - hit) * counts).sum()
+    if not wanted:
+        return loss, None
+    slope = scores.mul_((counts / sums)[:, None])
+    return loss, slope.scatter_add_(1, column, -mine.to(slope.dtype)[:, None])
+
+
+def _kernel_loss_and_slope(
+    logits: Tensor, targets: Tensor, part: VocabularyPart | None, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same by kernels; the slope is where the logits were."""
+    # Not before it is needed: triton may not be installed.
+    from mega_scale.ops.cross_entropy_triton import cross_entropy, cross_entropy_gradient  # noqa: PLC0415
+
+    counts, targets = targets != _NO_TARGET, targets.contiguous()
+    if part is None:
+        largest, sums, hit = cross_entropy(logits, targets, 0, logits.shape[1], wanted)
+        return ((sums.log() - (hit - largest)) * counts).sum(), logits if wanted else None
+    own, sums, hit = cross_entropy(logits, targets, part.first, part.words, False)
+    part.reduce(largest := own.clone(), "max")
+    _, mine = _own_columns(targets, part)
+    part.reduce(both := torch.stack([(hit - largest).where(mine, 0), sums * (own - largest).exp()]), "sum")
+    hit, sums = both
+    if wanted:
+        cross_entropy_gradient(logits, targets, largest, sums, part.first, part.words)
+    return ((sums.log() - hit) * counts).sum(), logits if wanted else None
+
+
+def _own_columns(targets: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor]:
+    column = targets - part.first
+    return column, (targets != _NO_TARGET) & (column >= 0) & (column < part.words)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -198,7 +268,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         part: VocabularyPart | None,
         slice_tokens: int,
+        kernels: bool,
     ) -> Tensor:
+        form = _kernel_loss_and_slope if kernels else _loss_and_slope
         wanted = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         # Sums over slices, in more precision than a slice.
@@ -209,31 +281,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(hidden), slice_tokens):
             some = slice(begin, begin + slice_tokens)
             x, target = hidden[some], targets[some]
-            counts = target != _NO_TARGET
-            scores = times_transposed(x, weight, bias).to(total.dtype)
-            # The column of each target, and whether this rank has it.
-            column, mine = target, counts
-            if part is not None:
-                scores[:, part.words :] = -math.inf
-                column = target - part.first
-                mine = counts & (column >= 0) & (column < part.words)
-            column = column.where(mine, 0)[:, None]
-            largest = scores.amax(1)
-            if part is not None:
-                part.reduce(largest, "max")
-            scores -= largest[:, None]
-            hit = scores.gather(1, column)[:, 0].where(mine, 0)
-            sums = scores.exp_().sum(1)
-            if part is not None:
-                part.reduce(both := torch.stack([hit, sums]), "sum")
-                hit, sums = both
-            total += ((sums.log() - hit) * counts).sum()
-            if not any(wanted):
+            loss, slope = form(times_transposed(x, weight, bias), target, part, any(wanted))
+            total += loss
+            if slope is None:
                 continue
-            slope = scores.mul_((counts / sums)[:, None])
-            slope.scatter_add_(1, column, -mine.to(slope.dtype)[:, None])
             if d_bias is not None:
-                d_bias += slope.sum(0)
+                d_bias += slope.sum(0, dtype=wide)
             slope = slope.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(slope, weight, out=d_hidden[some])
@@ -255,5 +308,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_hidden is None else d_hidden * gradient.to(d_hidden.dtype),
             None if d_weight is None else (d_weight * gradient).to(of_weight),
             None if d_bias is None else (d_bias * gradient).to(of_bias),
-            *[None] * 3,
+            *[None] * 4,
         )

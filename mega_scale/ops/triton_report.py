@@ -21,6 +21,7 @@ from mega_scale.ops.attention_triton import (
     tile,
     weights_kernel,
 )
+from mega_scale.ops.cross_entropy_triton import cross_entropy_kernel, kernel_constants
 from mega_scale.ops.ema.triton import OUTPUTS, TILE, gradient_flags
 from mega_scale.ops.ema.triton_kernels import gradients_kernel, outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
@@ -37,15 +38,16 @@ from mega_scale.ops.timestep_norm_triton import (
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
 # Of arguments; all others are pointers to fp32, or fp64 where tokens are. As at a launch, the compiler is told which
 # are multiples of 16 in all configs: pointers, and some sizes.
-_TOKENS = ("x", "y", "dx", "dy", "q", "k", "v", "d_out", "weights", "dropped", "d_scores", "a", "b")
+_TOKENS = ("x", "y", "dx", "dy", "q", "k", "v", "d_out", "weights", "dropped", "d_scores", "a", "b", "logits")
 _OTHERS = {
     **dict.fromkeys(("document", "since"), "*i32"),
-    **dict.fromkeys(("count", "counts", "angle"), "*i64"),
+    **dict.fromkeys(("count", "counts", "angle", "targets"), "*i64"),
     **dict.fromkeys(("totals", "before", "behind", "first_mean", "first_var", "end_mean", "end_var"), "*fp64"),
     "valid": "*u8",
     **dict.fromkeys(("scale", "eps", "factor"), "fp32"),
-    **dict.fromkeys(("key", "first_row", "first_position", "first_column", "threshold"), "i32"),
+    **dict.fromkeys(("key", "first_row", "first_position", "first_column", "threshold", "first", "words"), "i32"),
 }
+_WORDS = 32000
 _NORM_CHANNELS = 64  # of a group, as in the largest models
 _ROUND_SIZES = ("D", "chunk", "width")
 _SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "chunks", "heads", "pairs", *_ROUND_SIZES)
@@ -101,15 +103,17 @@ def _variants(
         own = {**block_constants(_NORM_CHANNELS, documents=True), "num_warps": 4}
         yield kernel, kernel.fn.__name__, f"G={_NORM_CHANNELS}", own
     if not double:
-        yield from _attention_variants()
+        yield from _other_variants()
 
 
-def _attention_variants() -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
+def _other_variants() -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     for drops, words in ((False, ""), (True, ", dropout")):
         own = {"BLOCK": BLOCK, "DROPOUT": drops}
         yield weights_kernel, f"weights_kernel{words}", "", {**tile(True), **own, "BIAS": True, "DOCUMENTS": drops}
         yield scores_gradient_kernel, f"scores_gradient_kernel{words}", "", {**tile(drops), **own}
     yield distances_kernel, "distances_kernel", "", {**DISTANCES}
+    own = {**kernel_constants(_WORDS), "STATISTICS": True, "GRADIENT": True}
+    yield cross_entropy_kernel, "cross_entropy_kernel", f"{_WORDS} words", own
     yield row_products_kernel, "row_products_kernel", "", {**WIDTH}
 
 

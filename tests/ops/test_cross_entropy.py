@@ -1,11 +1,18 @@
 """The sliced linear layer and cross-entropy against the plain one, gradients included."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from test_ema_triton import start
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mega_scale.ops import as_if
 from mega_scale.ops.linear import linear_cross_entropy
+from mega_scale.parallel.meter import Meter
 
 
 def made(tokens, channels, words, dtype=torch.float64, bias=True, ignored=0.3, seed=0):
@@ -115,3 +122,35 @@ def test_shapes_that_do_not_fit_are_refused():
     hidden, weight, bias, targets = made(6, 4, 5)
     with pytest.raises(ValueError, match=r"targets \(5,\) do not fit"):
         linear_cross_entropy(hidden, weight, bias, targets[:5])
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="impl='fused' is unknown: choose one of auto, plain, triton"):
+        linear_cross_entropy(*made(6, 4, 5), impl="fused")
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+@needs_triton
+def test_bytes_of_a_logit_have_a_bound_on_a_gpu():
+    """In bf16 written by the product, read and written by the kernel, read by two products: ten bytes."""
+    tokens, channels, words = 4096, 64, 32000
+    with FakeTensorMode(), as_if("cuda"):
+        hidden, weight = (
+            torch.empty(size, channels, dtype=torch.bfloat16, requires_grad=True) for size in (tokens, words)
+        )
+        with Meter() as meter:
+            linear_cross_entropy(hidden, weight, None, torch.empty(tokens, dtype=torch.int64))
+    weights = 32 * words * channels  # what sums gradients of the weight, in fp32
+    assert sum(event.read + event.written for event in meter.events) <= 10.5 * tokens * words + weights
+    # Once, in bf16.
+    assert meter.peak <= 2.1 * tokens * words + weights
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_interpreted_kernel_equals_the_plain_form():
+    file = Path(__file__).with_name("interpreted_cross_entropy.py")
+    done = start("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file, TRITON_INTERPRET="1")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr

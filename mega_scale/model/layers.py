@@ -138,6 +138,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
     with parameters in fp32: a decay close to one does not survive bf16."""
 
     carry: Callable[[], Carry | None] | None = None  # what brings the state of other parts, where x is a part of rows
+    sum_gradients: Callable[..., tuple[Tensor, ...]] | None = None  # of parameters, where each rank has a share
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
@@ -160,9 +161,14 @@ class MegaMultiDimensionDampedEma(nn.Module):
         The mask (B, L) bool is false for positions that the average leaves out (their omega term stays); the state is h
         before the first token, (B, D, N) fp32; resets (B, L) bool are true where a document begins.
         """
-        coefficients = ema_coefficients(
-            self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix
-        )
+        parameters: tuple[Tensor, ...] = (
+            self.damping_factor, self.decay_factor, self.ema_expansion_matrix, self.kernel_projection_matrix,
+            self.residual_weight,
+        )  # fmt: skip
+        if self.sum_gradients is not None:
+            parameters = self.sum_gradients(*parameters)
+        *of_average, omega = parameters
+        coefficients = ema_coefficients(*of_average)
         inputs = x if mask is None else x * mask[..., None]
         y, state = damped_ema(
             inputs,
@@ -173,7 +179,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
             truncation=self.truncation,
             carry=None if self.carry is None else self.carry(),
         )
-        return self.gates.average(y, x, self.residual_weight), state
+        return self.gates.average(y, x, omega), state
 
 
 class MegaEmbeddings(nn.Module):
@@ -247,6 +253,8 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
 class MegaMovingAverageGatedAttention(ChunkedAttention):
     """Moving average, attention in chunks, and gates (arXiv 2209.10655, equations 8 to 15)."""
 
+    gather: Callable[[Tensor], Tensor] | None = None  # brings all channels, where x has a rank's
+
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config, causal=config.is_decoder)
         self.activation = ACT2FN[config.activation]
@@ -287,6 +295,8 @@ class MegaMovingAverageGatedAttention(ChunkedAttention):
         """
         new_mask = None if mask is None else mask[:, -x.shape[1] :]
         normed = self.norm(x, new_mask) if self.config.normalize_before_mega else x
+        if self.gather is not None:
+            normed = self.gather(normed)
         averaged, ema_state = self.ema_gate(
             normed, new_mask, None if state is None else state.ema, None if borders is None else borders.starts
         )

@@ -49,6 +49,7 @@ class MegalodonComplexEma(nn.Module):
     """The complex moving average plus omega times its input, with parameters in fp32: angles do not survive bf16."""
 
     carry: Callable[[], Carry | None] | None = None  # what brings the state of other parts, where x is a part of rows
+    sum_gradients: Callable[..., tuple[Tensor, ...]] | None = None  # of parameters, where each rank has a share
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
@@ -67,10 +68,14 @@ class MegalodonComplexEma(nn.Module):
         The state is h before the first token, (B, D, N, 2) fp32: real and imaginary parts; resets (B, L) bool are true
         where a document begins.
         """
-        coefficients = complex_ema_coefficients(self.alpha, self.delta, self.theta, self.gamma)
+        parameters: tuple[Tensor, ...] = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
+        if self.sum_gradients is not None:
+            parameters = self.sum_gradients(*parameters)
+        *of_average, omega = parameters
+        coefficients = complex_ema_coefficients(*of_average)
         carry = None if self.carry is None else self.carry()
         y, state = damped_ema(x, coefficients, state, resets, carry=carry)
-        return (y + self.omega.flatten() * x).to(x.dtype), state
+        return (y + omega.flatten() * x).to(x.dtype), state
 
 
 class MegalodonRMSNorm(nn.Module):
@@ -135,6 +140,8 @@ class RotaryTurns:
 class MegalodonAttention(ChunkedAttention):
     """Timestep norm, complex average, normalized attention in chunks, and gates: the first hop of a block."""
 
+    gather: Callable[[Tensor], Tensor] | None = None  # brings all channels, where x has a rank's
+
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
         self.gates = EAGER
@@ -173,10 +180,12 @@ class MegalodonAttention(ChunkedAttention):
         valid = None if mask is None else mask[:, -x.shape[1] :]
         resets = None if borders is None else borders.starts
         normed, moments = self.timenorm(x, None if state is None else state.norm, resets, valid)
+        if self.gather is not None:
+            normed = self.gather(normed)
         averaged, ema_state = self.cema(normed, None if state is None else state.ema, resets)
         with recomputed(self.rmsnorm, averaged) as averaged_normed:
             m = self.ema_dropout(averaged_normed)
-            pre = self.wv(normed)  # while ranks that share channels exchange those of m
+            pre = self.wv(normed)
             z, gate, candidate = self.from_average(m)
         with recomputed(F.silu, pre) as v:
             q, k = self.gates.normalized_queries_and_keys(z, self.gamma, self.beta, self.heads, self.config.norm_eps)
@@ -213,6 +222,7 @@ class MegalodonFeedForward(nn.Module):
     """
 
     alpha: nn.Parameter | None
+    gather: Callable[[Tensor], Tensor] | None = None  # brings all channels, where y has a rank's
 
     def __init__(self, config: MegalodonConfig, layer: int) -> None:
         super().__init__()
@@ -229,8 +239,9 @@ class MegalodonFeedForward(nn.Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y and x (B, L, D) to (B, L, D)."""
         with recomputed(self.norm, y) as normed:
-            pre = self.fc1(normed)
-            factor = None if self.fc3 is None else self.fc3(normed)
+            whole = normed if self.gather is None else self.gather(normed)
+            pre = self.fc1(whole)
+            factor = None if self.fc3 is None else self.fc3(whole)
         inputs = (pre,) if factor is None else (pre, factor)
         with recomputed(F.silu if factor is None else self.gates.swiglu, *inputs) as active:
             out = self.fc2(self.hidden_dropout(active))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mega_scale.model.basic_layers import MegaDropout, use_own_linear
@@ -32,7 +31,7 @@ from mega_scale.parallel.shard import (
     separate_segments,
     shardings,
 )
-from mega_scale.parallel.world import ALONE, Axis, World
+from mega_scale.parallel.world import ALONE, Axis, Received, World
 
 _SEED = 11
 _CHUNK = 8
@@ -90,18 +89,21 @@ def apply_model_parallelism(
     check_segments(config, checkpointing.activation_checkpoint_segment, checkpointing.activation_checkpoint, sp.size)
     check_sequence_parallel(config, sp.size * (config.attention_chunk or 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.attention_chunk or 1)
-    contexts = noop_context_fn
+    received = Received()
+    sp, tp = sp._replace(received=received), tp._replace(received=received)
 
     use_own_linear(model)
     separate_segments(model)
     if sp.size > 1:
         from mega_scale.parallel.plans import share_rows
 
-        contexts = share_rows(model, sp, row_slice).contexts
+        share_rows(model, sp, row_slice)
     for name, module in list(model.named_modules()):
         if isinstance(module, MegaDropout) and module.p > 0:
             heads = config.num_attention_heads * tp.rank // tp.size
-            module.drop = _Drop(module, f"{seed}:{{step}}:{name}", row_slice, tp, heads)
+            # Of the average, every rank has all channels.
+            shared = ALONE if name.endswith(".ema_dropout") else tp
+            module.drop = _Drop(module, f"{seed}:{{step}}:{name}", row_slice, shared, heads)
     if tp.size > 1:
         from mega_scale.parallel.plans import divide
 
@@ -112,7 +114,7 @@ def apply_model_parallelism(
     if checkpointing.activation_checkpoint:
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 
-        checkpoint_activations(model, checkpointing, row_slice, contexts)
+        checkpoint_activations(model, checkpointing, row_slice, received.contexts)
     if compile:
         compile_gates(model)
     return row_slice

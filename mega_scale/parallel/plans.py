@@ -29,18 +29,19 @@ from mega_scale.model.megalodon_layers import (
     MegalodonTimestepNorm,
 )
 from mega_scale.model.modeling_mega import MegaForCausalLM
-from mega_scale.parallel.sequence_parallel import Gathers, MomentExchange, StateExchange
+from mega_scale.parallel.sequence_parallel import MomentExchange, StateExchange
 from mega_scale.parallel.shard import RowSlice, on_meta
 from mega_scale.parallel.tensor_parallel import (
     ChannelParallelNorm,
     ColumnParallelLinear,
+    GatheringLinear,
     RowParallelLinear,
     VocabularyParallelEmbedding,
     VocabularyParallelHead,
-    gather_inputs,
+    gather_channels,
     sharded,
 )
-from mega_scale.parallel.world import Axis
+from mega_scale.parallel.world import Axis, sum_gradients
 
 
 class Plan(NamedTuple):
@@ -50,14 +51,12 @@ class Plan(NamedTuple):
     divide: Callable[[Any, Axis], nn.Module] | None = None  # this rank's part of its channels; None: its children's
 
 
-def share_rows(model: nn.Module, axis: Axis, row_slice: RowSlice) -> Gathers:
-    """Have the modules of a model bring the states before their part of a row; returns what gathers them."""
-    gathers = Gathers(axis)
+def share_rows(model: nn.Module, axis: Axis, row_slice: RowSlice) -> None:
+    """Have the modules of a model bring the states before their part of a row."""
     for module in model.modules():
         if (plan := PLANS.get(type(module))) is not None and plan.carry is not None:
             own: Any = module
-            own.carry = partial(_carry, plan.carry(axis, gathers), row_slice)
-    return gathers
+            own.carry = partial(_carry, plan.carry(axis), row_slice)
 
 
 def _carry(exchange: Any, row_slice: RowSlice) -> Any:
@@ -82,6 +81,12 @@ def _own_channels(module: Any, axis: Axis) -> nn.Module:
     return cast(nn.Module, module)
 
 
+def _all_channels(average: Any, axis: Axis) -> nn.Module:
+    """Every rank averages all channels, and has a share of the gradient of what it makes of them."""
+    average.sum_gradients = partial(sum_gradients, axis)
+    return cast(nn.Module, average)
+
+
 # Mega
 
 
@@ -98,18 +103,14 @@ def _gated_attention(whole: Any, axis: Axis) -> nn.Module:
     attention.v_proj = on_meta(ColumnParallelLinear, whole.v_proj, axis)
     attention.h_proj = on_meta(RowParallelLinear, whole.h_proj, axis)
     attention.rel_pos_bias = sharded(type(whole.rel_pos_bias), axis, {}, config)
-    # The stream's channels travel while the average is computed, the average's while values are.
-    stream, average = gather_inputs(axis, attention.v_proj), gather_inputs(axis, segments)
-    attention.ema_gate.register_forward_pre_hook(lambda module, args: stream.expect(args[0]))
-    attention.ema_dropout.register_forward_hook(lambda module, args, output: average.expect(output))
-    return attention
+    attention.gather = partial(gather_channels, axis=axis)
+    return cast(nn.Module, attention)
 
 
 def _feed_forward(module: Any, axis: Axis) -> nn.Module:
-    module.fc1 = on_meta(ColumnParallelLinear, module.fc1, axis)
+    module.fc1 = on_meta(GatheringLinear, module.fc1, axis)
     module.fc2 = on_meta(RowParallelLinear, module.fc2, axis)
-    gather_inputs(axis, module.fc1)
-    return module
+    return cast(nn.Module, module)
 
 
 def _embeddings(module: Any, axis: Axis) -> nn.Module:
@@ -121,8 +122,7 @@ def _embeddings(module: Any, axis: Axis) -> nn.Module:
 
 def _causal_model(model: Any, axis: Axis) -> nn.Module:
     if model.dense is not None:
-        model.dense = on_meta(ColumnParallelLinear, model.dense, axis)
-        gather_inputs(axis, model.dense)
+        model.dense = on_meta(GatheringLinear, model.dense, axis)
     return model
 
 
@@ -155,11 +155,8 @@ def _normalized_attention(whole: Any, axis: Axis) -> nn.Module:
         attention.wz = sharded(MegaLinear, axis, {}, config.hidden_size, keys)
         attention.wz.needed = dict.fromkeys(("weight", "bias"), (0, *head))
         attention.needed = dict.fromkeys(("gamma", "beta"), (1, *head))
-    # The norm's channels travel while the average is computed, the average's while values are.
-    stream = gather_inputs(axis, attention.wv)
-    average = gather_inputs(axis, attention.wz, attention.wr, attention.wh1)
-    attention.cema.register_forward_pre_hook(lambda module, args: stream.expect(args[0]))
-    attention.ema_dropout.register_forward_hook(lambda module, args, output: average.expect(output))
+    attention.rmsnorm = sharded(MegalodonRMSNorm, axis, {}, config.hidden_size, config.norm_eps, config.norm_affine)
+    attention.gather = partial(gather_channels, axis=axis)
     return cast(nn.Module, attention)
 
 
@@ -168,7 +165,7 @@ def _swiglu_feed_forward(module: Any, axis: Axis) -> nn.Module:
     for name in layers:
         module.add_module(name, on_meta(ColumnParallelLinear, module.get_submodule(name), axis))
     module.fc2 = on_meta(RowParallelLinear, module.fc2, axis)
-    gather_inputs(axis, *(module.get_submodule(name) for name in layers))
+    module.gather = partial(gather_channels, axis=axis)
     return _own_channels(module, axis)  # alpha
 
 
@@ -181,13 +178,12 @@ PLANS: dict[type[nn.Module], Plan] = {
     MegaRMSNorm: Plan(divide=ChannelParallelNorm),
     MegaScaleNorm: Plan(divide=ChannelParallelNorm),
     MegaMovingAverageGatedAttention: Plan(divide=_gated_attention),
-    MegaMultiDimensionDampedEma: Plan(carry=StateExchange, divide=_own_channels),
+    MegaMultiDimensionDampedEma: Plan(carry=StateExchange, divide=_all_channels),
     MegaNormalizedFeedForwardNetwork: Plan(divide=_feed_forward),
     MegalodonAttention: Plan(divide=_normalized_attention),
-    MegalodonComplexEma: Plan(carry=StateExchange, divide=_own_channels),
+    MegalodonComplexEma: Plan(carry=StateExchange, divide=_all_channels),
     MegalodonFeedForward: Plan(divide=_swiglu_feed_forward),
     MegalodonLayerNorm: Plan(divide=ChannelParallelNorm),
-    MegalodonRMSNorm: Plan(divide=ChannelParallelNorm),
     MegalodonTimestepNorm: Plan(carry=MomentExchange, divide=_timestep_norm),
 }
 """The plan of every class of modules that needs one."""

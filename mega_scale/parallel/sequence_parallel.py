@@ -13,9 +13,7 @@ Attention stays inside chunks.
 Legend: P ranks of the axis, B rows, R channels, N moving averages per channel, G groups of channels.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,42 +26,11 @@ from mega_scale.parallel.world import Axis, Pending, start_gather
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class Gathers:
-    """Starts the all-gathers of a model's forward pass; a block that is recomputed gets again what it received."""
-
-    def __init__(self, axis: Axis) -> None:
-        self._axis = axis
-        self._received: deque[Tensor] | None = None  # in the forward pass of a block that is recomputed
-        self._again = False
-
-    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts of a block's forward and of its recomputation, which takes what the forward received."""
-        received: deque[Tensor] = deque()
-        return self._keeping(received, again=False), self._keeping(received, again=True)
-
-    @contextmanager
-    def _keeping(self, received: deque[Tensor], again: bool) -> Iterator[None]:
-        self._received, self._again = received, again
-        try:
-            yield
-        finally:
-            self._received = None
-
-    def start(self, x: Tensor) -> Pending:
-        """Start to collect the x of all ranks, (P, *x.shape)."""
-        if self._received is not None and self._again:
-            return Pending(self._received.popleft(), None)
-        pending = start_gather(x, self._axis)
-        if self._received is not None:
-            self._received.append(pending.buffer)
-        return pending
-
-
 class StateExchange:
     """Brings every part of a row the state before it: the `carry` of `damped_ema`, over the ranks that share a row."""
 
-    def __init__(self, axis: Axis, gathers: Gathers | None = None) -> None:
-        self._axis, self._gathers = axis, gathers or Gathers(axis)
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
 
     def __call__(self, end: Tensor, fade: Fade, resets: Tensor | None, back: bool) -> tuple[Tensor, Turn]:
         """See `Carry`: end (B, R, N), or pairs (B, R, N, 2)."""
@@ -78,8 +45,8 @@ class StateExchange:
         # A document that begins this part keeps what lies to its right from what lies to its left.
         shut = resets[:, 0] if back and resets is not None else None
         # One collective more, of one byte a row, where documents begin inside of rows.
-        flags = None if resets is None else self._gathers.start((~resets.any(1)).to(torch.uint8))
-        pending = self._gathers.start(end if shut is None else forget(end, shut))
+        flags = None if resets is None else _start_gather((~resets.any(1)).to(torch.uint8), axis)
+        pending = _start_gather(end if shut is None else forget(end, shut), axis)
         passes = None if flags is None else flags.wait().bool()
         weights, distance = _weights(axis, fade, passes, not back, end.dtype)
 
@@ -101,8 +68,8 @@ class StateExchange:
 class MomentExchange:
     """Brings every part of a row the moments before it: the `carry` of `timestep_norm`, over ranks that share a row."""
 
-    def __init__(self, axis: Axis, gathers: Gathers | None = None) -> None:
-        self._axis, self._gathers = axis, gathers or Gathers(axis)
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
 
     def __call__(self, total: Moments, begins: Tensor | None, whole: bool) -> Callable[[], tuple[Moments, MomentTurn]]:
         """See `MomentCarry`: 2 G numbers a row travel, and one more unless `whole`; back, 2 G numbers."""
@@ -113,7 +80,7 @@ class MomentExchange:
             # A count, of at least 0, or its complement where a document begins.
             code = total.count if begins is None else torch.where(begins, ~total.count, total.count)
             sent.append(code.to(integers)[:, None])
-        pending = self._gathers.start(torch.cat(sent, 1))
+        pending = _start_gather(torch.cat(sent, 1), axis)
 
         def arrive() -> tuple[Moments, MomentTurn]:
             received = pending.wait()
@@ -135,6 +102,11 @@ class MomentExchange:
             return Moments(*(tensor[axis.rank] for tensor in borders)), turn
 
         return arrive
+
+
+def _start_gather(x: Tensor, axis: Axis) -> Pending:
+    """Start to collect the x of all ranks in a forward pass, (P, *x.shape)."""
+    return axis.start(lambda: start_gather(x, axis))
 
 
 def _weights(

@@ -1,16 +1,18 @@
 """Tensor parallelism: the parts of which `plans` builds this rank's share of a model, and of its vocabulary.
 
-The residual stream is sharded over channels. The moving average, norms, gates and the stream itself then need only a
-statistic a token; a block gathers the channels of its stream for values, of its average for gates, queries and keys,
-and of its stream again for the feed-forward network, and sums its two outputs over ranks: five large collectives.
-A parameter that every rank holds sees only what the rank's own channels made of it; so its gradient is a sum over
-ranks. Logits of one token never meet on a rank in training.
+The residual stream is sharded over channels; norms, gates and the stream itself then need only a statistic a token. A
+block gathers the channels of its normed stream twice, for attention and for the feed-forward network, and sums its two
+outputs over ranks: four large collectives, and backward the same four. Every rank computes the moving average of all
+channels, at the speed of its memory, as both the average and its input are then whole where products read them; the
+gradients of both, of which each rank has a share, go back through one sum.
+A parameter that every rank holds sees only what the rank's own part made of it; so its gradient is a sum over ranks.
+Logits of one token never meet on a rank in training.
 
 Legend: B batch, L length, D channels of the residual stream, E width of values, F of the feed-forward network, W any
 width inside a layer, T ranks, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,11 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, check_ids
-from mega_scale.model.megalodon_layers import MegalodonLayerNorm, MegalodonRMSNorm
+from mega_scale.model.megalodon_layers import MegalodonLayerNorm
 from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
 from mega_scale.parallel.shard import on_meta, shard_length
-from mega_scale.parallel.world import Axis, gather, gather_replicated, reduce_scatter, start_gather, sum_gradient
+from mega_scale.parallel.world import Axis, gather, gather_replicated, reduce_scatter, start_gather, sum_gradients
 
 
 class TensorParallel(nn.Module):
@@ -46,7 +48,7 @@ class TensorParallel(nn.Module):
         axis: Axis | None = self.__dict__.get("axis")
         if axis is None or name in self.shard_dims or isinstance(value, DTensor):
             return value  # a DTensor is sharded by FSDP, which reads it in this way too; nobody computes with it
-        value = sum_gradient(value, axis)
+        (value,) = sum_gradients(axis, value)
         # Outside the module's forward ZeRO-3 leaves nothing of it, and prints modules.
         return value.narrow(*self.needed[name]) if name in self.needed and value.numel() else value
 
@@ -58,6 +60,14 @@ def sharded(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any:
     return module
 
 
+def gather_channels(x: Tensor, axis: Axis) -> Tensor:
+    """All channels of a tensor of which every rank has some, (B, L, D / T) to (B, L, D), for the products that read it.
+
+    In the dtype that those see, so that under autocast only 16 bits of a number travel.
+    """
+    return gather(x.to(autocast_dtype(x.device) or x.dtype), axis)
+
+
 class ColumnParallelLinear(TensorParallel, MegaLinear):
     """A linear layer of which a rank has some outputs, and all inputs: (B, L, D) to (B, L, W / T)."""
 
@@ -66,44 +76,11 @@ class ColumnParallelLinear(TensorParallel, MegaLinear):
         self.axis, self.shard_dims = axis, {"weight": 0, "bias": 0}
 
 
-class Gathered:
-    """All channels of a tensor of which every rank has some, (B, L, D / T) to (B, L, D), for the layers that read it.
+class GatheringLinear(ColumnParallelLinear):
+    """The same of an input whose channels are sharded, (B, L, D / T), and that no other layer reads."""
 
-    They travel once, from when they are known until they are needed.
-    """
-
-    def __init__(self, axis: Axis, readers: int) -> None:
-        self._axis, self._readers, self._left = axis, readers, 0
-        self._given: Tensor | None = None  # to the first layer, where nobody expected it
-        self._coming: Callable[[], Tensor] | None = None
-        self._whole: Tensor | None = None
-
-    def expect(self, x: Tensor) -> None:
-        """Start before the first layer is called with x, or with what other hooks make of it."""
-        self._given, self._whole, self._left = None, None, self._readers
-        # As a matrix product will see it, so that under autocast only 16 bits of a number travel.
-        self._coming = gather(x.to(autocast_dtype(x.device) or x.dtype), self._axis)
-
-    def read(self, x: Tensor) -> Tensor:
-        if not self._left or (self._given is not None and self._given is not x):
-            self.expect(x)
-            self._given = x
-        if self._whole is None:
-            assert self._coming is not None
-            self._whole = self._coming()
-        whole, self._left = self._whole, self._left - 1
-        if not self._left:
-            self._given = self._coming = self._whole = None
-        return whole
-
-
-def gather_inputs(axis: Axis, *layers: nn.Module) -> Gathered:
-    """Give layers all channels of the input that they share, of which every rank has some."""
-    gathered = Gathered(axis, len(layers))
-    for layer in layers:
-        # By a hook, as ZeRO-3 frees a layer's weights after the gradient of what its own hooks, which come later, see.
-        layer.register_forward_pre_hook(lambda module, args: (gathered.read(args[0]), *args[1:]))
-    return gathered
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(gather_channels(x, self.axis))
 
 
 class RowParallelLinear(TensorParallel, MegaLinear):
@@ -126,18 +103,25 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, center: bool, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if center:
+
+        def moments() -> Tensor:
             # Means and squared distances from them combine without cancellation, unlike sums of squares.
             mean = wide.mean(-1)
             squares = (wide - mean[..., None]).square().mean(-1)
             means, variances = start_gather(torch.stack([mean, squares]), axis).wait().unbind(1)
             total = means.mean(0)
-            variance = variances.mean(0) + (means - total).square().mean(0)
-            wide = wide - total[..., None]
+            return torch.stack([total, variances.mean(0) + (means - total).square().mean(0)])
+
+        def mean_square() -> Tensor:
+            square = wide.square().mean(-1)
+            dist.all_reduce(square, group=axis.group)
+            return square / axis.size
+
+        if center:
+            mean, variance = axis.receive(moments)
+            wide = wide - mean[..., None]
         else:
-            variance = wide.square().mean(-1)
-            dist.all_reduce(variance, group=axis.group)
-            variance /= axis.size
+            variance = axis.receive(mean_square)
         scale = torch.rsqrt(variance + eps)[..., None]
         out = wide * scale
         ctx.axis, ctx.center, ctx.dtype = axis, center, x.dtype
@@ -163,7 +147,7 @@ class ChannelParallelNorm(TensorParallel):
         super().__init__()
         self.axis, self.eps = axis, whole.eps
         self.center = isinstance(whole, nn.LayerNorm | MegalodonLayerNorm)
-        self.added = 1.0 if isinstance(whole, MegalodonLayerNorm | MegalodonRMSNorm) else 0.0  # to the gain
+        self.added = 1.0 if isinstance(whole, MegalodonLayerNorm) else 0.0  # to the gain
         self.shard_dims = {"weight": 0, "bias": 0}  # the one number of ScaleNorm is everyone's
         for name, parameter in whole.named_parameters():
             own = parameter[: len(parameter) // axis.size] if name in self.shard_dims else parameter
@@ -203,10 +187,10 @@ class VocabularyParallelHead(ColumnParallelLinear, LanguageModelHead):
     def __init__(self, whole: nn.Linear, axis: Axis) -> None:
         super().__init__(whole, axis)
         self.length: int = whole.out_features
-        gather_inputs(axis, self)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x (B, L, D / T) to logits of all words, or with targets (B, L) to the loss, the same on all ranks."""
+        x = gather_channels(x, self.axis)
         if targets is None:
             return gather_replicated(super().forward(x), self.axis)[..., : self.length]
         part = vocabulary_part(self.out_features, self.axis, self.length)

@@ -1,8 +1,6 @@
 """The processes of a run: their groups along the dimensions of the mesh, and collectives with and without gradients.
 
-Collectives with gradients start early and are awaited late: whoever needs a tensor that is on its way (`Pending`) waits
-for it. Backward, the gradient's collective starts where the forward waited and is awaited where the forward started, so
-that what lies between the two hides it in both passes.
+A block that is recomputed in the backward pass repeats no collective of its forward pass (`Received`).
 
 Legend: T ranks of the group, D width of the whole, (...) any leading sizes.
 """
@@ -10,8 +8,9 @@ Legend: T ranks of the group, D width of the whole, (...) any leading sizes.
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -30,17 +29,6 @@ if TYPE_CHECKING:
     from mega_scale.parallel.monitor import PeerMonitor
 
 
-class Axis(NamedTuple):
-    """One dimension of the mesh as this rank sees it."""
-
-    group: dist.ProcessGroup | None  # None stands for a rank alone
-    rank: int
-    size: int
-
-
-ALONE = Axis(None, 0, 1)
-
-
 class Pending:
     """A tensor on its way into a buffer, and the work to wait for."""
 
@@ -52,6 +40,56 @@ class Pending:
             self._work.wait()
             self._work = None
         return self.buffer
+
+
+class Received:
+    """What a block that is recomputed got from other ranks in its forward pass: it gets it again, and sends nothing."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Tensor] | None = None  # in a block that is recomputed
+        self._again = False
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a block's forward and of its recomputation, which takes what the forward received."""
+        kept: deque[Tensor] = deque()
+        return self._keeping(kept, again=False), self._keeping(kept, again=True)
+
+    @contextmanager
+    def _keeping(self, kept: deque[Tensor], again: bool) -> Iterator[None]:
+        self._kept, self._again = kept, again
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def start(self, begin: Callable[[], Pending]) -> Pending:
+        """What `begin` starts to receive, or what it received in the forward pass."""
+        if self._kept is not None and self._again:
+            return Pending(self._kept.popleft(), None)
+        pending = begin()
+        if self._kept is not None:
+            self._kept.append(pending.buffer.detach())  # autograd will give the tensor itself a history
+        return pending
+
+
+class Axis(NamedTuple):
+    """One dimension of the mesh as this rank sees it."""
+
+    group: dist.ProcessGroup | None  # None stands for a rank alone
+    rank: int
+    size: int
+    received: Received | None = None  # of a model whose blocks may be recomputed
+
+    def start(self, begin: Callable[[], Pending]) -> Pending:
+        """Start a collective without gradients of a forward pass, which a recomputed block does not repeat."""
+        return begin() if self.received is None else self.received.start(begin)
+
+    def receive(self, collective: Callable[[], Tensor]) -> Tensor:
+        """The same of a collective that is awaited, and of what is made of its outcome."""
+        return self.start(lambda: Pending(collective(), None)).wait()
+
+
+ALONE = Axis(None, 0, 1)
 
 
 def start_gather(x: Tensor, axis: Axis) -> Pending:
@@ -98,29 +136,13 @@ def with_backward(x: Tensor, forward: _Map, backward: _Map) -> Tensor:
     return _WithBackward.apply(x, forward, backward)
 
 
-def gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
-    """Start to put the columns of all ranks side by side, (..., D / T) to (..., D); gradients are summed and scattered.
-
-    Returns what waits for them, to be called once.
-    """
-    box: list[Pending] = []
-
-    def start(x: Tensor) -> Tensor:
-        box.append(start_gather(x, axis))
-        return box[0].buffer  # still being filled
-
-    def finish(buffer: Tensor) -> Tensor:
-        box.pop().wait()
-        return _join(buffer)
-
-    def start_backward(gradient: Tensor) -> Tensor:
-        parts = _cut(gradient, axis)
-        box.append(start_reduce_scatter(parts, axis))
-        return parts
-
-    # What comes along the graph is an empty stand-in of the buffer's shape; the gradient is on its way.
-    buffer = with_backward(x, start, lambda gradient: box.pop().wait())
-    return lambda: with_backward(buffer, finish, start_backward)
+def gather(x: Tensor, axis: Axis) -> Tensor:
+    """The columns of all ranks side by side, (..., D / T) to (..., D); gradients are summed and scattered."""
+    return with_backward(
+        x,
+        lambda x: axis.receive(lambda: _join(start_gather(x, axis).wait())),
+        lambda gradient: start_reduce_scatter(_cut(gradient, axis), axis).wait(),
+    )
 
 
 def gather_replicated(x: Tensor, axis: Axis) -> Tensor:
@@ -129,28 +151,40 @@ def gather_replicated(x: Tensor, axis: Axis) -> Tensor:
     def own(gradient: Tensor) -> Tensor:
         return gradient.unflatten(-1, (axis.size, -1))[..., axis.rank, :].contiguous()
 
-    return with_backward(x, lambda x: _join(start_gather(x, axis).wait()), own)
+    return with_backward(x, lambda x: axis.receive(lambda: _join(start_gather(x, axis).wait())), own)
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """Sum over ranks, each keeping its columns: (..., D) to (..., D / T); gradients are gathered."""
     return with_backward(
         x,
-        lambda x: start_reduce_scatter(_cut(x, axis), axis).wait(),
+        lambda x: axis.receive(lambda: start_reduce_scatter(_cut(x, axis), axis).wait()),
         lambda gradient: _join(start_gather(gradient, axis).wait()),
     )
 
 
-def sum_gradient(x: Tensor, axis: Axis) -> Tensor:
-    """x as it is, every rank holding the same; its gradient, of which every rank has a part, is summed."""
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.axis = axis
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
-    def summed(gradient: Tensor) -> Tensor:
-        total = gradient.contiguous()
-        total = total.clone() if total is gradient else total  # others may hold it too
-        dist.all_reduce(total, group=axis.group)
-        return total
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(total, group=ctx.axis.group)
+        parts = total.split([gradient.numel() for gradient in gradients])
+        return None, *(part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True))
 
-    return with_backward(x, lambda x: x.view_as(x), summed)
+
+def sum_gradients(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as they are, every rank holding the same; their gradients, of which each has a part, are summed at once.
+
+    All are of one dtype.
+    """
+    found: tuple[Tensor, ...] = _SumGradients.apply(axis, *tensors)
+    return found
 
 
 def share_cores(local_size: int) -> None:

@@ -124,10 +124,14 @@ def make_engine(
     dtype: str = "fp32",
     values: int = tiny_run.SEED,
     build_optimizer: BuildOptimizer = tiny_run.build_optimizer,
+    **recomputation: Any,
 ) -> Engine:
-    """One of `engine_study.ENGINES` in the layout of a world, of a model with some changes and seeded values."""
+    """One of `engine_study.ENGINES` in the layout of a world, of a model with some changes and seeded values.
+
+    `recomputation` are further keys of `ParallelConfig`.
+    """
     shape = config(**(changes or {}))
-    settings = engine_study.ENGINES[engine] | {"activation_checkpoint": activation_checkpoint}
+    settings = engine_study.ENGINES[engine] | {"activation_checkpoint": activation_checkpoint, **recomputation}
     return parallelize(
         tiny_run.meta_model(shape),
         seeded_values(shape, values),

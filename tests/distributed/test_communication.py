@@ -18,13 +18,24 @@ LAYERS = 2
 ROWS = 2
 LENGTHS = (1024, 65536)  # tokens per rank
 MEGALODON = [("fsdp-3", "megalodon-plain"), ("zero-3", "megalodon-dropout-recomputed")]
+# Engine, variant, and what is recomputed how: nothing, or every block and its policy and tokens of a segment.
+CHANNELS = [
+    ("fsdp-3", "plain", {}),
+    ("zero-3", "plain", {}),
+    ("zero-3", "megalodon-plain", {}),
+    ("zero-3", "recomputed", {}),
+    ("fsdp-3", "megalodon-dropout-recomputed", {}),
+    ("fsdp-3", "recomputed", {"activation_checkpoint_policy": "save_matmuls"}),
+    ("fsdp-3", "recomputed", {"activation_checkpoint_segment": 32}),
+    ("fsdp-3", "megalodon-dropout-recomputed", {"activation_checkpoint_segment": 32}),
+]
 
 
 def train_once(
-    world: World, engine: str, variant: str, tokens: int, documents: bool = False
+    world: World, engine: str, variant: str, tokens: int, documents: bool = False, **recomputation: Any
 ) -> tuple[list[Sent], list[Sent]]:
     """What goes over the axis that shares rows, or else channels, in one forward and one backward pass."""
-    made = layout_study.make_engine(world, engine, *VARIANTS[variant])
+    made = layout_study.make_engine(world, engine, *VARIANTS[variant], **recomputation)
     made.module.train()
     inputs = torch.arange(tokens).repeat(ROWS, 1) % 60
     starts = inputs % 7 == 0 if documents else None
@@ -82,10 +93,10 @@ def study() -> dict[Any, Any]:
         for engine in ("fsdp-3", "zero-3"):
             for variant in ("plain", "recomputed"):
                 found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
-                found["tp", engine, variant, 61] = train_once(tensor, engine, variant, 61)
         for engine, variant in MEGALODON:
             found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
-        found["tp", "zero-3", "megalodon-plain", 61] = train_once(tensor, "zero-3", "megalodon-plain", 61)
+        for number, (engine, variant, how) in enumerate(CHANNELS):
+            found["tp", number] = train_once(tensor, engine, variant, 61, **how)
         found["documents"] = train_once(sequence, "fsdp-3", "megalodon-plain", 2 * 61, documents=True)
         both = layout_study.lay_out(ranks, LAYOUTS["sp2-tp2"])
         found["sp and tp"] = train_once(both, "fsdp-3", "megalodon-plain", 2 * 61)
@@ -106,7 +117,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("variant", ["plain", "recomputed"])
 @pytest.mark.parametrize("engine", ["fsdp-3", "zero-3"])
 def test_sequence_parallel_sends_end_states_only(ranks, engine, variant):
-    """4 B N D / T bytes a layer, forward and backward, and nothing more where activations are recomputed."""
+    """4 B N D bytes a layer, forward and backward, and nothing more where activations are recomputed."""
     config = layout_study.config()
     state = 4 * ROWS * config.ema_projection_size * config.hidden_size
     for rank in ranks:
@@ -122,10 +133,10 @@ def test_sequence_parallel_sends_the_same_at_any_length(ranks):
 
 
 def megalodon_bytes(tensor_parallel: int = 1) -> tuple[int, int]:
-    """Of the moments and of the states of a layer: 8 B G / T and 8 B N D / T."""
+    """Of the moments and of the states of a layer: 8 B G / T and 8 B N D."""
     config = layout_study.config(**layout_study.MEGALODON)
     states = config.ema_projection_size * config.hidden_size
-    return 8 * ROWS * config.timestep_norm_groups // tensor_parallel, 8 * ROWS * states // tensor_parallel
+    return 8 * ROWS * config.timestep_norm_groups // tensor_parallel, 8 * ROWS * states
 
 
 @pytest.mark.parametrize(("engine", "variant"), MEGALODON)
@@ -147,7 +158,7 @@ def test_megalodon_sends_a_count_a_row_more_where_documents_begin(ranks):
         assert [call.bytes for call in backward] == [moments] + [states, moments] * LAYERS
 
 
-def test_ranks_of_tp_send_their_channels_and_groups_only(ranks):
+def test_ranks_of_tp_send_moments_of_their_groups_and_all_states(ranks):
     moments, states = megalodon_bytes(2)
     for rank in ranks:
         for calls in (rank["sp and tp"][0], rank["sp and tp"][1][::-1]):
@@ -169,30 +180,46 @@ def test_copies_sum_their_gradients_once_a_step(ranks, engine):
         assert norm == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("engine", "variant"), [("fsdp-3", "plain"), ("zero-3", "plain"), ("zero-3", "megalodon-plain")]
-)
-def test_tensor_parallel_sends_five_large_tensors_forward(ranks, engine, variant):
-    numbers = ROWS * 61 * layout_study.config().hidden_size
-    megalodon = variant == "megalodon-plain"
-    last = 1 if megalodon else 2
+def kinds_and_bytes(calls: list[Sent]) -> list[tuple[str, int]]:
+    """Of each collective, and of the largest of its tensors, which is the whole one."""
+    return [(call.operation, call.bytes * (2 if call.operation == "_allgather_base_" else 1)) for call in calls]
+
+
+@pytest.mark.parametrize("number", range(len(CHANNELS)), ids=lambda number: "-".join(map(str, CHANNELS[number])))
+def test_tensor_parallel_sends_four_large_tensors_each_way(ranks, number):
+    """However blocks are recomputed: what was received is kept for that."""
+    _, variant, how = CHANNELS[number]
+    megalodon, width = "megalodon" in variant, 4 * ROWS * layout_study.config().hidden_size
+    # Embedding and head are not cut into segments, and a dense layer comes before the head of a Mega.
+    segments = [32, 29] if "activation_checkpoint_segment" in how else [61]
+    gather, scatter = "_allgather_base_", "_reduce_scatter_base_"
+    after = [gather] if megalodon else [gather, gather]
+    expected = [(scatter, 61)] + [(kind, t) for t in segments for kind in [gather, scatter] * 2] * LAYERS
+    expected += [(kind, 61) for kind in after]
     for rank in ranks:
-        forward, backward = rank["tp", engine, variant, 61]
-        large = [call for call in forward if call.bytes >= 4 * numbers // 2]
-        kinds = [call.operation for call in large]
-        block = ["_allgather_base_"] * 2 + ["_reduce_scatter_base_", "_allgather_base_", "_reduce_scatter_base_"]
-        # The embedding is summed before the blocks; head, and a dense layer, collect the stream after them.
-        assert kinds == ["_reduce_scatter_base_", *block * LAYERS, *["_allgather_base_"] * last]
-        for call in large:
-            whole = call.operation == "_reduce_scatter_base_"
-            assert call.bytes == 4 * numbers // (1 if whole else 2), call
-        # A rank keeps its own half of what it sums, so both kinds send (T - 1) / T of B L D numbers.
-        sent = sum(call.bytes // (2 if call.operation == "_reduce_scatter_base_" else 1) for call in large[1:-last])
-        assert sent == LAYERS * 5 * 4 * numbers // 2
-        # Layer norms: mean and squared distance of every token, 8 bytes; RMS norms: the mean of squares.
-        small = [call.bytes for call in forward if call not in large and call.operation == "_allgather_base_"]
-        assert small == [8 * ROWS * 61] * (LAYERS if megalodon else 2 * LAYERS)
-        squares = [call.bytes for call in forward if call.operation == "allreduce_" and call.bytes == 4 * ROWS * 61]
-        assert len(squares) >= (LAYERS if megalodon else 0)
-        again = [call for call in backward if call.bytes >= 4 * numbers // 2]
-        assert len(again) == len(large)
+        forward, backward = ([call for call in calls if call.bytes >= 29 * width // 2] for calls in rank["tp", number])
+        assert kinds_and_bytes(forward) == [(kind, tokens * width) for kind, tokens in expected]
+        turned = [({gather: scatter, scatter: gather}[kind], tokens * width) for kind, tokens in reversed(expected)]
+        assert kinds_and_bytes(backward) == turned
+
+
+def test_tensor_parallel_sends_little_else(ranks):
+    """A statistic a token and norm, once; the gradients of an average's parameters, in one sum."""
+    config = layout_study.config()
+    average = 4 * (4 * config.ema_projection_size + 1) * config.hidden_size
+    for rank in ranks:
+        for number, (_, variant, how) in enumerate(CHANNELS):
+            forward, backward = (
+                [call for call in calls if call.bytes < 4 * ROWS * 29 * config.hidden_size // 2]
+                for calls in rank["tp", number]
+            )
+            megalodon, segments = "megalodon" in variant, 2 if "activation_checkpoint_segment" in how else 1
+            norms = (1 if megalodon else 2) * LAYERS
+            # Layer norms: mean and squared distance of every token; back, two sums.
+            gathers = [call.bytes for call in forward if call.operation == "_allgather_base_"]
+            assert len(gathers) == norms * segments and sum(gathers) == norms * 8 * ROWS * 61
+            assert "_allgather_base_" not in [call.operation for call in backward]
+            sums = [call.bytes for call in backward if call.operation == "allreduce_"]
+            assert sum(bytes in (8 * ROWS * 61, 8 * ROWS * 32, 8 * ROWS * 29) for bytes in sums) == norms * segments
+            # A complex average has an angle a channel more.
+            assert sums.count(average + (4 * config.hidden_size if megalodon else 0)) == LAYERS * segments

@@ -67,7 +67,9 @@ def study() -> dict[Any, Any]:
         broken(layers, "damped_ema", counted, lambda: attempt(sp, "fsdp", 3))
 
         # Ranks that forget to sum the gradient of what all of them hold.
-        found["not summed"] = broken(tensor_parallel, "sum_gradient", lambda x, axis: x, lambda: attempt(tp, "fsdp", 3))
+        found["not summed"] = broken(
+            tensor_parallel, "sum_gradients", lambda axis, *x: x, lambda: attempt(tp, "fsdp", 3)
+        )
         # States that arrive without their gradient.
         exchange = sequence_parallel.StateExchange
 

@@ -1,4 +1,4 @@
-"""A Megalodon model in parts of rows and of channels against one process, in fp64: loss and all gradients."""
+"""A model of either family in parts of rows and of channels against one process, in fp64: loss and all gradients."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from mega_scale.model import MegalodonConfig, MegalodonForCausalLM
+from mega_scale.model import MegaConfig, MegaForCausalLM, MegalodonConfig, MegalodonForCausalLM
 from mega_scale.ops.timestep_norm import timestep_norm
 from mega_scale.parallel import ParallelConfig, Place, World, seeded_values
 from mega_scale.parallel.model_parallel import apply_model_parallelism
@@ -32,12 +32,18 @@ class Case(NamedTuple):
     documents: bool = False
     every: int = 0
     dropout: float = 0.0
+    segment: int = 0
 
 
 MODELS: dict[str, dict[str, Any]] = {
     "heads": {"num_attention_heads": 2, "swiglu": True, "rescale_nffn": True},
     "plain": {"num_attention_heads": 4, "norm_affine": False, "tie_word_embeddings": True, "scale_embeddings": True},
-}
+    "mega": {},
+    "mega post-norm": {
+        "normalize_before_mega": False, "normalize_before_ffn": False, "normalization_type": "rmsnorm",
+        "attention_activation": "laplace", "relative_positional_bias": "simple",
+    },
+}  # fmt: skip
 # Two, three, four and eight parts of a row; several heads a rank, one, and two ranks a head.
 CASES = [
     Case(2, 1),
@@ -54,16 +60,25 @@ CASES = [
     Case(2, 2, documents=True, every=1, dropout=0.1),
     Case(2, 4, "plain", documents=True, dropout=0.1),
     Case(2, 4),
+    Case(1, 2, every=1, segment=16),
+    Case(1, 2, "mega", dropout=0.1),
+    Case(1, 4, "mega", documents=True, every=1, segment=16),
+    Case(1, 4, "mega post-norm", documents=True, every=1, dropout=0.1),
+    Case(2, 4, "mega", documents=True, every=1, dropout=0.1),
+    Case(2, 2, "mega post-norm", every=1),
 ]
 
 
-def config(case: Case) -> MegalodonConfig:
-    dropout = dict.fromkeys(("dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob"), case.dropout)
-    return MegalodonConfig(
-        vocab_size=37, hidden_size=24, num_hidden_layers=2, shared_representation_size=16, intermediate_size=16,
-        nffn_hidden_size=20, ema_projection_size=3, chunk_size=CHUNK, timestep_norm_groups=4,
-        **(MODELS[case.model] | dropout),
-    )  # fmt: skip
+def config(case: Case) -> Any:
+    names = ("dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    sizes = {
+        "vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "shared_representation_size": 16,
+        "intermediate_size": 16, "nffn_hidden_size": 20, "ema_projection_size": 3, "chunk_size": CHUNK,
+        **MODELS[case.model], **dict.fromkeys(names, case.dropout),
+    }  # fmt: skip
+    if case.model.startswith("mega"):
+        return MegaConfig(use_chunking=True, is_decoder=True, bidirectional=False, max_positions=64, **sizes)
+    return MegalodonConfig(timestep_norm_groups=4, **sizes)
 
 
 def length(case: Case) -> int:
@@ -82,11 +97,12 @@ def differentiate(case: Case, sp: Axis, tp: Axis) -> tuple[dict[str, Tensor], di
     """Loss and gradients of this rank's part, before they are summed over rows, and how they are sharded."""
     shape = config(case)
     with torch.device("meta"):
-        model, template = MegalodonForCausalLM(shape), MegalodonForCausalLM(shape)
-    every = case.every if sp.size * tp.size > 1 else 0
-    row_slice = apply_model_parallelism(
-        model, sp=sp, tp=tp, checkpointing=ParallelConfig(activation_checkpoint=every), seed=1
-    )
+        kind: Any = MegaForCausalLM if isinstance(shape, MegaConfig) else MegalodonForCausalLM
+        model, template = kind(shape), kind(shape)
+    how = ParallelConfig()
+    if sp.size * tp.size > 1:
+        how = ParallelConfig(activation_checkpoint=case.every, activation_checkpoint_segment=case.segment)
+    row_slice = apply_model_parallelism(model, sp=sp, tp=tp, checkpointing=how, seed=1)
     draw = seeded_values(shape, 2)
 
     def values(name: str, owner: nn.Module, local_name: str) -> Tensor:
@@ -191,11 +207,12 @@ def test_parts_of_a_norm_equal_the_whole(ranks, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parts_of_a_model_have_the_gradients_of_the_whole(ranks, case):
-    expected, _ = differentiate(case, ALONE, ALONE)
+    alone, own = differentiate(case, ALONE, ALONE)
+    expected = {source: assemble(names, alone.__getitem__) for source, names in by_source(own).items()}
     parts = [ranks[rank][case][0] for rank in range(case.sp * case.tp)]
     table = ranks[0][case][1]
     loss = sum(part["loss"] for part in parts[:: case.tp])
-    torch.testing.assert_close(loss, expected.pop("loss"), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, alone["loss"], rtol=1e-12, atol=1e-12)
     joined = {}
     for name, sharding in table.items():
         summed = [sum(part[name] for part in parts[t :: case.tp]) for t in range(case.tp)]

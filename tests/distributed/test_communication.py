@@ -82,6 +82,19 @@ def collectives(world: World, dtype: str) -> list[int]:
     return counts
 
 
+def kept(world: World, tokens: int) -> int:
+    """Bytes that the first block, recomputed, keeps after the forward pass, its output among them."""
+    made = layout_study.make_engine(world, "fsdp-3", *VARIANTS["recomputed"])
+    made.module.train()
+    inputs = torch.arange(tokens).repeat(ROWS, 1) % 60
+    with Meter(made.module, events=False) as meter:
+        loss = made.forward(inputs, inputs + 1, inputs.numel(), Place())
+        found = sum(bytes for (_, module), bytes in meter.live.items() if ".layers.0." in module)
+    made.backward(loss, last=True)
+    made.close()
+    return found
+
+
 def study() -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     # With two copies, no group of an axis is the group of all ranks.
@@ -97,6 +110,7 @@ def study() -> dict[Any, Any]:
             found["sp", engine, variant, 61] = train_once(sequence, engine, variant, 2 * 61)
         for number, (engine, variant, how) in enumerate(CHANNELS):
             found["tp", number] = train_once(tensor, engine, variant, 61, **how)
+        found["kept"] = kept(tensor, 64)
         found["documents"] = train_once(sequence, "fsdp-3", "megalodon-plain", 2 * 61, documents=True)
         both = layout_study.lay_out(ranks, LAYOUTS["sp2-tp2"])
         found["sp and tp"] = train_once(both, "fsdp-3", "megalodon-plain", 2 * 61)
@@ -223,3 +237,10 @@ def test_tensor_parallel_sends_little_else(ranks):
             assert sum(bytes in (8 * ROWS * 61, 8 * ROWS * 32, 8 * ROWS * 29) for bytes in sums) == norms * segments
             # A complex average has an angle a channel more.
             assert sums.count(average + (4 * config.hidden_size if megalodon else 0)) == LAYERS * segments
+
+
+def test_a_recomputed_block_keeps_what_it_received(ranks):
+    """In fp32, 8 D + 8 D / T bytes a token and 8 a layer norm; and its output, which is the next block's input."""
+    channels = layout_study.config().hidden_size
+    received = 8 * channels + 8 * channels // 2 + 2 * 8
+    assert [rank["kept"] for rank in ranks] == [ROWS * 64 * (received + 4 * channels // 2)] * 4

@@ -46,6 +46,7 @@ class Option(NamedTuple):
     help: str
     choices: Sequence[str] | None = None
     least: int = 1  # smallest integer that is allowed
+    positional: bool = False  # words without a name, any number of them
 
 
 _COMMON = {
@@ -85,6 +86,9 @@ def add_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) 
         return int(text)
 
     for name, option in {**options, **common(threads=1, json=None)}.items():
+        if option.positional:
+            parser.add_argument(name, nargs="*", default=option.default, help=option.help, metavar="key=value")
+            continue
         several = isinstance(option.default, list)
         sample = option.default[0] if several else option.default
         details: dict[str, Any] = {"action": "store_true"}

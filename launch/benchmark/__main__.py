@@ -6,6 +6,7 @@ README.md says what was measured with them.
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def load(name: str) -> Any:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, of this process if not given; `run` of the result is the command's function."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse takes words without a name only side by side.
+    given.sort(key=lambda word: re.match(r"\w+\.[\w.]+=", word) is not None)
     top = argparse.ArgumentParser(prog="benchmark", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (module, words) in COMMANDS.items():

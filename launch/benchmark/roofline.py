@@ -54,7 +54,7 @@ ROOFLINE = {
 CHANGED = {
     "products": "the segments of gated attention that read the average are one product each way",
     "average": "one pass over tokens each way, on matrix units, by one operator; it was read twice, in 88 launches",
-    "attention": "",
+    "attention": "scores stay in a kernel: weights and their gradients are written where products are computed",
     "norms": "",
     "gates": "dropout is one kernel a site and pass; it was 16",
     "loss": "",
@@ -105,7 +105,7 @@ def _traced(run: RunConfig, gpu: Gpu, ranks: int, local: int, layers: int) -> Pr
     """The same of a model of few layers, followed on fake tensors."""
     meter, kept = follow(run, gpu.capability, ranks, layers, local)
     events = list(in_fp8(meter.events)) if getattr(run.train, "fp8", False) else meter.events
-    events = fused(events) if run.train.compile else events
+    events = fused(events) if _compiles(run) else events
     forward = [event for event in events if event.phase != "optimizer"]
     rows = table(forward, gpu), table([event for event in events if event.phase == "optimizer"], gpu)
     sent: Counter[str] = Counter()
@@ -150,6 +150,11 @@ def follow(
     return meter, kept
 
 
+def _compiles(run: RunConfig) -> bool:
+    """Whether blocks are compiled on a GPU, as they are where nothing is said."""
+    return run.train.compile is not False
+
+
 def _no_values(name: str, owner: torch.nn.Module, local: str) -> torch.Tensor:
     return torch.zeros(getattr(owner, local).shape)
 
@@ -182,12 +187,12 @@ def run_roofline(args: argparse.Namespace) -> None:
         raise ValueError(
             f"train.fp8=true is not possible on {gpu.name}, which has no fp8 products: choose another --gpu"
         )
+    measured = measured_milliseconds(args.measured) if args.measured else {}
     found = predict(run, gpu, args.ranks, args.gpus_per_host)
     how = run.engine_config(args.ranks)
     times = max(how.accumulation, 1)
     rows = {name: found.micro[name].times(times) + found.step[name] for name in PARTS}
     rows["all"] = total(rows)
-    measured = measured_milliseconds(args.measured) if args.measured else {}
     tokens = times * run.train.micro_batch_size * run.data.sequence_length
     flops = tokens * training_flops_per_token(model_config(run.model), run.data.sequence_length)
     shared = how.parallel.sp * how.parallel.tp
@@ -210,7 +215,7 @@ def run_roofline(args: argparse.Namespace) -> None:
     columns["since d1596f7"] = "{changed}"
     share = mfu(flops / shared, step, gpu)
     bound = "kernels" if step == rows["all"].seconds else "the host's launches" if step == host else "links"
-    way = "compiled: a kernel a gap between products" if run.train.compile else "eager"
+    way = "compiled: a kernel a gap between products" if _compiles(run) else "eager"
     if getattr(run.train, "fp8", False):
         way += ", products in fp8"
     notes = [

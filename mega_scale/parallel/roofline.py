@@ -17,6 +17,8 @@ _FILE = Path(__file__).with_name("gpus.yaml")
 PARTS = ("products", "average", "attention", "norms", "gates", "loss", "optimizer", "copies")
 """What a step's time is divided into."""
 _AVERAGE = "::ema_"
+# Operators of our own that attend; others' names say so.
+_ATTENTION = {"softmax_weights", "weighted_values", "scores_gradient", "score_products", "values_gradient"}
 _COPIES = ("copy", "clone", "cat", "chunk", "contiguous", "split", "fsdp::", "foreach_copy")
 _LANES = 32 * 4  # threads whose instructions a multiprocessor issues in a cycle
 
@@ -113,7 +115,8 @@ def part(event: Event) -> str:
         return "optimizer"
     if _AVERAGE in name:
         return "average"
-    if "attention" in name or name.startswith("aten::bmm") or name.startswith("aten::baddbmm") or "softmax" in name:
+    own = name.rpartition("::")[2]
+    if own in _ATTENTION or name.startswith(("aten::bmm", "aten::baddbmm")) or "attention" in name:
         return "attention"
     if "cross_entropy" in name or ("." not in module and not name.startswith("fsdp")):
         return "loss"

@@ -79,7 +79,7 @@ def test_fake_tensors_have_the_peak_of_real_ones(plain_forms, family, recomputed
             assert work["backward"][module] >= 1.9 * flops or "ema" in module or "norm" in module, module
     if recomputed:  # but for what comes last in a block
         assert sum(work["recompute"].values()) >= 0.5 * sum(f for m, f in work["forward"].items() if "layers" in m)
-    assert (sum(also_kept.values()) < 60_000) == bool(recomputed)
+    assert (sum(also_kept.values()) < 100_000) == bool(recomputed)
 
 
 def test_storages_are_rounded_followed_and_forgotten():

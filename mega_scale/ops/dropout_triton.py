@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mega_scale.ops import launch
 from mega_scale.ops.elementwise import MOST_KEYS
+from mega_scale.ops.operators import NAMESPACE
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
@@ -110,7 +111,7 @@ def triton_dropout(
     return result
 
 
-@torch.library.custom_op("mega_scale::dropout", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::dropout", mutates_args=())
 def _dropout(
     x: Tensor, residual: Tensor | None, p: float, key: int, row: int, position: int, column: int, featurewise: bool
 ) -> Tensor:

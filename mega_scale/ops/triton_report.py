@@ -92,9 +92,9 @@ def _variants(
             both = {"SPLITS": 1, "COMPLEX": pairs}
             own = {**TILE.constants(columns, wide, every, double=double), **both, "INITIAL": every, **OUTPUTS}
             yield outputs_kernel, f"outputs_kernel{words}", size, own
-            for flags in gradient_flags(wide, every, every):
+            for flags in gradient_flags(wide, every, every, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                own = {**TILE.constants(columns, wide, every, every, double), **both, **flags}
+                own = {**TILE.constants(columns, wide, every, every, double, back=True), **both, **flags}
                 yield gradients_kernel, f"gradients_kernel{words}{part}", size, own
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel, tokens_gradient_kernel):
         own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}

@@ -32,6 +32,7 @@ from mega_scale.ops.ema.triton_kernels import INTERPRETED, gradients_kernel, out
 from mega_scale.ops.operators import operator
 
 MOST_COLUMNS = 32
+_GROUP = 16  # of columns, at most: those of more have no room in a warp's registers
 
 
 class Tile(NamedTuple):
@@ -45,19 +46,25 @@ class Tile(NamedTuple):
     splits: int | None = None  # SPLITS, at most; none: as many as keep a GPU busy
 
     def constants(
-        self, columns: int, wide: bool, documents: bool, last: bool = False, double: bool = False
+        self, columns: int, wide: bool, documents: bool, last: bool = False, double: bool = False, *, back: bool = False
     ) -> dict[str, int]:
-        """What kernels are compiled for: fewer channels where tokens are `wide`, or there is more to hold."""
+        """What kernels are compiled for, those of gradients with `back`.
+
+        More columns than `_GROUP` are groups. There are fewer channels where tokens are `wide`, or there is more to
+        hold; with fewer than warps, warps would repeat each other.
+        """
         padded = max(self.block, 1 << (columns - 1).bit_length())
-        more = (wide or documents or last) + (wide and documents and last) + (padded > 16) + double
-        channels = max(self.channels >> more, 1)
-        return {"N": columns, "NP": padded, "T": self.block, "SEG": self.segments, "CH": channels,
-                "DOCUMENTS": documents, "num_warps": self.warps}  # fmt: skip
+        most = wide and documents and last
+        groups = max(padded // (_GROUP // 2 if most and padded > _GROUP else _GROUP), 1)
+        more = (wide or documents or last or (back and groups > 1)) + (most and groups < 4) + double
+        channels = max((self.channels >> more) // groups, 1)
+        return {"N": columns, "NP": padded // groups, "GROUPS": groups, "T": self.block, "SEG": self.segments,
+                "CH": channels, "DOCUMENTS": documents, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
 
 
-def gradient_flags(wide: bool, documents: bool, last: bool) -> list[dict[str, int]]:
+def gradient_flags(wide: bool, documents: bool, last: bool, complex: bool = False) -> list[dict[str, int]]:
     """The runs of `gradients_kernel`: two, without buffers, where registers do not hold everything at once."""
-    if wide and (documents or last):
+    if (wide and (documents or last or complex)) or (documents and last and complex):
         return [{"LAST": last, "DX": dx, "SUMS": not dx, "num_stages": 1} for dx in (True, False)]
     return [{"LAST": last, "DX": True, "SUMS": True, "num_stages": 3}]
 
@@ -231,17 +238,19 @@ def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
     tiles = -(-segments // tile.segments)
     splits = tile.splits
     if splits is None:
-        # Only where multiprocessors would idle, as parts are read once more, before.
-        splits = multiprocessors(x) // (batch * -(-width // channels))
+        # Only where multiprocessors would idle, as parts are read once more, before: then two waves of gradients, of
+        # which a multiprocessor holds one program, or one wave of outputs, of which it holds two.
+        programs, most = batch * -(-width // channels), multiprocessors(x)
+        splits = 1 if 4 * programs >= 3 * most else 2 * most // programs
     tiles = -(-tiles // max(1, min(splits, tiles)))
     return Cut(head, steps, tiles, max(1, -(-segments // max(1, tiles * tile.segments))))
 
 
 def _constants(
-    x: Tensor, gain: Tensor, columns: int, document: Tensor | None, tile: Tile, last: bool = False
+    x: Tensor, gain: Tensor, columns: int, document: Tensor | None, tile: Tile, last: bool = False, back: bool = False
 ) -> dict[str, int]:
     double = gain.dtype == torch.float64
-    return tile.constants(columns, _wide(x, gain), document is not None, last, double)
+    return tile.constants(columns, _wide(x, gain), document is not None, last, double, back=back)
 
 
 def _wide(x: Tensor, gain: Tensor) -> bool:
@@ -253,11 +262,11 @@ def _launch(
     pairs: bool, cut: Sequence[int], tile: Sequence[int], **flags: int,
 ) -> None:  # fmt: skip
     gain = given[1]  # what a kernel does not read is any tensor
-    own = _constants(x, gain, gain.shape[1], document, Tile(*tile), bool(flags.get("LAST")))
+    own = _constants(x, gain, gain.shape[1], document, Tile(*tile), bool(flags.get("LAST")), back="LAST" in flags)
     grid = (len(x) * Cut(*cut).splits, -(-x.shape[2] // own["CH"]))
     others = [gain if t is None else t.contiguous() for t in (document, *more)]
     # What threads of a program exchange: two numbers a segment, channel and column.
-    scratch = gain.new_empty(grid[0] * grid[1] * 2 * own["SEG"] * own["CH"] * own["NP"])
+    scratch = gain.new_empty(grid[0] * grid[1] * 2 * own["SEG"] * own["GROUPS"] * own["CH"] * own["NP"])
     launch(kernel, grid, x.contiguous(), *given, *others, scratch, *x.shape[1:], *cut, COMPLEX=pairs, **own, **flags)
 
 
@@ -325,7 +334,7 @@ def _ema_gradients(
     """dx, sums over tokens, and what reaches the beginnings of rows; see `gradients_kernel`."""
     dx, sums, entered = _gradients_like(x, dy, given, ends, parts, document, pairs, cut, tile)
     more = x, ends, parts, dx, sums, entered
-    for flags in gradient_flags(_wide(x, given[1]), document is not None, ends is not None):
+    for flags in gradient_flags(_wide(x, given[1]), document is not None, ends is not None, pairs):
         _launch(gradients_kernel, dy, given, more, document, pairs, cut, tile, **flags)
     return dx, sums, entered
 

@@ -4,8 +4,12 @@ COMPLEX: a moving average is two columns of a state, its real and its imaginary 
 NUMBER, fp32 or fp64, is the dtype of coefficients, and so of states, sums and scratch memory. WIDE: tokens are widened
 to it, as they are not bf16 or have fp64 coefficients.
 
-Legend: B batch, L length, D channels, N columns of a state, NP those padded. x, y and their gradients are contiguous
-(B, L, D), coefficients (D, N), states (B, D, N). `document` (B, L) counts the documents that have begun.
+A warp multiplies for one channel, whose states and matrices it holds. With more columns than that leaves registers
+for, a channel is several: GROUPS, each with NP columns, in which all is linear, so that only outputs are summed.
+
+Legend: B batch, L length, D channels, N columns of a state, NP those of a group padded, CH channels of a program, V
+those by group. x, y and their gradients are contiguous (B, L, D), coefficients (D, N), states (B, D, N). `document`
+(B, L) counts the documents that have begun.
 """
 
 # Tuples grow in loops that the compiler unrolls; it knows no starred elements.
@@ -103,19 +107,21 @@ def _weights(exponent, turns, shift, out, out_imag, steps, COMPLEX: tl.constexpr
 
 
 @triton.jit
-def _toeplitz(kernel, scratch, BACK: tl.constexpr, T: tl.constexpr, CH: tl.constexpr):
-    """(CH, T, T): what a row's token weighs in a column's output, or with BACK the other way, from (CH, T, NP)."""
+def _toeplitz(kernel, scratch, BACK: tl.constexpr):
+    """(V, T, T): what a row's token weighs in a column's output, or with BACK the other way, from (V, T, NP)."""
+    V: tl.constexpr = kernel.shape[0]
+    T: tl.constexpr = kernel.shape[1]
     t = tl.arange(0, T)
-    own = scratch + tl.arange(0, CH)[:, None] * T + t[None, :]
+    own = scratch + tl.arange(0, V)[:, None] * T + t[None, :]
     tl.store(own, tl.sum(kernel, 2))
     tl.debug_barrier()
     lag = (t[:, None] - t[None, :] if BACK else t[None, :] - t[:, None])[None, :, :]
-    return tl.load(scratch + tl.arange(0, CH)[:, None, None] * T + lag, mask=lag >= 0, other=0.0)
+    return tl.load(scratch + tl.arange(0, V)[:, None, None] * T + lag, mask=lag >= 0, other=0.0)
 
 
 @triton.jit
 def _read(pointer, mask, WIDE: tl.constexpr, NUMBER: tl.constexpr):
-    """Tokens (SEG, T, CH) as (CH, SEG, T)."""
+    """Tokens (SEG, T, V) as (V, SEG, T)."""
     tokens = tl.permute(tl.load(pointer, mask=mask, other=0.0), (2, 0, 1))
     return tokens.to(NUMBER) if WIDE else tokens
 
@@ -150,25 +156,48 @@ def _same(document, first, stop, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
+def _columns(first, D, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, CH: tl.constexpr):
+    """Of channels from `first` on, group after group (V,): the channel; of their columns (V, NP) the place in
+    coefficients, and whether there is one."""
+    v = tl.arange(0, GROUPS * CH)
+    channel, column = first + v, tl.arange(0, NP)[None, :]
+    if GROUPS > 1:
+        channel, column = first + v % CH, column + (v // CH * NP)[:, None]
+    return channel, channel[:, None] * N + column, (channel < D)[:, None] & (column < N)
+
+
+@triton.jit
+def _of_channels(values, GROUPS: tl.constexpr):
+    """Sums over groups, of (V,) or (V, SEG, T)."""
+    if GROUPS > 1:
+        if len(values.shape) == 1:
+            values = tl.sum(tl.reshape(values, (GROUPS, values.shape[0] // GROUPS)), 0)
+        else:
+            shape: tl.constexpr = (GROUPS, values.shape[0] // GROUPS, values.shape[1], values.shape[2])
+            values = tl.sum(tl.reshape(values, shape), 0)
+    return values
+
+
+@triton.jit
 def _join(
     ends, slopes, carry, carry_slope, fade, scratch, first, tokens, count, document,
-    DOCUMENTS: tl.constexpr, BACK: tl.constexpr, COMPLEX: tl.constexpr,
+    DOCUMENTS: tl.constexpr, BACK: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """What enters each segment of a tile (CH, SEG, NP), of which `count` exist, and what leaves the tile (CH, NP);
+    """What enters each segment of a tile (V, SEG, NP), of which `count` exist, and what leaves the tile (V, NP);
     `fade` is what a segment leaves of a state.
 
-    BACK: from the last segment to the first, with slopes.
+    BACK: from the last segment to the first.
     """
-    CH: tl.constexpr = ends.shape[0]
+    V: tl.constexpr = ends.shape[0]
     SEG: tl.constexpr = ends.shape[1]
     NP: tl.constexpr = ends.shape[2]
-    size: tl.constexpr = CH * NP
-    thin = scratch + tl.arange(0, CH)[:, None] * NP + tl.arange(0, NP)[None, :]
+    size: tl.constexpr = V * NP
+    thin = scratch + tl.arange(0, V)[:, None] * NP + tl.arange(0, NP)[None, :]
     wide = scratch + tl.arange(0, SEG)[None, :, None] * size
-    wide += tl.arange(0, CH)[:, None, None] * NP + tl.arange(0, NP)[None, None, :]
+    wide += tl.arange(0, V)[:, None, None] * NP + tl.arange(0, NP)[None, None, :]
     tl.debug_barrier()
     tl.store(wide, ends)
-    if BACK:
+    if SLOPES:
         tl.store(wide + SEG * size, slopes)
     tl.debug_barrier()
     # All before the first store: several threads may hold the same number, and read what one of them overwrites.
@@ -176,7 +205,7 @@ def _join(
     for i in tl.static_range(SEG):
         at = thin + (SEG - 1 - i if BACK else i) * size
         own = own + (tl.load(at),)
-        if BACK:
+        if SLOPES:
             own_slopes = own_slopes + (tl.load(at + SEG * size),)
     tl.debug_barrier()
     for i in tl.static_range(SEG):
@@ -184,30 +213,32 @@ def _join(
         there, begin = s < count, first + s * tokens
         passes = _same(document, begin, begin + tl.where(there, tokens, 0), DOCUMENTS)
         tl.store(thin + s * size, carry)
-        if BACK:
+        if SLOPES:
             tl.store(thin + (SEG + s) * size, carry_slope)
             further = _times(carry_slope + tokens * carry, fade, COMPLEX)
             further = own_slopes[i] + tl.where(passes, further, 0.0)
             carry_slope = tl.where(there, further, carry_slope)
         carry = tl.where(there, own[i] + tl.where(passes, _times(carry, fade, COMPLEX), 0.0), carry)
     tl.debug_barrier()
-    return tl.load(wide), tl.load(wide + (SEG * size if BACK else 0)), carry, carry_slope
+    return tl.load(wide), tl.load(wide + (SEG * size if SLOPES else 0)), carry, carry_slope
 
 
 @triton.jit
 def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
     x, log_decay, gain, projection, angle, document, state, parts, y, end, scratch, L, D, HEAD, STEPS, TILES, SPLITS,
-    N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
     INITIAL: tl.constexpr, DOCUMENTS: tl.constexpr, OUTPUTS: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """With OUTPUTS y and the states after rows, `end`; else those after `parts` (B, SPLITS, D, N), begun at zero."""
     NUMBER: tl.constexpr = gain.dtype.element_ty
     WIDE: tl.constexpr = x.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
     row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
-    channel, n, t, seg = tl.program_id(1) * CH + tl.arange(0, CH), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, SEG)
+    n, t, seg = tl.arange(0, NP), tl.arange(0, T), tl.arange(0, SEG)
+    V: tl.constexpr = GROUPS * CH
     x, y, document = x + row * L * D, y + row * L * D, document + row * L
-    scratch += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (2 * SEG * CH * NP)
-    at, there = channel[:, None] * N + n[None, :], (channel < D)[:, None] & (n < N)[None, :]
+    scratch += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (2 * SEG * V * NP)
+    own_channel = tl.program_id(1) * CH + tl.arange(0, CH)
+    channel, at, there = _columns(tl.program_id(1) * CH, D, N, NP, GROUPS, CH)
     exponent = tl.load(log_decay + at, mask=there, other=0.0)
     weight = tl.load(gain + at, mask=there, other=0.0)
     own_out = tl.load(projection + at, mask=there, other=0.0)
@@ -230,7 +261,7 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
         exponent[:, None, :], turns[:, None, :], shift[:, None, :], out[:, None, :], out_imag[:, None, :],
         t[None, :, None], COMPLEX,
     )  # fmt: skip
-    toeplitz = _parts(_toeplitz(kernel, scratch, False, T, CH), WIDE)
+    toeplitz = _parts(_toeplitz(kernel, scratch, False), WIDE)
     tokens = STEPS * T
     decay, fade = _power(exponent, turns, shift, 1, COMPLEX), _power(exponent, turns, shift, T, COMPLEX)[:, None, :]
     segment_fade = _power(exponent, turns, shift, tokens, COMPLEX)
@@ -248,16 +279,19 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
         carry = tl.where(_same(document, i, i + 1, DOCUMENTS), _times(carry, decay, COMPLEX), 0.0)
         carry += enters * token[:, None]
         if OUTPUTS:
-            tl.store(y + i * D + channel, _rounded(tl.sum(carry * read, 1), y), mask=channel < D)
+            found = _rounded(_of_channels(tl.sum(carry * read, 1), GROUPS), y)
+            tl.store(y + i * D + own_channel, found, mask=own_channel < D)
 
     segment = seg * tokens
-    place = (segment[:, None, None] + t[None, :, None]) * D + channel[None, None, :]
+    of_tokens = (segment[:, None, None] + t[None, :, None]) * D
+    place, own_place = of_tokens + channel[None, None, :], of_tokens + own_channel[None, None, :]
     for tile in range(TILES):
         first = HEAD + (split * TILES + tile) * SEG * tokens
         count = (L - first) // tokens
         real = seg < count
         mask = real[:, None, None] & (channel < D)[None, None, :]
-        states = tl.zeros((CH, SEG, NP), NUMBER)
+        own_mask = real[:, None, None] & (own_channel < D)[None, None, :]
+        states = tl.zeros((V, SEG, NP), NUMBER)
         for step in range(STEPS):
             block = first + step * T
             _, _, of_last, passes, _ = _borders(document, block + segment, real, T, DOCUMENTS)
@@ -266,18 +300,18 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
             states = _product(tl.where(of_last, own, 0.0), into, left)
         states, _, carry, _ = _join(
             states, states, carry, carry, segment_fade, scratch, first, tokens, count, document,
-            DOCUMENTS, False, COMPLEX,
+            DOCUMENTS, False, False, COMPLEX,
         )  # fmt: skip
         for step in range(STEPS if OUTPUTS else 0):
             block = first + step * T
             here, of_before, of_last, passes, many = _borders(document, block + segment, real, T, DOCUMENTS)
             own = _read(x + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
-            found = tl.where(of_before, _product(states, from_state, tl.zeros((CH, SEG, T), NUMBER)), 0.0)
+            found = tl.where(of_before, _product(states, from_state, tl.zeros((V, SEG, T), NUMBER)), 0.0)
             for one in range(many):
                 alike = (here == one)[None, :, :]
                 found = tl.where(alike, _product(tl.where(alike, own, 0.0), toeplitz, found), found)
-            result = _rounded(tl.permute(found, (1, 2, 0)), y)
-            tl.store(y + block.to(tl.int64) * D + place, result, mask=mask)
+            result = _rounded(tl.permute(_of_channels(found, GROUPS), (1, 2, 0)), y)
+            tl.store(y + block.to(tl.int64) * D + own_place, result, mask=own_mask)
             left = tl.where(passes, _times(states, fade, COMPLEX), 0.0)
             states = _product(tl.where(of_last, own, 0.0), into, left)
     if not OUTPUTS:
@@ -288,20 +322,23 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
 
 @triton.jit
 def _receded(
-    adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T: tl.constexpr, COMPLEX: tl.constexpr
-):
+    adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes,
+    T: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
     """Adjoints and slopes before a block, of the document before it."""
-    slope = tl.where(passes, _times(slope + T * adjoint, fade, COMPLEX), 0.0)
-    adjoint = tl.where(passes, _times(adjoint, fade, COMPLEX), 0.0)
     d_outputs = tl.where(of_before, d_outputs, 0.0)
-    return _product(d_outputs, to_adjoint, adjoint), _product(d_outputs, to_slope, slope)
+    if SLOPES:
+        slope = tl.where(passes, _times(slope + T * adjoint, fade, COMPLEX), 0.0)
+        slope = _product(d_outputs, to_slope, slope)
+    adjoint = tl.where(passes, _times(adjoint, fade, COMPLEX), 0.0)
+    return _product(d_outputs, to_adjoint, adjoint), slope
 
 
 @triton.jit
 def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, from its end to its beginning)
     dy, log_decay, gain, projection, angle, document, x, d_end, parts, dx, sums, entered, scratch,
     L, D, HEAD, STEPS, TILES, SPLITS,
-    N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
     DOCUMENTS: tl.constexpr, LAST: tl.constexpr, DX: tl.constexpr, SUMS: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """With DX dx; with SUMS sums over tokens x, and adjoints and slopes before rows, `entered` (2, B, D, N); with
@@ -313,10 +350,13 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
     NUMBER: tl.constexpr = gain.dtype.element_ty
     WIDE: tl.constexpr = dy.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
     row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
-    channel, n, t, seg = tl.program_id(1) * CH + tl.arange(0, CH), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, SEG)
+    n, t, seg = tl.arange(0, NP), tl.arange(0, T), tl.arange(0, SEG)
+    V: tl.constexpr = GROUPS * CH
+    SLOPES: tl.constexpr = SUMS or not DX
     x, dy, dx, document = x + row * L * D, dy + row * L * D, dx + row * L * D, document + row * L
-    scratch += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (2 * SEG * CH * NP)
-    at, there = channel[:, None] * N + n[None, :], (channel < D)[:, None] & (n < N)[None, :]
+    scratch += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (2 * SEG * V * NP)
+    own_channel = tl.program_id(1) * CH + tl.arange(0, CH)
+    channel, at, there = _columns(tl.program_id(1) * CH, D, N, NP, GROUPS, CH)
     exponent = tl.load(log_decay + at, mask=there, other=0.0)
     weight = tl.load(gain + at, mask=there, other=0.0)
     own_out = tl.load(projection + at, mask=there, other=0.0)
@@ -346,13 +386,13 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
         exponent[:, None, :], turns[:, None, :], shift[:, None, :], out[:, None, :], out_imag[:, None, :],
         t[None, :, None], COMPLEX,
     )  # fmt: skip
-    toeplitz = _parts(_toeplitz(kernel, scratch, True, T, CH), WIDE)
+    toeplitz = _parts(_toeplitz(kernel, scratch, True), WIDE)
     tokens = STEPS * T
     decay, fade = _power(exponent, turns, shift, 1, COMPLEX), _power(exponent, turns, shift, T, COMPLEX)[:, None, :]
     segment_fade = _power(exponent, turns, shift, tokens, COMPLEX)
     size, kind = TILES * SEG * tokens, tl.num_programs(0).to(tl.int64) * D * N
 
-    carry, carry_slope = tl.zeros((CH, NP), NUMBER), tl.zeros((CH, NP), NUMBER)
+    carry, carry_slope = tl.zeros((V, NP), NUMBER), tl.zeros((V, NP), NUMBER)
     from_end = tl.load(d_end + row * D * N + at, mask=there & LAST, other=0.0)
     for i in range(SPLITS - 1 - split if DX or SUMS else 0):
         first = HEAD + (SPLITS - 1 - i) * size
@@ -364,25 +404,27 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
         carry = tl.where(passes, _times(carry, left, COMPLEX), 0.0) + tl.load(of_part, mask=there, other=0.0)
 
     segment = seg * tokens
-    place = (segment[:, None, None] + t[None, :, None]) * D + channel[None, None, :]
-    sum_adjoint, sum_slope = tl.zeros((CH, SEG, NP), NUMBER), tl.zeros((CH, SEG, NP), NUMBER)
-    sum_weighed, pairs = tl.zeros((CH, SEG, NP), NUMBER), tl.zeros((CH, T, T), NUMBER)
+    of_tokens = (segment[:, None, None] + t[None, :, None]) * D
+    place, own_place = of_tokens + channel[None, None, :], of_tokens + own_channel[None, None, :]
+    sum_adjoint, sum_slope = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
+    sum_weighed, pairs = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, T, T), NUMBER)
     for tile in range(TILES):
         first = HEAD + ((split + 1) * TILES - 1 - tile) * SEG * tokens
         count = (L - first) // tokens
         real = seg < count
         mask = real[:, None, None] & (channel < D)[None, None, :]
-        adjoint, slope = tl.zeros((CH, SEG, NP), NUMBER), tl.zeros((CH, SEG, NP), NUMBER)
+        own_mask = real[:, None, None] & (own_channel < D)[None, None, :]
+        adjoint, slope = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
         for step in range(STEPS):
             block = first + (STEPS - 1 - step) * T
             _, of_before, _, passes, _ = _borders(document, block + segment, real, T, DOCUMENTS)
             d_outputs = _read(dy + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
             adjoint, slope = _receded(
-                adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T, COMPLEX
+                adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T, SLOPES, COMPLEX
             )
         adjoint, slope, carry, carry_slope = _join(
             adjoint, slope, carry, carry_slope, segment_fade, scratch, first, tokens, count, document,
-            DOCUMENTS, True, COMPLEX,
+            DOCUMENTS, True, SLOPES, COMPLEX,
         )  # fmt: skip
         for step in range(STEPS if DX or SUMS else 0):
             block = first + (STEPS - 1 - step) * T
@@ -399,17 +441,17 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
                     rest = tl.where((counts == tl.load(document + L - 1))[None, :, None], rest, 0.0)
                 after = _times(adjoint, own_out[:, None, :], COMPLEX) + rest
                 after_slope = _times(slope, own_out[:, None, :], COMPLEX) + rest * distance
-            found = tl.zeros((CH, SEG, T), NUMBER)
+            found = tl.zeros((V, SEG, T), NUMBER)
             if DX:
                 found = tl.where(of_last, _product(after, from_adjoint, found), 0.0)
             if SUMS:
-                of_tokens = tl.where(of_last, own, 0.0)
-                reached = _product(of_tokens, to_sum, tl.zeros((CH, SEG, NP), NUMBER))
+                last_own = tl.where(of_last, own, 0.0)
+                reached = _product(last_own, to_sum, tl.zeros((V, SEG, NP), NUMBER))
                 sum_adjoint += _times(reached, adjoint, COMPLEX)
                 sum_slope += _times(reached, after_slope, COMPLEX)
                 if LAST:
                     sum_weighed += _times(reached, after, COMPLEX)
-                reached = _product(of_tokens, to_slope_sum, tl.zeros((CH, SEG, NP), NUMBER))
+                reached = _product(last_own, to_slope_sum, tl.zeros((V, SEG, NP), NUMBER))
                 sum_slope += _times(reached, after, COMPLEX)
             for one in range(many):
                 alike = (here == one)[None, :, :]
@@ -419,10 +461,10 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
                 if SUMS:
                     pairs = _dot(tl.permute(tl.where(alike, own, 0.0), (0, 2, 1)), d_alike, pairs)
             if DX:
-                result = _rounded(tl.permute(found, (1, 2, 0)), dx)
-                tl.store(dx + block.to(tl.int64) * D + place, result, mask=mask)
+                result = _rounded(tl.permute(_of_channels(found, GROUPS), (1, 2, 0)), dx)
+                tl.store(dx + block.to(tl.int64) * D + own_place, result, mask=own_mask)
             adjoint, slope = _receded(
-                adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T, COMPLEX
+                adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T, SLOPES, COMPLEX
             )
 
     total, total_slope, total_weighed = tl.sum(sum_adjoint, 1), tl.sum(sum_slope, 1), tl.sum(sum_weighed, 1)
@@ -445,8 +487,8 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
         total_slope += token * (_times(carry_slope, own_out, COMPLEX) + rest * (L - 1 - i))
         total_weighed += token * after
         if DX:
-            found = _rounded(tl.sum(enters * after, 1), dx)
-            tl.store(dx + i * D + channel, found, mask=channel < D)
+            found = _rounded(_of_channels(tl.sum(enters * after, 1), GROUPS), dx)
+            tl.store(dx + i * D + own_channel, found, mask=own_channel < D)
         passes = _same(document, i, i + 1, DOCUMENTS)
         carry_slope = tl.where(passes, _times(carry_slope + own, decay, COMPLEX), 0.0)
         carry = tl.where(passes, _times(own, decay, COMPLEX), 0.0)

@@ -42,6 +42,7 @@ KERNELS = common(states=[16]) | {
     "architectures": Option([80, 90], "compute capabilities: 80 A100, 90 H100"),
     "dtypes": Option(["bf16", "fp32"], "of tokens", ["bf16", "fp16", "fp32", "fp64"]),
     "numbers": Option(["real"], "of moving averages", ["real", "complex"]),
+    "kernels": Option([""], "those with any of these texts in their names, as gradients_kernel"),
 }
 
 
@@ -201,12 +202,13 @@ def run_kernels(args: argparse.Namespace) -> None:
         raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
     from mega_scale.ops.triton_report import compile_kernels
 
-    found = compile_kernels(args.architectures, args.dtypes, args.states, args.numbers)
+    found = compile_kernels(args.architectures, args.dtypes, args.states, args.numbers, args.kernels)
     rows = [row | {"shared_kib": row["shared_bytes"] / 1024} for row in found]
     columns = {
         "kernel": "{kernel}", "GPU": "{architecture}", "tokens": "{dtype}", "size": "{size}", "warps": "{warps}",
         "registers a thread": "{registers}", "shared memory a program, KiB": "{shared_kib:.1f}",
         "spills a thread, bytes": "{spill_bytes}", "products of matrix units": "{products}",
+        "instructions an element": "{instructions}", "predicted share of a copy, H100": "{h100_share}",
     }  # fmt: skip
     note = "Compiled here by triton and its ptxas, and not run."
     harness.report(args, columns, rows, note, versions={"triton": importlib.metadata.version("triton")})

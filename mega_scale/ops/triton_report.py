@@ -22,6 +22,7 @@ from mega_scale.ops.attention_triton import (
     weights_kernel,
 )
 from mega_scale.ops.cross_entropy_triton import cross_entropy_kernel, kernel_constants
+from mega_scale.ops.dropout_triton import dropout_constants, dropout_kernel
 from mega_scale.ops.ema.triton import OUTPUTS, TILE, gradient_flags
 from mega_scale.ops.ema.triton_kernels import gradients_kernel, outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
@@ -34,6 +35,7 @@ from mega_scale.ops.timestep_norm_triton import (
     tokens_gradient_kernel,
     totals_kernel,
 )
+from mega_scale.ops.triton_loops import Average, disassemble, tile_instructions
 
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
 # Of arguments; all others are pointers to fp32, or fp64 where tokens are. As at a launch, the compiler is told which
@@ -49,6 +51,14 @@ _OTHERS = {
 }
 _WORDS = 32000
 _NORM_CHANNELS = 64  # of a group, as in the largest models
+_DROPOUT_WIDTH = 4096
+# What an average may have: documents, and states before and gradients of those after rows.
+_NEEDS = {
+    (False, False): "",
+    (True, False): ", documents",
+    (False, True): ", states",
+    (True, True): ", documents and states",
+}
 _ROUND_SIZES = ("D", "chunk", "width")
 _SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "chunks", "heads", "pairs", *_ROUND_SIZES)
 
@@ -58,13 +68,15 @@ def compile_kernels(
     dtypes: Sequence[str],
     averages: Sequence[int],
     numbers: Sequence[str] = ("real",),
+    names: Sequence[str] = ("",),
 ) -> list[dict[str, Any]]:
-    """Compile every kernel in every variant, with Triton's own ptxas, a row a variant; no GPU is needed.
+    """Compile kernels with any of `names` in theirs, with Triton's own ptxas, a row a variant; no GPU is needed.
 
     `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16, fp32, or fp64, which attention
-    lacks; `averages` N of the moving average, and `numbers` real or complex. A row has
-    registers and spilled bytes (stored and loaded) of a thread, warps and bytes of shared memory of a program, and
-    instructions for matrix units. Raises ValueError if kernels are interpreted here, or a dtype has none.
+    lacks; `averages` N of the moving average, and `numbers` real or complex. A row has registers and spilled bytes
+    (stored and loaded) of a thread, warps and bytes of shared memory of a program, and instructions for matrix units;
+    of the average also thread instructions an element, and the share of an H100's copy speed that `triton_loops.py`
+    predicts at 1 x 32,768 x 4,096. Raises ValueError if kernels are interpreted here, or a dtype has none.
     """
     if triton.knobs.runtime.interpret:
         raise ValueError("kernels are interpreted here, not compiled: unset TRITON_INTERPRET")
@@ -76,6 +88,7 @@ def compile_kernels(
         for architecture in architectures
         for dtype in dtypes
         for kernel, name, size, constants in _variants(dtype, averages, numbers)
+        if any(part in name for part in names)
     ]
 
 
@@ -87,15 +100,15 @@ def _variants(
     for n, kind in itertools.product(averages, numbers):
         pairs = kind == "complex"
         columns, size = n * (1 + pairs), f"N={n}, complex" if pairs else f"N={n}"
-        for every, words in ((False, ""), (True, ", documents and states")):
-            # A row is one part in most launches.
-            both = {"SPLITS": 1, "COMPLEX": pairs}
-            own = {**TILE.constants(columns, wide, every, double=double), **both, "INITIAL": every, **OUTPUTS}
+        # A row is one part in most launches.
+        both = {"SPLITS": 1, "COMPLEX": pairs}
+        for (documents, states), words in _NEEDS.items():
+            own = {**TILE.constants(columns, wide, documents, double=double), **both, "INITIAL": states, **OUTPUTS}
             yield outputs_kernel, f"outputs_kernel{words}", size, own
-            for flags in gradient_flags(wide, every, every, pairs):
+            for flags in gradient_flags(wide, documents, states, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                own = {**TILE.constants(columns, wide, every, every, double, back=True), **both, **flags}
-                yield gradients_kernel, f"gradients_kernel{words}{part}", size, own
+                own = TILE.constants(columns, wide, documents, states, double, True, bool(flags["DX"]))
+                yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, **flags}
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel, tokens_gradient_kernel):
         own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
         yield kernel, kernel.fn.__name__, f"S={_NORM_CHANNELS}", own
@@ -107,6 +120,9 @@ def _variants(
 
 
 def _other_variants() -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
+    own = {**dropout_constants(_DROPOUT_WIDTH), "FEATUREWISE": False}
+    for added, heads, words in ((True, False, ", residual"), (False, True, ", heads")):
+        yield dropout_kernel, f"dropout_kernel{words}", "", {**own, "RESIDUAL": added, "HEADS": heads}
     for drops, words in ((False, ""), (True, ", dropout")):
         own = {"BLOCK": BLOCK, "DROPOUT": drops}
         yield weights_kernel, f"weights_kernel{words}", "", {**tile(True), **own, "BIAS": True, "DOCUMENTS": drops}
@@ -146,5 +162,22 @@ def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architec
     return {
         "kernel": name, "architecture": f"sm_{architecture}", "dtype": dtype, "size": size,
         "registers": int(registers), "shared_bytes": binary.metadata.shared, "spill_bytes": spills,
-        "warps": values["num_warps"], "products": products,
+        "warps": values["num_warps"], "products": products, **_tile_figures(binary, int(registers), values, dtype),
     }  # fmt: skip
+
+
+def _tile_figures(binary: Any, registers: int, values: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Thread instructions an element, and the share of an H100's copy speed that a model predicts, of a kernel that
+    computes outputs or all gradients of the average in fp32; none of others."""
+    found: dict[str, Any] = {"instructions": None, "h100_share": None}
+    both = values.get("OUTPUTS") or (values.get("DX") and values.get("SUMS"))
+    if both and dtype != "fp64":
+        count = tile_instructions(disassemble(binary.asm["cubin"]), TILE.steps)
+        average = Average(
+            count, registers, binary.metadata.shared, values["num_warps"], values["num_stages"], values["CH"],
+            TILE.steps, TILE.steps * values["T"] * values["SEG"],
+        )  # fmt: skip
+        found["instructions"] = round(average.per_element, 1)
+        passed = (2 if values.get("OUTPUTS") else 3) * (4 if dtype == "fp32" else 2)
+        found["h100_share"] = round(average.copy_share(passed)["share"], 2)
+    return found

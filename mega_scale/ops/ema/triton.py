@@ -46,16 +46,17 @@ class Tile(NamedTuple):
     splits: int | None = None  # SPLITS, at most; none: as many as keep a GPU busy
 
     def constants(
-        self, columns: int, wide: bool, documents: bool, last: bool = False, double: bool = False, *, back: bool = False
-    ) -> dict[str, int]:
-        """What kernels are compiled for, those of gradients with `back`.
+        self, columns: int, wide: bool, documents: bool, last: bool = False, double: bool = False,
+        back: bool = False, dx: bool = True,
+    ) -> dict[str, int]:  # fmt: skip
+        """What kernels are compiled for, those of gradients with `back`, and `dx` unless they compute sums only.
 
         More columns than `_GROUP` are groups. There are fewer channels where tokens are `wide`, or there is more to
         hold; with fewer than warps, warps would repeat each other.
         """
         padded = max(self.block, 1 << (columns - 1).bit_length())
         most = wide and documents and last
-        groups = max(padded // (_GROUP // 2 if most and padded > _GROUP else _GROUP), 1)
+        groups = max(padded // (_GROUP // 2 if most and padded > _GROUP and not dx else _GROUP), 1)
         more = (wide or documents or last or (back and groups > 1)) + (most and groups < 4) + double
         channels = max((self.channels >> more) // groups, 1)
         return {"N": columns, "NP": padded // groups, "GROUPS": groups, "T": self.block, "SEG": self.segments,
@@ -247,10 +248,13 @@ def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
 
 
 def _constants(
-    x: Tensor, gain: Tensor, columns: int, document: Tensor | None, tile: Tile, last: bool = False, back: bool = False
+    x: Tensor, gain: Tensor, columns: int, document: Tensor | None, tile: Tile, **flags: int
 ) -> dict[str, int]:
     double = gain.dtype == torch.float64
-    return tile.constants(columns, _wide(x, gain), document is not None, last, double, back=back)
+    return tile.constants(
+        columns, _wide(x, gain), document is not None, bool(flags.get("LAST")), double,
+        back="LAST" in flags, dx=bool(flags.get("DX", True)),
+    )  # fmt: skip
 
 
 def _wide(x: Tensor, gain: Tensor) -> bool:
@@ -262,7 +266,7 @@ def _launch(
     pairs: bool, cut: Sequence[int], tile: Sequence[int], **flags: int,
 ) -> None:  # fmt: skip
     gain = given[1]  # what a kernel does not read is any tensor
-    own = _constants(x, gain, gain.shape[1], document, Tile(*tile), bool(flags.get("LAST")), back="LAST" in flags)
+    own = _constants(x, gain, gain.shape[1], document, Tile(*tile), **flags)
     grid = (len(x) * Cut(*cut).splits, -(-x.shape[2] // own["CH"]))
     others = [gain if t is None else t.contiguous() for t in (document, *more)]
     # What threads of a program exchange: two numbers a segment, channel and column.

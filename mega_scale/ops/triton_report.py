@@ -103,11 +103,16 @@ def _variants(
         # A row is one part in most launches.
         both = {"SPLITS": 1, "COMPLEX": pairs}
         for (documents, states), words in _NEEDS.items():
-            own = {**TILE.constants(columns, wide, documents, double=double), **both, "INITIAL": states, **OUTPUTS}
+            own = {
+                **TILE.constants(columns, wide, documents, False, double, pairs),
+                **both,
+                "INITIAL": states,
+                **OUTPUTS,
+            }
             yield outputs_kernel, f"outputs_kernel{words}", size, own
             for flags in gradient_flags(wide, documents, states, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                own = TILE.constants(columns, wide, documents, states, double, True, bool(flags["DX"]))
+                own = TILE.constants(columns, wide, documents, states, double, pairs, True, bool(flags["DX"]))
                 yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, **flags}
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel, tokens_gradient_kernel):
         own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}

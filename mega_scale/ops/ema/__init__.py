@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import (
-    device_capability,
     device_kind,
     in_memory,
     once_differentiable,
@@ -200,18 +199,13 @@ def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> st
             return "native"
         columns = gain.shape[1] * (1 if coefficients.angle is None else 2)
         narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and columns <= 32
-        if length >= 64 and narrow and runs_triton(x) and (coefficients.angle is None or _compiles_complex(x)):
+        if length >= 64 and narrow and runs_triton(x):
             return "triton"
     mode = tracing()
     # A decoding step, for which blocks would be idle ceremony; transforms take no branch by documents' lengths.
     if (length == 1 and mode != "trace") or (resets is not None and mode == "trace"):
         return "recurrent"
     return "blocked"
-
-
-def _compiles_complex(x: Tensor) -> bool:
-    """Whether Triton compiles complex averages for the GPU of x: for sm_100 its compiler (3.7.1) ends the process."""
-    return device_capability(x) < (10, 0)
 
 
 def _both_ways(

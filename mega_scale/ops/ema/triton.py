@@ -47,9 +47,10 @@ class Tile(NamedTuple):
 
     def constants(
         self, columns: int, wide: bool, documents: bool, last: bool = False, double: bool = False,
-        back: bool = False, dx: bool = True,
+        pairs: bool = False, back: bool = False, dx: bool = True,
     ) -> dict[str, int]:  # fmt: skip
-        """What kernels are compiled for, those of gradients with `back`, and `dx` unless they compute sums only.
+        """What kernels are compiled for: of complex averages with `pairs`, of gradients with `back`, and `dx` unless
+        they compute sums only.
 
         More columns than `_GROUP` are groups. There are fewer channels where tokens are `wide`, or there is more to
         hold; with fewer than warps, warps would repeat each other.
@@ -57,7 +58,7 @@ class Tile(NamedTuple):
         padded = max(self.block, 1 << (columns - 1).bit_length())
         most = wide and documents and last
         groups = max(padded // (_GROUP // 2 if most and padded > _GROUP and not dx else _GROUP), 1)
-        more = (wide or documents or last or (back and groups > 1)) + (most and groups < 4) + double
+        more = (wide or documents or last or (back and (pairs or groups > 1))) + (most and groups < 4) + double
         channels = max((self.channels >> more) // groups, 1)
         return {"N": columns, "NP": padded // groups, "GROUPS": groups, "T": self.block, "SEG": self.segments,
                 "CH": channels, "DOCUMENTS": documents, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
@@ -130,7 +131,8 @@ class _Rows:
             )
         self.document = None if resets is None else resets.cumsum(1, dtype=torch.int32)
         self._length, self._tile = x.shape[1], tile
-        channels = _constants(x, coefficients.gain, averages * (1 + self.complex), self.document, tile)["CH"]
+        columns = averages * (1 + self.complex)
+        channels = _constants(x, coefficients.gain, columns, self.document, self.complex, tile)["CH"]
         self.cut = _cut(x, tile, channels)
         self._layout = (self.document, self.complex, self.cut, tile[:-1])
 
@@ -248,12 +250,12 @@ def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
 
 
 def _constants(
-    x: Tensor, gain: Tensor, columns: int, document: Tensor | None, tile: Tile, **flags: int
+    x: Tensor, gain: Tensor, columns: int, document: Tensor | None, pairs: bool, tile: Tile, **flags: int
 ) -> dict[str, int]:
     double = gain.dtype == torch.float64
     return tile.constants(
         columns, _wide(x, gain), document is not None, bool(flags.get("LAST")), double,
-        back="LAST" in flags, dx=bool(flags.get("DX", True)),
+        pairs, back="LAST" in flags, dx=bool(flags.get("DX", True)),
     )  # fmt: skip
 
 
@@ -266,7 +268,7 @@ def _launch(
     pairs: bool, cut: Sequence[int], tile: Sequence[int], **flags: int,
 ) -> None:  # fmt: skip
     gain = given[1]  # what a kernel does not read is any tensor
-    own = _constants(x, gain, gain.shape[1], document, Tile(*tile), **flags)
+    own = _constants(x, gain, gain.shape[1], document, pairs, Tile(*tile), **flags)
     grid = (len(x) * Cut(*cut).splits, -(-x.shape[2] // own["CH"]))
     others = [gain if t is None else t.contiguous() for t in (document, *more)]
     # What threads of a program exchange: two numbers a segment, channel and column.

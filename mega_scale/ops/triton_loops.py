@@ -29,7 +29,7 @@ _WARP_ISSUES_EVERY = 3  # cycles, with arithmetic of four cycles' latency that i
 class Multiprocessors(NamedTuple):
     """What the model knows of a GPU."""
 
-    count: int = 132
+    units: int = 132
     hertz: float = 1.755e9
     copied: float = 2.96e12  # bytes/s, read and written, of a device copy
     latency: float = 0.7e-6  # seconds from a load to its data, from memory under load
@@ -71,8 +71,8 @@ def find_loops(sass: str) -> list[Loop]:
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+([^;]+);", line):
             code.append(instruction[1])
     ends: dict[int, int] = {}
-    for at, instruction in enumerate(code):
-        target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
+    for at, text in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(\.L_\w+)", text)
         # A branch to itself follows the end of a kernel.
         if target and labels.get(target[1], len(code)) < at:
             ends[labels[target[1]]] = at + 1
@@ -85,7 +85,7 @@ def _nested(code: list[str], spans: list[tuple[int, int]]) -> list[Loop]:
         if loops and first < loops[-1].stop:
             continue  # inside the last one
         within = _nested(code, [span for span in spans if first < span[0] and span[1] <= stop])
-        products = any(name in instruction for instruction in code[first:stop] for name in _PRODUCTS)
+        products = any(name in text for text in code[first:stop] for name in _PRODUCTS)
         own = stop - first - sum(loop.stop - loop.first for loop in within)
         loops.append(Loop(first, stop, own, products, tuple(within)))
     return loops
@@ -131,10 +131,10 @@ class Average(NamedTuple):
         element at least: x and y, or x and two gradients."""
         batch, length, width = size
         programs, per_tile = batch * -(-width // self.channels), self.instructions * self.warps / 4
-        tiles, waves = -(-length // self.tile_tokens), -(-programs // (gpu.count * self.residents(gpu)))
+        tiles, waves = -(-length // self.tile_tokens), -(-programs // (gpu.units * self.residents(gpu)))
         least = math.prod(size) * passed / gpu.copied
-        memory = least * max(1, gpu.count / programs)
-        issue = -(-programs // gpu.count) * tiles * per_tile / gpu.hertz
+        memory = least * max(1, gpu.units / programs)
+        issue = -(-programs // gpu.units) * tiles * per_tile / gpu.hertz
         stalled = max(1, _WARP_ISSUES_EVERY * 4 / self.warps)
         chain = waves * tiles * (per_tile * stalled / gpu.hertz + gpu.latency * self.steps / max(1, self.stages - 1))
         share = least / max(memory, issue, chain)

@@ -40,7 +40,8 @@ from mega_scale.ops.triton_loops import Average, disassemble, tile_instructions
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
 # Of arguments; all others are pointers to fp32, or fp64 where tokens are. As at a launch, the compiler is told which
 # are multiples of 16 in all configs: pointers, and some sizes.
-_TOKENS = ("x", "y", "dx", "dy", "q", "k", "v", "d_out", "weights", "dropped", "d_scores", "a", "b", "logits")
+_TOKENS = ("x", "residual", "y", "dx", "dy", "q", "k", "v", "d_out",
+           "weights", "dropped", "d_scores", "a", "b", "logits")  # fmt: skip
 _OTHERS = {
     **dict.fromkeys(("document", "since"), "*i32"),
     **dict.fromkeys(("count", "counts", "angle", "targets"), "*i64"),
@@ -60,7 +61,7 @@ _NEEDS = {
     (True, True): ", documents and states",
 }
 _ROUND_SIZES = ("D", "chunk", "width")
-_SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "chunks", "heads", "pairs", *_ROUND_SIZES)
+_SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "lines", "queries", "chunks", "heads", "pairs", *_ROUND_SIZES)
 
 
 def compile_kernels(

@@ -99,13 +99,39 @@ def test_every_command_of_the_readme_runs_in_order(checkout):
     for line in LINES:
         if line.startswith(tuple(NOT_RUN)) or line.startswith((*CLUSTER, *MEASURES)):
             continue
-        if line.startswith(CAMPAIGNS):
-            variable, *command = shlex.split(line)[:3]
-            run(checkout, [*command, "--help"], **dict([variable.split("=")]))
-        else:
+        if not line.startswith(CAMPAIGNS):
             run(checkout, shortened(line))
     for block in printed("python"):
         run(checkout, [sys.executable, "-c", block])
+
+
+HELP = """
+import os, runpy, sys
+from pathlib import Path
+for words in map(str.split, sys.argv[1:]):
+    variable, _, script, *_ = words
+    before, sys.argv = list(sys.path), [script, "--help"]
+    sys.path[:0] = [str(Path(script).parent), *variable.partition("=")[2].split(":")]
+    try:
+        runpy.run_path(script, run_name="__main__")
+        sys.exit(f"{script} has no --help")
+    except SystemExit as end:
+        if end.code:
+            raise
+    sys.path[:] = before
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_campaigns_start_and_say_what_their_options_are(checkout):
+    """One after the other in one process: what they import takes seconds."""
+    lines = [line for line in LINES if line.startswith(CAMPAIGNS)]
+    printed = run(checkout, [sys.executable, "-c", HELP, *lines])
+    assert printed.count("usage: ") == len(lines) > 5
+    for line in lines:
+        options = re.findall(r" (--[a-z-]+)", line.partition("#")[0])
+        assert all(option in printed for option in options), line
 
 
 @pytest.mark.launch
@@ -122,8 +148,8 @@ def test_commands_for_a_cluster_describe_a_run_and_use_options_that_their_launch
             known = helps.setdefault(command[0], run(checkout, [*command, "--help"]).replace("_", "-"))
             assert all(word.replace("_", "-") in known for word in words[:script] if word.startswith("--")), line
         settings = words[script + 1 :] if words[script] == PRETRAIN else words[script + 2 :]
-        resolved = run(checkout, [sys.executable, PRETRAIN, *settings, "--print-config"])
-        assert "run_dir:" in resolved
+        code, resolved = warm.run_script(PRETRAIN, [*settings, "--print-config"], 0, 60)
+        assert code == 0 and "run_dir:" in resolved, resolved
 
 
 def test_every_line_names_a_script_that_exists():

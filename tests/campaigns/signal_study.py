@@ -88,11 +88,11 @@ def one(number, folder, text_file, rng):
     }  # fmt: skip
 
 
-def study(signals, folder, text_file, seed=0):
-    """Some runs, one after the other; what `one` says of each."""
+def study(numbers, folder, text_file, seed=0):
+    """Runs of some numbers, which choose engine and half, one after the other; what `one` says of each."""
     rng = random.Random(seed)
     found = []
-    for number in range(signals):
+    for number in numbers:
         found.append(one(number, folder, text_file, rng))
         print(json.dumps(found[-1]), flush=True)
     return found
@@ -107,7 +107,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         text_file = write_sources(Path(folder) / "text.jsonl", 40)
         os.chdir(ROOT)
-        found = study(arguments.signals, Path(folder), text_file, arguments.seed)
+        found = study(range(arguments.signals), Path(folder), text_file, arguments.seed)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
     phases = collections.Counter(one.get("phase") for one in found)

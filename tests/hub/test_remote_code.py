@@ -70,7 +70,8 @@ def _top_level_names(text):
             names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            found = (node for target in targets for node in ast.walk(target))
+            names |= {node.id for node in found if isinstance(node, ast.Name)}
     return names
 
 

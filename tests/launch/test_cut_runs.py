@@ -42,7 +42,7 @@ def one_layout(engine, axis, run_dir, text_file):
 def test_sequence_parallel_zero3_equals_tensor_parallel_fsdp(tmp_path, text_file):
     """Two layouts, two engines: the same losses, validation and samples, with dropout.
 
-    Under launchers they are in test_packed_runs.py and test_two_hosts.py.
+    Under launchers they are in test_packed_runs.py (tp) and test_two_hosts.py (sp).
     """
     text = []
     for engine, axis in (("deepspeed", "sp"), ("fsdp", "tp")):
@@ -59,7 +59,7 @@ def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_pat
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     common = [*settings(text_file), "parallel.engine=deepspeed", "parallel.tp=2"]
     pretrain("two forked", whole, *common)
-    pretrain_until("deepspeed", halves, "step 6 | saved", *common)
+    pretrain_until("step 6 | saved", halves, *common)
     output = pretrain("two forked", halves, *common, "--resume")  # by launchers: test_killed_ranks.py
     assert "from step 6 of" in output
     first, second = metrics(whole), metrics(halves)

@@ -53,7 +53,7 @@ def test_a_run_goes_on_while_its_disks_are_full_and_then_read_only(disks, text_f
         {"at": "save", "steps": [9], "rank": 0, "do": "run", "command": f"mount -o remount,rw {checkpoints}"},
     ]
     changes = [*text(text_file), *EVERY, "train.steps=12", "parallel.engine=fsdp"]
-    code, output = faulty("torchrun", disks, faults, *changes)
+    code, output = faulty("two forked", disks, faults, *changes)
     assert code == 0, output[-6000:]
     problems = not_written(output)
     assert list(problems) == [4, 6, 8], output
@@ -74,7 +74,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_names_the_one
         {"at": "write", "steps": [8], "rank": "all", "do": "EROFS"},
     ]
     changes = [*text(text_file), *EVERY, "train.steps=8", "parallel.engine=deepspeed"]
-    code, output = faulty("deepspeed", tmp_path, faults, *changes)
+    code, output = faulty("two forked", tmp_path, faults, *changes)
     assert code == NOT_WRITTEN, output[-6000:]
     assert not_written(output) == {
         4: "rank 1: No space left on device (a file of the state)",

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ def run(tmp_path_factory):
     """A run folder of four steps, and what was printed."""
     folder = tmp_path_factory.mktemp("megalodon") / "run"
     words = [*WORDS, *OWN, f"run_dir={folder}", "train.steps=4", "train.sample_every=4", "train.sample_tokens=8"]
-    code, output = start([sys.executable, "launch/pretrain.py"], [*words, "parallel.self_test=true"])
+    code, output = start(["forked", "launch/pretrain.py"], [*words, "parallel.self_test=true"])
     assert code == 0, output
     return folder, output
 

@@ -7,5 +7,6 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.alone]
 
 
 def test_signals_at_random_moments_end_in_checkpoints(tmp_path, text_file):
-    found = study(4, tmp_path, text_file, seed=1)
+    """Both engines: one at the start, one in its steps."""
+    found = study([0, 3], tmp_path, text_file, seed=1)
     assert all(one["good"] for one in found), found

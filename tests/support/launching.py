@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 
 import psutil
 import pytest
@@ -89,19 +88,11 @@ def pretrain(launcher, run_dir, *changes, timeout=300):
     return output
 
 
-def pretrain_until(launcher, run_dir, text, *changes, timeout=300):
-    """Train the tiny run, and kill every process of it with SIGKILL once it prints `text`."""
-    process = _popen(LAUNCHERS[launcher], [*TINY, f"run_dir={run_dir}", *changes])
-    watchdog = threading.Timer(timeout, _kill_all, [process.pid])
-    watchdog.start()
-    try:
-        seen = any(text in line for line in process.stdout)
-    finally:
-        watchdog.cancel()
-        _kill_all(process.pid)
-        process.stdout.close()
-        process.wait()
-    assert seen, f"{launcher} ended without printing {text!r}"
+def pretrain_until(text, run_dir, *changes, timeout=300):
+    """Train the tiny run on two ranks, and kill both with SIGKILL once it prints `text`."""
+    arguments = [*TINY, f"run_dir={run_dir}", *changes]
+    code, output = warm.run_script("launch/pretrain.py", arguments, 2, timeout, until=text)
+    assert text in output and code in (None, -signal.SIGKILL), f"exit code {code}:\n{output[-6000:]}"
 
 
 def _kill_all(pid):

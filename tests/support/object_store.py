@@ -66,7 +66,7 @@ def served() -> Iterator[Server]:
     server = Server()
     try:
         keys = {"key": "any", "secret": "any", "endpoint_url": server.environment["AWS_ENDPOINT_URL"]}
-        s3fs.S3FileSystem(**keys, skip_instance_cache=True).mkdir("bucket")
+        s3fs.S3FileSystem(**keys, skip_instance_cache=True).makedirs("bucket", exist_ok=True)
         yield server
     finally:
         server.close()

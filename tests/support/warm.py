@@ -79,6 +79,7 @@ def run_script(
     timeout_s: float,
     environment: dict[str, str] | None = None,
     tasks: Sequence[dict[str, str]] = ({},),
+    until: str | None = None,
 ) -> tuple[int | None, str]:
     """Run a script of this project as `python SCRIPT ARGUMENTS...` does, or as a launcher does on so many ranks.
 
@@ -89,6 +90,7 @@ def run_script(
         timeout_s: then the processes are killed.
         environment: more variables.
         tasks: where there are no ranks, variables of each process of its own, as a job scheduler sets them.
+        until: text at which all of them get SIGKILL.
 
     Returns:
         The first exit code that is not 0, or 0, or none if time ran out; and what all of them printed.
@@ -104,7 +106,11 @@ def run_script(
         ]
         for process in processes:
             process.start()
-        late = end(processes, timeout_s)
+        while until is not None and not (seen := until in Path(output.name).read_text(errors="replace")):
+            if not all(process.is_alive() for process in processes):
+                break
+            time.sleep(0.002)
+        late = end(processes, 0.0 if until is not None and seen else timeout_s)
         codes = [process.exitcode for process in processes]
         text = Path(output.name).read_text(encoding="utf-8", errors="replace")
     return (None if late else next((code for code in codes if code), 0)), text

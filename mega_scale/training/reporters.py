@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mega_scale.files import append_line, reason, replace_text
 from mega_scale.settings import load_object, require
@@ -40,20 +40,41 @@ class Run:
     differing: Mapping[str, Any] = field(default_factory=dict)  # dotted keys by which runs are told apart
     facts: Mapping[str, Any] = field(default_factory=dict)  # layout, sizes, versions, commit
     project: str | None = None  # in which W&B and trackio keep it
+    reported: Mapping[str, int] = field(default_factory=dict)  # by part, the last step in metrics.jsonl when it began
 
-    def identity(self, tracker: str) -> str:
-        """The run's name for a tracker: that in the run folder if it goes on, else a new one. Raises OSError."""
+    def identity(self, tracker: str) -> "Identity":
+        """What a tracker knows of the run, by the run folder if it goes on; else a new name. Raises OSError.
+
+        A tracker cannot take back what a run reported between the checkpoint that it goes on from and its end. Those
+        steps are noted, so that they are not reported again, however often the run goes on.
+        """
         path, known = self.folder / IDENTITIES, {}
         if path.is_file():
             try:
                 known = dict(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError):
                 known = {}  # half a file: the run gets a new name
-        name = known.get(tracker) if self.resumed else None
+        name, steps = (known.get(tracker), known.get(f"{tracker}_steps")) if self.resumed else (None, None)
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]{1,64}", name):
-            name = secrets.token_hex(4)
-            replace_text(path, json.dumps({**known, tracker: name}) + "\n")
-        return name
+            name, steps = secrets.token_hex(4), {}
+        else:
+            earlier = steps if isinstance(steps, dict) else {}
+            steps = {part: step for part, step in earlier.items() if type(step) is int}
+            steps |= {part: max(step, steps.get(part, step)) for part, step in self.reported.items()}
+        known |= {tracker: name, f"{tracker}_steps": steps}
+        replace_text(path, json.dumps(known) + "\n")
+        return Identity(name, steps)
+
+
+class Identity(NamedTuple):
+    """A run as a tracker knows it."""
+
+    name: str
+    steps: Mapping[str, int]  # by part, the last step of which it has figures
+
+    def has(self, step: int, part: str) -> bool:
+        """Whether a part of a step was reported before this run began."""
+        return step <= self.steps.get(part, -1)
 
 
 class Reporter(Protocol):
@@ -201,6 +222,17 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def last_steps(run_dir: Path) -> dict[str, int]:
+    """By part, the last step in a run's metrics.jsonl; empty where there is none that can be read."""
+    path, found = run_dir / "metrics.jsonl", dict[str, int]()
+    try:
+        for row in rows(path) if path.is_file() else ():
+            found[row["part"]] = max(row["step"], found.get(row["part"], row["step"]))
+    except OSError:
+        return {}
+    return found
+
+
 def read_charts(run_dir: Path) -> dict[str, list[dict[str, float]]]:
     """Points of a run's charts by name, in order: step, value, and where they are known tokens and hours.
 
@@ -317,8 +349,9 @@ class WeightsAndBiases:
 
         settings = wandb.Settings(console="off", init_timeout=_WANDB_S, finish_timeout=_WANDB_S, silent=True)
         config = {**run.config, "facts": dict(run.facts)}
+        self._known = run.identity("wandb")
         self._run: Any = wandb.init(
-            project=run.project, name=run.folder.name, id=run.identity("wandb"), resume="allow", dir=str(run.folder),
+            project=run.project, name=run.folder.name, id=self._known.name, resume="allow", dir=str(run.folder),
             config=config, settings=settings,
         )  # fmt: skip
         self._run.config.update(config, allow_val_change=True)
@@ -328,12 +361,14 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, part: str, values: Mapping[str, Any]) -> None:
-        self._run.log({**dict(charts(part, values)), "step": step})
+        if not self._known.has(step, part):
+            self._run.log({**dict(charts(part, values)), "step": step})
 
     def text(self, step: int, name: str, text: str) -> None:
         import wandb
 
-        self._run.log({name: wandb.Html(f"<pre>{_escape(text)}</pre>"), "step": step})
+        if not self._known.has(step, "train"):
+            self._run.log({name: wandb.Html(f"<pre>{_escape(text)}</pre>"), "step": step})
 
     def rewind(self, step: int) -> None: ...
 
@@ -347,7 +382,8 @@ class Trackio:
     def __init__(self, run: Run) -> None:
         import trackio
 
-        name = f"{run.folder.name}-{run.identity('trackio')}"
+        self._known = run.identity("trackio")
+        name = f"{run.folder.name}-{self._known.name}"
         config = flatten(run.config) | flatten(run.facts)
         known = {key: value for key, value in config.items() if not key.startswith("_")}
         self._run: Any = trackio.init(
@@ -356,12 +392,14 @@ class Trackio:
         self.where = f"project {run.project or 'mega_scale'}, run {name}"
 
     def log(self, step: int, part: str, values: Mapping[str, Any]) -> None:
-        self._run.log(dict(charts(part, values)), step=step)
+        if not self._known.has(step, part):
+            self._run.log(dict(charts(part, values)), step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
         import trackio
 
-        self._run.log({name: trackio.Markdown(f"```\n{text}\n```")}, step=step)
+        if not self._known.has(step, "train"):
+            self._run.log({name: trackio.Markdown(f"```\n{text}\n```")}, step=step)
 
     def rewind(self, step: int) -> None: ...
 

@@ -4,13 +4,23 @@ import importlib
 import importlib.util
 import json
 import sys
+import types
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mega_scale.training.callbacks import Callback, load_callbacks
 from mega_scale.training.console import Reporters
-from mega_scale.training.reporters import Run, TensorBoard, Trackio, WeightsAndBiases, charts, find_trackers, versions
+from mega_scale.training.reporters import (
+    Run,
+    TensorBoard,
+    Trackio,
+    WeightsAndBiases,
+    charts,
+    find_trackers,
+    last_steps,
+    versions,
+)
 
 VALUES = {
     "loss": 2.5, "grad_norm": 0.25, "lr": 1e-3, "memory_bytes": 2**29, "tokens": 100, "tokens_per_second": 1234.0,
@@ -33,7 +43,8 @@ def run_of(folder, start=0, **facts):
     config = {"train": {"steps": 4}, "optimizer": {"lr": 0.001}}
     differing = {"optimizer.lr": 0.001, "data.path": ["a.txt"]}
     facts = {"parameters": 672_000, "layout": {"engine": "fsdp"}, "versions": versions(), **facts}
-    return Run(folder, start, 4, start > 0, config, differing, facts)
+    reported = last_steps(folder) if start else {}
+    return Run(folder, start, 4, start > 0, config, differing, facts, reported=reported)
 
 
 def report(run, trackers, steps, loss=1.0):
@@ -82,17 +93,36 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tmp_path, monkeypatch):
     assert b"loss/validation" in content and b"optimizer" in content
 
 
+# A run that is killed in step 3, then in step 2, each time goes on from step 1, and is then done again.
+LIVES = ((0, [1, 2, 3]), (1, [2]), (1, [2, 3, 4]), (0, [1]))
+
+
+def test_wandb_is_told_of_a_step_once_however_often_a_run_goes_on(tmp_path, monkeypatch):
+    told = []
+    settings = types.SimpleNamespace(update=lambda *args, **kwargs: None)
+    made = types.SimpleNamespace(
+        url="here", config=settings, log=told.append, define_metric=lambda *args, **kwargs: None, finish=lambda: None
+    )
+    fake = types.SimpleNamespace(init=lambda **options: made, Settings=dict, Html=str)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start, steps in LIVES:
+        report(run_of(tmp_path, start), {"wandb": WeightsAndBiases}, steps)
+    for chart in ("loss/train", "loss/validation"):
+        assert [figures["step"] for figures in told if chart in figures] == [1, 2, 3, 4, 1]
+    assert [figures["step"] for figures in told if "sample" in figures] == [3, 4, 1]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs trackio")
 def test_a_resumed_run_goes_on_in_the_same_run_of_trackio(tmp_path, monkeypatch):
     monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "db")
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "db")
     storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
     (tmp_path / "run").mkdir()
-    for start, steps in ((0, [1, 2]), (2, [3])):
+    for start, steps in LIVES[:3]:
         report(run_of(tmp_path / "run", start), {"trackio": Trackio}, steps)
     [name] = storage.get_runs("mega_scale")
     logged = storage.get_logs("mega_scale", name)
-    assert [row["step"] for row in logged if "loss/train" in row] == [1, 2, 3]
+    assert [row["step"] for row in logged if "loss/train" in row] == [1, 2, 3, 4]
 
 
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_in_a_line(monkeypatch):

@@ -17,7 +17,7 @@ from mega_scale.checkpoint.folder import read_manifest, read_state, write_manife
 from mega_scale.checkpoint.state import convert, open_weights
 from mega_scale.config import load_config
 from mega_scale.files import hash_file
-from mega_scale.training.schedule import Schedule
+from mega_scale.training.config import Schedule
 
 # Each is a word that contradicts the model, most of them without another shape.
 OTHERS = {

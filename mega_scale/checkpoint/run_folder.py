@@ -18,6 +18,7 @@ from mega_scale.checkpoint.folder import (
     write_manifest,
 )
 from mega_scale.files import FileLock, discard, replace_text
+from mega_scale.process import PEER_LOST, write_stderr
 from mega_scale.settings import require
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ def check_run_folder(run_dir: Path, resume: str | None, overwrite: bool) -> None
         problem = f"run_dir={str(run_dir)!r} holds a run already: {remedy}"
     if problem:
         raise ValueError(problem)
+
+
+def end_without_folder(reason: str) -> None:
+    """End this process, and so the run: the folder belongs to another job."""
+    write_stderr(f"error: {' '.join(reason.split())}: this one ends, and saves nothing more")
+    os._exit(PEER_LOST)
 
 
 class Lock(Protocol):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 import warnings
@@ -22,7 +23,10 @@ from mega_scale.parallel import Engine, World
 from mega_scale.parallel.shard import WEIGHT, EngineState
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mega_scale.checkpoint.remote import RemoteRun
+    from mega_scale.model.configuration_mega import BaseConfig
 
 INDEX = "index.json"
 FORMAT = 1
@@ -49,6 +53,15 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def describe_model(config: "BaseConfig", tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
+    """Files of a checkpoint, by path, that make weights a model again: its configuration and tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {f"model/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files}
 
 
 class Saved(NamedTuple):

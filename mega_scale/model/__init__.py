@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from mega_scale.model.basic_layers import BasePreTrainedModel
     from mega_scale.model.cache import MegaCache
     from mega_scale.model.heads import (
         MegaForMaskedLM,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     )
     from mega_scale.model.modeling_mega import MegaForCausalLM, MegaModel, MegaPreTrainedModel
     from mega_scale.model.modeling_megalodon import MegalodonForCausalLM, MegalodonModel, MegalodonPreTrainedModel
-    from mega_scale.model.pretrained import BasePreTrainedModel
     from mega_scale.model.static_cache import DecodingGraph, MegaStaticCache
 
 _MODULES = {

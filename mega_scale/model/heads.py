@@ -19,9 +19,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
+from mega_scale.model.basic_layers import INTEGERS, cross_entropy, mean
 from mega_scale.model.configuration_mega import MegaConfig
 from mega_scale.model.modeling_mega import MegaModel, MegaPreTrainedModel, valid_token
-from mega_scale.model.pretrained import INTEGERS, cross_entropy, mean
 
 logger = logging.get_logger(__name__)
 

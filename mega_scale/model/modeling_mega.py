@@ -15,6 +15,12 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
+from mega_scale.model.basic_layers import (
+    DOCUMENT_KEYS,
+    BasePreTrainedModel,
+    CausalLanguageModel,
+    following_tokens,
+)
 from mega_scale.model.configuration_mega import BATCH_NORMS, CLASSES, MegaConfig, warn_if_norm_differs
 from mega_scale.model.layers import (
     BIASES,
@@ -25,12 +31,6 @@ from mega_scale.model.layers import (
     MegaRMSNorm,
     MegaScaleNorm,
     MegaSequenceNorm,
-)
-from mega_scale.model.pretrained import (
-    DOCUMENT_KEYS,
-    BasePreTrainedModel,
-    CausalLanguageModel,
-    following_tokens,
 )
 
 if TYPE_CHECKING:

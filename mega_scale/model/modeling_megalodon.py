@@ -12,7 +12,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from mega_scale.model.basic_layers import LanguageModelHead, MegaDropout, check_ids, check_inputs
+from mega_scale.model.basic_layers import (
+    DOCUMENT_KEYS,
+    BasePreTrainedModel,
+    CausalLanguageModel,
+    LanguageModelHead,
+    MegaDropout,
+    check_ids,
+    check_inputs,
+    following_tokens,
+)
 from mega_scale.model.cache import MegaCache, check_cache
 from mega_scale.model.configuration_megalodon import CLASSES, MegalodonConfig
 from mega_scale.model.megalodon_layers import (
@@ -24,12 +33,6 @@ from mega_scale.model.megalodon_layers import (
     MegalodonRMSNorm,
     MegalodonTimestepNorm,
     RotaryTurns,
-)
-from mega_scale.model.pretrained import (
-    DOCUMENT_KEYS,
-    BasePreTrainedModel,
-    CausalLanguageModel,
-    following_tokens,
 )
 from mega_scale.model.rows import read_rows
 

@@ -15,12 +15,13 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from mega_scale.checkpoint.saver import Saved
 from mega_scale.config import RunConfig, load_config, section_of
 from mega_scale.files import installed, reason
 from mega_scale.settings import values_of
+from mega_scale.training.config import schedule_changes
 from mega_scale.training.metrics import memory_bytes
-from mega_scale.training.reporters import MetricsFile, Reporter, Run, versions
-from mega_scale.training.schedule import schedule_changes
+from mega_scale.training.reporters import MetricsFile, Reporter, Run, last_steps, versions
 from mega_scale.training.stopping import Progress
 
 if TYPE_CHECKING:
@@ -264,6 +265,7 @@ def describe_run(trainer: "Trainer", parameters: int) -> Run:
         differing,
         facts,
         config.train.tracker_project,
+        last_steps(trainer.run_dir) if trainer.checkpoint is not None else {},
     )
 
 
@@ -302,6 +304,24 @@ def table(trainer: "Trainer", parameters: int) -> dict[str, str]:
         "trackers": ", ".join(trackers),
         "resume": f"from step {progress.step} of {train.steps}: {begun}",
     }
+
+
+def header(trainer: "Trainer", parameters: int) -> list[str]:
+    """What runs, in eight lines, then what there is to say of the text."""
+    rows = table(trainer, parameters)
+    width = max(map(len, rows))
+    validation = [] if trainer.validation is None else trainer.validation.tally.lines()
+    lines = [f"{name:<{width}} | {text}" for name, text in rows.items()]
+    return [*lines, *trainer.loader.dataset.tally().lines(), *(f"validation text: {line}" for line in validation)]
+
+
+def save_line(run_dir: str, saved: Saved) -> str:
+    """How a save ended."""
+    if saved.folder is None:
+        return f"step {saved.step} | checkpoint not written, older ones are untouched: {saved.problem}"
+    figures = f"{saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, training stood still {saved.stall_s:.2f} s"
+    place = f"{run_dir}/checkpoints/{saved.folder.name}"
+    return f"step {saved.step} | saved {place} ({figures}){saved.problem and f'; {saved.problem}'}"
 
 
 def end_line(run_dir: str, progress: Progress, steps: int, stopped: str | None, began: float) -> str:

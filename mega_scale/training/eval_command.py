@@ -18,10 +18,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mega_scale.files import discard, forget, reason, shipped
 from mega_scale.settings import require
+
+if TYPE_CHECKING:
+    from mega_scale.training.trainer import Trainer
 
 FOLDER = "eval_command"
 """Folder of a run for what its commands print and write."""
@@ -33,6 +36,7 @@ _OF_RANKS = (
 )  # fmt: skip
 _LONGEST = 2**24  # bytes of JSON
 _NAMED = 6  # figures in a line
+_POLL_S = 0.5  # between two looks at a command
 _RESERVED = ("step", "part", "time")  # what a line of metrics.jsonl says itself
 
 
@@ -178,6 +182,19 @@ class EvalCommand:
         if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def finish_command(trainer: "Trainer", stopped: str | None) -> None:
+    """Wait for the command of a run, as long as it may take, unless the run is to stop (`stopped`); collective."""
+    command = trainer.eval_command
+    while stopped is None:
+        trainer.watchdog.beat("waiting for eval_command")
+        done = command is None or command.poll()
+        if trainer.world.all_agree(done) or trainer.stopping.agreed():
+            break
+        time.sleep(_POLL_S)
+    if command is not None:
+        command.end("the run stops")
 
 
 def _read(output: Path, printed: Path) -> dict[str, float]:

@@ -1,25 +1,32 @@
 """A trained model: opened from wherever it lies, its loss on held-out text, and texts that it continues."""
 
 import contextlib
+import itertools
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mega_scale.checkpoint.folder import STATE, checkpoints, find_checkpoint, own_files, verify
-from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, vocabulary_size
+from mega_scale.data import validation_batches
+from mega_scale.data.packing import PackedDataset
+from mega_scale.data.tokenizer import end_ids, prompt_ids, separator_id, text_size, vocabulary_size
 from mega_scale.model import MegaConfig, causal_lm_class
-from mega_scale.model.basic_layers import use_own_linear
+from mega_scale.model.basic_layers import BasePreTrainedModel, use_own_linear
 from mega_scale.model.configuration_mega import BaseConfig
-from mega_scale.model.pretrained import BasePreTrainedModel
 from mega_scale.parallel import World, fill
 from mega_scale.process import log_to_stderr
+
+if TYPE_CHECKING:
+    from mega_scale.training.trainer import Trainer
 
 CACHES = ("dynamic", "static")
 """What a text is generated with: a `MegaCache`, or a `MegaStaticCache`, whose steps are compiled on a GPU."""
@@ -205,6 +212,45 @@ def evaluate(
         raise ValueError("the text has no token to predict: give a longer one, or a shorter data.sequence_length")
     loss = nats / tokens
     return Evaluation(loss, math.exp(min(loss, 700.0)), loss * tokens_per_byte / math.log(2), tokens)
+
+
+def evaluate_weights(trainer: "Trainer", dataset: PackedDataset, average: bool = False) -> dict[str, Any]:
+    """Report loss, perplexity, bits per byte and tokens, as the engine computes now, and return them; collective.
+
+    Where the text has several sets, `sets` has those of each, and the others are of all together. `average` says that
+    the engine computes with the average of the weights. Raises StopRun.
+    """
+    step, reporter = trainer.progress.step, trainer.reporter
+    if not dataset.parts:
+        whole = _evaluate_set(trainer, dataset)[0]._asdict()
+        reporter.evaluation(step, whole, average)
+        return whole
+    found = {}
+    for name, part in dataset.parts.items():
+        found[name] = _evaluate_set(trainer, part)
+        reporter.evaluation(step, found[name][0]._asdict(), average, name)
+    whole = combine(found.values())._asdict()
+    reporter.evaluation(step, whole, average)
+    return whole | {"sets": {name: one._asdict() for name, (one, _) in found.items()}}
+
+
+def _evaluate_set(trainer: "Trainer", dataset: PackedDataset) -> tuple[Evaluation, float]:
+    """The evaluation on one text, and the bytes of text that it is of; collective. Raises StopRun."""
+    trainer.watchdog.beat("evaluating")
+    train, readers, step = trainer.config.train, trainer.readers, trainer.progress.step
+    rows = train.eval_batches * train.global_batch_size or len(dataset)
+    batches = validation_batches(dataset, rows, train.micro_batch_size, trainer.reader, readers)
+    ratio = dataset.tokens_per_byte(rows, partial(text_size, trainer.tokenizer))
+    batches_of_rank = -(-min(rows, len(dataset)) // (train.micro_batch_size * readers))
+    done, began = itertools.count(1), time.monotonic()
+
+    def after_batch() -> None:
+        trainer.check_stop("evaluating")
+        trainer.reporter.progress(step, "evaluating", next(done), batches_of_rank, "batches", since=began)
+
+    engine = trainer.engine
+    found = evaluate(engine.module, engine.forward, batches, ratio, trainer.world, after_batch)
+    return found, found.tokens / ratio
 
 
 # Its texts

@@ -2,9 +2,7 @@
 
 import contextlib
 import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,26 +12,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mega_scale.checkpoint.folder import find_checkpoint, read_key, read_state
-from mega_scale.checkpoint.run_folder import RunFolder, resume_path
-from mega_scale.checkpoint.saver import Saved, Saver
+from mega_scale.checkpoint.run_folder import RunFolder, end_without_folder, resume_path
+from mega_scale.checkpoint.saver import Saved, Saver, describe_model
 from mega_scale.config import RunConfig, model_config, require_same
 from mega_scale.data import Loader, load_datasets
 from mega_scale.data.tokenizer import as_trained, load_tokenizer, unlike_training
 from mega_scale.files import replace_text
 from mega_scale.model import causal_lm_class
-from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.parallel import Place, Placement, World, layout_changes, parallelize, run_self_test, seeded_values
 from mega_scale.parallel.model_parallel import ParallelizeError
-from mega_scale.process import DIVERGED, NOT_WRITTEN, PEER_LOST, REFUSED, STOPPED, StopSignals, refuse, write_stderr
+from mega_scale.process import DIVERGED, NOT_WRITTEN, REFUSED, STOPPED, StopSignals, refuse, write_stderr
 from mega_scale.settings import to_yaml
-from mega_scale.training.config import build_optimizer, seconds_of
-from mega_scale.training.console import Reporters, changes, describe_run, end_line, table
+from mega_scale.training.config import Schedule, build_optimizer, seconds_of
+from mega_scale.training.console import Reporters, changes, describe_run, end_line, header, save_line
 from mega_scale.training.metrics import SlowRanks, Throughput, memory_bytes
 from mega_scale.training.reporters import Reporter, Run, TensorBoard, find_trackers
-from mega_scale.training.schedule import Schedule
 from mega_scale.training.stopping import (
     EndOfRunError,
     OutOfMemory,
@@ -49,8 +44,6 @@ if TYPE_CHECKING:
     from mega_scale.training.callbacks import Callback
     from mega_scale.training.eval_command import EvalCommand
     from mega_scale.training.profiler import Profiler
-
-_POLL_S = 0.5  # between two looks at a command
 
 
 class StepResult(NamedTuple):
@@ -157,9 +150,9 @@ class Trainer:
         """
         try:
             with World.start(self.config.parallel) as self.world:
-                locks = () if self.remote is None else (self.remote.lock(_end_without_folder),)
+                locks = () if self.remote is None else (self.remote.lock(end_without_folder),)
                 options = self.config.resume, self.config.overwrite
-                self.folder = RunFolder(self.run_dir, *options, _end_without_folder, *locks)
+                self.folder = RunFolder(self.run_dir, *options, end_without_folder, *locks)
                 try:
                     problem = self.folder.take(self.world, self.checkpoint is None, self.log)
                     code = 0 if problem else self.run_with_watchdog()
@@ -324,7 +317,8 @@ class Trainer:
                 self.log(f"{self.run_dir / 'config.yaml'} is not written: {error.strerror}")
         names = dict(self.engine.module.named_parameters())
         self.parameters_per_rank = sum(self.engine.local_tensor(name).numel() for name in names)
-        self.print_header(table(self, parameters))
+        for line in header(self, parameters):
+            self.log(line)
         run = describe_run(self, parameters) if self.rank == 0 else Run(self.run_dir)
         self.reporter = Reporters(run, self.rank, self.trackers)
         self.throughput = Throughput(self.model_config, world.device, train.dtype, world.size)
@@ -356,17 +350,6 @@ class Trainer:
             remote.clear()  # the run that is overwritten, if there is one
         elif checkpoint.is_relative_to(self.run_dir):
             remote.complete(checkpoint)  # it may have become the newest
-
-    def print_header(self, rows: Mapping[str, str]) -> None:
-        """Say in eight lines what runs, then what there is to say of the text."""
-        width = max(map(len, rows))
-        validation = [] if self.validation is None else self.validation.tally.lines()
-        for line in [
-            *(f"{name:<{width}} | {text}" for name, text in rows.items()),
-            *self.loader.dataset.tally().lines(),
-            *(f"validation text: {line}" for line in validation),
-        ]:
-            self.log(line)
 
     # The loop
 
@@ -400,7 +383,10 @@ class Trainer:
             raise EndOfRunError(NOT_WRITTEN, f"the checkpoint of step {progress.step} could not be written; {last}")
         if self.profiler is not None:
             self.profiler.finish(progress.step)
-        self.finish_command(stopped)
+        if self.config.train.eval_command is not None:
+            from mega_scale.training.eval_command import finish_command
+
+            finish_command(self, stopped)
         for callback in self.callbacks:
             callback.on_end(self, stopped)
         self.watchdog.beat("closing trackers")
@@ -485,17 +471,6 @@ class Trainer:
         every = self.config.train.eval_command_every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def finish_command(self, stopped: str | None) -> None:
-        """Wait for `train.eval_command`, as long as it may take, unless the run is to stop; collective."""
-        while self.config.train.eval_command is not None and stopped is None:
-            self.watchdog.beat("waiting for eval_command")
-            done = self.eval_command is None or self.eval_command.poll()
-            if self.world.all_agree(done) or self.stopping.agreed():
-                break
-            time.sleep(_POLL_S)
-        if self.eval_command is not None:
-            self.eval_command.end("the run stops")
-
     def after_bad_step(self, result: StepResult) -> bool:
         """Report a step that was not taken; too many in a row end the run, or roll it back, which is returned."""
         progress, world, config = self.progress, self.world, self.config.bad_steps
@@ -551,7 +526,7 @@ class Trainer:
         """
         if self.validation is None:
             return
-        from mega_scale.training.validation import evaluate_weights
+        from mega_scale.training.trained_model import evaluate_weights
 
         found = evaluate_weights(self, self.validation)
         if self.engine.averages:
@@ -602,31 +577,15 @@ class Trainer:
         for saved in ended:
             for callback in self.callbacks:
                 callback.on_save(self, saved)
+            self.reporter.log(save_line(self.config.run_dir, saved))
             if saved.folder is None:
                 if progress.saved == saved.step:
                     progress.saved = None
-                self.reporter.log(
-                    f"step {saved.step} | checkpoint not written, older ones are untouched: {saved.problem}"
-                )
                 continue
             progress.folder = saved.folder
             self.stopping.save_s = max(self.stopping.save_s, saved.write_s)
-            self.reporter.log(
-                f"step {saved.step} | saved {self.config.run_dir}/checkpoints/{saved.folder.name} "
-                f"({saved.bytes / 1e6:,.1f} MB in {saved.write_s:.2f} s, "
-                f"training stood still {saved.stall_s:.2f} s){f'; {saved.problem}' if saved.problem else ''}"
-            )
             if self.eval_command is not None and self.runs_command(saved.step):
                 self.eval_command.start(saved.step, saved.folder, last=saved.step == self.config.train.steps)
-
-
-def describe_model(config: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Files of a checkpoint, by path, that make weights a model again: its configuration and tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        return {f"model/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files}
 
 
 @contextlib.contextmanager
@@ -639,9 +598,3 @@ def _explain_out_of_memory(trainer: Trainer) -> Iterator[None]:
 
         with explain_out_of_memory(trainer):
             raise
-
-
-def _end_without_folder(reason: str) -> None:
-    """End this process, and so the run: the folder belongs to another job."""
-    write_stderr(f"error: {' '.join(reason.split())}: this one ends, and saves nothing more")
-    os._exit(PEER_LOST)

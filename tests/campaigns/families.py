@@ -27,7 +27,7 @@ from mega_scale.config import load_config, model_config
 from mega_scale.data import Loader, load_datasets, load_tokenizer, validation_batches
 from mega_scale.model import MegaConfig, causal_lm_class
 from mega_scale.model.basic_layers import use_own_linear
-from mega_scale.training.schedule import Schedule
+from mega_scale.training.config import Schedule
 
 ENGINES = {"deepspeed": "deepspeed", "torchrun": "fsdp"}
 NAMES = {"megalodon": "Megalodon", "mega": "Mega", "llama": "transformers' Llama"}

@@ -10,9 +10,9 @@ from commands import exit_code
 from mega_scale import export
 from mega_scale.checkpoint import state
 from mega_scale.checkpoint.folder import Manifest, write_manifest
+from mega_scale.checkpoint.saver import describe_model
 from mega_scale.files import hash_file
 from mega_scale.hub.folder import open_folder
-from mega_scale.training.trainer import describe_model
 
 RUN = """
 data:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from mega_scale.checkpoint.folder import CheckpointConfig, CheckpointError, find_checkpoint
-from mega_scale.checkpoint.saver import Saver
+from mega_scale.checkpoint.saver import Saver, describe_model
 from mega_scale.checkpoint.state import load_checkpoint
 from mega_scale.config import RunConfig, load_config, model_config
 from mega_scale.data import load_tokenizer
 from mega_scale.parallel import Engine, EngineConfig, ParallelConfig, World, parallelize, seeded_values
 from mega_scale.settings import to_yaml
-from mega_scale.training.trainer import describe_model
 
 OLDER, NEWER = 3, 6
 # Large enough that most bytes of every checkpoint are numbers of the model.

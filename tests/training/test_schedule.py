@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mega_scale.config import RunConfig
-from mega_scale.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from mega_scale.training.schedule import Schedule, schedule_changes
+from mega_scale.training.config import OptimizerConfig, Schedule, ScheduleConfig, TrainConfig, schedule_changes
 
 BASE, TOTAL = 1e-3, 110
 

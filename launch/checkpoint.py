@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mega_scale.checkpoint import folder as store
 from mega_scale.checkpoint.remote import RemoteRun, localized, split_url
 from mega_scale.data.config import cache_folder
@@ -84,12 +86,33 @@ def run_verify(args: argparse.Namespace, key: bytes | None) -> int:
     return int(damaged > 0)
 
 
-def run_prune(args: argparse.Namespace, key: bytes | None) -> Sequence[Path | str]:
-    """Delete checkpoints; returns which, or which would be."""
+def is_stable(folder: Path) -> bool:
+    """Whether the learning rate of the checkpoint's wsd run falls from it, so that another end can begin there."""
+    path = folder / "config.yaml"
+    saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    schedule, steps = saved.get("schedule", {}), saved.get("train", {}).get("steps", 0)
+    if schedule.get("decay") != "wsd":
+        return False
+    from mega_scale.training.config import ScheduleConfig
+
+    fall = ScheduleConfig(decay_steps=schedule.get("decay_steps", ScheduleConfig.decay_steps)).fall(steps)
+    return folder.name == f"step-{steps - fall:08d}"
+
+
+def run_prune(args: argparse.Namespace, key: bytes | None) -> None:
+    """Delete checkpoints, or only say which would be; those that a wsd run falls from only if asked to."""
     newest, how = (args.keep, args.keep_every), {"damaged": args.damaged, "dry": args.dry_run}
+    spared = (lambda folder: False) if args.stable else is_stable
+    deleted: Sequence[Path | str]
+    kept: Sequence[Path | str]
     if isinstance(args.path, str):
-        return remote_run(args.path, key).prune(*newest, **how)
-    return store.prune(args.path, *newest, key=key, **how)
+        deleted, kept = remote_run(args.path, key).prune(*newest, **how, spared=spared)
+    else:
+        deleted, kept = store.prune(args.path, *newest, key=key, **how, spared=spared)
+    for place in deleted:
+        print(f"{'would delete' if args.dry_run else 'deleted'} {place}")
+    for place in kept:
+        print(f"kept {place}: the learning rate of its wsd run falls from there; --stable deletes it, too")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--keep", type=int, default=0, help="newest valid checkpoints to keep; 0 keeps all")
     command.add_argument("--keep-every", type=int, default=0, help="keep those of steps that this divides")
     command.add_argument("--damaged", action="store_true", help="delete damaged ones too")
+    command.add_argument("--stable", action="store_true", help="delete those, too, from which a wsd run falls")
     command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     commands.add_parser("export", help="write a Hugging Face folder; takes what launch/export.py takes", add_help=False)
     args = parser.parse_args(given)
@@ -143,8 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case "prune":
             if args.keep < 1 and not args.damaged:
                 raise ValueError("nothing to do: give --keep with at least 1, or --damaged")
-            for pruned in run_prune(args, key):
-                print(f"{'would delete' if args.dry_run else 'deleted'} {pruned}")
+            run_prune(args, key)
     raise SystemExit(code)
 
 

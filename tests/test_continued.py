@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from same_runs import state_problems
 from small_runs import MODEL, TINY, run
 
+from launch import checkpoint
 from mega_scale import export
 from mega_scale.checkpoint.folder import read_manifest, read_state, write_manifest
 from mega_scale.checkpoint.state import convert, open_weights
@@ -140,6 +141,11 @@ def test_a_stable_checkpoint_decays_later_as_in_the_run_that_planned_it(trained,
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == [
         f"step-{step:08d}" for step in (3, 5)
     ]
+    prune = ["prune", str(tmp_path / "run"), "--keep", "1"]
+    planned_to_go = run(*prune, "--stable", "--dry-run", command=checkpoint.main)
+    assert planned_to_go == (0, f"would delete {tmp_path / 'run' / stable}\n")
+    code, output = run(*prune, command=checkpoint.main)
+    assert code == 0 and output.startswith(f"kept {tmp_path / 'run' / stable}: ") and "--stable" in output
     code, output = run(*planned, f"run_dir={tmp_path / 'later'}", f"--resume={tmp_path / 'run' / stable}")
     assert code == 0 and "train.steps=7 (was 5)" in output, output
     assert state_problems(tmp_path / "planned" / last, tmp_path / "later" / last) == []

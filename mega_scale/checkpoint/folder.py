@@ -411,12 +411,20 @@ def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
 
 
 def prune(
-    run_dir: Path, keep: int, keep_every: int = 0, *, damaged: bool = False, key: bytes | None = None, dry: bool = False
-) -> list[Path]:
-    """Delete checkpoints of a run that does not train now, and return them; `dry` only does the latter.
+    run_dir: Path,
+    keep: int,
+    keep_every: int = 0,
+    *,
+    damaged: bool = False,
+    key: bytes | None = None,
+    dry: bool = False,
+    spared: Callable[[Path], bool] = lambda folder: False,
+) -> tuple[list[Path], list[Path]]:
+    """Delete checkpoints of a run that does not train now; `dry` deletes none.
 
     Every checkpoint is verified first: damaged ones do not count among those that are kept (see `surplus`), and are
-    deleted if `damaged`. Raises ValueError where no checkpoint is valid, or a job has the folder.
+    deleted if `damaged`. Returns those that are deleted, and those that only stay because they are `spared`. Raises
+    ValueError where no checkpoint is valid, or a job has the folder.
     """
     valid, broken = [], []
     with contextlib.nullcontext() if dry or not checkpoints(run_dir) else FileLock(run_dir / LOCK):
@@ -428,9 +436,11 @@ def prune(
                 broken.append(folder)
         if not valid:
             raise ValueError(f"{run_dir} has no valid checkpoint ({len(broken)} damaged ones): nothing is deleted")
-        chosen = surplus(valid, keep, keep_every) + (broken if damaged else [])
+        old = surplus(valid, keep, keep_every)
+        staying = [folder for folder in old if spared(folder)]
+        chosen = [folder for folder in old if folder not in staying] + (broken if damaged else [])
         if not dry:
             for folder in chosen:
                 delete(folder)
             sweep(run_dir)
-    return chosen
+    return chosen, staying

@@ -312,32 +312,53 @@ class RemoteRun:
             if path.name not in always:
                 self.delete(path.name)
 
-    def prune(self, newest: int, every: int = 0, *, damaged: bool = False, dry: bool = False) -> list[str]:
+    def prune(
+        self,
+        newest: int,
+        every: int = 0,
+        *,
+        damaged: bool = False,
+        dry: bool = False,
+        spared: Callable[[Path], bool] = lambda folder: False,
+    ) -> tuple[list[str], list[str]]:
         """`folder.prune` of a run in a store: every checkpoint is downloaded and verified first."""
         valid, broken, lock = [], [], self.lock(lambda _: None)
+        staying = set[str]()
+
+        def look(folder: Path) -> None:
+            if spared(folder):
+                staying.add(folder.name)
+
         while not dry and not lock.attempt():
             time.sleep(1.0)
         try:
             for name in reversed(self.checkpoints()):
                 try:
-                    self.verify(name)
+                    self.verify(name, look)
                     valid.append(Path(name))
                 except store.CheckpointError:
                     broken.append(Path(name))
             if not valid:
                 raise ValueError(f"{self.url} has no valid checkpoint ({len(broken)} damaged ones): nothing is deleted")
-            chosen = [path.name for path in [*store.surplus(valid, newest, every), *(broken if damaged else [])]]
+            old = [path.name for path in store.surplus(valid, newest, every)]
+            chosen = [name for name in old if name not in staying]
+            chosen += [path.name for path in broken] if damaged else []
             for name in () if dry else chosen:
                 self.delete(name)
         finally:
             lock.release()
-        return [f"{self.url}/checkpoints/{name}" for name in chosen]
+        kept = [name for name in old if name in staying]
+        return [f"{self.url}/checkpoints/{name}" for name in chosen], [
+            f"{self.url}/checkpoints/{name}" for name in kept
+        ]
 
-    def verify(self, name: str) -> store.Manifest:
-        """Download a checkpoint and verify every byte of it. Raises CheckpointError."""
+    def verify(self, name: str, look: Callable[[Path], None] = lambda folder: None) -> store.Manifest:
+        """Download a checkpoint and verify every byte of it; then `look` at the copy. Raises CheckpointError."""
         with tempfile.TemporaryDirectory() as folder:
             try:
-                return store.verify(self.bring(name, Path(folder)), self.key)
+                manifest = store.verify(copy := self.bring(name, Path(folder)), self.key)
+                look(copy)
+                return manifest
             except (store.CheckpointError, OSError) as error:
                 place = f"{self.url}/checkpoints/{name}"
                 raise store.CheckpointError(f"{place} is no valid checkpoint: {reason(error)}") from None

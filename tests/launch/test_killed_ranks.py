@@ -51,10 +51,13 @@ def kill_in_a_save(launcher, arguments, run_dir, victim):
 
 
 @pytest.mark.parametrize(
-    "launcher,cell",
-    [("torchrun", kills.Cell("fsdp", 3, True, 1)), ("deepspeed", kills.Cell("deepspeed", 3, True, 1, workers=1))],
+    "launcher,cell,again",  # and what resumes it
+    [
+        ("torchrun", kills.Cell("fsdp", 3, True, 1), "two forked"),
+        ("deepspeed", kills.Cell("deepspeed", 3, True, 1, workers=1), "deepspeed"),
+    ],
 )
-def test_a_rank_killed_in_a_save_takes_all_with_it_and_the_run_goes_on_to_the_bit(tmp_path, launcher, cell):
+def test_a_rank_killed_in_a_save_takes_all_with_it_and_the_run_goes_on_to_the_bit(tmp_path, launcher, cell, again):
     text, whole, killed = write_sources(tmp_path / "text.jsonl", 20), tmp_path / "whole", tmp_path / "killed"
     code, output = start(LAUNCHERS["two forked"], cell.arguments(text, whole))
     assert code == 0, output[-4000:]
@@ -63,7 +66,7 @@ def test_a_rank_killed_in_a_save_takes_all_with_it_and_the_run_goes_on_to_the_bi
     newest = checkpoints(killed)[-1]
     step = verify(newest).step
     assert metric_problems(whole, killed, step) == [] and step < kills.STEPS
-    code, output = start(LAUNCHERS[launcher], [*arguments, "--resume"])
+    code, output = start(LAUNCHERS[again], [*arguments, "--resume"])
     assert code == 0 and f"from step {step} of" in output, output[-4000:]
     final = f"checkpoints/step-{kills.STEPS:08d}"
     assert metric_problems(whole, killed, kills.STEPS) == []

@@ -16,14 +16,14 @@ from mega_scale.parallel.shard import EngineState, LocalTensor, Shard, Sharding
 @pytest.mark.launch
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_go_on_to_the_bit(tmp_path):
-    """Both engines, six kills; tests/campaigns/kill_study.py makes a hundred."""
-    arguments = ["--kills", "6", "--cells", "2", "--json", str(tmp_path / "found.json")]
+    """Both engines, four kills; tests/campaigns/kill_study.py makes a hundred."""
+    arguments = ["--kills", "4", "--cells", "2", "--json", str(tmp_path / "found.json")]
     code, output = study(ROOT / "tests/campaigns/kill_study.py", arguments, timeout=800)
     assert code == 0, output[-6000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["problems"] == [] and found["kills"] == 6
-    assert found["during_a_save"] >= 2
-    assert found["resumes"] + found["killed_again_in_start_up"] == 6
+    assert found["problems"] == [] and found["kills"] == 4
+    assert found["during_a_save"] >= 1
+    assert found["resumes"] + found["killed_again_in_start_up"] == 4
     assert found["bit_equal"] == found["chains"] >= 2
     assert found["longest_until_the_other_ended_s"] < kills.TIMEOUT_S
 

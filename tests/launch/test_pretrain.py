@@ -12,6 +12,7 @@ from mega_scale.checkpoint.state import open_weights
 
 pytestmark = pytest.mark.launch
 
+STEPS = 10  # of the runs that are compared
 NO_DROPOUT = [f"model.{name}=0" for name in (
     "dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob", "nffn_activation_dropout_prob",
 )]  # fmt: skip
@@ -41,9 +42,9 @@ def same_tensors(one, other, where=""):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, text_file):
-    """Twenty steps in one process."""
+    """The run in one process."""
     run_dir = tmp_path_factory.mktemp("alone")
-    pretrain("forked", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=20", "parallel.engine=fsdp")
+    pretrain("forked", run_dir, *text(text_file), *NO_DROPOUT, f"train.steps={STEPS}", "parallel.engine=fsdp")
     return run_dir
 
 
@@ -62,16 +63,16 @@ def test_every_launcher_and_engine_gives_the_losses_of_one_process(
     tmp_path, text_file, alone, launcher, engine, stage, more
 ):
     pretrain(
-        launcher, tmp_path, *text(text_file), *NO_DROPOUT, "train.steps=20", f"parallel.engine={engine}",
+        launcher, tmp_path, *text(text_file), *NO_DROPOUT, f"train.steps={STEPS}", f"parallel.engine={engine}",
         f"parallel.zero_stage={stage}", "parallel.activation_checkpoint=1", *more,
     )  # fmt: skip
     got, want = metrics(tmp_path), metrics(alone)
-    assert len(got) == 20
+    assert len(got) == STEPS
     for step, row in want.items():
         assert got[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), step
         assert got[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4), step
         assert got[step]["tokens"] == row["tokens"]
-    weights, reference = (open_weights(run / "checkpoints/step-00000020/state") for run in (tmp_path, alone))
+    weights, reference = (open_weights(run / f"checkpoints/step-{STEPS:08d}/state") for run in (tmp_path, alone))
     assert set(weights) == set(reference)
     for name in reference:
         torch.testing.assert_close(weights[name], reference[name], atol=1e-4, rtol=1e-3)
@@ -188,7 +189,7 @@ def test_bf16_trains_like_fp32(tmp_path, text_file, alone):
     for engine in ("deepspeed", "fsdp"):
         run_dir = tmp_path / engine
         pretrain(
-            "forked", run_dir, *text(text_file), *NO_DROPOUT, "train.steps=20", f"parallel.engine={engine}",
+            "forked", run_dir, *text(text_file), *NO_DROPOUT, f"train.steps={STEPS}", f"parallel.engine={engine}",
             "train.dtype=bf16",
         )  # fmt: skip
         assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-2)

@@ -80,17 +80,19 @@ def run_script(
     environment: dict[str, str] | None = None,
     tasks: Sequence[dict[str, str]] = ({},),
     until: str | None = None,
+    folder: Path = ROOT,
 ) -> tuple[int | None, str]:
     """Run a script of this project as `python SCRIPT ARGUMENTS...` does, or as a launcher does on so many ranks.
 
     Args:
-        script: its path in this project.
+        script: its path in this project, or a whole one.
         arguments: of the command.
         ranks: 0 for a process without a launcher.
         timeout_s: then the processes are killed.
         environment: more variables.
         tasks: where there are no ranks, variables of each process of its own, as a job scheduler sets them.
         until: text at which all of them get SIGKILL.
+        folder: in which they run.
 
     Returns:
         The first exit code that is not 0, or 0, or none if time ran out; and what all of them printed.
@@ -100,7 +102,13 @@ def run_script(
         processes = [
             CONTEXT.Process(
                 target=_script,
-                args=(script, list(arguments), output.name, variables(rank, ranks, port) | (environment or {}) | own),
+                args=(
+                    script,
+                    list(arguments),
+                    output.name,
+                    variables(rank, ranks, port) | (environment or {}) | own,
+                    folder,
+                ),
             )
             for rank, own in enumerate([{}] * ranks or tasks)
         ]
@@ -116,9 +124,9 @@ def run_script(
     return (None if late else next((code for code in codes if code), 0)), text
 
 
-def _script(script: str, arguments: list[str], output: str, environment: dict[str, str]) -> None:
+def _script(script: str, arguments: list[str], output: str, environment: dict[str, str], folder: Path = ROOT) -> None:
     set_variables(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     handle = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -214,6 +214,7 @@ class RunConfig:
             max_grad_norm=self.optimizer.max_grad_norm,
             seed=self.train.seed,
             compile=self.train.compile,
+            fp8=self.train.fp8,
             weight_average=self.train.weight_average,
         )
 

@@ -160,6 +160,13 @@ def test_the_default_run_with_a_change_is_refused(words, fragments, places, caps
         ("parallel.tp=4", ["parallel.tp=4", "use parallel.tp=1 or 2", "start 4 processes"]),
         ("parallel.sp=0", ["parallel.sp=0", "parallel.sp=1"]),
         ("parallel.ds_config.tensor_parallel.autotp_size=2", ["ds_config.tensor_parallel", "contradicts parallel.tp"]),
+        ("train.fp8=true parallel.engine=deepspeed", ["train.fp8=True", "parallel.engine=deepspeed", "engine=fsdp"]),
+        ("train.fp8=true parallel.engine=fsdp parallel.tp=2", ["train.fp8=True", "parallel.tp=2", "parallel.tp=1"]),
+        ("train.fp8=true parallel.engine=fsdp", ["train.fp8=True", "train.dtype=fp32", "train.dtype=bf16"]),
+        (
+            "train.fp8=true parallel.engine=fsdp train.dtype=bf16 parallel.device=cpu",
+            ["train.fp8=True", "a CPU", "train.fp8=false"],
+        ),
         ("parallel.device=cuda", ["parallel.device", "cuda", "cpu"]),
         ("run_dir={tmp}/file/run", ["run_dir", "folder"]),
         ("--resume {tmp}", ["resume", "manifest.json"]),

@@ -12,11 +12,15 @@ from difflib import get_close_matches
 from math import gcd
 from typing import Any, Literal
 
+import torch
 from torch import cuda
 
 from mega_scale.files import local_path
+from mega_scale.ops import device_kind
 from mega_scale.parallel.mesh import MeshShape
 from mega_scale.settings import require, require_ranges
+
+_FP8_CAPABILITY = (8, 9)  # of GPUs that multiply numbers of 8 bits
 
 
 @dataclass
@@ -106,14 +110,35 @@ class EngineConfig:
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, 0 for not at all
     seed: int = 0  # of dropout
     compile: bool = False  # whether elementwise arithmetic between matrix products is compiled
+    fp8: bool = False  # whether matrix products of blocks are computed in fp8
     weight_average: float = 0.0  # decay of an exponential average of the weights, 0 for none
 
     def validate(self, world_size: int, local_size: int | None = None) -> None:
         """Refuse what cannot run, before any process group starts; see `ParallelConfig.validate`."""
         self.parallel.validate(world_size, local_size)
+        if self.fp8:
+            self._check_fp8()
         if self.parallel.engine == "deepspeed":
             mesh = self.parallel.mesh(world_size)
             _check_native(self.native_deepspeed(mesh.fsdp)["zero_optimization"], mesh)
+
+    def _check_fp8(self) -> None:
+        parallel = self.parallel
+        kind = device_kind(torch.device("cuda" if parallel.device != "cpu" and cuda.is_available() else "cpu"))
+        capability = cuda.get_device_capability() if cuda.is_available() else _FP8_CAPABILITY
+        for good, remedy in (
+            (parallel.engine == "fsdp", f"parallel.engine={parallel.engine} casts what products read to bf16, use "
+             "parallel.engine=fsdp, or train.fp8=false"),
+            (parallel.tp == 1, f"layers that parallel.tp={parallel.tp} ranks share have no fp8 products, use "
+             "parallel.tp=1, or train.fp8=false"),
+            (self.dtype == "bf16", f"the rest is in bf16, not train.dtype={self.dtype}, use train.dtype=bf16"),
+            (importlib.util.find_spec("torchao") is not None,
+             "torchao is not installed, run pip install 'mega_scale[fp8]', or use train.fp8=false"),
+            (kind == "cuda", "a CPU has no fp8 products, use train.fp8=false"),
+            (capability >= _FP8_CAPABILITY, f"the GPU has compute capability {capability[0]}.{capability[1]}, and fp8 "
+             "products need 8.9 or newer, as an H100 has, use train.fp8=false"),
+        ):  # fmt: skip
+            require(good, "train.fp8", True, remedy)
 
     def native_deepspeed(self, ranks: int) -> dict[str, Any]:
         """DeepSpeed's own configuration, for `ranks` over which parameters are partitioned.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mega_scale.model.basic_layers import MegaDropout, use_own_linear
+from mega_scale.ops import device_kind
 from mega_scale.ops.elementwise import MOST_KEYS, PositionalDropout, compile_gates
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
@@ -59,7 +60,13 @@ def parallelize(
         config.validate(world.size)
         sp, tp = world.axes["sp"], world.axes["tp"]
         row_slice = apply_model_parallelism(
-            model, sp=sp, tp=tp, checkpointing=config.parallel, seed=config.seed, compile=config.compile
+            model,
+            sp=sp,
+            tp=tp,
+            checkpointing=config.parallel,
+            seed=config.seed,
+            compile=config.compile,
+            fp8=config.fp8,
         )
         kind: type[Engine] = FsdpEngine
         if config.parallel.engine == "deepspeed":
@@ -79,6 +86,7 @@ def apply_model_parallelism(
     checkpointing: ParallelConfig,
     seed: int,
     compile: bool = False,
+    fp8: bool = False,
 ) -> RowSlice:
     """Share rows over `sp` and channels over `tp`, make dropout independent of both, and checkpoint activations.
 
@@ -111,6 +119,8 @@ def apply_model_parallelism(
         divide(model, tp)
         if config.tie_word_embeddings:
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    if fp8:
+        multiply_in_fp8(model)
     if checkpointing.activation_checkpoint:
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 
@@ -118,6 +128,25 @@ def apply_model_parallelism(
     if compile:
         compile_gates(model)
     return row_slice
+
+
+def multiply_in_fp8(model: PreTrainedModel) -> None:
+    """Have the linear layers of a model's blocks multiply in fp8, forward and backward, by torchao.
+
+    Weights stay as they are, with their names: they, tokens and gradients are each scaled by their largest number and
+    rounded where they are multiplied. Layers with widths that are no multiples of 16, which matrix units do not take,
+    stay in bf16. Without a GPU, rounding is as on one and products are in the layers' dtype.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    emulated = device_kind(torch.device("cuda" if torch.cuda.is_available() else "cpu")) != "cuda"
+    # A micro-batch may have any number of tokens, over which gradients of weights are summed.
+    config = Float8LinearConfig(pad_inner_dim=True, emulate=emulated)
+    convert_to_float8_training(
+        model.base_model.layers,
+        module_filter_fn=lambda layer, _: not layer.in_features % 16 and not layer.out_features % 16,
+        config=config,
+    )
 
 
 class _Drop(NamedTuple):

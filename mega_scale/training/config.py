@@ -47,6 +47,10 @@ class TrainConfig:
     compile: bool = False
     """Whether torch.compile fuses the arithmetic between matrix products, a minute once (no unit)."""
 
+    fp8: bool = False
+    """Whether blocks multiply in 8 bits, weights and sums staying as they are: by torchao, with parallel.engine=fsdp,
+    train.dtype=bf16 and parallel.tp=1, on GPUs since compute capability 8.9 (no unit)."""
+
     weight_average: float = 0.0
     """Decay of an exponential average of the weights, such as 0.9999, kept in fp32 beside them, evaluated and saved;
     launch/export.py --average exports it; 0 keeps none (0 to below 1)."""

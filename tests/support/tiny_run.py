@@ -117,7 +117,12 @@ def plain_run(config: Any, steps: int = STEPS) -> tuple[list[float], list[float]
 
 
 def make_engine(
-    world: World, settings: dict[str, Any], dtype: str = "fp32", weight_average: float = 0.0, **changes: Any
+    world: World,
+    settings: dict[str, Any],
+    dtype: str = "fp32",
+    weight_average: float = 0.0,
+    fp8: bool = False,
+    **changes: Any,
 ) -> Engine:
     config = tiny_config(**changes)
     return parallelize(
@@ -130,6 +135,7 @@ def make_engine(
             accumulation=ACCUMULATION,
             max_grad_norm=MAX_GRAD_NORM,
             weight_average=weight_average,
+            fp8=fp8,
         ),
         world,
         build_optimizer,

@@ -69,7 +69,7 @@ def dropout_kernel(
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Lines (B, chunks, heads, queries) of `width` elements, a token or a query each."""
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     token, head = line, line * 0
     if HEADS:
@@ -81,7 +81,8 @@ def dropout_kernel(
     if HEADS:
         columns += head[:, None] * _HEAD_COLUMNS
     stays = keep(place[:, None], column_hash(columns, key), threshold)
-    at, there = line[:, None] * width + column[None, :], (line < lines)[:, None] & (column < width)[None, :]
+    at = line.to(tl.int64)[:, None] * width + column[None, :]
+    there = (line < lines)[:, None] & (column < width)[None, :]
     # As PyTorch multiplies numbers of 16 bits.
     result = tl.where(stays, tl.load(x + at, mask=there, other=0.0).to(tl.float32) * factor, 0.0)
     if RESIDUAL:

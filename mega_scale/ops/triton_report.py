@@ -60,6 +60,7 @@ _NEEDS = {
     (False, True): ", states",
     (True, True): ", documents and states",
 }
+_NEITHER = ("LAST", "DX", "SUMS")
 _ROUND_SIZES = ("D", "chunk", "width")
 _SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "lines", "queries", "chunks", "heads", "pairs", *_ROUND_SIZES)
 
@@ -111,6 +112,11 @@ def _variants(
                 **OUTPUTS,
             }
             yield outputs_kernel, f"outputs_kernel{words}", size, own
+            if documents and not states:
+                # What is read once more, before, where a row is several parts.
+                yield outputs_kernel, "outputs_kernel, ends", size, {**own, **both, "INITIAL": False, "OUTPUTS": False}
+                own = TILE.constants(columns, wide, documents, False, double, pairs, True, False) | both
+                yield gradients_kernel, "gradients_kernel, adjoints", size, {**own, **dict.fromkeys(_NEITHER, False)}
             for flags in gradient_flags(wide, documents, states, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
                 own = TILE.constants(columns, wide, documents, states, double, pairs, True, bool(flags["DX"]))

@@ -138,6 +138,7 @@ CASES = [
     (BF16, 2, 16, 4, 3, SMALL, True, "all"),
     (FP32, 1, 65, 9, 1, SMALL, True, None),
     (FP32, 1, 67, 3, 3, SPLIT, True, "random"),
+    (FP32, 1, 67, 3, 20, SPLIT, True, "random"),
     (BF16, 1, 64, 3, 3, SPLIT, False, "borders"),
     (BF16, 1, 63, 2, 3, SPLIT, True, None),
     (BF16, 1, 63, 5, 32, Tile(), True, None),

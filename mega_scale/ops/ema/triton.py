@@ -66,7 +66,7 @@ class Tile(NamedTuple):
 
 def gradient_flags(wide: bool, documents: bool, last: bool, complex: bool = False) -> list[dict[str, int]]:
     """The runs of `gradients_kernel`: two, without buffers, where registers do not hold everything at once."""
-    if (wide and (documents or last or complex)) or (documents and last and complex):
+    if wide + complex + (documents or last) > 1:
         return [{"LAST": last, "DX": dx, "SUMS": not dx, "num_stages": 1} for dx in (True, False)]
     return [{"LAST": last, "DX": True, "SUMS": True, "num_stages": 3}]
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "kernels": ("ema", "Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills"),
     "bandwidth": ("ema", "the moving average on a GPU as a share of a copy's bandwidth"),
     "roofline": ("roofline", "what a step takes on a GPU that need not be here: kernels, ms, MFU, kept memory"),
+    "accept": ("accept", "what one GPU has to show before a long run: kernels, steps, launchers, in ten minutes"),
     "mfu": ("step", "training steps of a large model on a GPU, against a Llama of its size"),
 }
 

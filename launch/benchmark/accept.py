@@ -93,9 +93,9 @@ def facts(bench: Bench) -> None:
         weight, gradient = bench.normal(width, inner), bench.normal(tokens, width)
         work = 2 * tokens * inner * width / 1e9
         calls = {
-            "forward": lambda w=weight: x @ w.t(),
-            "by_input": lambda w=weight, g=gradient: g @ w,
-            "by_weight": lambda g=gradient: g.t() @ x,
+            "forward": partial(torch.matmul, x, weight.t()),
+            "by_input": partial(torch.matmul, gradient, weight),
+            "by_weight": partial(torch.matmul, gradient.t(), x),
         }
         rates = {f"{of}_TFLOP_s": work / bench.times(call) for of, call in calls.items()}
         say(product=f"{tokens} x {inner} x {width}", **rates)
@@ -197,7 +197,7 @@ def fp8(bench: Bench) -> None:
     one, x = torch.ones((), device=bench.device), bench.normal(tokens, inner).to(torch.float8_e4m3fn)
     for width in (4096, 4864) if bench.cuda else (32,):
         weight = bench.normal(width, inner).to(torch.float8_e4m3fn)
-        took = bench.times(lambda w=weight: torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16))
+        took = bench.times(partial(torch._scaled_mm, x, weight.t(), one, one, out_dtype=torch.bfloat16))
         say(fp8=f"{tokens} x {inner} x {width}", TFLOP_s=2 * tokens * inner * width / took / 1e9)
 
 
@@ -339,12 +339,8 @@ def run_accept(args: argparse.Namespace) -> None:
         if name not in STAGES:
             raise ValueError(f"--stages {name} is unknown: choose of {', '.join(STAGES)}")
     if args.list:
-        print(
-            "\n".join(
-                f"{name:14} {limit:4} s  {(what.__doc__ or WORDS[name]).strip()}"
-                for name, (limit, what) in STAGES.items()
-            )
-        )
+        for name, (limit, what) in STAGES.items():
+            print(f"{name:14} {limit:4} s  {(what.__doc__ or WORDS[name]).strip()}")
         return
     if args.device == "cuda":
         harness.gpu_name("accept")

@@ -104,7 +104,7 @@ def predict(run: RunConfig, gpu: Gpu, ranks: int = 1, local: int = 8) -> Predict
 def _traced(run: RunConfig, gpu: Gpu, ranks: int, local: int, layers: int) -> Prediction:
     """The same of a model of few layers, followed on fake tensors."""
     meter, kept = follow(run, gpu.capability, ranks, layers, local)
-    events = list(in_fp8(meter.events)) if getattr(run.train, "fp8", False) else meter.events
+    events = list(in_fp8(meter.events)) if run.train.fp8 else meter.events
     events = fused(events) if _compiles(run) else events
     forward = [event for event in events if event.phase != "optimizer"]
     rows = table(forward, gpu), table([event for event in events if event.phase == "optimizer"], gpu)
@@ -124,7 +124,7 @@ def follow(
     """
     config = model_config(run.model)
     config.num_hidden_layers = layers
-    how = dataclasses.replace(run.engine_config(ranks), compile=False)
+    how = dataclasses.replace(run.engine_config(ranks), compile=False, fp8=False)
     parallel = dataclasses.replace(how.parallel, device="cpu", self_test=False)
     how = dataclasses.replace(how, parallel=parallel)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -183,7 +183,7 @@ def run_roofline(args: argparse.Namespace) -> None:
     run = resolve(RunConfig, [args.config], overrides)[0]
     if run.model.vocab_size is None:
         raise ValueError("model.vocab_size is not set, and no tokenizer is read here: give model.vocab_size=...")
-    if getattr(run.train, "fp8", False) and not gpu.products_fp8:
+    if run.train.fp8 and not gpu.products_fp8:
         raise ValueError(
             f"train.fp8=true is not possible on {gpu.name}, which has no fp8 products: choose another --gpu"
         )
@@ -216,7 +216,7 @@ def run_roofline(args: argparse.Namespace) -> None:
     share = mfu(flops / shared, step, gpu)
     bound = "kernels" if step == rows["all"].seconds else "the host's launches" if step == host else "links"
     way = "compiled: a kernel a gap between products" if _compiles(run) else "eager"
-    if getattr(run.train, "fp8", False):
+    if run.train.fp8:
         way += ", products in fp8"
     notes = [
         f"A step of one of {args.ranks} {gpu.name} ({times} x {run.train.micro_batch_size} x "

@@ -136,16 +136,25 @@ def is_elementwise(event: Event) -> bool:
 
 
 def in_fp8(events: Iterable[Event]) -> Iterator[Event]:
-    """The linear layers' products of bf16 tensors in fp8, each with a kernel that casts what it takes.
+    """The linear layers' products of bf16 tensors in fp8, each after a kernel that casts what it takes.
 
-    A cast reads its tensor twice, for the largest number and to convert it, and writes it in a byte a number.
+    A cast reads its tensor twice, for the largest number and to convert it, and writes it in a byte a number. A tensor
+    is cast once in each pass, whatever multiplies it there, as a compiler finds.
     """
+    cast: set[tuple[str, int]] = set()
     for event in events:
-        if part(event) == "products" and event.dtype == "bfloat16":
-            yield event._replace(name="cast to fp8", read=2 * event.read, written=event.read // 2, flops=0, kernels=4)
-            yield event._replace(read=event.read // 2, dtype="float8_e4m3fn")
-        else:
+        if part(event) != "products" or event.dtype != "bfloat16":
             yield event
+            continue
+        fresh = [(number, size) for number, size in event.inputs if (event.phase, number) not in cast]
+        cast |= {(event.phase, number) for number, _ in fresh}
+        size = sum(size for _, size in fresh)
+        if size:
+            yield event._replace(
+                name="cast to fp8", read=2 * size, written=size // 2, flops=0, kernels=2 * len(fresh),
+                inputs=tuple(fresh), outputs=(),
+            )  # fmt: skip
+        yield event._replace(read=event.read // 2, dtype="float8_e4m3fn")
 
 
 @dataclass

@@ -106,10 +106,11 @@ def test_elementwise_operators_between_products_become_one_kernel():
 
 
 def test_fp8_products_cast_what_they_take():
-    products = [event("aten::mm", 1000, 400, 10**9), event("aten::bmm", 1000, 400, 10**9), event(read=8)]
-    found = list(in_fp8(products))
-    assert [e.name for e in found] == ["cast to fp8", "aten::mm", "aten::bmm", "aten::mul"]
-    assert (found[0].read, found[0].written) == (2000, 500) and (found[1].read, found[1].written) == (500, 400)
+    own = event("aten::mm", 1000, 400, 10**9)._replace(inputs=((1, 600), (2, 400)))
+    other = own._replace(inputs=((1, 600), (3, 400)))
+    found = list(in_fp8([own, other, event("aten::bmm", 1000, 400, 10**9), event(read=8)]))
+    assert [e.name for e in found] == ["cast to fp8", "aten::mm", "cast to fp8", "aten::mm", "aten::bmm", "aten::mul"]
+    assert [(e.read, e.written) for e in found[:4]] == [(2000, 500), (500, 400), (800, 200), (500, 400)]
 
 
 def test_rows_add_up():

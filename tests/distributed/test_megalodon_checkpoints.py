@@ -1,8 +1,10 @@
 """A Megalodon's state, handed from layout to layout and from engine to engine: the same to the bit, and it goes on."""
 
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+import launching
 import layout_study
 import pytest
 import state_folder
@@ -28,6 +30,7 @@ CHAIN = [
     ("tp4", "fsdp-1"),
 ]
 OTHER_WEIGHTS = 77  # than those that are loaded
+EARLIER = launching.ROOT / "tests" / "golden" / "earlier" / "e8b4690-tp4.tar.xz"
 
 
 class Found(NamedTuple):
@@ -57,13 +60,19 @@ def hand_on(folder: Path) -> list[Found]:
                 given = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
                 text = made.module.generate(tokens[:, :5], **given)
             found.append(Found(logits, text, layout_study.train(made, world, range(CUT, CUT + MORE))[0]))
+            if number == len(CHAIN) - 1:
+                state_folder.load(made, folder / "tp4", world)
+                state_folder.save(made, folder / "tp4 again", world)
             made.close()
     return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("chain")
+    chain = tmp_path_factory.mktemp("chain")
+    with tarfile.open(EARLIER) as archive:
+        archive.extractall(chain, filter="data")
+    return chain
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +85,11 @@ def test_every_layout_hands_the_same_state_on(folder, ranks):
     assert sum(name.startswith("exp_avg_sq/") for name in first) > 30 and int(first["steps"]) == CUT
     for number in range(1, len(CHAIN)):
         assert state_folder.differing(state_folder.canonical(folder / str(number)), first) == [], CHAIN[number]
+
+
+def test_ranks_that_shared_an_averages_channels_hand_them_to_ranks_that_have_all(folder, ranks):
+    earlier = state_folder.canonical(folder / "tp4")
+    assert state_folder.differing(state_folder.canonical(folder / "tp4 again"), earlier) == []
 
 
 def test_every_layout_goes_on_as_the_first_does(ranks):

@@ -263,7 +263,7 @@ def check_tensor_parallel(model: Any, tp: int) -> None:
     """Refuse a model, a configuration or the `model` section of a run, whose channels `tp` ranks cannot share."""
     if tp == 1:
         return
-    _check_model(model, f"parallel.tp={tp}", both_ways="only the causal moving average shares its channels")
+    _check_model(model, f"parallel.tp={tp}", both_ways="only causal models share their channels")
     heads, groups = getattr(model, "num_attention_heads", 1), getattr(model, "timestep_norm_groups", None) or 1
     # What ranks divide, and what else has to divide it.
     shared = {"hidden_size": groups, "intermediate_size": heads, "timestep_norm_groups": 1}

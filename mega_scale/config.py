@@ -284,7 +284,8 @@ class RunConfig:
         key = store.read_key(self.checkpoint.key_file)
         if self.resume is not None and self.resume != "auto":
             try:
-                store.find_checkpoint(run_dir if self.resume == "latest" else Path(self.resume), key)
+                newest = run_dir if self.resume == "latest" else Path(self.resume)
+                store.find_checkpoint(newest, key, proof=store.verify_outline)
             except (ValueError, OSError) as error:
                 raise ValueError(f"resume={self.resume!r}: {error}") from None
         starts = resume_path(run_dir, self.resume) is None
@@ -417,7 +418,9 @@ def _type_of_folder(values: dict[str, Any]) -> dict[str, Any]:
 def _checkpoint_of(config: RunConfig) -> Path | None:
     """The checkpoint that a run goes on from, if any. Raises ValueError where none that is meant can be used."""
     path = resume_path(config.folder, config.resume)
-    return None if path is None else store.find_checkpoint(path, store.read_key(config.checkpoint.key_file))[0]
+    if path is None:
+        return None
+    return store.find_checkpoint(path, store.read_key(config.checkpoint.key_file), proof=store.verify_outline)[0]
 
 
 def adopt(config: RunConfig, given: Collection[str]) -> RunConfig:

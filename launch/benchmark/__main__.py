@@ -24,6 +24,7 @@ COMMANDS = {
     "prepare": ("data", "text to prepared data against datasets.map"),
     "reset": ("data", "training with the documents of a row kept apart, against concatenated documents"),
     "checkpoint": ("checkpoint", "how long saves stop training, and what verification costs"),
+    "startup": ("startup", "what a rank does before its first step, by the number of ranks"),
     "kernels": ("ema", "Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills"),
     "bandwidth": ("ema", "the moving average on a GPU as a share of a copy's bandwidth"),
     "roofline": ("roofline", "what a step takes on a GPU that need not be here: kernels, ms, MFU, kept memory"),

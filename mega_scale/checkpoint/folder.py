@@ -8,7 +8,8 @@ import contextlib
 import hmac
 import json
 import re
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -166,21 +167,34 @@ def own_files(folder: Path) -> set[str]:
 
 
 def verify(
-    folder: Path, key: bytes | None = None, share: slice = slice(None), elsewhere: Mapping[str, int] | None = None
+    folder: Path,
+    key: bytes | None = None,
+    elsewhere: Mapping[str, int] | None = None,
+    *,
+    state: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Manifest:
     """Verify that a checkpoint holds what was written: names, sizes and hashes of all files.
 
-    Of the files of its state, by size, only a `share` may be read; those that lie `elsewhere`, by name, have sizes
-    there. Raises CheckpointError, which names the folder and
-    the first file that differs.
+    Args:
+        folder: the checkpoint.
+        key: secret with which it is signed.
+        elsewhere: sizes of files that do not lie here, by name.
+        state: whether the files of its state are read too.
+        share: rank and number of those that share the work: each looks at its files alone, the first at names too.
+            So only the manifest grows with the number of ranks that wrote the checkpoint.
+
+    Raises CheckpointError, which names the folder and the first file that differs.
     """
+    (rank, ranks), elsewhere = share, elsewhere or {}
     try:
         manifest = read_manifest(folder, key)
-        _check_list(folder, manifest, elsewhere or {})
-        large = [name for name in manifest.files if name.startswith(_LARGE)]
-        large.sort(key=lambda name: (-manifest.files[name].size, name))
-        for name in [*(name for name in manifest.files if not name.startswith(_LARGE)), *large[share]]:
-            if files.hash_file(folder / name, key) != manifest.files[name]:
+        found = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))[rank::ranks]
+        if rank == 0:
+            _check_names(folder, manifest, elsewhere)
+        _check_sizes(folder, manifest, found, elsewhere)
+        for name in found:
+            if (state or not name.startswith(_LARGE)) and files.hash_file(folder / name, key) != manifest.files[name]:
                 raise CheckpointError(f"{name} does not hold what was written (its hash differs)")
         return manifest
     except CheckpointError as error:
@@ -190,15 +204,33 @@ def verify(
     raise CheckpointError(f"{folder} is no valid checkpoint: {problem}")
 
 
-verify_quickly = partial(verify, share=slice(0))
+verify_quickly = partial(verify, state=False)
 """`verify` all but the state: manifest, names, sizes, and what is small."""
+
+
+def verify_outline(folder: Path, key: bytes | None = None) -> Manifest:
+    """Verify the manifest and what describes the run, and no file of which each rank has one: what every rank of a
+    large run can do before they meet, and `find_checkpoint` with a `world` does the rest. Raises CheckpointError."""
+    manifest = read_manifest(folder, key)
+    described = [name for name in manifest.files if not name.startswith((f"{STATE}/", f"{RANDOM}/"))]
+    try:
+        _check_sizes(folder, manifest, described, {})
+        for name in described:
+            if files.hash_file(folder / name, key) != manifest.files[name]:
+                raise CheckpointError(f"{name} does not hold what was written (its hash differs)")
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is no valid checkpoint: {error}") from None
+    except OSError as error:
+        problem = f"{error.filename or folder} cannot be read ({error.strerror or error})"
+        raise CheckpointError(f"{folder} is no valid checkpoint: {problem}") from None
+    return manifest
 
 
 def _verify_together(folder: Path, key: bytes | None, world: "World") -> Manifest:
     """Verify a checkpoint, each rank some of its files; collective. Raises the same CheckpointError on all ranks."""
     problem, manifest = None, Manifest(0, 0, {})
     try:
-        manifest = verify(folder, key, slice(world.rank, None, world.size))
+        manifest = verify(folder, key, share=(world.rank, world.size))
     except CheckpointError as error:
         problem = str(error)
     if problem := world.first(problem):
@@ -206,7 +238,7 @@ def _verify_together(folder: Path, key: bytes | None, world: "World") -> Manifes
     return manifest
 
 
-def _check_list(folder: Path, manifest: Manifest, elsewhere: Mapping[str, int]) -> None:
+def _check_names(folder: Path, manifest: Manifest, elsewhere: Mapping[str, int]) -> None:
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     for name in _around(manifest) & found.keys():
         # A link to a folder is none of the checkpoint's own, and its files are not looked through.
@@ -215,12 +247,20 @@ def _check_list(folder: Path, manifest: Manifest, elsewhere: Mapping[str, int]) 
         del found[name]
     if missing := manifest.files.keys() - found.keys() - elsewhere.keys():
         raise CheckpointError(f"{min(missing)} is missing")
-    for name, record in manifest.files.items():
-        if name not in elsewhere and (found[name].is_symlink() or not found[name].is_file()):
-            raise CheckpointError(f"{name} is no regular file")
-        size = elsewhere[name] if name in elsewhere else found[name].stat().st_size
-        if size != record.size:
-            raise CheckpointError(f"{name} has {size} bytes, {record.size} were written")
+
+
+def _check_sizes(folder: Path, manifest: Manifest, names: Iterable[str], elsewhere: Mapping[str, int]) -> None:
+    for name in names:
+        if (size := elsewhere.get(name)) is None:
+            try:
+                found = (folder / name).lstat()
+            except FileNotFoundError:
+                raise CheckpointError(f"{name} is missing") from None
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{name} is no regular file")
+            size = found.st_size
+        if size != manifest.files[name].size:
+            raise CheckpointError(f"{name} has {size} bytes, {manifest.files[name].size} were written")
 
 
 def _around(manifest: Manifest) -> set[str]:
@@ -350,7 +390,8 @@ def find_checkpoint(
         pointer, gone = ([], False) if problems or named else _pointer_problem(path, folder)
         if not older and (newer := problems or (pointer if gone else [])):
             raise CheckpointError(f"{'; '.join(newer)}: to take {folder} instead, give that folder, or --allow-older")
-        return folder, [*problems, *pointer, *_stray_notes(folder, manifest)]
+        notes = _stray_notes(folder, manifest) if world is None or world.rank == 0 else []
+        return folder, [*problems, *pointer, *notes]
     if named:
         remedy = "there is no other valid one beside it"
         for folder in checkpoints(path.parent.parent):

@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import socket
 import sys
 import threading
@@ -39,6 +40,7 @@ _TIMEOUT, _PATIENCE, _PATIENCE_IN_ALARM, _ANSWERS_TAKE, _VICTIM_WAITS, _NEWS_SPR
 _REASON_LENGTH, _NAMED = 300, 16
 _REMEDY = "see its output and the network, then start the run again with --resume"
 
+_CONNECTIONS, _OTHER_FILES = 2, 512  # of each rank to the store; what else the process that keeps it has open
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _NAMES_TAKE_S = 20.0  # a cluster may announce a host's name after its processes have started
 _ANSWERS_TAKE_S = 5.0  # what listens at the address is another program if it does not answer as our store by then
@@ -59,6 +61,8 @@ def connect(timeout_s: float) -> tuple[dist.Store, dist.Store, str, bool]:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     hosted = place.rank == 0 and not agent
     deadline = time.monotonic() + timeout_s
+    if hosted:
+        _allow_connections(place.size)
     _reach(host, port, deadline, listens=not hosted)
     left = max(deadline - time.monotonic(), 1.0)
     found: list[Any] = []
@@ -99,6 +103,21 @@ def connect(timeout_s: float) -> tuple[dist.Store, dist.Store, str, bool]:
         if main.get("size").decode() != str(place.size) or main.add(f"came/{place.rank}", 1) > 1:
             raise problem("another run meets")
     return main, watch, f"{host}:{port}", agent
+
+
+def _allow_connections(ranks: int) -> None:
+    """Let this process have the files open that a store for so many ranks needs: often the limit is 1,024, which shells
+    inherit and a process may raise. Raises ConnectionError where it may not."""
+    needed = _CONNECTIONS * ranks + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft in (resource.RLIM_INFINITY, -1) or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConnectionError(
+            f"rank 0's host lets a process have {hard} files open, and {ranks} ranks need {needed} for their key-value "
+            f"store: raise the hard limit there to {needed} (ulimit -Hn, LimitNOFILE), or start with torchrun"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _reach(host: str, port: int, deadline: float, listens: bool) -> None:

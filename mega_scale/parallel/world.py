@@ -336,6 +336,8 @@ class World:
 
     def first(self, value: Any) -> Any:
         """The value of the first rank that has one, on all ranks, as JSON gives it back; None where none has."""
+        if self.all_agree(value is None):
+            return None
         found = self.gather(value)
         return self.broadcast(found and next((other for other in found if other is not None), None))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mega_scale.checkpoint.folder import find_checkpoint, read_key, read_state
+from mega_scale.checkpoint.folder import find_checkpoint, read_key, read_state, verify_outline
 from mega_scale.checkpoint.run_folder import RunFolder, end_without_folder, resume_path
 from mega_scale.checkpoint.saver import Saved, Saver, describe_model
 from mega_scale.config import RunConfig, model_config, require_same
@@ -97,7 +97,7 @@ class Trainer:
         self.key = read_key(config.checkpoint.key_file)
         self.origin, self.checkpoint = resume_path(self.run_dir, config.resume), None
         if self.origin is not None:
-            self.checkpoint, _ = find_checkpoint(self.origin, self.key)
+            self.checkpoint, _ = find_checkpoint(self.origin, self.key, proof=verify_outline)
         tokenizer = load_tokenizer(config.data.tokenizer)
         self.model_config = model_config(config.model, tokenizer)
         require_same(config, self.checkpoint, self.model_config, tokenizer)

@@ -69,7 +69,9 @@ def test_what_it_learned_is_evaluated_continued_and_exported(run, tmp_path, caps
     assert exit_code(export.main, folder, out) == 0
     for place in (folder, out):
         assert exit_code(evaluate.main, place, text, "--json", "--sequence-length", 64) == 0
-        assert exit_code(generate.main, place, "--prompt", "def ", "--max-new-tokens", 20, "--temperature", 0) == 0
+        continued = ("--prompt", "def ", "--max-new-tokens", 20, "--temperature", 0)
+        assert exit_code(generate.main, place, *continued) == 0
+    assert exit_code(generate.main, place, *continued, "--cache", "static") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     scores = [json.loads(line)["loss"] for line in lines if line.startswith("{")]
     assert len(scores) == 2 and scores[0] == pytest.approx(scores[1], rel=1e-6) and scores[0] < 2 * math.log(259)

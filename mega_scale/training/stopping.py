@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
@@ -27,8 +27,11 @@ from torch import Tensor
 from mega_scale.files import replace_text
 from mega_scale.parallel import World
 from mega_scale.parallel.mesh import MeshShape
-from mega_scale.process import PEER_LOST, Standing, StopSignals, write_stderr
+from mega_scale.process import DIVERGED, PEER_LOST, Standing, StopSignals, write_stderr
 from mega_scale.training.config import BadStepsConfig
+
+if TYPE_CHECKING:
+    from mega_scale.training.trainer import StepResult, Trainer
 
 _MARGIN = 1.2  # steps and saves are not all alike
 _TO_LEAVE_S = 2.0  # for leaving the process group, and for Python's end
@@ -129,6 +132,39 @@ def rows_of(position: int, shares: Tensor, ranks: MeshShape, rows: int) -> tuple
         begin = first + (i * ranks.dp + ranks.dp_rank(rank)) * rows
         found.append(f"rank {rank}, rows {begin} to {begin + rows - 1}")
     return [first, first + micro_batches * ranks.dp * rows], found
+
+
+def after_bad_step(trainer: "Trainer", result: "StepResult") -> bool:
+    """Report a step that was not taken; too many in a row end the run, or roll it back, which is returned; collective.
+
+    Raises EndOfRunError where it cannot go back.
+    """
+    progress, world, config = trainer.progress, trainer.world, trainer.config.bad_steps
+    bad, shares = progress.bad, world.all_gather(result.shares)
+    position = progress.data_step(progress.step)
+    rows, where = rows_of(position, shares, world.shape, trainer.config.train.micro_batch_size)
+    trainer.reporter.bad_step(progress.step, str(result.problem), rows, where, result.loss, result.norm, bad.total)
+    if bad.in_a_row < config.in_a_row:
+        return False
+    trainer.log_saves(trainer.saver.finish())
+    step, what = progress.step, f"{bad.in_a_row} bad steps in a row up to step {progress.step}: {result.problem}"
+    if progress.folder is None or bad.rollbacks >= config.rollbacks:
+        last = f"the last good checkpoint is {progress.folder}"
+        if progress.folder is None:
+            last = "there is no checkpoint before them"
+        remedy = "look at those rows, lower optimizer.lr, or set bad_steps.rollbacks"
+        raise EndOfRunError(DIVERGED, f"{what}; {last}; {remedy}")
+    from mega_scale.checkpoint.state import load_checkpoint
+
+    row = rows[1] - rows[0]
+    trainer.watchdog.beat("going back")
+    skipped = progress.go_back(progress.folder, load_checkpoint(progress.folder, trainer.engine, world))
+    trainer.reporter.rewind(progress.step)
+    trainer.reporter.log(
+        f"step {step} | {what}; went back to step {progress.step}, and leave out rows {skipped[0] * row} to "
+        f"{skipped[1] * row - 1} ({progress.bad.rollbacks} of {config.rollbacks} rollbacks)"
+    )
+    return True
 
 
 # What ends it

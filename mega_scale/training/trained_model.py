@@ -214,6 +214,16 @@ def evaluate(
     return Evaluation(loss, math.exp(min(loss, 700.0)), loss * tokens_per_byte / math.log(2), tokens)
 
 
+def evaluate_run(trainer: "Trainer", dataset: PackedDataset) -> dict[str, Any]:
+    """Evaluate the weights of a run and, where it has one, their average, as `average`; collective. Raises StopRun."""
+    found = evaluate_weights(trainer, dataset)
+    if trainer.engine.averages:
+        trainer.saver.wait_copied()  # the average takes the weights' place
+        with trainer.engine.averaged():
+            found["average"] = evaluate_weights(trainer, dataset, average=True)
+    return found
+
+
 def evaluate_weights(trainer: "Trainer", dataset: PackedDataset, average: bool = False) -> dict[str, Any]:
     """Report loss, perplexity, bits per byte and tokens, as the engine computes now, and return them; collective.
 
@@ -317,3 +327,16 @@ def generate_text(
     finally:
         module.train(was_training)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def generate_sample(trainer: "Trainer") -> str:
+    """The text of `train.sample_prompt` and what the run's model makes of it now; collective. Raises StopRun."""
+    train = trainer.config.train
+    return generate_text(
+        trainer.engine.module,
+        trainer.tokenizer,
+        train.sample_prompt,
+        max_new_tokens=train.sample_tokens,
+        seed=train.seed + trainer.progress.step,
+        every_token=partial(trainer.check_stop, "generating text"),
+    )

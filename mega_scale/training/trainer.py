@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +22,7 @@ from mega_scale.files import replace_text
 from mega_scale.model import causal_lm_class
 from mega_scale.parallel import Place, Placement, World, layout_changes, parallelize, run_self_test, seeded_values
 from mega_scale.parallel.model_parallel import ParallelizeError
-from mega_scale.process import DIVERGED, NOT_WRITTEN, REFUSED, STOPPED, StopSignals, refuse, write_stderr
+from mega_scale.process import NOT_WRITTEN, REFUSED, STOPPED, StopSignals, refuse, write_stderr
 from mega_scale.settings import to_yaml
 from mega_scale.training.config import Schedule, build_optimizer, seconds_of
 from mega_scale.training.console import Reporters, changes, describe_run, end_line, header, save_line
@@ -37,7 +36,7 @@ from mega_scale.training.stopping import (
     Stopping,
     StopRun,
     Watchdog,
-    rows_of,
+    after_bad_step,
 )
 
 if TYPE_CHECKING:
@@ -442,7 +441,7 @@ class Trainer:
         progress.count(result.tokens, result.loss, taken=result.problem is None)
         for callback in self.callbacks:
             callback.on_step(self, progress.step, result)
-        if result.problem is not None and self.after_bad_step(result):
+        if result.problem is not None and after_bad_step(self, result):
             return  # rolled back: nothing to log
         step, last = progress.step, progress.step == train.steps
         if step % train.log_every == 0 or last:
@@ -471,35 +470,6 @@ class Trainer:
         every = self.config.train.eval_command_every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def after_bad_step(self, result: StepResult) -> bool:
-        """Report a step that was not taken; too many in a row end the run, or roll it back, which is returned."""
-        progress, world, config = self.progress, self.world, self.config.bad_steps
-        bad, shares = progress.bad, world.all_gather(result.shares)
-        position = progress.data_step(progress.step)
-        rows, where = rows_of(position, shares, world.shape, self.config.train.micro_batch_size)
-        self.reporter.bad_step(progress.step, str(result.problem), rows, where, result.loss, result.norm, bad.total)
-        if bad.in_a_row < config.in_a_row:
-            return False
-        self.log_saves(self.saver.finish())
-        step, what = progress.step, f"{bad.in_a_row} bad steps in a row up to step {progress.step}: {result.problem}"
-        if progress.folder is None or bad.rollbacks >= config.rollbacks:
-            last = f"the last good checkpoint is {progress.folder}"
-            if progress.folder is None:
-                last = "there is no checkpoint before them"
-            remedy = "look at those rows, lower optimizer.lr, or set bad_steps.rollbacks"
-            raise EndOfRunError(DIVERGED, f"{what}; {last}; {remedy}")
-        from mega_scale.checkpoint.state import load_checkpoint
-
-        row = rows[1] - rows[0]
-        self.watchdog.beat("going back")
-        skipped = progress.go_back(progress.folder, load_checkpoint(progress.folder, self.engine, world))
-        self.reporter.rewind(progress.step)
-        self.reporter.log(
-            f"step {step} | {what}; went back to step {progress.step}, and leave out rows {skipped[0] * row} to "
-            f"{skipped[1] * row - 1} ({progress.bad.rollbacks} of {config.rollbacks} rollbacks)"
-        )
-        return True
-
     # Reports and saves
 
     def log_step(self, result: StepResult) -> None:
@@ -526,32 +496,19 @@ class Trainer:
         """
         if self.validation is None:
             return
-        from mega_scale.training.trained_model import evaluate_weights
+        from mega_scale.training.trained_model import evaluate_run
 
-        found = evaluate_weights(self, self.validation)
-        if self.engine.averages:
-            self.saver.wait_copied()  # the average takes the weights' place
-            with self.engine.averaged():
-                found["average"] = evaluate_weights(self, self.validation, average=True)
+        found = evaluate_run(self, self.validation)
         self.progress.evaluation = found
         for callback in self.callbacks:
             callback.on_evaluation(self, self.progress.step, found)
 
     def sample(self) -> None:
         """Generate a text; collective. Raises StopRun."""
-        from mega_scale.training.trained_model import generate_text
+        from mega_scale.training.trained_model import generate_sample
 
         self.watchdog.beat("generating text")
-        train, step = self.config.train, self.progress.step
-        text = generate_text(
-            self.engine.module,
-            self.tokenizer,
-            train.sample_prompt,
-            max_new_tokens=train.sample_tokens,
-            seed=train.seed + step,
-            every_token=partial(self.check_stop, "generating text"),
-        )
-        self.reporter.sample(step, text)
+        self.reporter.sample(self.progress.step, generate_sample(self))
 
     def save(self, data: dict[str, Any]) -> list[Saved]:
         """Begin a checkpoint, or write it where saves are not asynchronous; collective. Returns saves that ended.

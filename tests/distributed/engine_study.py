@@ -105,7 +105,7 @@ def _resumed(key: str, world: World, folder: Path) -> dict[str, Any]:
 
 
 def _generating(key: str, world: World) -> dict[str, Any]:
-    """Evaluation and generation between steps."""
+    """Evaluation between steps, and generation after two of them."""
     texts, evaluations = [], []
 
     def between(engine: Engine) -> None:
@@ -116,7 +116,9 @@ def _generating(key: str, world: World) -> dict[str, Any]:
             given = {"input_ids": inputs, "shift_labels": labels, "num_items_in_batch": count}
             direct = engine.module(**given, use_cache=False, skip_logits=True)
             evaluations.append(float(direct.loss))
-            texts.append(engine.module.generate(inputs[:1, :5], max_new_tokens=14, do_sample=False, eos_token_id=None))
+            if len(evaluations) in (2, 8):
+                given = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
+                texts.append(engine.module.generate(inputs[:1, :5], **given))
         engine.module.train()
 
     engine = tiny_run.make_engine(world, ENGINES[key])

@@ -132,11 +132,11 @@ class EngineConfig:
             (parallel.tp == 1, f"layers that parallel.tp={parallel.tp} ranks share have no fp8 products, use "
              "parallel.tp=1, or train.fp8=false"),
             (self.dtype == "bf16", f"the rest is in bf16, not train.dtype={self.dtype}, use train.dtype=bf16"),
-            (importlib.util.find_spec("torchao") is not None,
-             "torchao is not installed, run pip install 'mega_scale[fp8]', or use train.fp8=false"),
             (kind == "cuda", "a CPU has no fp8 products, use train.fp8=false"),
             (capability >= _FP8_CAPABILITY, f"the GPU has compute capability {capability[0]}.{capability[1]}, and fp8 "
              "products need 8.9 or newer, as an H100 has, use train.fp8=false"),
+            (importlib.util.find_spec("torchao") is not None,
+             "torchao is not installed, run pip install 'mega_scale[fp8]', or use train.fp8=false"),
         ):  # fmt: skip
             require(good, "train.fp8", True, remedy)
 

@@ -1,6 +1,12 @@
-"""Products of blocks in fp8: which layers, training beside bf16, checkpoints, and where it is refused."""
+"""Products of blocks in fp8: which layers, training beside bf16, checkpoints, and where it is refused.
+
+torchao is in a folder that MEGA_SCALE_TORCHAO names, or installed: transformers imports it wherever it is, which takes
+every process 2 s.
+"""
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +29,15 @@ SIZES = {
 }  # fmt: skip
 # Values, four segments, outputs and two of the feed-forward network; the feed-forward network of a Megalodon has three.
 LAYERS = {"mega": 8, "megalodon": 8}
+TORCHAO = os.environ.get("MEGA_SCALE_TORCHAO")
 CONFIG = EngineConfig(ParallelConfig(engine="fsdp"), dtype="bf16", fp8=True)
 
 
 def study(folder: Path) -> dict[str, Any]:
     """Two ranks, in bf16, and with products in fp8 that a CPU rounds as a GPU does."""
     EngineConfig._check_fp8 = lambda self: None  # type: ignore[method-assign] # in this process, which only has a CPU
+    if TORCHAO:
+        sys.path.append(TORCHAO)
     found: dict[str, Any] = {}
     with World.start(ParallelConfig(timeout_s=120)) as world:
         for family, sizes in SIZES.items():
@@ -50,7 +59,7 @@ def study(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+@pytest.mark.skipif(not TORCHAO and importlib.util.find_spec("torchao") is None, reason="needs torchao")
 def test_blocks_train_beside_bf16_and_their_checkpoints_are_the_same(tmp_path):
     found = run_ranks(study, 2, tmp_path / "ranks", tmp_path)[0]
     for family, layers in LAYERS.items():
@@ -82,8 +91,8 @@ def test_a_gpu_without_fp8_and_a_missing_package_are_refused(capability, there, 
         CONFIG.validate(1)
 
 
-def test_a_plan_for_a_gpu_may_have_it():
-    if importlib.util.find_spec("torchao") is None:
-        pytest.skip("needs torchao")
+def test_a_plan_for_a_gpu_may_have_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "torchao" else find(name))
     with as_if("cuda", (9, 0)):
         CONFIG.validate(1)

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import gc
 
-from mega_scale.process import StopSignals, keep_streams, refuse
+from mega_scale.process import StopSignals, keep_streams, refuse, run_command
 
 SIGNALS = StopSignals()
 if __name__ == "__main__":
@@ -30,11 +30,17 @@ from mega_scale.parallel.mesh import placement
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what is refused is said in one line, with exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--rehearse" in words:
+        from mega_scale.planner.command import main as plan
+
+        words.remove("--rehearse")
+        run_command(lambda: plan(words))
     try:
         place = placement()
     except ValueError as error:
         refuse(error)
-    config = parse(sys.argv[1:] if arguments is None else arguments, quiet=place.rank != 0)
+    config = parse(words, quiet=place.rank != 0)
     try:
         config.validate(place.size, place.local_size)
         from mega_scale.training.trainer import Trainer  # takes seconds, which help and most refusals do without

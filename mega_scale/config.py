@@ -44,6 +44,7 @@ _OPTIONS = {
     "--config FILE": "YAML file of keys, or a recipe in configs/ by its name, as enwik8-39m; may come several times; "
     "without it, debug (path)",
     "--print-config": "Print the resolved run as YAML, which runs again as it is, and exit",
+    "--rehearse": "Plan the run and start nothing; takes the options of launch/plan.py, as --nodes 16 --gpu h100",
     "--max-time TIME": "The same as train.max_time=TIME (seconds, or H:MM:SS)",
     "--local-rank N": "Accepted from launchers, and ignored",
 }
@@ -218,12 +219,13 @@ class RunConfig:
             weight_average=self.train.weight_average,
         )
 
-    def validate(self, world_size: int, local_size: int | None = None) -> None:
+    def validate(self, world_size: int, local_size: int | None = None, *, here: bool = True) -> None:
         """Refuse (ValueError) what no run can start with; creates `run_dir`, to see that it can be written.
 
-        `local_size` is the number of ranks on this host, None where all are on one.
+        `local_size` is the number of ranks on this host, None where all are on one. A run that is not to be `here` is
+        refused for nothing that this machine's folders lack, except a checkpoint or export to start from.
         """
-        self.data.validate()
+        self.data.validate(here=here)
         self.train.validate(self.parallel.timeout_s)
         self.optimizer.validate()
         self.schedule.validate(self.optimizer.lr, self.train.steps)
@@ -235,8 +237,12 @@ class RunConfig:
         self._check_training(dp)
         engine = self.engine_config(world_size)
         engine.validate(world_size, local_size)
-        check_accelerate(engine, world_size)
-        self._check_folders()
+        if here:
+            check_accelerate(engine, world_size)
+            create_run_folder(self.folder)
+        self._check_origin()
+        if here:
+            check_run_folder(self.folder, self.resume, self.overwrite)
 
     def _check_model(self) -> None:
         model, data, tp, sp = model_config(self.model), self.data, self.parallel.tp, self.parallel.sp
@@ -278,9 +284,8 @@ class RunConfig:
         ):  # fmt: skip
             require(*rule)
 
-    def _check_folders(self) -> None:
+    def _check_origin(self) -> None:
         run_dir = self.folder
-        create_run_folder(run_dir)
         key = store.read_key(self.checkpoint.key_file)
         if self.resume is not None and self.resume != "auto":
             try:
@@ -295,7 +300,6 @@ class RunConfig:
             "launch/export.py RUN FOLDER)"
         )
         require(described or not starts, "init_from", self.init_from, remedy)
-        check_run_folder(run_dir, self.resume, self.overwrite)
 
 
 def _mega_rules(run: RunConfig) -> Iterable[tuple[bool, str, Any, str]]:

@@ -31,6 +31,8 @@ NOT_RUN = {
     "pip install": "the tests' own environment is used",
     "mega-scale --nproc-per-node": "tests/test_packaging.py runs it, from a wheel",
     "pytest": "runs tests, this one included",
+    "python launch/plan.py --config configs/megalodon-7b.yaml": "takes a minute; tests/planner plans small models",
+    "python launch/pretrain.py --rehearse": "the same",
 }
 # Those for several hosts or GPUs: their run is resolved and printed, and their launcher knows its options.
 CLUSTER = ("deepspeed --hostfile", "torchrun --nnodes", "sbatch ", "srun ", "mpirun ", "accelerate launch")

@@ -197,11 +197,14 @@ class DataConfig:
         held_out = any(source.separate_validation or source.validation_fraction for source, *_ in sources)
         return held_out or bool(self.validation)
 
-    def validate(self) -> None:
-        """Check every key without reading any text. Raises ValueError for the first that cannot work."""
+    def validate(self, *, here: bool = True) -> None:
+        """Check every key without reading any text. Raises ValueError for the first that cannot work.
+
+        Text that is not `here` is not looked for.
+        """
         for name, (source, *_) in mixture_entries(self).items():
             try:
-                for broken, key, remedy in chain(source._text_rules(), source._order_rules()):
+                for broken, key, remedy in chain(source._text_rules() if here else (), source._order_rules()):
                     if broken:
                         raise _refusal(key, getattr(source, key), remedy)
             except ValueError as error:

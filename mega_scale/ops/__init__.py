@@ -12,7 +12,7 @@ import platform
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
@@ -120,6 +120,21 @@ def tracing() -> Literal["compile", "export", "trace"] | None:
 def in_memory(*tensors: Tensor) -> bool:
     """Whether code outside PyTorch may read the tensors' storage: fake, functional and meta tensors have none."""
     return tracing() is None and all(not _without_memory(t) and not t.is_neg() for t in tensors)
+
+
+def runs_native(*tensors: Tensor) -> bool:
+    """Whether C++ for CPUs is chosen: for what lies in a CPU's memory, and fake tensors taken `as_if` on a CPU."""
+    pretended = _pretended_device()
+    if pretended is None or pretended[0] != "cpu":
+        return in_memory(*tensors)
+    return tracing() is None and not any(t.is_meta or t.is_neg() for t in tensors)
+
+
+def call_native(function: Any, tensors: Iterable[Tensor | None], *numbers: float) -> None:
+    """Call C++ on the addresses of tensors, null for none; do nothing for fake ones."""
+    given = list(tensors)
+    if not any(t is not None and _without_memory(t) for t in given):
+        function(*(None if t is None else t.data_ptr() for t in given), *numbers)
 
 
 def runs_triton(x: Tensor) -> bool:

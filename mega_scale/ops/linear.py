@@ -23,8 +23,8 @@ from torch import Tensor
 from mega_scale.ops import (
     autocast_dtype,
     device_kind,
-    in_memory,
     once_differentiable,
+    runs_native,
     runs_triton,
     tracing,
     without_autocast,
@@ -67,7 +67,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and device_kind(x) == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and _onednn_is_faster()
-        and in_memory(x, weight)
+        and runs_native(x, weight)
     )
 
 

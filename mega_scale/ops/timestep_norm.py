@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import (
+    call_native,
     device_kind,
-    in_memory,
     load_or_warn,
     once_differentiable,
+    runs_native,
     runs_triton,
     threads_for,
     tracing,
@@ -112,7 +113,7 @@ def timestep_norm(
 
 def _best(x: Tensor, carry: MomentCarry | None, *others: Tensor) -> str:
     """The implementation that `auto` takes."""
-    if in_memory(x, *others) and device_kind(x) == "cpu" and _SOURCE.exists() and library() is not None:
+    if runs_native(x, *others) and device_kind(x) == "cpu" and _SOURCE.exists() and library() is not None:
         return "native"
     if x.shape[1] > 1 and runs_triton(x):
         return "triton"
@@ -311,7 +312,7 @@ def _native(
     rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
     """The recurrence by compiled C++, differentiable once; keeps x and two numbers a token and group."""
-    if x.device.type != "cpu" or not in_memory(x, weight, bias, mean, var):
+    if x.device.type != "cpu" or not runs_native(x, weight, bias, mean, var):
         raise ValueError(f"impl='native' runs on a CPU outside tracers, and x is on {x.device}: use impl='auto'")
     if library() is None:
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
@@ -381,7 +382,7 @@ def _call(name: str, rules: Rules, x: Tensor, *tensors: Tensor | None) -> None:
     sizes: list[int | float] = [*x.shape, rules.groups, threads_for(x)]
     function = getattr(library(), f"mega_timestep_norm_{name}_{str(rules.dtype).removeprefix('torch.')}")
     eps = [rules.eps] if name == "forward" else []
-    function(*(None if t is None else t.data_ptr() for t in tensors), *sizes, *eps)
+    call_native(function, tensors, *sizes, *eps)
 
 
 @cache

@@ -21,6 +21,7 @@ from mega_scale.parallel.shard import WEIGHT, Values, flat
 from mega_scale.parallel.world import Axis
 
 _linear = nn.functional.linear
+_LARGEST_BUCKET = 500_000_000  # DeepSpeed's own
 # Warnings of DeepSpeed about what is meant to be: AdamW is PyTorch's.
 _HARMLESS = ("ZeRO with an untested optimizer",)
 
@@ -38,6 +39,8 @@ class DeepSpeedEngine(Engine):
     def _build(self, values: Values, config: EngineConfig, build_optimizer: BuildOptimizer) -> None:
         model, world = self.module, self._world
         native = config.native_deepspeed(self._fsdp.size)
+        # DeepSpeed takes memory for a bucket of 5e8 gradients whatever the model.
+        native["zero_optimization"].setdefault("reduce_bucket_size", min(_largest_unit(model), _LARGEST_BUCKET))
         # DeepSpeed reads it even where there is no launcher; others take it for a launcher's word, so close removes it.
         self._names_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
@@ -164,9 +167,9 @@ class DeepSpeedEngine(Engine):
         if self._stage > 0:
             # Where the parameter lies in its group is seen from its memory: DeepSpeed may have ordered the group anew,
             # which its own table does not say.
-            memory = parameter.untyped_storage().data_ptr()
+            memory = parameter.untyped_storage()._cdata  # fake tensors have no addresses
             for group, whole in enumerate(optimizer.bit16_groups_flat):
-                if whole.untyped_storage().data_ptr() == memory:
+                if whole.untyped_storage()._cdata == memory:
                     owner = optimizer.single_partition_of_fp32_groups[group]
                     ahead = fsdp.rank * owner.numel() - (parameter.storage_offset() - whole.storage_offset())
                     start = min(max(ahead, 0), parameter.numel())
@@ -213,6 +216,12 @@ class DeepSpeedEngine(Engine):
         if self._names_local_rank:
             os.environ.pop("LOCAL_RANK", None)
             self._names_local_rank = False
+
+
+def _largest_unit(model: Any) -> int:
+    """Numbers of the largest block, or of a larger parameter outside: what is worth reducing at once."""
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.base_model.layers]
+    return max([*blocks, *(parameter.numel() for parameter in model.parameters())])
 
 
 def _mesh_unit(partitions: Axis, tp: Axis) -> Any:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mega_scale.ops import (
     device_kind,
-    in_memory,
     once_differentiable,
+    runs_native,
     runs_triton,
     tracing,
     without_autocast,
@@ -195,7 +195,7 @@ def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> st
     """The implementation that `auto` takes for a kernel without truncation."""
     gain, length = coefficients.gain, x.shape[1]
     if gain.dtype == torch.float32:
-        if in_memory(x, gain) and device_kind(x) == "cpu" and length > 1 and shipped() and library() is not None:
+        if runs_native(x, gain) and device_kind(x) == "cpu" and length > 1 and shipped() and library() is not None:
             return "native"
         columns = gain.shape[1] * (1 if coefficients.angle is None else 2)
         narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and columns <= 32

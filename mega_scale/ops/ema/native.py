@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import in_memory, load_or_warn, once_differentiable, threads_for
+from mega_scale.ops import call_native, load_or_warn, once_differentiable, runs_native, threads_for
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -36,7 +36,7 @@ def native_ema(
             f"impl='native' takes fp32 on a CPU, a complex average fp64, too, and x is {x.dtype} on {x.device}, "
             f"coefficients {dtype}: use impl='blocked'"
         )
-    if not in_memory(x, log_decay):
+    if not runs_native(x, log_decay):
         raise ValueError("impl='native' cannot run where a tracer or a transform is active: use impl='auto'")
     if library() is None:
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
@@ -67,7 +67,7 @@ class _Walk(torch.autograd.Function):
             end.copy_(state)
         ctx.sizes = batch, length, channels, averages, parts, int(x.dtype == torch.float64), threads_for(x)
         tensors = x, rows, resets, end, y, befores
-        native.mega_ema_forward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
+        call_native(native.mega_ema_forward, tensors, *ctx.sizes)
         ctx.save_for_backward(x, rows, befores, resets)
         return y, end
 
@@ -81,7 +81,7 @@ class _Walk(torch.autograd.Function):
         complex_numbers = adjoint.dim() == 4
         dx, gradients = torch.empty_like(x), x.new_empty(5 if complex_numbers else 3, *rows.shape[1:])
         tensors = x, dy, rows, befores, resets, adjoint, dx, gradients
-        native.mega_ema_backward(*(None if t is None else t.data_ptr() for t in tensors), *ctx.sizes)
+        call_native(native.mega_ema_backward, tensors, *ctx.sizes)
         d_rate, d_gain, d_projection, *more = gradients
         d_state, q = adjoint if ctx.needs_input_grad[3] else None, rows[0] + 1
         if not complex_numbers:

@@ -1,0 +1,68 @@
+"""What two real ranks hold and send in a step, beside what a plan of the same run says."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from mega_scale.config import RunConfig, parse
+from mega_scale.parallel import ParallelConfig, World
+from mega_scale.planner.trace import Cluster, Trace, follow, follow_in, prepare
+
+SIZES = """model.vocab_size=512 model.hidden_size=64 model.intermediate_size=128 model.nffn_hidden_size=128
+    model.shared_representation_size=32 model.ema_projection_size=4 model.num_hidden_layers=2 model.chunk_size=64
+    data.sequence_length=256 train.global_batch_size=4 train.micro_batch_size=1 train.eval_every=0 train.sample_every=0
+    train.steps=10 schedule.warmup_steps=0 parallel.device=cpu"""
+MEGALODON = "model.type=megalodon model.num_attention_heads=2 model.timestep_norm_groups=4"
+RECOMPUTED = "parallel.activation_checkpoint=1"
+CASES = {
+    "fsdp dp2, two micro-batches": "parallel.engine=fsdp",
+    "fsdp sp2": "parallel.engine=fsdp parallel.sp=2",
+    "fsdp tp2": "parallel.engine=fsdp parallel.tp=2",
+    "fsdp dp2, bf16": "parallel.engine=fsdp train.dtype=bf16",
+    "fsdp sp2, recomputed": f"parallel.engine=fsdp parallel.sp=2 {RECOMPUTED}",
+    "fsdp tp2, products kept": "parallel.engine=fsdp parallel.tp=2 parallel.activation_checkpoint_policy=save_matmuls "
+    + RECOMPUTED,
+    "fsdp dp2, segments": f"parallel.engine=fsdp parallel.activation_checkpoint_segment=64 {RECOMPUTED}",
+    "fsdp stage 2": "parallel.engine=fsdp parallel.zero_stage=2",
+    "fsdp stage 1": "parallel.engine=fsdp parallel.zero_stage=1",
+    "fsdp sp2, megalodon": f"parallel.engine=fsdp parallel.sp=2 {MEGALODON}",
+    "fsdp tp2, megalodon, recomputed": f"parallel.engine=fsdp parallel.tp=2 {RECOMPUTED} {MEGALODON}",
+    "zero-3 dp2": "parallel.engine=deepspeed",
+    "zero-2 sp2": "parallel.engine=deepspeed parallel.zero_stage=2 parallel.sp=2",
+    "zero-1 dp2, bf16": "parallel.engine=deepspeed parallel.zero_stage=1 train.dtype=bf16",
+}
+
+
+def run_of(words: str, sizes: str = SIZES) -> RunConfig:
+    return parse([*sizes.split(), *words.split()])
+
+
+def as_planned(config: RunConfig, ranks: int = 2) -> tuple[Any, Any, Cluster]:
+    cluster = Cluster(1, ranks, "cpu")
+    return *prepare(config, cluster), cluster
+
+
+def real(cases: dict[str, str], sizes: str = SIZES) -> dict[str, dict[str, Any]]:
+    """Traces of real tensors, on every rank."""
+    found = {}
+    torch.manual_seed(0)
+    with World.start(ParallelConfig(device="cpu")) as world:
+        for case, words in cases.items():
+            config, model, cluster = as_planned(run_of(words, sizes), world.size)
+            own = lay_out(world, config)
+            found[case] = asdict(follow_in(own, config, model, cluster))
+    return found
+
+
+def lay_out(world: World, config: RunConfig) -> World:
+    """The same ranks on the mesh of a run."""
+    from mega_scale.parallel.world import join_axes  # noqa: PLC0415
+
+    shape = config.parallel.mesh(world.size)
+    return replace(world, shape=shape, axes=join_axes(shape, world.rank, world.timeout_s))
+
+
+def planned(words: str, rank: int, sizes: str = SIZES, ranks: int = 2) -> Trace:
+    config, model, cluster = as_planned(run_of(words, sizes), ranks)
+    return follow(config, model, cluster, rank)

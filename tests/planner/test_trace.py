@@ -1,0 +1,57 @@
+"""A plan holds and sends what real ranks do; two depths give a third."""
+
+from dataclasses import asdict
+
+import planned_study
+import pytest
+from planned_study import CASES, SIZES
+from ranks import run_ranks
+
+from mega_scale.config import parse
+from mega_scale.planner.trace import Cluster, follow, prepare, rehearse
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+SOME = {
+    name: CASES[name]
+    for name in (
+        "fsdp dp2, two micro-batches",
+        "fsdp tp2, products kept",
+        "fsdp sp2, megalodon",
+        "zero-3 dp2",
+        "zero-2 sp2",
+    )
+}  # all of them: campaigns/planned_memory.py
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(planned_study.real, 2, tmp_path_factory.mktemp("planned"), SOME, timeout_s=400)
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_a_plan_is_what_a_real_rank_does(ranks, case):
+    real, planned = ranks[1][case], asdict(planned_study.planned(CASES[case], 1))
+    assert planned["peak"] == pytest.approx(real["peak"], rel=0.01)
+    assert planned["written"] == real["written"]
+    for what in ("calls", "sent"):
+        # DeepSpeed compares the order of parameters between ranks once a run, by broadcasts.
+        found = {
+            part: {key: value for key, value in table.items() if "broadcast" not in key}
+            for part, table in real[what].items()
+        }
+        assert planned[what] == found, what
+    if case == "zero-2 sp2":  # whose bucket has the size of the model
+        assert planned["peak"] < 16 * 2**20
+
+
+def test_two_depths_give_any_other():
+    words = "parallel.engine=fsdp parallel.sp=2 parallel.tp=2 train.dtype=bf16 model.num_hidden_layers=7"
+    cluster = Cluster(1, 4)
+    config, model = prepare(parse([*SIZES.replace("parallel.device=cpu", "").split(), *words.split()]), cluster)
+    found, full = rehearse(config, model, cluster, 3), follow(config, model, cluster, 3)
+    assert found.peak == pytest.approx(full.peak, rel=1e-3) and found.written == full.written
+    for what in ("calls", "sent", "kernels", "flops"):
+        for part, table in getattr(full, what).items():
+            # An optimizer's kernel takes dozens of tensors, so their number is a step function.
+            near = 0.1 if (what, part) == ("kernels", "optimizer") else 1e-3
+            assert getattr(found, what)[part] == pytest.approx(table, rel=near), (what, part)

@@ -8,9 +8,12 @@ import os
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_attention_triton.py, which sets TRITON_INTERPRET"
 
 # ruff: noqa: E402
+from functools import partial
+
 import pytest
 import torch
 from interpreting import round_bf16
+from torch._dynamo.backends.common import aot_autograd
 
 from mega_scale.ops import attention_triton
 from mega_scale.ops.attention import ChunkDocuments, chunk_attention
@@ -106,6 +109,27 @@ def test_operators_say_what_they_return(p):
     ):
         torch.library.opcheck(getattr(attention_triton, operator), given, test_utils=("test_schema", "test_faketensor"))
     assert dropped.numel() == (weights.numel() if p else 0)
+
+
+def test_compilers_take_them_whole_and_compute_delta_themselves():
+    """One graph each way, in which the sum that the backward pass needs can join the kernel before it."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    leaves = [torch.randn(1, 2, 20, width, requires_grad=True) for width in (4, 4, 6)]
+    numbers = (torch.rand(1, 40, generator=torch.Generator().manual_seed(0)) < 0.2).cumsum(1).unflatten(1, (2, 20))
+    rules = {"documents": ChunkDocuments.all_several(numbers), "dropout": PositionalDropout(0.2, *PLACE)}
+    attend = partial(chunk_attention, causal=True, impl="triton", **rules)
+    compiled = torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=counting, bw_compiler=counting))
+    found = torch.autograd.grad(compiled(*leaves)[0].square().sum(), leaves)
+    for got, want in zip(found, torch.autograd.grad(attend(*leaves)[0].square().sum(), leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    forward, backward = graphs
+    assert "mega_scale.softmax_weights.default" in forward and "mega_scale.scores_gradient.default" in backward
+    assert not any("row_products" in name for name in backward)
 
 
 def test_what_they_lack_is_refused():

@@ -28,10 +28,10 @@ from mega_scale.config import load_config, model_config
 from mega_scale.model import causal_lm_class
 from mega_scale.model.basic_layers import use_own_linear
 from mega_scale.model.configuration_mega import BaseConfig
-from mega_scale.ops.elementwise import compile_gates
 from mega_scale.ops.linear import linear_cross_entropy
 from mega_scale.parallel import EngineConfig, ParallelConfig, World
 from mega_scale.parallel.activation_checkpoint import checkpoint_activations
+from mega_scale.parallel.compiled_blocks import compile_blocks
 from mega_scale.parallel.mesh import check_segments
 from mega_scale.parallel.shard import RowSlice
 from mega_scale.training.metrics import peak_flops, training_flops_per_token
@@ -87,7 +87,7 @@ def our_training(kind: str, sizes: dict[str, Any], length: int, weights: str) ->
         how = ParallelConfig(activation_checkpoint=1, activation_checkpoint_segment=sizes["segment"])
         checkpoint_activations(model, how, RowSlice())
     if kind.endswith(" compiled"):
-        compile_gates(model)  # as train.compile does
+        compile_blocks(model)  # as train.compile does
 
     def loss(tokens: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=kind.endswith(" bf16")):

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
@@ -130,20 +130,23 @@ def runs_native(*tensors: Tensor) -> bool:
     return tracing() is None and not any(t.is_meta or t.is_neg() for t in tensors)
 
 
-def call_native(function: Any, tensors: Iterable[Tensor | None], *numbers: float) -> None:
-    """Call C++ on the addresses of tensors, null for none; do nothing for fake ones."""
-    given = list(tensors)
-    if not any(t is not None and _without_memory(t) for t in given):
-        function(*(None if t is None else t.data_ptr() for t in given), *numbers)
+@torch.compiler.assume_constant_result  # compilers do not follow the search for a package, nor the driver's answer
+def _runs_triton(index: int | None) -> bool:
+    there = importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
+    return there and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-def runs_triton(x: Tensor) -> bool:
-    """Whether x lies on an NVIDIA GPU of compute capability 8 or newer (or is taken `as_if`), and triton is there."""
-    if device_kind(x) != "cuda" or importlib.util.find_spec("triton") is None:
+def runs_triton(x: Tensor, *, compiled: bool = False) -> bool:
+    """Whether x lies on an NVIDIA GPU of compute capability 8 or newer (or is taken `as_if`), and triton is there.
+
+    Under a compiler only if `compiled`: for kernels that are operators.
+    """
+    mode = tracing()
+    if device_kind(x) != "cuda" or (mode is not None and not (compiled and mode == "compile")):
         return False
     if _pretended_device() is not None and _without_memory(x):
-        return tracing() is None and device_capability(x) >= (8, 0)
-    return in_memory(x) and torch.version.cuda is not None and device_capability(x) >= (8, 0)
+        return importlib.util.find_spec("triton") is not None and device_capability(x) >= (8, 0)
+    return (mode == "compile" or in_memory(x)) and _runs_triton(x.device.index)
 
 
 def threads_for(x: Tensor) -> int:

@@ -45,7 +45,10 @@ ONEDNN_PRODUCTS = [torch.ops.mkldnn._linear_pointwise.default] if torch.backends
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight^T + bias`, (..., D), (W, D) and (W,) to (..., W); differentiable once where oneDNN computes it."""
-    tokens = 0 if torch.compiler.is_compiling() else x.numel() // max(x.shape[-1], 1)
+    if torch.compiler.is_compiling():
+        # Not F.linear, in whose place DeepSpeed puts an autograd function of its own.
+        return torch._C._nn.linear(x, weight, bias)
+    tokens = x.numel() // max(x.shape[-1], 1)
     if tokens < _TOKENS or not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     flat: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)
@@ -63,7 +66,8 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (  # the cheapest questions first
-        x.dtype == weight.dtype == torch.float32
+        not torch.compiler.is_compiling()
+        and x.dtype == weight.dtype == torch.float32
         and device_kind(x) == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and _onednn_is_faster()

@@ -29,6 +29,11 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
         _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+        def refuse(*given: Any) -> Any:
+            raise RuntimeError(f"{name} has no gradient of its own: call the autograd function around it")
+
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=_LIBRARY)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return define

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import (
-    call_native,
     device_kind,
+    in_memory,
     load_or_warn,
     once_differentiable,
     runs_native,
@@ -48,6 +48,7 @@ from mega_scale.ops.moments import (
     running_moments,
     token_counts,
 )
+from mega_scale.ops.operators import operator
 
 __all__ = ["MomentCarry", "MomentTurn", "Moments", "later_gradients", "part_borders", "timestep_norm"]
 IMPLEMENTATIONS = ("auto", "recurrent", "blocked", "native", "triton")
@@ -97,25 +98,44 @@ def timestep_norm(
         raise ValueError(f"carry brings the state: it excludes a state of counts {tuple(state.count.shape)}")
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype = wide if state is None else torch.promote_types(wide, state.mean.dtype)
-    rules = Rules(groups, eps, resets, valid, carry, wide)
     with without_autocast(x.device):
         if impl == "auto":
             impl = _best(x, carry, weight, bias, *(state or ()))
-        form: Any = _traced if impl == "blocked" and tracing() == "trace" else _FORMS.get(impl)
-        if impl == "triton":
-            # Not before it is needed: triton may not be installed.
-            from mega_scale.ops.timestep_norm_triton import triton_norm as form  # noqa: PLC0415
         known = known_state(x, groups, dtype if impl == "recurrent" else torch.float64, state)
-        y, count, mean, var = form(rules, x, weight, bias, *known)
+        run: Any = _run
+        if tracing() == "compile" and impl in _OPERATORS:
+            from mega_scale.ops.timestep_norm_compiled import run  # noqa: PLC0415  imports the compiler
+        y, count, mean, var = run(impl, groups, eps, carry, resets, valid, x, weight, bias, *known)
         empty = (count == 0)[:, None]
         return y, Moments(count, mean.to(dtype).masked_fill(empty, 0), var.to(dtype).masked_fill(empty, 1))
 
 
+def _run(
+    impl: str,
+    groups: int,
+    eps: float,
+    carry: MomentCarry | None,
+    resets: Tensor | None,
+    valid: Tensor | None,
+    x: Tensor,
+    *others: Tensor,
+) -> tuple[Tensor, ...]:
+    """y, and count, mean and variance after the last token, by one form."""
+    rules = Rules(groups, eps, resets, valid, carry, torch.promote_types(x.dtype, torch.float32))
+    form: Any = _traced if impl == "blocked" and tracing() == "trace" else _FORMS.get(impl)
+    if impl == "triton":
+        # Not before it is needed: triton may not be installed.
+        from mega_scale.ops.timestep_norm_triton import triton_norm as form  # noqa: PLC0415
+    found: tuple[Tensor, ...] = form(rules, x, *others)
+    return found
+
+
 def _best(x: Tensor, carry: MomentCarry | None, *others: Tensor) -> str:
     """The implementation that `auto` takes."""
-    if runs_native(x, *others) and device_kind(x) == "cpu" and _SOURCE.exists() and library() is not None:
+    walks = runs_native(x, *others) or tracing() == "compile"
+    if walks and device_kind(x) == "cpu" and _has_library():
         return "native"
-    if x.shape[1] > 1 and runs_triton(x):
+    if x.shape[1] > 1 and runs_triton(x, compiled=True):
         return "triton"
     one = x.shape[1] == 1 and carry is None and tracing() != "trace"
     return "recurrent" if one else "blocked"
@@ -312,7 +332,7 @@ def _native(
     rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
     """The recurrence by compiled C++, differentiable once; keeps x and two numbers a token and group."""
-    if x.device.type != "cpu" or not runs_native(x, weight, bias, mean, var):
+    if x.device.type != "cpu" or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         raise ValueError(f"impl='native' runs on a CPU outside tracers, and x is on {x.device}: use impl='auto'")
     if library() is None:
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
@@ -320,7 +340,58 @@ def _native(
     return _Native.apply(rules, keeps, x, weight, bias, count, mean, var)
 
 
+def norm_native(
+    x: Tensor, weight: Tensor, bias: Tensor, resets: Tensor | None, valid: Tensor | None, count: Tensor, mean: Tensor,
+    var: Tensor, groups: int, eps: float, writes: bool, keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Count, mean and variance after rows; y if it `writes`; mean and 1 / deviation of every token if it `keeps`."""
+    found = _native_like(x, weight, bias, resets, valid, count, mean, var, groups, eps, writes, keeps)
+    *ends, y, means, rstds = found
+    for end, before in zip(ends, (count, mean, var), strict=True):
+        end.copy_(before)
+    kept = (means, rstds) if keeps else (None, None)
+    _call("forward", groups, x, *_contiguous(x, weight, bias, resets, valid), *ends, y if writes else None, *kept, eps)
+    return found
+
+
+def _native_like(
+    x: Tensor, weight: Tensor, bias: Tensor, resets: Tensor | None, valid: Tensor | None, count: Tensor, mean: Tensor,
+    var: Tensor, groups: int, eps: float, writes: bool, keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    means, rstds = (x.new_empty(*x.shape[:2], groups) if keeps else x.new_empty(0) for _ in range(2))
+    return _empty(count), _empty(mean), _empty(var), _empty(x) if writes else x.new_empty(0), means, rstds
+
+
+def norm_native_backward(
+    x: Tensor, dy: Tensor, weight: Tensor, resets: Tensor | None, valid: Tensor | None, count: Tensor, mean: Tensor,
+    means: Tensor, rstds: Tensor, d_mean: Tensor, d_var: Tensor, groups: int, writes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients by mean and variance before rows, by (weight, bias), and if it `writes` by x."""
+    found = _native_backward_like(
+        x, dy, weight, resets, valid, count, mean, means, rstds, d_mean, d_var, groups, writes
+    )
+    *states, gradients, dx = found
+    for state, end in zip(states, (d_mean, d_var), strict=True):
+        state.copy_(end)
+    given = _contiguous(x, dy, weight, resets, valid, count, mean, means, rstds)
+    _call("backward", groups, x, *given, *states, dx if writes else None, gradients)
+    return found
+
+
+def _native_backward_like(
+    x: Tensor, dy: Tensor, weight: Tensor, resets: Tensor | None, valid: Tensor | None, count: Tensor, mean: Tensor,
+    means: Tensor, rstds: Tensor, d_mean: Tensor, d_var: Tensor, groups: int, writes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = mean.new_empty(2, x.shape[2])
+    return _empty(d_mean), _empty(d_var), gradients, _empty(x) if writes else x.new_empty(0)
+
+
+_operators = operator(_native_like)(norm_native), operator(_native_backward_like)(norm_native_backward)
+
+
 class _Native(torch.autograd.Function):
+    """Calls C++ itself where it can, as an operator costs a short row more than its gates."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -335,19 +406,18 @@ class _Native(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.rules, ctx.turn = rules, None
-        given = [t.to(rules.dtype).contiguous() for t in (x, weight, bias)]
+        ctx.direct = in_memory(x, weight, bias, mean, var)
+        run: Any = norm_native if ctx.direct else _operators[0]
+        given = *(t.to(rules.dtype) for t in (x, weight, bias)), rules.resets, rules.valid
         if rules.carry is not None:
             own = [torch.zeros_like(t) for t in (count, mean, var)]
-            _call("forward", rules, x, *given, *_flags(rules), *own, None, None, None)
+            own = run(*given, *own, rules.groups, rules.eps, False, False)[:3]
             total = Moments(own[0], *(t.to(rules.dtype) for t in own[1:]))
             before, ctx.turn = rules.carry(total, *part_kinds(rules))()
             count, mean, var = known_state(x, rules.groups, mean.dtype, before)
-        end = [t.clone(memory_format=torch.contiguous_format) for t in (count, mean, var)]
-        y = torch.empty_like(given[0])
-        kept = [y.new_empty(*x.shape[:2], rules.groups) for _ in range(2)] if keeps else [None, None]
-        _call("forward", rules, x, *given, *_flags(rules), *end, y, *kept)
+        *end, y, means, rstds = run(*given, count, mean, var, rules.groups, rules.eps, True, keeps)
         ctx.mark_non_differentiable(end[0])
-        ctx.save_for_backward(x, weight, bias, count, mean, *kept)
+        ctx.save_for_backward(x, weight, bias, count, mean, means, rstds)
         return y.to(x.dtype), *end
 
     @staticmethod
@@ -357,32 +427,37 @@ class _Native(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, bias, count, mean, means, rstds = ctx.saved_tensors
         rules: Rules = ctx.rules
+        run: Any = norm_native_backward if ctx.direct else _operators[1]
         dy = torch.zeros_like(x) if dy is None else dy
-        given = [t.to(rules.dtype).contiguous() for t in (x, dy, weight)]
-        mean = mean.contiguous()
-        rest = *given, *_flags(rules), count.contiguous(), mean, means, rstds
+        given = *(t.to(rules.dtype) for t in (x, dy, weight)), rules.resets, rules.valid, count, mean, means, rstds
         ends = [torch.zeros_like(mean) if t is None else t for t in (d_mean, d_var)]
-        gradients, dx = mean.new_empty(2, x.shape[2]), torch.empty_like(given[0])
         if ctx.turn is not None:
-            own = [t.clone() for t in ends]
-            _call("backward", rules, x, *rest, *own, None, gradients)
+            own = run(*given, *ends, rules.groups, False)[:2]
             ends = [t + later for t, later in zip(ends, ctx.turn(*(t.to(rules.dtype) for t in own))(), strict=True)]
-        states = [t.clone(memory_format=torch.contiguous_format) for t in ends]
-        _call("backward", rules, x, *rest, *states, dx, gradients)
+        *states, gradients, dx = run(*given, *ends, rules.groups, True)
         d_weight, d_bias = gradients[0].to(weight.dtype), gradients[1].to(bias.dtype)
         d_state = (None, None) if ctx.turn is not None else states
         return None, None, dx.to(x.dtype), d_weight, d_bias, None, *d_state
 
 
-def _flags(rules: Rules) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in (rules.resets, rules.valid)]
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _call(name: str, rules: Rules, x: Tensor, *tensors: Tensor | None) -> None:
-    sizes: list[int | float] = [*x.shape, rules.groups, threads_for(x)]
-    function = getattr(library(), f"mega_timestep_norm_{name}_{str(rules.dtype).removeprefix('torch.')}")
-    eps = [rules.eps] if name == "forward" else []
-    call_native(function, tensors, *sizes, *eps)
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _call(name: str, groups: int, x: Tensor, *given: Any) -> None:
+    """C++ of tensors, and of eps if it is last."""
+    pointers = [t.data_ptr() if isinstance(t, Tensor) else t for t in given if not isinstance(t, float)]
+    function = getattr(library(), f"mega_timestep_norm_{name}_{str(x.dtype).removeprefix('torch.')}")
+    function(*pointers, *x.shape, groups, threads_for(x), *(t for t in given if isinstance(t, float)))
+
+
+@torch.compiler.assume_constant_result  # compilers do not follow what compiles C++
+def _has_library() -> bool:
+    return _SOURCE.exists() and library() is not None
 
 
 @cache
@@ -398,4 +473,5 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+_OPERATORS = ("triton", "native")  # forms that compute by them
 _FORMS = {"recurrent": _recurrent, "blocked": _Norm.apply, "native": _native}

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mega_scale.ops import device_kind, launch, once_differentiable
 from mega_scale.ops.moments import Moments, Rules, known_state, part_kinds, token_counts
+from mega_scale.ops.operators import operator
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
@@ -67,34 +68,16 @@ def triton_norm(
 
 
 class _Rows:
-    """Rows like x (B, L, D): documents, padding, counts, and what kernels compute of them."""
+    """Rows like x (B, L, D): documents, padding, counts, and what kernels compute of them.
+
+    What kernels write are new tensors of operators.
+    """
 
     def __init__(self, rules: Rules, x: Tensor) -> None:
-        length, channels = x.shape[1:]
-        self.rules, self.x = rules, x
-        self.blocks = -(-length // BLOCK)
         self.document = None if rules.resets is None else rules.resets.cumsum(1, dtype=torch.int32)
         self.valid = None if rules.valid is None else rules.valid.contiguous().view(torch.uint8)
-        self._sizes = (length, channels, rules.groups, self.blocks)
-
-    def new(self, *leading: int, blocks: int) -> Tensor:
-        return self.x.new_empty(*leading, len(self.x), blocks, self.rules.groups, dtype=torch.float64)
-
-    def _given(self, *tensors: Tensor | None) -> list[Tensor]:
-        """What a kernel does not read is any tensor."""
-        return [self.x if t is None else t for t in tensors]
-
-    def of_tokens(self, kernel: Any, *tensors: Tensor | None, **flags: Any) -> None:
-        size = self.x.shape[2] // self.rules.groups
-        options = token_constants(size, self.document is not None, self.valid is not None)
-        grid = (len(self.x) * self.blocks * self.rules.groups,)
-        given = self._given(self.document, self.valid, *tensors)
-        launch(kernel, grid, *given, *self._sizes, **options, **flags)
-
-    def of_blocks(self, kernel: Any, *tensors: Tensor | None, **flags: Any) -> None:
-        options = block_constants(self.rules.groups, self.document is not None)
-        grid = (len(self.x), triton.cdiv(self.rules.groups, options["GB"]))
-        launch(kernel, grid, *self._given(self.document, *tensors), *self._sizes, **options, **flags)
+        self.tokens = self.document, self.valid, rules.groups
+        self.blocks = self.document, rules.groups
 
 
 class _Norm(torch.autograd.Function):
@@ -112,21 +95,18 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rules, ctx.turn = rules, None
         rows = _Rows(rules, x)
-        totals, before = rows.new(3, blocks=rows.blocks), rows.new(2, blocks=rows.blocks + 1)
-        rows.of_tokens(totals_kernel, x, totals)
+        totals = _norm_totals(x, *rows.tokens)
         if rules.carry is not None:
             nothing = torch.zeros_like(count)
-            rows.of_blocks(before_kernel, totals, nothing, torch.zeros_like(mean), torch.zeros_like(mean), before)
-            own = before[:, :, -1].to(rules.dtype, copy=True)  # which the next run does not change
+            own = _norm_before(x, totals, nothing, torch.zeros_like(mean), torch.zeros_like(mean), *rows.blocks)
+            own = own[:, :, -1].to(rules.dtype)
             arrive = rules.carry(Moments(token_counts(rules, nothing, x)[:, -1], *own), *part_kinds(rules))
             arrived, ctx.turn = arrive()
             count, mean, var = known_state(x, rules.groups, mean.dtype, arrived)
-        rows.of_blocks(before_kernel, totals, count, mean.contiguous(), var.contiguous(), before)
+        before = _norm_before(x, totals, count, mean, var, *rows.blocks)
         counts = token_counts(rules, count, x).contiguous()
-        y = torch.empty_like(x)
-        means, rstds = (x.new_empty(*x.shape[:2], rules.groups, dtype=rules.dtype) for _ in range(2))
-        given = (t.to(rules.dtype).contiguous() for t in (weight, bias))
-        rows.of_tokens(normalise_kernel, x, *given, counts, before, y, means, rstds, eps=rules.eps)
+        given = (t.to(rules.dtype) for t in (weight, bias))
+        y, means, rstds = _norm_tokens(x, *given, counts, before, *rows.tokens, rules.eps)
         end = counts[:, -1].clone()
         ctx.mark_non_differentiable(end)
         ctx.save_for_backward(x, weight, bias, count, mean, means, rstds)
@@ -142,33 +122,149 @@ class _Norm(torch.autograd.Function):
         rows = _Rows(rules, x)
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
         counts = token_counts(rules, count, x).contiguous()
-        given = (x, dy, weight.to(rules.dtype).contiguous(), counts, means, rstds)
-        totals, behind = rows.new(2, blocks=rows.blocks), rows.new(3, blocks=rows.blocks + 1)
-        sums = x.new_empty(2, len(x) * rows.blocks, x.shape[2], dtype=rules.dtype)
-        rows.of_tokens(slopes_kernel, *given, totals, sums)
-        ends = [torch.zeros_like(mean) if t is None else t.contiguous() for t in (d_mean, d_var)]
+        given = (x, dy, weight.to(rules.dtype), counts, means, rstds)
+        totals, sums = _norm_slopes(*given, *rows.tokens)
+        ends = [torch.zeros_like(mean) if t is None else t for t in (d_mean, d_var)]
 
-        def go_back() -> list[Tensor]:
-            """Sums between blocks; returns the gradients of mean and variance before the row."""
-            rows.of_blocks(behind_kernel, totals, counts, means, *ends, behind)
+        def go_back() -> tuple[Tensor, list[Tensor]]:
+            """Sums between blocks, and the gradients of mean and variance before the row."""
+            behind = _norm_behind(x, totals, counts, means, *ends, *rows.blocks)
             q, u, pivot = behind[:, :, 0]
             n = count.to(mean.dtype)[:, None]
             if rules.resets is not None:
                 n = n.masked_fill(rules.resets[:, :1], 0)
-            return [n * (u + 2 * (mean - pivot) * q), n * q]
+            return behind, [n * (u + 2 * (mean - pivot) * q), n * q]
 
-        d_state = go_back()
+        behind, d_state = go_back()
         if ctx.turn is not None:
             later = ctx.turn(*(t.to(rules.dtype) for t in d_state))
             d_weight, d_bias = sums.sum(1)
             ends = [t + other for t, other in zip(ends, later(), strict=True)]
-            go_back()
+            behind, _ = go_back()
             d_state = []
         else:
             d_weight, d_bias = sums.sum(1)
-        dx = torch.empty_like(x)
-        rows.of_tokens(tokens_gradient_kernel, *given, behind, dx)
+        dx = _norm_gradient(*given, behind, *rows.tokens)
         return None, dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, *(d_state or (None, None))
+
+
+def _of_tokens(
+    kernel: Any, x: Tensor, document: Tensor | None, valid: Tensor | None, groups: int, *tensors: Tensor, **flags: Any
+) -> None:
+    """Run a kernel of which each program has a block of tokens and a group."""
+    options = token_constants(x.shape[2] // groups, document is not None, valid is not None)
+    grid = (len(x) * _blocks(x) * groups,)
+    given = [x if t is None else t.contiguous() for t in (document, valid, *tensors)]
+    launch(kernel, grid, *given, *x.shape[1:], groups, _blocks(x), **options, **flags)
+
+
+def _of_blocks(kernel: Any, x: Tensor, document: Tensor | None, groups: int, *tensors: Tensor) -> None:
+    """Run a kernel of which each program goes over all blocks of some groups."""
+    options = block_constants(groups, document is not None)
+    grid = (len(x), triton.cdiv(groups, options["GB"]))
+    given = [x if t is None else t.contiguous() for t in (document, *tensors)]
+    launch(kernel, grid, *given, *x.shape[1:], groups, _blocks(x), **options)
+
+
+def _blocks(x: Tensor) -> int:
+    return -(-x.shape[1] // BLOCK)
+
+
+def _between(x: Tensor, groups: int, kinds: int, more: int) -> Tensor:
+    return x.new_empty(kinds, len(x), _blocks(x) + more, groups, dtype=torch.float64)
+
+
+def _totals_like(x: Tensor, document: Tensor | None, valid: Tensor | None, groups: int) -> Tensor:
+    return _between(x, groups, 3, 0)
+
+
+@operator(_totals_like)
+def _norm_totals(x: Tensor, document: Tensor | None, valid: Tensor | None, groups: int) -> Tensor:
+    totals = _totals_like(x, document, valid, groups)
+    _of_tokens(totals_kernel, x, document, valid, groups, x, totals)
+    return totals
+
+
+def _before_like(
+    x: Tensor, totals: Tensor, count: Tensor, mean: Tensor, var: Tensor, document: Tensor | None, groups: int
+) -> Tensor:
+    return _between(x, groups, 2, 1)
+
+
+@operator(_before_like)
+def _norm_before(
+    x: Tensor, totals: Tensor, count: Tensor, mean: Tensor, var: Tensor, document: Tensor | None, groups: int
+) -> Tensor:
+    before = _between(x, groups, 2, 1)
+    _of_blocks(before_kernel, x, document, groups, totals, count, mean, var, before)
+    return before
+
+
+def _tokens_like(
+    x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor, before: Tensor, document: Tensor | None,
+    valid: Tensor | None, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    means, rstds = (weight.new_empty(*x.shape[:2], groups) for _ in range(2))
+    return torch.empty_like(x), means, rstds
+
+
+@operator(_tokens_like)
+def _norm_tokens(
+    x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor, before: Tensor, document: Tensor | None,
+    valid: Tensor | None, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    found = _tokens_like(x, weight, bias, counts, before, document, valid, groups, eps)
+    _of_tokens(normalise_kernel, x, document, valid, groups, x, weight, bias, counts, before, *found, eps=eps)
+    return found
+
+
+def _slopes_like(
+    x: Tensor, dy: Tensor, weight: Tensor, counts: Tensor, means: Tensor, rstds: Tensor, document: Tensor | None,
+    valid: Tensor | None, groups: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _between(x, groups, 2, 0), means.new_empty(2, len(x) * _blocks(x), x.shape[2])
+
+
+@operator(_slopes_like)
+def _norm_slopes(
+    x: Tensor, dy: Tensor, weight: Tensor, counts: Tensor, means: Tensor, rstds: Tensor, document: Tensor | None,
+    valid: Tensor | None, groups: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    found = _slopes_like(x, dy, weight, counts, means, rstds, document, valid, groups)
+    _of_tokens(slopes_kernel, x, document, valid, groups, x, dy, weight, counts, means, rstds, *found)
+    return found
+
+
+def _behind_like(
+    x: Tensor, totals: Tensor, counts: Tensor, means: Tensor, end_mean: Tensor, end_var: Tensor,
+    document: Tensor | None, groups: int,
+) -> Tensor:  # fmt: skip
+    return _between(x, groups, 3, 1)
+
+
+@operator(_behind_like)
+def _norm_behind(
+    x: Tensor, totals: Tensor, counts: Tensor, means: Tensor, end_mean: Tensor, end_var: Tensor,
+    document: Tensor | None, groups: int,
+) -> Tensor:  # fmt: skip
+    behind = _between(x, groups, 3, 1)
+    _of_blocks(behind_kernel, x, document, groups, totals, counts, means, end_mean, end_var, behind)
+    return behind
+
+
+def _gradient_like(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@operator(_gradient_like)
+def _norm_gradient(
+    x: Tensor, dy: Tensor, weight: Tensor, counts: Tensor, means: Tensor, rstds: Tensor, behind: Tensor,
+    document: Tensor | None, valid: Tensor | None, groups: int,
+) -> Tensor:  # fmt: skip
+    dx = torch.empty_like(x)
+    given = x, dy, weight, counts, means, rstds, behind, dx
+    _of_tokens(tokens_gradient_kernel, x, document, valid, groups, *given)
+    return dx
 
 
 @triton.jit

@@ -109,7 +109,7 @@ class EngineConfig:
     accumulation: int = 1  # forward passes in one optimizer step
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, 0 for not at all
     seed: int = 0  # of dropout
-    compile: bool = False  # whether elementwise arithmetic between matrix products is compiled
+    compile: bool | None = None  # whether blocks are compiled; None: on GPUs
     fp8: bool = False  # whether matrix products of blocks are computed in fp8
     weight_average: float = 0.0  # decay of an exponential average of the weights, 0 for none
 
@@ -121,6 +121,10 @@ class EngineConfig:
         if self.parallel.engine == "deepspeed":
             mesh = self.parallel.mesh(world_size)
             _check_native(self.native_deepspeed(mesh.fsdp)["zero_optimization"], mesh)
+
+    def compiles(self, device: str) -> bool:
+        """Whether blocks are compiled on this type of device."""
+        return device == "cuda" if self.compile is None else self.compile
 
     def _check_fp8(self) -> None:
         parallel = self.parallel
@@ -364,7 +368,9 @@ def check_accelerate(config: EngineConfig, world_size: int) -> None:
     told: dict[str, tuple[tuple[Any, ...], str]] = {
         "ACCELERATE_USE_CPU": (("false", cpu), f"parallel.device={parallel.device}"),
         "ACCELERATE_MIXED_PRECISION": (("no", config.dtype), f"train.dtype={config.dtype}"),
-        "ACCELERATE_DYNAMO_BACKEND": (("no", "inductor" if config.compile else ""), f"train.compile={config.compile}"),
+        "ACCELERATE_DYNAMO_BACKEND": (
+            ("no", "" if config.compile is False else "inductor"), f"train.compile={config.compile}"
+        ),
         "ACCELERATE_USE_MEGATRON_LM": (("false",), engine),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
             (accumulation,), f"train.global_batch_size and train.micro_batch_size, which make {accumulation}"

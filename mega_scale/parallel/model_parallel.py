@@ -8,7 +8,7 @@ Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I quer
 """
 
 import hashlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def parallelize(
             tp=tp,
             checkpointing=config.parallel,
             seed=config.seed,
-            compile=config.compile,
+            compile=config.compiles(world.device.type),
             fp8=config.fp8,
         )
         kind: type[Engine] = FsdpEngine
@@ -125,7 +125,12 @@ def apply_model_parallelism(
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 
         checkpoint_activations(model, checkpointing, row_slice, received.contexts)
-    if compile:
+    parts = checkpointing.activation_checkpoint_segment or checkpointing.activation_checkpoint_policy != "full"
+    if compile and tp.size == 1 and not (checkpointing.activation_checkpoint and parts):
+        from mega_scale.parallel.compiled_blocks import compile_blocks
+
+        row_slice.compiled = compile_blocks(model)
+    elif compile:
         compile_gates(model)
     return row_slice
 
@@ -149,21 +154,31 @@ def multiply_in_fp8(model: PreTrainedModel) -> None:
     )
 
 
-class _Drop(NamedTuple):
+class _Drop:
     """What a module drops, by position, on this rank."""
 
-    module: MegaDropout
-    key: str  # with a place for the step
-    row_slice: RowSlice
-    tp: Axis
-    first_head: int
+    place: Tensor | None = None  # in compiled blocks (3,) int64: key, first row and first token of the micro-batch
+
+    def __init__(self, module: MegaDropout, key: str, row_slice: RowSlice, tp: Axis, first_head: int) -> None:
+        self.module, self.row_slice, self.tp, self.first_head = module, row_slice, tp, first_head
+        self._key = key  # with a place for the step
+
+    def key(self, step: int) -> int:
+        digest = hashlib.blake2b(self._key.format(step=step).encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "little")
 
     def at(self, first_column: int) -> PositionalDropout:
-        digest = hashlib.blake2b(self.key.format(step=self.row_slice.place.step).encode(), digest_size=4).digest()
-        return PositionalDropout(
-            self.module.p, int.from_bytes(digest, "little"), self.row_slice.place.first_row,
-            self.row_slice.first_token, first_column, self.module.featurewise,
-        )  # fmt: skip
+        key: Any
+        first_row: Any
+        first_token: Any
+        if torch.compiler.is_compiling():  # to which numbers are part of the program, that of the first step
+            assert self.place is not None
+            key, first_row, first_token = self.place.unbind()
+        else:
+            place, first_token = self.row_slice.place, self.row_slice.first_token
+            key, first_row = self.key(place.step), place.first_row
+        p, featurewise = self.module.p, self.module.featurewise
+        return PositionalDropout(p, key, first_row, first_token, first_column, featurewise)
 
     def of_weights(self) -> PositionalDropout:
         """For attention weights (B, K, [H,] I, J)."""
@@ -245,7 +260,7 @@ def _compare(
     engine = parallelize(
         on_meta(AutoModelForCausalLM.from_config, tiny),
         seeded_values(tiny, _SEED),
-        EngineConfig(parallel, dtype, micro_batch_size=2, max_grad_norm=0.0, seed=_SEED),
+        EngineConfig(parallel, dtype, micro_batch_size=2, max_grad_norm=0.0, seed=_SEED, compile=False),
         world,
         # One step at rate 1 moves every weight by its gradient, whatever an engine calls it.
         lambda model: torch.optim.SGD(model.parameters(), lr=1.0),

@@ -13,12 +13,17 @@ Attention stays inside chunks.
 Legend: P ranks of the axis, B rows, R channels, N moving averages per channel, G groups of channels.
 """
 
+import itertools
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_constant
 
+from mega_scale.ops import tracing
 from mega_scale.ops.ema import Fade, Turn, forget
+from mega_scale.ops.operators import operator
 from mega_scale.ops.timestep_norm import Moments, MomentTurn, later_gradients, part_borders
 from mega_scale.parallel.world import Axis, Pending, start_gather
 
@@ -26,11 +31,55 @@ from mega_scale.parallel.world import Axis, Pending, start_gather
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class StateExchange:
-    """Brings every part of a row the state before it: the `carry` of `damped_ema`, over the ranks that share a row."""
+# Operators take numbers and tensors: a graph names the object that it gathers by.
+_named: WeakValueDictionary[int, "_Exchange"] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class _Exchange:
+    """What travels over an axis; two over the same are one to a compiler, which makes one graph for all blocks."""
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
+        self._number = next(_numbers)
+        _named[self._number] = self
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._axis == vars(other)["_axis"]
+
+    def __hash__(self) -> int:
+        return hash((type(self), id(self._axis.received)))
+
+    def start(self, x: Tensor, forward: bool = True) -> Pending:
+        """Start to collect the x of all ranks, (P, *x.shape), in the forward pass or in the backward pass."""
+        if tracing() is not None:  # a compiler: an operator waits at once
+            return Pending(_gather_states(x, self._axis.size, self._number, forward), None)
+        # A recomputed block gets again what it received in its forward pass.
+        return self._axis.start(lambda: start_gather(x, self._axis)) if forward else start_gather(x, self._axis)
+
+
+def _gathered_like(x: Tensor, size: int, number: int, forward: bool) -> Tensor:
+    return x.new_empty(size, *x.shape)
+
+
+@operator(_gathered_like)
+def _gather_states(x: Tensor, size: int, number: int, forward: bool) -> Tensor:
+    return _named[number].start(x, forward).wait().clone()  # what is kept for recomputation is nobody else's
+
+
+def _like(x: Tensor, received: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@operator(_like)
+def _keep_gather(x: Tensor, received: Tensor) -> Tensor:
+    """x, made to depend on what was received: a compiler would leave out a gather whose outcome this rank does not
+    need, as the first or the last one, and the others would wait for it."""
+    return x.clone()
+
+
+class StateExchange(_Exchange):
+    """Brings every part of a row the state before it: the `carry` of `damped_ema`, over the ranks that share a row."""
 
     def __call__(self, end: Tensor, fade: Fade, resets: Tensor | None, back: bool) -> tuple[Tensor, Turn]:
         """See `Carry`: end (B, R, N), or pairs (B, R, N, 2)."""
@@ -45,13 +94,13 @@ class StateExchange:
         # A document that begins this part keeps what lies to its right from what lies to its left.
         shut = resets[:, 0] if back and resets is not None else None
         # One collective more, of one byte a row, where documents begin inside of rows.
-        flags = None if resets is None else _start_gather((~resets.any(1)).to(torch.uint8), axis)
-        pending = _start_gather(end if shut is None else forget(end, shut), axis)
+        flags = None if resets is None else self.start((~resets.any(1)).to(torch.uint8))
+        pending = self.start(end if shut is None else forget(end, shut))
         passes = None if flags is None else flags.wait().bool()
         weights, distance = _weights(axis, fade, passes, not back, end.dtype)
 
         def turn(d_state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            returning = start_gather(d_state, axis)
+            returning = self.start(d_state, forward=False)
             # Each rank counts the paths that end at it; the sum over ranks, which all parameters get, counts every one.
             # A power w = exp((log + i angle) k) has the gradients Re and -Im of k conj(dw) w.
             d_fade = torch.einsum(
@@ -65,11 +114,8 @@ class StateExchange:
         return reals(torch.einsum("pbrn,pbrn->brn", numbers(pending.wait()), weights)), turn
 
 
-class MomentExchange:
+class MomentExchange(_Exchange):
     """Brings every part of a row the moments before it: the `carry` of `timestep_norm`, over ranks that share a row."""
-
-    def __init__(self, axis: Axis) -> None:
-        self._axis = axis
 
     def __call__(self, total: Moments, begins: Tensor | None, whole: bool) -> Callable[[], tuple[Moments, MomentTurn]]:
         """See `MomentCarry`: 2 G numbers a row travel, and one more unless `whole`; back, 2 G numbers."""
@@ -80,7 +126,7 @@ class MomentExchange:
             # A count, of at least 0, or its complement where a document begins.
             code = total.count if begins is None else torch.where(begins, ~total.count, total.count)
             sent.append(code.to(integers)[:, None])
-        pending = _start_gather(torch.cat(sent, 1), axis)
+        pending = self.start(torch.cat(sent, 1))
 
         def arrive() -> tuple[Moments, MomentTurn]:
             received = pending.wait()
@@ -92,21 +138,23 @@ class MomentExchange:
             borders = part_borders(Moments(counts, mean, var), began)
 
             def turn(d_mean: Tensor, d_var: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-                returning = start_gather(torch.cat([d_mean, d_var], 1), axis)
+                returning = self.start(torch.cat([d_mean, d_var], 1), forward=False)
 
                 def finish() -> tuple[Tensor, Tensor]:
-                    return later_gradients(axis.rank, borders, began, *returning.wait().chunk(2, 2))
+                    others = returning.wait()
+                    of_mean, of_var = later_gradients(axis.rank, borders, began, *others.chunk(2, 2))
+                    return of_mean if tracing() is None else _keep_gather(of_mean, others), of_var
 
                 return finish
 
-            return Moments(*(tensor[axis.rank] for tensor in borders)), turn
+            count, mean, var = (tensor[axis.rank] for tensor in borders)
+            return Moments(count, mean if tracing() is None else _keep_gather(mean, received), var), turn
 
         return arrive
 
 
-def _start_gather(x: Tensor, axis: Axis) -> Pending:
-    """Start to collect the x of all ranks in a forward pass, (P, *x.shape)."""
-    return axis.start(lambda: start_gather(x, axis))
+register_constant(StateExchange)
+register_constant(MomentExchange)
 
 
 def _weights(

@@ -52,8 +52,10 @@ class RowSlice:
         self.place = START  # of the micro-batch under way
         self.first_token = 0  # position of this rank's first token in its rows
         self.cut = False  # whether the model is given this rank's part of its rows
+        self.compiled: list[Any] = []  # what drops in compiled blocks by place, which it gets as a tensor
         self._multiple = parts * chunk if parts > 1 else 1
         self._taken = (START, 0)
+        self._device = torch.device("cpu")
 
     def split(self, tensor: Tensor, fill: int) -> Tensor:
         """This rank's part of whole rows, (B, L, ...) to (B, ceil(L / P C) C, ...); rows are filled up at their end."""
@@ -68,12 +70,17 @@ class RowSlice:
         """
         if self.parts > 1:
             input_ids, shift_labels = self.split(input_ids, 0), self.split(shift_labels, -100)
-        self._taken = (place, input_ids.shape[1])
+        self._taken, self._device = (place, input_ids.shape[1]), input_ids.device
         return input_ids, shift_labels
 
     def __enter__(self) -> None:
         self.place, length = self._taken
         self.first_token, self.cut = self.part * length, self.parts > 1
+        if self.compiled:
+            step, first_row = self.place
+            places = [[drop.key(step), first_row, self.first_token] for drop in self.compiled]
+            for drop, own in zip(self.compiled, torch.tensor(places, device=self._device), strict=True):
+                drop.place = own
 
     def __exit__(self, *error: object) -> None:
         self.place, self.first_token, self.cut = START, 0, False

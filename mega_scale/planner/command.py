@@ -42,9 +42,10 @@ def main(arguments: Sequence[str], *, description: str = _DESCRIPTION) -> None:
     config = parse(words)
     figures = Figures.named("h100" if args.gpu == CPU else args.gpu, _overrides(args.set))
     on_cpu = args.gpu == CPU
+    compiled = not on_cpu if config.train.compile is None else config.train.compile
     cluster = Cluster(
         args.nodes, args.gpus_per_node, CPU if on_cpu else "cuda", figures.gpu.capability,
-        None if on_cpu else figures.gpu, config.train.compile,
+        None if on_cpu else figures.gpu, compiled,
     )  # fmt: skip
     for name in ("nodes", "gpus_per_node", "top"):
         value = getattr(args, name)

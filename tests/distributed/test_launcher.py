@@ -232,7 +232,7 @@ def test_options_that_agree_with_the_run_are_taken(check, variables, changes):
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "--mixed_precision", "train.dtype=fp32"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"train_dtype": "bf16"}, "--mixed_precision", "train.dtype=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "--mixed_precision", "train.dtype=fp32"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "--dynamo_backend", "train.compile=False"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"train_compile": False}, "--dynamo_backend", "compile=False"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7"}, {}, "--gradient_accumulation_steps", "global_batch_size"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "--gradient_clipping", "optimizer.max_grad_norm="),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "--use_megatron_lm", "parallel.engine=deepspeed"),

@@ -3,10 +3,17 @@
 Models have one layer: a second one costs as much time to compile and takes the same branches.
 """
 
+import inspect
+
 import pytest
 import torch
 import torch._dynamo
 from builders import make_ids, make_model
+from functorch.compile import default_partition, make_boxed_func
+from tiny_run import meta_model, tiny_config
+from torch._dynamo.backends.common import aot_autograd
+
+from mega_scale.model.megalodon_layers import RotaryTurns
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +104,24 @@ def test_lengths_share_a_few_graphs(batch):
             ids = make_ids(batch, length)
             torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     assert graphs() <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mega", "megalodon"])
+def test_the_graph_of_a_block_is_no_larger_for_longer_rows(kind):
+    """Forward and backward, as engines compile it."""
+    model, sizes = meta_model(tiny_config(kind, num_hidden_layers=1)).to_empty(device="cpu"), {}
+    block = model.base_model.layers[0]
+    for length in (512, 8192):
+        nodes = sizes[length] = []
+
+        def count(graph, _, nodes=nodes):
+            nodes.append(len(graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=count, partition_fn=default_partition)
+        forward = torch.compile(inspect.unwrap(type(block).forward), backend=backend, fullgraph=True, dynamic=False)
+        x = torch.randn(1, length, 18, requires_grad=True)
+        more = {} if kind == "mega" else {"rotary": RotaryTurns.at(0, None, x, model.config)}
+        forward(block, x, **more)[0].sum().backward()
+    assert len(sizes[512]) == 2 and sizes[512] == sizes[8192]

@@ -272,8 +272,8 @@ def test_refusals_name_what_is_wrong():
 
 
 def test_complex_averages_take_triton_on_gpus(monkeypatch):
-    monkeypatch.setattr(ema, "runs_triton", lambda x: True)
-    monkeypatch.setattr(ema, "library", lambda: None)
+    monkeypatch.setattr(ema, "runs_triton", lambda x, compiled: True)
+    monkeypatch.setattr(ema, "has_library", lambda: False)
     x, real = torch.zeros(1, 64, 2), [-torch.ones(2, 3)] * 3
     assert ema._best(x, EmaCoefficients(*real, torch.ones(2, 3).double(), torch.ones(2, 3)), None) == "triton"
     assert ema._best(x, EmaCoefficients(*real), None) == "triton"

@@ -237,7 +237,7 @@ def test_auto_is_native_on_a_cpu_and_blocked_without_a_compiler(monkeypatch, tmp
     assert len(warned) == 1
 
 
-def test_compilers_and_transforms_take_the_blocked_form():
+def test_compilers_give_the_same_and_transforms_take_the_blocked_form():
     leaves, count, resets, valid = make_case(70)
     state = Moments(count, leaves["mean"], leaves["var"])
 

@@ -28,13 +28,14 @@ from mega_scale.ops import (
     without_autocast,
 )
 from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade, complex_product, forget, wrap
-from mega_scale.ops.ema.native import library, native_ema, shipped
+from mega_scale.ops.ema.native import has_library, native_ema
 
 __all__ = [
     "IMPLEMENTATIONS", "Carry", "EmaCoefficients", "Fade", "Turn", "complex_ema_coefficients", "damped_ema",
     "ema_coefficients", "forget",
 ]  # fmt: skip
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
+_OPERATORS = ("triton", "native")  # what they compute by
 Turn = Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 Carry = Callable[[Tensor, Fade, Tensor | None, bool], tuple[Tensor, Turn]]
 """How states travel between the parts of a sequence that is cut along its length, without autograd: sends this part's
@@ -159,20 +160,39 @@ def damped_ema(
     with without_autocast(x.device):
         if impl == "auto":
             impl = _best(x, coefficients, resets)
-        form: Any
-        if impl == "triton":  # widens tokens as it reads them
-            # Not before it is needed: triton may not be installed.
-            from mega_scale.ops.ema.triton import triton_ema as form  # noqa: PLC0415
-        else:
-            form, x = _FORMS[impl], x.to(dtype)
-            form = form if truncation is None else partial(form, truncation=truncation)
-            form = form if carry is None else partial(_carried, form)
-        before: Any = None if state is None else state.to(dtype)
-        if carry is not None:
-            before = [lambda end, fade, back=back: carry(end, fade, resets, back) for back in (False, True)]
-            before = before if bidirectional else before[0]
-        y, end = (partial(_both_ways, form) if bidirectional else form)(x, coefficients, before, resets)
+        run: Any = _run
+        if tracing() == "compile" and impl in _OPERATORS:
+            from mega_scale.ops.ema.compiled import run  # noqa: PLC0415  imports the compiler
+        before = None if state is None else state.to(dtype)
+        x = x if impl == "triton" else x.to(dtype)  # which widens tokens as it reads them
+        y, end = run(impl, bidirectional, truncation, carry, x, before, resets, *coefficients[:])
         return y.to(given), end
+
+
+def _run(
+    impl: str,
+    bidirectional: bool,
+    truncation: int | None,
+    carry: Carry | None,
+    x: Tensor,
+    state: Any,
+    resets: Tensor | None,
+    *given: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The average by one form."""
+    form: Any = _FORMS.get(impl)
+    if impl == "triton":
+        # Not before it is needed: triton may not be installed.
+        from mega_scale.ops.ema.triton import triton_ema as form  # noqa: PLC0415
+    else:
+        form = form if truncation is None else partial(form, truncation=truncation)
+        form = form if carry is None else partial(_carried, form)
+    if carry is not None:
+        both = [lambda end, fade, back=back: carry(end, fade, resets, back) for back in (False, True)]
+        state = both if bidirectional else both[0]
+    form = partial(_both_ways, form) if bidirectional else form
+    y, end = form(x, EmaCoefficients(*given), state, resets)
+    return y, end
 
 
 def _check_complex(coefficients: EmaCoefficients, bidirectional: bool, truncation: int | None) -> None:
@@ -195,11 +215,12 @@ def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> st
     """The implementation that `auto` takes for a kernel without truncation."""
     gain, length = coefficients.gain, x.shape[1]
     if gain.dtype == torch.float32:
-        if runs_native(x, gain) and device_kind(x) == "cpu" and length > 1 and shipped() and library() is not None:
+        walks = runs_native(x, gain) or tracing() == "compile"
+        if walks and device_kind(x) == "cpu" and length > 1 and has_library():
             return "native"
         columns = gain.shape[1] * (1 if coefficients.angle is None else 2)
         narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and columns <= 32
-        if length >= 64 and narrow and runs_triton(x):
+        if length >= 64 and narrow and runs_triton(x, compiled=True):
             return "triton"
     mode = tracing()
     # A decoding step, for which blocks would be idle ceremony; transforms take no branch by documents' lengths.

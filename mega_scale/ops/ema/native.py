@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import call_native, load_or_warn, once_differentiable, runs_native, threads_for
+from mega_scale.ops import in_memory, load_or_warn, once_differentiable, threads_for
 from mega_scale.ops.ema.coefficients import EmaCoefficients
+from mega_scale.ops.operators import operator
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 
@@ -29,14 +30,14 @@ def native_ema(
     Raises:
         ValueError: a device or a dtype has no such form, or it could not be compiled.
     """
-    log_decay, dtype = coefficients.log_decay, coefficients.gain.dtype
+    dtype = coefficients.gain.dtype
     known = (torch.float32,) if coefficients.angle is None else (torch.float32, torch.float64)
     if x.device.type != "cpu" or dtype not in known or any(t.dtype != dtype for t in (x, coefficients.projection)):
         raise ValueError(
             f"impl='native' takes fp32 on a CPU, a complex average fp64, too, and x is {x.dtype} on {x.device}, "
             f"coefficients {dtype}: use impl='blocked'"
         )
-    if not runs_native(x, log_decay):
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         raise ValueError("impl='native' cannot run where a tracer or a transform is active: use impl='auto'")
     if library() is None:
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
@@ -47,44 +48,90 @@ def native_ema(
     return y, end
 
 
+def ema_native(
+    x: Tensor, rows: Tensor, resets: Tensor | None, state: Tensor | None, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the state after rows, and where it `keeps` them, states between blocks of tokens; none of these else."""
+    native: Any = library()
+    x, tensors = x.contiguous(), _native_like(x, rows, resets, state, keeps)
+    y, end, befores = tensors
+    end.zero_() if state is None else end.copy_(state)
+    given = x, rows, resets, end, y, befores if keeps else None
+    native.mega_ema_forward(*(None if t is None else t.data_ptr() for t in given), *_sizes(x, rows))
+    return tensors
+
+
+def _native_like(
+    x: Tensor, rows: Tensor, resets: Tensor | None, state: Tensor | None, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    native: Any = library()
+    (batch, length, channels), averages, parts = x.shape, rows.shape[2], 1 + (len(rows) == 9)
+    blocks = -(-length // native.mega_ema_tokens()) if keeps else 0
+    befores = x.new_empty(batch, blocks, native.mega_ema_states(channels, averages, parts))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(batch, channels, averages, *[2] * (parts - 1)), befores
+
+
+def ema_native_backward(
+    x: Tensor, dy: Tensor, rows: Tensor, befores: Tensor, resets: Tensor | None, d_end: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, by the state before rows, and by rows; finds the states inside a block anew."""
+    native: Any = library()
+    x, dy, adjoint = x.contiguous(), dy.contiguous(), d_end.clone(memory_format=torch.contiguous_format)
+    dx, gradients = torch.empty_like(x), _of_rows(x, rows)
+    given = x, dy, rows, befores, resets, adjoint, dx, gradients
+    native.mega_ema_backward(*(None if t is None else t.data_ptr() for t in given), *_sizes(x, rows))
+    return dx, adjoint, gradients
+
+
+def _native_backward_like(
+    x: Tensor, dy: Tensor, rows: Tensor, befores: Tensor, resets: Tensor | None, d_end: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(x, memory_format=contiguous),
+        torch.empty_like(d_end, memory_format=contiguous),
+        _of_rows(x, rows),
+    )
+
+
+def _of_rows(x: Tensor, rows: Tensor) -> Tensor:
+    return x.new_empty(5 if len(rows) == 9 else 3, *rows.shape[1:])
+
+
+def _sizes(x: Tensor, rows: Tensor) -> tuple[int, ...]:
+    return (*x.shape, rows.shape[2], 1 + (len(rows) == 9), int(x.dtype == torch.float64), threads_for(x))
+
+
+_operators = operator(_native_like)(ema_native), operator(_native_backward_like)(ema_native_backward)
+
+
 class _Walk(torch.autograd.Function):
+    """Calls C++ itself where it can, as an operator costs a short row more than its gates."""
+
     @staticmethod
     def forward(
         ctx: Any, resets: Tensor | None, keeps: bool, x: Tensor, state: Tensor | None, *given: Tensor
     ) -> tuple[Tensor, Tensor]:
         """resets (B, L), whether there will be a backward pass, x (B, L, D), state, none for zero, and coefficients."""
         native: Any = library()
-        batch, length, channels = x.shape
-        coefficients = EmaCoefficients(*given)
-        averages, tokens, parts = coefficients.gain.shape[1], native.mega_ema_tokens(), 1 + (len(given) == 5)
-        blocks = -(-length // tokens)
-        counts = tokens, length - (blocks - 1) * tokens  # of a block, and of the last one
-        rows = _rows(coefficients, counts)
-        kept = (batch, blocks, native.mega_ema_states(channels, averages, parts))
-        befores = x.new_empty(kept) if keeps else None
-        y, end = torch.empty_like(x), x.new_zeros(batch, channels, averages, *[2] * (parts - 1))
-        if state is not None:
-            end.copy_(state)
-        ctx.sizes = batch, length, channels, averages, parts, int(x.dtype == torch.float64), threads_for(x)
-        tensors = x, rows, resets, end, y, befores
-        call_native(native.mega_ema_forward, tensors, *ctx.sizes)
+        tokens, length = native.mega_ema_tokens(), x.shape[1]
+        # Of a block, and of the last one.
+        rows = _rows(EmaCoefficients(*given), (tokens, length - (-(-length // tokens) - 1) * tokens))
+        ctx.direct = in_memory(x, rows)
+        y, end, befores = (ema_native if ctx.direct else _operators[0])(x, rows, resets, state, keeps)
         ctx.save_for_backward(x, rows, befores, resets)
         return y, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
-        """Finds the states inside a block anew, from the one before it."""
-        native: Any = library()
         x, rows, befores, resets = ctx.saved_tensors
-        dy, adjoint = dy.contiguous(), d_end.clone(memory_format=torch.contiguous_format)
-        complex_numbers = adjoint.dim() == 4
-        dx, gradients = torch.empty_like(x), x.new_empty(5 if complex_numbers else 3, *rows.shape[1:])
-        tensors = x, dy, rows, befores, resets, adjoint, dx, gradients
-        call_native(native.mega_ema_backward, tensors, *ctx.sizes)
-        d_rate, d_gain, d_projection, *more = gradients
-        d_state, q = adjoint if ctx.needs_input_grad[3] else None, rows[0] + 1
-        if not complex_numbers:
+        backward = ema_native_backward if ctx.direct else _operators[1]
+        dx, d_before, gradients = backward(x, dy, rows, befores, resets, d_end)
+        d_rate, d_gain, d_projection, *more = gradients.unbind()
+        d_state, q = d_before if ctx.needs_input_grad[3] else None, rows[0] + 1
+        if not more:
             return None, None, dx, d_state, d_rate * q.to(x.dtype), d_gain, d_projection
         # By the real and the imaginary part of q, to those of its logarithm.
         (d_rotation, d_imaginary), rotation = more, rows[3]
@@ -106,10 +153,11 @@ def _rows(coefficients: EmaCoefficients, counts: tuple[int, int]) -> Tensor:
     return torch.stack([rate, gain, projection, rotation, imaginary, *(t for f in fades for t in f.unbind(-1))])
 
 
-@cache
-def shipped() -> bool:
-    """Whether native.cpp lies beside this file: in a checkpoint's folder of Python files it does not."""
-    return _SOURCE.exists()
+@torch.compiler.assume_constant_result  # compilers do not follow what compiles C++
+def has_library() -> bool:
+    """Whether native.cpp lies beside this file, which in a checkpoint's folder of Python files it does not, and can be
+    compiled; else there is one warning."""
+    return _SOURCE.exists() and library() is not None
 
 
 @cache

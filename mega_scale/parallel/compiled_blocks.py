@@ -1,0 +1,73 @@
+"""Compiled blocks: each block of a model is compiled by itself, and all of a kind share one graph.
+
+A block's graph has as many nodes for any length of rows: averages and norms are operators. What engines do around a
+block (gathering its parameters, recomputing it) stays outside, so the same graph serves every layout of rows and
+weights. Shapes are compiled as they are, once each; generation, evaluation and anything but plain rows is not compiled.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mega_scale.model.basic_layers import MegaDropout
+from mega_scale.model.rows import DocumentBorders
+from mega_scale.ops.attention import ChunkDocuments
+
+_MOST_GRAPHS = 6  # below PyTorch's own limit, beyond which a whole graph is an error
+
+
+def compile_blocks(model: PreTrainedModel) -> list[Any]:
+    """Have every block compute by a compiled forward while it trains; returns what drops in blocks by position."""
+    backbone: Any = model.base_model
+    kinds: dict[type, tuple[Any, set[Any]]] = {}
+    for block in backbone.layers:
+        kind = type(block)
+        if kind not in kinds:
+            # What transformers puts around a forward decides whether to recompute it; see CompiledForward.
+            kinds[kind] = torch.compile(inspect.unwrap(kind.forward), fullgraph=True, dynamic=False), set()
+        block.forward = CompiledForward(block, *kinds[kind])
+    drops = [module.drop for module in backbone.layers.modules() if isinstance(module, MegaDropout)]
+    return [drop for drop in drops if drop is not None]
+
+
+def compiled_kinds(model: PreTrainedModel) -> list[type]:
+    """The classes of a model's compiled blocks."""
+    backbone: Any = model.base_model
+    return list({type(block): None for block in backbone.layers if isinstance(block.forward, CompiledForward)})
+
+
+class CompiledForward:
+    """The forward of a block, compiled for training on plain rows; blocks of one kind share `compiled` and `known`.
+
+    Recomputation goes around the compiled function, so what a block received from other ranks is kept as ever.
+    """
+
+    def __init__(self, block: Any, compiled: Any, known: set[Any]) -> None:
+        self._block, self._whole = block, block.forward
+        self._compiled, self._known = compiled, known
+        self._signature = inspect.signature(self._whole)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        block = self._block
+        given = self._signature.bind(x, *args, **kwargs).arguments
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        plain = given.keys() <= {"x", "rotary", "borders"} and block.training and torch.is_grad_enabled()
+        key = x.shape, x.dtype, x.requires_grad, "borders" in given, torch.is_autocast_enabled(x.device.type)
+        if not plain or (key not in self._known and len(self._known) == _MOST_GRAPHS):
+            return self._whole(x, *args, **kwargs)
+        self._known.add(key)
+        if "borders" in given:
+            given["borders"] = _one_size(given["borders"])
+        compute = partial(self._compiled, block, **{name: value for name, value in given.items() if name != "x"})
+        return block._gradient_checkpointing_func(compute, x) if block.gradient_checkpointing else compute(x)
+
+
+def _one_size(borders: DocumentBorders) -> DocumentBorders:
+    """The same documents in tensors whose sizes do not depend on them: every chunk gets a mask."""
+    if borders.chunks.single.numel():
+        return DocumentBorders(borders.starts, ChunkDocuments.all_several(borders.chunks.numbers))
+    return borders

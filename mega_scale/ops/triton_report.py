@@ -23,7 +23,7 @@ from mega_scale.ops.attention_triton import (
 )
 from mega_scale.ops.cross_entropy_triton import cross_entropy_kernel, kernel_constants
 from mega_scale.ops.dropout_triton import dropout_constants, dropout_kernel
-from mega_scale.ops.ema.triton import OUTPUTS, TILE, gradient_flags
+from mega_scale.ops.ema.triton import ENDS, OUTPUTS, TILE, gradient_flags
 from mega_scale.ops.ema.triton_kernels import gradients_kernel, outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
     before_kernel,
@@ -114,10 +114,10 @@ def _variants(
             yield outputs_kernel, f"outputs_kernel{words}", size, own
             if documents and not states:
                 # What is read once more, before, where a row is several parts.
-                yield outputs_kernel, "outputs_kernel, ends", size, {**own, **both, "INITIAL": False, "OUTPUTS": False}
+                yield outputs_kernel, "outputs_kernel, ends", size, {**own, **both, **ENDS}
                 own = TILE.constants(columns, wide, documents, False, double, pairs, True, False) | both
                 yield gradients_kernel, "gradients_kernel, adjoints", size, {**own, **dict.fromkeys(_NEITHER, False)}
-            for flags in gradient_flags(wide, documents, states, pairs):
+            for flags in gradient_flags(wide, documents, states, columns, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
                 own = TILE.constants(columns, wide, documents, states, double, pairs, True, bool(flags["DX"]))
                 yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, **flags}

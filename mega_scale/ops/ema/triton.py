@@ -56,23 +56,25 @@ class Tile(NamedTuple):
         hold; with fewer than warps, warps would repeat each other.
         """
         padded = max(self.block, 1 << (columns - 1).bit_length())
-        most = wide and documents and last
-        groups = max(padded // (_GROUP // 2 if most and padded > _GROUP and not dx else _GROUP), 1)
-        more = (wide or documents or last or (back and (pairs or groups > 1))) + (most and groups < 4) + double
+        both, many = documents and last, columns > _GROUP
+        # Sums alone multiply along tokens, never along columns, of which matrix units take 16.
+        groups = max(padded // (_GROUP // 2 if both and many and not dx else _GROUP), 1)
+        more = (wide or last or documents + back + (pairs or many) > 1) + (wide and both and groups < 4) + double
         channels = max((self.channels >> more) // groups, 1)
         return {"N": columns, "NP": padded // groups, "GROUPS": groups, "T": self.block, "SEG": self.segments,
                 "CH": channels, "DOCUMENTS": documents, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
 
 
-def gradient_flags(wide: bool, documents: bool, last: bool, complex: bool = False) -> list[dict[str, int]]:
+def gradient_flags(wide: bool, documents: bool, last: bool, columns: int, pairs: bool = False) -> list[dict[str, int]]:
     """The runs of `gradients_kernel`: two, without buffers, where registers do not hold everything at once."""
-    if wide + complex + (documents or last) > 1:
+    if wide + (pairs or columns > _GROUP) + (documents or last) > 1:
         return [{"LAST": last, "DX": dx, "SUMS": not dx, "num_stages": 1} for dx in (True, False)]
     return [{"LAST": last, "DX": True, "SUMS": True, "num_stages": 3}]
 
 
 TILE = Tile()
 OUTPUTS = {"OUTPUTS": True, "num_stages": 2}  # with more buffers registers spill
+ENDS = {"OUTPUTS": False, "INITIAL": False, "num_stages": 2}
 
 
 def triton_ema(
@@ -288,7 +290,7 @@ def _ema_ends(
 ) -> Tensor:
     parts = _parts_like(x, given, document, pairs, cut, tile)
     more = None, parts, x, None
-    _launch(outputs_kernel, x, given, more, document, pairs, cut, tile, INITIAL=False, OUTPUTS=False)
+    _launch(outputs_kernel, x, given, more, document, pairs, cut, tile, **ENDS)
     return parts
 
 
@@ -340,7 +342,8 @@ def _ema_gradients(
     """dx, sums over tokens, and what reaches the beginnings of rows; see `gradients_kernel`."""
     dx, sums, entered = _gradients_like(x, dy, given, ends, parts, document, pairs, cut, tile)
     more = x, ends, parts, dx, sums, entered
-    for flags in gradient_flags(_wide(x, given[1]), document is not None, ends is not None, pairs):
+    wide, columns = _wide(x, given[1]), given[1].shape[1]
+    for flags in gradient_flags(wide, document is not None, ends is not None, columns, pairs):
         _launch(gradients_kernel, dy, given, more, document, pairs, cut, tile, **flags)
     return dx, sums, entered
 

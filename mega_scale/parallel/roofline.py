@@ -179,13 +179,29 @@ class _Group:
         self.reads = {n: size for n, size in (self.reads | other.reads).items() if n not in self.made}
 
 
+def _from_the_narrowest(events: Sequence[Event]) -> list[Event]:
+    """Operators that read what a widening cast was made from, in place of its result; casts then write nothing."""
+    source: dict[int, tuple[int, int]] = {}  # of the result of a cast: number and bytes
+    found = []
+    for event in events:
+        inputs = tuple(dict(source.get(number, (number, size)) for number, size in event.inputs).items())
+        outputs = event.outputs
+        if event.name == "aten::_to_copy" and is_elementwise(event) and event.read < event.written:
+            source[outputs[0][0]] = inputs[0]
+            outputs = ()
+        read, written = (sum(size for _, size in each) for each in (inputs, outputs))
+        found.append(event._replace(read=read, written=written, inputs=inputs, outputs=outputs))
+    return found
+
+
 def fused(events: Sequence[Event]) -> list[Event]:
     """Operators as a compiler runs them: elementwise ones that share tensors become one kernel before what needs them.
 
     A kernel reads what comes from outside once, and writes what something else reads later, or nothing ever reads (it
     leaves the step). Other operators stay as they are. Kernels that sum over tokens (gradients of biases) count with
-    the kernel whose numbers they sum.
+    the kernel whose numbers they sum. What was only made wider is not kept, but made again from what it was.
     """
+    events = _from_the_narrowest(events)
     last_read: dict[int, int] = {}
     for place, event in enumerate(events):
         for number, _ in event.inputs:

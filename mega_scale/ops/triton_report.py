@@ -23,7 +23,7 @@ from mega_scale.ops.attention_triton import (
 )
 from mega_scale.ops.cross_entropy_triton import cross_entropy_kernel, kernel_constants
 from mega_scale.ops.dropout_triton import dropout_constants, dropout_kernel
-from mega_scale.ops.ema.triton import ENDS, OUTPUTS, TILE, gradient_flags
+from mega_scale.ops.ema.triton import ENDS, MOST_COLUMNS, OUTPUTS, TILE, gradient_flags
 from mega_scale.ops.ema.triton_kernels import gradients_kernel, outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
     before_kernel,
@@ -75,10 +75,11 @@ def compile_kernels(
     """Compile kernels with any of `names` in theirs, with Triton's own ptxas, a row a variant; no GPU is needed.
 
     `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16, fp32, or fp64, which attention
-    lacks; `averages` N of the moving average, and `numbers` real or complex. A row has registers and spilled bytes
-    (stored and loaded) of a thread, warps and bytes of shared memory of a program, and instructions for matrix units;
-    of the average also thread instructions an element, and the share of an H100's copy speed that `triton_loops.py`
-    predicts at 1 x 32,768 x 4,096. Raises ValueError if kernels are interpreted here, or a dtype has none.
+    lacks; `averages` N of the moving average, and `numbers` real or complex, but for too many columns. A row has
+    registers and spilled bytes (stored and loaded) of a thread, warps and bytes of shared memory of a program, and
+    instructions for matrix units; of the average also thread instructions an element, and the share of an H100's copy
+    speed that `triton_loops.py` predicts at 1 x 32,768 x 4,096. Raises ValueError if kernels are interpreted here, or a
+    dtype has none.
     """
     if triton.knobs.runtime.interpret:
         raise ValueError("kernels are interpreted here, not compiled: unset TRITON_INTERPRET")
@@ -102,6 +103,8 @@ def _variants(
     for n, kind in itertools.product(averages, numbers):
         pairs = kind == "complex"
         columns, size = n * (1 + pairs), f"N={n}, complex" if pairs else f"N={n}"
+        if columns > MOST_COLUMNS:
+            continue
         # A row is one part in most launches.
         both = {"SPLITS": 1, "COMPLEX": pairs}
         for (documents, states), words in _NEEDS.items():

@@ -32,6 +32,7 @@ from mega_scale.ops import (
     without_autocast,
 )
 from mega_scale.ops.elementwise import PositionalDropout
+from mega_scale.ops.operators import operator
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
@@ -128,7 +129,11 @@ def chunk_attention(
             "use impl='eager'"
         )
     if impl == "auto":
-        kernels = whole and v.dtype in (torch.bfloat16, torch.float16) and runs_triton(v)
+        # In compiled blocks places are tensors, which the kernels do not take.
+        kernels = (
+            whole and v.dtype in (torch.bfloat16, torch.float16) and not isinstance(getattr(placed, "key", 0), Tensor)
+        )
+        kernels = kernels and runs_triton(v, compiled=True)
         blocks = alone and tracing() not in ANY_LENGTH
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
@@ -323,7 +328,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, block: int) -> Tensor:
         """q, k (G, C, Z), v (G, C, E), bias (2C - 1,)."""
-        out, weights = _causal_blocks(q, k, v, bias, scale, block)
+        out, weights = _causal_attention(q, k, v, bias, scale, block)
         ctx.save_for_backward(q, k, v, weights)
         ctx.block, ctx.scale = block, scale
         return cast(Tensor, out)
@@ -333,15 +338,19 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         biased = ctx.needs_input_grad[3]
-        d_q, d_k, d_v, d_bias = _causal_gradients(gradient, q, k, v, weights, ctx.scale, ctx.block, biased)
+        d_q, d_k, d_v, d_bias = _causal_attention_backward(gradient, q, k, v, weights, ctx.scale, ctx.block, biased)
         return d_q, d_k, d_v, d_bias if biased else None, None, None
 
 
 # Operators of their own: what a compiler traces is as long for every chunk.
 
 
-@torch.library.custom_op("mega_scale::causal_attention", mutates_args=())
-def _causal_blocks(
+def _causal_attention_fake(q, k, v, bias, scale, block):
+    return torch.empty_like(v), v.new_empty(_kept_weights(q.shape[0], q.shape[1], block))
+
+
+@operator(_causal_attention_fake)
+def _causal_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, block: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs (G, C, E), and the weights (G, c, J) of all blocks, one after another."""
@@ -366,11 +375,6 @@ def _causal_blocks(
     return out, kept
 
 
-@_causal_blocks.register_fake
-def _(q, k, v, bias, scale, block):
-    return torch.empty_like(v), v.new_empty(_kept_weights(q.shape[0], q.shape[1], block))
-
-
 def _kept_weights(groups: int, chunk: int, block: int) -> int:
     """Numbers that blocks keep, in terms that hold for a length that a compiler leaves open."""
     whole = (chunk + block - 1) // block - 1
@@ -387,8 +391,13 @@ def _weights_of_blocks(kept: Tensor, q: Tensor, block: int) -> Iterator[tuple[in
         place += size
 
 
-@torch.library.custom_op("mega_scale::causal_attention_backward", mutates_args=())
-def _causal_gradients(
+def _causal_attention_backward_fake(gradient, q, k, v, kept, scale, block, biased):
+    d_bias = q.new_empty(2 * q.shape[1] - 1 if biased else 0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
+
+
+@operator(_causal_attention_backward_fake)
+def _causal_attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float, block: int, biased: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of the bias (2C - 1,) unless it is none: then no numbers."""
@@ -412,12 +421,6 @@ def _causal_gradients(
             d_k[:, :end].baddbmm_(d_scores.mT, own)
             d_v[:, :end].baddbmm_(weights.mT, d_out)
     return d_q, d_k, d_v, q.new_empty(0) if d_matrix is None else _by_distance(d_matrix).contiguous()
-
-
-@_causal_gradients.register_fake
-def _(gradient, q, k, v, kept, scale, block, biased):
-    d_bias = q.new_empty(2 * q.shape[1] - 1 if biased else 0)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 from mega_scale.ops import KERNELS, device_kind, once_differentiable, tracing, without_autocast
 from mega_scale.ops.attention import GPU_BLOCK
 from mega_scale.ops.elementwise import MOST_KEYS, PositionalDropout
+from mega_scale.ops.operators import operator
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
@@ -297,7 +298,12 @@ def _place_arguments(
     return key, first_row, first_position, first_column, threshold, factor
 
 
-@torch.library.custom_op("mega_scale::softmax_weights", mutates_args=())
+def _softmax_weights_fake(q, k, bias, since, scale, chunks, heads, p, *_):
+    weights = q.new_empty(q.shape[0], q.shape[1], q.shape[1])
+    return weights, torch.empty_like(weights) if p else q.new_empty(0)
+
+
+@operator(_softmax_weights_fake)
 def softmax_weights(
     q: Tensor, k: Tensor, bias: Tensor | None, since: Tensor | None, scale: float, chunks: int, heads: int, p: float,
     key: int, first_row: int, first_position: int, first_column: int,
@@ -315,13 +321,11 @@ def softmax_weights(
     return weights, dropped
 
 
-@softmax_weights.register_fake
-def _(q, k, bias, since, scale, chunks, heads, p, *_):
-    weights = q.new_empty(q.shape[0], q.shape[1], q.shape[1])
-    return weights, torch.empty_like(weights) if p else q.new_empty(0)
+def _weighted_values_fake(weights, v):
+    return torch.empty_like(v)
 
 
-@torch.library.custom_op("mega_scale::weighted_values", mutates_args=())
+@operator(_weighted_values_fake)
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
     """`weights v`, (G, C, E), a product a block of queries."""
     out = torch.empty_like(v)
@@ -330,12 +334,11 @@ def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@weighted_values.register_fake
-def _(weights, v):
-    return torch.empty_like(v)
+def _row_products_fake(a, b):
+    return a.new_empty(a.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("mega_scale::row_products", mutates_args=())
+@operator(_row_products_fake)
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """Sums of `a b` over channels: (G, C, E) twice to (G, C) fp32."""
     products = a.new_empty(a.shape[:-1], dtype=torch.float32)
@@ -344,12 +347,11 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     return products
 
 
-@row_products.register_fake
-def _(a, b):
-    return a.new_empty(a.shape[:-1], dtype=torch.float32)
+def _scores_gradient_fake(d_out, v, weights, delta, chunks, heads, p, *_):
+    return torch.empty_like(weights), torch.empty_like(weights) if p else v.new_empty(0)
 
 
-@torch.library.custom_op("mega_scale::scores_gradient", mutates_args=())
+@operator(_scores_gradient_fake)
 def scores_gradient(
     d_out: Tensor, v: Tensor, weights: Tensor, delta: Tensor, chunks: int, heads: int, p: float, key: int,
     first_row: int, first_position: int, first_column: int,
@@ -368,12 +370,11 @@ def scores_gradient(
     return d_scores, dropped
 
 
-@scores_gradient.register_fake
-def _(d_out, v, weights, delta, chunks, heads, p, *_):
-    return torch.empty_like(weights), torch.empty_like(weights) if p else v.new_empty(0)
+def _score_products_fake(d_scores, q, k, scale):
+    return torch.empty_like(q), torch.empty_like(k)
 
 
-@torch.library.custom_op("mega_scale::score_products", mutates_args=())
+@operator(_score_products_fake)
 def score_products(d_scores: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients of queries and keys, from those of scaled scores."""
     d_q, d_k = torch.empty_like(q), torch.empty_like(k)
@@ -388,12 +389,11 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
     torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)  # with beta 0, what `out` holds does not count
 
 
-@score_products.register_fake
-def _(d_scores, q, k, scale):
-    return torch.empty_like(q), torch.empty_like(k)
+def _values_gradient_fake(weights, d_out):
+    return torch.empty_like(d_out, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mega_scale::values_gradient", mutates_args=())
+@operator(_values_gradient_fake)
 def values_gradient(weights: Tensor, d_out: Tensor) -> Tensor:
     """`weights^T d_out`, (G, C, E), a product a block of keys."""
     d_v = torch.empty_like(d_out, memory_format=torch.contiguous_format)
@@ -402,12 +402,11 @@ def values_gradient(weights: Tensor, d_out: Tensor) -> Tensor:
     return d_v
 
 
-@values_gradient.register_fake
-def _(weights, d_out):
-    return torch.empty_like(d_out, memory_format=torch.contiguous_format)
+def _distance_sums_fake(d_scores):
+    return d_scores.new_empty(d_scores.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("mega_scale::distance_sums", mutates_args=())
+@operator(_distance_sums_fake)
 def distance_sums(d_scores: Tensor) -> Tensor:
     """Sums over queries and groups by how many tokens before the query a key is: (G, C, C) to (C,) fp32."""
     groups, chunk, _ = d_scores.shape
@@ -417,8 +416,3 @@ def distance_sums(d_scores: Tensor) -> Tensor:
     with torch.cuda.device_of(d_scores):
         distances_kernel[(tiles, len(sums))](d_scores, sums, chunk, pairs, **DISTANCES)
     return sums.sum(0)
-
-
-@distance_sums.register_fake
-def _(d_scores):
-    return d_scores.new_empty(d_scores.shape[1], dtype=torch.float32)

@@ -15,6 +15,8 @@ Legend: S tokens, V words of this rank, of which rows from `words` on are none.
 import torch
 from torch import Tensor
 
+from mega_scale.ops.operators import NAMESPACE
+
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
     import triton
@@ -66,7 +68,7 @@ def kernel_constants(words: int) -> dict[str, int]:
     return {"WORDS": width, "num_warps": max(width // 512, 1)}
 
 
-@torch.library.custom_op("mega_scale::cross_entropy", mutates_args=("logits",))
+@torch.library.custom_op(f"{NAMESPACE}::cross_entropy", mutates_args=("logits",))
 def cross_entropy(
     logits: Tensor, targets: Tensor, first: int, words: int, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +84,7 @@ def _(logits, targets, first, words, gradient):
     return largest, sums, hits
 
 
-@torch.library.custom_op("mega_scale::cross_entropy_gradient", mutates_args=("logits",))
+@torch.library.custom_op(f"{NAMESPACE}::cross_entropy_gradient", mutates_args=("logits",))
 def cross_entropy_gradient(
     logits: Tensor, targets: Tensor, largest: Tensor, sums: Tensor, first: int, words: int
 ) -> None:

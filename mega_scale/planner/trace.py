@@ -159,7 +159,7 @@ def prepare(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, BaseConfig]
     if tokenizer is not None and (origin is not None or planned.init_from is not None):
         found = None if origin is None else find_checkpoint(origin, read_key(planned.checkpoint.key_file))[0]
         require_same(planned, found, model, tokenizer)
-    return replace(planned, parallel=replace(planned.parallel, device="cpu")), model
+    return planned, model
 
 
 # The steps

@@ -112,12 +112,12 @@ def test_weights_of_another_model_are_refused(tmp_path, capsys):
 def test_what_does_not_fit_ends_with_code_3(tmp_path, capsys):
     file = tmp_path / "plan.json"
     with pytest.raises(SystemExit) as ended:
-        pretrain(["--rehearse", *PLACE, "--set", "capacity=2.0e+9", "--json", str(file), *SMALL])
+        pretrain(["--rehearse", *PLACE, "--set", "capacity=1.0e+9", "--json", str(file), *SMALL])
     output, error = capsys.readouterr()
     assert ended.value.code == 3 and "does not fit" in error and "train.micro_batch_size" in error
     facts = json.loads(file.read_text())
     assert facts["fits"] is False and set(facts["ranks"]) == {"0", "7"}
-    assert facts["figures"]["capacity"] == 2.0e9 and facts["ranks"]["0"]["time"]["seconds"] > 0
+    assert facts["figures"]["capacity"] == 1.0e9 and facts["ranks"]["0"]["time"]["seconds"] > 0
     assert all(word in output for word in ("weights", "moments", "outside", "fsdp", "allgather", "MFU", "checkpoint"))
 
 

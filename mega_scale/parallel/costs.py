@@ -29,9 +29,13 @@ _FILL = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::uniform_", "aten::n
 _GATHER = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}
 # Read and write as much of their first tensor as their last one has.
 _SCATTER = {"aten::scatter_add_", "aten::scatter_", "aten::index_put_", "aten::index_add_"}
-# Read and write squares (G, C, C) of weights up to the last key of each block of queries.
-_SQUARES = {"mega_scale::softmax_weights", "mega_scale::weighted_values", "mega_scale::scores_gradient",
-            "mega_scale::score_products", "mega_scale::values_gradient", "mega_scale::distance_sums"}  # fmt: skip
+# By operator of attention, which arguments are squares (G, C, C) of weights, read up to the last key of each block of
+# queries, and whether results are.
+_SQUARES: dict[str, tuple[tuple[int, ...], bool]] = {
+    "mega_scale::softmax_weights": ((), True), "mega_scale::weighted_values": ((0,), False),
+    "mega_scale::scores_gradient": ((2,), True), "mega_scale::score_products": ((0,), False),
+    "mega_scale::values_gradient": ((0,), False), "mega_scale::distance_sums": ((0,), False),
+}  # fmt: skip
 # Tensors that one launch of PyTorch's multi-tensor kernels takes.
 _FOREACH = 48
 
@@ -99,7 +103,9 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
         reads = []
     writes = _once([*written, *(t for t in made if t.untyped_storage()._cdata not in known)])
     if name in _SQUARES:
-        reads, writes = ([(t, _of_square(t, seen)) for t, seen in each] for each in (reads, writes))
+        places, results = _SQUARES[name]
+        squares = {t.untyped_storage()._cdata for t in [*(args[i] for i in places), *(made if results else ())]}
+        reads, writes = ([(t, _of_square(t, seen, squares)) for t, seen in each] for each in (reads, writes))
     if name in _GATHER and made:
         size = sum(bytes_of(t) for t in made)
         reads = [(t, min(seen, size)) for t, seen in reads]
@@ -115,8 +121,8 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
     return Cost(reads, writes, flops, kernels)
 
 
-def _of_square(x: Tensor, seen: int) -> int:
-    return round(seen * _share_of_square(x.shape[1])) if x.dim() == 3 and x.shape[1] == x.shape[2] else seen
+def _of_square(x: Tensor, seen: int, squares: set[int]) -> int:
+    return round(seen * _share_of_square(x.shape[1])) if x.untyped_storage()._cdata in squares else seen
 
 
 def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

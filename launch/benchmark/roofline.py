@@ -55,11 +55,11 @@ CHANGED = {
     "products": "the segments of gated attention that read the average are one product each way",
     "average": "one pass over tokens each way, on matrix units, by one operator; it was read twice, in 88 launches",
     "attention": "scores stay in a kernel: weights and their gradients are written where products are computed",
-    "norms": "",
-    "gates": "dropout is one kernel a site and pass; it was 16",
-    "loss": "",
-    "optimizer": "",
-    "copies": "",
+    "norms": "compiled, they are part of the kernels of their gaps",
+    "gates": "dropout is one kernel a site and pass; it was 16; compiled, a kernel a gap between products",
+    "loss": "logits are read once, and their gradient is written over them",
+    "optimizer": "nothing",
+    "copies": "nothing of what FSDP copies; attention's outputs are no longer copied",
 }
 """By part, what is otherwise since commit d1596f7."""
 

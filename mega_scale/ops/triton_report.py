@@ -160,7 +160,7 @@ def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architec
         {(place,): [["tt.divisibility", 16]] for place in round_places},
     )
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-    options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
+    options = {name: values[name] for name in ("num_warps", "num_stages", "maxnreg") if name in values}
     binary = triton.compile(source, target=target, options=options)
     ptx = binary.asm["ptx"]
     # As ptxas counts them for the target that the text names.

@@ -68,7 +68,8 @@ class Tile(NamedTuple):
 def gradient_flags(wide: bool, documents: bool, last: bool, columns: int, pairs: bool = False) -> list[dict[str, int]]:
     """The runs of `gradients_kernel`: two, without buffers, where registers do not hold everything at once."""
     if wide + (pairs or columns > _GROUP) + (documents or last) > 1:
-        return [{"LAST": last, "DX": dx, "SUMS": not dx, "num_stages": 1} for dx in (True, False)]
+        # Without a limit of its own ptxas may spill to halve the registers, so that two programs fit.
+        return [{"LAST": last, "DX": dx, "SUMS": not dx, "num_stages": 1, "maxnreg": 255} for dx in (True, False)]
     return [{"LAST": last, "DX": True, "SUMS": True, "num_stages": 3}]
 
 

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mega_scale.parallel.compiled_blocks import compiled_kinds
 from mega_scale.parallel.config import EngineConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, Stepped
 from mega_scale.parallel.shard import WEIGHT, Values, flat
@@ -72,9 +71,12 @@ class DeepSpeedEngine(Engine):
         if config.dtype == "bf16":
             # DeepSpeed turns autocast on in its own forward only; evaluation and generation call the module.
             model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)
-        if self._stage == 3 and (kinds := compiled_kinds(model)):
+        if self._stage == 3 and config.compiles(world.device.type):
+            from mega_scale.parallel.compiled_blocks import compiled_kinds
+
             # Gathered whole, by hooks of the blocks alone: those of modules inside would break a block's graph.
-            deepspeed.utils.set_z3_leaf_modules(model, kinds)
+            if kinds := compiled_kinds(model):
+                deepspeed.utils.set_z3_leaf_modules(model, kinds)
         optimizer = self._optimizer_over(build_optimizer)
         _know(type(optimizer))
         self._engine, *_ = deepspeed.initialize(

@@ -165,8 +165,8 @@ while True:
 """
     for does in ("waits", "computes"):
         process = subprocess.Popen(
-            [sys.executable, "-c", script, does], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, cwd=light["PYTHONPATH"],
+            [sys.executable, "-W", "ignore", "-c", script, does],  # Python 3.12 warns of os.fork
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=light["PYTHONPATH"],
             env=light | ({"TORCHELASTIC_RUN_ID": "1"} if does == "computes" else {}),
         )  # fmt: skip
         process.stdout.readline()

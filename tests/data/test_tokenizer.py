@@ -217,7 +217,9 @@ def test_command_makes_what_training_loads(texts, tmp_path):
     done = subprocess.run([*command, *keys], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"vocab_size": 400, "rows": 30}
-    config = DataConfig("json", [str(tmp_path / "text.jsonl")], cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(
+        "json", [str(tmp_path / "text.jsonl")], validation_fraction=0.0, cache_dir=str(tmp_path / "cache")
+    )
     train, _ = load_datasets(config, load_tokenizer(str(tmp_path / "made")))
     assert train.rows(np.array([0])).max() < 400
     with pytest.raises(ValueError, match="not empty"):

@@ -78,8 +78,10 @@ def test_kernels_match_the_reference(case, dtype, monkeypatch):
     assert got.keys() == want.keys()
     for name in got:
         error = (got[name].double() - want[name]).abs().max() / want[name].abs().max().clamp(min=1)
+        # Of few tokens, dropped weights leave a bias's gradient that is small beside what cancels in it.
+        bound = 1e-5 if dtype == torch.float32 else 3e-2 if p else 2e-2
         # not <=, so that NaN fails
-        assert error <= (1e-5 if dtype == torch.float32 else 3e-2), f"{name} differs by {error:.1e}"
+        assert error <= bound, f"{name} differs by {error:.1e}"
 
 
 def test_a_long_chunk_in_bf16_with_documents(monkeypatch):

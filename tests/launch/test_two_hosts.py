@@ -200,18 +200,18 @@ def test_two_hosts_give_the_losses_of_one_process(hosts, tmp_path, text_file, al
         assert got[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4), step
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["deepspeed", "torchrun"])
 def test_a_cut_cable_ends_all_ranks_and_launchers_with_a_message(hosts, tmp_path, text_file, kind):
-    """With nothing beside it, ranks take up to 3 seconds more than the timeout, and their launchers 10 more."""
     changes = [*text(text_file), "train.steps=100000", f"parallel.timeout_s={TIMEOUT_S}"]
     with Job(kind, hosts, tmp_path, 2, *changes) as job:
         job.until(lambda: job.trained(5), 300)
         hosts[1].cut()
         seconds = job.until(lambda: not job.ranks(), 100)
         print(f"cut, {kind}: ranks {seconds:.1f} s")
-        assert seconds < TIMEOUT_S + 20, job.report()
+        assert seconds < TIMEOUT_S + 3, job.report()
         seconds = job.until(lambda: not job.family(), 100)
-        assert seconds < 40, job.report()
+        assert seconds < 10, job.report()
     here, there = job.lines(0), job.lines(1)
     assert (list(here), list(there)) == ([0, 1], [2, 3]), job.report()
     keeper = "rank 0 (host-a)" if kind == "deepspeed" else "the launcher"

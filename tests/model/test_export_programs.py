@@ -8,6 +8,7 @@ from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
 SIZES = ((1, 4), (3, 8), (1, 9), (2, 45), (3, 1100))
+LONGEST = 2**40
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,9 @@ class Called(torch.nn.Module):
 def exported(model, inputs, use_cache=False, dim=Dim.AUTO):
     shapes = {key: [dict.fromkeys(range(t.dim()), dim) for t in pytree.tree_leaves(v)] for key, v in inputs.items()}
     shapes = {key: v if key == "past_key_values" else v[0] for key, v in shapes.items()}
-    return export(Called(model, use_cache), (), inputs, dynamic_shapes=shapes if dim else None).module()
+    program = export(Called(model, use_cache), (), inputs, dynamic_shapes=shapes if dim else None)
+    assert all(bounds.upper > LONGEST for bounds in program.range_constraints.values()), program.range_constraints
+    return program.module()
 
 
 def batch_of(batch, length, masked):

@@ -220,7 +220,8 @@ def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> st
             return "native"
         columns = gain.shape[1] * (1 if coefficients.angle is None else 2)
         narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and columns <= 32
-        if length >= 64 and narrow and runs_triton(x, compiled=True):
+        # The length is compared last: an exporter keeps the comparison as a bound of the program's lengths.
+        if narrow and runs_triton(x, compiled=True) and length >= 64:
             return "triton"
     mode = tracing()
     # A decoding step, for which blocks would be idle ceremony; transforms take no branch by documents' lengths.

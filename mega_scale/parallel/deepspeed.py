@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mega_scale.parallel.config import EngineConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, Stepped
-from mega_scale.parallel.shard import WEIGHT, Values, flat
+from mega_scale.parallel.shard import WEIGHT, SegmentedLinear, Values, flat
 from mega_scale.parallel.world import Axis
 
 _linear = nn.functional.linear
@@ -77,6 +77,14 @@ class DeepSpeedEngine(Engine):
             # Gathered whole, by hooks of the blocks alone: those of modules inside would break a block's graph.
             if kinds := compiled_kinds(model):
                 deepspeed.utils.set_z3_leaf_modules(model, kinds)
+        if self._stage == 3:
+            for module in model.modules():
+                if isinstance(module, SegmentedLinear):
+                    # It computes by itself with what modules inside own. DeepSpeed sees that only when it finds a
+                    # parameter partitioned, and those below its threshold are not, until a step is discarded: its list
+                    # of what to fetch, made by then, would lack them.
+                    for parameter in module.parameters():
+                        deepspeed.zero.register_external_parameter(module, parameter)
         optimizer = self._optimizer_over(build_optimizer)
         _know(type(optimizer))
         self._engine, *_ = deepspeed.initialize(

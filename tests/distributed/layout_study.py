@@ -173,11 +173,22 @@ def whole_weights(engine: Engine, world: World) -> dict[str, Tensor]:
     return {source: assemble(names, local.__getitem__) for source, names in by_source(table).items()}
 
 
+def read_elsewhere(engine: Engine) -> list[tuple[str, str]]:
+    """Modules that compute with a parameter of another one, and the parameter, as far as ZeRO-3 knows of them."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return sorted(
+        (name, names[key])
+        for name, module in engine.module.named_modules()
+        for key in getattr(module, "_external_params", ())
+    )
+
+
 def run(world: World, engine: str, variant: tuple[dict[str, Any], int, str], steps: int = STEPS) -> dict[str, Any]:
     made = make_engine(world, engine, *variant)
-    start = whole_weights(made, world)
+    start, known = whole_weights(made, world), read_elsewhere(made)
     losses, norms = train(made, world, range(steps))
     found = {"losses": losses, "norms": norms, "start": start, "end": whole_weights(made, world)}
+    found["read elsewhere"] = known, read_elsewhere(made)
     made.close()
     return found
 

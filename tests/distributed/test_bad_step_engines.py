@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from bad_step_study import PROBLEMS, study
-from engine_study import ENGINES
+from bad_step_study import KEYS, PROBLEMS, study
 from ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -24,7 +23,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("key", ENGINES)
+@pytest.mark.parametrize("key", KEYS)
 def test_weights_moments_and_counts_stay_as_they_are_on_every_rank(ranks, key, problem):
     for found in ranks:
         assert_same(found[key]["after"][problem], found[key]["before"])
@@ -33,7 +32,7 @@ def test_weights_moments_and_counts_stay_as_they_are_on_every_rank(ranks, key, p
         assert norm == found[key]["norms"][1] if problem == "refused" else not math.isfinite(norm)
 
 
-@pytest.mark.parametrize("key", ENGINES)
+@pytest.mark.parametrize("key", KEYS)
 def test_what_follows_is_what_follows_without_bad_steps(ranks, key):
     for found in ranks:
         assert found[key]["norms"] == found[key]["expected"]

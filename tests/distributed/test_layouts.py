@@ -75,3 +75,13 @@ def other_models(tmp_path_factory):
 def test_other_models_train_as_in_one_process(other_models, alone, model, engine):
     """All attention activations, both biases, all norms, tied and untied, with and without optional parts."""
     assert_equal_runs([rank[model, engine] for rank in other_models], alone[model, MODEL_STEPS])
+
+
+def test_zero_3_knows_from_the_start_what_a_module_reads_of_others(found, other_models):
+    """What DeepSpeed finds later, it lists for the next steps only where it was partitioned when it was looked for."""
+    runs = [*found.items(), *((key, [rank[key] for rank in other_models]) for key in other_models[0])]
+    for key, ranks in runs:
+        for run in ranks:
+            start, end = run["read elsewhere"]
+            assert start == end, key
+            assert not start or "zero-3" in key

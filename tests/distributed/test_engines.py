@@ -96,7 +96,7 @@ def test_bf16_is_near_fp32_and_keeps_the_ema_exact(ranks, key):
     for found in ranks:
         rounded = found[key]["bf16"]
         assert rounded["losses"] == pytest.approx(found[key]["losses"], rel=1e-2)
-        assert rounded["norms"] == pytest.approx(found[key]["norms"], rel=3e-2)
+        assert rounded["norms"] == pytest.approx(found[key]["norms"], rel=2e-2)
         assert rounded["losses"] != found[key]["losses"]
         assert rounded["linear"] == rounded["direct"] == torch.bfloat16
         assert rounded["text"].shape == (1, 11)

@@ -111,14 +111,13 @@ def packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 
     x is (..., D), the weights are (W, D) and the biases (W,) with a W each. Returns a tensor (..., W) a layer; they are
     views of one. The weights are put together again in the backward pass: a copy that is kept would be as large as the
-    layers, which FSDP frees in between.
+    layers, which FSDP and ZeRO-3 free in between. For the same reason they are rounded, under autocast, each time anew.
     """
     dtype = autocast_dtype(x.device)
-    if dtype is not None:
-        x, weights, biases = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
+    x = x if dtype is None else x.to(dtype)
     with without_autocast(x.device):
         if tracing() == "trace":
-            packed = F.linear(x, torch.cat([*weights]), torch.cat([*biases]))
+            packed = F.linear(x, torch.cat([*weights]).to(x.dtype), torch.cat([*biases]).to(x.dtype))
             return packed.split([len(weight) for weight in weights], -1)
         outs: tuple[Tensor, ...] = _PackedLinear.apply(x.flatten(0, -2), *weights, *biases)
         return tuple(out.unflatten(0, x.shape[:-1]) for out in outs)
@@ -130,7 +129,7 @@ class _PackedLinear(torch.autograd.Function):
         """x (T, D); weights, then as many biases."""
         weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
         ctx.save_for_backward(x, *weights)
-        packed = times_transposed(x, torch.cat(weights), torch.cat(biases))
+        packed = times_transposed(x, torch.cat(weights).to(x.dtype), torch.cat(biases).to(x.dtype))
         return packed.split([len(weight) for weight in weights], 1)
 
     @staticmethod
@@ -142,9 +141,9 @@ class _PackedLinear(torch.autograd.Function):
         gradient, widths = torch.cat(gradients, 1), [len(weight) for weight in weights]
         none = (None,) * len(weights)
         return (
-            times_transposed(gradient, torch.cat(weights).t()) if of_x else None,
-            *((gradient.t() @ x).split(widths) if of_weights else none),
-            *(_sum_tokens(gradient).split(widths) if of_biases else none),
+            times_transposed(gradient, torch.cat(weights).to(x.dtype).t()) if of_x else None,
+            *((gradient.t() @ x).to(weights[0].dtype).split(widths) if of_weights else none),
+            *(_sum_tokens(gradient).to(weights[0].dtype).split(widths) if of_biases else none),
         )
 
 

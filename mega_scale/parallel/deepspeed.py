@@ -61,6 +61,8 @@ class DeepSpeedEngine(Engine):
                 deepspeed.zero.Init, config_dict_or_path=native, data_parallel_group=self._fsdp.group, mpu=unit
             )
             self._fill(values, partial(self._partition, init))
+            if nn.functional.linear is not _linear:
+                nn.functional.linear = partial(_linear_of_rows, nn.functional.linear)
         else:
             # A copy of its own: a shard is a view of the whole value.
             self._fill(values, lambda old, value: nn.Parameter(value.to(world.device, copy=True).contiguous()))
@@ -230,6 +232,14 @@ class DeepSpeedEngine(Engine):
         if self._names_local_rank:
             os.environ.pop("LOCAL_RANK", None)
             self._names_local_rank = False
+
+
+def _linear_of_rows(linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What ZeRO-3 puts in the place of PyTorch's linear, which keeps parameters for its backward, not rounded copies.
+
+    Of x with other than two dimensions, it would round the product, and then its sum with the bias once more.
+    """
+    return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _largest_unit(model: Any) -> int:

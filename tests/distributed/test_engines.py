@@ -108,6 +108,14 @@ def test_bf16_is_near_fp32_and_keeps_the_ema_exact(ranks, key):
             assert torch.equal(seen, found[key]["start"][prefix + name]), name
 
 
+def test_products_are_rounded_alike_in_every_stage_of_zero(ranks):
+    for found in ranks:
+        # Biases are 0 in the first step, so the second is the first that could round their sums otherwise.
+        for part in ("losses", "norms"):
+            expected = found["zero-2"]["bf16"][part][:2]
+            assert found["zero-3"]["bf16"][part][:2] == pytest.approx(expected, rel=1e-5), part
+
+
 def test_recomputed_activations_change_nothing(ranks, key):
     for found in ranks:
         run = found[key]["recomputed"]

@@ -130,3 +130,23 @@ def test_packed_layers_are_one_product_and_equal_each_alone(tokens, dtype, froze
         torch.testing.assert_close(got, want)
     for leaf, want in zip(learned, torch.autograd.grad(wanted, learned, slopes), strict=True):
         torch.testing.assert_close(leaf.grad, want)
+
+
+def test_packed_layers_keep_no_rounded_copy_of_what_they_read():
+    x, weights, biases = torch.randn(9, 5), [torch.randn(3, 5), torch.randn(4, 5)], [torch.randn(3), torch.randn(4)]
+    leaves = [leaf.requires_grad_() for leaf in (*weights, *biases)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = packed_linear(x, weights, biases)
+        assert {out.dtype for out in found} == {torch.bfloat16}
+    memory = {leaf.data_ptr() for leaf in weights}
+    assert {t.data_ptr() for t in kept if t.shape[-1] == 5 and len(t) != len(x)} == memory
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    slopes = [torch.randn(out.shape).bfloat16() for out in wanted]
+    for got, want in zip(
+        torch.autograd.grad(found, leaves, slopes), torch.autograd.grad(wanted, leaves, slopes), strict=True
+    ):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ class Server:
             return [b""]
         if method == "PUT" and self.cut(method, path):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+            # Else the connection is kept, and the server waits for a next request in the other half.
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionAbortedError
         if method != "GET" or "list-type" not in query:
             return self._app(environ, start_response)

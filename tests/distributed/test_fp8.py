@@ -94,5 +94,7 @@ def test_a_gpu_without_fp8_and_a_missing_package_are_refused(capability, there, 
 def test_a_plan_for_a_gpu_may_have_it(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "torchao" else find(name))
+    with pytest.raises(ValueError, match=r"train\.fp8=True is not possible"):  # on this machine
+        CONFIG.validate(1)
     with as_if("cuda", (9, 0)):
         CONFIG.validate(1)

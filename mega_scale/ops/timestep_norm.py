@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import (
+    constant_to_compilers,
     device_kind,
     in_memory,
     load_or_warn,
@@ -455,7 +456,7 @@ def _call(name: str, groups: int, x: Tensor, *given: Any) -> None:
     function(*pointers, *x.shape, groups, threads_for(x), *(t for t in given if isinstance(t, float)))
 
 
-@torch.compiler.assume_constant_result  # compilers do not follow what compiles C++
+@constant_to_compilers  # which do not follow what compiles C++
 def _has_library() -> bool:
     return _SOURCE.exists() and library() is not None
 

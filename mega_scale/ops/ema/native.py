@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import in_memory, load_or_warn, once_differentiable, threads_for
+from mega_scale.ops import constant_to_compilers, in_memory, load_or_warn, once_differentiable, threads_for
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.operators import operator
 
@@ -153,7 +153,7 @@ def _rows(coefficients: EmaCoefficients, counts: tuple[int, int]) -> Tensor:
     return torch.stack([rate, gain, projection, rotation, imaginary, *(t for f in fades for t in f.unbind(-1))])
 
 
-@torch.compiler.assume_constant_result  # compilers do not follow what compiles C++
+@constant_to_compilers  # which do not follow what compiles C++
 def has_library() -> bool:
     """Whether native.cpp lies beside this file, which in a checkpoint's folder of Python files it does not, and can be
     compiled; else there is one warning."""

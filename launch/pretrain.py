@@ -1,6 +1,6 @@
 """Pretrains a Mega causal language model; starts under deepspeed, torchrun, accelerate launch, or plain python.
 
-deepspeed --num_accelerators 2 launch/pretrain.py --config configs/debug.yaml train.steps=200
+deepspeed --quiet --num_accelerators 2 launch/pretrain.py --config configs/debug.yaml train.steps=200
 """
 
 # ruff: noqa: E402

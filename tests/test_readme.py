@@ -35,7 +35,7 @@ NOT_RUN = {
     "python launch/pretrain.py --rehearse": "the same",
 }
 # Those for several hosts or GPUs: their run is resolved and printed, and their launcher knows its options.
-CLUSTER = ("deepspeed --hostfile", "torchrun --nnodes", "sbatch ", "srun ", "mpirun ", "accelerate launch")
+CLUSTER = ("deepspeed --quiet --hostfile", "torchrun --nnodes", "sbatch ", "srun ", "mpirun ", "accelerate launch")
 # Those that measure for minutes: their command takes its options, and tests/launch/test_benchmark_commands.py runs it.
 MEASURES = ("python launch/benchmark",)
 # Those that take minutes: they start, and say what their options are.
@@ -102,7 +102,7 @@ def test_every_command_of_the_readme_runs_in_order(checkout):
         if line.startswith(tuple(NOT_RUN)) or line.startswith((*CLUSTER, *MEASURES)):
             continue
         if not line.startswith(CAMPAIGNS):
-            run(checkout, shortened(line))
+            assert "[INFO]" not in run(checkout, shortened(line)), f"{line}: noise of a library"
     for block in printed("python"):
         (checkout / "block.py").write_text(block)
         code, output = warm.run_script(str(checkout / "block.py"), [], 0, 300, folder=checkout)

@@ -254,12 +254,13 @@ def launched(bench: Bench, engine: str) -> None:
 
 def roofline(bench: Bench) -> None:
     """What the steps should take, by the roofline."""
-    from mega_scale.parallel.roofline import Gpu, mfu, total
+    from mega_scale.parallel.devices import Device
+    from mega_scale.parallel.roofline import mfu, total
     from mega_scale.training.metrics import training_flops_per_token
 
     from .roofline import model_config, predict
 
-    gpu = Gpu.named(bench.gpu)
+    gpu = Device.named(bench.gpu)
     for keys in STEPS.values():
         run = _run_of(bench, "train.dtype=bf16", *keys)
         found = predict(run, gpu)

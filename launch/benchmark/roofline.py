@@ -21,10 +21,10 @@ from mega_scale.config import RunConfig, model_config
 from mega_scale.model import causal_lm_class
 from mega_scale.ops import as_if
 from mega_scale.parallel import World, parallelize
+from mega_scale.parallel.devices import Device
 from mega_scale.parallel.meter import Event, Meter, Sent
 from mega_scale.parallel.roofline import (
     PARTS,
-    Gpu,
     Row,
     extrapolated,
     fused,
@@ -43,7 +43,7 @@ from .harness import Option
 
 ROOFLINE = {
     "config": Option(str(harness.ROOT / "configs/megalodon-1.3b.yaml"), "run whose step is predicted"),
-    "gpu": Option("h100", f"one of {', '.join(Gpu.known())}"),
+    "gpu": Option("h100", f"one of {', '.join(Device.known())}"),
     "ranks": Option(1, "GPUs of the run"),
     "gpus-per-host": Option(8, "GPUs that share a host"),
     "measured": Option(None, "trace of a profiled run (JSON, may be gzipped), whose times stand beside"),
@@ -83,7 +83,7 @@ class Prediction(NamedTuple):
     links: float
 
 
-def predict(run: RunConfig, gpu: Gpu, ranks: int = 1, local: int = 8) -> Prediction:
+def predict(run: RunConfig, gpu: Device, ranks: int = 1, local: int = 8) -> Prediction:
     """A step of the run's first rank of so many, from steps of two depths. Raises ValueError where it cannot run."""
     every = max(run.parallel.activation_checkpoint, 1)
     wanted = model_config(run.model).num_hidden_layers
@@ -101,7 +101,7 @@ def predict(run: RunConfig, gpu: Gpu, ranks: int = 1, local: int = 8) -> Predict
     )  # fmt: skip
 
 
-def _traced(run: RunConfig, gpu: Gpu, ranks: int, local: int, layers: int) -> Prediction:
+def _traced(run: RunConfig, gpu: Device, ranks: int, local: int, layers: int) -> Prediction:
     """The same of a model of few layers, followed on fake tensors."""
     meter, kept = follow(run, gpu.capability, ranks, layers, local)
     events = list(in_fp8(meter.events)) if run.train.fp8 else meter.events
@@ -163,7 +163,7 @@ def _state(engine: Any) -> list[torch.Tensor]:
     return [tensor for local in engine.state().tensors.values() for tensor in local.tensors.values()]
 
 
-def _on_links(sent: Sequence[Sent], gpu: Gpu, ranks: int, local: int) -> float:
+def _on_links(sent: Sequence[Sent], gpu: Device, ranks: int, local: int) -> float:
     """Seconds that collectives take, one after the other, on the link that the farthest rank of a group needs."""
     within = ranks <= local
     rate = gpu.link * gpu.link_share if within else gpu.network * gpu.network_share
@@ -177,7 +177,7 @@ def _on_links(sent: Sequence[Sent], gpu: Gpu, ranks: int, local: int) -> float:
 def run_roofline(args: argparse.Namespace) -> None:
     """Predict and print. Raises ValueError for an unknown GPU or key, or a run that could not start."""
     of_gpu = dict(_pair(word) for word in args.overrides if word.startswith("gpu."))
-    gpu = Gpu.named(args.gpu, **{key.removeprefix("gpu."): _number(key, value) for key, value in of_gpu.items()})
+    gpu = Device.named(args.gpu, {key.removeprefix("gpu."): _number(key, value) for key, value in of_gpu.items()})
     keys = [word for word in args.overrides if not word.startswith("gpu.")]
     _, overrides, _ = split_arguments(keys, (each.name for each in dataclasses.fields(RunConfig)))
     run = resolve(RunConfig, [args.config], overrides)[0]

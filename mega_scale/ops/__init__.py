@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,16 +35,21 @@ _WIDTHS: dict[str, tuple[int, list[str]]] = {
 }
 _OTHER: tuple[int, list[str]] = (4, [])
 _COMPILE_SECONDS = 300
-# Multiprocessors of an NVIDIA GPU by its compute capability, for GPUs that are not there.
-_MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 KERNELS: dict[str, int] = {}
 """Launches of a custom operator by its name, as `mega_scale::average_forward`; one unless it is listed."""
 ANY_LENGTH = ("export", "trace")
 """Ways of `tracing` that make one program for every length, so that no branch may depend on this one."""
 
 
-# Kind and compute capability of the device that fake tensors are taken to lie on.
-_pretended: ContextVar[tuple[str, int, int] | None] = ContextVar("pretended", default=None)
+class _Pretended(NamedTuple):
+    """The device that fake tensors are taken to lie on."""
+
+    kind: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+_pretended: ContextVar[_Pretended | None] = ContextVar("pretended", default=None)
 
 
 def constant_to_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,18 +62,18 @@ def constant_to_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @constant_to_compilers  # which do not follow context variables
-def _pretended_device() -> tuple[str, int, int] | None:
+def _pretended_device() -> _Pretended | None:
     return _pretended.get()
 
 
 @contextmanager
-def as_if(kind: str, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """Choose forms for fake and meta tensors as on a device of this kind (cpu, cuda) and compute capability.
+def as_if(kind: str, capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) -> Iterator[None]:
+    """Choose forms for fake and meta tensors as on a device of this kind (cpu, cuda), by default an H100.
 
     Such tensors lie on a CPU and have no memory, so kernels are not launched for them: a model's operators can be
     followed as a GPU would run them, without one. Real tensors keep the forms of their own device.
     """
-    token = _pretended.set((kind, *capability))
+    token = _pretended.set(_Pretended(kind, capability, multiprocessors))
     try:
         yield
     finally:
@@ -80,7 +85,7 @@ def device_kind(x: Tensor | torch.device) -> str:
     there, unless x is a real tensor. What a compiler traces counts as fake."""
     pretended = _pretended_device()
     if pretended is not None and (isinstance(x, torch.device) or _without_memory(x)):
-        return pretended[0]
+        return pretended.kind
     return x.type if isinstance(x, torch.device) else x.device.type
 
 
@@ -88,7 +93,7 @@ def device_capability(x: Tensor) -> tuple[int, int]:
     """The compute capability of the GPU whose forms are chosen for x, which `device_kind` says is on one."""
     pretended = _pretended_device()
     if pretended is not None and _without_memory(x):
-        return pretended[1:]
+        return pretended.capability
     return torch.cuda.get_device_capability(x.device)
 
 
@@ -96,9 +101,15 @@ def multiprocessors(x: Tensor) -> int:
     """Multiprocessors of the GPU whose forms are chosen for x; one on a CPU, where kernels are interpreted."""
     if device_kind(x) != "cuda":
         return 1
-    if _without_memory(x):
-        return _MULTIPROCESSORS.get(device_capability(x), 132)
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+    pretended = _pretended_device()
+    if pretended is not None and _without_memory(x):
+        return pretended.multiprocessors
+    return _multiprocessors(x.device.index)
+
+
+@constant_to_compilers  # which do not follow questions to the driver
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **constants: Any) -> None:
@@ -134,7 +145,7 @@ def in_memory(*tensors: Tensor) -> bool:
 def runs_native(*tensors: Tensor) -> bool:
     """Whether C++ for CPUs is chosen: for what lies in a CPU's memory, and fake tensors taken `as_if` on a CPU."""
     pretended = _pretended_device()
-    if pretended is None or pretended[0] != "cpu":
+    if pretended is None or pretended.kind != "cpu":
         return in_memory(*tensors)
     return tracing() is None and not any(t.is_meta or t.is_neg() for t in tensors)
 

@@ -78,6 +78,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "mega_scale::ema_ends": lambda x, given, *_: x.numel() * given[1].shape[1] // 2,
     "mega_scale::ema_adjoints": lambda x, given, *_: x.numel() * given[1].shape[1] // 2,
     "mega_scale::ema_gradients": lambda x, dy, given, *_: x.numel() * given[1].shape[1],
+    "mega_scale::ema_native": lambda x, rows, *_: x.numel() * rows.shape[2] * (1 + (len(rows) == 9)),
+    "mega_scale::ema_native_backward": lambda x, dy, rows, *_: x.numel() * rows.shape[2] * (1 + (len(rows) == 9)),
     # Attention, by blocks of queries. Scores are computed twice, for statistics and for weights.
     "mega_scale::softmax_weights": lambda q, k, *_: 2 * _below_diagonal(q, q.shape[1]),
     "mega_scale::weighted_values": lambda weights, v: _below_diagonal(v, v.shape[1]),

@@ -6,106 +6,43 @@ smallest kernel does. `fused` makes of operators between products what a compile
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
 
-import yaml
-
+from mega_scale.parallel.devices import Device
 from mega_scale.parallel.meter import Event
 
-_FILE = Path(__file__).with_name("gpus.yaml")
 PARTS = ("products", "average", "attention", "norms", "gates", "loss", "optimizer", "copies")
 """What a step's time is divided into."""
 _AVERAGE = "::ema_"
 # Operators of our own that attend; others' names say so.
 _ATTENTION = {"softmax_weights", "weighted_values", "scores_gradient", "score_products", "values_gradient"}
 _COPIES = ("copy", "clone", "cat", "chunk", "contiguous", "split", "fsdp::", "foreach_copy")
-_LANES = 32 * 4  # threads whose instructions a multiprocessor issues in a cycle
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU with its links: peaks and attainable shares, in the units of `gpus.yaml`."""
-
-    name: str
-    capability: tuple[int, int]
-    multiprocessors: int
-    clock: float
-    products: float
-    products_fp8: float
-    products_fp32: float
-    memory: float
-    capacity: float
-    link: float
-    network: float
-    products_share: float
-    products_fp8_share: float
-    products_fp32_share: float
-    memory_share: float
-    issue_share: float
-    kernel: float
-    launch: float
-    link_share: float
-    network_share: float
-    average_forward: float
-    average_backward: float
-
-    @classmethod
-    def known(cls) -> list[str]:
-        """Names of GPUs that `named` takes."""
-        return list(_figures()["gpus"])
-
-    @classmethod
-    def named(cls, name: str, **overrides: float) -> "Gpu":
-        """A GPU of `gpus.yaml`, with other figures in place of its own. Raises ValueError for unknown names."""
-        figures = _figures()
-        if name.lower() not in figures["gpus"]:
-            raise ValueError(f"gpu={name!r} is unknown: choose one of {', '.join(figures['gpus'])}")
-        own = {**figures["gpus"][name.lower()], **figures["attainable"]}
-        changeable = [each for each in own if each not in ("name", "capability")]
-        for key, value in overrides.items():
-            if key not in changeable:
-                raise ValueError(f"gpu.{key} is unknown: choose one of {', '.join(changeable)}")
-            if not value > 0:
-                raise ValueError(f"gpu.{key}={value} is not possible: give a number above 0")
-            own[key] = type(own[key])(value)
-        return cls(**{**own, "capability": tuple(own["capability"])})
-
-    def figures(self) -> dict[str, Any]:
-        """All figures by name."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
-
-def _figures() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
-    return found
-
-
-def seconds(event: Event, gpu: Gpu) -> float:
+def seconds(event: Event, device: Device) -> float:
     """How long one operator's kernels take on the device."""
     if not event.kernels:
         return 0.0
-    work = (event.read + event.written) / (gpu.memory * gpu.memory_share)
+    work = (event.read + event.written) / (device.memory * device.memory_share)
     if _AVERAGE in event.name:
-        work = max(work, _issue(event, gpu))
+        work = max(work, _issue(event, device))
     elif event.flops:
-        work = max(work, event.flops / _product_rate(event, gpu))
-    return max(work, event.kernels * gpu.kernel)
+        work = max(work, event.flops / _product_rate(event, device))
+    return max(work, event.kernels * device.kernel)
 
 
-def _product_rate(event: Event, gpu: Gpu) -> float:
+def _product_rate(event: Event, device: Device) -> float:
     if event.dtype.startswith("float8"):
-        return gpu.products_fp8 * gpu.products_fp8_share
+        return device.products_fp8 * device.products_fp8_share
     if event.dtype in ("bfloat16", "float16"):
-        return gpu.products * gpu.products_share
-    return gpu.products_fp32 * gpu.products_fp32_share
+        return device.products * device.products_share
+    return device.products_fp32 * device.products_fp32_share
 
 
-def _issue(event: Event, gpu: Gpu) -> float:
+def _issue(event: Event, device: Device) -> float:
     """Of the average: the instructions of its kernels; `flops` counts tokens times channels times columns of states."""
-    backward = "gradients" in event.name or "adjoints" in event.name
-    instructions = event.flops / 16 * (gpu.average_backward if backward else gpu.average_forward)
-    return instructions / (gpu.multiprocessors * _LANES * gpu.clock * gpu.issue_share)
+    backward = any(word in event.name for word in ("gradients", "adjoints", "backward"))
+    instructions = event.flops / 16 * (device.average_backward if backward else device.average_forward)
+    return instructions / (device.multiprocessors * device.lanes * device.clock * device.issue_share)
 
 
 def part(event: Event) -> str:
@@ -261,12 +198,12 @@ class Row:
         )
 
 
-def table(events: Iterable[Event], gpu: Gpu) -> dict[str, Row]:
+def table(events: Iterable[Event], device: Device) -> dict[str, Row]:
     """What each of `PARTS` takes."""
     rows = dict.fromkeys(PARTS, Row())
     for event in events:
         flops = 0 if _AVERAGE in event.name else event.flops
-        rows[part(event)] += Row(event.kernels, event.read + event.written, flops, seconds(event, gpu))
+        rows[part(event)] += Row(event.kernels, event.read + event.written, flops, seconds(event, device))
     return rows
 
 
@@ -283,6 +220,6 @@ def total(rows: Mapping[str, Row]) -> Row:
     return sum(rows.values(), Row())
 
 
-def mfu(flops: float, seconds: float, gpu: Gpu) -> float:
+def mfu(flops: float, seconds: float, device: Device) -> float:
     """Operations of the model in these seconds, as a share of the peak of bf16 products."""
-    return flops / seconds / gpu.products
+    return flops / seconds / device.products

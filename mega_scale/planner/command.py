@@ -17,18 +17,17 @@ from mega_scale.checkpoint.goodput import table as goodput_table
 from mega_scale.config import RunConfig, parse
 from mega_scale.files import replace_text
 from mega_scale.model.configuration_mega import BaseConfig
+from mega_scale.parallel.devices import Device
 from mega_scale.parallel.mesh import divisors
-from mega_scale.parallel.roofline import Gpu
 from mega_scale.planner.report import collective_lines, layout_lines, memory_lines, save_lines, step_lines
 from mega_scale.planner.search import Candidate, search
-from mega_scale.planner.times import Figures, Memory, memory_of, step_time
+from mega_scale.planner.times import Memory, memory_limit, memory_of, step_time
 from mega_scale.planner.trace import Cluster, Trace, depths, parameter_count, prepare, rehearse
 from mega_scale.process import refuse
 from mega_scale.settings import require
 
 DOES_NOT_FIT = 3
 GIB = 2**30
-CPU = "cpu"
 _DESCRIPTION = """Plan a run before it is submitted: follow one of its ranks through two steps on tensors without
 memory, and print what it holds, sends and takes. Exit code 2: the run would be refused or fail, with its line;
 3: it does not fit. All other words are those of launch/pretrain.py: --config FILE, KEY=VALUE."""
@@ -40,24 +39,13 @@ def main(arguments: Sequence[str], *, description: str = _DESCRIPTION) -> None:
     args, words = options.parse_known_args(arguments)
     warnings.simplefilter("ignore")  # of PyTorch, about tensors without memory
     config = parse(words)
-    figures = Figures.named("h100" if args.gpu == CPU else args.gpu, _overrides(args.set))
-    on_cpu = args.gpu == CPU
-    compiled = not on_cpu if config.train.compile is None else config.train.compile
-    cluster = Cluster(
-        args.nodes, args.gpus_per_node, CPU if on_cpu else "cuda", figures.gpu.capability,
-        None if on_cpu else figures.gpu, compiled,
-    )  # fmt: skip
+    device = Device.named(args.gpu, _overrides(args.set), args.devices)
+    compiled = device.kind == "cuda" if config.train.compile is None else config.train.compile
+    cluster = Cluster(args.nodes, args.gpus_per_node, device, compiled)
     for name in ("nodes", "gpus_per_node", "top"):
         value = getattr(args, name)
         require(value >= 1, f"--{name.replace('_', '-')}", value, "give at least 1")
-    if args.search:
-        require(
-            not on_cpu, "--gpu", CPU, f"only GPUs have figures to search by, choose one of {', '.join(Gpu.known())}"
-        )
-        code = _search(args, config, cluster, figures)
-    else:
-        code = _rehearse(args, config, cluster, figures)
-    if code:
+    if code := (_search if args.search else _rehearse)(args, config, cluster):
         raise SystemExit(code)
 
 
@@ -72,7 +60,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--gpu",
         default="h100",
         metavar="NAME",
-        help=f"{', '.join(Gpu.known())}, or cpu (default: h100)",
+        help=f"{', '.join(Device.known())}, or one of --devices (default: h100)",
+    )
+    parser.add_argument(
+        "--devices", type=Path, metavar="FILE", help="devices of yours, as mega_scale/parallel/devices.yaml has them"
     )
     parser.add_argument(
         "--rank", type=int, action="append", metavar="R", help="follow this rank too, beside the first and the last"
@@ -81,7 +72,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--search", action="store_true", help="look for the fastest layout")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts that --search traces (default: 5)")
     parser.add_argument("--failures", action="store_true", help="also print goodput, and how often to save")
-    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="another figure of the GPU and its links")
+    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="another figure of the device or links")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time there (png, pdf, svg)")
     return parser
@@ -100,7 +91,7 @@ def _overrides(words: Sequence[str] | None) -> dict[str, float]:
     return found
 
 
-def _rehearse(args: argparse.Namespace, config: RunConfig, cluster: Cluster, figures: Figures) -> int:
+def _rehearse(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> int:
     planned, model = prepare(config, cluster)
     last = cluster.size - 1
     ranks = sorted({0, last, *(args.rank or ())})
@@ -108,30 +99,29 @@ def _rehearse(args: argparse.Namespace, config: RunConfig, cluster: Cluster, fig
         require(0 <= rank <= last, "--rank", rank, f"choose one of the {cluster.size} ranks, 0 to {last}")
     counts = None if args.full else depths(model, planned)
     micro_batches = planned.engine_config(cluster.size).accumulation
-    print(_header(cluster, figures, planned, model, counts, micro_batches), flush=True)
+    print(_header(cluster, planned, model, counts, micro_batches), flush=True)
     found: dict[str, Any] = {}
     fits = True
     for rank in ranks:
         trace = _traced(planned, model, cluster, rank, args.full)
-        memory = memory_of(trace, figures, planned, cluster.size)
-        lines, facts = _describe(trace, memory, planned, model, cluster, figures, brief=rank != ranks[0])
+        memory = memory_of(trace, planned, cluster)
+        lines, facts = _describe(trace, memory, planned, model, cluster, brief=rank != ranks[0])
         print("\n".join([f"\nrank {rank}", *lines]), flush=True)
         found[str(rank)] = facts
-        fits &= memory.fits or cluster.gpu is None
+        fits &= memory.fits
         if args.plot and rank == ranks[0]:
             from mega_scale.planner.pictures import draw
 
-            draw(args.plot, trace, memory, facts.get("time"))
-    if cluster.gpu is not None:
-        print(_larger(planned, cluster, memory_of(trace, figures, planned, cluster.size), trace))
-        if args.failures:
-            step_s = step_time(trace, figures, planned, model, cluster).seconds
-            rows = goodput_table(parameter_count(model), step_s, sorted({cluster.size, *GPUS}))
-            print("goodput, as GPUs fail\n" + goodput_report(rows, step_s))
-    _write(args.json, {"figures": figures.table(), "ranks": found, "fits": fits})
+            draw(args.plot, trace, memory, facts["time"])
+    print(_larger(planned, cluster, memory, trace))
+    if args.failures:
+        step_s = step_time(trace, planned, model, cluster).seconds
+        rows = goodput_table(parameter_count(model), step_s, sorted({cluster.size, *GPUS}))
+        print("goodput, as GPUs fail\n" + goodput_report(rows, step_s))
+    _write(args.json, {"figures": cluster.device.figures(), "ranks": found, "fits": fits})
     if not fits:
         print(
-            f"error: the run does not fit into {figures.gpu.capacity / GIB:.1f} GiB of {figures.gpu.name}: lower "
+            f"error: the run does not fit into {memory_limit(cluster) / GIB:.1f} GiB of {cluster.device.name}: lower "
             "train.micro_batch_size, set parallel.activation_checkpoint=1, raise parallel.sp or parallel.tp, or take "
             "more hosts; --search looks for layouts that fit",
             file=sys.stderr, flush=True,
@@ -155,7 +145,6 @@ def _traced(planned: RunConfig, model: BaseConfig, cluster: Cluster, rank: int, 
 
 def _header(
     cluster: Cluster,
-    figures: Figures,
     config: RunConfig,
     model: BaseConfig,
     counts: tuple[int, int] | None,
@@ -163,26 +152,25 @@ def _header(
 ) -> str:
     mesh = config.parallel.mesh(cluster.size)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh._asdict().items())
-    device = "CPUs" if cluster.gpu is None else figures.gpu.name
     parallel, train = config.parallel, config.train
     lines = [
-        f"{cluster.size:,} ranks: {cluster.nodes} hosts of {cluster.per_node} {device}; {axes}; {parallel.engine}, "
-        f"zero_stage {parallel.zero_stage}, {train.dtype}",
+        f"{cluster.size:,} ranks: {cluster.nodes} hosts of {cluster.per_node} {cluster.device.name}; {axes}; "
+        f"{parallel.engine}, zero_stage {parallel.zero_stage}, {train.dtype}",
         f"{model.num_hidden_layers} blocks, " + ("all followed" if counts is None else "from {} and {}".format(*counts))
         + f"; {micro_batches} micro-batches of {train.micro_batch_size} x {config.data.sequence_length:,} tokens",
     ]  # fmt: skip
-    if config.parallel.engine == "deepspeed" and train.dtype == "bf16" and cluster.gpu is not None:
+    if config.parallel.engine == "deepspeed" and train.dtype == "bf16" and cluster.device.kind == "cuda":
         lines.append("bf16 under deepspeed follows the list of operators of a CPU's autocast: approximate")
     if config.data.packing == "reset":
         lines.append("data.packing=reset: rows are followed as one document each")
-    shown = {name: value for name, value in figures.table().items() if name != "name"}
-    if cluster.gpu is not None:
-        lines.append("figures: " + ", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
-    return "\n".join(lines)
+    return "\n".join([*lines, _figures(cluster.device)])
 
 
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float | int) else str(value)
+def _figures(device: Device) -> str:
+    shown = {name: value for name, value in device.figures().items() if name != "name"}
+    return "figures: " + ", ".join(
+        f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in shown.items()
+    )
 
 
 def _describe(
@@ -191,21 +179,18 @@ def _describe(
     config: RunConfig,
     model: BaseConfig,
     cluster: Cluster,
-    figures: Figures,
     brief: bool,
 ) -> tuple[list[str], dict[str, Any]]:
     micro_batches = config.engine_config(cluster.size).accumulation
-    facts: dict[str, Any] = {"trace": asdict(trace), "memory": memory._asdict() | {"total": memory.total}}
+    time = step_time(trace, config, model, cluster)
+    facts: dict[str, Any] = {
+        "trace": asdict(trace), "memory": memory._asdict() | {"total": memory.total}, "time": time._asdict()
+    }  # fmt: skip
     lines = memory_lines(trace, memory)
-    time = None
-    if cluster.gpu is not None:
-        time = step_time(trace, figures, config, model, cluster)
-        facts["time"] = time._asdict()
     if not brief:
         lines += collective_lines(trace, micro_batches)
-        if time is not None:
-            tokens = config.train.global_batch_size * config.data.sequence_length
-            lines += step_lines(time, micro_batches, tokens, config.train.steps, cluster.size)
+        tokens = config.train.global_batch_size * config.data.sequence_length
+        lines += step_lines(time, micro_batches, tokens, config.train.steps, cluster.size)
         lines += save_lines(trace)
     return lines, facts
 
@@ -226,12 +211,11 @@ def _larger(config: RunConfig, cluster: Cluster, memory: Memory, trace: Trace) -
     return f"train.micro_batch_size={best} {word}: about {need[best] / GIB:.1f} of {memory.limit / GIB:.1f} GiB"
 
 
-def _search(args: argparse.Namespace, config: RunConfig, cluster: Cluster, figures: Figures) -> int:
+def _search(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> int:
     planned, model = prepare_any(config, cluster)
-    print(f"{cluster.size:,} ranks: {cluster.nodes} hosts of {cluster.per_node} {figures.gpu.name}")
-    shown = {name: value for name, value in figures.table().items() if name != "name"}
-    print("figures: " + ", ".join(f"{name} {_short(value)}" for name, value in shown.items()), flush=True)
-    best = search(planned, model, cluster, figures, args.top, log=lambda line: print(line, flush=True))
+    print(f"{cluster.size:,} ranks: {cluster.nodes} hosts of {cluster.per_node} {cluster.device.name}")
+    print(_figures(cluster.device), flush=True)
+    best = search(planned, model, cluster, args.top, log=lambda line: print(line, flush=True))
     rows = [_row(one, cluster) for one in best]
     print("\n".join(layout_lines(rows)))
     first = best[0]
@@ -239,8 +223,8 @@ def _search(args: argparse.Namespace, config: RunConfig, cluster: Cluster, figur
     if fits:
         print("\nto paste: " + " ".join(first.keys))
     else:
-        print(f"error: no layout fits into {figures.gpu.capacity / GIB:.1f} GiB: take more hosts", file=sys.stderr)
-    _write(args.json, {"figures": figures.table(), "layouts": rows, "keys": first.keys, "fits": fits})
+        print(f"error: no layout fits into {memory_limit(cluster) / GIB:.1f} GiB: take more hosts", file=sys.stderr)
+    _write(args.json, {"figures": cluster.device.figures(), "layouts": rows, "keys": first.keys, "fits": fits})
     return 0 if fits else DOES_NOT_FIT
 
 

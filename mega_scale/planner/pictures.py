@@ -13,7 +13,7 @@ _COLORS = {"forward": "C0", "backward": "C1", "recompute": "C2", "optimizer": "C
 GIB = 2**30
 
 
-def draw(path: Path, trace: Trace, memory: Memory, time: dict[str, Any] | None) -> None:
+def draw(path: Path, trace: Trace, memory: Memory, time: dict[str, Any]) -> None:
     """Draw both into one file. Raises ValueError where that is not possible."""
     missing = importlib.util.find_spec("matplotlib") is None
     require(not missing, "--plot", str(path), "it needs matplotlib: pip install 'mega_scale[plot]'")
@@ -32,7 +32,7 @@ def draw(path: Path, trace: Trace, memory: Memory, time: dict[str, Any] | None) 
     left.set_xlabel("operators of the blocks that were followed")
     left.set_ylabel("GiB")
     left.legend(fontsize="small", frameon=False, markerscale=3)
-    parts = {name: (time or {}).get(name, 0.0) for name in ("kernels", "exposed", "network", "host")}
+    parts = {name: time[name] for name in ("kernels", "exposed", "network", "host")}
     names = {"network": "sharding"}
     right.barh([names.get(name, name) for name in parts], [1e3 * value for value in parts.values()], color="C0")
     right.set_title("a step by part: the slowest of (kernels + exposed), sharding and host counts", loc="left")

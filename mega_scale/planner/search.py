@@ -7,8 +7,18 @@ from typing import Any, Literal, NamedTuple
 
 from mega_scale.config import RunConfig
 from mega_scale.model.configuration_mega import BaseConfig
+from mega_scale.parallel.devices import Device
 from mega_scale.parallel.mesh import divisors
-from mega_scale.planner.times import Figures, Memory, StepTime, collective_seconds, memory_of, step_time
+from mega_scale.planner.times import (
+    Memory,
+    StepTime,
+    Terms,
+    collective_seconds,
+    crowding,
+    memory_limit,
+    memory_of,
+    step_time,
+)
 from mega_scale.planner.trace import Cluster, Trace, follow, parameter_count, prepare, rehearse
 
 RECOMPUTED: tuple[tuple[int, Literal["full", "save_matmuls"]], ...] = (
@@ -44,7 +54,7 @@ class Candidate(NamedTuple):
         return [*found, "parallel.dp_shard=-1", f"train.micro_batch_size={self.config.train.micro_batch_size}"]
 
 
-class _Paper(NamedTuple):
+class Paper(NamedTuple):
     """What a token and block takes, from two small traces: at one rank of tp, and at most of them."""
 
     tp: tuple[int, int]
@@ -117,7 +127,7 @@ def without_layout(config: RunConfig, cluster: Cluster) -> RunConfig:
     return config
 
 
-def calibrate(config: RunConfig, model: BaseConfig, cluster: Cluster) -> _Paper:
+def calibrate(config: RunConfig, model: BaseConfig, cluster: Cluster) -> Paper:
     """Trace two and three blocks on a short row, as one rank alone and as one of most that can share channels."""
     chunk = model.attention_chunk or config.data.sequence_length
     length = min(config.data.sequence_length, chunk)
@@ -147,7 +157,7 @@ def calibrate(config: RunConfig, model: BaseConfig, cluster: Cluster) -> _Paper:
             found.append(found[0])
             break
     alone, shared = found
-    return _Paper((1, most), *((alone[i], shared[i]) for i in range(3)))
+    return Paper((1, most), *((alone[i], shared[i]) for i in range(3)))
 
 
 def _small(config: RunConfig, parallel: Any, length: int, tp: int) -> RunConfig:
@@ -157,10 +167,10 @@ def _small(config: RunConfig, parallel: Any, length: int, tp: int) -> RunConfig:
 
 
 def estimate(
-    config: RunConfig, model: BaseConfig, cluster: Cluster, figures: Figures, paper: _Paper, parameters: int
+    config: RunConfig, model: BaseConfig, cluster: Cluster, paper: Paper, parameters: int
 ) -> tuple[float, float]:
     """Bytes of a rank and seconds of a step, on paper: good enough to leave out most layouts."""
-    parallel, mesh = config.parallel, config.parallel.mesh(cluster.size)
+    parallel, mesh, gpu = config.parallel, config.parallel.mesh(cluster.size), cluster.device
     layers, width, tp = model.num_hidden_layers, model.hidden_size, mesh.tp
     tokens = config.train.micro_batch_size * config.data.sequence_length / mesh.sp
     size = 2 if config.train.dtype == "bf16" else 4
@@ -175,43 +185,42 @@ def estimate(
     states = own * (4 * (1 if stage < 3 else 1 / mesh.fsdp) + 4 * (1 if stage < 2 else 1 / mesh.fsdp) + 8 / mesh.fsdp)
     gathered = 4 * size * own / layers
     head = 4 * tokens * width * size
-    total = (states + kept + gathered + head) * (1 + figures.fragmentation)
+    total = (states + kept + gathered + head) * (1 + gpu.fragmentation)
     axes = [ranks for ranks in (mesh.dp_replicate, mesh.fsdp, mesh.sp, mesh.tp) if ranks > 1]
-    total += figures.context + figures.communicator * (len(axes) + 1)
+    total += gpu.context + gpu.communicator * (len(axes) + 1)
 
     micro_batches = config.engine_config(cluster.size).accumulation
     again = 1 + recomputed / 3
     device = paper.at(paper.seconds, tp) * tokens * layers * again
-    host = paper.at(paper.kernels, tp) * layers * again * figures.gpu.launch
+    host = paper.at(paper.kernels, tp) * layers * again * gpu.launch
     hosts = max(1, mesh.fsdp * tp // cluster.per_node)
     shard = size * own / layers / mesh.fsdp
-    gathers = (2 if stage == 3 else 1) * layers * _seconds("allgather", mesh.fsdp, hosts, shard, figures)
-    reduces = layers * _seconds("reduce_scatter", mesh.fsdp, hosts, 4 * own / layers, figures)
+    gathers = (2 if stage == 3 else 1) * layers * _seconds("allgather", mesh.fsdp, hosts, shard, gpu)
+    reduces = layers * _seconds("reduce_scatter", mesh.fsdp, hosts, 4 * own / layers, gpu)
     across = min(mesh.dp_replicate, cluster.nodes)
-    copies = layers * _seconds("allreduce", mesh.dp_replicate, across, 4 * own / layers / mesh.fsdp, figures)
+    copies = layers * _seconds("allreduce", mesh.dp_replicate, across, 4 * own / layers / mesh.fsdp, gpu)
     exposed = 0.0
     if tp > 1:
-        exposed = layers * (10 + 4 * recomputed) * _seconds("allgather", tp, 1, stream, figures)
+        exposed = layers * (10 + 4 * recomputed) * _seconds("allgather", tp, 1, stream, gpu)
     if mesh.sp > 1:
         state = 8 * config.train.micro_batch_size * width * model.ema_projection_size / tp
-        exposed += 2 * layers * _seconds("allgather", mesh.sp, max(1, mesh.sp * tp // cluster.per_node), state, figures)
-    return total, micro_batches * max(device + exposed, host, gathers + reduces) + copies
+        exposed += 2 * layers * _seconds("allgather", mesh.sp, max(1, mesh.sp * tp // cluster.per_node), state, gpu)
+    seconds, _ = Terms(device, exposed, gathers + reduces, host).together(gpu)
+    return total, crowding(cluster) * (micro_batches * seconds + copies)
 
 
-def _seconds(operation: str, ranks: int, hosts: int, size: float, figures: Figures) -> float:
-    return collective_seconds(f"- {operation} - {ranks} {min(hosts, ranks)}", 1, size, figures)
+def _seconds(operation: str, ranks: int, hosts: int, size: float, gpu: Device) -> float:
+    return collective_seconds(f"- {operation} - {ranks} {min(hosts, ranks)}", 1, size, gpu)
 
 
-def search(
-    config: RunConfig, model: BaseConfig, cluster: Cluster, figures: Figures, top: int, log: Any = print
-) -> list[Candidate]:
+def search(config: RunConfig, model: BaseConfig, cluster: Cluster, top: int, log: Any = print) -> list[Candidate]:
     """The `top` layouts by their traces, fastest first; those that do not fit last. `config` is of `prepare`.
 
     Raises ValueError where no layout runs.
     """
     paper, parameters = calibrate(config, model, cluster), parameter_count(model)
     found = [
-        Candidate(layout, *estimate(layout, model, cluster, figures, paper, parameters))
+        Candidate(layout, *estimate(layout, model, cluster, paper, parameters))
         for layout in layouts(config, model, cluster)
     ]
     if not found:
@@ -220,16 +229,13 @@ def search(
             "multiple of the data-parallel ranks, or fewer hosts"
         )
     # On paper, a layout may be a fifth too large and still fit.
-    fitting = [one for one in found if one.paper_bytes <= 1.1 * figures.gpu.capacity]
+    fitting = [one for one in found if one.paper_bytes <= 1.1 * memory_limit(cluster)]
     log(f"{len(found):,} layouts, of which {len(fitting):,} fit on paper")
     chosen = sorted(fitting or found, key=lambda one: (one.paper_seconds, one.paper_bytes))[:top]
     traced = []
     for one in chosen:
         planned, model = prepare(one.config, cluster)
         trace = rehearse(planned, model, cluster, 0, micro_batches=1)
-        memory, time = (
-            memory_of(trace, figures, planned, cluster.size),
-            step_time(trace, figures, planned, model, cluster),
-        )
+        memory, time = memory_of(trace, planned, cluster), step_time(trace, planned, model, cluster)
         traced.append(one._replace(trace=trace, memory=memory, time=time))
     return sorted(traced, key=lambda one: (not (one.memory and one.memory.fits), one.time.seconds if one.time else 0.0))

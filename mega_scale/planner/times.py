@@ -1,50 +1,14 @@
-"""Seconds of a step and bytes of a rank from its trace, by the figures of a GPU and its links."""
+"""Seconds of a step and bytes of a rank from its trace, by the figures of a device and its links."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
-
-import yaml
 
 from mega_scale.config import RunConfig
 from mega_scale.model.configuration_mega import BaseConfig
-from mega_scale.parallel.roofline import Gpu
+from mega_scale.parallel.devices import Device
 from mega_scale.planner.trace import PARTS, Cluster, Trace
 from mega_scale.training.metrics import training_flops_per_token
 
 _EXPOSED = ("tp", "sp")  # axes whose collectives stand between two products
-_FILE = Path(__file__).with_name("links.yaml")
-
-
-@dataclass(frozen=True)
-class Figures:
-    """All that a plan assumes: a GPU, and what `links.yaml` has beside it."""
-
-    gpu: Gpu
-    link_latency: float
-    network_latency: float
-    context: float
-    communicator: float
-    fragmentation: float
-
-    @classmethod
-    def named(cls, name: str, overrides: Mapping[str, float] | None = None) -> "Figures":
-        """Those of a GPU of `gpus.yaml`, some of them overridden. Raises ValueError for unknown names."""
-        own: dict[str, float] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
-        others = {}
-        for key, value in (overrides or {}).items():
-            if key not in own:
-                others[key] = value
-            elif value < 0:
-                raise ValueError(f"--set {key}={value:g} is not possible: give 0 or more")
-            else:
-                own[key] = value
-        return cls(Gpu.named(name, **others), **{key: float(value) for key, value in own.items()})
-
-    def table(self) -> dict[str, object]:
-        """Every figure by name."""
-        return {**self.gpu.figures(), **{key: value for key, value in asdict(self).items() if key != "gpu"}}
 
 
 class Memory(NamedTuple):
@@ -79,17 +43,22 @@ class StepTime(NamedTuple):
     mfu: float
 
 
-def memory_of(trace: Trace, figures: Figures, config: RunConfig, size: int) -> Memory:
-    """What a rank of `size` takes of its device."""
+def memory_of(trace: Trace, config: RunConfig, cluster: Cluster) -> Memory:
+    """What a rank takes of its device, or of its share of a host's memory."""
     peak = max(trace.peak, trace.evaluation)
-    mesh = config.parallel.mesh(size)
+    device, size, mesh = cluster.device, cluster.size, config.parallel.mesh(cluster.size)
     axes = [mesh.dp_replicate, mesh.fsdp, mesh.sp, mesh.tp]
     communicators = sum(ranks > 1 for ranks in axes) + (size > 1 and size not in axes)
-    outside = figures.context + communicators * figures.communicator
-    return Memory(peak, peak * figures.fragmentation, outside, communicators, figures.gpu.capacity)
+    outside = device.context + communicators * device.communicator
+    return Memory(peak, peak * device.fragmentation, outside, communicators, memory_limit(cluster))
 
 
-def collective_seconds(key: str, calls: float, size: float, figures: Figures) -> float:
+def memory_limit(cluster: Cluster) -> float:
+    """Bytes that a rank may take: of its device, or its share of a host's memory."""
+    return cluster.device.capacity / (cluster.per_node if cluster.device.cores else 1)
+
+
+def collective_seconds(key: str, calls: float, size: float, device: Device) -> float:
     """Seconds of some collectives of `size` bytes together, as in `Trace`: rings, over the slowest link in them."""
     _, operation, _, ranks_, hosts_ = key.split()
     ranks, hosts = int(ranks_), int(hosts_)
@@ -99,43 +68,66 @@ def collective_seconds(key: str, calls: float, size: float, figures: Figures) ->
     moved = size * (ranks - 1) * rounds
     if "allgather" not in operation:  # the others are given what goes to all ranks, not what goes to each
         moved /= ranks
-    gpu = figures.gpu
-    bandwidth = gpu.link * gpu.link_share
+    bandwidth = device.link * device.link_share
     if hosts > 1:  # ranks of a host bring a link to the network each
-        bandwidth = min(bandwidth, gpu.network * gpu.network_share * ranks / hosts)
-    hops = (ranks - hosts) * figures.link_latency + (hosts if hosts > 1 else 0) * figures.network_latency
+        bandwidth = min(bandwidth, device.network * device.network_share * ranks / hosts)
+    hops = (ranks - hosts) * device.link_latency + (hosts if hosts > 1 else 0) * device.network_latency
     return moved / bandwidth + calls * rounds * hops
 
 
-def step_time(trace: Trace, figures: Figures, config: RunConfig, model: BaseConfig, cluster: Cluster) -> StepTime:
-    """A step of all micro-batches: in each part the slowest of the device, the host that launches, and the network."""
+class Terms(NamedTuple):
+    """Seconds of a part of a step: the device's kernels, collectives that it waits for, those beside it, the host's."""
+
+    kernels: float
+    exposed: float
+    network: float
+    host: float
+
+    def together(self, device: Device) -> tuple[float, str]:
+        """Seconds of all, and which of them bounds it: a GPU, its host and its links work beside each other; a core
+        does one after the other."""
+        if device.cores:
+            names = {"exposed": "exposed collectives", "network": "sharding"}
+            bound = max(self._fields, key=lambda name: getattr(self, name))
+            return sum(self), names.get(bound, bound)
+        found = {"kernels": self.kernels + self.exposed, "host": self.host, "sharding": self.network}
+        bound = max(found, key=lambda name: found[name])
+        return found[bound], "exposed collectives" if bound == "kernels" and self.exposed > self.kernels else bound
+
+
+def crowding(cluster: Cluster) -> float:
+    """How many ranks take turns on a core; one where each has a device of its own."""
+    return max(1.0, cluster.per_node / (cluster.device.cores or cluster.per_node))
+
+
+def step_time(trace: Trace, config: RunConfig, model: BaseConfig, cluster: Cluster) -> StepTime:
+    """A step of all micro-batches."""
     micro_batches = config.engine_config(cluster.size).accumulation
-    total = dict.fromkeys(("kernels", "exposed", "network", "host"), 0.0)
-    seconds = launches = flops = 0.0
+    total = dict.fromkeys(Terms._fields, 0.0)
     bounds: dict[str, float] = {}
+    launches = flops = seconds = 0.0
     for part, times in zip(PARTS, (1, micro_batches - 1, 1), strict=True):
-        kernels = sum(trace.seconds.get(part, {}).values())
-        count = sum(trace.kernels.get(part, {}).values())
-        exposed = network = 0.0
-        for key, calls in trace.calls.get(part, {}).items():
-            taken = collective_seconds(key, calls, trace.sent[part][key], figures)
-            if key.split()[2] in _EXPOSED:
-                exposed += taken
-            else:
-                network += taken
-        host = count * figures.gpu.launch
-        terms = {"kernels": kernels + exposed, "host": host, "sharding": network}
-        bound = max(terms, key=lambda name: terms[name])
-        bounds[bound] = bounds.get(bound, 0.0) + times * terms[bound]
-        seconds += times * terms[bound]
-        launches += times * count
-        flops += times * sum(trace.flops.get(part, {}).values())
-        for name, value in (("kernels", kernels), ("exposed", exposed), ("network", network), ("host", host)):
+        terms = _terms(trace, part, cluster)
+        taken, bound = terms.together(cluster.device)
+        bounds[bound] = bounds.get(bound, 0.0) + times * taken
+        seconds += times * taken
+        for name, value in terms._asdict().items():
             total[name] += times * value
+        launches += times * sum(trace.kernels.get(part, {}).values())
+        flops += times * sum(trace.flops.get(part, {}).values())
     length = config.data.sequence_length
     useful = config.train.global_batch_size * length * training_flops_per_token(model, length)
-    mfu = useful / (seconds * cluster.size * figures.gpu.products) if seconds else 0.0
+    peak = cluster.size / crowding(cluster) * cluster.device.products
+    mfu = useful / (seconds * peak) if seconds else 0.0
     bound = max(bounds, key=lambda name: bounds[name])
-    if bound == "kernels" and total["exposed"] > total["kernels"]:
-        bound = "exposed collectives"
     return StepTime(**total, seconds=seconds, bound=bound, launches=launches, flops=flops, mfu=mfu)
+
+
+def _terms(trace: Trace, part: str, cluster: Cluster) -> Terms:
+    device, turns = cluster.device, crowding(cluster)
+    links = {True: 0.0, False: 0.0}
+    for key, calls in trace.calls.get(part, {}).items():
+        links[key.split()[2] in _EXPOSED] += collective_seconds(key, calls, trace.sent[part][key], device)
+    kernels = sum(trace.seconds.get(part, {}).values())
+    host = sum(trace.kernels.get(part, {}).values()) * device.launch
+    return Terms(*(turns * each for each in (kernels, links[True], links[False], host)))

@@ -25,8 +25,9 @@ from mega_scale.model import causal_lm_class
 from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.ops import as_if
 from mega_scale.parallel import Engine, Place, World, parallelize, seeded_values
+from mega_scale.parallel.devices import Device
 from mega_scale.parallel.meter import Event, Meter
-from mega_scale.parallel.roofline import Gpu, fused, seconds
+from mega_scale.parallel.roofline import fused, seconds
 from mega_scale.training.config import build_optimizer
 
 ENGINE = "engine"
@@ -36,13 +37,11 @@ PARTS = ("first", "micro-batch", "optimizer")
 
 
 class Cluster(NamedTuple):
-    """Where a run is to be: hosts, accelerators of each, and which."""
+    """Where a run is to be: hosts, ranks of each, and what device they have."""
 
     nodes: int
     per_node: int
-    kind: str = "cuda"  # or cpu
-    capability: tuple[int, int] = (9, 0)
-    gpu: Gpu | None = None  # whose seconds are counted, if any
+    device: Device
     compiled: bool = False  # whether arithmetic between products is counted as a compiler fuses it
 
     @property
@@ -136,12 +135,14 @@ def prepare(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, BaseConfig]
     where `model.vocab_size` says how large its vocabulary is.
     """
     parallel = config.parallel
-    if cluster.kind == "cuda":
+    if cluster.device.kind == "cuda":
         if parallel.device == "cpu":
             raise ValueError(
                 "parallel.device='cpu' is not possible: GPUs are planned, choose auto or cuda, or --gpu cpu"
             )
         parallel = replace(parallel, device="auto")
+    elif parallel.device == "cuda":
+        raise ValueError("parallel.device='cuda' is not possible: CPUs are planned, choose auto or cpu")
     if config.optimizer.name == "muon":  # whose ranks tell each other what they hold
         raise ValueError("optimizer.name='muon' cannot be planned: plan optimizer.name=adamw, which holds more moments")
     # Compiled arithmetic takes the same memory or less, and cannot be followed on tensors without memory.
@@ -179,9 +180,9 @@ def follow(
     """
     if layers is not None:
         model = type(model)(**{**model.to_dict(), "num_hidden_layers": layers})
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode, device = FakeTensorMode(allow_non_fake_inputs=True), cluster.device
     pretended = World.pretend(rank, cluster.size, config.parallel, cluster.per_node)
-    with pretended as world, as_if(cluster.kind, cluster.capability):
+    with pretended as world, as_if(device.kind, device.capability, device.multiprocessors):
         return follow_in(world, config, model, cluster, mode, micro_batches)
 
 
@@ -301,7 +302,7 @@ class _Followed:
         tensors, ranges = rank_tensors(state, self._world.rank)
         found.written = sum(tensor.nbytes for tensor in tensors.values())
         asynchronous = self._config.checkpoint.asynchronous
-        found.pinned = found.written if asynchronous and self._cluster.kind == "cuda" else 0
+        found.pinned = found.written if asynchronous and self._cluster.device.kind == "cuda" else 0
         # How many steps were done cannot be read.
         index = json.dumps(build_index(state._replace(steps=[], averaged=None), []))
         found.index = len(index) + len(json.dumps(ranges)) * self._world.size if self._world.rank == 0 else 0
@@ -325,9 +326,8 @@ class _Followed:
                 phases.setdefault(event.phase, []).append(event)
             found.kernels[part] = {phase: sum(e.kernels for e in some) for phase, some in phases.items()}
             found.flops[part] = {phase: sum(e.flops for e in some) for phase, some in phases.items()}
-            if self._cluster.gpu is not None:
-                gpu = self._cluster.gpu
-                found.seconds[part] = {phase: sum(seconds(e, gpu) for e in some) for phase, some in phases.items()}
+            device = self._cluster.device
+            found.seconds[part] = {phase: sum(seconds(e, device) for e in some) for phase, some in phases.items()}
             calls: Counter[str] = Counter()
             put: Counter[str] = Counter()
             for call in sent:

@@ -12,18 +12,6 @@ import torch
 from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.parallel import World
 
-# Dense bf16 matrix products, FLOP/s, from the vendors' data sheets; the first name contained in the device's counts.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "MI300X": 1307e12,
-}
-
 _PROBES = 5
 _WORTH_SAYING = 0.1  # of a step: less than that, a wait for data holds nobody up
 
@@ -32,8 +20,9 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Peak of the device's matrix products, FLOP/s; None where it is not known."""
     if device.type != "cuda" or dtype != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    from mega_scale.parallel.devices import peak_products  # noqa: PLC0415  # a file less to start with
+
+    return peak_products(torch.cuda.get_device_name(device))
 
 
 def training_flops_per_token(config: BaseConfig, sequence_length: int) -> int:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from mega_scale.parallel.devices import Device, peak_products
 from mega_scale.parallel.meter import Event, Meter
 from mega_scale.parallel.roofline import (
     PARTS,
-    Gpu,
     Row,
     extrapolated,
     fused,
@@ -21,9 +21,8 @@ from mega_scale.parallel.roofline import (
     table,
     total,
 )
-from mega_scale.training.metrics import PEAK_FLOPS
 
-H100 = Gpu.named("h100")
+H100 = Device.named("h100")
 
 
 def event(
@@ -52,18 +51,30 @@ def test_a_kernel_takes_as_long_as_what_bounds_it():
     assert narrow == pytest.approx(4 * elements / memory) and wide > 2 * narrow
 
 
-def test_figures_are_overridden_and_unknown_names_are_refused():
-    assert Gpu.named("H100", memory=1e12).memory == 1e12
-    assert {"h100", "h200", "a100", "b200"} <= set(Gpu.known())
+def test_figures_are_overridden_and_unknown_names_are_refused(tmp_path):
+    assert Device.named("H100", {"memory": 1e12}).memory == 1e12
+    assert {"h100", "h200", "a100", "b200", "cpu"} <= set(Device.known())
     with pytest.raises(ValueError, match=r"gpu='h1000' is unknown: choose one of h100, h200, a100, b200"):
-        Gpu.named("h1000")
+        Device.named("h1000")
     with pytest.raises(ValueError, match=r"gpu\.memori is unknown: choose one of .*memory"):
-        Gpu.named("h100", memori=1.0)
-    with pytest.raises(ValueError, match=r"gpu\.memory=0 is not possible"):
-        Gpu.named("h100", memory=0)
-    for name in Gpu.known():
-        gpu = Gpu.named(name)
-        assert PEAK_FLOPS[name.upper()] == gpu.products and set(gpu.figures()) >= {"capability", "link", "network"}
+        Device.named("h100", {"memori": 1.0})
+    with pytest.raises(ValueError, match=r"gpu\.memory=0 is not possible: give a number above 0"):
+        Device.named("h100", {"memory": 0})
+    own = tmp_path / "own.yaml"
+    own.write_text("common: {launch: 1.0e-6}\ndevices: {own: {name: Own, memory: 1e12}}")
+    assert Device.named("h100", file=own).launch == 1e-6 and "own" in Device.known(own)
+    with pytest.raises(ValueError, match=r"own of .* has no capability, multiprocessors, .*: give them"):
+        Device.named("own", file=own)
+    own.write_text("gpus: {}")
+    with pytest.raises(ValueError, match=r"own\.yaml is not possible: give devices, common, peaks"):
+        Device.named("h100", file=own)
+
+
+def test_peaks_are_found_by_names_of_gpus():
+    h100 = Device.named("h100").products
+    assert peak_products("NVIDIA H100 80GB HBM3") == h100 > peak_products("NVIDIA H100 PCIe")
+    assert peak_products("NVIDIA A100-SXM4-80GB") == Device.named("a100").products
+    assert peak_products("AMD Instinct MI300X") == 1307e12 and peak_products("NVIDIA T4") is None
 
 
 def test_the_step_that_was_measured_is_predicted():

@@ -8,7 +8,8 @@ import pytest
 from launch.benchmark import roofline
 from launch.benchmark.__main__ import main
 from mega_scale.config import RunConfig
-from mega_scale.parallel.roofline import PARTS, Gpu, fused, table, total
+from mega_scale.parallel.devices import Device
+from mega_scale.parallel.roofline import PARTS, fused, table, total
 from mega_scale.settings import resolve
 
 # Of one block at 32,768 tokens of 2,048 channels, both passes, without recomputation: launches, eager and compiled;
@@ -22,7 +23,7 @@ def test_a_block_stays_below_its_bounds(config):
     """What a third block adds to two, with the forms of an H100."""
     keys = [("parallel.activation_checkpoint", "0"), ("train.global_batch_size", "1")]
     run = resolve(RunConfig, [f"configs/{config}.yaml"], keys)[0]
-    gpu = Gpu.named("h100")
+    gpu = Device.named("h100")
     found = [roofline.follow(run, gpu.capability, 1, layers) for layers in (2, 3)]
     eager, compiled, size, kept = BOUNDS[config]
 

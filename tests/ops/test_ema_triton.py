@@ -72,14 +72,14 @@ def test_compiled_kernels_use_matrix_units_and_do_not_spill(gpu, dtype, averages
 
 
 @needs_triton
-@pytest.mark.parametrize("gpu", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("gpu", [((8, 0), 108), ((9, 0), 132), ((10, 0), 148)])
 def test_few_channels_are_split_along_the_row(gpu):
     """As many programs as multiprocessors at least, where not almost all have one without it."""
     own = pytest.importorskip("mega_scale.ops.ema.triton")
     for width in (16, 64, 256, 520, 1024, 2048, 4096):
         x = torch.empty(1, 32768, width, dtype=torch.bfloat16, device="meta")
         given = EmaCoefficients(*(torch.empty(width, 16, device="meta") for _ in range(3)))
-        with as_if("cuda", gpu):
+        with as_if("cuda", *gpu):
             rows, most = own._Rows(x, given, None, own.TILE), multiprocessors(x)
         channels, splits = -(-width // 16), rows.cut.splits
         tiles = rows.cut.tiles

@@ -7,6 +7,7 @@ import torch
 
 from mega_scale.config import RunConfig, parse
 from mega_scale.parallel import ParallelConfig, World
+from mega_scale.parallel.devices import Device
 from mega_scale.planner.trace import Cluster, Trace, follow, follow_in, prepare
 
 SIZES = """model.vocab_size=512 model.hidden_size=64 model.intermediate_size=128 model.nffn_hidden_size=128
@@ -39,7 +40,7 @@ def run_of(words: str, sizes: str = SIZES) -> RunConfig:
 
 
 def as_planned(config: RunConfig, ranks: int = 2) -> tuple[Any, Any, Cluster]:
-    cluster = Cluster(1, ranks, "cpu")
+    cluster = Cluster(1, ranks, Device.named("cpu"))
     return *prepare(config, cluster), cluster
 
 

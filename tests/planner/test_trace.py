@@ -8,6 +8,7 @@ from planned_study import CASES, SIZES
 from ranks import run_ranks
 
 from mega_scale.config import parse
+from mega_scale.parallel.devices import Device
 from mega_scale.planner.trace import Cluster, follow, prepare, rehearse
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -46,7 +47,7 @@ def test_a_plan_is_what_a_real_rank_does(ranks, case):
 
 def test_two_depths_give_any_other():
     words = "parallel.engine=fsdp parallel.sp=2 parallel.tp=2 train.dtype=bf16 model.num_hidden_layers=7"
-    cluster = Cluster(1, 4)
+    cluster = Cluster(1, 4, Device.named("h100"))
     config, model = prepare(parse([*SIZES.replace("parallel.device=cpu", "").split(), *words.split()]), cluster)
     found, full = rehearse(config, model, cluster, 3), follow(config, model, cluster, 3)
     assert found.peak == pytest.approx(full.peak, rel=1e-3) and found.written == full.written

@@ -54,12 +54,15 @@ def test_a_wheel_has_all_that_git_has_and_trains_on_two_ranks_outside_of_the_che
     wanted = {name.removeprefix("mega_scale/") for name in files if "/" in name and not name.endswith("README.md")}
     assert not wanted - shipped
 
+    # As where the extras are not installed.
+    (site / "sitecustomize.py").write_text("import sys\nsys.modules |= dict.fromkeys(('deepspeed', 'accelerate'))\n")
     own = {"PYTHONPATH": str(site), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     use = {"cwd": here, "env": os.environ | own | {"HF_HUB_OFFLINE": "1"}}
     command = site / "bin/mega-scale"
     ranks = ["--nproc-per-node=2", f"--master-port={free_port()}"]
     said = run(command, *ranks, "pretrain", "--config", "debug", *SHORT, **use)
     assert json.loads((here / "runs/debug/status.json").read_text())["state"] == "finished"
+    assert "fsdp" in said
     # What the end line says to do next can be done here.
     following = said.partition("; next: ")[2].split()[:4]
     assert following == ["mega-scale", "export", "runs/debug", "exports/debug"]
@@ -117,8 +120,10 @@ def test_deepspeed_is_asked_for_where_it_is_not_installed(monkeypatch):
     find_spec = importlib_util.find_spec
     monkeypatch.setattr(importlib_util, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
     with pytest.raises(ValueError, match=r"parallel\.engine.*mega_scale\[deepspeed\].*fsdp"):
-        parse([]).validate(1)
-    parse(["parallel.engine=fsdp"]).validate(1)
+        parse(["parallel.engine=deepspeed"]).validate(1)
+    default = parse([])
+    default.validate(1)
+    assert default.parallel.engine == "fsdp"
 
 
 def test_each_lowest_version_is_the_one_that_is_tested():

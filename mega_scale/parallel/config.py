@@ -27,8 +27,9 @@ _FP8_CAPABILITY = (8, 9)  # of GPUs that multiply numbers of 8 bits
 class ParallelConfig:
     """Which engine shards the model, how far, and on what device."""
 
-    engine: Literal["fsdp", "deepspeed"] = "deepspeed"
-    """What shards and steps the model: fsdp (PyTorch fully_shard) or deepspeed (ZeRO) (no unit)."""
+    engine: Literal["auto", "fsdp", "deepspeed"] = "auto"
+    """What shards and steps the model: fsdp (PyTorch fully_shard) or deepspeed (ZeRO); auto takes deepspeed where it is
+    installed (no unit)."""
 
     zero_stage: int = 3
     """Split over ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0, deepspeed only, nothing (stage)."""
@@ -66,6 +67,10 @@ class ParallelConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; auto takes CUDA where there is one (no unit)."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "auto":
+            self.engine = "deepspeed" if importlib.util.find_spec("deepspeed") is not None else "fsdp"
 
     def mesh(self, world_size: int) -> MeshShape:
         """The mesh of a run of `world_size` ranks; raises as `MeshShape.resolve` does."""

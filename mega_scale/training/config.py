@@ -67,8 +67,9 @@ class TrainConfig:
 
     eval_command: str | None = None
     """Command run beside the training, on the first rank's machine, with a fresh export: {model} stands for its folder,
-    {output} for a path to write to, {step} for its step. Numbers of the JSON that it writes there, or prints last, go
-    to the trackers; "lm_eval --model hf --model_args pretrained={model} --tasks piqa --output_path {output}", say."""
+    {average} for that of the weights' average, {output} for a path to write to, {step} for its step. Numbers of the
+    JSON that it writes there, or prints last, go to the trackers; "lm_eval --model hf --model_args pretrained={model}
+    --tasks piqa --output_path {output}", say."""
 
     eval_command_every: int = 0
     """Steps between two runs of eval_command, for each of which a checkpoint is written; one is left out while another

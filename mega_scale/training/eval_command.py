@@ -40,16 +40,21 @@ _POLL_S = 0.5  # between two looks at a command
 _RESERVED = ("step", "part", "time")  # what a line of metrics.jsonl says itself
 
 
-def words_of(command: str) -> list[str]:
-    """The words of `train.eval_command`, as a shell would split them. Raises ValueError where it cannot run."""
+def words_of(command: str, averages: bool = True) -> list[str]:
+    """The words of `train.eval_command`, as a shell would split them. Raises ValueError where it cannot run.
+
+    `averages` says whether the run keeps an average of its weights.
+    """
     try:
         words, problem = shlex.split(command), ""
     except ValueError as error:
         words, problem = [], f"it cannot be split into words ({error}), correct its quotes"
     require(not problem, "train.eval_command", command, problem)
     require(bool(words), "train.eval_command", command, "it is empty, give a command, or null")
-    remedy = "it names no model, write {model} where the folder of the fresh export belongs"
-    require("{model}" in command, "train.eval_command", command, remedy)
+    remedy = "it names no model, write {model}, or {average}, where the folder of the fresh export belongs"
+    require("{model}" in command or "{average}" in command, "train.eval_command", command, remedy)
+    remedy = "the run keeps no average of its weights, set train.weight_average, or write {model}"
+    require(averages or "{average}" not in command, "train.eval_command", command, remedy)
     remedy = f"there is no program {words[0]}, install it, or give its path"
     require(shutil.which(words[0]) is not None, "train.eval_command", command, remedy)
     return words
@@ -141,16 +146,20 @@ class EvalCommand:
     def _run(self, checkpoint: Path) -> None:
         assert self._result is not None
         folder, deadline = self._path(), time.monotonic() + self._timeout_s
-        model, output, printed = folder / "model", folder / "output", folder / "out.txt"
+        output, printed = folder / "output", folder / "out.txt"
+        exports = {"{model}": (folder / "model", []), "{average}": (folder / "average", ["--average"])}
+        exports = {name: export for name, export in exports.items() if any(name in word for word in self._words)}
         try:
             discard(folder)
             folder.mkdir(parents=True)
-            export = [sys.executable, str(shipped("launch") / "export.py"), str(checkpoint), str(model), *self._key]
+            export = [sys.executable, str(shipped("launch") / "export.py"), str(checkpoint)]
             try:
-                self._call("the export", export, printed, deadline)
+                for model, options in exports.values():
+                    self._call("the export", [*export, str(model), *options, *self._key], printed, deadline)
             finally:
                 self._held.discard(self._step)
-            names = {"{model}": str(model), "{output}": str(output), "{step}": str(self._step)}
+            names = {name: str(model) for name, (model, _) in exports.items()}
+            names |= {"{output}": str(output), "{step}": str(self._step)}
             words = self._words
             for name, value in names.items():
                 words = [word.replace(name, value) for word in words]
@@ -159,7 +168,8 @@ class EvalCommand:
         except BaseException as error:  # whatever it is, the run goes on and says it
             self._result.set_exception(error)
         finally:
-            forget(model)
+            for model, _ in exports.values():
+                forget(model)
 
     def _call(self, what: str, words: list[str], printed: Path, deadline: float) -> None:
         """Run a program to its end. Raises RuntimeError where that is not a good one."""

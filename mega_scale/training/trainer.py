@@ -110,7 +110,7 @@ class Trainer:
         if train.eval_command is not None and self.rank == 0:
             from mega_scale.training.eval_command import words_of
 
-            words_of(train.eval_command)
+            words_of(train.eval_command, train.weight_average > 0)
         self.tokenizer = as_trained(tokenizer, data.add_bos)
         if train.sample_every:
             from mega_scale.training.trained_model import check_sample

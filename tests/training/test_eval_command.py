@@ -22,7 +22,7 @@ def made(tmp_path, monkeypatch):
     launch.mkdir()
     (launch / "export.py").write_text(
         "import pathlib, sys\nif sys.argv[1].endswith('bad'): sys.exit(3)\n"
-        "pathlib.Path(sys.argv[2]).mkdir()\npathlib.Path(sys.argv[2], 'weights').write_text(sys.argv[1])\n"
+        "pathlib.Path(sys.argv[2]).mkdir()\npathlib.Path(sys.argv[2], 'weights').write_text(' '.join(sys.argv[1::2]))\n"
     )
     monkeypatch.setattr(eval_command, "shipped", lambda name: launch)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
@@ -69,6 +69,21 @@ def test_it_is_given_a_fresh_export_and_its_json_is_reported(made, tmp_path):
     assert made.reported == [(7, "eval_command", {"tasks/a": 0.5, "at": 7})] and made.held == set()
     assert made.said == ["step 7 | eval_command: tasks/a 0.5, at 7"]
     assert not (tmp_path / "eval_command" / "step-00000007" / "model").exists()
+
+
+def test_it_is_given_the_average_of_the_weights_where_it_asks_for_it(made, tmp_path):
+    program = (
+        "import json, pathlib, sys\n"
+        "found = [pathlib.Path(name, 'weights').read_text() for name in sys.argv[1:]]\n"
+        "print(json.dumps({'as asked': float(found == ['checkpoint --average', 'checkpoint'])}))"
+    )
+    command = made(program, words="{average} {model}")
+    command.start(7, Path("checkpoint"), last=False)
+    wait(command)
+    assert made.said == ["step 7 | eval_command: as asked 1"]
+    assert {path.name for path in (tmp_path / "eval_command/step-00000007").iterdir()} == {"log.txt", "out.txt"}
+    with pytest.raises(ValueError, match=r"no average of its weights, set train\.weight_average"):
+        words_of(f"{PYTHON} {{average}}", averages=False)
 
 
 def test_a_file_that_it_writes_comes_before_what_it_prints(made):

@@ -145,6 +145,15 @@ class EvalCommand:
 
     def _run(self, checkpoint: Path) -> None:
         assert self._result is not None
+        try:
+            figures = self._figures(checkpoint)
+        except BaseException as error:  # whatever it is, the run goes on and says it
+            self._result.set_exception(error)
+        else:
+            self._result.set_result(figures)
+
+    def _figures(self, checkpoint: Path) -> dict[str, float]:
+        """Export what the command names, run it, and read what it found; the exports are gone afterwards."""
         folder, deadline = self._path(), time.monotonic() + self._timeout_s
         output, printed = folder / "output", folder / "out.txt"
         exports = {"{model}": (folder / "model", []), "{average}": (folder / "average", ["--average"])}
@@ -164,9 +173,7 @@ class EvalCommand:
             for name, value in names.items():
                 words = [word.replace(name, value) for word in words]
             self._call("the command", words, printed, deadline)
-            self._result.set_result(_read(output, printed))
-        except BaseException as error:  # whatever it is, the run goes on and says it
-            self._result.set_exception(error)
+            return _read(output, printed)
         finally:
             for model, _ in exports.values():
                 forget(model)

@@ -85,19 +85,6 @@ def token_counts(rules: Rules, count: Tensor, x: Tensor) -> Tensor:
     return counts - begin
 
 
-def part_total(rules: Rules, a: Tensor, b: Tensor) -> Moments:
-    """Moments of the tokens after the last document start, by plain sums."""
-    counted = torch.ones_like(a[..., 0], dtype=torch.bool) if rules.valid is None else rules.valid
-    if rules.resets is not None:
-        later = rules.resets.flip(1).cumsum(1).flip(1) - rules.resets.long()
-        counted = counted & (later == 0)
-    count = counted.sum(1)
-    share = 1 / count.clamp(min=1).to(a.dtype)[:, None]
-    mean = torch.where(counted[..., None], a, 0).sum(1) * share
-    squares = torch.where(counted[..., None], b + (a - mean[:, None]).square(), 0)
-    return Moments(count, mean.to(rules.dtype), (squares.sum(1) * share).to(rules.dtype))
-
-
 def part_kinds(rules: Rules) -> tuple[Tensor | None, bool]:
     """What a carry is told of a part besides its total."""
     return None if rules.resets is None else rules.resets.any(1), rules.resets is None and rules.valid is None

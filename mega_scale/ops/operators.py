@@ -43,16 +43,19 @@ def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator that has compilers take a function as its operators and gradients: it may hold closures and branches.
 
     Its arguments are tensors, numbers, strings, tuples of these, none, or objects of classes that are registered by
-    `torch.utils._pytree.register_constant`; it returns tensors. Imports the compiler.
+    `torch.utils._pytree.register_constant`; it returns tensors.
     """
 
-    @torch._dynamo.nonstrict_trace
-    def call(places: tuple[bool, ...], *given: Any) -> Any:
+    def present(places: tuple[bool, ...], *given: Any) -> Any:
         rest = iter(given)
         return function(*(next(rest) if there else None for there in places))
 
     @wraps(function)
-    def without_none(*arguments: Any) -> Any:  # which PyTorch does not take here
-        return call(tuple(t is not None for t in arguments), *(t for t in arguments if t is not None))
+    def call(*arguments: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return function(*arguments)
+        # A compiler follows this, so it is there; naming it before would import it at every start.
+        places = tuple(t is not None for t in arguments)  # PyTorch takes no none here
+        return torch._dynamo.nonstrict_trace(present)(places, *(t for t in arguments if t is not None))
 
-    return without_none
+    return call

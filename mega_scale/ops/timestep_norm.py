@@ -15,7 +15,7 @@ Legend: B batch, L length, D channels, G groups, P parts of a row.
 """
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,10 @@ from mega_scale.ops.moments import (
     moments_after,
     part_borders,
     part_kinds,
-    part_total,
     running_moments,
     token_counts,
 )
-from mega_scale.ops.operators import operator
+from mega_scale.ops.operators import opaque, operator
 
 __all__ = ["MomentCarry", "MomentTurn", "Moments", "later_gradients", "part_borders", "timestep_norm"]
 IMPLEMENTATIONS = ("auto", "recurrent", "blocked", "native", "triton")
@@ -103,9 +102,9 @@ def timestep_norm(
         if impl == "auto":
             impl = _best(x, carry, weight, bias, *(state or ()))
         known = known_state(x, groups, dtype if impl == "recurrent" else torch.float64, state)
-        run: Any = _run
-        if tracing() == "compile" and impl in _OPERATORS:
-            from mega_scale.ops.timestep_norm_compiled import run  # noqa: PLC0415  imports the compiler
+        run = _run
+        if tracing() == "compile":
+            impl, run = _NODES.get(impl, (impl, _run))
         y, count, mean, var = run(impl, groups, eps, carry, resets, valid, x, weight, bias, *known)
         empty = (count == 0)[:, None]
         return y, Moments(count, mean.to(dtype).masked_fill(empty, 0), var.to(dtype).masked_fill(empty, 1))
@@ -244,62 +243,41 @@ def _traced(
     return y, token_counts(rules, count, x)[:, -1], means[:, -1], variances[:, -1]
 
 
-class _Norm(torch.autograd.Function):
-    """The blocked form; keeps x and two numbers a token and group."""
+def norm_blocked(
+    x: Tensor, weight: Tensor, bias: Tensor, resets: Tensor | None, valid: Tensor | None, count: Tensor, mean: Tensor,
+    var: Tensor, groups: int, eps: float, writes: bool, keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `norm_native` computes, by PyTorch's operators, and in any dtype."""
+    rules = Rules(groups, eps, resets, valid, None, x.dtype)
+    runs = running_moments(rules, *_token_moments(rules, x, mean.dtype))
+    means, variances = moments_after(Moments(count, mean, var), runs)
+    end = token_counts(rules, count, x)[:, -1].clone()
+    y = _normalised(rules, x, weight, bias, means, variances) if writes else x.new_empty(0)
+    kept = means.to(x.dtype), torch.rsqrt(variances + eps).to(x.dtype)
+    kept = tuple(t.contiguous() if keeps else x.new_empty(0) for t in kept)
+    return end, means[:, -1].clone(), variances[:, -1].clone(), y.contiguous(), *kept
 
-    @staticmethod
-    def forward(
-        ctx: Any, rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.rules = rules
-        ctx.turn = None
-        a, b = _token_moments(rules, x, mean.dtype)
-        if rules.carry is None:
-            runs = running_moments(rules, a, b)
-        else:
-            arrive = rules.carry(part_total(rules, a, b), *part_kinds(rules))
-            runs = running_moments(rules, a, b)
-            before, ctx.turn = arrive()
-            count, mean, var = known_state(x, rules.groups, mean.dtype, before)
-        means, variances = moments_after(Moments(count, mean, var), runs)
-        rstd = torch.rsqrt(variances + rules.eps)
-        ctx.save_for_backward(x, weight, bias, means.to(rules.dtype), rstd.to(rules.dtype), count, mean)
-        end = token_counts(rules, count, x)[:, -1].clone()
-        ctx.mark_non_differentiable(end)
-        y = _normalised(rules, x, weight, bias, means, variances)
-        return y, end, means[:, -1].clone(), variances[:, -1].clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dy: Tensor | None, d_count: None, d_mean: Tensor | None, d_var: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, means, rstd, count, mean = ctx.saved_tensors
-        rules: Rules = ctx.rules
-        dy = torch.zeros_like(x) if dy is None else dy
-        counts = token_counts(rules, count, x)[..., None]
-        share = torch.where(counts > 0, 1 / counts.to(rstd.dtype), 0)
-        of_mean, of_var, d_weight, d_bias = _slopes(rules, x, dy, weight, means, rstd)
-        if d_mean is not None:
-            of_mean[:, -1] += d_mean.to(rules.dtype)
-        if d_var is not None:
-            of_var[:, -1] += d_var.to(rules.dtype)
-        shut, by_var, by_mean = later_sums(rules, of_var * share, of_mean * share, means)
-        reach = count.to(rstd.dtype)[:, None]
-        if rules.resets is not None:  # a document that begins the row keeps the state out
-            reach = reach.masked_fill(rules.resets[:, :1], 0)
-        first = by_var[:, 0]
-        d_before = reach * (by_mean[:, 0] + 2 * (mean.to(rules.dtype) - means[:, 0]) * first), reach * first
-        if ctx.turn is not None:
-            end_mean, end_var = (t.to(rules.dtype)[:, None] * share[:, -1:] for t in ctx.turn(*d_before)())
-            end_mean, end_var = end_mean + 2 * (means - means[:, -1:]) * end_var, end_var.expand_as(means)
-            if shut is not None:
-                end_mean, end_var = (t.masked_fill(shut, 0) for t in (end_mean, end_var))
-            by_mean, by_var = by_mean + end_mean, by_var + end_var
-        dx = _tokens_gradient(rules, x, dy, weight, means, rstd, by_mean, by_var)
-        d_state = (None, None) if ctx.turn is not None else [t.to(mean.dtype) for t in d_before]
-        return None, dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, *d_state
+def norm_blocked_backward(
+    x: Tensor, dy: Tensor, weight: Tensor, resets: Tensor | None, valid: Tensor | None, count: Tensor, mean: Tensor,
+    means: Tensor, rstds: Tensor, d_mean: Tensor, d_var: Tensor, groups: int, writes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `norm_native_backward` computes."""
+    rules = Rules(groups, 0.0, resets, valid, None, x.dtype)
+    counts = token_counts(rules, count, x)[..., None]
+    share = torch.where(counts > 0, 1 / counts.to(rstds.dtype), 0)
+    of_mean, of_var, d_weight, d_bias = _slopes(rules, x, dy, weight, means, rstds)
+    of_mean[:, -1] += d_mean.to(rules.dtype)
+    of_var[:, -1] += d_var.to(rules.dtype)
+    _, by_var, by_mean = later_sums(rules, of_var * share, of_mean * share, means)
+    reach = count.to(rstds.dtype)[:, None]
+    if resets is not None:  # a document that begins the row keeps the state out
+        reach = reach.masked_fill(resets[:, :1], 0)
+    first = by_var[:, 0]
+    before = reach * (by_mean[:, 0] + 2 * (mean.to(rules.dtype) - means[:, 0]) * first), reach * first
+    dx = _tokens_gradient(rules, x, dy, weight, means, rstds, by_mean, by_var) if writes else x.new_empty(0)
+    d_mean, d_var = (t.to(mean.dtype) for t in before)
+    return d_mean, d_var, torch.stack([d_weight, d_bias]).to(mean.dtype), dx.contiguous()
 
 
 def _slopes(
@@ -332,13 +310,21 @@ def _tokens_gradient(
 def _native(
     rules: Rules, x: Tensor, weight: Tensor, bias: Tensor, count: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
-    """The recurrence by compiled C++, differentiable once; keeps x and two numbers a token and group."""
+    """The recurrence by compiled C++."""
     if x.device.type != "cpu" or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         raise ValueError(f"impl='native' runs on a CPU outside tracers, and x is on {x.device}: use impl='auto'")
     if library() is None:
         raise ValueError("impl='native' could not be compiled, as the warning said: use impl='blocked'")
-    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, mean, var))
-    return _Native.apply(rules, keeps, x, weight, bias, count, mean, var)
+    # C++ itself where it can be, as an operator costs a short row more than its gates.
+    passes = _NATIVE if in_memory(x, weight, bias, mean, var) else _NATIVE_OPERATORS
+    return _in_passes(passes, rules, x, weight, bias, count, mean, var)
+
+
+def _in_passes(passes: tuple[Any, Any], rules: Rules, *given: Tensor) -> tuple[Tensor, ...]:
+    """A form that has a forward and a backward pass, differentiable once; keeps x and two numbers a token and group."""
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    found: tuple[Tensor, ...] = _Norm.apply(passes, keeps, rules, *given)
+    return found
 
 
 def norm_native(
@@ -387,17 +373,20 @@ def _native_backward_like(
     return _empty(d_mean), _empty(d_var), gradients, _empty(x) if writes else x.new_empty(0)
 
 
-_operators = operator(_native_like)(norm_native), operator(_native_backward_like)(norm_native_backward)
+_NATIVE, _BLOCKED = (norm_native, norm_native_backward), (norm_blocked, norm_blocked_backward)
+_NATIVE_OPERATORS, _BLOCKED_OPERATORS = (
+    (operator(_native_like)(forward), operator(_native_backward_like)(backward))
+    for forward, backward in (_NATIVE, _BLOCKED)
+)
 
 
-class _Native(torch.autograd.Function):
-    """Calls C++ itself where it can, as an operator costs a short row more than its gates."""
-
+class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rules: Rules,
+        passes: tuple[Any, Any],
         keeps: bool,
+        rules: Rules,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -407,8 +396,7 @@ class _Native(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.rules, ctx.turn = rules, None
-        ctx.direct = in_memory(x, weight, bias, mean, var)
-        run: Any = norm_native if ctx.direct else _operators[0]
+        run, ctx.passed_back = passes
         given = *(t.to(rules.dtype) for t in (x, weight, bias)), rules.resets, rules.valid
         if rules.carry is not None:
             own = [torch.zeros_like(t) for t in (count, mean, var)]
@@ -428,7 +416,7 @@ class _Native(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, bias, count, mean, means, rstds = ctx.saved_tensors
         rules: Rules = ctx.rules
-        run: Any = norm_native_backward if ctx.direct else _operators[1]
+        run: Any = ctx.passed_back
         dy = torch.zeros_like(x) if dy is None else dy
         given = *(t.to(rules.dtype) for t in (x, dy, weight)), rules.resets, rules.valid, count, mean, means, rstds
         ends = [torch.zeros_like(mean) if t is None else t for t in (d_mean, d_var)]
@@ -438,7 +426,7 @@ class _Native(torch.autograd.Function):
         *states, gradients, dx = run(*given, *ends, rules.groups, True)
         d_weight, d_bias = gradients[0].to(weight.dtype), gradients[1].to(bias.dtype)
         d_state = (None, None) if ctx.turn is not None else states
-        return None, None, dx.to(x.dtype), d_weight, d_bias, None, *d_state
+        return None, None, None, dx.to(x.dtype), d_weight, d_bias, None, *d_state
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -474,5 +462,10 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-_OPERATORS = ("triton", "native")  # forms that compute by them
-_FORMS = {"recurrent": _recurrent, "blocked": _Norm.apply, "native": _native}
+_FORMS = {
+    "recurrent": _recurrent, "native": _native, "blocked": partial(_in_passes, _BLOCKED),
+    "blocked operators": partial(_in_passes, _BLOCKED_OPERATORS),
+}  # fmt: skip
+# Under a compiler: forms that are a few nodes however long rows are.
+_whole = opaque(_run)
+_NODES = {"triton": ("triton", _whole), "native": ("native", _whole), "blocked": ("blocked operators", _whole)}

@@ -17,34 +17,34 @@ def leaves(*shapes, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def real(length, dtype, given):
+def real(length, dtype, given, impl="native"):
     """A function with its arguments, of which the second is where documents begin."""
     one = (CHANNELS, AVERAGES, 1)
     x, *parameters, state = leaves((2, length, CHANNELS), one, one, one, one[:2], (2, CHANNELS, AVERAGES), dtype=dtype)
 
     def average(x, resets, state, *parameters):
-        return damped_ema(x, ema_coefficients(*parameters), state, resets, impl="native")
+        return damped_ema(x, ema_coefficients(*parameters), state, resets, impl=impl)
 
     return average, [x, state if given else None, *parameters]
 
 
-def complex_(length, dtype, given):
+def complex_(length, dtype, given, impl="native"):
     one, pairs = (CHANNELS, AVERAGES, 1), (CHANNELS, AVERAGES, 2)
     x, *parameters, state = leaves((2, length, CHANNELS), one, one, (CHANNELS, 1, 1), pairs, (2, *pairs), dtype=dtype)
 
     def average(x, resets, state, *parameters):
-        return damped_ema(x, complex_ema_coefficients(*parameters), state, resets, impl="native")
+        return damped_ema(x, complex_ema_coefficients(*parameters), state, resets, impl=impl)
 
     return average, [x, state if given else None, *parameters]
 
 
-def timestep(length, dtype, given):
+def timestep(length, dtype, given, impl="native"):
     x, weight, bias, mean = leaves((2, length, CHANNELS), (CHANNELS,), (CHANNELS,), (2, 2), dtype=dtype)
 
     def normalise(x, resets, mean, weight, bias):
         state = None if mean is None else Moments(torch.tensor([3, 5]), mean, mean.square() + 1)
         valid = None if resets is None else ~resets.roll(3, 1)
-        y, moments = timestep_norm(x, weight, bias, 2, 1e-5, state, resets, valid, impl="native")
+        y, moments = timestep_norm(x, weight, bias, 2, 1e-5, state, resets, valid, impl=impl)
         return y, moments.mean + moments.var
 
     return normalise, [x, mean if given else None, weight, bias]
@@ -58,9 +58,10 @@ def outcome(function, arguments, resets):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("impl", "dtype"), [("native", torch.float32), ("blocked", torch.float64)])
 @pytest.mark.parametrize("make", [real, complex_, timestep])
-def test_compiled_ones_are_the_same(make):
-    function, arguments = make(63, torch.float32, True)
+def test_compiled_ones_are_the_same(make, impl, dtype):
+    function, arguments = make(63, dtype, True, impl)
     resets = torch.rand(2, 63, generator=torch.Generator().manual_seed(3)) < 0.1
     compiled = torch.compile(function, backend="aot_eager_default_partitioner", fullgraph=True)
     found = outcome(compiled, arguments, resets)

@@ -29,13 +29,13 @@ from mega_scale.ops import (
 )
 from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade, complex_product, forget, wrap
 from mega_scale.ops.ema.native import has_library, native_ema
+from mega_scale.ops.operators import opaque
 
 __all__ = [
     "IMPLEMENTATIONS", "Carry", "EmaCoefficients", "Fade", "Turn", "complex_ema_coefficients", "damped_ema",
     "ema_coefficients", "forget",
 ]  # fmt: skip
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
-_OPERATORS = ("triton", "native")  # what they compute by
 Turn = Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 Carry = Callable[[Tensor, Fade, Tensor | None, bool], tuple[Tensor, Turn]]
 """How states travel between the parts of a sequence that is cut along its length, without autograd: sends this part's
@@ -160,9 +160,9 @@ def damped_ema(
     with without_autocast(x.device):
         if impl == "auto":
             impl = _best(x, coefficients, resets)
-        run: Any = _run
-        if tracing() == "compile" and impl in _OPERATORS:
-            from mega_scale.ops.ema.compiled import run  # noqa: PLC0415  imports the compiler
+        run = _run
+        if tracing() == "compile":
+            impl, run = _NODES.get(impl, (impl, _run))
         before = None if state is None else state.to(dtype)
         x = x if impl == "triton" else x.to(dtype)  # which widens tokens as it reads them
         y, end = run(impl, bidirectional, truncation, carry, x, before, resets, *coefficients[:])
@@ -336,10 +336,17 @@ def fft_ema(
     return y, end
 
 
-def _blocked(*given: Any) -> tuple[Tensor, Tensor]:
-    from mega_scale.ops.ema.blocked import blocked_ema  # noqa: PLC0415  where native or Triton's kernels cannot be
+def _blocked(name: str, *given: Any) -> tuple[Tensor, Tensor]:
+    from mega_scale.ops.ema import blocked  # noqa: PLC0415  where native or Triton's kernels cannot be
 
-    return blocked_ema(*given)
+    found: tuple[Tensor, Tensor] = getattr(blocked, name)(*given)
+    return found
 
 
-_FORMS = {"recurrent": recurrent_ema, "fft": fft_ema, "blocked": _blocked, "native": native_ema}
+_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "recurrent": recurrent_ema, "fft": fft_ema, "native": native_ema, "blocked": partial(_blocked, "blocked_ema"),
+    "blocked operator": partial(_blocked, "blocked_operator_ema"),
+}  # fmt: skip
+# Under a compiler: forms that are a few nodes however long rows are.
+_whole = opaque(_run)
+_NODES = {"triton": ("triton", _whole), "native": ("native", _whole), "blocked": ("blocked operator", _whole)}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mega_scale.ops import ANY_LENGTH, chunk_count, join_chunks, once_differentiable, split_chunks, tracing
 from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade
+from mega_scale.ops.operators import operator
 
 _BLOCK = 32  # tokens
 # Blocks of blocks, for tracers: what is left at the end is a matrix, of 32 rows at a million tokens.
@@ -75,6 +76,62 @@ def blocked_ema(
     row, shape = torch.arange(batch, device=x.device), coefficients.state_shape(batch)
     end = coefficients.fade(filled[:, None, None]).times(before[:, row, last].transpose(0, 1).reshape(shape))
     return y, end + torch.einsum("bjd,djn->bdn", tail, into).view(shape)
+
+
+def _operator_like(x: Tensor, state: Tensor | None, resets: Tensor | None, given: list[Tensor]) -> list[Tensor]:
+    shape = EmaCoefficients(*given).state_shape(x.shape[0])
+    return [torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(shape)]
+
+
+@operator(_operator_like)
+def _ema_blocked(x: Tensor, state: Tensor | None, resets: Tensor | None, given: list[Tensor]) -> list[Tensor]:
+    """y, and the state after rows."""
+    y, end = blocked_ema(x, EmaCoefficients(*given), state, resets)
+    return [y.contiguous(), end.contiguous()]
+
+
+def _operator_backward_like(
+    x: Tensor, state: Tensor | None, resets: Tensor | None, given: list[Tensor], dy: Tensor, d_end: Tensor
+) -> list[Tensor]:
+    leaves = [x, *given] if state is None else [x, *given, state]
+    return [torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves]
+
+
+@operator(_operator_backward_like)
+def _ema_blocked_backward(
+    x: Tensor, state: Tensor | None, resets: Tensor | None, given: list[Tensor], dy: Tensor, d_end: Tensor
+) -> list[Tensor]:
+    """Gradients by x, coefficients and the state if there is one; computes the average once more."""
+    # An operator's function runs with autograd's keys off.
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        leaves = [t.detach().requires_grad_() for t in ([x, *given] if state is None else [x, *given, state])]
+        before = None if state is None else leaves[-1]
+        found = blocked_ema(leaves[0], EmaCoefficients(*leaves[1 : len(given) + 1]), before, resets)
+        gradients = torch.autograd.grad(found, leaves, (dy, d_end))
+    return [gradient.contiguous() for gradient in gradients]
+
+
+class _Operator(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: Tensor | None, resets: Tensor | None, *given: Tensor) -> Any:
+        ctx.save_for_backward(x, state, resets, *given)
+        y, end = _ema_blocked(x, state, resets, list(given))
+        return y, end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
+        x, state, resets, *given = ctx.saved_tensors
+        dx, *others = _ema_blocked_backward(x, state, resets, given, dy, d_end)
+        return dx, None if state is None else others[-1], None, *others[: len(given)]
+
+
+def blocked_operator_ema(
+    x: Tensor, coefficients: EmaCoefficients, state: Tensor | None, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same as one operator forward and one backward, for compilers: its graph would grow with the row."""
+    found: tuple[Tensor, Tensor] = _Operator.apply(x, state, resets, *coefficients)
+    return found
 
 
 def _states_before(ends: Tensor, coefficients: EmaCoefficients, state: Tensor | None, keep: Tensor | None) -> Tensor:

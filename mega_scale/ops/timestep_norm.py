@@ -80,7 +80,7 @@ def timestep_norm(
         resets: (B, L) bool, true where a document begins: moments are forgotten before that token.
         valid: (B, L) bool, false for padding, which does not count and gives zeros; none: all true.
         carry: where x is one part of a longer row, brings the moments before it, in place of `state`.
-        impl: auto, recurrent (the reference), blocked, native or triton. Outside torch.compile and tracers, auto is
+        impl: auto, recurrent (the reference), blocked, native or triton. Outside tracers and exporters, auto is
             native on a CPU where a C++ compiler is found (else it warns), and triton on an NVIDIA GPU of compute
             capability 8 or newer where triton is installed, for more than one token; else recurrent for one token;
             else blocked.
@@ -253,9 +253,9 @@ def norm_blocked(
     means, variances = moments_after(Moments(count, mean, var), runs)
     end = token_counts(rules, count, x)[:, -1].clone()
     y = _normalised(rules, x, weight, bias, means, variances) if writes else x.new_empty(0)
-    kept = means.to(x.dtype), torch.rsqrt(variances + eps).to(x.dtype)
-    kept = tuple(t.contiguous() if keeps else x.new_empty(0) for t in kept)
-    return end, means[:, -1].clone(), variances[:, -1].clone(), y.contiguous(), *kept
+    of_tokens = (means, torch.rsqrt(variances + eps)) if keeps else (x.new_empty(0), x.new_empty(0))
+    kept, rstds = (t.to(x.dtype).contiguous() for t in of_tokens)
+    return end, means[:, -1].clone(), variances[:, -1].clone(), y.contiguous(), kept, rstds
 
 
 def norm_blocked_backward(

@@ -120,8 +120,8 @@ def damped_ema(
             each direction.
         impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
             a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
-            64 tokens or more and N up to 32, or 16 complex (but on capability 10 or newer), outside torch.compile;
-            native on a CPU in fp32, outside torch.compile, where a C++ compiler is found (else it warns); else blocked.
+            64 tokens or more and N up to 32, or 16 complex; native on a CPU in fp32 where a C++ compiler is found (else
+            it warns); else blocked. Tracers and exporters take blocked.
 
     Returns:
         y (B, L, D) in the dtype of x; and the state after the last token (second half: before the first), in the

@@ -161,8 +161,8 @@ def _header(
     ]  # fmt: skip
     if config.parallel.engine == "deepspeed" and train.dtype == "bf16" and cluster.device.kind == "cuda":
         lines.append("bf16 under deepspeed follows the list of operators of a CPU's autocast: approximate")
-    if config.data.packing == "reset":
-        lines.append("data.packing=reset: rows are followed as one document each")
+    if config.data.packing == "reset" and cluster.device.kind == "cpu":
+        lines.append("data.packing=reset: documents begin in every chunk, which is the most memory that they take")
     return "\n".join([*lines, _figures(cluster.device)])
 
 

@@ -275,15 +275,23 @@ class _Followed:
 
     def _micro_batch(self, last: bool) -> Counter[str]:
         """A forward and a backward pass; what the forward left, by module."""
-        inputs = torch.zeros((self._rows, self._length), dtype=torch.int64)
+        inputs, starts = self._batch()
         place = Place(0, self._world.shape.dp_rank(self._world.rank) * self._rows)
-        loss = self._engine.forward(inputs, inputs, self._config.train.global_batch_size * self._length, place)
+        items = self._config.train.global_batch_size * self._length
+        loss = self._engine.forward(inputs, inputs, items, place, starts)
         kept: Counter[str] = Counter()
         for (kind, name), size in self._watch.live.items():
             if kind == "activations" and size:
                 kept[_block(name)] += size
         self._engine.backward(loss, last)
         return kept
+
+    def _batch(self) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and where their documents begin, (B, L) each: everywhere, so that each chunk has a mask, for which a
+        CPU pays by chunk; kernels of GPUs take the same memory whatever documents there are."""
+        shape = self._rows, self._length
+        starts = torch.ones(shape, dtype=torch.bool) if self._config.data.packing == "reset" else None
+        return torch.zeros(shape, dtype=torch.int64), starts
 
     def _step(self) -> None:
         self._engine.step(self._config.optimizer.lr)
@@ -292,8 +300,8 @@ class _Followed:
     def _evaluate(self) -> None:
         module = self._engine.module
         module.eval()
-        inputs = torch.zeros((self._rows, self._length), dtype=torch.int64)
-        self._engine.forward(inputs, inputs, 1)
+        inputs, starts = self._batch()
+        self._engine.forward(inputs, inputs, 1, document_starts=starts)
         module.train()
 
     def _save(self, found: Trace) -> None:

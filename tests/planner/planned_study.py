@@ -29,6 +29,9 @@ CASES = {
     "fsdp stage 1": "parallel.engine=fsdp parallel.zero_stage=1",
     "fsdp sp2, megalodon": f"parallel.engine=fsdp parallel.sp=2 {MEGALODON}",
     "fsdp tp2, megalodon, recomputed": f"parallel.engine=fsdp parallel.tp=2 {RECOMPUTED} {MEGALODON}",
+    "fsdp dp2, documents": "parallel.engine=fsdp data.packing=reset",
+    "fsdp sp2, megalodon, documents, recomputed": f"parallel.engine=fsdp parallel.sp=2 data.packing=reset {RECOMPUTED} "
+    + MEGALODON,
     "zero-3 dp2": "parallel.engine=deepspeed",
     "zero-2 sp2": "parallel.engine=deepspeed parallel.zero_stage=2 parallel.sp=2",
     "zero-1 dp2, bf16": "parallel.engine=deepspeed parallel.zero_stage=1 train.dtype=bf16",

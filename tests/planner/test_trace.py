@@ -18,6 +18,7 @@ SOME = {
         "fsdp dp2, two micro-batches",
         "fsdp tp2, products kept",
         "fsdp sp2, megalodon",
+        "fsdp dp2, documents",
         "zero-3 dp2",
         "zero-2 sp2",
     )

@@ -1,4 +1,4 @@
-"""Plans beside real ranks: the peak of live tensors and every collective, in 14 runs of two ranks and nine layouts; and
+"""Plans beside real ranks: the peak of live tensors and every collective, in 16 runs of two ranks and nine layouts; and
 how far a process grows.
 
 Real ranks are processes over gloo, whose tensors a meter counts; a plan follows the same run on tensors without memory.

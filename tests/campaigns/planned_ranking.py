@@ -4,10 +4,10 @@
 
 The CPU is measured first: products, elementwise operators, the average, what a launch costs the host, and gloo's
 collectives between 2 and 4 ranks. Its entry, of the form of mega_scale/parallel/devices.yaml, is written to --devices.
-Then each layout is planned, and run by its real launcher, in turns. A layout's measured time is the processor time of a
-step of all its ranks, over the cores that they share: the median of a run, the lowest of runs. Beside it stands the same
-by the clock, which any other job on the machine makes longer. Exit code 1 where planned and measured times correlate
-(Spearman) by less than 0.8.
+Then each layout is planned, and run by its real launcher, in turns. A layout's measured time is the processor time of
+all its ranks in a step, over the cores that they share: the median of a run, the lowest of runs. Beside it stands the
+time by the clock, which any other job on the machine makes longer. Exit code 1 where planned and measured times
+correlate (Spearman) by less than 0.8.
 """
 
 import argparse

@@ -9,6 +9,9 @@ from launch.plan import main
 from launch.pretrain import main as pretrain
 from mega_scale.config import parse
 from mega_scale.model import MegaConfig
+from mega_scale.parallel.devices import Device
+from mega_scale.planner.times import Terms, crowding, memory_limit
+from mega_scale.planner.trace import Cluster
 
 SMALL = [
     "model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=128", "model.nffn_hidden_size=128",
@@ -66,9 +69,18 @@ def test_a_plan_is_refused_in_the_line_of_the_run(words, tmp_path):
 
 
 def test_nothing_is_made_on_the_disk(tmp_path, capsys):
-    main(["--nodes", "1", "--gpus-per-node", "2", *SMALL, f"run_dir={tmp_path}/run"])
+    main(["--gpu", "cpu", "--nodes", "1", "--gpus-per-node", "2", *SMALL, f"run_dir={tmp_path}/run"])
     assert not (tmp_path / "run").exists()
-    assert "total" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "total" in output and "time of a step" in output
+
+
+def test_cores_do_one_thing_after_the_other_and_ranks_take_turns_on_them():
+    cpu, gpu = Device.named("cpu"), Device.named("h100")
+    terms = Terms(kernels=4.0, exposed=1.0, network=2.0, host=3.0)
+    assert terms.together(gpu) == (5.0, "kernels") and terms.together(cpu) == (10.0, "kernels")
+    assert [crowding(Cluster(1, ranks, cpu)) for ranks in (1, 2, 4)] == [1, 1, 2]
+    assert crowding(Cluster(2, 8, gpu)) == 1 and memory_limit(Cluster(1, 4, cpu)) == cpu.capacity / 4
 
 
 @pytest.mark.parametrize(

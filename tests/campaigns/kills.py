@@ -27,7 +27,6 @@ SETTINGS = [
     "model.nffn_hidden_size=512", "model.shared_representation_size=128", "model.ema_projection_size=8",
     "data.source=json", "data.validation_fraction=0", "train.global_batch_size=4", "train.micro_batch_size=1",
     f"train.steps={STEPS}", f"checkpoint.keep={KEEP}", f"parallel.timeout_s={TIMEOUT_S}",
-    "parallel.self_test=false",
 ]  # fmt: skip
 PHASES = ("start-up", "training", "writing", "committing", "deleting")
 """What a run does when it is killed; in a save it is writing, or committing: the manifest is there, the name is not."""

@@ -49,7 +49,7 @@ def one(number, folder, text_file, rng):
     heard.mkdir()
     command = command_of(launcher)
     changes = ["data.source=json", f"data.path={text_file}", "data.validation_fraction=0.2", f"train.steps={STEPS}"]
-    changes += [*BUSY, f"parallel.engine={engine}", f"run_dir={run_dir}", "parallel.self_test=false"]
+    changes += [*BUSY, f"parallel.engine={engine}", f"run_dir={run_dir}"]
     process = _popen(["env", "FAULTS=[]", f"HEARD={heard}", *command], [*TINY, *changes])
     try:
         while len(ranks := ranks_of(process)) < 2:

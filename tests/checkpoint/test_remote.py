@@ -251,11 +251,11 @@ def test_prepared_data_is_read_from_a_store(tmp_path, monkeypatch):
 def test_a_run_in_a_store_goes_on_bit_for_bit_on_an_empty_disk(server, tmp_path, capsys):
     whole, url, disk = tmp_path / "whole", "s3://bucket/runs/run", f"data.cache_dir={tmp_path}/disk"
     how = ("schedule.decay=constant", "schedule.warmup_steps=0", "checkpoint.every=2", "checkpoint.keep=2", disk)
-    pretrain("two forked", whole, *how, "parallel.self_test=false", "train.steps=4")
-    output = pretrain("two forked", url, *how, "parallel.self_test=false", "train.steps=2")
+    pretrain("two forked", whole, *how, "train.steps=4")
+    output = pretrain("two forked", url, *how, "train.steps=2")
     assert f"saved {url}/checkpoints/step-00000002" in output
     shutil.rmtree(tmp_path / "disk")
-    output = pretrain("two forked", url, *how, "parallel.self_test=false", "train.steps=4", "--resume=auto")
+    output = pretrain("two forked", url, *how, "train.steps=4", "--resume=auto")
     run = RemoteRun(url, tmp_path / "other")
     assert names(run) == ["step-00000004", "step-00000002"] and run.objects.read(store.LOCK) is None
     assert json.loads(run.objects.read("status.json") or b"")["state"] == "finished"

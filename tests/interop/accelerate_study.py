@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch.utils.data import DataLoader
@@ -38,6 +39,8 @@ def plugin(stage: int) -> DeepSpeedPlugin:
 
 def main(model_folder: str, output_folder: str, stage: int) -> None:
     """Train a few steps; the first rank writes the losses, and the weights in Hugging Face's form."""
+    # Its all-reduce for inference, which training does not call, would be compiled for a minute.
+    vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     accelerator = Accelerator(deepspeed_plugin=plugin(stage))
     # Built while ZeRO-3 is configured, from_pretrained shards as it loads.
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -67,6 +70,7 @@ def main(model_folder: str, output_folder: str, stage: int) -> None:
             "sharded": [name for name, p in model.named_parameters() if hasattr(p, "ds_id")],
         }
         (Path(output_folder) / "report.json").write_text(json.dumps(report))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -23,7 +23,7 @@ def engine(request, text_file):
         f"parallel.engine={name}",
         "train.eval_batches=1",
     ]
-    return launcher, [*changes, "parallel.self_test=false", "train.micro_batch_size=2", "data.validation_fraction=0"]
+    return launcher, [*changes, "train.micro_batch_size=2", "data.validation_fraction=0"]
 
 
 def nan(*steps, rank=1, **more):

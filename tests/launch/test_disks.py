@@ -16,7 +16,7 @@ from mega_scale.checkpoint.folder import find_checkpoint, verify
 from mega_scale.process import NOT_WRITTEN
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
-EVERY = ["checkpoint.every=2", "checkpoint.keep=0", "parallel.self_test=false", "data.validation_fraction=0"]
+EVERY = ["checkpoint.every=2", "checkpoint.keep=0", "data.validation_fraction=0"]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ PACKED = [
     "train.steps=6", "checkpoint.every=3", "train.eval_every=6", "data.validation_fraction=0.2",
 ]  # fmt: skip
 RUNS = {
-    "two forked": ["parallel.engine=fsdp", "parallel.sp=2", "parallel.self_test=false"],
+    "two forked": ["parallel.engine=fsdp", "parallel.sp=2"],
     "deepspeed": ["parallel.engine=deepspeed", "parallel.tp=2", "model.vocab_size=260", "data.workers=1"],
 }
 

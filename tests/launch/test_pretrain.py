@@ -64,7 +64,7 @@ def test_every_launcher_and_engine_gives_the_losses_of_one_process(
 ):
     pretrain(
         launcher, tmp_path, *text(text_file), *NO_DROPOUT, f"train.steps={STEPS}", f"parallel.engine={engine}",
-        f"parallel.zero_stage={stage}", "parallel.activation_checkpoint=1", *more,
+        f"parallel.zero_stage={stage}", "parallel.activation_checkpoint=1", "parallel.self_test=true", *more,
     )  # fmt: skip
     got, want = metrics(tmp_path), metrics(alone)
     assert len(got) == STEPS

@@ -13,7 +13,7 @@ from launching import LAUNCHERS, TINY, metrics, start
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 COMMON = ["train.steps=4", "checkpoint.every=2", "checkpoint.asynchronous=false"]
-COMMON += ["parallel.engine=fsdp", "parallel.self_test=false"]
+COMMON += ["parallel.engine=fsdp"]
 OTHER = ["model.hidden_size=16", "train.steps=3"]
 
 

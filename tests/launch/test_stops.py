@@ -29,7 +29,6 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 STEPS = 8
 COMMON = [f"train.steps={STEPS}", "checkpoint.every=4", "train.eval_every=4", "train.sample_every=4"]
-COMMON += ["parallel.self_test=false"]
 
 
 @pytest.fixture(scope="module", params=ENGINES[:1], ids=["fsdp"])

@@ -8,7 +8,7 @@ from launching import start
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
-WATCHED = ["train.steps=8", "train.hang_timeout_s=10", "parallel.timeout_s=60", "parallel.self_test=false"]
+WATCHED = ["train.steps=8", "train.hang_timeout_s=10", "parallel.timeout_s=60"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_work_between_steps_is_progress(tmp_path, text_file):
 @pytest.mark.alone
 def test_a_slow_rank_is_named(tmp_path, text_file):
     fault = {"at": "data", "rank": 1, "do": "sleep", "seconds": 0.3}
-    changes = [*text(text_file), "train.steps=4", "parallel.engine=fsdp", "parallel.self_test=false"]
+    changes = [*text(text_file), "train.steps=4", "parallel.engine=fsdp"]
     code, output = faulty("two forked", tmp_path, [fault], *changes)
     assert code == 0, output
     assert "step 2 | rank 1 is slow: it waits for data for 30" in output

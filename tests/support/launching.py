@@ -20,6 +20,7 @@ TINY = [
     "data.sequence_length=64", "train.global_batch_size=8", "train.micro_batch_size=2", "train.log_every=1",
     "train.eval_every=0", "train.eval_batches=2", "train.sample_every=0", "train.sample_tokens=20",
     "optimizer.lr=0.01", "schedule.warmup_steps=3", "schedule.min_lr=0", "checkpoint.every=0", "parallel.timeout_s=120",
+    "parallel.self_test=false",
 ]  # fmt: skip
 
 

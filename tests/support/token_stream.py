@@ -115,7 +115,7 @@ def _arguments(leg: Leg, text: Path, run_dir: Path) -> list[str]:
         f"data.sequence_length={LENGTH}", f"train.global_batch_size={GLOBAL_BATCH}", f"train.steps={STEPS}",
         # Every save is complete before the next step, so that it is known which one a cut leaves.
         f"checkpoint.every={EVERY}", "checkpoint.asynchronous=false", "parallel.timeout_s=60", "optimizer.eps=1e-6",
-        "parallel.self_test=false", "optimizer.lr=0.003", f"run_dir={run_dir}", f"parallel.engine={leg.engine}",
+        "optimizer.lr=0.003", f"run_dir={run_dir}", f"parallel.engine={leg.engine}",
         f"parallel.zero_stage={leg.stage}", f"parallel.sp={leg.sp}", f"parallel.tp={leg.tp}",
         f"data.workers={leg.workers}",
     ]  # fmt: skip

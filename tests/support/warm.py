@@ -18,9 +18,16 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# The last three are what DeepSpeed, the C++ kernels and the reporters import when they are made.
-IMPORTED = ["deepspeed", "launch.pretrain", "mega_scale.training.trainer"]
-IMPORTED += ["deepspeed.runtime.engine", "torch.utils.cpp_extension", "torch.utils.tensorboard"]
+# What a run imports once it knows its model, its data, its engine and its reporters comes after what it always imports.
+IMPORTED = [
+    "deepspeed", "launch.pretrain", "mega_scale.training.trainer",
+    "mega_scale.model.modeling_mega", "mega_scale.model.modeling_megalodon", "mega_scale.model.cache",
+    "mega_scale.data.readers", "mega_scale.training.trained_model", "mega_scale.ops.ema.native",
+    "torch.utils.cpp_extension", "mega_scale.parallel.deepspeed", "deepspeed.runtime.engine",
+    "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3",
+    "torch.utils.tensorboard", "tensorboard.plugins.hparams.api_pb2", "numpy.ma", "torch.profiler._cupti_monitor",
+]  # fmt: skip
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a fork would lack the thread that pyarrow starts
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(IMPORTED)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

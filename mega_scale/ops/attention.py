@@ -27,12 +27,12 @@ from mega_scale.ops import (
     device_kind,
     in_memory,
     once_differentiable,
+    operator,
     runs_triton,
     tracing,
     without_autocast,
 )
 from mega_scale.ops.elementwise import PositionalDropout
-from mega_scale.ops.operators import operator
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")

@@ -28,10 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import KERNELS, device_kind, once_differentiable, tracing, without_autocast
+from mega_scale.ops import KERNELS, device_kind, once_differentiable, operator, tracing, without_autocast
 from mega_scale.ops.attention import GPU_BLOCK
 from mega_scale.ops.elementwise import MOST_KEYS, PositionalDropout
-from mega_scale.ops.operators import operator
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.

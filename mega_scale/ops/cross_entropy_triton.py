@@ -15,7 +15,7 @@ Legend: S tokens, V words of this rank, of which rows from `words` on are none.
 import torch
 from torch import Tensor
 
-from mega_scale.ops.operators import NAMESPACE
+from mega_scale.ops import NAMESPACE
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.

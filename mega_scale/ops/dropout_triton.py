@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import launch
+from mega_scale.ops import NAMESPACE, launch
 from mega_scale.ops.elementwise import MOST_KEYS
-from mega_scale.ops.operators import NAMESPACE
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.

@@ -28,6 +28,8 @@ from mega_scale.ops import (
     in_memory,
     load_or_warn,
     once_differentiable,
+    opaque,
+    operator,
     runs_native,
     runs_triton,
     threads_for,
@@ -48,7 +50,6 @@ from mega_scale.ops.moments import (
     running_moments,
     token_counts,
 )
-from mega_scale.ops.operators import opaque, operator
 
 __all__ = ["MomentCarry", "MomentTurn", "Moments", "later_gradients", "part_borders", "timestep_norm"]
 IMPLEMENTATIONS = ("auto", "recurrent", "blocked", "native", "triton")

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import device_kind, launch, once_differentiable
+from mega_scale.ops import device_kind, launch, once_differentiable, operator
 from mega_scale.ops.moments import Moments, Rules, known_state, part_kinds, token_counts
-from mega_scale.ops.operators import operator
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.

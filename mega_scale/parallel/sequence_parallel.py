@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_constant
 
-from mega_scale.ops import tracing
+from mega_scale.ops import operator, tracing
 from mega_scale.ops.ema import Fade, Turn, forget
-from mega_scale.ops.operators import operator
 from mega_scale.ops.timestep_norm import Moments, MomentTurn, later_gradients, part_borders
 from mega_scale.parallel.world import Axis, Pending, start_gather
 

@@ -15,10 +15,10 @@ from parts import average_in_parts
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
+from mega_scale.ops import opaque
 from mega_scale.ops.ema import EmaCoefficients, complex_ema_coefficients, damped_ema, ema_coefficients, triton_kernels
 from mega_scale.ops.ema import triton as ema_triton
 from mega_scale.ops.ema.triton import Tile, triton_ema
-from mega_scale.ops.operators import opaque
 
 PARAMETERS = ("damping", "decay", "expansion", "projection")
 COMPLEX = ("alpha", "delta", "theta", "gamma")

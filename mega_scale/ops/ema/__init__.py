@@ -22,6 +22,7 @@ from torch import Tensor
 from mega_scale.ops import (
     device_kind,
     once_differentiable,
+    opaque,
     runs_native,
     runs_triton,
     tracing,
@@ -29,7 +30,6 @@ from mega_scale.ops import (
 )
 from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade, complex_product, forget, wrap
 from mega_scale.ops.ema.native import has_library, native_ema
-from mega_scale.ops.operators import opaque
 
 __all__ = [
     "IMPLEMENTATIONS", "Carry", "EmaCoefficients", "Fade", "Turn", "complex_ema_coefficients", "damped_ema",

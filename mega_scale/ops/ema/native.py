@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mega_scale.ops import constant_to_compilers, in_memory, load_or_warn, once_differentiable, threads_for
+from mega_scale.ops import constant_to_compilers, in_memory, load_or_warn, once_differentiable, operator, threads_for
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.operators import operator
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 

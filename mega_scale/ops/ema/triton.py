@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import device_kind, launch, multiprocessors, once_differentiable
+from mega_scale.ops import device_kind, launch, multiprocessors, once_differentiable, operator
 from mega_scale.ops.ema.coefficients import EmaCoefficients
 from mega_scale.ops.ema.triton_kernels import INTERPRETED, gradients_kernel, outputs_kernel
-from mega_scale.ops.operators import operator
 
 MOST_COLUMNS = 32
 _GROUP = 16  # of columns, at most: those of more have no room in a warp's registers

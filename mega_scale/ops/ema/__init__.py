@@ -336,16 +336,16 @@ def fft_ema(
     return y, end
 
 
-def _blocked(name: str, *given: Any) -> tuple[Tensor, Tensor]:
-    from mega_scale.ops.ema import blocked  # noqa: PLC0415  where native or Triton's kernels cannot be
+def _blocked(whole: bool, *given: Any) -> tuple[Tensor, Tensor]:
+    # Where native or Triton's kernels cannot be.
+    from mega_scale.ops.ema.blocked import blocked_ema, blocked_operator_ema  # noqa: PLC0415
 
-    found: tuple[Tensor, Tensor] = getattr(blocked, name)(*given)
-    return found
+    return (blocked_operator_ema if whole else blocked_ema)(*given)
 
 
 _FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
-    "recurrent": recurrent_ema, "fft": fft_ema, "native": native_ema, "blocked": partial(_blocked, "blocked_ema"),
-    "blocked operator": partial(_blocked, "blocked_operator_ema"),
+    "recurrent": recurrent_ema, "fft": fft_ema, "native": native_ema, "blocked": partial(_blocked, False),
+    "blocked operator": partial(_blocked, True),
 }  # fmt: skip
 # Under a compiler: forms that are a few nodes however long rows are.
 _whole = opaque(_run)

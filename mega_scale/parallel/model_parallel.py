@@ -8,6 +8,7 @@ Legend: B rows, L tokens of this rank, D channels of this rank, K chunks, I quer
 """
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def apply_model_parallelism(
     check_sequence_parallel(config, sp.size * (config.attention_chunk or 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.attention_chunk or 1)
     received = Received()
-    sp, tp = sp._replace(received=received), tp._replace(received=received)
+    sp, tp = replace(sp, received=received), replace(tp, received=received)
 
     use_own_linear(model)
     separate_segments(model)
@@ -126,7 +127,7 @@ def apply_model_parallelism(
 
         checkpoint_activations(model, checkpointing, row_slice, received.contexts)
     parts = checkpointing.activation_checkpoint_segment or checkpointing.activation_checkpoint_policy != "full"
-    if compile and tp.size == 1 and not (checkpointing.activation_checkpoint and parts):
+    if compile and not (checkpointing.activation_checkpoint and parts):
         from mega_scale.parallel.compiled_blocks import compile_blocks
 
         row_slice.compiled = compile_blocks(model)

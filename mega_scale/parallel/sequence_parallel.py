@@ -13,9 +13,7 @@ Attention stays inside chunks.
 Legend: P ranks of the axis, B rows, R channels, N moving averages per channel, G groups of channels.
 """
 
-import itertools
 from collections.abc import Callable
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,15 +22,10 @@ from torch.utils._pytree import register_constant
 from mega_scale.ops import operator, tracing
 from mega_scale.ops.ema import Fade, Turn, forget
 from mega_scale.ops.timestep_norm import Moments, MomentTurn, later_gradients, part_borders
-from mega_scale.parallel.world import Axis, Pending, start_gather
+from mega_scale.parallel.world import Axis, Pending, collective, start_gather
 
 # Integers that hold the bits of a number.
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-# Operators take numbers and tensors: a graph names the object that it gathers by.
-_named: WeakValueDictionary[int, "_Exchange"] = WeakValueDictionary()
-_numbers = itertools.count()
 
 
 class _Exchange:
@@ -40,30 +33,19 @@ class _Exchange:
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
-        self._number = next(_numbers)
-        _named[self._number] = self
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._axis == vars(other)["_axis"]
 
     def __hash__(self) -> int:
-        return hash((type(self), id(self._axis.received)))
+        return hash((type(self), self._axis))
 
     def start(self, x: Tensor, forward: bool = True) -> Pending:
         """Start to collect the x of all ranks, (P, *x.shape), in the forward pass or in the backward pass."""
         if tracing() is not None:  # a compiler: an operator waits at once
-            return Pending(_gather_states(x, self._axis.size, self._number, forward), None)
+            return Pending(collective(x, self._axis, "gather", forward), None)
         # A recomputed block gets again what it received in its forward pass.
         return self._axis.start(lambda: start_gather(x, self._axis)) if forward else start_gather(x, self._axis)
-
-
-def _gathered_like(x: Tensor, size: int, number: int, forward: bool) -> Tensor:
-    return x.new_empty(size, *x.shape)
-
-
-@operator(_gathered_like)
-def _gather_states(x: Tensor, size: int, number: int, forward: bool) -> Tensor:
-    return _named[number].start(x, forward).wait().clone()  # what is kept for recomputation is nobody else's
 
 
 def _like(x: Tensor, received: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, check_i
 from mega_scale.model.megalodon_layers import MegalodonLayerNorm
 from mega_scale.ops import autocast_dtype, once_differentiable
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
+from mega_scale.ops.operators import opaque
 from mega_scale.parallel.shard import on_meta, shard_length
-from mega_scale.parallel.world import Axis, gather, gather_replicated, reduce_scatter, start_gather, sum_gradients
+from mega_scale.parallel.world import Axis, collective, gather, gather_replicated, reduce_scatter, sum_gradients
 
 
 class TensorParallel(nn.Module):
@@ -104,24 +105,13 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, axis: Axis, center: bool, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
 
-        def moments() -> Tensor:
-            # Means and squared distances from them combine without cancellation, unlike sums of squares.
-            mean = wide.mean(-1)
-            squares = (wide - mean[..., None]).square().mean(-1)
-            means, variances = start_gather(torch.stack([mean, squares]), axis).wait().unbind(1)
-            total = means.mean(0)
-            return torch.stack([total, variances.mean(0) + (means - total).square().mean(0)])
-
-        def mean_square() -> Tensor:
-            square = wide.square().mean(-1)
-            dist.all_reduce(square, group=axis.group)
-            return square / axis.size
-
         if center:
-            mean, variance = axis.receive(moments)
+            mean = wide.mean(-1)
+            own = torch.stack([mean, (wide - mean[..., None]).square().mean(-1)])
+            mean, variance = collective(own, axis, "join moments")
             wide = wide - mean[..., None]
         else:
-            variance = axis.receive(mean_square)
+            variance = collective(wide.square().mean(-1), axis, "sum") / axis.size
         scale = torch.rsqrt(variance + eps)[..., None]
         out = wide * scale
         ctx.axis, ctx.center, ctx.dtype = axis, center, x.dtype
@@ -134,10 +124,12 @@ class _Normalize(torch.autograd.Function):
         out, scale = ctx.saved_tensors
         along = (gradient * out).mean(-1)
         sums = torch.stack([along, gradient.mean(-1)]) if ctx.center else along[None]
-        dist.all_reduce(sums, group=ctx.axis.group)
-        sums = (sums / ctx.axis.size)[..., None]
+        sums = (collective(sums, ctx.axis, "sum", forward=False) / ctx.axis.size)[..., None]
         moved = gradient - out * sums[0]
         return ((moved - sums[1] if ctx.center else moved) * scale).to(ctx.dtype), None, None, None
+
+
+_normalize = opaque(_Normalize.apply)
 
 
 class ChannelParallelNorm(TensorParallel):
@@ -155,7 +147,7 @@ class ChannelParallelNorm(TensorParallel):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D / T)."""
-        out = _Normalize.apply(x, self.axis, self.center, self.eps)
+        out = _normalize(x, self.axis, self.center, self.eps)
         for name in self._parameters:  # the gain, a number or one a channel, and the bias
             out = out + self.bias if name == "bias" else out * (getattr(self, name).to(out.dtype) + self.added)
         return out.to(x.dtype)

@@ -14,13 +14,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import register_constant
 
-from mega_scale.ops import in_memory, once_differentiable
+from mega_scale.ops import in_memory, once_differentiable, tracing
+from mega_scale.ops.operators import opaque, operator
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.mesh import MeshShape, placement
 from mega_scale.settings import require
@@ -62,6 +65,11 @@ class Received:
         finally:
             self._kept = None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is received now is kept for recomputation."""
+        return self._kept is not None and not self._again
+
     def start(self, begin: Callable[[], Pending]) -> Pending:
         """What `begin` starts to receive, or what it received in the forward pass."""
         if self._kept is not None and self._again:
@@ -72,23 +80,30 @@ class Received:
         return pending
 
 
-class Axis(NamedTuple):
-    """One dimension of the mesh as this rank sees it."""
+# Operators take numbers and tensors: a graph names the axis of a collective by its number.
+_numbered: WeakValueDictionary[int, "Axis"] = WeakValueDictionary()
+_numbers = count()
+
+
+@dataclass(unsafe_hash=True)  # frozen ones are no constants to compilers
+class Axis:
+    """One dimension of the mesh as this rank sees it, never changed; equal ones are alike to compilers."""
 
     group: dist.ProcessGroup | None  # None stands for a rank alone
     rank: int
     size: int
     received: Received | None = None  # of a model whose blocks may be recomputed
+    number: int = field(default_factory=_numbers.__next__, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _numbered[self.number] = self
 
     def start(self, begin: Callable[[], Pending]) -> Pending:
         """Start a collective without gradients of a forward pass, which a recomputed block does not repeat."""
         return begin() if self.received is None else self.received.start(begin)
 
-    def receive(self, collective: Callable[[], Tensor]) -> Tensor:
-        """The same of a collective that is awaited, and of what is made of its outcome."""
-        return self.start(lambda: Pending(collective(), None)).wait()
 
-
+register_constant(Axis)
 ALONE = Axis(None, 0, 1)
 
 
@@ -99,21 +114,64 @@ def start_gather(x: Tensor, axis: Axis) -> Pending:
     return Pending(out, work)
 
 
-def start_reduce_scatter(parts: Tensor, axis: Axis) -> Pending:
-    """Start to sum (T, ...) over all ranks, each keeping its own entry (...); without gradients."""
+def _gather(x: Tensor, axis: Axis) -> Tensor:
+    return start_gather(x, axis).wait()
+
+
+def _gather_columns(x: Tensor, axis: Axis) -> Tensor:
+    return _gather(x, axis).movedim(0, -2).flatten(-2)
+
+
+def _scatter_columns(x: Tensor, axis: Axis) -> Tensor:
+    parts = x.unflatten(-1, (axis.size, -1)).movedim(-2, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
-    flat = parts.contiguous().view(-1)
-    return Pending(out, dist.reduce_scatter_single(out.view(-1), flat, group=axis.group, async_op=True))
+    dist.reduce_scatter_single(out.view(-1), parts.view(-1), group=axis.group)
+    return out
 
 
-def _cut(x: Tensor, axis: Axis) -> Tensor:
-    """(..., D) to contiguous (T, ..., D / T)."""
-    return x.unflatten(-1, (axis.size, -1)).movedim(-2, 0).contiguous()
+def _sum(x: Tensor, axis: Axis) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=axis.group)
+    return total
 
 
-def _join(parts: Tensor) -> Tensor:
-    """(T, ..., D / T) to (..., D)."""
-    return parts.movedim(0, -2).flatten(-2)
+def _join_moments(x: Tensor, axis: Axis) -> Tensor:
+    # Means and squared distances from them combine without cancellation, unlike sums of squares.
+    means, variances = _gather(x, axis).unbind(1)
+    mean = means.mean(0)
+    return torch.stack([mean, variances.mean(0) + (means - mean).square().mean(0)])
+
+
+_COLLECTIVES = {
+    "gather": _gather,  # (...) to (T, ...)
+    "gather columns": _gather_columns,  # (..., D / T) to (..., D)
+    "scatter columns": _scatter_columns,  # (..., D), summed, to (..., D / T)
+    "sum": _sum,
+    "join moments": _join_moments,  # (2, ...): mean and variance of as many numbers on each rank, to those of all
+}
+
+
+def collective(x: Tensor, axis: Axis, kind: str, forward: bool = True) -> Tensor:
+    """A collective of `_COLLECTIVES` without gradients, awaited; a recomputed block repeats none of a forward pass."""
+    if tracing() is not None:
+        return _collective(x, kind, axis.size, axis.number, forward)
+    if not forward:
+        return _COLLECTIVES[kind](x, axis)
+    return axis.start(lambda: Pending(_COLLECTIVES[kind](x, axis), None)).wait()
+
+
+def _like_outcome(x: Tensor, kind: str, size: int, number: int, forward: bool) -> Tensor:
+    *more, last = x.shape
+    sizes = {"gather": (size, *more, last), "gather columns": (*more, last * size)}
+    return x.new_empty(sizes.get(kind, (*more, last // size if kind == "scatter columns" else last)))
+
+
+@operator(_like_outcome)
+def _collective(x: Tensor, kind: str, size: int, number: int, forward: bool) -> Tensor:
+    axis = _numbered[number]
+    outcome = collective(x, axis, kind, forward)
+    # Compilers write into what an operator returned once they have read it.
+    return outcome.clone() if forward and axis.received is not None and axis.received.keeps else outcome
 
 
 _Map = Callable[[Tensor], Tensor]
@@ -136,12 +194,13 @@ def with_backward(x: Tensor, forward: _Map, backward: _Map) -> Tensor:
     return _WithBackward.apply(x, forward, backward)
 
 
+@opaque
 def gather(x: Tensor, axis: Axis) -> Tensor:
     """The columns of all ranks side by side, (..., D / T) to (..., D); gradients are summed and scattered."""
     return with_backward(
         x,
-        lambda x: axis.receive(lambda: _join(start_gather(x, axis).wait())),
-        lambda gradient: start_reduce_scatter(_cut(gradient, axis), axis).wait(),
+        lambda x: collective(x, axis, "gather columns"),
+        lambda gradient: collective(gradient, axis, "scatter columns", forward=False),
     )
 
 
@@ -151,15 +210,16 @@ def gather_replicated(x: Tensor, axis: Axis) -> Tensor:
     def own(gradient: Tensor) -> Tensor:
         return gradient.unflatten(-1, (axis.size, -1))[..., axis.rank, :].contiguous()
 
-    return with_backward(x, lambda x: axis.receive(lambda: _join(start_gather(x, axis).wait())), own)
+    return with_backward(x, lambda x: collective(x, axis, "gather columns"), own)
 
 
+@opaque
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """Sum over ranks, each keeping its columns: (..., D) to (..., D / T); gradients are gathered."""
     return with_backward(
         x,
-        lambda x: axis.receive(lambda: start_reduce_scatter(_cut(x, axis), axis).wait()),
-        lambda gradient: _join(start_gather(gradient, axis).wait()),
+        lambda x: collective(x, axis, "scatter columns"),
+        lambda gradient: collective(gradient, axis, "gather columns", forward=False),
     )
 
 
@@ -172,12 +232,12 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        total = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(total, group=ctx.axis.group)
+        total = collective(torch.cat([gradient.flatten() for gradient in gradients]), ctx.axis, "sum", forward=False)
         parts = total.split([gradient.numel() for gradient in gradients])
         return None, *(part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True))
 
 
+@opaque
 def sum_gradients(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as they are, every rank holding the same; their gradients, of which each has a part, are summed at once.
 

@@ -6,16 +6,27 @@ from unittest.mock import patch
 
 import tiny_run
 import torch
-from layout_study import lay_out
+from layout_study import MEGALODON, lay_out
 from torch._dynamo.utils import counters
 
 from mega_scale.parallel import EngineConfig, ParallelConfig, Place, World, parallelize, seeded_values
 
 DROPOUT = {"dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+DIVISIBLE = {"hidden_size": 24, "intermediate_size": 20, "nffn_hidden_size": 22}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "fsdp, rows shared, recomputed, documents": (
         {"engine": "fsdp", "sp": 2, "activation_checkpoint": 1},
         {"model_type": "megalodon"},
+        "fp32",
+    ),
+    "fsdp, channels shared, recomputed, documents": (
+        {"engine": "fsdp", "tp": 2, "activation_checkpoint": 1},
+        MEGALODON | DIVISIBLE,
+        "fp32",
+    ),
+    "ZeRO-3, channels shared": (
+        {"engine": "deepspeed", "tp": 2},
+        {"normalization_type": "rmsnorm"} | DIVISIBLE,
         "fp32",
     ),
     "ZeRO-3": (
@@ -43,7 +54,8 @@ def _run(
     """Losses, norms of gradients, and graphs."""
     counters.clear()
     config = tiny_run.tiny_config(**changes, **DROPOUT, num_hidden_layers=2)
-    parallel, shared = ParallelConfig(**settings), settings.get("sp", 1)
+    parallel = ParallelConfig(**settings)
+    shared = parallel.sp * parallel.tp > 1  # rows
     world = lay_out(world, parallel.mesh(world.size))
     engine = parallelize(
         tiny_run.meta_model(config),
@@ -56,12 +68,12 @@ def _run(
     losses, norms = [], []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        first = 0 if shared > 1 else 2 * world.rank
+        first = 0 if shared else 2 * world.rank
         tokens = torch.randint(3, 67, (4, 33), generator=generator)[first : first + 2]
-        starts = (torch.rand(4, 32, generator=generator) < 0.15)[first : first + 2] if shared > 1 else None
+        starts = (torch.rand(4, 32, generator=generator) < 0.15)[first : first + 2] if shared else None
         loss = engine.forward(tokens[:, :-1], tokens[:, 1:], 64, Place(step, first), document_starts=starts)
         engine.backward(loss, last=True)
-        losses.append(float(world.sum(loss.detach())))
+        losses.append(float(world.sum(loss.detach(), alike=("tp",))))
         norms.append(engine.step(1e-2))
     engine.close()
     return losses, norms, counters["stats"].get("unique_graphs", 0)

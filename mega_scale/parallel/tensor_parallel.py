@@ -13,6 +13,7 @@ width inside a layer, T ranks, V vocabulary.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -54,9 +55,14 @@ class TensorParallel(nn.Module):
         return value.narrow(*self.needed[name]) if name in self.needed and value.numel() else value
 
 
+@cache  # one class a kind, as blocks of one class share a compiled graph
+def _sharded_kind(kind: Any) -> Any:
+    return type(kind.__name__, (TensorParallel, kind), {})
+
+
 def sharded(kind: Any, axis: Axis, dims: Mapping[str, int], *args: Any) -> Any:
     """Make a module of a kind on the meta device; its parameters in `dims` are shards, every rank has its others."""
-    module: Any = on_meta(type(kind.__name__, (TensorParallel, kind), {}), *args)
+    module: Any = on_meta(_sharded_kind(kind), *args)
     module.axis, module.shard_dims = axis, dims
     return module
 

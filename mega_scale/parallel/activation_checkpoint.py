@@ -142,15 +142,11 @@ class SegmentedForward:
 
         Also returns how many other values the block has.
         """
-        first = self._row_slice.first_token
-        self._row_slice.first_token = first + begin
-        try:
+        with self._row_slice.shifted(begin):
             out, *others = self._whole(x, state=state, return_state=more, **facts)
-        finally:
-            self._row_slice.first_token = first  # recomputation ends with an exception when it has all that it needs
         after = next((value for value in others if isinstance(value, LayerState)), None)
         if after is not None:
-            # No chunk is open between segments.
+            # No chunk is open between segments, so the next one is as the first to attention.
             keys, values = (tensor.new_zeros(len(x), 0, *tensor.shape[2:]) for tensor in (after.keys, after.values))
-            after = replace(after, keys=keys, values=values)
+            after = replace(after, keys=keys, values=values, position=0)
         return out, after, len(others)

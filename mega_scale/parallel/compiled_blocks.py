@@ -17,6 +17,7 @@ from mega_scale.model.basic_layers import MegaDropout
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.attention import ChunkDocuments
 
+_PLAIN = {"x", "rotary", "borders", "state", "return_state"}  # arguments of plain rows, and of segments of them
 _MOST_GRAPHS = 6  # below PyTorch's own limit, beyond which a whole graph is an error
 
 
@@ -49,14 +50,14 @@ class CompiledForward:
     def __init__(self, block: Any, compiled: Any, known: set[Any]) -> None:
         self._block, self._whole = block, block.forward
         self._compiled, self._known = compiled, known
-        self._signature = inspect.signature(self._whole)
+        self.__signature__ = inspect.signature(self._whole)  # what wraps this sees
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         block = self._block
-        given = self._signature.bind(x, *args, **kwargs).arguments
+        given = self.__signature__.bind(x, *args, **kwargs).arguments
         given = {name: value for name, value in given.items() if value is not None and value is not False}
-        plain = given.keys() <= {"x", "rotary", "borders"} and block.training and torch.is_grad_enabled()
-        key = x.shape, x.dtype, x.requires_grad, "borders" in given, torch.is_autocast_enabled(x.device.type)
+        plain = given.keys() <= _PLAIN and block.training and torch.is_grad_enabled()
+        key = x.shape, x.dtype, x.requires_grad, *given, torch.is_autocast_enabled(x.device.type)
         if not plain or (key not in self._known and len(self._known) == _MOST_GRAPHS):
             return self._whole(x, *args, **kwargs)
         self._known.add(key)

@@ -122,17 +122,14 @@ def apply_model_parallelism(
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
     if fp8:
         multiply_in_fp8(model)
+    if compile:
+        from mega_scale.parallel.compiled_blocks import compile_blocks
+
+        row_slice.compiled = compile_blocks(model)
     if checkpointing.activation_checkpoint:
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 
         checkpoint_activations(model, checkpointing, row_slice, received.contexts)
-    parts = checkpointing.activation_checkpoint_segment or checkpointing.activation_checkpoint_policy != "full"
-    if compile and not (checkpointing.activation_checkpoint and parts):
-        from mega_scale.parallel.compiled_blocks import compile_blocks
-
-        row_slice.compiled = compile_blocks(model)
-    elif compile:
-        compile_gates(model)
     return row_slice
 
 

@@ -9,7 +9,8 @@ Legend: B rows, L length of a whole row, C chunk, P ranks that share a row, D ch
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class RowSlice:
         self.first_token = 0  # position of this rank's first token in its rows
         self.cut = False  # whether the model is given this rank's part of its rows
         self.compiled: list[Any] = []  # what drops in compiled blocks by place, which it gets as a tensor
+        self._places: Tensor | None = None  # of these: key, first row and first token of each
         self._multiple = parts * chunk if parts > 1 else 1
         self._taken = (START, 0)
         self._device = torch.device("cpu")
@@ -79,11 +81,31 @@ class RowSlice:
         if self.compiled:
             step, first_row = self.place
             places = [[drop.key(step), first_row, self.first_token] for drop in self.compiled]
-            for drop, own in zip(self.compiled, torch.tensor(places, device=self._device), strict=True):
-                drop.place = own
+            self._give(torch.tensor(places, device=self._device))
 
     def __exit__(self, *error: object) -> None:
         self.place, self.first_token, self.cut = START, 0, False
+
+    def _give(self, places: Tensor) -> None:
+        self._places = places
+        for drop, own in zip(self.compiled, places, strict=True):
+            drop.place = own
+
+    @contextmanager
+    def shifted(self, tokens: int) -> Iterator[None]:
+        """Shift positions by `tokens` inside the context."""
+        first, places = self.first_token, self._places
+        self.first_token += tokens
+        if places is not None:
+            further = places.clone()
+            further[:, 2] += tokens
+            self._give(further)
+        try:
+            yield
+        finally:  # recomputation ends with an exception when it has all that it needs
+            self.first_token = first
+            if places is not None:
+                self._give(places)
 
 
 class Shard(NamedTuple):

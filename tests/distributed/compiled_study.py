@@ -24,6 +24,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         MEGALODON | DIVISIBLE,
         "fp32",
     ),
+    "fsdp, segments, documents": (
+        {"engine": "fsdp", "activation_checkpoint": 1, "activation_checkpoint_segment": 16},
+        {"model_type": "megalodon"},
+        "fp32",
+    ),
+    "fsdp, segments": (
+        {"engine": "fsdp", "activation_checkpoint": 1, "activation_checkpoint_segment": 16},
+        {},
+        "fp32",
+    ),
     "ZeRO-3, channels shared": (
         {"engine": "deepspeed", "tp": 2},
         {"normalization_type": "rmsnorm"} | DIVISIBLE,
@@ -56,6 +66,7 @@ def _run(
     config = tiny_run.tiny_config(**changes, **DROPOUT, num_hidden_layers=2)
     parallel = ParallelConfig(**settings)
     shared = parallel.sp * parallel.tp > 1  # rows
+    documents = shared or parallel.activation_checkpoint_segment and config.model_type == "megalodon"
     world = lay_out(world, parallel.mesh(world.size))
     engine = parallelize(
         tiny_run.meta_model(config),
@@ -70,7 +81,7 @@ def _run(
         generator = torch.Generator().manual_seed(step)
         first = 0 if shared else 2 * world.rank
         tokens = torch.randint(3, 67, (4, 33), generator=generator)[first : first + 2]
-        starts = (torch.rand(4, 32, generator=generator) < 0.15)[first : first + 2] if shared else None
+        starts = (torch.rand(4, 32, generator=generator) < 0.15)[first : first + 2] if documents else None
         loss = engine.forward(tokens[:, :-1], tokens[:, 1:], 64, Place(step, first), document_starts=starts)
         engine.backward(loss, last=True)
         losses.append(float(world.sum(loss.detach(), alike=("tp",))))

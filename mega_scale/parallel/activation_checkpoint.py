@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 from transformers import PreTrainedModel
 
 from mega_scale.model.cache import LayerState
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
+from mega_scale.ops.operators import NAMESPACE
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.shard import RowSlice
 
@@ -36,6 +42,34 @@ _MATMULS = [
 ]
 # Attention's own, by name, as those for GPUs are not there before they are needed.
 _OWN_MATMULS = ("causal_attention", "softmax_weights", "weighted_values")
+
+
+def _is_matmul(function: Any, *more: str) -> bool:
+    return function in _MATMULS or (function.namespace == NAMESPACE and function._opname in (*_OWN_MATMULS, *more))
+
+
+def _kept(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # A compiler would have ranks send again what it computes again.
+    kept = _is_matmul(function, "collective")
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts_of_compilers() -> Any:
+    return create_selective_checkpoint_contexts(_kept)
+
+
+def saving_matmuls(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a block for a compiler, whose backward pass computes all again but for results of matmuls."""
+
+    def recomputed(block: Any, x: Tensor, **others: Any) -> Any:
+        def compute(x: Tensor) -> Any:
+            return forward(block, x, **others)
+
+        return checkpoint(
+            compute, x, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts_of_compilers
+        )
+
+    return recomputed
 
 
 def checkpoint_activations(
@@ -62,14 +96,21 @@ def checkpoint_activations(
 
     context_fn = contexts if how.activation_checkpoint_policy == "full" else with_matmuls
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
-    backbone: Any = model.base_model
-    every, segment = how.activation_checkpoint, how.activation_checkpoint_segment
-    for block in list(backbone.layers)[every - 1 :: every]:
+    segment = how.activation_checkpoint_segment
+    for block in recomputed_blocks(model, how):
         if segment:
-            block.forward = SegmentedForward(block, segment, row_slice, recompute)
+            again = _as_it_is if getattr(block.forward, "recomputes", False) else recompute
+            block.forward = SegmentedForward(block, segment, row_slice, again)
         else:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = recompute
+
+
+def recomputed_blocks(model: PreTrainedModel, how: ParallelConfig) -> list[Any]:
+    """Every n-th block, which is recomputed; none where none is."""
+    backbone: Any = model.base_model
+    every = how.activation_checkpoint
+    return list(backbone.layers)[every - 1 :: every] if every else []
 
 
 class _SavedMatmuls(TorchDispatchMode):
@@ -88,8 +129,7 @@ class _SavedMatmuls(TorchDispatchMode):
         return True  # matmuls are outside of what is compiled
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = function.namespace == "mega_scale" and function._opname in _OWN_MATMULS
-        if not own and function not in _MATMULS:
+        if not _is_matmul(function):
             return function(*args, **(kwargs or {}))
         if not self._replay:
             out = function(*args, **(kwargs or {}))
@@ -102,6 +142,10 @@ class _SavedMatmuls(TorchDispatchMode):
             raise RuntimeError(f"the result of {function} was changed after it was saved for recomputation")
         leaves = [leaf for leaf, _ in found]
         return leaves[0] if len(leaves) == 1 else tuple(leaves)
+
+
+def _as_it_is(segment: Callable[..., Any], *given: Any) -> Any:
+    return segment(*given)
 
 
 class SegmentedForward:

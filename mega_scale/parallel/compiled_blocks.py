@@ -6,6 +6,7 @@ weights. Shapes are compiled as they are, once each; generation, evaluation and 
 """
 
 import inspect
+from collections.abc import Container
 from functools import partial
 from typing import Any
 
@@ -16,21 +17,28 @@ from transformers import PreTrainedModel
 from mega_scale.model.basic_layers import MegaDropout
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.attention import ChunkDocuments
+from mega_scale.parallel.activation_checkpoint import saving_matmuls
 
 _PLAIN = {"x", "rotary", "borders", "state", "return_state"}  # arguments of plain rows, and of segments of them
 _MOST_GRAPHS = 6  # below PyTorch's own limit, beyond which a whole graph is an error
 
 
-def compile_blocks(model: PreTrainedModel) -> list[Any]:
-    """Have every block compute by a compiled forward while it trains; returns what drops in blocks by position."""
+def compile_blocks(model: PreTrainedModel, saving: Container[Any] = ()) -> list[Any]:
+    """Have every block compute by a compiled forward while it trains; returns what drops in blocks by position.
+
+    Blocks among `saving` compute all again in the backward pass but for results of matmuls: in their graph, as nobody
+    outside sees these.
+    """
     backbone: Any = model.base_model
-    kinds: dict[type, tuple[Any, set[Any]]] = {}
+    kinds: dict[tuple[type, bool], tuple[Any, set[Any]]] = {}
     for block in backbone.layers:
-        kind = type(block)
-        if kind not in kinds:
+        saves = block in saving
+        if (kind := (type(block), saves)) not in kinds:
             # What transformers puts around a forward decides whether to recompute it; see CompiledForward.
-            kinds[kind] = torch.compile(inspect.unwrap(kind.forward), fullgraph=True, dynamic=False), set()
-        block.forward = CompiledForward(block, *kinds[kind])
+            forward = inspect.unwrap(type(block).forward)
+            whole = saving_matmuls(forward) if saves else forward
+            kinds[kind] = torch.compile(whole, fullgraph=True, dynamic=False), set()
+        block.forward = CompiledForward(block, *kinds[kind], recomputes=saves)
     drops = [module.drop for module in backbone.layers.modules() if isinstance(module, MegaDropout)]
     return [drop for drop in drops if drop is not None]
 
@@ -47,9 +55,9 @@ class CompiledForward:
     Recomputation goes around the compiled function, so what a block received from other ranks is kept as ever.
     """
 
-    def __init__(self, block: Any, compiled: Any, known: set[Any]) -> None:
+    def __init__(self, block: Any, compiled: Any, known: set[Any], recomputes: bool) -> None:
         self._block, self._whole = block, block.forward
-        self._compiled, self._known = compiled, known
+        self._compiled, self._known, self.recomputes = compiled, known, recomputes
         self.__signature__ = inspect.signature(self._whole)  # what wraps this sees
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +72,9 @@ class CompiledForward:
         if "borders" in given:
             given["borders"] = _one_size(given["borders"])
         compute = partial(self._compiled, block, **{name: value for name, value in given.items() if name != "x"})
-        return block._gradient_checkpointing_func(compute, x) if block.gradient_checkpointing else compute(x)
+        if block.gradient_checkpointing and not self.recomputes:
+            return block._gradient_checkpointing_func(compute, x)
+        return compute(x)
 
 
 def _one_size(borders: DocumentBorders) -> DocumentBorders:

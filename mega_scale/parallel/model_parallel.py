@@ -123,9 +123,11 @@ def apply_model_parallelism(
     if fp8:
         multiply_in_fp8(model)
     if compile:
+        from mega_scale.parallel.activation_checkpoint import recomputed_blocks
         from mega_scale.parallel.compiled_blocks import compile_blocks
 
-        row_slice.compiled = compile_blocks(model)
+        saving = checkpointing.activation_checkpoint_policy == "save_matmuls"
+        row_slice.compiled = compile_blocks(model, recomputed_blocks(model, checkpointing) if saving else ())
     if checkpointing.activation_checkpoint:
         from mega_scale.parallel.activation_checkpoint import checkpoint_activations
 

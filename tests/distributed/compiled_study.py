@@ -29,9 +29,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"model_type": "megalodon"},
         "fp32",
     ),
-    "fsdp, segments": (
-        {"engine": "fsdp", "activation_checkpoint": 1, "activation_checkpoint_segment": 16},
+    "fsdp, segments, matmuls": (
+        {"engine": "fsdp", "activation_checkpoint": 1, "activation_checkpoint_segment": 16, "activation_checkpoint_policy": "save_matmuls"},
         {},
+        "fp32",
+    ),
+    "fsdp, channels shared, matmuls saved": (
+        {"engine": "fsdp", "tp": 2, "activation_checkpoint": 1, "activation_checkpoint_policy": "save_matmuls"},
+        DIVISIBLE,
         "fp32",
     ),
     "ZeRO-3, channels shared": (

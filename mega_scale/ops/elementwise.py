@@ -1,8 +1,7 @@
 """The elementwise arithmetic of a block between its matrix products: gates, norms, and positional dropout.
 
-Plain PyTorch, without parameters or matrix products, so that the gates can be compiled whatever shards or gathers the
-layers around them. Eager and compiled forms keep what their matrix products produced, and compute the rest again in
-the backward pass (`recomputed`).
+Plain PyTorch, which compiled blocks fuse; eager, they keep what their matrix products produced, and compute the rest
+again in the backward pass (`recomputed`).
 
 Legend: B batch, L length, D channels, Z width of queries and keys, E width of values, H heads, dh = Z / H, F inner
 width of a feed-forward network.
@@ -10,12 +9,11 @@ width of a feed-forward network.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mega_scale.ops import device_kind, runs_triton, tracing
 
@@ -113,7 +111,7 @@ def average(y: Tensor, x: Tensor, omega: Tensor) -> Tensor:
 
 
 class Gates(NamedTuple):
-    """One form of a block's gates: as they are, or compiled."""
+    """A block's gates."""
 
     queries_and_keys: Callable[..., tuple[Tensor, Tensor]] = queries_and_keys
     normalized_queries_and_keys: Callable[..., tuple[Tensor, Tensor]] = normalized_queries_and_keys
@@ -122,26 +120,8 @@ class Gates(NamedTuple):
     update: Callable[..., Tensor] = update
     average: Callable[..., Tensor] = average
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Compiled functions cannot be pickled; a model that is copied or saved names its form."""
-        return (Gates if self == EAGER else compiled), ()
-
 
 EAGER = Gates()
-
-
-@cache
-def compiled() -> Gates:
-    """Each gate as one kernel a pass, compiled at its first call with new sizes: by a C++ compiler, Triton on a GPU."""
-    forms: Any = [torch.compile(function, fullgraph=True) for function in EAGER]
-    return Gates(*forms)
-
-
-def compile_gates(model: nn.Module) -> None:
-    """Have all modules of a model that hold `gates` use the compiled ones."""
-    for module in model.modules():
-        if hasattr(module, "gates"):
-            vars(module)["gates"] = compiled()
 
 
 def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:

@@ -65,9 +65,7 @@ def saving_matmuls(forward: Callable[..., Any]) -> Callable[..., Any]:
         def compute(x: Tensor) -> Any:
             return forward(block, x, **others)
 
-        return checkpoint(
-            compute, x, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts_of_compilers
-        )
+        return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts_of_compilers)
 
     return recomputed
 

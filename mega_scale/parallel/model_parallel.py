@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mega_scale.model.basic_layers import MegaDropout, use_own_linear
 from mega_scale.ops import device_kind
-from mega_scale.ops.elementwise import MOST_KEYS, PositionalDropout, compile_gates
+from mega_scale.ops.elementwise import MOST_KEYS, PositionalDropout
 from mega_scale.parallel.config import EngineConfig, ParallelConfig
 from mega_scale.parallel.engine import BuildOptimizer, Engine, FsdpEngine
 from mega_scale.parallel.mesh import check_segments, check_sequence_parallel, check_tensor_parallel

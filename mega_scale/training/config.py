@@ -45,8 +45,8 @@ class TrainConfig:
     """Number format of forward and backward; master weights and EMA parameters are fp32 in either (no unit)."""
 
     compile: bool | None = None
-    """Whether torch.compile compiles each block, which takes minutes at the first start; with tp above 1, segments or
-    save_matmuls only its gates; none means on GPUs (no unit)."""
+    """Whether torch.compile compiles each block, which takes minutes at the first start; none means on GPUs
+    (no unit)."""
 
     fp8: bool = False
     """Whether blocks multiply in 8 bits, weights and sums staying as they are: by torchao, with parallel.engine=fsdp,

@@ -9,8 +9,6 @@ import torch
 from builders import make_ids, make_model
 from every_class import CLASSES, answers, inputs_of, labels_of, make
 
-from mega_scale.ops.elementwise import compile_gates, compiled
-
 
 def saved_whole(value):
     file = io.BytesIO()
@@ -39,15 +37,6 @@ def test_before_and_after_a_training_step(way, kind):
     assert torch.equal(answers(again(**inputs)), expected)
     assert again.config.to_dict() == model.config.to_dict()
     assert again is not model
-
-
-@every_way
-def test_with_compiled_gates(way):
-    model = make_model()
-    compile_gates(model)
-    again = way(model)
-    gates = [module.gates for module in again.modules() if hasattr(module, "gates")]
-    assert gates and all(found is compiled() for found in gates)
 
 
 @every_way

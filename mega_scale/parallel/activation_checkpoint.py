@@ -24,8 +24,8 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 from mega_scale.model.cache import LayerState
+from mega_scale.ops import NAMESPACE
 from mega_scale.ops.linear import ONEDNN_PRODUCTS
-from mega_scale.ops.operators import NAMESPACE
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.shard import RowSlice
 

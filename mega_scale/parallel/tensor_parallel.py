@@ -24,9 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, check_ids
 from mega_scale.model.megalodon_layers import MegalodonLayerNorm
-from mega_scale.ops import autocast_dtype, once_differentiable
+from mega_scale.ops import autocast_dtype, once_differentiable, opaque
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
-from mega_scale.ops.operators import opaque
 from mega_scale.parallel.shard import on_meta, shard_length
 from mega_scale.parallel.world import Axis, collective, gather, gather_replicated, reduce_scatter, sum_gradients
 

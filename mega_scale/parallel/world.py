@@ -22,8 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import register_constant
 
-from mega_scale.ops import in_memory, once_differentiable, tracing
-from mega_scale.ops.operators import opaque, operator
+from mega_scale.ops import in_memory, once_differentiable, opaque, operator, tracing
 from mega_scale.parallel.config import ParallelConfig
 from mega_scale.parallel.mesh import MeshShape, placement
 from mega_scale.settings import require

@@ -207,7 +207,7 @@ def run_roofline(args: argparse.Namespace) -> None:
         for name, row in rows.items()
     ]  # fmt: skip
     columns = {
-        "part": "{part}", "ms": "{ms:,.1f}", "of all": "{share:.2f}", "launches": "{kernels:,}",
+        "part": "{part}", "ms": "{ms:,.1f}", "of all": "{share:.2f}", "launches": "{kernels:,.0f}",
         "GB": "{gigabytes:,.1f}", "TFLOP": "{teraflop:,.1f}",
     }  # fmt: skip
     if measured:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from mega_scale.ops import KERNELS
 from mega_scale.ops.attention import GPU_BLOCK
@@ -46,7 +45,7 @@ class Cost(NamedTuple):
     reads: list[tuple[Tensor, int]]
     writes: list[tuple[Tensor, int]]
     flops: int
-    kernels: int
+    kernels: float  # of a list of tensors on average, so that they grow with it in proportion
 
 
 def _product(a: Tensor, b: Tensor) -> int:
@@ -95,7 +94,7 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
     name = func.name().split(".")[0]
     if name in _FREE or func.namespace in _ELSEWHERE:
         return None
-    given, made = _tensors((args, kwargs)), _tensors(result)
+    given, made = tensors_in((args, kwargs)), tensors_in(result)
     written = written_arguments(func, args, kwargs)
     known = {t.untyped_storage()._cdata for t in given}
     if not written and made and all(t.untyped_storage()._cdata in known for t in made):
@@ -117,9 +116,9 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
     if not reads and not writes:
         return None  # a question, not work
     flops = FLOPS[name](*args) if name in FLOPS else 0
-    kernels = KERNELS.get(name, 1)
+    kernels: float = KERNELS.get(name, 1)
     if "_foreach_" in name or "_fused_ad" in name:
-        kernels = -(-len(given) // _FOREACH)
+        kernels = max(1.0, len(given) / _FOREACH)
     return Cost(reads, writes, flops, kernels)
 
 
@@ -133,7 +132,7 @@ def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            found += _tensors(value)
+            found += tensors_in(value)
     return found
 
 
@@ -155,5 +154,10 @@ def _once(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
     return list(found.values())
 
 
-def _tensors(argument: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)]
+def tensors_in(argument: Any) -> list[Tensor]:
+    """The tensors in what an operator is given or makes: a value, or lists, tuples and dictionaries of them."""
+    if isinstance(argument, Tensor):
+        return [argument]
+    if isinstance(argument, list | tuple):
+        return [tensor for part in argument for tensor in tensors_in(part)]
+    return tensors_in(list(argument.values())) if isinstance(argument, dict) and argument else []

@@ -25,12 +25,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from mega_scale.parallel.costs import cost
+from mega_scale.parallel.costs import cost, tensors_in
 
-# What PyTorch's allocator of GPUs rounds a tensor's bytes up to.
-_ROUNDED = 512
+ROUNDED = 512
+"""What PyTorch's allocator of GPUs rounds a tensor's bytes up to."""
 # Operator of PyTorch's c10d library: whether its first tensor argument is filled rather than sent.
 _FILLS = {
     "_allgather_base_": True,
@@ -86,7 +85,7 @@ class Event(NamedTuple):
     read: int
     written: int
     flops: int
-    kernels: int
+    kernels: float
     dtype: str
     module: str
     phase: str
@@ -260,7 +259,7 @@ class Meter(TorchDispatchMode):
             return result
         if func.namespace == "c10d":
             self._send(func, args)
-        given, made = _tensors((args, kwargs)), _tensors(result)
+        given, made = tensors_in((args, kwargs)), tensors_in(result)
         # What is given and unknown was made before the meter was entered, but for what `torch.tensor` lifts.
         for tensors, counted in ((given, func is torch.ops.aten.lift_fresh.default), (made, True)):
             for tensor in tensors:
@@ -276,7 +275,7 @@ class Meter(TorchDispatchMode):
         if found is None:
             return
         inputs, outputs = self._numbered(found.reads), self._numbered(found.writes)
-        dtypes = [t.dtype for t in _tensors((args, kwargs, result))]
+        dtypes = [t.dtype for t in tensors_in((args, kwargs, result))]
         dtype = next((each for each in dtypes if each.is_floating_point), dtypes[0])
         name = func.name().split(".")[0]
         read, written = (sum(size for _, size in each) for each in (inputs, outputs))
@@ -291,8 +290,8 @@ class Meter(TorchDispatchMode):
         operation = func.name().partition("::")[2].split(".")[0]
         if operation not in _FILLS:
             return
-        given = [argument for argument in args if _tensors(argument)]
-        for tensor in _tensors(given[1 if _FILLS[operation] else 0]):
+        given = [argument for argument in args if tensors_in(argument)]
+        for tensor in tensors_in(given[1 if _FILLS[operation] else 0]):
             self.sent.append(
                 Sent(operation, _group_name(args), tuple(tensor.shape), tensor.nbytes, self._module(), self.phase)
             )
@@ -329,11 +328,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _rounded(storage: torch.UntypedStorage) -> int:
-    return -(-storage.nbytes() // _ROUNDED) * _ROUNDED
-
-
-def _tensors(argument: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)]
+    return -(-storage.nbytes() // ROUNDED) * ROUNDED
 
 
 def _group_name(args: Iterable[Any]) -> str:

@@ -184,7 +184,7 @@ def fused(events: Sequence[Event]) -> list[Event]:
 class Row:
     """What one part of a step takes: launches, bytes, operations, seconds."""
 
-    kernels: int = 0
+    kernels: float = 0
     bytes: int = 0
     flops: int = 0
     seconds: float = 0.0
@@ -193,9 +193,7 @@ class Row:
         return Row(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
     def times(self, factor: float) -> "Row":
-        return Row(
-            round(self.kernels * factor), round(self.bytes * factor), round(self.flops * factor), self.seconds * factor
-        )
+        return Row(self.kernels * factor, round(self.bytes * factor), round(self.flops * factor), self.seconds * factor)
 
 
 def table(events: Iterable[Event], device: Device) -> dict[str, Row]:

@@ -357,6 +357,10 @@ class World:
         """
         return unknown if self.pretended and not in_memory(value) else float(value)
 
+    def numbers(self, values: Tensor, unknown: list[int]) -> list[int]:
+        """The same of several numbers, (n,) int64."""
+        return unknown if self.pretended and not in_memory(values) else values.tolist()
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _rehearse(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> 
             from mega_scale.planner.pictures import draw
 
             draw(args.plot, trace, memory, facts["time"])
-    print(_larger(planned, cluster, memory, trace))
+    print(_larger(planned, model, cluster, memory, trace, args.full))
     if args.failures:
         step_s = step_time(trace, planned, model, cluster).seconds
         rows = goodput_table(parameter_count(model), step_s, sorted({cluster.size, *GPUS}))
@@ -195,8 +195,11 @@ def _describe(
     return lines, facts
 
 
-def _larger(config: RunConfig, cluster: Cluster, memory: Memory, trace: Trace) -> str:
-    """The next larger micro-batch, and whether it fits if what grows with rows does so in proportion."""
+def _larger(config: RunConfig, model: BaseConfig, cluster: Cluster, memory: Memory, trace: Trace, full: bool) -> str:
+    """The largest micro-batch that fits, or else the next larger one, as the first rank's trace has it.
+
+    Which to trace is found as if what grows with rows did so in proportion.
+    """
     dp = config.parallel.mesh(cluster.size).dp
     micro = config.train.micro_batch_size
     larger = [rows for rows in divisors(config.train.global_batch_size // dp) if rows > micro]
@@ -205,10 +208,13 @@ def _larger(config: RunConfig, cluster: Cluster, memory: Memory, trace: Trace) -
     fixed = sum(trace.held.get(kind, 0.0) for kind in ("weights", "gradients", "moments", "engine", "gathered"))
     scale = 1 + (memory.slack / memory.peak if memory.peak else 0.0)
     need = {rows: (fixed + (memory.peak - fixed) * rows / micro) * scale + memory.outside for rows in larger}
-    fitting = [rows for rows in larger if need[rows] <= memory.limit]
-    best = fitting[-1] if fitting else larger[0]
-    word = "would fit" if fitting else "would not fit"
-    return f"train.micro_batch_size={best} {word}: about {need[best] / GIB:.1f} of {memory.limit / GIB:.1f} GiB"
+    for rows in [rows for rows in reversed(larger) if need[rows] <= memory.limit] or larger[:1]:
+        other = replace(config, train=replace(config.train, micro_batch_size=rows))
+        found = memory_of(_traced(other, model, cluster, 0, full), other, cluster)
+        if found.fits:
+            break
+    word = "would fit" if found.fits else "would not fit"
+    return f"train.micro_batch_size={rows} {word}: {found.total / GIB:.1f} of {found.limit / GIB:.1f} GiB"
 
 
 def _search(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> int:

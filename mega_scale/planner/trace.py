@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,13 @@ from mega_scale.data.tokenizer import load_tokenizer
 from mega_scale.model import causal_lm_class
 from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.ops import as_if
-from mega_scale.parallel import Engine, Place, World, parallelize, seeded_values
+from mega_scale.parallel import Engine, World, seeded_values
 from mega_scale.parallel.devices import Device
 from mega_scale.parallel.meter import Event, Meter
 from mega_scale.parallel.roofline import fused, seconds
-from mega_scale.training.config import build_optimizer
+from mega_scale.training.config import Schedule
+from mega_scale.training.trained_model import evaluate
+from mega_scale.training.trainer import build_engine, take_step
 
 ENGINE = "engine"
 """Kind of what an engine makes for itself while it is built, and keeps: buckets, and buffers of the model."""
@@ -207,23 +209,38 @@ def follow_in(
             yield
 
     world = replace(world, memory=memory)
-    engine = parallelize(
-        module,
-        _empty if mode is not None else seeded_values(model, config.train.seed),
-        config.engine_config(world.size),
-        world,
-        lambda sharded: build_optimizer(sharded, config.optimizer, config.train.dtype),
-    )
+    values = _empty if mode is not None else seeded_values(model, config.train.seed)
+    engine = build_engine(module, values, config, world)
     try:
-        engine.module.train()
         with inside, watches[0]:
             return _Followed(config, engine, world, cluster, watches[0]).trace(micro_batches)
     finally:
         engine.close()
 
 
+class _Batches(Sequence[dict[str, Tensor]]):
+    """Micro-batches of a rank, each made when its turn comes, as one is copied to a device.
+
+    Rows of several documents have them begin everywhere, so that each chunk has a mask, for which a CPU pays by chunk;
+    kernels of GPUs take the same memory whatever documents there are.
+    """
+
+    def __init__(self, count: int, config: RunConfig) -> None:
+        self._count, self._shape = count, (config.train.micro_batch_size, config.data.sequence_length)
+        self._documents = config.data.packing == "reset"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError
+        found = {name: torch.zeros(self._shape, dtype=torch.int64) for name in ("input_ids", "shift_labels")}
+        return found | ({"document_starts": torch.ones(self._shape, dtype=torch.bool)} if self._documents else {})
+
+
 class _Followed:
-    """An engine whose steps are metered."""
+    """An engine whose steps are metered: to a step, it is the engine."""
 
     def __init__(
         self,
@@ -235,28 +252,22 @@ class _Followed:
     ) -> None:
         self._config, self._engine, self._world, self._watch = config, engine, world, watch
         self._cluster = cluster
-        self._rows, self._length = config.train.micro_batch_size, config.data.sequence_length
         self._accumulation = config.engine_config(world.size).accumulation
+        self._marks: list[tuple[int, int]] = []
+        self._kept: Counter[str] = Counter()  # by module, what the last forward pass left
 
     def trace(self, micro_batches: int) -> Trace:
         """Follow a step that makes all that is made once, then one that is counted, an evaluation and a save."""
         found, watch = Trace(), self._watch
         self._label()
         # A later step finds what the first one left, such as moments and buckets.
-        self._micro_batch(last=True)
-        self._step()
+        self._take_step(0, 1)
         self._label()
         watch.restart()
-        marks: list[tuple[int, int]] = []
-        count = min(self._accumulation, micro_batches)
-        for number in range(count):
-            kept = self._micro_batch(last=number == count - 1)
-            self._label()
-            marks.append((len(watch.events), len(watch.sent)))
-        found.kept = dict(kept)
-        with watch.during("optimizer"):
-            self._step()
-        self._count(found, marks)
+        self._marks.clear()
+        self._take_step(1, min(self._accumulation, micro_batches))
+        found.kept = dict(self._kept)
+        self._count(found, self._marks)
         found.peak, found.place, found.timeline = watch.peak, watch.place, watch.timeline
         found.places = dict(watch.places)
         found.kinds_at = {place: dict(kinds) for place, kinds in watch.kinds_at.items()}
@@ -273,36 +284,36 @@ class _Followed:
         self._save(found)
         return found
 
-    def _micro_batch(self, last: bool) -> Counter[str]:
-        """A forward and a backward pass; what the forward left, by module."""
-        inputs, starts = self._batch()
-        place = Place(0, self._world.shape.dp_rank(self._world.rank) * self._rows)
-        items = self._config.train.global_batch_size * self._length
-        loss = self._engine.forward(inputs, inputs, items, place, starts)
-        kept: Counter[str] = Counter()
+    def _take_step(self, step: int, micro_batches: int) -> None:
+        labelled = micro_batches * self._config.train.micro_batch_size * self._config.data.sequence_length
+        engine, batches, lr = cast(Engine, self), _Batches(micro_batches, self._config), Schedule(self._config).lr(step)
+        take_step(engine, self._world, batches, labelled, step, lr)
+
+    def forward(self, *args: Any) -> Tensor:
+        """As of the engine, and note what it leaves."""
+        loss = self._engine.forward(*args)
+        self._kept.clear()
         for (kind, name), size in self._watch.live.items():
             if kind == "activations" and size:
-                kept[_block(name)] += size
+                self._kept[_block(name)] += size
+        return loss
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """As of the engine, at the end of a micro-batch."""
         self._engine.backward(loss, last)
-        return kept
+        self._label()
+        self._marks.append((len(self._watch.events), len(self._watch.sent)))
 
-    def _batch(self) -> tuple[Tensor, Tensor | None]:
-        """Tokens, and where their documents begin, (B, L) each: everywhere, so that each chunk has a mask, for which a
-        CPU pays by chunk; kernels of GPUs take the same memory whatever documents there are."""
-        shape = self._rows, self._length
-        starts = torch.ones(shape, dtype=torch.bool) if self._config.data.packing == "reset" else None
-        return torch.zeros(shape, dtype=torch.int64), starts
+    def step(self, lr: float, skip: bool) -> float:
+        """As of the engine."""
+        with self._watch.during("optimizer"):
+            return self._engine.step(lr, skip)
 
-    def _step(self) -> None:
-        self._engine.step(self._config.optimizer.lr)
-
-    @torch.no_grad()
     def _evaluate(self) -> None:
-        module = self._engine.module
-        module.eval()
-        inputs, starts = self._batch()
-        self._engine.forward(inputs, inputs, 1, document_starts=starts)
-        module.train()
+        engine = self._engine
+        for averaged in (False, True) if engine.averages else (False,):
+            with engine.averaged() if averaged else nullcontext():
+                evaluate(engine.module, engine.forward, _Batches(1, self._config), 1.0, self._world)
 
     def _save(self, found: Trace) -> None:
         """What a checkpoint takes of this rank, and its index, in which every rank has as many ranges as this one."""
@@ -405,11 +416,14 @@ def _block(name: str, blocks: int | None = None) -> str:
 
 
 def depths(model: BaseConfig, config: RunConfig) -> tuple[int, int] | None:
-    """Two numbers of blocks whose traces give any larger one; None where the model has no more than these."""
+    """Two numbers of blocks whose traces give any larger one; None where all blocks are to be followed.
+
+    DeepSpeed fills buckets, and keeps weights gathered, up to sizes that have nothing to do with a block's.
+    """
     every = max(config.parallel.activation_checkpoint, 1)
-    # From one block to two, what is fetched ahead begins.
-    small, large = 2 * every, 3 * every
-    return None if model.num_hidden_layers <= large else (small, large)
+    # With three there is a block between the first and the last, and what is fetched ahead has begun.
+    small, large = 3 * every, 4 * every
+    return None if config.parallel.engine == "deepspeed" or model.num_hidden_layers <= large else (small, large)
 
 
 def extrapolate(small: Trace, large: Trace, counts: tuple[int, int], layers: int) -> Trace:

@@ -207,7 +207,8 @@ def evaluate(
             every_batch()
     finally:
         module.train(was_training)
-    nats, tokens = float(world.sum(total, alike=("tp",))), int(world.sum(counted, alike=("sp", "tp")))
+    nats = world.number(world.sum(total, alike=("tp",)))
+    tokens = int(world.number(world.sum(counted, alike=("sp", "tp"))))
     if tokens == 0:
         raise ValueError("the text has no token to predict: give a longer one, or a shorter data.sequence_length")
     loss = nats / tokens

@@ -20,8 +20,9 @@ from mega_scale.data import Loader, load_datasets
 from mega_scale.data.tokenizer import as_trained, load_tokenizer, unlike_training
 from mega_scale.files import replace_text
 from mega_scale.model import causal_lm_class
-from mega_scale.parallel import Place, Placement, World, layout_changes, parallelize, run_self_test, seeded_values
-from mega_scale.parallel.model_parallel import ParallelizeError
+from mega_scale.parallel import Engine, Place, Placement, World, layout_changes, parallelize
+from mega_scale.parallel.model_parallel import ParallelizeError, run_self_test
+from mega_scale.parallel.shard import Values, seeded_values
 from mega_scale.process import NOT_WRITTEN, REFUSED, STOPPED, StopSignals, refuse, write_stderr
 from mega_scale.settings import to_yaml
 from mega_scale.training.config import Schedule, build_optimizer, seconds_of
@@ -286,15 +287,8 @@ class Trainer:
         with torch.device("meta"):
             model = causal_lm_class(self.model_config)(self.model_config)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.engine = parallelize(
-            model,
-            self.values,
-            config.engine_config(world.size),
-            world,
-            lambda sharded: build_optimizer(sharded, config.optimizer, train.dtype),
-        )
+        self.engine = build_engine(model, self.values, config, world)
         self.watchdog.beat("starting")
-        self.engine.module.train()
         # Whatever was drawn until here, for workers or by libraries, is none of the run's.
         torch.manual_seed(train.seed)
         self.progress, self.schedule = Progress(config.bad_steps), Schedule(config)
@@ -395,39 +389,25 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """Do the next optimizer step, unless it is bad; collective. Raises StopRun before it computes."""
-        world, progress = self.world, self.progress
-        step = progress.step + 1
-        lr = self.schedule.lr(step - 1)
-        self.watchdog.beat("waiting for data", step)
+        progress = self.progress
+        self.watchdog.beat("waiting for data", progress.step + 1)
         began = time.perf_counter()
         batches = self.loader.batches(progress.position)
         waited = time.perf_counter() - began
         self.watchdog.beat("computing")
-        labelled = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
-        # One sum says how many tokens there are, and whether the step is to be done at all.
-        own = [0 if world.axes["sp"].rank or world.axes["tp"].rank else labelled, int(self.stopping.wanted())]
-        seen, wanting = world.sum(torch.tensor(own, device=world.device)).tolist()
-        if self.stopping.agreed(wanting):
-            raise StopRun
-        loss, shares = torch.zeros((), device=world.device), []
-        for i, batch in enumerate(batches):
-            given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
-            inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
-            # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
-            place = Place(step - 1, (i * self.readers + self.reader) * len(inputs))
-            share = self.engine.forward(inputs, labels, seen, place, starts)
-            self.engine.backward(share, last=i == len(batches) - 1)
-            shares.append(share.detach())
-            loss += shares[-1]
-        total = float(world.sum(loss, alike=("tp",)))
-        problem = progress.problem(total)
-        if self.saver.under_way is not None:
-            self.saver.wait_copied()
-        norm = self.engine.step(lr, skip=problem is not None)
-        if problem is None and not math.isfinite(norm):
-            problem = f"the gradient norm is {norm}"
+        result = take_step(
+            self.engine,
+            self.world,
+            batches,
+            sum(int((batch["shift_labels"] != -100).sum()) for batch in batches),
+            progress.step,
+            self.schedule.lr(progress.step),
+            stopping=self.stopping,
+            find_problem=progress.problem,
+            before_update=None if self.saver.under_way is None else self.saver.wait_copied,
+        )
         self.stopping.step_s = max(self.stopping.step_s, time.perf_counter() - began)
-        return StepResult(total, norm, lr, seen, waited, inputs.shape[1], torch.stack(shares), problem)
+        return result._replace(waited=waited)
 
     def after_step(self, result: StepResult) -> None:
         """Count a step, and report, evaluate, sample and save when that is due; collective.
@@ -543,6 +523,66 @@ class Trainer:
             self.stopping.save_s = max(self.stopping.save_s, saved.write_s)
             if self.eval_command is not None and self.runs_command(saved.step):
                 self.eval_command.start(saved.step, saved.folder, last=saved.step == self.config.train.steps)
+
+
+# What a rank computes, in its order; a plan goes through the same
+
+
+def build_engine(model: Any, values: Values, config: RunConfig, world: World) -> Engine:
+    """The engine of a run around its model on the meta device; collective. Raises ParallelizeError."""
+
+    def optimizer(sharded: Any) -> Any:
+        return build_optimizer(sharded, config.optimizer, config.train.dtype)
+
+    engine = parallelize(model, values, config.engine_config(world.size), world, optimizer)
+    engine.module.train()
+    return engine
+
+
+def take_step(
+    engine: Engine,
+    world: World,
+    batches: Sequence[Mapping[str, Tensor]],
+    labelled: int,
+    step: int,
+    lr: float,
+    *,
+    stopping: Stopping | None = None,
+    find_problem: Callable[[float], str | None] = lambda loss: None,
+    before_update: Callable[[], object] | None = None,
+) -> StepResult:
+    """Do the optimizer step after `step` others on this rank's micro-batches, unless it is bad; collective.
+
+    A micro-batch has `input_ids` and `shift_labels` (B, L) int64, and perhaps `document_starts` (B, L) bool; `labelled`
+    counts the labels of all. `find_problem` says what is wrong with the loss, and `before_update` is called before
+    weights change. Raises StopRun, before it computes, where a rank is `stopping`.
+    """
+    readers, reader = world.shape.dp, world.shape.dp_rank(world.rank)
+    # One sum says how many tokens there are, and whether the step is to be done at all.
+    alike = world.axes["sp"].rank or world.axes["tp"].rank
+    own = [0 if alike else labelled, 0 if stopping is None else int(stopping.wanted())]
+    sums = world.sum(torch.tensor(own, device=world.device))
+    seen, wanting = world.numbers(sums, unknown=[readers * labelled, 0])
+    if stopping is not None and stopping.agreed(wanting):
+        raise StopRun
+    loss, shares = torch.zeros((), device=world.device), []
+    for i, batch in enumerate(batches):
+        given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
+        inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
+        # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
+        place = Place(step, (i * readers + reader) * len(inputs))
+        share = engine.forward(inputs, labels, seen, place, starts)
+        engine.backward(share, last=i == len(batches) - 1)
+        shares.append(share.detach())
+        loss += shares[-1]
+    total = world.number(world.sum(loss, alike=("tp",)))
+    problem = find_problem(total)
+    if before_update is not None:
+        before_update()
+    norm = engine.step(lr, skip=problem is not None)
+    if problem is None and not math.isfinite(norm):
+        problem = f"the gradient norm is {norm}"
+    return StepResult(total, norm, lr, seen, 0.0, inputs.shape[1], torch.stack(shares), problem)
 
 
 @contextlib.contextmanager

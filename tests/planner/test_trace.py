@@ -46,14 +46,22 @@ def test_a_plan_is_what_a_real_rank_does(ranks, case):
         assert planned["peak"] < 16 * 2**20
 
 
-def test_two_depths_give_any_other():
-    words = "parallel.engine=fsdp parallel.sp=2 parallel.tp=2 train.dtype=bf16 model.num_hidden_layers=7"
+@pytest.mark.parametrize(
+    "words",
+    [
+        "parallel.sp=2 parallel.tp=2 train.dtype=bf16 model.num_hidden_layers=7",
+        # The peak is in a block that is neither the first nor the last.
+        "parallel.activation_checkpoint=1 train.micro_batch_size=1 data.sequence_length=64 model.num_hidden_layers=5",
+    ],
+)
+def test_two_depths_give_any_other(words):
+    words = f"parallel.engine=fsdp {words}"
     cluster = Cluster(1, 4, Device.named("h100"))
     config, model = prepare(parse([*SIZES.replace("parallel.device=cpu", "").split(), *words.split()]), cluster)
     found, full = rehearse(config, model, cluster, 3), follow(config, model, cluster, 3)
     assert found.peak == pytest.approx(full.peak, rel=1e-3) and found.written == full.written
     for what in ("calls", "sent", "kernels", "flops"):
         for part, table in getattr(full, what).items():
-            # An optimizer's kernel takes dozens of tensors, so their number is a step function.
-            near = 0.1 if (what, part) == ("kernels", "optimizer") else 1e-3
+            # A kernel of an optimizer takes dozens of tensors, and a launch of few is one too.
+            near = 1e-2 if (what, part) == ("kernels", "optimizer") else 1e-3
             assert getattr(found, what)[part] == pytest.approx(table, rel=near), (what, part)

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from . import harness
+from . import harness, pairs
 from .harness import Option
 
 ACCEPT = {
     "device": Option("cuda", "cuda, or cpu for a rehearsal at a tiny size", ["cuda", "cpu"]),
+    "gpus": Option(1, "2 runs what one cannot settle: layouts of two ranks, and a rank that is lost"),
     "stages": Option([""], "which; all unless named"),
     "config": Option("", "run whose step is timed; the Megalodon of 1.3B on a GPU"),
     "minutes": Option(10.0, "in all: what would begin later is left out"),
@@ -331,22 +332,33 @@ STAGES: dict[str, tuple[int, Callable[[Bench], None]]] = {
     "staging": (20, staging),
     "fp8": (20, fp8),
 }
+# The same of two GPUs.
+PAIRS: dict[str, tuple[int, Callable[[Bench], None]]] = {
+    "lost": (240, lambda bench: pairs.lost(bench.device, say)),
+    "layouts": (480, lambda bench: pairs.layouts(bench.device, say)),
+}
+WORDS |= {"lost": pairs.lost.__doc__ or "", "layouts": pairs.layouts.__doc__ or ""}
 
 
 def run_accept(args: argparse.Namespace) -> None:
     """Run the stages and print their lines. Raises ValueError where a name is unknown, or a stage failed."""
-    stages = [name for name in args.stages if name] or list(STAGES)
+    if args.gpus not in (1, 2):
+        raise ValueError(f"--gpus {args.gpus}: there are stages for 1 and for 2")
+    known = STAGES if args.gpus == 1 else PAIRS
+    stages = [name for name in args.stages if name] or list(known)
     for name in [*stages, *([args.stage] if args.stage else [])]:
-        if name not in STAGES:
-            raise ValueError(f"--stages {name} is unknown: choose of {', '.join(STAGES)}")
+        if name not in known:
+            raise ValueError(f"--stages {name} is unknown: choose of {', '.join(known)}")
     if args.list:
-        for name, (limit, what) in STAGES.items():
+        for name, (limit, what) in known.items():
             print(f"{name:14} {limit:4} s  {(what.__doc__ or WORDS[name]).strip()}")
         return
     if args.device == "cuda":
         harness.gpu_name("accept")
+        if torch.cuda.device_count() < args.gpus:
+            raise ValueError(f"--gpus {args.gpus}: PyTorch sees {torch.cuda.device_count()}")
     if args.stage:
-        STAGES[args.stage][1](Bench(args.device, args.config, args.gpu))
+        known[args.stage][1](Bench(args.device, args.config, args.gpu))
         return
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(args.lines, "w", encoding="utf-8")) if args.lines else None
@@ -360,7 +372,7 @@ def run_accept(args: argparse.Namespace) -> None:
                 print(line, file=file, flush=True)
 
         for name in stages:
-            limit = min(STAGES[name][0], end - time.monotonic())
+            limit = min(known[name][0], end - time.monotonic())
             began, outcome = time.monotonic(), "no time left"
             if limit > 0:
                 outcome = "unknown"
@@ -377,7 +389,18 @@ def run_accept(args: argparse.Namespace) -> None:
 def _stage(args: argparse.Namespace, name: str, limit: float) -> Iterator[dict[str, Any]]:
     """The lines of one stage in a process of its own, the last one with its outcome."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parent), "accept", "--stage", name]
-    command += ["--device", args.device, "--config", args.config, "--gpu", args.gpu, "--threads", str(args.threads)]
+    command += [
+        "--gpus",
+        str(args.gpus),
+        "--device",
+        args.device,
+        "--config",
+        args.config,
+        "--gpu",
+        args.gpu,
+        "--threads",
+        str(args.threads),
+    ]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         # A group of its own, as a stage may start launchers and ranks.
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)

@@ -61,3 +61,7 @@ def test_what_cannot_run_is_refused(capsys):
     main(["accept", "--list"])
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(accept.STAGES) and all(len(line) > 30 for line in printed)
+    main(["accept", "--gpus", "2", "--list"])
+    assert capsys.readouterr().out.count(" s  ") == len(accept.PAIRS)
+    with pytest.raises(ValueError, match=r"--stages facts is unknown: choose of lost, layouts"):
+        main(["accept", "--gpus", "2", "--stages", "facts"])

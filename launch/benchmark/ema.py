@@ -200,7 +200,7 @@ def run_kernels(args: argparse.Namespace) -> None:
     """Compile Triton kernels, and print what they take. Raises ValueError where triton is missing or interprets."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels are compiled by triton, which is not installed: pip install 'mega_scale[triton]'")
-    from mega_scale.ops.triton_report import compile_kernels
+    from mega_scale.ops.triton_report import DOCUMENT, compile_kernels
 
     found = compile_kernels(args.architectures, args.dtypes, args.states, args.numbers, args.kernels)
     rows = [row | {"shared_kib": row["shared_bytes"] / 1024} for row in found]
@@ -208,7 +208,8 @@ def run_kernels(args: argparse.Namespace) -> None:
         "kernel": "{kernel}", "GPU": "{architecture}", "tokens": "{dtype}", "size": "{size}", "warps": "{warps}",
         "registers a thread": "{registers}", "shared memory a program, KiB": "{shared_kib:.1f}",
         "spills a thread, bytes": "{spill_bytes}", "products of matrix units": "{products}",
-        "instructions an element": "{instructions}", "predicted share of a copy, H100": "{h100_share}",
+        "instructions an element": "{instructions}", f"a document begins every {DOCUMENT} tokens": "{with_borders}",
+        "predicted share of a copy, H100": "{h100_share}",
     }  # fmt: skip
     note = "Compiled here by triton and its ptxas, and not run."
     harness.report(args, columns, rows, note, versions={"triton": importlib.metadata.version("triton")})

@@ -112,6 +112,7 @@ class Average(NamedTuple):
     channels: int  # of a program
     steps: int  # of a tile
     tile_tokens: int
+    more: float = 0.0  # segments of the documents that begin, for each of a row's own
 
     @property
     def per_element(self) -> float:
@@ -131,7 +132,8 @@ class Average(NamedTuple):
         element at least: x and y, or x and two gradients."""
         batch, length, width = size
         programs, per_tile = batch * -(-width // self.channels), self.instructions * self.warps / 4
-        tiles, waves = -(-length // self.tile_tokens), -(-programs // (gpu.units * self.residents(gpu)))
+        tiles = -(-length // self.tile_tokens) * (1 + self.more)
+        waves = -(-programs // (gpu.units * self.residents(gpu)))
         least = math.prod(size) * passed / gpu.copied
         memory = least * max(1, gpu.units / programs)
         issue = -(-programs // gpu.units) * tiles * per_tile / gpu.hertz

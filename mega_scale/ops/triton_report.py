@@ -1,12 +1,11 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be here: registers, shared memory, spills."""
 
+import contextlib
 import inspect
+import io
 import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -23,7 +22,7 @@ from mega_scale.ops.attention_triton import (
 )
 from mega_scale.ops.cross_entropy_triton import cross_entropy_kernel, kernel_constants
 from mega_scale.ops.dropout_triton import dropout_constants, dropout_kernel
-from mega_scale.ops.ema.triton import ENDS, MOST_COLUMNS, OUTPUTS, TILE, gradient_flags
+from mega_scale.ops.ema.triton import ENDS, MOST_COLUMNS, TILE, gradient_flags, output_flags
 from mega_scale.ops.ema.triton_kernels import gradients_kernel, outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
     before_kernel,
@@ -43,7 +42,7 @@ _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
 _TOKENS = ("x", "residual", "y", "dx", "dy", "q", "k", "v", "d_out",
            "weights", "dropped", "d_scores", "a", "b", "logits")  # fmt: skip
 _OTHERS = {
-    **dict.fromkeys(("document", "since"), "*i32"),
+    **dict.fromkeys(("document", "starts", "since"), "*i32"),
     **dict.fromkeys(("count", "counts", "angle", "targets"), "*i64"),
     **dict.fromkeys(("totals", "before", "behind", "first_mean", "first_var", "end_mean", "end_var"), "*fp64"),
     "valid": "*u8",
@@ -51,6 +50,8 @@ _OTHERS = {
     **dict.fromkeys(("key", "first_row", "first_position", "first_column", "threshold", "first", "words"), "i32"),
 }
 _WORDS = 32000
+DOCUMENT = 1000
+"""Tokens of a document, on average, for which instructions and shares of kernels with documents are counted."""
 _NORM_CHANNELS = 64  # of a group, as in the largest models
 _DROPOUT_WIDTH = 4096
 # What an average may have: documents, and states before and gradients of those after rows.
@@ -77,9 +78,10 @@ def compile_kernels(
     `architectures` are compute capabilities, as 90; `dtypes` of tokens bf16, fp16, fp32, or fp64, which attention
     lacks; `averages` N of the moving average, and `numbers` real or complex, but for too many columns. A row has
     registers and spilled bytes (stored and loaded) of a thread, warps and bytes of shared memory of a program, and
-    instructions for matrix units; of the average also thread instructions an element, and the share of an H100's copy
-    speed that `triton_loops.py` predicts at 1 x 32,768 x 4,096. Raises ValueError if kernels are interpreted here, or a
-    dtype has none.
+    instructions for matrix units; of the average also thread instructions an element, those of tiles that no document
+    begins in and, `with_borders`, where one begins every `DOCUMENT` tokens, and the share of an H100's copy speed that
+    `triton_loops.py` predicts of the latter at 1 x 32,768 x 4,096. Raises ValueError if kernels are interpreted here,
+    or a dtype has none.
     """
     if triton.knobs.runtime.interpret:
         raise ValueError("kernels are interpreted here, not compiled: unset TRITON_INTERPRET")
@@ -108,21 +110,23 @@ def _variants(
         # A row is one part in most launches.
         both = {"SPLITS": 1, "COMPLEX": pairs}
         for (documents, states), words in _NEEDS.items():
-            own = {
-                **TILE.constants(columns, wide, documents, False, double, pairs),
-                **both,
-                "INITIAL": states,
-                **OUTPUTS,
-            }
-            yield outputs_kernel, f"outputs_kernel{words}", size, own
-            if documents and not states:
+            both["DOCUMENTS"] = documents
+            own = TILE.constants(columns, wide, double=double, pairs=pairs) | both
+            yield (
+                outputs_kernel,
+                f"outputs_kernel{words}",
+                size,
+                {**own, "INITIAL": states, **output_flags(double, pairs)},
+            )
+            if not states:
                 # What is read once more, before, where a row is several parts.
-                yield outputs_kernel, "outputs_kernel, ends", size, {**own, **both, **ENDS}
-                own = TILE.constants(columns, wide, documents, False, double, pairs, True, False) | both
-                yield gradients_kernel, "gradients_kernel, adjoints", size, {**own, **dict.fromkeys(_NEITHER, False)}
-            for flags in gradient_flags(wide, documents, states, columns, pairs):
+                yield outputs_kernel, f"outputs_kernel{words}, ends", size, {**own, **ENDS}
+                own = TILE.constants(columns, wide, double=double, pairs=pairs, back=True) | both
+                own |= dict.fromkeys(_NEITHER, False)
+                yield gradients_kernel, f"gradients_kernel{words}, adjoints", size, own
+            for flags in gradient_flags(wide, states, columns, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                own = TILE.constants(columns, wide, documents, states, double, pairs, True, bool(flags["DX"]))
+                own = TILE.constants(columns, wide, states, double, pairs, back=True)
                 yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, **flags}
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel, tokens_gradient_kernel):
         own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
@@ -161,16 +165,11 @@ def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architec
     )
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
     options = {name: values[name] for name in ("num_warps", "num_stages", "maxnreg") if name in values}
-    binary = triton.compile(source, target=target, options=options)
-    ptx = binary.asm["ptx"]
-    # As ptxas counts them for the target that the text names.
-    tool = triton.knobs.nvidia.ptxas if architecture < 100 else triton.knobs.nvidia.ptxas_blackwell
-    gpu = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "kernel.ptx")
-        text.write_text(ptx, encoding="utf-8")
-        command = [tool.path, "-v", f"--gpu-name={gpu}", str(text), "-o", f"{folder}/kernel"]
-        counted = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.compilation.always_compile, triton.knobs.nvidia.dump_ptxas_log = True, True
+        binary = triton.compile(source, target=target, options=options)
+    ptx, counted = binary.asm["ptx"], log.getvalue()
     registers = re.findall(r"Used (\d+) registers", counted)[0]
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", counted)))
     products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx))
@@ -184,15 +183,16 @@ def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architec
 def _tile_figures(binary: Any, registers: int, values: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Thread instructions an element, and the share of an H100's copy speed that a model predicts, of a kernel that
     computes outputs or all gradients of the average in fp32; none of others."""
-    found: dict[str, Any] = {"instructions": None, "h100_share": None}
+    found: dict[str, Any] = {"instructions": None, "with_borders": None, "h100_share": None}
     both = values.get("OUTPUTS") or (values.get("DX") and values.get("SUMS"))
     if both and dtype != "fp64":
-        count = tile_instructions(disassemble(binary.asm["cubin"]), TILE.steps)
+        count, cell = tile_instructions(disassemble(binary.asm["cubin"]), TILE.steps), TILE.steps * values["T"]
         average = Average(
             count, registers, binary.metadata.shared, values["num_warps"], values["num_stages"], values["CH"],
-            TILE.steps, TILE.steps * values["T"] * values["SEG"],
+            TILE.steps, cell * values["SEG"], cell / DOCUMENT if values["DOCUMENTS"] else 0.0,
         )  # fmt: skip
         found["instructions"] = round(average.per_element, 1)
+        found["with_borders"] = round(average.per_element * (1 + average.more), 1)
         passed = (2 if values.get("OUTPUTS") else 3) * (4 if dtype == "fp32" else 2)
         found["h100_share"] = round(average.copy_share(passed)["share"], 2)
     return found

@@ -145,6 +145,7 @@ CASES = [
     (BF16, 1, 63, 5, 32, Tile(), True, None),
     (FP32, 2, 64, 3, 3, Tile(), False, "one"),
     (BF16, 1, 65, 17, 16, Tile(), True, "random"),
+    (BF16, 1, 97, 2, 3, Tile(segments=4, steps=2), True, "all"),
     (BF16, 1, 500, 3, 16, Tile(), True, "one"),
     (FP32, 1, 1100, 3, 3, Tile(), True, None),
     (BF16, 1, 1100, 2, 1, Tile(splits=2), False, "random"),
@@ -433,7 +434,7 @@ def test_operators_are_what_they_tell_compilers(tile, place):
         want = average(inputs[0], resets, *inputs[1:])
         gradients = torch.autograd.grad((want[0].square().sum(), want[1].sum()), inputs)
     names = {function.name() for function, _ in seen}
-    assert names >= {"mega_scale::ema_outputs", "mega_scale::ema_gradients"} and len(names) == 2 + 2 * (tile is SPLIT)
+    assert names >= {"mega_scale::ema_outputs", "mega_scale::ema_gradients"} and len(names) == 2 + 3 * (tile is SPLIT)
     for function, arguments in seen:
         torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(average, backend="aot_eager", fullgraph=True)

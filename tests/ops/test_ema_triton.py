@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import INSTRUCTIONS, faults
 
 from mega_scale.ops import as_if, multiprocessors
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
@@ -39,36 +40,35 @@ def test_interpreted_kernels_match_the_recurrence():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-# GPU, dtype, N and kind of averages, which kernels, how many of them
-COMPILED = [
-    (90, "bf16", 16, "real", [""], 25),
-    (80, "fp32", 16, "real", [", documents and states"], 3),
-    (100, "bf16", 16, "complex", ["gradients_kernel, documents and states", "outputs_kernel, documents"], 4),
-]
+@pytest.mark.slow
+@needs_triton
+def test_compiled_kernels_use_matrix_units_and_do_not_spill(tmp_path):
+    """All kernels of bf16 tokens on sm_90; of the average with their bounds, documents included."""
+    done = start("launch/benchmark", "kernels", "--architectures", 90, "--dtypes", "bf16", "--json", tmp_path / "rows")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 27 and "| sm_90 | bf16 | " in done.stdout
+    assert {row["architecture"] for row in rows} == {"sm_90"}
+    assert not {row["kernel"]: wrong for row in rows if (wrong := faults(row))}
+    bounded = [row for row in rows if row["kernel"].removesuffix(", documents") in INSTRUCTIONS]
+    assert len(bounded) == 4 and all(row["instructions"] and row["h100_share"] for row in bounded)
 
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("gpu, dtype, averages, numbers, names, count", COMPILED, ids=str)
-def test_compiled_kernels_use_matrix_units_and_do_not_spill(gpu, dtype, averages, numbers, names, count, tmp_path):
-    options = ("--architectures", gpu, "--dtypes", dtype, "--states", averages, "--numbers", numbers)
-    options += ("--kernels", *names, "--json", tmp_path / "rows.json")
-    # A cache of its own: what is cached was compiled by whoever was here before.
-    done = start("launch/benchmark", "kernels", *options, TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == count and f"| sm_{gpu} | {dtype} | " in done.stdout
-    for row in rows:
-        assert row["architecture"] == f"sm_{gpu}" and row["spill_bytes"] == 0, row
-        # Ends and adjoints of parts alone take the fewest; other kernels work between the vendor's products.
-        least = 8 if row["kernel"].endswith((", ends", ", adjoints")) else 9
-        assert row["products"] >= (least if row["size"].startswith("N=") else 0), row
-        assert row["shared_bytes"] <= 100 * 1024, row
-    plain = {row["kernel"]: row for row in rows}
-    if "outputs_kernel" in plain:  # by the model that triton_loops.py states
-        forward, back = plain["outputs_kernel"], plain["gradients_kernel"]
-        assert 10 < forward["instructions"] <= 25 and 20 < back["instructions"] <= 50
-        assert 0.7 <= forward["h100_share"] <= 1 and 0.55 <= back["h100_share"] <= 1
+@pytest.mark.parametrize(
+    "gpu, dtype, numbers, names, count",
+    [
+        (80, "fp32", "real", ["gradients_kernel, documents and states"], 2),
+        (100, "bf16", "complex", ["gradients_kernel, documents, adj", "outputs_kernel, documents and states"], 2),
+    ],
+)
+def test_heavy_kernels_do_not_spill_on_other_gpus(gpu, dtype, numbers, names, count):
+    """A sample of what tests/campaigns/compiled_kernels.py compiles."""
+    from mega_scale.ops.triton_report import compile_kernels  # noqa: PLC0415  needs triton
+
+    rows = compile_kernels([gpu], [dtype], [16], [numbers], names)
+    assert len(rows) == count and not [wrong for row in rows if (wrong := faults(row))]
 
 
 @needs_triton

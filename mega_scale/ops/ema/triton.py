@@ -28,9 +28,10 @@ from torch import Tensor
 
 from mega_scale.ops import device_kind, launch, multiprocessors, once_differentiable, operator
 from mega_scale.ops.ema.coefficients import EmaCoefficients
-from mega_scale.ops.ema.triton_kernels import INTERPRETED, gradients_kernel, outputs_kernel
+from mega_scale.ops.ema.triton_kernels import INTERPRETED, gradients_kernel, outputs_kernel, starts_kernel
 
 MOST_COLUMNS = 32
+_STARTS = 1024  # tokens of a program that lists segments
 _GROUP = 16  # of columns, at most: those of more have no room in a warp's registers
 
 
@@ -39,41 +40,43 @@ class Tile(NamedTuple):
 
     segments: int = 16  # SEG: the rows that a matrix unit takes
     block: int = 16  # T
-    steps: int = 4  # STEPS, at most: rows shorter than a tile have fewer
+    steps: int = 8  # STEPS, at most: rows shorter than a tile have fewer
     channels: int = 16  # CH, at most: 32 bytes of bf16
     warps: int = 8
     splits: int | None = None  # SPLITS, at most; none: as many as keep a GPU busy
 
     def constants(
-        self, columns: int, wide: bool, documents: bool, last: bool = False, double: bool = False,
-        pairs: bool = False, back: bool = False, dx: bool = True,
+        self, columns: int, wide: bool, last: bool = False, double: bool = False, pairs: bool = False,
+        back: bool = False,
     ) -> dict[str, int]:  # fmt: skip
-        """What kernels are compiled for: of complex averages with `pairs`, of gradients with `back`, and `dx` unless
-        they compute sums only.
+        """What kernels are compiled for: of complex averages with `pairs`, of gradients with `back`.
 
         More columns than `_GROUP` are groups. There are fewer channels where tokens are `wide`, or there is more to
         hold; with fewer than warps, warps would repeat each other.
         """
         padded = max(self.block, 1 << (columns - 1).bit_length())
-        both, many = documents and last, columns > _GROUP
-        # Sums alone multiply along tokens, never along columns, of which matrix units take 16.
-        groups = max(padded // (_GROUP // 2 if both and many and not dx else _GROUP), 1)
-        more = (wide or last or documents + back + (pairs or many) > 1) + (wide and both and groups < 4) + double
+        groups = max(padded // _GROUP, 1)
+        more = (wide or last or (back and (pairs or columns > _GROUP))) + double
         channels = max((self.channels >> more) // groups, 1)
         return {"N": columns, "NP": padded // groups, "GROUPS": groups, "T": self.block, "SEG": self.segments,
-                "CH": channels, "DOCUMENTS": documents, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
+                "CH": channels, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
 
 
-def gradient_flags(wide: bool, documents: bool, last: bool, columns: int, pairs: bool = False) -> list[dict[str, int]]:
+def output_flags(double: bool, pairs: bool) -> dict[str, int]:
+    """How `outputs_kernel` runs; with more buffers registers spill."""
+    # So that a multiprocessor holds two programs. Complex averages and fp64 need more.
+    return {"OUTPUTS": True, "num_stages": 2} | ({} if double or pairs else {"maxnreg": 128})
+
+
+def gradient_flags(wide: bool, last: bool, columns: int, pairs: bool = False) -> list[dict[str, int]]:
     """The runs of `gradients_kernel`: two, without buffers, where registers do not hold everything at once."""
-    if wide + (pairs or columns > _GROUP) + (documents or last) > 1:
+    if wide + (pairs or columns > _GROUP) + last > 1:
         # Without a limit of its own ptxas may spill to halve the registers, so that two programs fit.
         return [{"LAST": last, "DX": dx, "SUMS": not dx, "num_stages": 1, "maxnreg": 255} for dx in (True, False)]
     return [{"LAST": last, "DX": True, "SUMS": True, "num_stages": 3}]
 
 
 TILE = Tile()
-OUTPUTS = {"OUTPUTS": True, "num_stages": 2}  # with more buffers registers spill
 ENDS = {"OUTPUTS": False, "INITIAL": False, "num_stages": 2}
 
 
@@ -131,12 +134,14 @@ class _Rows:
             raise ValueError(
                 f"impl='triton' takes up to {most} {kind} averages per channel, not {averages}: use impl='blocked'"
             )
-        self.document = None if resets is None else resets.cumsum(1, dtype=torch.int32)
         self._length, self._tile = x.shape[1], tile
         columns = averages * (1 + self.complex)
-        channels = _constants(x, coefficients.gain, columns, self.document, self.complex, tile)["CH"]
+        channels = _constants(x, coefficients.gain, columns, self.complex, tile)["CH"]
         self.cut = _cut(x, tile, channels)
-        self._layout = (self.document, self.complex, self.cut, tile[:-1])
+        tokens = self.cut.steps * tile.block
+        documents = () if resets is None else _ema_documents(resets.contiguous(), self.cut.head, tokens)
+        self.document = documents[0] if documents else None
+        self._layout = (documents, self.complex, self.cut, tile[:-1])
 
     def columns(self, numbers: Tensor) -> Tensor:
         """Columns (..., D, K) of numbers (..., D, N), real or complex; complex ones may be pairs."""
@@ -206,7 +211,7 @@ class _Rows:
         if state is not None:
             if self.document is not None:  # a document that begins the row keeps the state out, be it infinite
                 state = state.masked_fill((self.document[:, 0] > 0)[:, None, None], 0)
-            d_state, d_slope = projection * before[0], projection * before[1]
+            d_state, d_slope = projection * before[0], before[1] if last else projection * before[1]
             if d_reached is not None:
                 reached = self.through(coefficients) * d_reached
                 d_state, d_slope = d_state + reached, d_slope + x.shape[1] * reached
@@ -251,14 +256,9 @@ def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
     return Cut(head, steps, tiles, max(1, -(-segments // max(1, tiles * tile.segments))))
 
 
-def _constants(
-    x: Tensor, gain: Tensor, columns: int, document: Tensor | None, pairs: bool, tile: Tile, **flags: int
-) -> dict[str, int]:
-    double = gain.dtype == torch.float64
-    return tile.constants(
-        columns, _wide(x, gain), document is not None, bool(flags.get("LAST")), double,
-        pairs, back="LAST" in flags, dx=bool(flags.get("DX", True)),
-    )  # fmt: skip
+def _constants(x: Tensor, gain: Tensor, columns: int, pairs: bool, tile: Tile, **flags: int) -> dict[str, int]:
+    double, last = gain.dtype == torch.float64, bool(flags.get("LAST"))
+    return tile.constants(columns, _wide(x, gain), last, double, pairs, back="LAST" in flags)
 
 
 def _wide(x: Tensor, gain: Tensor) -> bool:
@@ -266,31 +266,48 @@ def _wide(x: Tensor, gain: Tensor) -> bool:
 
 
 def _launch(
-    kernel: Any, x: Tensor, given: Sequence[Tensor], more: Sequence[Tensor | None], document: Tensor | None,
+    kernel: Any, x: Tensor, given: Sequence[Tensor], more: Sequence[Tensor | None], documents: Sequence[Tensor],
     pairs: bool, cut: Sequence[int], tile: Sequence[int], **flags: int,
 ) -> None:  # fmt: skip
     gain = given[1]  # what a kernel does not read is any tensor
-    own = _constants(x, gain, gain.shape[1], document, pairs, Tile(*tile), **flags)
+    own = _constants(x, gain, gain.shape[1], pairs, Tile(*tile), **flags) | {"DOCUMENTS": bool(documents)}
     grid = (len(x) * Cut(*cut).splits, -(-x.shape[2] // own["CH"]))
-    others = [gain if t is None else t.contiguous() for t in (document, *more)]
-    # What threads of a program exchange: two numbers a segment, channel and column.
-    scratch = gain.new_empty(grid[0] * grid[1] * 2 * own["SEG"] * own["GROUPS"] * own["CH"] * own["NP"])
+    others = [gain if t is None else t.contiguous() for t in (*(documents or (None, None)), *more)]
+    # What threads of a program exchange: three numbers a segment, channel and column.
+    scratch = gain.new_empty(grid[0] * grid[1] * 3 * own["SEG"] * own["GROUPS"] * own["CH"] * own["NP"])
     launch(kernel, grid, x.contiguous(), *given, *others, scratch, *x.shape[1:], *cut, COMPLEX=pairs, **own, **flags)
 
 
+def _documents_like(resets: Tensor, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    length = resets.shape[1]
+    size = len(resets), length + (length - head) // tokens + 1
+    return torch.empty_like(resets, dtype=torch.int32), resets.new_empty(size, dtype=torch.int32)
+
+
+@operator(_documents_like)
+def _ema_documents(resets: Tensor, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """`document` and `starts` that kernels take, of rows whose segments have so many tokens; resets (B, L) bool."""
+    document, (_, starts) = resets.cumsum(1, dtype=torch.int32), _documents_like(resets, head, tokens)
+    grid = len(resets), resets.shape[1] // _STARTS + 1
+    launch(starts_kernel, grid, document, starts, resets.shape[1], head, tokens, BLOCK=_STARTS)
+    return document, starts
+
+
 def _parts_like(
-    x: Tensor, given: Sequence[Tensor], document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int]
-) -> Tensor:
+    x: Tensor, given: Sequence[Tensor], documents: Sequence[Tensor], pairs: bool, cut: Sequence[int],
+    tile: Sequence[int],
+) -> Tensor:  # fmt: skip
     return given[1].new_empty(len(x), Cut(*cut).splits, *given[1].shape)
 
 
 @operator(_parts_like)
 def _ema_ends(
-    x: Tensor, given: Sequence[Tensor], document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int]
-) -> Tensor:
-    parts = _parts_like(x, given, document, pairs, cut, tile)
+    x: Tensor, given: Sequence[Tensor], documents: Sequence[Tensor], pairs: bool, cut: Sequence[int],
+    tile: Sequence[int],
+) -> Tensor:  # fmt: skip
+    parts = _parts_like(x, given, documents, pairs, cut, tile)
     more = None, parts, x, None
-    _launch(outputs_kernel, x, given, more, document, pairs, cut, tile, **ENDS)
+    _launch(outputs_kernel, x, given, more, documents, pairs, cut, tile, **ENDS)
     return parts
 
 
@@ -300,34 +317,37 @@ def _outputs_like(x: Tensor, given: Sequence[Tensor], *others: Any) -> tuple[Ten
 
 @operator(_outputs_like)
 def _ema_outputs(
-    x: Tensor, given: Sequence[Tensor], state: Tensor | None, parts: Tensor | None, document: Tensor | None,
+    x: Tensor, given: Sequence[Tensor], state: Tensor | None, parts: Tensor | None, documents: Sequence[Tensor],
     pairs: bool, cut: Sequence[int], tile: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, end = _outputs_like(x, given)
     more = state, parts, y, end
-    _launch(outputs_kernel, x, given, more, document, pairs, cut, tile, INITIAL=state is not None, **OUTPUTS)
+    flags = {"INITIAL": state is not None, **output_flags(given[1].dtype == torch.float64, pairs)}
+    _launch(outputs_kernel, x, given, more, documents, pairs, cut, tile, **flags)
     return y, end
 
 
 def _adjoints_like(
-    dy: Tensor, given: Sequence[Tensor], document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int]
-) -> Tensor:
+    dy: Tensor, given: Sequence[Tensor], documents: Sequence[Tensor], pairs: bool, cut: Sequence[int],
+    tile: Sequence[int],
+) -> Tensor:  # fmt: skip
     return given[1].new_empty(2, len(dy), Cut(*cut).splits, *given[1].shape)
 
 
 @operator(_adjoints_like)
 def _ema_adjoints(
-    dy: Tensor, given: Sequence[Tensor], document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int]
-) -> Tensor:
-    parts = _adjoints_like(dy, given, document, pairs, cut, tile)
+    dy: Tensor, given: Sequence[Tensor], documents: Sequence[Tensor], pairs: bool, cut: Sequence[int],
+    tile: Sequence[int],
+) -> Tensor:  # fmt: skip
+    parts = _adjoints_like(dy, given, documents, pairs, cut, tile)
     more, flags = (dy, None, parts, dy, None, None), {"LAST": False, "DX": False, "SUMS": False}
-    _launch(gradients_kernel, dy, given, more, document, pairs, cut, tile, **flags)
+    _launch(gradients_kernel, dy, given, more, documents, pairs, cut, tile, **flags)
     return parts
 
 
 def _gradients_like(
     x: Tensor, dy: Tensor, given: Sequence[Tensor], ends: Tensor | None, parts: Tensor | None,
-    document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int],
+    documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gain = given[1]
     sums = gain.new_empty(2 if ends is None else 3, len(x) * Cut(*cut).splits, *gain.shape)
@@ -337,14 +357,14 @@ def _gradients_like(
 @operator(_gradients_like)
 def _ema_gradients(
     x: Tensor, dy: Tensor, given: Sequence[Tensor], ends: Tensor | None, parts: Tensor | None,
-    document: Tensor | None, pairs: bool, cut: Sequence[int], tile: Sequence[int],
+    documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, sums over tokens, and what reaches the beginnings of rows; see `gradients_kernel`."""
-    dx, sums, entered = _gradients_like(x, dy, given, ends, parts, document, pairs, cut, tile)
+    dx, sums, entered = _gradients_like(x, dy, given, ends, parts, documents, pairs, cut, tile)
     more = x, ends, parts, dx, sums, entered
     wide, columns = _wide(x, given[1]), given[1].shape[1]
-    for flags in gradient_flags(wide, document is not None, ends is not None, columns, pairs):
-        _launch(gradients_kernel, dy, given, more, document, pairs, cut, tile, **flags)
+    for flags in gradient_flags(wide, ends is not None, columns, pairs):
+        _launch(gradients_kernel, dy, given, more, documents, pairs, cut, tile, **flags)
     return dx, sums, entered
 
 

@@ -10,6 +10,13 @@ for, a channel is several: GROUPS, each with NP columns, in which all is linear,
 Legend: B batch, L length, D channels, N columns of a state, NP those of a group padded, CH channels of a program, V
 those by group. x, y and their gradients are contiguous (B, L, D), coefficients (D, N), states (B, D, N). `document`
 (B, L) counts the documents that have begun.
+
+Segments are cells, STEPS T tokens each from token HEAD on, of which the last ends where the row does. Where documents
+begin in a cell it is several segments: each has all places of the cell, of which only its own tokens are read and
+written. So states are forgotten between segments only, and no product knows of documents; each costs one more segment.
+`starts` (B, L + cells + 1) lists twice the first token of each segment, plus 1 where a document begins with it, and
+then 2 L. A document that begins a cell leaves an empty segment before it: a row has as many segments as it has cells
+and documents.
 """
 
 # Tuples grow in loops that the compiler unrolls; it knows no starred elements.
@@ -53,7 +60,10 @@ def _product(a, matrix, acc):
     high = a
     if matrix[0].dtype == tl.bfloat16:
         if a.dtype == tl.float32:
-            high, low = _parts(a, False)
+            # Cut off, not rounded, which takes fewer instructions: but for 2**-16 of it.
+            bits = a.to(tl.int32, bitcast=True)
+            low = (a - (bits & -65536).to(tl.float32, bitcast=True)).to(tl.bfloat16)
+            high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
             acc = _dot(low, matrix[0], acc)
         acc = _dot(high, matrix[1], acc)
     return _dot(high, matrix[0], acc)
@@ -97,23 +107,33 @@ def _power(exponent, turns, shift, steps, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _weights(exponent, turns, shift, out, out_imag, steps, COMPLEX: tl.constexpr):
-    """What the columns of a state so many steps old give an output: of complex ones Re(c q^steps), -Im(c q^steps)."""
-    weights = out * _power(exponent, turns, shift, steps, COMPLEX)
+def _powers(decay, steps, COMPLEX: tl.constexpr):
+    """(V, T, NP): q^steps of `decay`, which is exponent, turns and shift (V, NP), for steps (T,)."""
+    exponent, turns, shift = decay
+    return _power(exponent[:, None, :], turns[:, None, :], shift[:, None, :], steps[None, :, None], COMPLEX)
+
+
+@triton.jit
+def _weights(decay, out, steps, COMPLEX: tl.constexpr):
+    """(V, T, NP): what the columns of a state so many steps old give an output: of complex ones Re(c q^steps),
+    -Im(c q^steps), `out` being the parts of c."""
+    exponent, turns, shift = decay
+    weights = out[0][:, None, :] * _powers(decay, steps, COMPLEX)
     if COMPLEX:
-        weights += out_imag * _power(exponent, turns, shift - 0.25, steps, COMPLEX)
-        weights = tl.where(shift == 0, weights, -weights)
+        weights += out[1][:, None, :] * _powers((exponent, turns, shift - 0.25), steps, COMPLEX)
+        weights = tl.where((shift == 0)[:, None, :], weights, -weights)
     return weights
 
 
 @triton.jit
-def _toeplitz(kernel, scratch, BACK: tl.constexpr):
-    """(V, T, T): what a row's token weighs in a column's output, or with BACK the other way, from (V, T, NP)."""
-    V: tl.constexpr = kernel.shape[0]
-    T: tl.constexpr = kernel.shape[1]
+def _toeplitz(decay, out, enters, scratch, T: tl.constexpr, BACK: tl.constexpr, COMPLEX: tl.constexpr):
+    """(V, T, T): what a row's token gives a column's output inside of a block, or with BACK the other way."""
+    V: tl.constexpr = enters.shape[0]
     t = tl.arange(0, T)
-    own = scratch + tl.arange(0, V)[:, None] * T + t[None, :]
-    tl.store(own, tl.sum(kernel, 2))
+    tl.store(
+        scratch + tl.arange(0, V)[:, None] * T + t[None, :],
+        tl.sum(enters[:, None, :] * _weights(decay, out, t, COMPLEX), 2),
+    )
     tl.debug_barrier()
     lag = (t[:, None] - t[None, :] if BACK else t[None, :] - t[:, None])[None, :, :]
     return tl.load(scratch + tl.arange(0, V)[:, None, None] * T + lag, mask=lag >= 0, other=0.0)
@@ -135,20 +155,6 @@ def _rounded(values, pointer):
 
 
 @triton.jit
-def _borders(document, first, real, T: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Of blocks that begin at `first` (SEG,): how many documents have begun in them, up to tokens; whether tokens are
-    of the document before the block, and of that of its last token; whether those are one; and documents at most.
-    All of this is known to the compiler without DOCUMENTS."""
-    real &= DOCUMENTS
-    begun = tl.load(document + first, mask=real, other=0)
-    before = tl.load(document + first - 1, mask=real & (first > 0), other=0) - begun
-    last = tl.load(document + first + T - 1, mask=real, other=0) - begun
-    here = tl.load(document + first[:, None] + tl.arange(0, T)[None, :], mask=real[:, None], other=0) - begun[:, None]
-    of_before, of_last = (here == before[:, None])[None, :, :], (here == last[:, None])[None, :, :]
-    return here, of_before, of_last, (before == last)[None, :, None], tl.max(last) + 1 if DOCUMENTS else 1
-
-
-@triton.jit
 def _same(document, first, stop, DOCUMENTS: tl.constexpr):
     """Whether the token before `first` and that before `stop` are of one document."""
     before = tl.load(document + first - 1, mask=(first > 0) & DOCUMENTS, other=0)
@@ -156,14 +162,73 @@ def _same(document, first, stop, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def _columns(first, D, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, CH: tl.constexpr):
-    """Of channels from `first` on, group after group (V,): the channel; of their columns (V, NP) the place in
-    coefficients, and whether there is one."""
-    v = tl.arange(0, GROUPS * CH)
-    channel, column = first + v, tl.arange(0, NP)[None, :]
+def _part(document, split, L, HEAD, tokens, TILES, SEG: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """The first segment of a part of a row, and the one after its last."""
+    first, stop = split * TILES * SEG, tl.minimum((split + 1) * TILES * SEG, (L - HEAD) // tokens)
+    if DOCUMENTS:
+        begin, end = HEAD + first * tokens, HEAD + stop * tokens
+        before = tl.load(document + HEAD - 1, mask=HEAD > 0, other=0)
+        first += tl.load(document + begin - 1, mask=begin > 0, other=0) - before
+        stop += tl.load(document + end - 1, mask=end > 0, other=0) - before
+    return first, stop
+
+
+@triton.jit
+def _tile(starts, number, stop, HEAD, tokens, T: tl.constexpr, SEG: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Of the segments from `number` to before `stop`, or SEG of them: the token with which the cell of the first one
+    begins; where their cells begin from there on, (SEG,); as bits, in which steps a place of a block has a token of
+    theirs, (SEG, T), or (SEG, 1) where all of them have; and bits of segments with which documents begin."""
+    segment = number + tl.arange(0, SEG)
+    there = segment < stop
+    first, cell, steps = HEAD + number * tokens, tl.arange(0, SEG) * tokens, tl.where(there, -1, 0)[:, None]
+    begins = 0
+    if DOCUMENTS:
+        # Cells are powers of two.
+        first = tl.load(starts + number) >> 1
+        first -= (first - HEAD) & (tokens - 1)
+        begin = tl.load(starts + segment, mask=there, other=0)
+        begins = tl.sum((begin & 1) << tl.arange(0, SEG))
+        begin = begin >> 1
+        end = tl.load(starts + segment + 1, mask=there, other=0) >> 1
+        skipped = (begin - HEAD) & (tokens - 1)
+        cell = begin - skipped - first
+        before = skipped[:, None] + (T - 1 - tl.arange(0, T))[None, :]
+        steps = (1 << (before + (end - begin)[:, None]) // T) - (1 << before // T)
+    return first, cell, steps, begins
+
+
+@triton.jit
+def _inside(steps, step):
+    """Whether tokens of a step are of their segments, as `_tile` says."""
+    return ((steps & (1 << step)) != 0)[:, :, None]
+
+
+@triton.jit
+def _channels(
+    log_decay, gain, projection, angle, first, D, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr,
+    CH: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """Of channels from `first` on, group after group (V,): the channel; and of their columns (V, NP) the place in
+    coefficients; whether there is one; `decay`; gain; what of it a token enters the column with; projection; and `out`.
+    """
+    NUMBER: tl.constexpr = gain.dtype.element_ty
+    v, n = tl.arange(0, GROUPS * CH), tl.arange(0, NP)[None, :]
+    channel, column = first + v, n
     if GROUPS > 1:
-        channel, column = first + v % CH, column + (v // CH * NP)[:, None]
-    return channel, channel[:, None] * N + column, (channel < D)[:, None] & (column < N)
+        channel, column = first + v % CH, n + (v // CH * NP)[:, None]
+    at, there = channel[:, None] * N + column, (channel < D)[:, None] & (column < N)
+    exponent = tl.load(log_decay + at, mask=there, other=0.0)
+    weight = tl.load(gain + at, mask=there, other=0.0)
+    own_out = tl.load(projection + at, mask=there, other=0.0)
+    turns, shift, out, enters = at, tl.zeros((1, NP), NUMBER), (own_out, own_out), weight
+    if COMPLEX:
+        # Columns are real and imaginary parts in turns, and both columns of a pair need both parts of its projection.
+        turns = tl.load(angle + at, mask=there, other=0)
+        shift = (n % 2).to(NUMBER) * 0.25
+        real = tl.load(projection + at - n % 2, mask=there, other=0.0)
+        out = (real, tl.load(projection + at + 1 - n % 2, mask=there, other=0.0))
+        enters = tl.where(shift == 0, weight, 0.0)
+    return channel, at, there, (exponent, turns, shift), weight, enters, own_out, out
 
 
 @triton.jit
@@ -179,141 +244,170 @@ def _of_channels(values, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _join(
-    ends, slopes, carry, carry_slope, fade, scratch, first, tokens, count, document,
-    DOCUMENTS: tl.constexpr, BACK: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
-):  # fmt: skip
-    """What enters each segment of a tile (V, SEG, NP), of which `count` exist, and what leaves the tile (V, NP);
-    `fade` is what a segment leaves of a state.
-
-    BACK: from the last segment to the first.
-    """
-    V: tl.constexpr = ends.shape[0]
-    SEG: tl.constexpr = ends.shape[1]
-    NP: tl.constexpr = ends.shape[2]
-    size: tl.constexpr = V * NP
-    thin = scratch + tl.arange(0, V)[:, None] * NP + tl.arange(0, NP)[None, :]
-    wide = scratch + tl.arange(0, SEG)[None, :, None] * size
-    wide += tl.arange(0, V)[:, None, None] * NP + tl.arange(0, NP)[None, None, :]
-    tl.debug_barrier()
-    tl.store(wide, ends)
-    if SLOPES:
-        tl.store(wide + SEG * size, slopes)
-    tl.debug_barrier()
-    # All before the first store: several threads may hold the same number, and read what one of them overwrites.
-    own, own_slopes = (), ()
-    for i in tl.static_range(SEG):
-        at = thin + (SEG - 1 - i if BACK else i) * size
-        own = own + (tl.load(at),)
-        if SLOPES:
-            own_slopes = own_slopes + (tl.load(at + SEG * size),)
-    tl.debug_barrier()
-    for i in tl.static_range(SEG):
-        s = SEG - 1 - i if BACK else i
-        there, begin = s < count, first + s * tokens
-        passes = _same(document, begin, begin + tl.where(there, tokens, 0), DOCUMENTS)
-        tl.store(thin + s * size, carry)
-        if SLOPES:
-            tl.store(thin + (SEG + s) * size, carry_slope)
-            further = _times(carry_slope + tokens * carry, fade, COMPLEX)
-            further = own_slopes[i] + tl.where(passes, further, 0.0)
-            carry_slope = tl.where(there, further, carry_slope)
-        carry = tl.where(there, own[i] + tl.where(passes, _times(carry, fade, COMPLEX), 0.0), carry)
-    tl.debug_barrier()
-    return tl.load(wide), tl.load(wide + (SEG * size if SLOPES else 0)), carry, carry_slope
+def _unless(begins, s: tl.constexpr, values, DOCUMENTS: tl.constexpr):
+    """Values, or zeros where a document begins with segment s."""
+    return tl.where((begins >> s) & 1 != 0, 0.0, values) if DOCUMENTS else values
 
 
 @triton.jit
-def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
-    x, log_decay, gain, projection, angle, document, state, parts, y, end, scratch, L, D, HEAD, STEPS, TILES, SPLITS,
+def _join(
+    ends, carry, fade, scratch, count, begins, DOCUMENTS: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """The states that enter the segments of a tile (V, SEG, NP), of which `count` exist, and the state that leaves it
+    (V, NP); a segment leaves `fade` of a state, and adds what is in `ends`. `begins` has bits of those with which
+    documents begin."""
+    SEG: tl.constexpr = ends.shape[1]
+    size: tl.constexpr = ends.shape[0] * ends.shape[2]
+    thin, wide = _places(scratch, ends)
+    tl.debug_barrier()
+    tl.store(wide, ends)
+    tl.debug_barrier()
+    # All before the first store: several threads may hold the same number, and read what one of them overwrites.
+    own = ()
+    for s in tl.static_range(SEG):
+        own = own + (tl.load(thin + s * size),)
+    tl.debug_barrier()
+    for s in tl.static_range(SEG):
+        entering = _unless(begins, s, carry, DOCUMENTS)
+        tl.store(thin + s * size, entering)
+        carry = tl.where(s < count, own[s] + _times(entering, fade, COMPLEX), carry)
+    tl.debug_barrier()
+    return tl.load(wide), carry
+
+
+@triton.jit
+def _join_back(
+    adjoint, slope, carry, carry_slope, rest, out, fade, scratch, count, begins, tokens,
+    DOCUMENTS: tl.constexpr, LAST: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """The same of adjoints, slopes and rests, from the last segment to the first: what segments receive from those
+    behind them, and what the tile passes on."""
+    SEG: tl.constexpr = adjoint.shape[1]
+    size: tl.constexpr = adjoint.shape[0] * adjoint.shape[2]
+    kind: tl.constexpr = SEG * size
+    thin, wide = _places(scratch, adjoint)
+    tl.debug_barrier()
+    tl.store(wide, adjoint)
+    if SLOPES:
+        tl.store(wide + kind, slope)
+    tl.debug_barrier()
+    own, own_slopes = (), ()
+    for i in tl.static_range(SEG):
+        at = thin + (SEG - 1 - i) * size
+        own = own + (tl.load(at),)
+        if SLOPES:
+            own_slopes = own_slopes + (tl.load(at + kind),)
+    tl.debug_barrier()
+    for i in tl.static_range(SEG):
+        s = SEG - 1 - i
+        at, there = thin + s * size, s < count
+        tl.store(at, carry)
+        if SLOPES:
+            tl.store(at + kind, carry_slope)
+            whole = _whole(carry, out, rest, LAST, COMPLEX)
+            before = own_slopes[i] + _times(carry_slope + tokens * whole, fade, COMPLEX)
+            carry_slope = tl.where(there, _unless(begins, s, before, DOCUMENTS), carry_slope)
+        if LAST:
+            tl.store(at + 2 * kind, rest)
+            rest = tl.where(there, _unless(begins, s, _times(rest, fade, COMPLEX), DOCUMENTS), rest)
+        before = own[i] + _times(carry, fade, COMPLEX)
+        carry = tl.where(there, _unless(begins, s, before, DOCUMENTS), carry)
+    tl.debug_barrier()
+    received = tl.load(wide), tl.load(wide + (kind if SLOPES else 0)), tl.load(wide + (2 * kind if LAST else 0))
+    return received[0], received[1], received[2], carry, carry_slope, rest
+
+
+@triton.jit
+def _places(scratch, states):
+    """Where numbers of states (V, SEG, NP) are exchanged: those of a segment (V, NP), and all."""
+    V: tl.constexpr = states.shape[0]
+    SEG: tl.constexpr = states.shape[1]
+    NP: tl.constexpr = states.shape[2]
+    thin = scratch + tl.arange(0, V)[:, None] * NP + tl.arange(0, NP)[None, :]
+    wide = scratch + tl.arange(0, SEG)[None, :, None] * (V * NP)
+    return thin, wide + tl.arange(0, V)[:, None, None] * NP + tl.arange(0, NP)[None, None, :]
+
+
+@triton.jit
+def _most_segments(L, HEAD, tokens):
+    """Numbers of a row in `starts`: with a document for each token."""
+    return L + (L - HEAD) // tokens + 1
+
+
+@triton.jit
+def starts_kernel(document, starts, L, HEAD, tokens, BLOCK: tl.constexpr):
+    """`starts` of rows; a program takes BLOCK tokens of those to L, where the last segment ends."""
+    row, token = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    document, starts = document + row * L, starts + row * _most_segments(L, HEAD, tokens)
+    there = (token >= HEAD) & (token <= L)
+    count = tl.load(document + token - 1, mask=there & (token > 0), other=0)
+    begun = tl.load(document + token, mask=there & (token < L), other=0)
+    cell = (token - HEAD) // tokens - tl.load(document + HEAD - 1, mask=HEAD > 0, other=0)
+    tl.store(starts + cell + count, 2 * token, mask=there & ((token - HEAD) % tokens == 0))
+    tl.store(starts + cell + begun, 2 * token + 1, mask=there & (token < L) & (begun > count))
+
+
+@triton.jit
+def outputs_kernel(
+    x, log_decay, gain, projection, angle, document, starts, state, parts, y, end, scratch,
+    L, D, HEAD, STEPS, TILES, SPLITS,
     N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
     INITIAL: tl.constexpr, DOCUMENTS: tl.constexpr, OUTPUTS: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """With OUTPUTS y and the states after rows, `end`; else those after `parts` (B, SPLITS, D, N), begun at zero."""
     NUMBER: tl.constexpr = gain.dtype.element_ty
     WIDE: tl.constexpr = x.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
-    row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
-    n, t, seg = tl.arange(0, NP), tl.arange(0, T), tl.arange(0, SEG)
     V: tl.constexpr = GROUPS * CH
+    row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
+    t, tokens = tl.arange(0, T), STEPS * T
     x, y, document = x + row * L * D, y + row * L * D, document + row * L
-    scratch += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (2 * SEG * V * NP)
+    starts += row * _most_segments(L, HEAD, tokens)
+    scratch += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (3 * SEG * V * NP)
     own_channel = tl.program_id(1) * CH + tl.arange(0, CH)
-    channel, at, there = _columns(tl.program_id(1) * CH, D, N, NP, GROUPS, CH)
-    exponent = tl.load(log_decay + at, mask=there, other=0.0)
-    weight = tl.load(gain + at, mask=there, other=0.0)
-    own_out = tl.load(projection + at, mask=there, other=0.0)
-    turns, shift, out, out_imag, enters = at, tl.zeros((1, NP), NUMBER), own_out, own_out, weight
-    if COMPLEX:
-        # Columns are real and imaginary parts in turns, and both columns of a pair need both parts of its projection.
-        turns = tl.load(angle + at, mask=there, other=0)
-        shift = (n % 2).to(NUMBER)[None, :] * 0.25
-        out = tl.load(projection + at - (n % 2)[None, :], mask=there, other=0.0)
-        out_imag = tl.load(projection + at + 1 - (n % 2)[None, :], mask=there, other=0.0)
-        enters = tl.where(shift == 0, weight, 0.0)
-    into = _power(exponent[:, None, :], turns[:, None, :], shift[:, None, :], (T - 1 - t)[None, :, None], COMPLEX)
-    into = _parts(weight[:, None, :] * into, WIDE)
-    from_state = _weights(
-        exponent[:, :, None], turns[:, :, None], shift[:, :, None], out[:, :, None], out_imag[:, :, None],
-        (t + 1)[None, None, :], COMPLEX,
-    )  # fmt: skip
-    from_state = _parts(from_state, WIDE)
-    kernel = enters[:, None, :] * _weights(
-        exponent[:, None, :], turns[:, None, :], shift[:, None, :], out[:, None, :], out_imag[:, None, :],
-        t[None, :, None], COMPLEX,
-    )  # fmt: skip
-    toeplitz = _parts(_toeplitz(kernel, scratch, False), WIDE)
-    tokens = STEPS * T
-    decay, fade = _power(exponent, turns, shift, 1, COMPLEX), _power(exponent, turns, shift, T, COMPLEX)[:, None, :]
-    segment_fade = _power(exponent, turns, shift, tokens, COMPLEX)
-    read = _weights(exponent, turns, shift, out, out_imag, 0, COMPLEX)
-    size = TILES * SEG * tokens
+    channel, at, there, decay, weight, enters, _, out = _channels(
+        log_decay, gain, projection, angle, tl.program_id(1) * CH, D, N, NP, GROUPS, CH, COMPLEX
+    )
+    into = _parts(weight[:, None, :] * _powers(decay, T - 1 - t, COMPLEX), WIDE)
+    from_state = _parts(tl.permute(_weights(decay, out, t + 1, COMPLEX), (0, 2, 1)), WIDE)
+    toeplitz = _parts(_toeplitz(decay, out, enters, scratch, T, False, COMPLEX), WIDE)
+    fade = _power(decay[0], decay[1], decay[2], T, COMPLEX)[:, None, :]
+    segment_fade = _power(decay[0], decay[1], decay[2], tokens, COMPLEX)
 
     carry = tl.load(state + row * D * N + at, mask=there & INITIAL, other=0.0)
     for part in range(split if OUTPUTS else 0):
+        size = TILES * SEG * tokens
         first, stop = tl.where(part == 0, 0, HEAD + part * size), HEAD + (part + 1) * size
-        left = _times(carry, _power(exponent, turns, shift, stop - first, COMPLEX), COMPLEX)
+        left = _times(carry, _power(decay[0], decay[1], decay[2], stop - first, COMPLEX), COMPLEX)
         carry = tl.where(_same(document, first, stop, DOCUMENTS), left, 0.0)
         carry += tl.load(parts + (row * SPLITS + part) * D * N + at, mask=there, other=0.0)
+    read = tl.sum(_weights(decay, out, tl.zeros((1,), tl.int32), COMPLEX), 1)
     for i in range(tl.where(split == 0, HEAD, 0)):
         token = tl.load(x + i * D + channel, mask=channel < D, other=0.0).to(NUMBER)
-        carry = tl.where(_same(document, i, i + 1, DOCUMENTS), _times(carry, decay, COMPLEX), 0.0)
-        carry += enters * token[:, None]
+        left = _times(carry, _power(decay[0], decay[1], decay[2], 1, COMPLEX), COMPLEX)
+        carry = tl.where(_same(document, i, i + 1, DOCUMENTS), left, 0.0) + enters * token[:, None]
         if OUTPUTS:
             found = _rounded(_of_channels(tl.sum(carry * read, 1), GROUPS), y)
             tl.store(y + i * D + own_channel, found, mask=own_channel < D)
 
-    segment = seg * tokens
-    of_tokens = (segment[:, None, None] + t[None, :, None]) * D
-    place, own_place = of_tokens + channel[None, None, :], of_tokens + own_channel[None, None, :]
-    for tile in range(TILES):
-        first = HEAD + (split * TILES + tile) * SEG * tokens
-        count = (L - first) // tokens
-        real = seg < count
-        mask = real[:, None, None] & (channel < D)[None, None, :]
-        own_mask = real[:, None, None] & (own_channel < D)[None, None, :]
+    begin, stop = _part(document, split, L, HEAD, tokens, TILES, SEG, DOCUMENTS)
+    for number in range(begin, stop, SEG):
+        first, cell, steps, begins = _tile(starts, number, stop, HEAD, tokens, T, SEG, DOCUMENTS)
+        of_tokens = (cell[:, None, None] + t[None, :, None]) * D
+        place, own_place = of_tokens + channel[None, None, :], of_tokens + own_channel[None, None, :]
         states = tl.zeros((V, SEG, NP), NUMBER)
         for step in range(STEPS):
-            block = first + step * T
-            _, _, of_last, passes, _ = _borders(document, block + segment, real, T, DOCUMENTS)
-            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
-            left = tl.where(passes, _times(states, fade, COMPLEX), 0.0)
-            states = _product(tl.where(of_last, own, 0.0), into, left)
-        states, _, carry, _ = _join(
-            states, states, carry, carry, segment_fade, scratch, first, tokens, count, document,
-            DOCUMENTS, False, False, COMPLEX,
-        )  # fmt: skip
+            mask = _inside(steps, step) & (channel < D)[None, None, :]
+            own = _read(x + (first + step * T).to(tl.int64) * D + place, mask, WIDE, NUMBER)
+            states = _product(own, into, _times(states, fade, COMPLEX))
+        states, carry = _join(states, carry, segment_fade, scratch, stop - number, begins, DOCUMENTS, COMPLEX)
         for step in range(STEPS if OUTPUTS else 0):
-            block = first + step * T
-            here, of_before, of_last, passes, many = _borders(document, block + segment, real, T, DOCUMENTS)
-            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
-            found = tl.where(of_before, _product(states, from_state, tl.zeros((V, SEG, T), NUMBER)), 0.0)
-            for one in range(many):
-                alike = (here == one)[None, :, :]
-                found = tl.where(alike, _product(tl.where(alike, own, 0.0), toeplitz, found), found)
+            block, inside = (first + step * T).to(tl.int64) * D, _inside(steps, step)
+            own = _read(x + block + place, inside & (channel < D)[None, None, :], WIDE, NUMBER)
+            found = _product(states, from_state, tl.zeros((V, SEG, T), NUMBER))
+            found = _product(own, toeplitz, found)
             result = _rounded(tl.permute(_of_channels(found, GROUPS), (1, 2, 0)), y)
-            tl.store(y + block.to(tl.int64) * D + own_place, result, mask=own_mask)
-            left = tl.where(passes, _times(states, fade, COMPLEX), 0.0)
-            states = _product(tl.where(of_last, own, 0.0), into, left)
+            tl.store(y + block + own_place, result, mask=inside & (own_channel < D)[None, None, :])
+            states = _product(own, into, _times(states, fade, COMPLEX))
     if not OUTPUTS:
         tl.store(parts + (row * SPLITS + split) * D * N + at, carry, mask=there)
     elif split == SPLITS - 1:
@@ -321,80 +415,57 @@ def outputs_kernel(  # noqa: PLR0915 (one pass over a row)
 
 
 @triton.jit
-def _receded(
-    adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes,
-    T: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
-):  # fmt: skip
-    """Adjoints and slopes before a block, of the document before it."""
-    d_outputs = tl.where(of_before, d_outputs, 0.0)
-    if SLOPES:
-        slope = tl.where(passes, _times(slope + T * adjoint, fade, COMPLEX), 0.0)
-        slope = _product(d_outputs, to_slope, slope)
-    adjoint = tl.where(passes, _times(adjoint, fade, COMPLEX), 0.0)
-    return _product(d_outputs, to_adjoint, adjoint), slope
+def _whole(adjoint, out, rest, LAST: tl.constexpr, COMPLEX: tl.constexpr):
+    """With LAST the gradient by a state: what outputs and the end of the row give it; else the adjoint, which lacks the
+    projection."""
+    return _times(adjoint, out, COMPLEX) + rest if LAST else adjoint
 
 
 @triton.jit
-def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, from its end to its beginning)
-    dy, log_decay, gain, projection, angle, document, x, d_end, parts, dx, sums, entered, scratch,
-    L, D, HEAD, STEPS, TILES, SPLITS,
-    N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
-    DOCUMENTS: tl.constexpr, LAST: tl.constexpr, DX: tl.constexpr, SUMS: tl.constexpr, COMPLEX: tl.constexpr,
+def _matrices_back(
+    decay, there, weight, enters, out, scratch,
+    T: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """With DX dx; with SUMS sums over tokens x, and adjoints and slopes before rows, `entered` (2, B, D, N); with
-    neither those before `parts` (2, B, SPLITS, D, N), which are else read.
-
-    `sums` (2 or 3, B SPLITS, D, N) are those of x times adjoints; times slopes times the projection; and with LAST,
-    which is for the gradient by the end `d_end`, times adjoints times the projection. The last two count d_end, too.
-    """
-    NUMBER: tl.constexpr = gain.dtype.element_ty
-    WIDE: tl.constexpr = dy.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
-    row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
-    n, t, seg = tl.arange(0, NP), tl.arange(0, T), tl.arange(0, SEG)
-    V: tl.constexpr = GROUPS * CH
-    SLOPES: tl.constexpr = SUMS or not DX
-    x, dy, dx, document = x + row * L * D, dy + row * L * D, dx + row * L * D, document + row * L
-    scratch += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (2 * SEG * V * NP)
-    own_channel = tl.program_id(1) * CH + tl.arange(0, CH)
-    channel, at, there = _columns(tl.program_id(1) * CH, D, N, NP, GROUPS, CH)
-    exponent = tl.load(log_decay + at, mask=there, other=0.0)
-    weight = tl.load(gain + at, mask=there, other=0.0)
-    own_out = tl.load(projection + at, mask=there, other=0.0)
-    turns, shift, out, out_imag, enters = at, tl.zeros((1, NP), NUMBER), own_out, own_out, weight
-    if COMPLEX:
-        # Columns are real and imaginary parts in turns, and both columns of a pair need both parts of its projection.
-        turns = tl.load(angle + at, mask=there, other=0)
-        shift = (n % 2).to(NUMBER)[None, :] * 0.25
-        out = tl.load(projection + at - (n % 2)[None, :], mask=there, other=0.0)
-        out_imag = tl.load(projection + at + 1 - (n % 2)[None, :], mask=there, other=0.0)
-        enters = tl.where(shift == 0, weight, 0.0)
-    powers = _power(exponent[:, None, :], turns[:, None, :], shift[:, None, :], (t + 1)[None, :, None], COMPLEX)
-    powers = tl.where(there[:, None, :], powers, 0.0)
-    to_adjoint, to_slope = _parts(powers, WIDE), _parts(powers * (t + 1)[None, :, None], WIDE)
-    powers = _power(exponent[:, None, :], turns[:, None, :], shift[:, None, :], (T - 1 - t)[None, :, None], COMPLEX)
-    powers = tl.where(there[:, None, :], powers, 0.0)
+    """(V, T, NP): what gradients of outputs add to adjoints and slopes before a block, and tokens to those sums of them
+    that adjoints and slopes behind it multiply; (V, NP, T): what adjoints give gradients of tokens; and `_toeplitz`."""
+    t = tl.arange(0, T)
+    powers = tl.where(there[:, None, :], _powers(decay, t + 1, COMPLEX), 0.0)
+    slopes = powers
+    if LAST:
+        slopes = _weights(decay, out, t + 1, COMPLEX)
+        slopes = tl.where((decay[2] == 0)[:, None, :], slopes, -slopes)
+    to_adjoint, to_slope = _parts(powers, WIDE), _parts(slopes * (t + 1)[None, :, None], WIDE)
+    powers = tl.where(there[:, None, :], _powers(decay, T - 1 - t, COMPLEX), 0.0)
     to_sum, to_slope_sum = _parts(powers, WIDE), _parts(powers * (T - 1 - t)[None, :, None], WIDE)
     if LAST:
-        gives = tl.where(shift == 0, weight, -weight)[:, None, :] * powers
+        gives = tl.where(decay[2] == 0, weight, -weight)[:, None, :] * powers
     else:
-        gives = weight[:, None, :] * _weights(
-            exponent[:, None, :], turns[:, None, :], shift[:, None, :], out[:, None, :], out_imag[:, None, :],
-            (T - 1 - t)[None, :, None], COMPLEX,
-        )  # fmt: skip
+        gives = weight[:, None, :] * _weights(decay, out, T - 1 - t, COMPLEX)
     from_adjoint = _parts(tl.permute(gives, (0, 2, 1)), WIDE)
-    kernel = enters[:, None, :] * _weights(
-        exponent[:, None, :], turns[:, None, :], shift[:, None, :], out[:, None, :], out_imag[:, None, :],
-        t[None, :, None], COMPLEX,
-    )  # fmt: skip
-    toeplitz = _parts(_toeplitz(kernel, scratch, True), WIDE)
-    tokens = STEPS * T
-    decay, fade = _power(exponent, turns, shift, 1, COMPLEX), _power(exponent, turns, shift, T, COMPLEX)[:, None, :]
-    segment_fade = _power(exponent, turns, shift, tokens, COMPLEX)
-    size, kind = TILES * SEG * tokens, tl.num_programs(0).to(tl.int64) * D * N
+    toeplitz = _parts(_toeplitz(decay, out, enters, scratch, T, True, COMPLEX), WIDE)
+    return to_adjoint, to_slope, to_sum, to_slope_sum, from_adjoint, toeplitz
 
-    carry, carry_slope = tl.zeros((V, NP), NUMBER), tl.zeros((V, NP), NUMBER)
-    from_end = tl.load(d_end + row * D * N + at, mask=there & LAST, other=0.0)
-    for i in range(SPLITS - 1 - split if DX or SUMS else 0):
+
+@triton.jit
+def _receded(
+    adjoint, slope, whole, d_outputs, to_adjoint, to_slope, fade,
+    T: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """Adjoints and slopes before a block."""
+    if SLOPES:
+        slope = _product(d_outputs, to_slope, _times(slope + T * whole, fade, COMPLEX))
+    return _product(d_outputs, to_adjoint, _times(adjoint, fade, COMPLEX)), slope
+
+
+@triton.jit
+def _from_parts(
+    parts, d_end, decay, own_out, document, at, there, kind, row, split, L, D, HEAD, size, SPLITS,
+    N: tl.constexpr, DOCUMENTS: tl.constexpr, LAST: tl.constexpr, INNER: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """Adjoint, slope and rest behind a part of a row, of the parts that follow unless INNER, and of the row's end."""
+    exponent, turns, shift = decay
+    carry, carry_slope = tl.zeros_like(exponent), tl.zeros_like(exponent)
+    for i in range(0 if INNER else SPLITS - 1 - split):
         first = HEAD + (SPLITS - 1 - i) * size
         stop = tl.minimum(first + size, L)
         passes, left = _same(document, first, stop, DOCUMENTS), _power(exponent, turns, shift, stop - first, COMPLEX)
@@ -402,103 +473,177 @@ def gradients_kernel(  # noqa: PLR0912, PLR0915 (what the forward pass does, fro
         carry_slope = tl.where(passes, _times(carry_slope + (stop - first) * carry, left, COMPLEX), 0.0)
         carry_slope += tl.load(of_part + kind, mask=there, other=0.0)
         carry = tl.where(passes, _times(carry, left, COMPLEX), 0.0) + tl.load(of_part, mask=there, other=0.0)
+    rest = carry
+    if LAST:
+        distance = tl.maximum(L - HEAD - (split + 1) * size, 0)
+        rest = tl.load(d_end + row * D * N + at, mask=there, other=0.0)
+        rest = _times(rest, _power(exponent, turns, shift, distance, COMPLEX), COMPLEX)
+        rest = tl.where(_same(document, L - distance, L, DOCUMENTS), rest, 0.0)
+        carry_slope = _times(carry_slope, own_out, COMPLEX) + distance * rest
+    return carry, carry_slope, rest
 
-    segment = seg * tokens
-    of_tokens = (segment[:, None, None] + t[None, :, None]) * D
-    place, own_place = of_tokens + channel[None, None, :], of_tokens + own_channel[None, None, :]
-    sum_adjoint, sum_slope = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
-    sum_weighed, pairs = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, T, T), NUMBER)
-    for tile in range(TILES):
-        first = HEAD + ((split + 1) * TILES - 1 - tile) * SEG * tokens
-        count = (L - first) // tokens
-        real = seg < count
-        mask = real[:, None, None] & (channel < D)[None, None, :]
-        own_mask = real[:, None, None] & (own_channel < D)[None, None, :]
-        adjoint, slope = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
-        for step in range(STEPS):
-            block = first + (STEPS - 1 - step) * T
-            _, of_before, _, passes, _ = _borders(document, block + segment, real, T, DOCUMENTS)
-            d_outputs = _read(dy + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
-            adjoint, slope = _receded(
-                adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T, SLOPES, COMPLEX
-            )
-        adjoint, slope, carry, carry_slope = _join(
-            adjoint, slope, carry, carry_slope, segment_fade, scratch, first, tokens, count, document,
-            DOCUMENTS, True, SLOPES, COMPLEX,
-        )  # fmt: skip
-        for step in range(STEPS if DX or SUMS else 0):
-            block = first + (STEPS - 1 - step) * T
-            here, of_before, of_last, passes, many = _borders(document, block + segment, real, T, DOCUMENTS)
-            own = _read(x + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
-            d_outputs = _read(dy + block.to(tl.int64) * D + place, mask, WIDE, NUMBER)
-            after, after_slope = adjoint, slope
-            if LAST:
-                distance = tl.maximum(L - (block + segment + T), 0)[None, :, None]
-                rest = _power(exponent[:, None, :], turns[:, None, :], shift[:, None, :], distance, COMPLEX)
-                rest = _times(from_end[:, None, :], rest, COMPLEX)
-                if DOCUMENTS:
-                    counts = tl.load(document + block + segment + T - 1, mask=real, other=0)
-                    rest = tl.where((counts == tl.load(document + L - 1))[None, :, None], rest, 0.0)
-                after = _times(adjoint, own_out[:, None, :], COMPLEX) + rest
-                after_slope = _times(slope, own_out[:, None, :], COMPLEX) + rest * distance
-            found = tl.zeros((V, SEG, T), NUMBER)
-            if DX:
-                found = tl.where(of_last, _product(after, from_adjoint, found), 0.0)
-            if SUMS:
-                last_own = tl.where(of_last, own, 0.0)
-                reached = _product(last_own, to_sum, tl.zeros((V, SEG, NP), NUMBER))
-                sum_adjoint += _times(reached, adjoint, COMPLEX)
-                sum_slope += _times(reached, after_slope, COMPLEX)
-                if LAST:
-                    sum_weighed += _times(reached, after, COMPLEX)
-                reached = _product(last_own, to_slope_sum, tl.zeros((V, SEG, NP), NUMBER))
-                sum_slope += _times(reached, after, COMPLEX)
-            for one in range(many):
-                alike = (here == one)[None, :, :]
-                d_alike = tl.where(alike, d_outputs, 0.0)
-                if DX:
-                    found = tl.where(alike, _product(d_alike, toeplitz, found), found)
-                if SUMS:
-                    pairs = _dot(tl.permute(tl.where(alike, own, 0.0), (0, 2, 1)), d_alike, pairs)
-            if DX:
-                result = _rounded(tl.permute(_of_channels(found, GROUPS), (1, 2, 0)), dx)
-                tl.store(dx + block.to(tl.int64) * D + own_place, result, mask=own_mask)
-            adjoint, slope = _receded(
-                adjoint, slope, d_outputs, to_adjoint, to_slope, fade, of_before, passes, T, SLOPES, COMPLEX
-            )
 
-    total, total_slope, total_weighed = tl.sum(sum_adjoint, 1), tl.sum(sum_slope, 1), tl.sum(sum_weighed, 1)
+@triton.jit
+def _inner_sums(pairs, decay, own_out, sums, slopes, weighed, LAST: tl.constexpr, COMPLEX: tl.constexpr):
+    """Sums (V, NP) of what tokens and gradients of outputs in the same blocks give, added to those between blocks;
+    `pairs` (V, T, T) are sums of their products."""
+    T: tl.constexpr = pairs.shape[1]
+    t = tl.arange(0, T)
     if not LAST:
-        total_slope = _times(total_slope, own_out, COMPLEX)
-    for lag in range(T if SUMS else 0):
-        of_lag = tl.where(t[None, None, :] - t[None, :, None] == lag, pairs, 0.0)
-        both = tl.sum(tl.sum(of_lag, 2), 1)[:, None] * _power(exponent, turns, shift, lag, COMPLEX)
-        weighed = _times(both, own_out, COMPLEX)
-        total, total_slope, total_weighed = total + both, total_slope + lag * weighed, total_weighed + weighed
-    for head in range(tl.where(split == 0, HEAD, 0)):
-        i = HEAD - 1 - head
-        d_output = tl.load(dy + i * D + channel, mask=channel < D, other=0.0).to(NUMBER)[:, None]
-        token = tl.load(x + i * D + channel, mask=channel < D, other=0.0).to(NUMBER)[:, None]
-        rest = _times(from_end, _power(exponent, turns, shift, L - 1 - i, COMPLEX), COMPLEX)
-        rest = tl.where(_same(document, i + 1, L, DOCUMENTS), rest, 0.0)
-        own = carry + tl.where(shift == 0, d_output, 0.0)
-        after = _times(own, own_out, COMPLEX) + rest
-        total += token * own
-        total_slope += token * (_times(carry_slope, own_out, COMPLEX) + rest * (L - 1 - i))
-        total_weighed += token * after
+        slopes = _times(slopes, own_out, COMPLEX)
+    for lag in range(T):
+        of_lag = tl.sum(tl.sum(tl.where(t[None, None, :] - t[None, :, None] == lag, pairs, 0.0), 2), 1)
+        both = of_lag[:, None] * _power(decay[0], decay[1], decay[2], lag, COMPLEX)
+        given = _times(both, own_out, COMPLEX)
+        sums, slopes, weighed = sums + both, slopes + lag * given, weighed + given
+    return sums, slopes, weighed
+
+
+@triton.jit
+def _sums(
+    own, adjoint, slope, whole, to_sum, to_slope_sum, sums, slopes, weighed, LAST: tl.constexpr, COMPLEX: tl.constexpr
+):
+    """Sums (V, SEG, NP) of tokens times what is behind them: adjoints, slopes and, with LAST, wholes."""
+    reached = _product(own, to_sum, tl.zeros_like(sums))
+    sums += _times(reached, adjoint, COMPLEX)
+    slopes += _times(reached, slope, COMPLEX)
+    if LAST:
+        weighed += _times(reached, whole, COMPLEX)
+    slopes += _times(_product(own, to_slope_sum, tl.zeros_like(sums)), whole, COMPLEX)
+    return sums, slopes, weighed
+
+
+@triton.jit
+def _head_back(
+    dy, x, dx, document, channel, own_channel, decay, enters, own_out, carry, carry_slope, rest,
+    sums, slopes, weighed, head, D,
+    GROUPS: tl.constexpr, DOCUMENTS: tl.constexpr, LAST: tl.constexpr, DX: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """The first `head` tokens of a row, one by one from the last: adjoint, slope and rest before them, and sums (V, NP)
+    that count them."""
+    exponent, turns, shift = decay
+    once = _power(exponent, turns, shift, 1, COMPLEX)
+    for behind in range(head):
+        i = head - 1 - behind
+        d_output = tl.load(dy + i * D + channel, mask=channel < D, other=0.0).to(carry.dtype)[:, None]
+        token = tl.load(x + i * D + channel, mask=channel < D, other=0.0).to(carry.dtype)[:, None]
+        carry += tl.where(shift == 0, d_output, 0.0)
+        whole = _whole(carry, own_out, rest, LAST, COMPLEX)
+        given = whole if LAST else _times(carry, own_out, COMPLEX)
+        sums += token * carry
+        slopes += token * (carry_slope if LAST else _times(carry_slope, own_out, COMPLEX))
+        weighed += token * given
         if DX:
-            found = _rounded(_of_channels(tl.sum(enters * after, 1), GROUPS), dx)
+            found = _rounded(_of_channels(tl.sum(enters * given, 1), GROUPS), dx)
             tl.store(dx + i * D + own_channel, found, mask=own_channel < D)
         passes = _same(document, i, i + 1, DOCUMENTS)
-        carry_slope = tl.where(passes, _times(carry_slope + own, decay, COMPLEX), 0.0)
-        carry = tl.where(passes, _times(own, decay, COMPLEX), 0.0)
+        carry_slope = tl.where(passes, _times(carry_slope + whole, once, COMPLEX), 0.0)
+        carry = tl.where(passes, _times(carry, once, COMPLEX), 0.0)
+        if LAST:
+            rest = tl.where(passes, _times(rest, once, COMPLEX), 0.0)
+    return carry, carry_slope, rest, sums, slopes, weighed
 
+
+@triton.jit
+def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end to its beginning)
+    dy, log_decay, gain, projection, angle, document, starts, x, d_end, parts, dx, sums, entered, scratch,
+    L, D, HEAD, STEPS, TILES, SPLITS,
+    N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
+    DOCUMENTS: tl.constexpr, LAST: tl.constexpr, DX: tl.constexpr, SUMS: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """With DX dx; with SUMS sums over tokens x, and adjoints and slopes before rows, `entered` (2, B, D, N); with
+    neither those before `parts` (2, B, SPLITS, D, N), which are else read.
+
+    LAST is for gradients by states after rows, `d_end` (B, D, N). Of them a `rest` is left at each token, and slopes
+    are those of projection times adjoint plus rest; but `entered` never counts rests. `sums` (2 or 3, B SPLITS, D, N)
+    are those of x times adjoints; times slopes, and without LAST times the projection; and with LAST, times projection
+    times adjoints plus rests.
+    """
+    NUMBER: tl.constexpr = gain.dtype.element_ty
+    WIDE: tl.constexpr = dy.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
+    V: tl.constexpr = GROUPS * CH
+    SLOPES: tl.constexpr = SUMS or not DX
+    INNER: tl.constexpr = not (DX or SUMS)
+    row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
+    x, dy, dx, document = x + row * L * D, dy + row * L * D, dx + row * L * D, document + row * L
+    t, tokens = tl.arange(0, T), STEPS * T
+    starts += row * _most_segments(L, HEAD, tokens)
+    scratch += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (3 * SEG * V * NP)
+    own_channel = tl.program_id(1) * CH + tl.arange(0, CH)
+    channel, at, there, decay, weight, enters, own_out, out = _channels(
+        log_decay, gain, projection, angle, tl.program_id(1) * CH, D, N, NP, GROUPS, CH, COMPLEX
+    )
+    to_adjoint, to_slope, to_sum, to_slope_sum, from_adjoint, toeplitz = _matrices_back(
+        decay, there, weight, enters, out, scratch, T, WIDE, LAST, COMPLEX
+    )
+    fade, wide_out = _power(decay[0], decay[1], decay[2], T, COMPLEX)[:, None, :], own_out[:, None, :]
+    segment_fade = _power(decay[0], decay[1], decay[2], tokens, COMPLEX)
+    kind = tl.num_programs(0).to(tl.int64) * D * N
+    carry, carry_slope, rest = _from_parts(
+        parts, d_end, decay, own_out, document, at, there, kind, row, split, L, D, HEAD, TILES * SEG * tokens, SPLITS,
+        N, DOCUMENTS, LAST, INNER, COMPLEX,
+    )  # fmt: skip
+
+    sum_adjoint, sum_slope = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
+    sum_weighed, pairs = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, T, T), NUMBER)
+    begin, stop = _part(document, split, L, HEAD, tokens, TILES, SEG, DOCUMENTS)
+    for tile in range(tl.cdiv(stop - begin, SEG)):
+        number = begin + (tl.cdiv(stop - begin, SEG) - 1 - tile) * SEG
+        first, cell, steps, begins = _tile(starts, number, stop, HEAD, tokens, T, SEG, DOCUMENTS)
+        of_tokens = (cell[:, None, None] + t[None, :, None]) * D
+        place, own_place = of_tokens + channel[None, None, :], of_tokens + own_channel[None, None, :]
+        adjoint, slope = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
+        for i in range(STEPS):
+            step = STEPS - 1 - i
+            mask = _inside(steps, step) & (channel < D)[None, None, :]
+            d_outputs = _read(dy + (first + step * T).to(tl.int64) * D + place, mask, WIDE, NUMBER)
+            whole = _whole(adjoint, wide_out, 0.0, LAST, COMPLEX)
+            adjoint, slope = _receded(adjoint, slope, whole, d_outputs, to_adjoint, to_slope, fade, T, SLOPES, COMPLEX)
+        adjoint, slope, left, carry, carry_slope, rest = _join_back(
+            adjoint, slope, carry, carry_slope, rest, own_out, segment_fade, scratch, stop - number, begins, tokens,
+            DOCUMENTS, LAST, SLOPES, COMPLEX,
+        )  # fmt: skip
+        for i in range(0 if INNER else STEPS):
+            step = STEPS - 1 - i
+            block, inside = (first + step * T).to(tl.int64) * D, _inside(steps, step)
+            mask = inside & (channel < D)[None, None, :]
+            own = _read(x + block + place, mask, WIDE, NUMBER)
+            d_outputs = _read(dy + block + place, mask, WIDE, NUMBER)
+            whole = _whole(adjoint, wide_out, left, LAST, COMPLEX)
+            if DX:
+                found = _product(whole, from_adjoint, tl.zeros((V, SEG, T), NUMBER))
+                found = _product(d_outputs, toeplitz, found)
+                result = _rounded(tl.permute(_of_channels(found, GROUPS), (1, 2, 0)), dx)
+                tl.store(dx + block + own_place, result, mask=inside & (own_channel < D)[None, None, :])
+            if SUMS:
+                sum_adjoint, sum_slope, sum_weighed = _sums(
+                    own, adjoint, slope, whole, to_sum, to_slope_sum, sum_adjoint, sum_slope, sum_weighed, LAST, COMPLEX
+                )
+                pairs = _dot(tl.permute(own, (0, 2, 1)), d_outputs, pairs)
+            adjoint, slope = _receded(adjoint, slope, whole, d_outputs, to_adjoint, to_slope, fade, T, SLOPES, COMPLEX)
+            if LAST:
+                left = _times(left, fade, COMPLEX)
+
+    # Read again, as registers are short in loops.
+    channel, at, there, decay, weight, enters, own_out, out = _channels(
+        log_decay, gain, projection, angle, tl.program_id(1) * CH, D, N, NP, GROUPS, CH, COMPLEX
+    )
+    total, total_slope, total_weighed = tl.sum(sum_adjoint, 1), tl.sum(sum_slope, 1), tl.sum(sum_weighed, 1)
+    if SUMS:
+        total, total_slope, total_weighed = _inner_sums(
+            pairs, decay, own_out, total, total_slope, total_weighed, LAST, COMPLEX
+        )
+    carry, carry_slope, rest, total, total_slope, total_weighed = _head_back(
+        dy, x, dx, document, channel, own_channel, decay, enters, own_out, carry, carry_slope, rest,
+        total, total_slope, total_weighed, tl.where(split == 0, HEAD, 0), D, GROUPS, DOCUMENTS, LAST, DX, COMPLEX,
+    )  # fmt: skip
     if SUMS:
         sums += tl.program_id(0).to(tl.int64) * D * N + at
         tl.store(sums, total, mask=there)
         tl.store(sums + kind, total_slope, mask=there)
         if LAST:
             tl.store(sums + 2 * kind, total_weighed, mask=there)
+            carry_slope -= L * rest
         if split == 0:
             tl.store(entered + row * D * N + at, carry, mask=there)
             tl.store(entered + kind // SPLITS + row * D * N + at, carry_slope, mask=there)

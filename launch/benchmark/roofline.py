@@ -21,6 +21,7 @@ from mega_scale.config import RunConfig, model_config
 from mega_scale.model import causal_lm_class
 from mega_scale.ops import as_if
 from mega_scale.parallel import World, parallelize
+from mega_scale.parallel.compiled_blocks import inductor_graphs
 from mega_scale.parallel.devices import Device
 from mega_scale.parallel.meter import Event, Meter, Sent
 from mega_scale.parallel.roofline import (
@@ -55,11 +56,12 @@ CHANGED = {
     "products": "the segments of gated attention that read the average are one product each way",
     "average": "one pass over tokens each way, on matrix units, by one operator; it was read twice, in 88 launches",
     "attention": "scores stay in a kernel: weights and their gradients are written where products are computed",
-    "norms": "compiled, they are part of the kernels of their gaps",
-    "gates": "dropout is one kernel a site and pass; it was 16; compiled, a kernel a gap between products",
+    "norms": "the timestep norm alone: others are part of the kernels of their gaps",
+    "gates": "a kernel a gap between products: attention takes heads side by side, rotary positions are in the kernel "
+    "of queries and keys, nothing is written twice or in fp32; dropout is one kernel a site and pass",
     "loss": "logits are read once, and their gradient is written over them",
     "optimizer": "nothing",
-    "copies": "nothing of what FSDP copies; attention's outputs are no longer copied",
+    "copies": "a single rank divides no gradients; attention's outputs are no longer copied",
 }
 """By part, what is otherwise since commit d1596f7."""
 
@@ -124,11 +126,15 @@ def follow(
     """
     config = model_config(run.model)
     config.num_hidden_layers = layers
-    how = dataclasses.replace(run.engine_config(ranks), compile=False, fp8=False)
+    how = dataclasses.replace(run.engine_config(ranks), compile=_compiles(run), fp8=False)
     parallel = dataclasses.replace(how.parallel, device="cpu", self_test=False)
     how = dataclasses.replace(how, parallel=parallel)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with World.pretend(0, ranks, parallel, min(local, ranks), memory=lambda: mode) as world, as_if("cuda", capability):
+    with (
+        World.pretend(0, ranks, parallel, min(local, ranks), memory=lambda: mode) as world,
+        as_if("cuda", capability),
+        inductor_graphs(),
+    ):
         with torch.device("meta"):
             model = causal_lm_class(config)(config)
         engine = parallelize(
@@ -224,7 +230,7 @@ def run_roofline(args: argparse.Namespace) -> None:
         f"{tokens / shared / step:,.0f} tokens/s a GPU. Launches take the host {1e3 * host:,.0f} ms, collectives "
         f"{1e3 * links:,.0f} ms of a link, behind kernels.",
         f"Memory: {found.kept / 1e9:.1f} GB kept for the backward pass, {found.peak / 1e9:.1f} GB at most, of "
-        f"{gpu.capacity / 1e9:.0f}; that of compiled blocks is counted as eager ones have it.",
+        f"{gpu.capacity / 1e9:.0f}.",
         f"Figures: {', '.join(f'{name} {value}' for name, value in gpu.figures().items())}.",
     ]
     figures = {"mfu": share, "milliseconds": 1e3 * step, "kept": found.kept, "peak": found.peak, "gpu": gpu.figures()}

@@ -17,7 +17,7 @@ from mega_scale.model.cache import LayerState
 from mega_scale.model.configuration_megalodon import MegalodonConfig
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.attention import chunk_attention, turn, turns
-from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
+from mega_scale.ops.elementwise import EAGER, divide_by_rms, plus_scaled, recomputed
 from mega_scale.ops.ema import Carry, complex_ema_coefficients, damped_ema
 from mega_scale.ops.timestep_norm import MomentCarry, Moments, timestep_norm
 
@@ -75,7 +75,7 @@ class MegalodonComplexEma(nn.Module):
         coefficients = complex_ema_coefficients(*of_average)
         carry = None if self.carry is None else self.carry()
         y, state = damped_ema(x, coefficients, state, resets, carry=carry)
-        return (y + omega.flatten() * x).to(x.dtype), state
+        return plus_scaled(y, x, omega.flatten()), state
 
 
 class MegalodonRMSNorm(nn.Module):

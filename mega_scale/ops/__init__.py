@@ -239,14 +239,19 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Decorator that makes a function on any device the operator `mega_scale::name`, without gradients.
 
-    It changes no argument, and returns new contiguous tensors. Annotations are those that `torch.library.infer_schema`
-    reads; `fake` takes the same arguments and returns empty tensors like the results.
+    It gets contiguous tensors, changes none, and returns new contiguous ones. Annotations are those that
+    `torch.library.infer_schema` reads; `fake` takes the same arguments and returns empty tensors like the results.
     """
 
     def define(function: Callable[..., Any]) -> Any:
         name = function.__name__.lstrip("_")
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+        def run(*given: Any) -> Any:
+            return function(*(t.contiguous() if isinstance(t, Tensor) else t for t in given))
+
+        # A compiler that had to keep the strides it traced would copy what two operators read for each of them.
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.flexible_layout)
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
         def refuse(*given: Any) -> Any:

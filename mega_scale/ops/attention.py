@@ -448,6 +448,10 @@ def turns(positions: Tensor, width: int, base: float, dtype: torch.dtype = torch
 def turn(x: Tensor, turns: Tensor) -> Tensor:
     """Turn pairs of channels of x (B, L, H, Z) by `turns`, (L, Z / 2, 2) or (B, L, Z / 2, 2)."""
     turns = turns.unsqueeze(-3)
+    if tracing() == "compile":  # a compiler computes x once more at the neighbours, in the kernel around it
+        pairs = x.to(turns.dtype).unflatten(-1, (-1, 2))
+        sign = 2 * torch.arange(2, device=x.device, dtype=turns.dtype) - 1
+        return (pairs * turns[..., :1] + pairs.flip(-1) * (turns[..., 1:] * sign)).flatten(-2).to(x.dtype)
     if tracing() == "trace":
         return _Turn.forward(None, x, turns)
     turned: Tensor = _Turn.apply(x, turns)
@@ -466,15 +470,17 @@ class _Turn(torch.autograd.Function):
             # A complex number cannot begin at an odd place of memory.
             pairs = pairs.clone() if pairs.storage_offset() % 2 else pairs.contiguous()
             turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
-        else:
-            (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
-            turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+        else:  # without stacking, so that a compiler can make it part of the kernel around it
+            cos, sin = turns[..., :1], turns[..., 1:]
+            sign = 2 * torch.arange(2, device=x.device, dtype=turns.dtype) - 1
+            turned = pairs * cos + pairs.flip(-1) * (sin * sign)
         return turned.flatten(-2).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (turns,) = ctx.saved_tensors
-        return _Turn.apply(gradient, turns * turns.new_tensor((1.0, -1.0))), None
+        sign = 1 - 2 * torch.arange(2, device=turns.device, dtype=turns.dtype)
+        return _Turn.apply(gradient, turns * sign), None
 
 
 def toeplitz(vector: Tensor, queries: int) -> Tensor:

@@ -10,15 +10,17 @@ their product `dO V^T` is computed: neither it nor weights in fp32 are in memory
 Dropout of weights is that of places (`dropout_triton`). Both kernels hash in registers, and write weights as they are
 and as they are multiplied; the latter are not saved.
 
-Legend: G chunks of all sequences and heads, C chunk, Z width of a head's queries and keys, E width of its values, R
-queries of a block. ROWS queries meet KEYS keys in a program's tile, DEPTH channels at a time.
+Tokens stay as layers make them, heads side by side: to lay each head out by itself would be a pass over memory.
 
-    q, k, v, out         (G, C, Z), (G, C, Z), (G, C, E) and (G, C, E), contiguous, of one dtype
+Legend: M chunks of all sequences, H heads, G = M H of both, C chunk, Z width of a head's queries and keys, E width of
+its values, R queries of a block. ROWS queries meet KEYS keys in a program's tile, DEPTH channels at a time.
+
+    q, k, v, out         (M, C, H, Z), (M, C, H, Z), (M, C, H, E) and (M, C, H, E), contiguous, of one dtype
     weights, d_scores    (G, C, C) in it; read and written up to the last key of each block of queries
     dropped              the same of the weights that values are multiplied with; empty without dropout
     bias                 (2C - 1,) fp32: its entry m belongs to key minus query m - (C - 1)
     since                (G, C) int32: the first key that a query sees
-    delta                (G, C) fp32
+    delta                (M, C, H) fp32
 """
 
 from collections.abc import Iterator
@@ -56,26 +58,30 @@ def tile(narrow: bool) -> dict[str, int]:
 
 
 _HEAD_COLUMNS = tl.constexpr(MOST_KEYS)
-# Products of a chunk of 2,048 tokens.
-KERNELS |= {"mega_scale::weighted_values": 8, "mega_scale::values_gradient": 8, "mega_scale::score_products": 16}
+# Products of a chunk of 2,048 tokens and two heads.
+KERNELS |= {"mega_scale::weighted_values": 16, "mega_scale::values_gradient": 16, "mega_scale::score_products": 32}
 KERNELS["mega_scale::distance_sums"] = 2
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _tile_product(a, b, group, row, column, rows, width, DEPTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """`a b^T` of some rows of one group in each, (G, rows, width), in fp32."""
-    a += group * rows * width
-    b += group * rows * width
+def _tile_product(
+    a, b, group, row, column, rows, width, heads, DEPTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """`a b^T` of some rows of one group in each, (M, rows, heads, width), in fp32."""
+    first = (group // heads * rows * heads + group % heads) * width
+    a += first
+    b += first
+    step = heads * width
     total = tl.zeros((ROWS, KEYS), tl.float32)
     for begin in range(0, width, DEPTH):
         z = begin + tl.arange(0, DEPTH)
         own = tl.load(
-            a + row[:, None] * width + z[None, :],
+            a + row[:, None] * step + z[None, :],
             mask=(row < rows)[:, None] & (z < width)[None, :], other=0.0,
         )  # fmt: skip
         other = tl.load(
-            b + column[None, :] * width + z[:, None],
+            b + column[None, :] * step + z[:, None],
             mask=(column < rows)[None, :] & (z < width)[:, None], other=0.0,
         )  # fmt: skip
         if INTERPRETED:  # the interpreter multiplies bf16 as if its bits were integers
@@ -86,12 +92,12 @@ def _tile_product(a, b, group, row, column, rows, width, DEPTH: tl.constexpr, RO
 
 @triton.jit
 def _scores(
-    q, k, bias, group, query, first, own, chunk, width, scale, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    q, k, bias, group, query, first, own, chunk, width, heads, scale, BIAS: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Scores of queries by KEYS keys from `first` on; `own` is the first key that each sees."""
     key = first + tl.arange(0, KEYS)
-    score = _tile_product(q, k, group, query, key, chunk, width, DEPTH, ROWS, KEYS) * scale
+    score = _tile_product(q, k, group, query, key, chunk, width, heads, DEPTH, ROWS, KEYS) * scale
     visible = (key[None, :] <= query[:, None]) & (key[None, :] >= own[:, None])
     if BIAS:
         at = (chunk - 1) + key[None, :] - query[:, None]
@@ -130,7 +136,7 @@ def weights_kernel(
 
     largest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     for first in range(begin, end, KEYS):
-        score = _scores(q, k, bias, group, query, first, own, chunk, width, scale, BIAS, ROWS, KEYS, DEPTH)
+        score = _scores(q, k, bias, group, query, first, own, chunk, width, heads, scale, BIAS, ROWS, KEYS, DEPTH)
         most = tl.maximum(largest, tl.max(score, 1))
         # A tile in which a query sees nothing, before its document.
         beyond = tl.where(most == float("-inf"), 0.0, most)
@@ -146,7 +152,7 @@ def weights_kernel(
         there = (query < chunk)[:, None] & (column < met)[None, :]
         weight = tl.zeros((ROWS, KEYS), tl.float32)
         if (first >= begin) & (first < end):
-            score = _scores(q, k, bias, group, query, first, own, chunk, width, scale, BIAS, ROWS, KEYS, DEPTH)
+            score = _scores(q, k, bias, group, query, first, own, chunk, width, heads, scale, BIAS, ROWS, KEYS, DEPTH)
             weight = tl.exp(score - largest[:, None]) / total[:, None]
         tl.store(weights + row + column[None, :], weight.to(weights.dtype.element_ty), mask=there)
         if DROPOUT:
@@ -175,14 +181,15 @@ def scores_gradient_kernel(
         there = (query < chunk)[:, None] & (column < met)[None, :]
         slope, kept = tl.zeros((ROWS, KEYS), tl.float32), tl.zeros((ROWS, KEYS), tl.float32)
         if first < first_query + ROWS:
-            slope = _tile_product(d_out, v, group, query, column, chunk, width, DEPTH, ROWS, KEYS)
+            slope = _tile_product(d_out, v, group, query, column, chunk, width, heads, DEPTH, ROWS, KEYS)
             weight = tl.load(weights + of_group + at, mask=there, other=0.0).to(tl.float32)
             if DROPOUT:
                 stays = _stays(
                     group, query, column, key, first_row, first_position, first_column, threshold, chunk, chunks, heads
                 )
                 slope, kept = tl.where(stays, slope * factor, 0.0), tl.where(stays, weight * factor, 0.0)
-            mean = tl.load(delta + group * chunk + query, mask=query < chunk, other=0.0)
+            of_query = (group // heads * chunk + query) * heads + group % heads
+            mean = tl.load(delta + of_query, mask=query < chunk, other=0.0)
             slope = weight * (slope - mean[:, None])
         tl.store(d_scores + of_group + at, slope.to(d_scores.dtype.element_ty), mask=there)
         if DROPOUT:
@@ -241,7 +248,11 @@ def triton_attention(
         raise ValueError("impl='triton' computes in fp32 and v is in fp64: use impl='causal', or 'sdpa' for documents")
     with without_autocast(q.device):
         heads = v.shape[2] if v.dim() == 5 else 1
-        q, k = (t.to(v.dtype).flatten(0, -3).contiguous() for t in (q, k))
+        # (M, C, H, W), which is what layers made before heads became an axis of their own.
+        q, k, own = (
+            (t.transpose(2, 3) if t.dim() == 5 else t.unsqueeze(3)).to(v.dtype).flatten(0, 1).contiguous()
+            for t in (q, k, v)
+        )
         since = None
         if numbers is not None:
             # The place in its chunk where each token's document begins.
@@ -251,8 +262,9 @@ def triton_attention(
             since = torch.where(begins, places, 0).cummax(1).values.int().repeat_interleave(heads, 0)
         bias = None if bias is None else bias.float().contiguous()
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        drop = (v.shape[1], heads, *((0.0, 0, 0, 0, 0) if dropout is None else dropout[:5]))
-        return _TritonAttention.apply(q, k, v.flatten(0, -3).contiguous(), bias, since, scale, drop).view(v.shape)
+        drop = (v.shape[1], *((0.0, 0, 0, 0, 0) if dropout is None else dropout[:5]))
+        out: Tensor = _TritonAttention.apply(q, k, own, bias, since, scale, drop).unflatten(0, v.shape[:2])
+        return out.transpose(2, 3) if v.dim() == 5 else out.squeeze(3)
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -261,7 +273,7 @@ class _TritonAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, since: Tensor | None, scale: float, drop: Any
     ) -> Tensor:
         weights, dropped = softmax_weights(q, k, bias, since, scale, *drop)
-        out: Tensor = weighted_values(dropped if drop[2] else weights, v)
+        out: Tensor = weighted_values(dropped if drop[1] else weights, v)
         ctx.save_for_backward(q, k, v, weights, out)
         ctx.scale, ctx.drop = scale, drop
         return out
@@ -274,7 +286,7 @@ class _TritonAttention(torch.autograd.Function):
         delta = row_products(d_out, out) if tracing() is None else (d_out.float() * out.float()).sum(-1)
         d_scores, dropped = scores_gradient(d_out, v, weights, delta, *ctx.drop)
         d_q, d_k = score_products(d_scores, q, k, ctx.scale)
-        d_v = values_gradient(dropped if ctx.drop[2] else weights, d_out)
+        d_v = values_gradient(dropped if ctx.drop[1] else weights, d_out)
         d_bias = None
         if ctx.needs_input_grad[3]:
             by_distance = distance_sums(d_scores).flip(0)
@@ -282,11 +294,18 @@ class _TritonAttention(torch.autograd.Function):
         return d_q, d_k, d_v, d_bias, None, None, None
 
 
-def _blocks(chunk: int) -> Iterator[tuple[slice, int]]:
-    """Queries of each block, and the number of keys that they meet."""
+def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Queries of each block of x (M, C, H, W), the number of keys that they meet, and each head."""
+    _, chunk, heads, _ = x.shape
     for begin in range(0, chunk, BLOCK):
         end = min(begin + BLOCK, chunk)
-        yield slice(begin, end), end
+        for head in range(heads):
+            yield slice(begin, end), end, head
+
+
+def _by_head(squares: Tensor, x: Tensor) -> Tensor:
+    """(G, C, C) as (M, H, C, C), of tokens x (M, C, H, W)."""
+    return squares.view(len(x), x.shape[2], *squares.shape[1:])
 
 
 def _place_arguments(
@@ -297,18 +316,19 @@ def _place_arguments(
     return key, first_row, first_position, first_column, threshold, factor
 
 
-def _softmax_weights_fake(q, k, bias, since, scale, chunks, heads, p, *_):
-    weights = q.new_empty(q.shape[0], q.shape[1], q.shape[1])
+def _softmax_weights_fake(q, k, bias, since, scale, chunks, p, *_):
+    weights = q.new_empty(q.shape[0] * q.shape[2], q.shape[1], q.shape[1])
     return weights, torch.empty_like(weights) if p else q.new_empty(0)
 
 
 @operator(_softmax_weights_fake)
 def softmax_weights(
-    q: Tensor, k: Tensor, bias: Tensor | None, since: Tensor | None, scale: float, chunks: int, heads: int, p: float,
-    key: int, first_row: int, first_position: int, first_column: int,
+    q: Tensor, k: Tensor, bias: Tensor | None, since: Tensor | None, scale: float, chunks: int, p: float, key: int,
+    first_row: int, first_position: int, first_column: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weights, and with p > 0 those that dropout leaves; rows are of `chunks` chunks of `heads` heads."""
-    groups, chunk, width = q.shape
+    """Weights, and with p > 0 those that dropout leaves; rows are of so many chunks."""
+    many, chunk, heads, width = q.shape
+    groups = many * heads
     weights = q.new_empty(groups, chunk, chunk)
     dropped = torch.empty_like(weights) if p else q.new_empty(0)
     with torch.cuda.device_of(q):
@@ -326,10 +346,10 @@ def _weighted_values_fake(weights, v):
 
 @operator(_weighted_values_fake)
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
-    """`weights v`, (G, C, E), a product a block of queries."""
-    out = torch.empty_like(v)
-    for rows, keys in _blocks(v.shape[1]):
-        torch.bmm(weights[:, rows, :keys], v[:, :keys], out=out[:, rows])
+    """`weights v`, (M, C, H, E), a product a block of queries and head."""
+    out, weights = torch.empty_like(v), _by_head(weights, v)
+    for rows, keys, head in _blocks(v):
+        torch.bmm(weights[:, head, rows, :keys], v[:, :keys, head], out=out[:, rows, head])
     return out
 
 
@@ -339,29 +359,29 @@ def _row_products_fake(a, b):
 
 @operator(_row_products_fake)
 def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Sums of `a b` over channels: (G, C, E) twice to (G, C) fp32."""
+    """Sums of `a b` over channels: (M, C, H, E) twice to (M, C, H) fp32."""
     products = a.new_empty(a.shape[:-1], dtype=torch.float32)
     with torch.cuda.device_of(a):
         row_products_kernel[(products.numel(),)](a.contiguous(), b, products, a.shape[-1], **WIDTH)
     return products
 
 
-def _scores_gradient_fake(d_out, v, weights, delta, chunks, heads, p, *_):
+def _scores_gradient_fake(d_out, v, weights, delta, chunks, p, *_):
     return torch.empty_like(weights), torch.empty_like(weights) if p else v.new_empty(0)
 
 
 @operator(_scores_gradient_fake)
 def scores_gradient(
-    d_out: Tensor, v: Tensor, weights: Tensor, delta: Tensor, chunks: int, heads: int, p: float, key: int,
-    first_row: int, first_position: int, first_column: int,
+    d_out: Tensor, v: Tensor, weights: Tensor, delta: Tensor, chunks: int, p: float, key: int, first_row: int,
+    first_position: int, first_column: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of scaled scores, and with p > 0 the weights that dropout left, as `softmax_weights` has them."""
-    groups, chunk, width = v.shape
+    many, chunk, heads, width = v.shape
     d_scores = torch.empty_like(weights)
     dropped = torch.empty_like(weights) if p else v.new_empty(0)
     own = tile(narrow=p > 0)
     with torch.cuda.device_of(v):
-        scores_gradient_kernel[(-(-chunk // ROWS), -(-chunk // own["KEYS"]), groups)](
+        scores_gradient_kernel[(-(-chunk // ROWS), -(-chunk // own["KEYS"]), many * heads)](
             d_out.contiguous(), v, weights, delta, d_scores, dropped if p else d_scores,
             *_place_arguments(p, key, first_row, first_position, first_column, v), chunk, width, chunks, heads,
             DROPOUT=p > 0, BLOCK=BLOCK, **own,
@@ -376,11 +396,12 @@ def _score_products_fake(d_scores, q, k, scale):
 @operator(_score_products_fake)
 def score_products(d_scores: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients of queries and keys, from those of scaled scores."""
-    d_q, d_k = torch.empty_like(q), torch.empty_like(k)
-    for rows, keys in _blocks(q.shape[1]):
-        _scaled_product(d_scores[:, rows, :keys], k[:, :keys], scale, d_q[:, rows])
+    d_q, d_k, d_scores = torch.empty_like(q), torch.empty_like(k), _by_head(d_scores, q)
+    for rows, keys, head in _blocks(q):
+        own = d_scores[:, head]
+        _scaled_product(own[:, rows, :keys], k[:, :keys, head], scale, d_q[:, rows, head])
         # A block of keys is seen from its first token on: one product sums over all of its queries.
-        _scaled_product(d_scores[:, rows.start :, rows].mT, q[:, rows.start :], scale, d_k[:, rows])
+        _scaled_product(own[:, rows.start :, rows].mT, q[:, rows.start :, head], scale, d_k[:, rows, head])
     return d_q, d_k
 
 
@@ -394,10 +415,11 @@ def _values_gradient_fake(weights, d_out):
 
 @operator(_values_gradient_fake)
 def values_gradient(weights: Tensor, d_out: Tensor) -> Tensor:
-    """`weights^T d_out`, (G, C, E), a product a block of keys."""
+    """`weights^T d_out`, (M, C, H, E), a product a block of keys and head."""
     d_v = torch.empty_like(d_out, memory_format=torch.contiguous_format)
-    for rows, _ in _blocks(d_out.shape[1]):
-        torch.bmm(weights[:, rows.start :, rows].mT, d_out[:, rows.start :], out=d_v[:, rows])
+    weights = _by_head(weights, d_out)
+    for rows, _, head in _blocks(d_out):
+        torch.bmm(weights[:, head, rows.start :, rows].mT, d_out[:, rows.start :, head], out=d_v[:, rows, head])
     return d_v
 
 

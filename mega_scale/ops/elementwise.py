@@ -79,13 +79,17 @@ def normalized_queries_and_keys(
     # In at least fp32: gamma is small beside the one that it is added to.
     dtype = torch.promote_types(z.dtype, torch.float32)
     width = z.shape[-1] // heads
-    scale, shift = (gamma.to(dtype) + 1) * width**-0.5, beta.to(dtype)
+    # Not indexed: its gradient would be zeros, with a row put in.
+    scales, shifts = ((gamma.to(dtype) + 1) * width**-0.5).unbind(), beta.to(dtype).unbind()
 
     def normalize(z: Tensor) -> Tensor:
         return divide_by_rms(z.to(dtype).unflatten(-1, (heads, width)), None, eps).flatten(-2)
 
     with recomputed(normalize, z) as normal:
-        q, k = ((normal * scale[row] + shift[row]).to(z.dtype).unflatten(-1, (heads, width)) for row in (0, 1))
+        q, k = (
+            (normal * scale + shift).to(z.dtype).unflatten(-1, (heads, width))
+            for scale, shift in zip(scales, shifts, strict=True)
+        )
     return q, k
 
 
@@ -108,6 +112,28 @@ def update(x: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
 def average(y: Tensor, x: Tensor, omega: Tensor) -> Tensor:
     """`silu(y + omega x)` in the dtype of x: y and x (B, L, D), omega (D,)."""
     return F.silu(y + omega * x).to(x.dtype)
+
+
+def plus_scaled(y: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """`y + scale x` in the dtype of x: y and x (B, L, D), the scale (D,)."""
+    if tracing() == "compile":
+        sum_: Tensor = _PlusScaled.apply(y, x, scale)
+        return sum_
+    return (y + scale * x).to(x.dtype)
+
+
+class _PlusScaled(torch.autograd.Function):
+    """As PyTorch does it, but that no gradient is made wider: inductor would write that one to memory."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return (y + scale * x).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return gradient, gradient * scale.to(x.dtype), (gradient * x).sum((0, 1), dtype=scale.dtype)
 
 
 class Gates(NamedTuple):
@@ -136,6 +162,8 @@ def divide_by_rms(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
             return F.rms_norm(x, (width,), gain, eps)
         return F.rms_norm(x, (width,), None, eps) * gain
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if tracing() == "compile":  # a compiler knows its gradient as fewer operations than that of what is below
+        return F.rms_norm(wide, (width,), None if gain is None else gain.expand(width), eps).to(x.dtype)
     inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / width + eps)
     if gain is not None and gain.numel() == 1:
         # A scalar gain is applied to one number a token, before x is read.

@@ -76,7 +76,7 @@ class _Rows:
         self.document = None if rules.resets is None else rules.resets.cumsum(1, dtype=torch.int32)
         self.valid = None if rules.valid is None else rules.valid.contiguous().view(torch.uint8)
         self.tokens = self.document, self.valid, rules.groups
-        self.blocks = self.document, rules.groups
+        self.blocks = self.document, x.shape[1], rules.groups
 
 
 class _Norm(torch.autograd.Function):
@@ -97,12 +97,12 @@ class _Norm(torch.autograd.Function):
         totals = _norm_totals(x, *rows.tokens)
         if rules.carry is not None:
             nothing = torch.zeros_like(count)
-            own = _norm_before(x, totals, nothing, torch.zeros_like(mean), torch.zeros_like(mean), *rows.blocks)
+            own = _norm_before(totals, nothing, torch.zeros_like(mean), torch.zeros_like(mean), *rows.blocks)
             own = own[:, :, -1].to(rules.dtype)
             arrive = rules.carry(Moments(token_counts(rules, nothing, x)[:, -1], *own), *part_kinds(rules))
             arrived, ctx.turn = arrive()
             count, mean, var = known_state(x, rules.groups, mean.dtype, arrived)
-        before = _norm_before(x, totals, count, mean, var, *rows.blocks)
+        before = _norm_before(totals, count, mean, var, *rows.blocks)
         counts = token_counts(rules, count, x).contiguous()
         given = (t.to(rules.dtype) for t in (weight, bias))
         y, means, rstds = _norm_tokens(x, *given, counts, before, *rows.tokens, rules.eps)
@@ -127,7 +127,7 @@ class _Norm(torch.autograd.Function):
 
         def go_back() -> tuple[Tensor, list[Tensor]]:
             """Sums between blocks, and the gradients of mean and variance before the row."""
-            behind = _norm_behind(x, totals, counts, means, *ends, *rows.blocks)
+            behind = _norm_behind(totals, counts, means, *ends, *rows.blocks)
             q, u, pivot = behind[:, :, 0]
             n = count.to(mean.dtype)[:, None]
             if rules.resets is not None:
@@ -157,24 +157,27 @@ def _of_tokens(
     launch(kernel, grid, *given, *x.shape[1:], groups, _blocks(x), **options, **flags)
 
 
-def _of_blocks(kernel: Any, x: Tensor, document: Tensor | None, groups: int, *tensors: Tensor) -> None:
+def _of_blocks(
+    kernel: Any, totals: Tensor, document: Tensor | None, length: int, groups: int, *tensors: Tensor
+) -> None:
     """Run a kernel of which each program goes over all blocks of some groups."""
     options = block_constants(groups, document is not None)
-    grid = (len(x), triton.cdiv(groups, options["GB"]))
-    given = [x if t is None else t.contiguous() for t in (document, *tensors)]
-    launch(kernel, grid, *given, *x.shape[1:], groups, _blocks(x), **options)
+    _, batch, blocks, _ = totals.shape
+    grid = (batch, triton.cdiv(groups, options["GB"]))
+    given = [totals if t is None else t.contiguous() for t in (document, totals, *tensors)]
+    launch(kernel, grid, *given, length, groups, blocks, **options)
 
 
 def _blocks(x: Tensor) -> int:
     return -(-x.shape[1] // BLOCK)
 
 
-def _between(x: Tensor, groups: int, kinds: int, more: int) -> Tensor:
-    return x.new_empty(kinds, len(x), _blocks(x) + more, groups, dtype=torch.float64)
+def _of_each_block(x: Tensor, groups: int, kinds: int) -> Tensor:
+    return x.new_empty(kinds, len(x), _blocks(x), groups, dtype=torch.float64)
 
 
 def _totals_like(x: Tensor, document: Tensor | None, valid: Tensor | None, groups: int) -> Tensor:
-    return _between(x, groups, 3, 0)
+    return _of_each_block(x, groups, 3)
 
 
 @operator(_totals_like)
@@ -184,18 +187,23 @@ def _norm_totals(x: Tensor, document: Tensor | None, valid: Tensor | None, group
     return totals
 
 
+def _past_ends(totals: Tensor, kinds: int) -> Tensor:
+    _, batch, blocks, groups = totals.shape
+    return totals.new_empty(kinds, batch, blocks + 1, groups)
+
+
 def _before_like(
-    x: Tensor, totals: Tensor, count: Tensor, mean: Tensor, var: Tensor, document: Tensor | None, groups: int
+    totals: Tensor, count: Tensor, mean: Tensor, var: Tensor, document: Tensor | None, length: int, groups: int
 ) -> Tensor:
-    return _between(x, groups, 2, 1)
+    return _past_ends(totals, 2)
 
 
 @operator(_before_like)
 def _norm_before(
-    x: Tensor, totals: Tensor, count: Tensor, mean: Tensor, var: Tensor, document: Tensor | None, groups: int
+    totals: Tensor, count: Tensor, mean: Tensor, var: Tensor, document: Tensor | None, length: int, groups: int
 ) -> Tensor:
-    before = _between(x, groups, 2, 1)
-    _of_blocks(before_kernel, x, document, groups, totals, count, mean, var, before)
+    before = _past_ends(totals, 2)
+    _of_blocks(before_kernel, totals, document, length, groups, count, mean, var, before)
     return before
 
 
@@ -221,7 +229,7 @@ def _slopes_like(
     x: Tensor, dy: Tensor, weight: Tensor, counts: Tensor, means: Tensor, rstds: Tensor, document: Tensor | None,
     valid: Tensor | None, groups: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _between(x, groups, 2, 0), means.new_empty(2, len(x) * _blocks(x), x.shape[2])
+    return _of_each_block(x, groups, 2), means.new_empty(2, len(x) * _blocks(x), x.shape[2])
 
 
 @operator(_slopes_like)
@@ -235,19 +243,19 @@ def _norm_slopes(
 
 
 def _behind_like(
-    x: Tensor, totals: Tensor, counts: Tensor, means: Tensor, end_mean: Tensor, end_var: Tensor,
-    document: Tensor | None, groups: int,
+    totals: Tensor, counts: Tensor, means: Tensor, end_mean: Tensor, end_var: Tensor, document: Tensor | None,
+    length: int, groups: int,
 ) -> Tensor:  # fmt: skip
-    return _between(x, groups, 3, 1)
+    return _past_ends(totals, 3)
 
 
 @operator(_behind_like)
 def _norm_behind(
-    x: Tensor, totals: Tensor, counts: Tensor, means: Tensor, end_mean: Tensor, end_var: Tensor,
-    document: Tensor | None, groups: int,
+    totals: Tensor, counts: Tensor, means: Tensor, end_mean: Tensor, end_var: Tensor, document: Tensor | None,
+    length: int, groups: int,
 ) -> Tensor:  # fmt: skip
-    behind = _between(x, groups, 3, 1)
-    _of_blocks(behind_kernel, x, document, groups, totals, counts, means, end_mean, end_var, behind)
+    behind = _past_ends(totals, 3)
+    _of_blocks(behind_kernel, totals, document, length, groups, counts, means, end_mean, end_var, behind)
     return behind
 
 
@@ -334,7 +342,7 @@ def _wide(tokens):
 
 @triton.jit
 def before_kernel(
-    document, totals, count, first_mean, first_var, before, L, D, G, M,
+    document, totals, count, first_mean, first_var, before, L, G, M,
     GB: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance before every block and after the last one, of some groups of a row."""
@@ -455,7 +463,7 @@ def slopes_kernel(
 
 @triton.jit
 def behind_kernel(
-    document, totals, counts, means, end_mean, end_var, behind, L, D, G, M,
+    document, totals, counts, means, end_mean, end_var, behind, L, G, M,
     GB: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Q, U and pivot before every block and after the last one, of the document that goes on there."""

@@ -6,9 +6,11 @@ weights. Shapes are compiled as they are, once each; generation, evaluation and 
 """
 
 import inspect
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -82,3 +84,28 @@ def _one_size(borders: DocumentBorders) -> DocumentBorders:
     if borders.chunks.single.numel():
         return DocumentBorders(borders.starts, ChunkDocuments.all_several(borders.chunks.numbers))
     return borders
+
+
+@contextmanager
+def inductor_graphs() -> Iterator[None]:
+    """Have what `compile_blocks` compiles run the operators of inductor's graphs one by one, without kernels.
+
+    These are the operators that it fuses, and what a forward graph keeps for a backward graph is what its kernels keep:
+    for fake tensors, and to count.
+    """
+    # Slow to import, and only needed here.
+    from torch._functorch import config  # noqa: PLC0415
+    from torch._functorch.aot_autograd import make_boxed_func  # noqa: PLC0415
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
+
+    def graphs(module: Any, inputs: Any) -> Any:
+        return compile_fx(module, inputs, inner_compile=lambda graph, given, **options: make_boxed_func(graph.forward))
+
+    torch._dynamo.reset()  # functions keep graphs of all models, up to a limit
+    with (
+        patch.object(torch, "compile", partial(torch.compile, backend=graphs)),
+        # Else the first backward pass copies the constants of its graph, which fake ones do not suffer.
+        config.patch(force_non_lazy_backward_lowering=True),
+    ):
+        yield
+    torch._dynamo.reset()

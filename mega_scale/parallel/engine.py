@@ -349,7 +349,8 @@ class FsdpEngine(Engine):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         self._units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
         for unit in self._units:
-            unit.set_gradient_divide_factor(1.0)
+            if mesh.size() > 1:  # FSDP divides the gradients of a single rank by 1
+                unit.set_gradient_divide_factor(1.0)
             # A factor would otherwise be multiplied in by the reduction itself, which gloo cannot do.
             unit.set_force_sum_reduction_for_comms(True)
 

@@ -134,6 +134,11 @@ class Meter(TorchDispatchMode):
         self._ignored = 0
         self._entered = ExitStack()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Count what compiled functions do, and not what compilers do."""
+        return True
+
     @property
     def at_peak(self) -> Counter[tuple[str, str]]:
         return +(self.live if self._at_peak is None else self._at_peak)
@@ -236,11 +241,15 @@ class Meter(TorchDispatchMode):
         self._entered.close()
 
     def _enter_module(self, module: nn.Module, _: Any) -> None:
-        self._modules.append(self._names.get(module, type(module).__name__))
+        if torch.compiler.is_compiling():  # then the operators of a graph have no module of their own
+            return
+        # A compiled graph is part of the module that it was made of.
+        of_graph = isinstance(module, torch.fx.GraphModule)
+        self._modules.append(self._module() if of_graph else self._names.get(module, type(module).__name__))
         self._change()
 
     def _leave_module(self, module: nn.Module, *_: Any) -> None:
-        if self._modules:  # else the meter was entered inside of it
+        if not torch.compiler.is_compiling() and self._modules:  # none where the meter was entered inside of it
             self._modules.pop()
             self._change()
 

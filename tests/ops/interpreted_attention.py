@@ -96,10 +96,10 @@ def test_every_query_is_counted_in_the_bias_of_several_programs(monkeypatch):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_operators_say_what_they_return(p):
     """Their schemas, what fake tensors get, and that compilers can take them."""
-    q, k, v = (torch.randn(2, 20, width).bfloat16() for width in (4, 4, 6))
-    bias, since, place = torch.randn(39), torch.zeros(2, 20, dtype=torch.int32), (2, 1, p, *PLACE)
+    q, k, v = (torch.randn(2, 20, 3, width).bfloat16() for width in (4, 4, 6))
+    bias, since, place = torch.randn(39), torch.zeros(6, 20, dtype=torch.int32), (2, p, *PLACE)
     weights, dropped = attention_triton.softmax_weights(q, k, bias, since, 0.5, *place)
-    delta = torch.randn(2, 20)
+    delta = torch.randn(2, 20, 3)
     for operator, given in (
         ("softmax_weights", (q, k, bias, since, 0.5, *place)),
         ("weighted_values", (weights, v)),

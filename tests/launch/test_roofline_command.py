@@ -21,20 +21,23 @@ BOUNDS = {"megalodon-1.3b": (500, 180, 40e9, 130e3), "mega-1.3b": (500, 180, 40e
 @pytest.mark.parametrize("config", list(BOUNDS))
 def test_a_block_stays_below_its_bounds(config):
     """What a third block adds to two, with the forms of an H100."""
-    keys = [("parallel.activation_checkpoint", "0"), ("train.global_batch_size", "1")]
-    run = resolve(RunConfig, [f"configs/{config}.yaml"], keys)[0]
     gpu = Device.named("h100")
-    found = [roofline.follow(run, gpu.capability, 1, layers) for layers in (2, 3)]
-    eager, compiled, size, kept = BOUNDS[config]
 
-    def added(form):
+    def followed(compiles):
+        keys = {"parallel.activation_checkpoint": "0", "train.global_batch_size": "1", "train.compile": compiles}
+        run = resolve(RunConfig, [f"configs/{config}.yaml"], [*keys.items()])[0]
+        return [roofline.follow(run, gpu.capability, 1, layers) for layers in (2, 3)]
+
+    def added(found, form):
         two, three = (total(table(form(meter.events), gpu)) for meter, _ in found)
         return three + two.times(-1)
 
-    block = added(fused)
-    assert added(list).kernels <= eager and block.kernels <= compiled and block.bytes <= size
-    assert block.flops == added(list).flops and 0.014 < block.seconds < 0.028
-    few, more = (sum(own.values()) for _, own in found)
+    eager, compiled, size, kept = BOUNDS[config]
+    graphs = followed("true")
+    block, plain = added(graphs, fused), added(followed("false"), list)
+    assert plain.kernels <= eager and block.kernels <= compiled and block.bytes <= size
+    assert block.flops == added(graphs, list).flops == plain.flops and 0.014 < block.seconds < 0.028
+    few, more = (sum(own.values()) for _, own in graphs)
     assert 0 < (more - few) / 32768 <= kept
 
 

@@ -99,7 +99,10 @@ def inductor_graphs() -> Iterator[None]:
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
 
     def graphs(module: Any, inputs: Any) -> Any:
-        return compile_fx(module, inputs, inner_compile=lambda graph, given, **options: make_boxed_func(graph.forward))
+        def run(graph: Any, given: Any, **options: Any) -> Any:
+            return make_boxed_func(graph.forward)
+
+        return compile_fx(module, inputs, inner_compile=run)
 
     torch._dynamo.reset()  # functions keep graphs of all models, up to a limit
     with (

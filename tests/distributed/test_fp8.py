@@ -7,14 +7,17 @@ every process 2 s.
 import importlib.util
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import state_folder
 import tiny_run
 import torch
 from ranks import run_ranks
+from torch._dynamo.utils import counters
 
 from mega_scale.ops import as_if
 from mega_scale.parallel import EngineConfig, ParallelConfig, World
@@ -39,16 +42,21 @@ def study(folder: Path) -> dict[str, Any]:
     if TORCHAO:
         sys.path.append(TORCHAO)
     found: dict[str, Any] = {}
-    with World.start(ParallelConfig(timeout_s=120)) as world:
+    # Inductor would take the time.
+    compile_quickly = patch.object(torch, "compile", partial(torch.compile, backend="aot_eager_default_partitioner"))
+    with World.start(ParallelConfig(timeout_s=120)) as world, compile_quickly:
         for family, sizes in SIZES.items():
             for name, more in (("bf16", {}), ("fp8", {"fp8": True}), ("fp8 again", {"fp8": True})):
                 settings = {"engine": "fsdp", "activation_checkpoint": int(name == "fp8 again")}
                 settings["activation_checkpoint_policy"] = "save_matmuls" if name == "fp8 again" else "full"
+                more |= {"compiled": name == "fp8 again"}
                 engine = tiny_run.make_engine(world, settings, dtype="bf16", model_type=family, **more, **sizes)
                 kinds = {name: type(module).__name__ for name, module in engine.module.named_modules()}
                 losses, _ = tiny_run.train(engine, world, range(STEPS))
                 state_folder.save(engine, folder / family / name, world)
-                found[family, name] = {"kinds": kinds, "losses": losses}
+                graphs = counters["stats"].get("unique_graphs", 0)
+                found[family, name] = {"kinds": kinds, "losses": losses, "graphs": graphs}
+                counters.clear()
                 engine.close()
             engine = tiny_run.make_engine(world, {"engine": "fsdp"}, dtype="bf16", model_type=family, **sizes)
             state_folder.load(engine, folder / family / "fp8", world)
@@ -67,9 +75,10 @@ def test_blocks_train_beside_bf16_and_their_checkpoints_are_the_same(tmp_path):
         eighths = [name for name, kind in kinds.items() if "Float8Linear" in kind]
         assert len(eighths) == 3 * layers and all(".layers." in name for name in eighths)
         losses, expected, again = (torch.tensor(found[family, n]["losses"]) for n in ("fp8", "bf16", "fp8 again"))
+        assert [found[family, name]["graphs"] for name in ("bf16", "fp8", "fp8 again")] == [0, 0, 1]
         assert not torch.equal(losses, expected), "products are in fp8"
         torch.testing.assert_close(losses, expected, rtol=3e-2, atol=0)
-        torch.testing.assert_close(again, losses, rtol=1e-3, atol=0)  # with recomputation
+        torch.testing.assert_close(again, losses, rtol=1e-3, atol=0)  # compiled, with recomputation
         files = {name: state_folder.canonical(tmp_path / family / name) for name in ("bf16", "fp8", "loaded")}
         assert files["fp8"].keys() == files["bf16"].keys()
         weights = {name: tensor for name, tensor in files["fp8"].items() if name.startswith(("weight/", "exp_avg"))}

@@ -122,6 +122,7 @@ def make_engine(
     dtype: str = "fp32",
     weight_average: float = 0.0,
     fp8: bool = False,
+    compiled: bool = False,
     **changes: Any,
 ) -> Engine:
     config = tiny_config(**changes)
@@ -136,6 +137,7 @@ def make_engine(
             max_grad_norm=MAX_GRAD_NORM,
             weight_average=weight_average,
             fp8=fp8,
+            compile=compiled,
         ),
         world,
         build_optimizer,

@@ -21,7 +21,7 @@ LAYOUTS = {
     "tp2": ("torchrun", ["parallel.engine=fsdp", "parallel.tp=2"]),
     "sp2": ("torchrun", ["parallel.engine=fsdp", "parallel.sp=2"]),
 }
-RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 def run(launcher: str, folder: Path, *changes: str) -> Path:
@@ -49,8 +49,8 @@ def compare_layouts(folder: Path, steps: int) -> None:
 
 def compare_optimizers(folder: Path, steps: int, batch: int) -> None:
     """Print the validation loss of each optimizer at each of its learning rates."""
-    for optimizer, rates in RATES.items():
-        for rate in rates:
+    for optimizer in ("adamw", "muon"):
+        for rate in RATES:
             changes = [f"train.steps={steps}", f"optimizer.name={optimizer}", f"optimizer.lr={rate}"]
             changes += [f"train.global_batch_size={batch}", f"train.micro_batch_size={min(batch, 8)}"]
             changes += [f"schedule.min_lr={rate / 10}", "parallel.engine=fsdp"]

@@ -287,7 +287,8 @@ class _Followed:
     def _take_step(self, step: int, micro_batches: int) -> None:
         labelled = micro_batches * self._config.train.micro_batch_size * self._config.data.sequence_length
         engine, batches, lr = cast(Engine, self), _Batches(micro_batches, self._config), Schedule(self._config).lr(step)
-        take_step(engine, self._world, batches, labelled, step, lr)
+        readers = self._world.shape.dp, self._world.shape.dp_rank(self._world.rank)
+        take_step(engine, self._world, readers, batches, labelled, step, lr)
 
     def forward(self, *args: Any) -> Tensor:
         """As of the engine, and note what it leaves."""
@@ -316,15 +317,16 @@ class _Followed:
                 evaluate(engine.module, engine.forward, _Batches(1, self._config), 1.0, self._world)
 
     def _save(self, found: Trace) -> None:
-        """What a checkpoint takes of this rank, and its index, in which every rank has as many ranges as this one."""
+        """What a checkpoint takes of this rank, and its index, in which all ranks' ranges lie as evenly as its own."""
         state = self._engine.state()
         tensors, ranges = rank_tensors(state, self._world.rank)
         found.written = sum(tensor.nbytes for tensor in tensors.values())
         asynchronous = self._config.checkpoint.asynchronous
         found.pinned = found.written if asynchronous and self._cluster.device.kind == "cuda" else 0
-        # How many steps were done cannot be read.
-        index = json.dumps(build_index(state._replace(steps=[], averaged=None), []))
-        found.index = len(index) + len(json.dumps(ranges)) * self._world.size if self._world.rank == 0 else 0
+        if self._world.rank == 0:
+            next_file = {name: (tp_rank, stop, 2 * stop - start) for name, (tp_rank, start, stop) in ranges.items()}
+            # How many steps were done cannot be read.
+            found.index = len(json.dumps(build_index(state._replace(steps=[], averaged=None), [ranges, next_file])))
 
     def _label(self) -> None:
         for kind, tensors in self._engine.held_tensors().items():

@@ -398,6 +398,7 @@ class Trainer:
         result = take_step(
             self.engine,
             self.world,
+            (self.readers, self.reader),
             batches,
             sum(int((batch["shift_labels"] != -100).sum()) for batch in batches),
             progress.step,
@@ -542,6 +543,7 @@ def build_engine(model: Any, values: Values, config: RunConfig, world: World) ->
 def take_step(
     engine: Engine,
     world: World,
+    readers: tuple[int, int],
     batches: Sequence[Mapping[str, Tensor]],
     labelled: int,
     step: int,
@@ -553,16 +555,16 @@ def take_step(
 ) -> StepResult:
     """Do the optimizer step after `step` others on this rank's micro-batches, unless it is bad; collective.
 
-    A micro-batch has `input_ids` and `shift_labels` (B, L) int64, and perhaps `document_starts` (B, L) bool; `labelled`
-    counts the labels of all. `find_problem` says what is wrong with the loss, and `before_update` is called before
-    weights change. Raises StopRun, before it computes, where a rank is `stopping`.
+    `readers` are how many ranks read different rows, and this rank's number among them. A micro-batch has `input_ids`
+    and `shift_labels` (B, L) int64, and perhaps `document_starts` (B, L) bool; `labelled` counts the labels of all.
+    `find_problem` says what is wrong with the loss, and `before_update` is called before weights change. Raises
+    StopRun, before it computes, where a rank is `stopping`.
     """
-    readers, reader = world.shape.dp, world.shape.dp_rank(world.rank)
     # One sum says how many tokens there are, and whether the step is to be done at all.
     alike = world.axes["sp"].rank or world.axes["tp"].rank
     own = [0 if alike else labelled, 0 if stopping is None else int(stopping.wanted())]
     sums = world.sum(torch.tensor(own, device=world.device))
-    seen, wanting = world.numbers(sums, unknown=[readers * labelled, 0])
+    seen, wanting = world.numbers(sums, unknown=[readers[0] * labelled, 0])
     if stopping is not None and stopping.agreed(wanting):
         raise StopRun
     loss, shares = torch.zeros((), device=world.device), []
@@ -570,7 +572,7 @@ def take_step(
         given = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
         inputs, labels, starts = given["input_ids"], given["shift_labels"], given.get("document_starts")
         # The rows of a global batch lie micro-batch by micro-batch, and in each of them rank by rank.
-        place = Place(step, (i * readers + reader) * len(inputs))
+        place = Place(step, (i * readers[0] + readers[1]) * len(inputs))
         share = engine.forward(inputs, labels, seen, place, starts)
         engine.backward(share, last=i == len(batches) - 1)
         shares.append(share.detach())

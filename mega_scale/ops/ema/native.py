@@ -77,7 +77,8 @@ def ema_native_backward(
     """Gradients by x, by the state before rows, and by rows; finds the states inside a block anew."""
     native: Any = library()
     x, dy, adjoint = x.contiguous(), dy.contiguous(), d_end.clone(memory_format=torch.contiguous_format)
-    dx, gradients = torch.empty_like(x), _of_rows(x, rows)
+    # Fades have none: 3 of 5 rows, and 5 of the 9 of a complex average.
+    dx, gradients = torch.empty_like(x), x.new_empty((len(rows) + 1) // 2, *rows.shape[1:])
     given = x, dy, rows, befores, resets, adjoint, dx, gradients
     native.mega_ema_backward(*(None if t is None else t.data_ptr() for t in given), *_sizes(x, rows))
     return dx, adjoint, gradients
@@ -90,12 +91,8 @@ def _native_backward_like(
     return (
         torch.empty_like(x, memory_format=contiguous),
         torch.empty_like(d_end, memory_format=contiguous),
-        _of_rows(x, rows),
+        x.new_empty((len(rows) + 1) // 2, *rows.shape[1:]),
     )
-
-
-def _of_rows(x: Tensor, rows: Tensor) -> Tensor:
-    return x.new_empty(5 if len(rows) == 9 else 3, *rows.shape[1:])
 
 
 def _sizes(x: Tensor, rows: Tensor) -> tuple[int, ...]:

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import operator
 import os
 import shutil
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,20 @@ if TYPE_CHECKING:
     from mega_scale.model.configuration_mega import BaseConfig
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 BUFFER = "buffer"
 # What follows the name of a checkpoint while it is written, and until another of its step has its place.
 UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 StoredRange = tuple[int, int, int]
 """Rank of tp whose shard it is (0 where a parameter is not sharded), first number in it, and the one after the last."""
+Run = list[int]
+"""Ranges that lie evenly in files: rank of tp, file, first number and length of the first range; then, for each way in
+which it repeats, outermost first, how often it is there, and by how much files and first numbers differ."""
 
 _ROOM = 1.05  # of what the tensors take, for all else
 _SMALL_BYTES = 2**20
+DIMENSIONS = 4  # of a mesh, along each of which what ranks hold repeats
 _NAMED = 4  # ranks whose problem is told
 _ALIGNMENT = 64  # bytes; every dtype can begin there
 _LOOK_S = 5.0
@@ -256,7 +261,7 @@ class Saver:
         if problems := [f"rank {rank}: {problem}" for rank, (*_, problem, _) in enumerate(reports) if problem]:
             raise OSError("; ".join(problems[:_NAMED]))
         unfinished, replaced = save.folder.with_suffix(UNFINISHED), save.folder.with_suffix(_REPLACED)
-        index = save.index | {"parts": [ranges for _, ranges, *_ in reports]}
+        index = save.index | describe_files([ranges for _, ranges, *_ in reports])
         files = {name: Record(*record) for records, *_ in reports for name, record in records.items()}
         manifest = store.Manifest(save.step, self._serial, files)
         write_index_and_manifest(unfinished, index, manifest, self._key)
@@ -417,8 +422,36 @@ def build_index(state: EngineState, ranges: list[dict[str, StoredRange]]) -> dic
         "kinds": {name: list(local.tensors) for name, local in state.tensors.items()},
         "averaged": 0 if state.averaged is None else int(state.averaged),
         "buffers": list(state.buffers),
-        "parts": ranges,
-    }
+    } | describe_files(ranges)
+
+
+def describe_files(ranges: Sequence[Mapping[str, StoredRange]]) -> dict[str, Any]:
+    """What `index.json` says of where numbers lie, from the ranges that each file has, in their order.
+
+    Ranks hold rows of equal length, so that a parameter takes a run or a few, however many they are.
+    """
+    found: dict[str, list[Run]] = {}
+    for file, held in enumerate(ranges):
+        for name, (tp_rank, start, stop) in held.items():
+            found.setdefault(name, []).append([tp_rank, file, start, stop - start])
+    order = operator.itemgetter(0, 3)  # rank of tp and length; files stay in order
+    return {"files": len(ranges), "runs": {name: _fold(sorted(runs, key=order)) for name, runs in found.items()}}
+
+
+def _fold(runs: list[Run], times: int = DIMENSIONS) -> list[Run]:
+    """Join runs that follow each other at equal distances, and are alike otherwise; then what that gives, and so on."""
+    found: list[tuple[Run, int, list[int]]] = []  # the first, how many, and what is between two
+    for run in runs:
+        if found:
+            first, count, apart = found[-1]
+            between = [run[at] - first[at] - (count - 1) * apart[at - 1] for at in (1, 2)]
+            alike = (run[0], run[3:]) == (first[0], first[3:])
+            if alike and between[1] > 0 and (count == 1 or between == apart):
+                found[-1] = first, count + 1, between
+                continue
+        found.append((run, 1, [0, 0]))
+    folded = [run if count == 1 else [*run[:4], count, *apart, *run[4:]] for run, count, apart in found]
+    return folded if times == 1 or len(folded) == len(runs) else _fold(folded, times - 1)
 
 
 def write_tensors(

@@ -11,8 +11,10 @@ needs: the ranges that overlap with its own, or, where `tp` differs, whole param
 
 import functools
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from mega_scale.parallel.shard import (
 )
 
 _MOST_STEPS = 2**53  # what every kind of number that counts steps can hold
+_MOST_FILES = 2**20
 _OPEN_FILES = 64
 
 
@@ -82,8 +85,10 @@ class StateReader:
         self._file = functools.lru_cache(_OPEN_FILES)(functools.partial(_open, folder))
         try:
             found: dict[str, Any] = json.loads((folder / saver.INDEX).read_text(encoding="utf-8"))
+            if found["format"] == 1:  # which lists every range
+                found |= saver.describe_files(found.pop("parts")) | {"format": saver.FORMAT}
             if found["format"] != saver.FORMAT:
-                raise ValueError(f"it has format {found['format']}, this version reads {saver.FORMAT}")
+                raise ValueError(f"it has format {found['format']}, this version reads up to {saver.FORMAT}")
             self.index = found
             self.shardings = {
                 name: Sharding(source, None if rows is None else tuple(rows), *rest)
@@ -96,7 +101,7 @@ class StateReader:
             self.kinds = {name: tuple(kinds) for name, kinds in _kinds(found).items()}
             self.trained = {name for name, kinds in self.kinds.items() if len(kinds) > 1}
             self._check_counts()
-            self._stored = self._stored_shards(found["parts"])
+            self._stored = self._stored_shards(found["files"], found["runs"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
             raise ValueError(f"{folder / saver.INDEX} cannot be read ({error!r}): choose another checkpoint") from None
 
@@ -118,17 +123,25 @@ class StateReader:
                 if sharding.length not in (None, length) or (sharding.length is None and length % self.tp):
                     raise ValueError(f"{name} cannot be cut in {self.tp}")
 
-    def _stored_shards(self, files: list[dict[str, Any]]) -> dict[tuple[str, Shard], list[tuple[int, int, int]]]:
-        """By parameter and shard, which ranges of its numbers lie where: file, first and end, in order."""
-        found: dict[tuple[str, Shard], list[tuple[int, int, int]]] = {}
-        for file, ranges in enumerate(files):
-            for name, (tp_rank, start, stop) in ranges.items():
-                integers = all(type(number) is int for number in (tp_rank, start, stop))
-                if not integers or not 0 <= start <= stop or not 0 <= tp_rank < self.tp:
-                    raise ValueError(f"part {file} has {(tp_rank, start, stop)} as its range of {name}")
+    def _stored_shards(self, files: int, runs: dict[str, list[saver.Run]]) -> dict[tuple[str, Shard], list[saver.Run]]:
+        """By parameter and shard, the runs in which its numbers lie."""
+        found: dict[tuple[str, Shard], list[saver.Run]] = {}
+        for name, stored in runs.items():
+            for run in stored:
+                tp_rank, file, start, length, *repeats = run
+                counts, steps = repeats[::3], repeats[2::3]
+                if not (
+                    all(type(number) is int for number in (files, *run))
+                    and 0 <= tp_rank < self.tp
+                    and min(start, length, file) >= 0
+                    and len(counts) == len(steps) <= saver.DIMENSIONS
+                    and all(number > 0 for number in (*counts, *steps))
+                    and math.prod(counts) <= files <= _MOST_FILES  # a file has one range of a parameter
+                ):
+                    raise ValueError(f"it has {run} as a run of {name} in {files} files")
                 shard = self.shardings[name].shard(self.shapes[name], tp_rank, self.tp)
-                found.setdefault((name, shard), []).append((file, start, stop))
-        return {key: sorted(ranges, key=lambda one: one[1]) for key, ranges in found.items()}
+                found.setdefault((name, shard), []).append(run)
+        return found
 
     def load(self, state: EngineState) -> None:
         """Write what the files hold into an engine's memory, which is changed only if all of it fits."""
@@ -200,7 +213,9 @@ class StateReader:
         found: list[Tensor] = []
         for one, first, last in wanted:
             at = first
-            for file, begin, end in self._stored.get((name, one), []):
+            runs = self._stored.get((name, one), [])
+            pieces = [piece for run in runs for piece in _pieces(run[1:], first, last)]
+            for begin, end, file in sorted(pieces):
                 if begin <= at < min(end, last):
                     stored = self._tensor(file, f"{kind}/{name}")
                     if stored.dtype != torch.float32 or stored.shape != (end - begin,):
@@ -220,6 +235,23 @@ class StateReader:
 
     def _lacks(self, file: int, name: str, why: str) -> ValueError:
         return ValueError(f"{self._folder / store.state_file(file)} lacks {name} ({why}): choose another checkpoint")
+
+
+def _pieces(run: saver.Run, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """First number, the one after the last, and file, of each range of a run that overlaps with start:stop.
+
+    The run is without its rank of tp. Whatever its length, only what overlaps is looked at.
+    """
+    file, first, length, *repeats = run
+    if not repeats:
+        if max(first, start) < min(first + length, stop):
+            yield first, first + length, file
+        return
+    count, apart, step, *inner = repeats
+    extent = length + sum((n - 1) * each for n, each in zip(inner[::3], inner[2::3], strict=True))
+    earliest = max((start - first - extent) // step + 1, 0)
+    for number in range(earliest, min(-((first - stop) // step), count)):
+        yield from _pieces([file + number * apart, first + number * step, length, *inner], start, stop)
 
 
 def _kinds(index: dict[str, Any]) -> dict[str, list[str]]:
@@ -292,7 +324,7 @@ def convert(folder: Path, run_dir: Path, parts: int, key: bytes | None = None, n
             ranges.append(found)
         # Whole along tp.
         table = {name: sharding._replace(dim=None, length=None) for name, sharding in reader.shardings.items()}
-        index = reader.index | {"table": table, "tp": 1, "parts": ranges}
+        index = reader.index | {"table": table, "tp": 1} | saver.describe_files(ranges)
         saver.write_index_and_manifest(fresh, index, store.Manifest(manifest.step, manifest.serial, files), new_key)
         fresh.rename(final)
         flush(final.parent)

@@ -128,6 +128,11 @@ def _json(edit: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
     return change
 
 
+def _runs(edit: Callable[[list[int]], Any]) -> Callable[[bytes], bytes]:
+    """Of every parameter's ranges."""
+    return _json(lambda values: [edit(run) for runs in values["runs"].values() for run in runs])
+
+
 _CODE = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")}
 _TOKENIZER_CODE = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
 
@@ -151,15 +156,10 @@ AIMED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "cut over none": ("state/index.json", _json(lambda v: v.update(tp=0))),
     "huge step": ("state/index.json", _json(lambda v: v.update(optimizer_steps=10**30))),
     "step that is no number": ("state/index.json", _json(lambda v: v.update(optimizer_steps=float("nan")))),
-    "ranges beyond the file": (
-        "state/index.json",
-        _json(lambda v: v["parts"][0].update({name: [0, 0, 10**12] for name in v["parts"][0]})),
-    ),
-    "ranges below zero": (
-        "state/index.json",
-        _json(lambda v: v["parts"][0].update({name: [0, -5, at[2]] for name, at in v["parts"][0].items()})),
-    ),
-    "part that is missing": ("state/index.json", _json(lambda v: v["parts"].insert(0, {}))),
+    "ranges beyond the file": ("state/index.json", _runs(lambda run: run.__setitem__(3, 10**12))),
+    "ranges below zero": ("state/index.json", _runs(lambda run: run.__setitem__(2, -5))),
+    "ranges without end": ("state/index.json", _runs(lambda run: run.__setitem__(slice(4, None), [10**12, 0, 1]))),
+    "part that is missing": ("state/index.json", _runs(lambda run: run.__setitem__(1, run[1] + 1))),
     "parameter that is missing": ("state/index.json", _json(lambda v: v["shapes"].popitem())),
     "buffer that is missing": ("state/index.json", _json(lambda v: v.update(buffers=["../../etc/passwd"]))),
     "names of a path": (

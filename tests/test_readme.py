@@ -120,13 +120,14 @@ def test_every_command_of_the_readme_runs_in_order(checkout):
         fork(checkout, "block.py")
 
 
+# A script does not find modules in the folder where it is started, as `-c` does, nor those that another one found.
 HELP = """
 import os, runpy, sys
 from pathlib import Path
 for words in map(str.split, sys.argv[1:]):
     variable, _, script, *_ = words
     before, sys.argv = list(sys.path), [script, "--help"]
-    sys.path[:0] = [str(Path(script).parent), *variable.partition("=")[2].split(":")]
+    sys.path[:1] = [str(Path(script).parent), *variable.partition("=")[2].split(":")]
     try:
         runpy.run_path(script, run_name="__main__")
         sys.exit(f"{script} has no --help")
@@ -134,6 +135,8 @@ for words in map(str.split, sys.argv[1:]):
         if end.code:
             raise
     sys.path[:] = before
+    for name in [name for name in sys.modules if name.partition(".")[0] == "launch"]:
+        del sys.modules[name]
 """
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "planner"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "planner"), str(Path(__file__).parents[2])]
 
 import layout_study
 import planned_study

@@ -44,7 +44,7 @@ class Contexts(Callback):
 
 
 class Lost(Callback):
-    """The last rank sends itself a signal after the third step; its number is in the run folder's name."""
+    """Rank 1 sends itself the signal that the run folder is named after, after the third step."""
 
     def on_step(self, trainer: Any, step: int, result: Any) -> None:
         if step == 3 and trainer.rank == 1:

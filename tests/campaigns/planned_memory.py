@@ -17,7 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "planner"), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[1] / "planner"))
+sys.path.append(str(Path(__file__).parents[2]))  # for launch
 
 import layout_study
 import planned_study

@@ -2,56 +2,61 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 _FILE = Path(__file__).with_name("devices.yaml")
 _KINDS = ("cuda", "cpu")
-_TEXTS = ("name", "kind", "capability")  # that are no numbers
-# All others are above 0.
-_MAY_BE_ZERO = (
-    "cores", "products_fp8", "kernel", "launch", "link_latency", "network_latency", "context", "communicator",
-    "fragmentation",
-)  # fmt: skip
+_PARTS = ("devices", "common", "peaks")  # of a file; common: what all its devices have unless they say otherwise
+
+Positive = Annotated[float, "above 0"]
+NotNegative = Annotated[float, "of 0 or more"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Device:
-    """All that a plan assumes of a device, its links and its host, in the units of `devices.yaml`."""
+    """All that a plan assumes of a device, its links and its host: what has no default is in `devices.yaml`.
+
+    Peaks are of vendors' data sheets. Shares of them are attainable ones: measured on an H100 for products of a block's
+    sizes, and guesses elsewhere, as all links' figures are.
+    """
 
     name: str
-    kind: Literal["cuda", "cpu"]
+    kind: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int]
-    cores: int
-    multiprocessors: int
-    lanes: int
-    clock: float
-    products: float
-    products_fp8: float
-    products_fp32: float
-    memory: float
-    capacity: float
-    link: float
-    network: float
-    products_share: float
-    products_fp8_share: float
-    products_fp32_share: float
-    memory_share: float
-    issue_share: float
-    kernel: float
-    launch: float
-    link_share: float
-    network_share: float
-    link_latency: float
-    network_latency: float
-    average_forward: float
-    average_backward: float
-    context: float
-    communicator: float
-    fragmentation: float
+    cores: Annotated[int, "of 0 or more"] = 0  # that ranks of a host share, one thread each; 0: each rank has a device
+    multiprocessors: Annotated[int, "above 0"]
+    lanes: Annotated[int, "above 0"] = 128  # threads whose instructions a multiprocessor issues in a cycle
+    clock: Positive  # Hz, of its multiprocessors
+    products: Positive  # FLOP/s, dense, bf16 and fp16
+    products_fp8: NotNegative  # FLOP/s; 0: it has none
+    products_fp32: Positive  # FLOP/s, without tf32
+    memory: Positive  # bytes/s
+    capacity: Positive  # bytes
+    link: Positive  # bytes/s of one direction, to devices of its host
+    network: Positive  # bytes/s of one direction, to other hosts
+    products_share: Positive = 0.70  # of the peak of products, large ones in bf16
+    products_fp8_share: Positive = 0.60  # of the peak in fp8, casts not counted
+    products_fp32_share: Positive = 0.70
+    memory_share: Positive = 0.85  # of the memory's rate, by kernels that do little else
+    issue_share: Positive = 0.75  # of the instructions that multiprocessors can issue
+    kernel: NotNegative = 2.5e-6  # seconds that the smallest kernel takes
+    launch: NotNegative = 6.0e-6  # seconds of the host a launch, eager
+    link_share: Positive = 0.80
+    network_share: Positive = 0.75
+    link_latency: NotNegative = 3.0e-6  # seconds from one device of a host to the next in a ring
+    network_latency: NotNegative = 8.0e-6  # seconds from one host to the next
+    # Instructions a thread issues for a token, channel and 16 columns of the average's state: 20 and 40 are counted, 25
+    # and 48 where a document begins every 1,000 tokens (`ops/triton_loops.py`), and these are between them; backward
+    # also waits for the chain of its segments, as long as 20 more would take.
+    average_forward: Positive = 23.0
+    average_backward: Positive = 65.0
+    context: NotNegative = 0.5e9  # bytes that CUDA takes of a device before any tensor
+    communicator: NotNegative = 0.6e9  # bytes of each of NCCL's communicators (NVIDIA/nccl issue 964: 544 to 688 MB)
+    fragmentation: NotNegative = 0.05  # share of the peak that the allocator keeps beside it
 
     @classmethod
     def known(cls, file: Path | None = None) -> list[str]:
@@ -67,16 +72,18 @@ class Device:
         figures = _figures(file)
         if name.lower() not in figures["devices"]:
             raise ValueError(f"gpu={name!r} is unknown: choose one of {', '.join(figures['devices'])}")
-        own = {**figures["common"], **figures["devices"][name.lower()], **(overrides or {})}
-        names = [each.name for each in fields(cls)]
-        if unknown := own.keys() - names:
-            changeable = ", ".join(each for each in names if each not in _TEXTS)
-            raise ValueError(f"gpu.{min(unknown)} is unknown: choose one of {changeable}")
-        if missing := [each for each in names if each not in own]:
+        declared = {each.name: each for each in fields(cls)}
+        defaults = {key: each.default for key, each in declared.items() if each.default is not MISSING}
+        own = {**defaults, **figures["common"], **figures["devices"][name.lower()], **(overrides or {})}
+        hints = get_type_hints(cls, include_extras=True)
+        numbers = [key for key in declared if get_origin(hints[key]) is Annotated]
+        if unknown := own.keys() - declared:
+            raise ValueError(f"gpu.{min(unknown)} is unknown: choose one of {', '.join(numbers)}")
+        if missing := [key for key in declared if key not in own]:
             raise ValueError(f"{name} of {file} has no {', '.join(missing)}: give them")
-        for key, value in own.items():
-            if key not in _TEXTS:
-                own[key] = cls.__annotations__[key](_number(key, value))
+        for key in numbers:
+            kind, bound = get_args(hints[key])
+            own[key] = kind(_number(key, own[key], bound))
         if own["kind"] not in _KINDS:
             raise ValueError(f"gpu.kind={own['kind']!r} is not possible: choose one of {', '.join(_KINDS)}")
         return cls(**{**own, "capability": tuple(own["capability"])})
@@ -86,19 +93,19 @@ class Device:
         return asdict(self)
 
 
-def _number(key: str, value: object) -> float:
-    low, remedy = (0.0, "of 0 or more") if key in _MAY_BE_ZERO else (math.ulp(0.0), "above 0")
+def _number(key: str, value: object, bound: str) -> float:
+    least = math.ulp(0.0) if bound == "above 0" else 0.0
     try:
         found = float(str(value))  # YAML takes 1e12 for a word
     except ValueError:
         found = math.nan
-    if not low <= found < math.inf:
-        raise ValueError(f"gpu.{key}={value} is not possible: give a number {remedy}")
+    if not least <= found < math.inf:
+        raise ValueError(f"gpu.{key}={value} is not possible: give a number {bound}")
     return found
 
 
 def _figures(file: Path | None = None) -> dict[str, dict[str, Any]]:
-    found: dict[str, Any] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    found: dict[str, Any] = {key: {} for key in _PARTS} | yaml.safe_load(_FILE.read_text(encoding="utf-8"))
     if file is None:
         return found
     try:

@@ -20,7 +20,7 @@ from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.ops import ANY_LENGTH, chunk_count, in_memory, join_chunks, split_chunks, tracing
 from mega_scale.ops.attention import ChunkDocuments
 from mega_scale.ops.elementwise import PositionalDropout
-from mega_scale.ops.linear import linear, linear_cross_entropy
+from mega_scale.ops.linear import linear, linear_cross_entropy, linears
 
 if TYPE_CHECKING:
     from mega_scale.model.cache import LayerState
@@ -38,6 +38,22 @@ class MegaLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+def linear_layers(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """What several layers make of the same x (B, L, D), a (B, L, W) each.
+
+    For a compiler, which adds what autograd would, their products sum the gradients of x: `linears`. A layer that is
+    more than its product, as one in fp8 or one with a hook, has them called one by one.
+    """
+    if tracing() != "compile" or not all(_is_a_product(layer) for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+
+
+def _is_a_product(layer: nn.Linear) -> bool:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer).forward in (nn.Linear.forward, MegaLinear.forward) and not hooks
 
 
 class MegaDropout(nn.Module):

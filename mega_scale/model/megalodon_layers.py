@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mega_scale.model.basic_layers import ChunkedAttention, MegaDropout
+from mega_scale.model.basic_layers import ChunkedAttention, MegaDropout, linear_layers
 from mega_scale.model.cache import LayerState
 from mega_scale.model.configuration_megalodon import MegalodonConfig
 from mega_scale.model.rows import DocumentBorders
@@ -186,7 +186,7 @@ class MegalodonAttention(ChunkedAttention):
         with recomputed(self.rmsnorm, averaged) as averaged_normed:
             m = self.ema_dropout(averaged_normed)
             pre = self.wv(normed)
-            z, gate, candidate = self.from_average(m)
+            z, gate, candidate = linear_layers(m, self.wz, self.wr, self.wh1)
         with recomputed(F.silu, pre) as v:
             q, k = self.gates.normalized_queries_and_keys(z, self.gamma, self.beta, self.heads, self.config.norm_eps)
             q, k = self.turn(q, k, rotary)
@@ -198,10 +198,6 @@ class MegalodonAttention(ChunkedAttention):
             return out, None
         assert kept is not None and ema_state is not None
         return out, LayerState(ema_state, *kept, moments)
-
-    def from_average(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What becomes queries and keys (B, L, Z), the gate (B, L, E), and the candidate (B, L, D) before attention."""
-        return self.wz(m), self.wr(m), self.wh1(m)
 
     @staticmethod
     def turn(q: Tensor, k: Tensor, rotary: RotaryTurns) -> tuple[Tensor, Tensor]:
@@ -240,10 +236,8 @@ class MegalodonFeedForward(nn.Module):
         """y and x (B, L, D) to (B, L, D)."""
         with recomputed(self.norm, y) as normed:
             whole = normed if self.gather is None else self.gather(normed)
-            pre = self.fc1(whole)
-            factor = None if self.fc3 is None else self.fc3(whole)
-        inputs = (pre,) if factor is None else (pre, factor)
-        with recomputed(F.silu if factor is None else self.gates.swiglu, *inputs) as active:
+            inner = linear_layers(whole, *(layer for layer in (self.fc1, self.fc3) if layer is not None))
+        with recomputed(F.silu if self.fc3 is None else self.gates.swiglu, *inner) as active:
             out = self.fc2(self.hidden_dropout(active))
         if self.alpha is None:
             return self.dropout(out, x)

@@ -24,6 +24,7 @@ from mega_scale.ops import (
     autocast_dtype,
     device_kind,
     once_differentiable,
+    operator,
     runs_native,
     runs_triton,
     tracing,
@@ -153,6 +154,56 @@ def _sum_tokens(gradient: Tensor) -> Tensor:
         # As a product, which reads rows in order; a sum over them takes twice as long.
         return (gradient.new_ones(1, len(gradient)) @ gradient)[0]
     return gradient.sum(0)
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """`x weight^T + bias` of several layers that read the same x, a product each; differentiable once.
+
+    x is (..., D), the weights are (W, D) and the biases (W,) or none, with a W each. Returns a tensor (..., W) a layer.
+    Each product of the backward pass adds its gradient of x to those before it, where autograd's sum would read them
+    all again. `packed_linear` copies weights for that, this function does not. Autocast rounds weights in both passes.
+    """
+    dtype = autocast_dtype(x.device)
+    x = x if dtype is None else x.to(dtype)
+    with without_autocast(x.device):
+        outs: tuple[Tensor, ...] = _Linears.apply(len(weights), x.flatten(0, -2), *weights, *biases)
+        return tuple(out.unflatten(0, x.shape[:-1]) for out in outs)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+        """x (T, D); as many weights, then their biases."""
+        ctx.save_for_backward(x, *layers[:count])
+        own: list[Any] = [None if t is None else t.to(x.dtype) for t in layers]
+        return tuple(times_transposed(x, *layer) for layer in zip(own[:count], own[count:], strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        _, of_x, *of_layers = ctx.needs_input_grad
+        layers = list(zip(gradients, weights, strict=True))
+        return (
+            None,
+            _sum_products([*gradients], [weight.to(x.dtype) for weight in weights]) if of_x else None,
+            *((d.t() @ x).to(w.dtype) if of else None for (d, w), of in zip(layers, of_layers, strict=False)),
+            *(_sum_tokens(d).to(w.dtype) if of else None
+              for (d, w), of in zip(layers, of_layers[len(weights) :], strict=True)),
+        )  # fmt: skip
+
+
+def _sum_products_fake(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    return left[0].new_empty(left[0].shape[0], right[0].shape[1])
+
+
+@operator(_sum_products_fake)
+def _sum_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """The sum of products of (T, W) and (W, D), each added to what is there as it is made: (T, D)."""
+    total = left[0] @ right[0]
+    for a, b in zip(left[1:], right[1:], strict=True):
+        total.addmm_(a, b)
+    return total
 
 
 class VocabularyPart(NamedTuple):

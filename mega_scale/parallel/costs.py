@@ -35,6 +35,8 @@ _SQUARES: dict[str, tuple[tuple[int, ...], bool]] = {
     "mega_scale::scores_gradient": ((2,), True), "mega_scale::score_products": ((0,), False),
     "mega_scale::values_gradient": ((0,), False), "mega_scale::distance_sums": ((0,), False),
 }  # fmt: skip
+# Each product but the first reads what it adds to.
+_SUM = "mega_scale::sum_products"
 # Tensors that one launch of PyTorch's multi-tensor kernels takes.
 _FOREACH = 48
 
@@ -79,6 +81,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "mega_scale::ema_gradients": lambda x, dy, given, *_: x.numel() * given[1].shape[1],
     "mega_scale::ema_native": lambda x, rows, *_: x.numel() * rows.shape[2] * (1 + (len(rows) == 9)),
     "mega_scale::ema_native_backward": lambda x, dy, rows, *_: x.numel() * rows.shape[2] * (1 + (len(rows) == 9)),
+    _SUM: lambda left, right: sum(map(_product, left, right)),
     # Attention, by blocks of queries. Scores are computed twice, for statistics and for weights.
     "mega_scale::softmax_weights": lambda q, k, *_: 2 * _below_diagonal(q, q.shape[1]),
     "mega_scale::weighted_values": lambda weights, v: _below_diagonal(v, v.shape[1]),
@@ -117,6 +120,9 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
         return None  # a question, not work
     flops = FLOPS[name](*args) if name in FLOPS else 0
     kernels: float = KERNELS.get(name, 1)
+    if name == _SUM:
+        kernels = len(args[0])
+        writes = [(t, size * (2 * len(args[0]) - 1)) for t, size in writes]
     if "_foreach_" in name or "_fused_ad" in name:
         kernels = max(1.0, len(given) / _FOREACH)
     return Cost(reads, writes, flops, kernels)

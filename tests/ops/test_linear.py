@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mega_scale.ops import linear as module
-from mega_scale.ops.linear import linear, packed_linear, times_transposed
+from mega_scale.ops.linear import linear, linears, packed_linear, times_transposed
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 
@@ -104,14 +104,16 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.__name__.partition(".")[0] in ("mm", "addmm", "_linear_pointwise")
+        self.count += function.__name__.partition(".")[0] in ("mm", "addmm", "addmm_", "_linear_pointwise")
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("tokens", [(2, 20), (3,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2, 3), (4, 5, 6)])
-def test_packed_layers_are_one_product_and_equal_each_alone(tokens, dtype, frozen):
+@pytest.mark.parametrize("function", [packed_linear, linears])
+def test_layers_of_one_input_equal_each_alone(function, tokens, dtype, frozen):
+    """Packed ones are one product."""
     generator = torch.Generator().manual_seed(len(tokens))
     sizes = [(*tokens, 5), (3, 5), (4, 5), (1, 5), (3,), (4,), (1,)]
     leaves = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
@@ -120,11 +122,12 @@ def test_packed_layers_are_one_product_and_equal_each_alone(tokens, dtype, froze
     wanted = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     slopes = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype) for out in wanted]
     with Products() as seen:
-        found = packed_linear(x, weights, biases)
-        assert seen.count == 1
+        found = function(x, weights, biases)
+        assert seen.count == (1 if function is packed_linear else 3)
         torch.autograd.backward(found, slopes)
     # Of tokens and of weights one each, and the biases' sum.
-    assert seen.count == 1 + x.requires_grad + weights[0].requires_grad + biases[0].requires_grad
+    if function is packed_linear:
+        assert seen.count == 1 + x.requires_grad + weights[0].requires_grad + biases[0].requires_grad
     learned = [leaf for leaf in leaves if leaf.requires_grad]
     for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want)
@@ -132,13 +135,14 @@ def test_packed_layers_are_one_product_and_equal_each_alone(tokens, dtype, froze
         torch.testing.assert_close(leaf.grad, want)
 
 
-def test_packed_layers_keep_no_rounded_copy_of_what_they_read():
+@pytest.mark.parametrize("function", [packed_linear, linears])
+def test_layers_of_one_input_keep_no_rounded_copy_of_what_they_read(function):
     x, weights, biases = torch.randn(9, 5), [torch.randn(3, 5), torch.randn(4, 5)], [torch.randn(3), torch.randn(4)]
     leaves = [leaf.requires_grad_() for leaf in (*weights, *biases)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         with torch.autocast("cpu", torch.bfloat16):
-            found = packed_linear(x, weights, biases)
+            found = function(x, weights, biases)
         assert {out.dtype for out in found} == {torch.bfloat16}
     memory = {leaf.data_ptr() for leaf in weights}
     assert {t.data_ptr() for t in kept if t.shape[-1] == 5 and len(t) != len(x)} == memory
@@ -150,3 +154,22 @@ def test_packed_layers_keep_no_rounded_copy_of_what_they_read():
     ):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
+def test_layers_of_one_input_sum_its_gradients_in_their_products():
+    x, weights = torch.randn(2, 9, 5, requires_grad=True), [torch.randn(3, 5), torch.randn(4, 5), torch.randn(1, 5)]
+    names = []
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name().partition(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    found = linears(x, weights, [None] * 3)
+    slopes = [torch.randn(out.shape) for out in found]
+    with Names():
+        torch.autograd.backward(found, slopes)
+    assert names.count("mega_scale::sum_products") == 1 and not {"aten::add", "aten::add_", "aten::mm"} & {*names}
+    left, right = [torch.randn(4, 3), torch.randn(4, 2)], [torch.randn(3, 5), torch.randn(2, 5)]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.mega_scale.sum_products.default, (left, right), test_utils=checks)

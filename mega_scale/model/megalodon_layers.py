@@ -19,7 +19,7 @@ from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.attention import chunk_attention, turn, turns
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, plus_scaled, recomputed
 from mega_scale.ops.ema import Carry, complex_ema_coefficients, damped_ema
-from mega_scale.ops.timestep_norm import MomentCarry, Moments, timestep_norm
+from mega_scale.ops.timestep_norm import MomentCarry, Moments, timestep_norm_and_residuals
 
 
 class MegalodonTimestepNorm(nn.Module):
@@ -39,10 +39,12 @@ class MegalodonTimestepNorm(nn.Module):
         state: Moments | None = None,
         resets: Tensor | None = None,
         valid: Tensor | None = None,
-    ) -> tuple[Tensor, Moments]:
-        """Normalise x (B, L, D); the other arguments, and the moments after x, are those of `timestep_norm`."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Moments]:
+        """Normalise x (B, L, D); arguments and results are those of `timestep_norm_and_residuals`."""
         carry = None if self.carry is None else self.carry()
-        return timestep_norm(x, self.weight, self.bias, self.groups, self.eps, state, resets, valid, carry=carry)
+        return timestep_norm_and_residuals(
+            x, self.weight, self.bias, self.groups, self.eps, state, resets, valid, carry=carry
+        )
 
 
 class MegalodonComplexEma(nn.Module):
@@ -170,8 +172,9 @@ class MegalodonAttention(ChunkedAttention):
         state: LayerState | None = None,
         return_state: bool = False,
         borders: DocumentBorders | None = None,
-    ) -> tuple[Tensor, LayerState | None]:
-        """The residual stream (B, L, D) plus attention, after `state`; also returns the state after x, or none.
+    ) -> tuple[Tensor, Tensor, LayerState | None]:
+        """The residual stream (B, L, D) plus attention, after `state`; also returns x for the second hop to read, and
+        the state after x, or none.
 
         The mask (B, L) bool, after a state also of columns before, is true for valid positions; `pads` (B,) int64 is
         the padding before each row's first token, from which chunks count; `borders` are of documents in rows without
@@ -179,7 +182,7 @@ class MegalodonAttention(ChunkedAttention):
         """
         valid = None if mask is None else mask[:, -x.shape[1] :]
         resets = None if borders is None else borders.starts
-        normed, moments = self.timenorm(x, None if state is None else state.norm, resets, valid)
+        normed, (x, residual), moments = self.timenorm(x, None if state is None else state.norm, resets, valid)
         if self.gather is not None:
             normed = self.gather(normed)
         averaged, ema_state = self.cema(normed, None if state is None else state.ema, resets)
@@ -195,9 +198,9 @@ class MegalodonAttention(ChunkedAttention):
             candidate = candidate + self.wh2(self.hidden_dropout(gated))
         out = self.dropout(candidate, x)
         if not return_state:
-            return out, None
+            return out, residual, None
         assert kept is not None and ema_state is not None
-        return out, LayerState(ema_state, *kept, moments)
+        return out, residual, LayerState(ema_state, *kept, moments)
 
     @staticmethod
     def turn(q: Tensor, k: Tensor, rotary: RotaryTurns) -> tuple[Tensor, Tensor]:
@@ -263,5 +266,5 @@ class MegalodonBlock(GradientCheckpointingLayer):
         borders: DocumentBorders | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Update the residual stream; arguments as in `MegalodonAttention`."""
-        y, state = self.mega(x, rotary, mask, pads, state, return_state, borders)
-        return self.nffn(y, x), state
+        y, residual, state = self.mega(x, rotary, mask, pads, state, return_state, borders)
+        return self.nffn(y, residual), state

@@ -173,7 +173,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             hidden_states.append(x)
         valid = None if mask is None else mask[:, -x.shape[1] :]
         resets = None if borders is None else borders.starts
-        x, moments = self.final_norm(x, None if cache is None else cache.final_norm, resets, valid)
+        x, _, moments = self.final_norm(x, None if cache is None else cache.final_norm, resets, valid)
         if cache is not None:
             cache.remember_final_norm(moments)
             cache = cache.end_call()

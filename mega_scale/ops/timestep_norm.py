@@ -51,7 +51,15 @@ from mega_scale.ops.moments import (
     token_counts,
 )
 
-__all__ = ["MomentCarry", "MomentTurn", "Moments", "later_gradients", "part_borders", "timestep_norm"]
+__all__ = [
+    "MomentCarry",
+    "MomentTurn",
+    "Moments",
+    "later_gradients",
+    "part_borders",
+    "timestep_norm",
+    "timestep_norm_and_residuals",
+]
 IMPLEMENTATIONS = ("auto", "recurrent", "blocked", "native", "triton")
 _SOURCE = Path(__file__).with_name("timestep_norm.cpp")
 
@@ -94,6 +102,30 @@ def timestep_norm(
     Raises:
         ValueError: a shape, a dtype or the number of groups does not fit, or the implementation is unknown.
     """
+    y, _, moments = timestep_norm_and_residuals(
+        x, weight, bias, groups, eps, state, resets, valid, carry=carry, impl=impl
+    )
+    return y, moments
+
+
+def timestep_norm_and_residuals(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    state: Moments | None = None,
+    resets: Tensor | None = None,
+    valid: Tensor | None = None,
+    *,
+    carry: MomentCarry | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor], Moments]:
+    """As `timestep_norm`, and between its results x twice, for what else reads it: the residuals of two hops.
+
+    Triton's backward pass then adds the gradients of these as it writes that of x, in place of kernels that would read
+    them again.
+    """
     _check(x, weight, bias, groups, state, resets, valid, impl)
     if carry is not None and state is not None:
         raise ValueError(f"carry brings the state: it excludes a state of counts {tuple(state.count.shape)}")
@@ -106,9 +138,10 @@ def timestep_norm(
         run = _run
         if tracing() == "compile":
             impl, run = _NODES.get(impl, (impl, _run))
-        y, count, mean, var = run(impl, groups, eps, carry, resets, valid, x, weight, bias, *known)
+        y, first, second, count, mean, var = run(impl, groups, eps, carry, resets, valid, x, weight, bias, *known)
         empty = (count == 0)[:, None]
-        return y, Moments(count, mean.to(dtype).masked_fill(empty, 0), var.to(dtype).masked_fill(empty, 1))
+        moments = Moments(count, mean.to(dtype).masked_fill(empty, 0), var.to(dtype).masked_fill(empty, 1))
+        return y, (first, second), moments
 
 
 def _run(
@@ -121,14 +154,16 @@ def _run(
     x: Tensor,
     *others: Tensor,
 ) -> tuple[Tensor, ...]:
-    """y, and count, mean and variance after the last token, by one form."""
+    """y, x twice for others to read, and count, mean and variance after the last token, by one form."""
     rules = Rules(groups, eps, resets, valid, carry, torch.promote_types(x.dtype, torch.float32))
-    form: Any = _traced if impl == "blocked" and tracing() == "trace" else _FORMS.get(impl)
     if impl == "triton":
         # Not before it is needed: triton may not be installed.
-        from mega_scale.ops.timestep_norm_triton import triton_norm as form  # noqa: PLC0415
-    found: tuple[Tensor, ...] = form(rules, x, *others)
-    return found
+        from mega_scale.ops.timestep_norm_triton import triton_norm  # noqa: PLC0415
+
+        return triton_norm(rules, x, *others)
+    form: Any = _traced if impl == "blocked" and tracing() == "trace" else _FORMS[impl]
+    y, *end = form(rules, x, *others)
+    return y, x, x, *end
 
 
 def _best(x: Tensor, carry: MomentCarry | None, *others: Tensor) -> str:

@@ -8,6 +8,7 @@ sums over all tokens behind it, `Q = sum of gV / n` and `U = sum of (gM + 2 (piv
 Legend: B batch, L length, D channels, G groups of S channels (SP those padded to a power of two), M blocks of T tokens.
 
     x, y, dx, dy     (B, L, D) contiguous tokens and their gradients
+    residual, other  (B, L, D) gradients of x past the norm, R of them; added to dx
     document         (B, L) int32: documents that have begun
     valid            (B, L) uint8: 0 for padding
     counts           (B, L) int64: n of every token
@@ -57,9 +58,9 @@ def triton_norm(
 ) -> tuple[Tensor, ...]:
     """The norm on a GPU (or anywhere, interpreted: TRITON_INTERPRET=1); keeps x and two numbers a token and group.
 
-    x (B, L, D) is bf16, fp16, fp32 or fp64, count (B,) int64, mean and var (B, G) fp64. Returns y in the dtype of x,
-    and count, mean and var after the last token. Raises ValueError if x is not on a GPU and kernels are not
-    interpreted.
+    x (B, L, D) is bf16, fp16, fp32 or fp64, count (B,) int64, mean and var (B, G) fp64. Returns y in the dtype of x, x
+    twice for others to read, and count, mean and var after the last token. Raises ValueError if x is not on a GPU and
+    kernels are not interpreted.
     """
     if device_kind(x) != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(f"impl='triton' needs a GPU and x is on {x.device}: use impl='blocked'")
@@ -109,12 +110,19 @@ class _Norm(torch.autograd.Function):
         end = counts[:, -1].clone()
         ctx.mark_non_differentiable(end)
         ctx.save_for_backward(x, weight, bias, count, mean, means, rstds)
-        return y, end, *before[:, :, -1].clone()
+        # Each x becomes a view, whose gradient comes to the backward pass.
+        return y, x, x, end, *before[:, :, -1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dy: Tensor | None, d_count: None, d_mean: Tensor | None, d_var: Tensor | None
+        ctx: Any,
+        dy: Tensor | None,
+        first: Tensor | None,
+        second: Tensor | None,
+        d_count: None,
+        d_mean: Tensor | None,
+        d_var: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         x, weight, bias, count, mean, means, rstds = ctx.saved_tensors
         rules: Rules = ctx.rules
@@ -143,7 +151,7 @@ class _Norm(torch.autograd.Function):
             d_state = []
         else:
             d_weight, d_bias = sums.sum(1)
-        dx = _norm_gradient(*given, behind, *rows.tokens)
+        dx = _norm_gradient(*given, behind, [t for t in (first, second) if t is not None], *rows.tokens)
         return None, dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, *(d_state or (None, None))
 
 
@@ -266,11 +274,12 @@ def _gradient_like(x: Tensor, *others: Any) -> Tensor:
 @operator(_gradient_like)
 def _norm_gradient(
     x: Tensor, dy: Tensor, weight: Tensor, counts: Tensor, means: Tensor, rstds: Tensor, behind: Tensor,
-    document: Tensor | None, valid: Tensor | None, groups: int,
+    residuals: list[Tensor], document: Tensor | None, valid: Tensor | None, groups: int,
 ) -> Tensor:  # fmt: skip
     dx = torch.empty_like(x)
-    given = x, dy, weight, counts, means, rstds, behind, dx
-    _of_tokens(tokens_gradient_kernel, x, document, valid, groups, *given)
+    residual, other = (*residuals, x, x)[:2]
+    given = x, dy, weight, counts, means, rstds, behind, residual, other, dx
+    _of_tokens(tokens_gradient_kernel, x, document, valid, groups, *given, R=len(residuals))
     return dx
 
 
@@ -499,10 +508,11 @@ def behind_kernel(
 
 @triton.jit
 def tokens_gradient_kernel(
-    document, valid, x, dy, weight, counts, means, rstds, behind, dx, L, D, G, M,
+    document, valid, x, dy, weight, counts, means, rstds, behind, residual, other, dx, L, D, G, M,
     S: tl.constexpr, SP: tl.constexpr, T: tl.constexpr, DOCUMENTS: tl.constexpr, PADDING: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
-    """`dx = dy (weight + 1) rstd + (U + 2 (x - M) Q) / S`, U about the token's own mean."""
+    """`dx = dy (weight + 1) rstd + (U + 2 (x - M) Q) / S + residual + other`, U about the token's own mean."""
     row, block, group, token, channel, there = _place(L, G, M, T, S, SP)
     own, counted, _, last = _kinds(document, valid, row, block, token, L, T, DOCUMENTS, PADDING)
     by_mean, by_var, mean, _, slope, centred, rstd = _slopes(
@@ -520,4 +530,9 @@ def tokens_gradient_kernel(
     q = tl.where(goes_on, q + past_q, q)
     found = slope * rstd[:, None] + (u[:, None] + 2 * centred * q[:, None]) / S
     at = (row * L + token[:, None]) * D + group * S + channel[None, :]
-    tl.store(dx + at, tl.where(counted[:, None], found, 0.0).to(dx.dtype.element_ty), mask=there)
+    found = tl.where(counted[:, None], found, 0.0)
+    if R > 0:
+        found += _wide(tl.load(residual + at, mask=there, other=0.0))
+    if R > 1:
+        found += _wide(tl.load(other + at, mask=there, other=0.0))
+    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=there)

@@ -39,7 +39,7 @@ from mega_scale.ops.triton_loops import Average, disassemble, tile_instructions
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
 # Of arguments; all others are pointers to fp32, or fp64 where tokens are. As at a launch, the compiler is told which
 # are multiples of 16 in all configs: pointers, and some sizes.
-_TOKENS = ("x", "residual", "y", "dx", "dy", "q", "k", "v", "d_out",
+_TOKENS = ("x", "residual", "other", "y", "dx", "dy", "q", "k", "v", "d_out",
            "weights", "dropped", "d_scores", "a", "b", "logits")  # fmt: skip
 _OTHERS = {
     **dict.fromkeys(("document", "starts", "since"), "*i32"),
@@ -128,9 +128,12 @@ def _variants(
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
                 own = TILE.constants(columns, wide, states, double, pairs, back=True)
                 yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, **flags}
-    for kernel in (totals_kernel, normalise_kernel, slopes_kernel, tokens_gradient_kernel):
-        own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
+    own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
+    for kernel in (totals_kernel, normalise_kernel, slopes_kernel):
         yield kernel, kernel.fn.__name__, f"S={_NORM_CHANNELS}", own
+    for residuals, words in enumerate(("", ", residual", ", residuals")):
+        name = f"{tokens_gradient_kernel.fn.__name__}{words}"
+        yield tokens_gradient_kernel, name, f"S={_NORM_CHANNELS}", {**own, "R": residuals}
     for kernel in (before_kernel, behind_kernel):
         own = {**block_constants(_NORM_CHANNELS, documents=True), "num_warps": 4}
         yield kernel, kernel.fn.__name__, f"G={_NORM_CHANNELS}", own

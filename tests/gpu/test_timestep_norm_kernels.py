@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mega_scale.ops.timestep_norm import Moments, timestep_norm
+from mega_scale.ops.timestep_norm import Moments, timestep_norm, timestep_norm_and_residuals
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,12 +12,14 @@ pytestmark = [
 
 
 def run(leaves, count, flags, groups, dtype, device, impl):
-    """y, the end state and the gradients of a fixed function of both; x is of its own dtype."""
+    """y, the end state and the gradients of a fixed function of both and of residuals; x is of its own dtype."""
     leaves = {n: (t if n == "x" else t.to(dtype)).to(device).detach().requires_grad_() for n, t in leaves.items()}
     x, weight, bias, mean, var = leaves.values()
     flags = [None if t is None else t.to(device) for t in flags]
-    y, end = timestep_norm(x, weight, bias, groups, 1e-5, Moments(count.to(device), mean, var), *flags, impl=impl)
+    state = Moments(count.to(device), mean, var)
+    y, streams, end = timestep_norm_and_residuals(x, weight, bias, groups, 1e-5, state, *flags, impl=impl)
     generator, found = torch.Generator().manual_seed(7), {"y": y, "mean": end.mean, "var": end.var}
+    found |= dict(enumerate(streams))
     probes = [torch.randn(t.shape, generator=generator).bfloat16().to(device, t.dtype) for t in found.values()]
     gradients = torch.autograd.grad(list(found.values()), list(leaves.values()), probes)
     return {**found, **{"d" + name: g for name, g in zip(leaves, gradients, strict=True)}, "count": end.count}

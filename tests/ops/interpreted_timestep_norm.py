@@ -13,6 +13,8 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/ops/test_timestep_n
 import pytest
 import torch
 from test_timestep_norm import assert_same, make_case, run, run_in_parts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from mega_scale.ops import timestep_norm_triton
 from mega_scale.ops.timestep_norm import Moments, timestep_norm
@@ -30,8 +32,9 @@ def test_kernels_match_the_recurrence_in_fp64(length):
         leaves, count, resets, valid = make_case(length, batch=2, state=state, offset=3.0)
         resets[:, length // 2] = True
         given = resets if documents else None, valid if padding else None
-        want = run(leaves, count, *given, impl="recurrent")
-        assert_same(run(leaves, count, *given, impl="triton"), want)
+        for residuals in range(3):
+            want = run(leaves, count, *given, residuals=residuals, impl="recurrent")
+            assert_same(run(leaves, count, *given, residuals=residuals, impl="triton"), want)
 
 
 def test_blocks_of_64_match_the_recurrence_in_fp64(monkeypatch):
@@ -46,20 +49,40 @@ def test_parts_of_a_row_equal_the_whole(flags):
     leaves, count, resets, valid = make_case(27, batch=2, state=False, offset=3.0)
     resets[1, 18] = True
     given = (resets, valid) if flags else (None, None)
-    got = run_in_parts(3, leaves, count, *given, impl="triton")
-    assert_same(got, run(leaves, count, *given, impl="recurrent"), 1e-12)
+    got = run_in_parts(3, leaves, count, *given, residuals=2, impl="triton")
+    want = run(leaves, count, *given, residuals=2, impl="recurrent")
+    assert_same(got, {name: want[name] for name in got}, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics_of_narrow_tokens_are_fp32(dtype):
     leaves, count, resets, valid = make_case(20, batch=2, offset=100.0 if dtype == torch.float32 else 3.0)
     exact = {name: (t.to(dtype) if name == "x" else t.float()).double() for name, t in leaves.items()}
-    want = run(exact, count, resets, valid, impl="recurrent")
+    want = run(exact, count, resets, valid, residuals=2, impl="recurrent")
     narrow = {name: exact[name].to(dtype if name == "x" else torch.float32) for name in leaves}
-    got = run(narrow, count, resets, valid, impl="triton")
+    got = run(narrow, count, resets, valid, residuals=2, impl="triton")
     assert got["y"].dtype == got["dx"].dtype == dtype and got["mean"].dtype == torch.float32
     rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5  # interpretation cuts off
     assert_same(got, want, rounding)
+
+
+@pytest.mark.parametrize("residuals", [0, 1, 2])
+def test_the_gradient_operator_says_what_it_does(residuals):
+    """Its schema, and what fake tensors get."""
+    leaves, count, resets, valid = make_case(20, batch=2)
+    seen = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if "norm_gradient" in str(function):
+                seen.append(tree_map_only(torch.Tensor, torch.Tensor.clone, (function, arguments)))
+            return function(*arguments, **(options or {}))
+
+    with Operators():
+        run(leaves, count, resets, valid, residuals=residuals, impl="triton")
+    ((called, given),) = seen
+    assert [len(each) for each in given if isinstance(each, list)] == [residuals]
+    torch.library.opcheck(called, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_padding_and_documents_are_not_read():

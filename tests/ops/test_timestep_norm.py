@@ -9,7 +9,7 @@ from parts import carry_moments, run_parts
 from mega_scale import ops
 from mega_scale.ops import load
 from mega_scale.ops import timestep_norm as module
-from mega_scale.ops.timestep_norm import Moments, timestep_norm
+from mega_scale.ops.timestep_norm import Moments, timestep_norm, timestep_norm_and_residuals
 
 GROUPS, WIDTH = 3, 4
 EPS = 1e-5
@@ -32,14 +32,14 @@ def make_case(length, batch=3, offset=0.0, state=True, seed=0):
     return leaves, torch.tensor([5, 0, 1000])[:batch], resets, valid
 
 
-def run(leaves, count, resets=None, valid=None, **options):
-    """y, the end state, and the gradients of a random function of all three."""
+def run(leaves, count, resets=None, valid=None, *, residuals=0, **options):
+    """y, the end state, and the gradients of a random function of all three, and of `residuals` that come out."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
     state = Moments(count, leaves["mean"], leaves["var"]) if "mean" in leaves else None
     x, weight, bias = (leaves[name] for name in ("x", "weight", "bias"))
-    y, end = timestep_norm(x, weight, bias, GROUPS, EPS, state, resets, valid, **options)
+    y, streams, end = timestep_norm_and_residuals(x, weight, bias, GROUPS, EPS, state, resets, valid, **options)
     generator = torch.Generator().manual_seed(7)
-    found = {"y": y, "mean": end.mean, "var": end.var}
+    found = {"y": y, "mean": end.mean, "var": end.var} | dict(enumerate(streams[:residuals]))
     loss = sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum() for t in found.values())
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
     return {**found, "count": end.count, **{"d" + name: g for name, g in zip(leaves, gradients, strict=True)}}
@@ -275,20 +275,21 @@ def test_an_exported_program_takes_every_length():
                 torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-def run_in_parts(parts, leaves, count, resets, valid, **options):
+def run_in_parts(parts, leaves, count, resets, valid, *, residuals=0, **options):
     """As `run`, of parts of rows that `part_borders` and `later_gradients` tie together; count is not used."""
     length, generator = leaves["x"].shape[1], torch.Generator().manual_seed(7)
     probes = [
         torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in (leaves["x"].shape, (len(count), GROUPS), (len(count), GROUPS))
+        for shape in (leaves["x"].shape, *[(len(count), GROUPS)] * 2, *[leaves["x"].shape] * residuals)
     ]
 
     def act(carry, part):
         cut = slice(part * length // parts, (part + 1) * length // parts)
         own = {name: (t[:, cut] if name == "x" else t).detach().clone().requires_grad_() for name, t in leaves.items()}
         flags = [None if t is None else t[:, cut] for t in (resets, valid)]
-        y, end = timestep_norm(*own.values(), GROUPS, EPS, None, *flags, carry=carry, **options)
+        y, streams, end = timestep_norm_and_residuals(*own.values(), GROUPS, EPS, None, *flags, carry=carry, **options)
         loss = (y * probes[0][:, cut]).sum()
+        loss = loss + sum((x * probe[:, cut]).sum() for x, probe in zip(streams, probes[3:], strict=False))
         if part == parts - 1:
             loss = loss + (end.mean * probes[1]).sum() + (end.var * probes[2]).sum()
         return y.detach(), end, torch.autograd.grad(loss, list(own.values()))

@@ -178,24 +178,43 @@ class ChunkedAttention(nn.Module):
         """
         if state is not None and state.rows is not None:
             return self._attend_in_place(q, k, v, state, state.rows, return_weights)
-        seen: Any = 0 if state is None else state.position
+        position: Any = 0 if state is None else state.position
+        length, columns, kept = q.shape[1], position, None
         if return_state and torch.compiler.is_exporting():
             # A number would hold for the calls that are like this one.
-            seen = torch.zeros((), dtype=torch.long, device=q.device) + seen
-        if pads is None:
-            kept = None
-            if return_state:
-                from mega_scale.model.cache import remember
-
-                kept = remember(state, k, v, self.chunk)
-            documents = None if borders is None else borders.chunks
-            out, weights = self._attend(q, k, v, mask, state, kept, return_weights, documents)
-        else:
+            columns = torch.zeros((), dtype=torch.long, device=q.device) + position
+        if pads is not None:
             from mega_scale.model.rows import LeftPadding
 
-            padding = LeftPadding.lay(pads, seen, 0 if state is None else state.keys.shape[1], q.shape[1], self.chunk)
+            padding = LeftPadding.lay(pads, columns, 0 if state is None else state.keys.shape[1], length, self.chunk)
             out, weights, kept = self._attend_left_padded(q, k, v, mask, state, padding, return_weights)
-        return out, weights, None if kept is None else (*kept, seen + q.shape[1])
+            return out, weights, (*kept, columns + length)
+        if return_state:
+            from mega_scale.model.cache import remember
+
+            kept = remember(state, k, v, self.chunk)
+        seen = position % self.chunk if self.chunk else position  # of the chunk, before q
+        total, any_length = seen + length, tracing() in ANY_LENGTH
+        if seen and kept is not None and (self.chunk is None or total < self.chunk):
+            k, v = (tensor[:, :total] for tensor in kept)
+        elif seen and state is not None:
+            k, v = torch.cat([state.keys[:, :seen], k], 1), torch.cat([state.values[:, :seen], v], 1)
+        key_mask, documents = None if mask is None else mask[:, -total:], None if borders is None else borders.chunks
+        if self.chunk is None or (not any_length and total <= self.chunk):
+            out, weights = self._attend_in_chunks(q, k, v, key_mask, seen, return_weights, documents)
+            out = out[:, 0]
+        else:
+            # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
+            pad = chunk_count(total, self.chunk) * self.chunk - total
+            more = any_length or pad > 0
+            if more and (key_mask is not None or not self.causal):
+                valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
+                key_mask = F.pad(valid, (0, pad), value=False)
+            if seen or more:  # padding by nothing would copy
+                q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
+            out, weights = self._attend_in_chunks(q, k, v, key_mask, 0, return_weights, documents)
+            out = join_chunks(out, seen, total)
+        return out, weights, None if kept is None else (*kept, columns + length)
 
     def _attend_in_place(
         self, q: Tensor, k: Tensor, v: Tensor, state: "LayerState", rows: "OpenChunk", return_weights: bool
@@ -212,41 +231,6 @@ class ChunkedAttention(nn.Module):
         out, _ = self._attend_in_chunks(q, state.keys, state.values, rows.visible(place), place, False, None)
         return out[:, 0], None, (state.keys, state.values, state.position)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        state: "LayerState | None",
-        kept: tuple[Tensor, Tensor] | None,
-        return_weights: bool,
-        documents: ChunkDocuments | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention of q (B, L, Z) to remembered keys and k, which `kept` holds already; returns (B, L, E)."""
-        length, any_length = q.shape[1], tracing() in ANY_LENGTH
-        position: Any = 0 if state is None else state.position
-        seen = position % self.chunk if self.chunk else position
-        total = seen + length
-        if seen and kept is not None and (self.chunk is None or total < self.chunk):
-            k, v = (tensor[:, :total] for tensor in kept)
-        elif seen and state is not None:
-            k, v = torch.cat([state.keys[:, :seen], k], 1), torch.cat([state.values[:, :seen], v], 1)
-        key_mask = None if mask is None else mask[:, -total:]
-        if self.chunk is None or (not any_length and total <= self.chunk):
-            out, weights = self._attend_in_chunks(q, k, v, key_mask, seen, return_weights, documents)
-            return out[:, 0], weights
-        # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
-        pad = chunk_count(total, self.chunk) * self.chunk - total
-        more = any_length or pad > 0
-        if more and (key_mask is not None or not self.causal):
-            valid = q.new_ones(q.shape[0], total, dtype=torch.bool) if key_mask is None else key_mask
-            key_mask = F.pad(valid, (0, pad), value=False)
-        if seen or more:  # padding by nothing would copy
-            q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
-        out, weights = self._attend_in_chunks(q, k, v, key_mask, 0, return_weights, documents)
-        return join_chunks(out, seen, total), weights
-
     def _attend_left_padded(
         self,
         q: Tensor,
@@ -257,7 +241,7 @@ class ChunkedAttention(nn.Module):
         padding: "LeftPadding",
         return_weights: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
-        """The same for left-padded rows; also returns the keys and values to remember."""
+        """`attend` of left-padded rows; also returns the keys and values to remember."""
         k = padding.in_slots(k, None if state is None else state.keys)
         v = padding.in_slots(v, None if state is None else state.values)
         kept, valid = (k, v), padding.valid(mask)

@@ -45,21 +45,19 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
         yield result
         return
     # By storage and not by address, which all fake tensors share.
-    place, elements, dtype = _place(result), result.numel(), result.dtype
+    memory, offset = result.untyped_storage()._cdata, result.storage_offset()
+    elements, dtype = result.numel(), result.dtype
 
     def pack(tensor: Tensor) -> Tensor | torch.Size:
         whole = tensor.numel() == elements and tensor.dtype == dtype and tensor.is_contiguous()
-        return tensor.shape if whole and _place(tensor) == place else tensor
+        same = whole and tensor.untyped_storage()._cdata == memory and tensor.storage_offset() == offset
+        return tensor.shape if same else tensor
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else function(*inputs).view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield result
-
-
-def _place(tensor: Tensor) -> tuple[int, int]:
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def queries_and_keys(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,29 +123,26 @@ class DeepSpeedEngine(Engine):
 
     def _step(self, lr: float, skip: bool) -> float:
         with self._reading():
-            return self._step_all(lr, skip)
-
-    def _step_all(self, lr: float, skip: bool) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        if self._copies.size > 1:
-            # Of stage 3, which copies require: all gradient partitions lie in one buffer.
-            dist.all_reduce(self._optimizer.grad_partitions_flat_buffer, group=self._copies.group)
-        if self._stage == 0:
-            # Without ZeRO, DeepSpeed has no norm of its own, and would step with any gradient.
-            counted = [p.grad for p in self._counted if p.grad is not None]
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = self._world.number(self._clip(gradients, counted, alike=("dp_replicate", "fsdp")))
-            if skip or not math.isfinite(norm):
-                self._optimizer.zero_grad(set_to_none=True)
-            else:
-                self._engine.step()
-            return norm
-        if skip:
-            return self._discard_step()
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return self._world.number(norm) if isinstance(norm, Tensor) else float(norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            if self._copies.size > 1:
+                # Of stage 3, which copies require: all gradient partitions lie in one buffer.
+                dist.all_reduce(self._optimizer.grad_partitions_flat_buffer, group=self._copies.group)
+            if self._stage == 0:
+                # Without ZeRO, DeepSpeed has no norm of its own, and would step with any gradient.
+                counted = [p.grad for p in self._counted if p.grad is not None]
+                gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+                norm = self._world.number(self._clip(gradients, counted, alike=("dp_replicate", "fsdp")))
+                if skip or not math.isfinite(norm):
+                    self._optimizer.zero_grad(set_to_none=True)
+                else:
+                    self._engine.step()
+                return norm
+            if skip:
+                return self._discard_step()
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+            return self._world.number(norm) if isinstance(norm, Tensor) else float(norm)
 
     def _discard_step(self) -> float:
         """Have ZeRO forget the gradients in its own way; returns their true norm, which ZeRO then does not keep.

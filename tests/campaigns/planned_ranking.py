@@ -30,8 +30,7 @@ from ranks import run_ranks
 
 from mega_scale.config import parse
 from mega_scale.model import MegaConfig, MegaForCausalLM
-from mega_scale.ops.ema import damped_ema
-from mega_scale.ops.ema.coefficients import EmaCoefficients
+from mega_scale.ops.ema import EmaCoefficients, damped_ema
 from mega_scale.ops.linear import times_transposed
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.devices import Device

@@ -8,13 +8,16 @@ A form takes x (B, L, D) in the dtype of gain and projection (D, N), h before th
 `resets` (B, L) bool, true where a document begins: h is zeroed before that token. It returns y (B, L, D) and h after
 the last token. h is (B, D, N), or pairs of reals (B, D, N, 2) where coefficients are complex.
 
+Complex numbers are pairs of reals, in a last dimension of 2: real part, imaginary part. No parameter, buffer or
+collective has a complex dtype.
+
 Legend: B batch, L length, D channels (2D when bidirectional), N moving averages per channel.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,14 +31,105 @@ from mega_scale.ops import (
     tracing,
     without_autocast,
 )
-from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade, complex_product, forget, wrap
-from mega_scale.ops.ema.native import has_library, native_ema
 
 __all__ = [
     "IMPLEMENTATIONS", "Carry", "EmaCoefficients", "Fade", "Turn", "complex_ema_coefficients", "damped_ema",
     "ema_coefficients", "forget",
 ]  # fmt: skip
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
+
+
+class Fade(NamedTuple):
+    """A power of the decays, q^t: what is left of a state after t tokens.
+
+    log is its magnitude's logarithm (D, N). angle is its phase (D, N) in fp64, radians in (-pi, pi], and log is then
+    fp64, too; none: the average is real.
+    """
+
+    log: Tensor
+    angle: Tensor | None = None
+
+    def power(self, exponent: Tensor | float) -> "Fade":
+        """Raised to an exponent that broadcasts against (D, N)."""
+        return Fade(self.log * exponent, None if self.angle is None else wrap(self.angle * exponent))
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The number itself: (D, N), or pairs (D, N, 2) of a complex average; computed in the dtype of log."""
+        size = self.log.exp()
+        if self.angle is None:
+            return size.to(dtype)
+        return torch.stack([size * self.angle.cos(), size * self.angle.sin()], -1).to(dtype)
+
+    def times(self, state: Tensor) -> Tensor:
+        """What is left of states (..., D, N), or pairs (..., D, N, 2) of a complex average."""
+        value = self.value(state.dtype)
+        return value * state if self.angle is None else complex_product(value, state)
+
+
+class EmaCoefficients(NamedTuple):
+    """What the recurrence `h_t = q h_{t-1} + gain x_t`, `y_t = Re sum_n c_n h_{t,n}` needs.
+
+    `q = exp(log_decay + i angle)`, `c = projection + i projection_imag`. Without angle and projection_imag the average
+    is real. All are (D, N), fp32 or fp64. The decay is kept as a logarithm because it rounds to 1 when it is close to
+    1. Of a complex average, log_decay and angle are best fp64 whatever the others are: phases over a long row need it.
+    """
+
+    log_decay: Tensor
+    gain: Tensor
+    projection: Tensor
+    angle: Tensor | None = None
+    projection_imag: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Those that there are: three tensors of a real average, five of a complex one."""
+        return (tensor for tensor in self[:] if tensor is not None)
+
+    def fade(self, tokens: int | Tensor) -> Fade:
+        """What so many tokens leave of a state; a tensor broadcasts against (D, N)."""
+        if self.angle is None:
+            return Fade(self.log_decay).power(tokens)
+        return Fade(self.log_decay.double(), self.angle.double()).power(tokens)
+
+    def weights(self, powers: Tensor) -> Tensor:
+        """What parts of a state give `y = Re sum_n c_n w_n h_n`, w being powers (..., D, N) or pairs: Re(c w), and
+        -Im(c w), in that shape."""
+        if self.projection_imag is None:
+            return self.projection * powers
+        re, im = powers.unbind(-1)
+        of_imaginary = -(self.projection * im + self.projection_imag * re)
+        return torch.stack([self.projection * re - self.projection_imag * im, of_imaginary], -1)
+
+    def kernel(self, weights: Tensor) -> Tensor:
+        """What a token gives outputs later on, (..., D), from `weights` of the decays' powers."""
+        return (self.gain * (weights if self.angle is None else weights[..., 0])).sum(-1)
+
+    def columns(self, states: Tensor, weighed: bool = False) -> Tensor:
+        """States (..., D, N) or pairs (..., D, N, 2), times the gain if `weighed`, as reals: (..., D, N or 2N)."""
+        if self.angle is None:
+            return states * self.gain if weighed else states
+        return (states * self.gain[..., None] if weighed else states).flatten(-2)
+
+    def state_shape(self, batch: int) -> tuple[int, ...]:
+        """(B, D, N), or (B, D, N, 2) of a complex average."""
+        return (batch, *self.gain.shape) if self.angle is None else (batch, *self.gain.shape, 2)
+
+
+def complex_product(a: Tensor, b: Tensor) -> Tensor:
+    """Product of complex numbers as pairs, (..., 2) each."""
+    (a_re, a_im), (b_re, b_im) = a.unbind(-1), b.unbind(-1)
+    return torch.stack([a_re * b_re - a_im * b_im, a_im * b_re + a_re * b_im], -1)
+
+
+def forget(state: Tensor, rows: Tensor) -> Tensor:
+    """States (B, ...), zero in rows (B,) bool."""
+    return state.masked_fill(rows.view(-1, *[1] * (state.dim() - 1)), 0.0)
+
+
+def wrap(angle: Tensor) -> Tensor:
+    """The same angle in (-pi, pi], with a gradient of 1."""
+    return angle - 2 * math.pi * (angle.detach() / (2 * math.pi) - 0.5).ceil()
+
+
 Turn = Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 Carry = Callable[[Tensor, Fade, Tensor | None, bool], tuple[Tensor, Turn]]
 """How states travel between the parts of a sequence that is cut along its length, without autograd: sends this part's
@@ -180,11 +274,15 @@ def _run(
     *given: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The average by one form."""
-    form: Any = _FORMS.get(impl)
+    form: Any
+    # Forms whose modules import this one, of which Triton's need a package that may not be installed.
     if impl == "triton":
-        # Not before it is needed: triton may not be installed.
         from mega_scale.ops.ema.triton import triton_ema as form  # noqa: PLC0415
+    elif impl == "native":
+        from mega_scale.ops.ema.native import native_ema as form  # noqa: PLC0415
     else:
+        form = _FORMS[impl]
+    if impl != "triton":  # which takes a carry itself
         form = form if truncation is None else partial(form, truncation=truncation)
         form = form if carry is None else partial(_carried, form)
     if carry is not None:
@@ -213,6 +311,8 @@ def _check_complex(coefficients: EmaCoefficients, bidirectional: bool, truncatio
 
 def _best(x: Tensor, coefficients: EmaCoefficients, resets: Tensor | None) -> str:
     """The implementation that `auto` takes for a kernel without truncation."""
+    from mega_scale.ops.ema.native import has_library  # noqa: PLC0415  # it imports this one
+
     gain, length = coefficients.gain, x.shape[1]
     if gain.dtype == torch.float32:
         walks = runs_native(x, gain) or tracing() == "compile"
@@ -344,7 +444,7 @@ def _blocked(whole: bool, *given: Any) -> tuple[Tensor, Tensor]:
 
 
 _FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
-    "recurrent": recurrent_ema, "fft": fft_ema, "native": native_ema, "blocked": partial(_blocked, False),
+    "recurrent": recurrent_ema, "fft": fft_ema, "blocked": partial(_blocked, False),
     "blocked operator": partial(_blocked, True),
 }  # fmt: skip
 # Under a compiler: forms that are a few nodes however long rows are.

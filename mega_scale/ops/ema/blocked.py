@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops import ANY_LENGTH, chunk_count, join_chunks, once_differentiable, operator, split_chunks, tracing
-from mega_scale.ops.ema.coefficients import EmaCoefficients, Fade
+from mega_scale.ops.ema import EmaCoefficients, Fade
 
 _BLOCK = 32  # tokens
 # Blocks of blocks, for tracers: what is left at the end is a matrix, of 32 rows at a million tokens.

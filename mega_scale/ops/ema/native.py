@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mega_scale.ops import constant_to_compilers, in_memory, load_or_warn, once_differentiable, operator, threads_for
-from mega_scale.ops.ema.coefficients import EmaCoefficients
+from mega_scale.ops.ema import EmaCoefficients
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops import device_kind, launch, multiprocessors, once_differentiable, operator
-from mega_scale.ops.ema.coefficients import EmaCoefficients
+from mega_scale.ops.ema import EmaCoefficients
 from mega_scale.ops.ema.triton_kernels import INTERPRETED, gradients_kernel, outputs_kernel, starts_kernel
 
 MOST_COLUMNS = 32

@@ -82,10 +82,8 @@ class Trainer:
     ) -> None:
         self.config, self.rank, self.signals = config, placement.rank, signals
         self.began = time.monotonic()
-        self.trackers: dict[str, Callable[[Run], Reporter]] = {"TensorBoard": TensorBoard}
-        if not config.train.tensorboard:
-            self.trackers.clear()
-        self.trackers |= find_trackers(config.train.trackers) | dict(trackers or {})
+        own: dict[str, Callable[[Run], Reporter]] = {"TensorBoard": TensorBoard} if config.train.tensorboard else {}
+        self.trackers = own | find_trackers(config.train.trackers) | dict(trackers or {})
         self.callbacks = list(callbacks)
         if config.train.callbacks:
             from mega_scale.training.callbacks import load_callbacks

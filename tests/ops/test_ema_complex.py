@@ -7,7 +7,7 @@ import torch
 from parts import average_in_parts
 
 from mega_scale.ops import ema
-from mega_scale.ops.ema import EmaCoefficients, Fade, complex_ema_coefficients, damped_ema
+from mega_scale.ops.ema import EmaCoefficients, Fade, complex_ema_coefficients, damped_ema, native
 
 PARAMETERS = ("alpha", "delta", "theta", "gamma")
 
@@ -273,7 +273,7 @@ def test_refusals_name_what_is_wrong():
 
 def test_complex_averages_take_triton_on_gpus(monkeypatch):
     monkeypatch.setattr(ema, "runs_triton", lambda x, compiled: True)
-    monkeypatch.setattr(ema, "has_library", lambda: False)
+    monkeypatch.setattr(native, "has_library", lambda: False)
     x, real = torch.zeros(1, 64, 2), [-torch.ones(2, 3)] * 3
     assert ema._best(x, EmaCoefficients(*real, torch.ones(2, 3).double(), torch.ones(2, 3)), None) == "triton"
     assert ema._best(x, EmaCoefficients(*real), None) == "triton"

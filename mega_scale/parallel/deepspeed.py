@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,14 @@ _linear = nn.functional.linear
 _LARGEST_BUCKET = 500_000_000  # DeepSpeed's own
 # Warnings of DeepSpeed about what is meant to be: AdamW is PyTorch's.
 _HARMLESS = ("ZeRO with an untested optimizer",)
+
+
+class _Position(NamedTuple):
+    """Where a parameter lies in ZeRO's groups, of which each rank steps a partition."""
+
+    group: int
+    first: int  # number of the group where it begins: of a rank's partition in stage 3, else of the whole group
+    length: int  # numbers of a rank's partition: of the parameter in stage 3, else of the group
 
 
 class DeepSpeedEngine(Engine):
@@ -98,8 +106,8 @@ class DeepSpeedEngine(Engine):
             # What the optimizer steps under each name has to be what the model computes with under it.
             stepped = self._stepped(name)
             numbers = flat(stepped.owner)[stepped.numbers]
-            begin = 0 if self._stage == 3 else stepped.start
-            computed = self.local_tensor(name)[begin : begin + len(numbers)]
+            kept = None if self._stage == 3 else self._kept(self._parameters[name], self._fsdp.rank)
+            computed = self.local_tensor(name)[slice(*kept) if kept else slice(len(numbers))]
             if world.number((numbers.to(computed.device) != computed).any(), unknown=0.0):
                 raise RuntimeError(
                     f"parallel.engine=deepspeed keeps other numbers than the model's for {name}, so that checkpoints "
@@ -171,24 +179,42 @@ class DeepSpeedEngine(Engine):
         return self._world.number(norms[0])
 
     def _stepped(self, name: str) -> Stepped:
-        optimizer, fsdp, parameter = self._optimizer, self._fsdp, self._parameters[name]
+        optimizer, rank, parameter = self._optimizer, self._fsdp.rank, self._parameters[name]
+        kept, position = self._kept(parameter, rank), self._position(parameter)
+        if kept is None or position is None:
+            return Stepped(parameter, slice(None))
+        start, stop = kept
         if self._stage == 3:
-            group, first, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = min(fsdp.rank * length, parameter.ds_numel)
-            end = first + min(length, parameter.ds_numel - start)  # the last partition ends in padding
-            return Stepped(optimizer.fp32_partitioned_groups_flat[group], slice(first, end), start)
+            owner, begin = optimizer.fp32_partitioned_groups_flat[position.group], position.first
+        else:
+            owner = optimizer.single_partition_of_fp32_groups[position.group]
+            begin = start + position.first - rank * position.length
+        return Stepped(owner, slice(begin, begin + stop - start))
+
+    def _kept(self, parameter: Any, rank: int) -> tuple[int, int] | None:
+        position = self._position(parameter)
+        if position is None:
+            return None
+        if self._stage == 3:  # the last partition ends in padding
+            first, numel = rank * position.length, parameter.ds_numel
+        else:
+            first, numel = rank * position.length - position.first, parameter.numel()
+        start, stop = (min(max(number, 0), numel) for number in (first, first + position.length))
+        return start, stop
+
+    def _position(self, parameter: Any) -> _Position | None:
+        """Where a parameter lies in what is stepped; None where every rank of `fsdp` steps all of it."""
+        optimizer = self._optimizer
+        if self._stage == 3:
+            return _Position(*optimizer.grad_position[optimizer.get_param_id(parameter)])
         if self._stage > 0:
-            # Where the parameter lies in its group is seen from its memory: DeepSpeed may have ordered the group anew,
-            # which its own table does not say.
+            # It is seen from its memory: DeepSpeed may have ordered the group anew, which its own table does not say.
             memory = parameter.untyped_storage()._cdata  # fake tensors have no addresses
             for group, whole in enumerate(optimizer.bit16_groups_flat):
                 if whole.untyped_storage()._cdata == memory:
-                    owner = optimizer.single_partition_of_fp32_groups[group]
-                    ahead = fsdp.rank * owner.numel() - (parameter.storage_offset() - whole.storage_offset())
-                    start = min(max(ahead, 0), parameter.numel())
-                    end = min(max(ahead + owner.numel(), 0), parameter.numel())
-                    return Stepped(owner, slice(start - ahead, max(end, start) - ahead), start)
-        return Stepped(parameter, slice(None), 0)
+                    first = parameter.storage_offset() - whole.storage_offset()
+                    return _Position(group, first, optimizer.single_partition_of_fp32_groups[group].numel())
+        return None
 
     def loaded(self, step: int) -> None:
         self._engine.global_steps = step

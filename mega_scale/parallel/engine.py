@@ -26,6 +26,7 @@ from mega_scale.parallel.shard import (
     START,
     WEIGHT,
     EngineState,
+    Held,
     LocalTensor,
     Place,
     Placer,
@@ -50,7 +51,6 @@ class Stepped(NamedTuple):
 
     owner: Tensor  # what the optimizer steps, and has moments for
     numbers: slice  # which of its numbers, flattened; may end in padding
-    start: int  # the first of them in this rank's tensor along `tp`, flattened
 
 
 class Engine(ABC):
@@ -82,7 +82,7 @@ class Engine(ABC):
         if self._matrices:
             tensors, places = self.state().tensors, {name: self._stepped(name) for name in self._matrices}
             muon: Any = self._adam
-            muon.attach([(name, tensors[name], *places[name][:2]) for name in places], world)
+            muon.attach([(name, tensors[name], *places[name][:2]) for name in places], self.held, world)
         if config.weight_average:
             from mega_scale.parallel.weight_average import WeightAverage
 
@@ -201,23 +201,18 @@ class Engine(ABC):
         trained = [name for name in places if self._parameters[name].requires_grad]
         moments = {name: (MOMENTUM,) if name in self._matrices else MOMENTS for name in trained}
         steps = self._optimizer_steps({places[name].owner: moments[name] for name in trained})
-        for name, sharding in self._table.items():
-            parameter, stepped = self._parameters[name], places[name]
-            shape = sharding.part(self._template.get_parameter(sharding.source)).shape
-            shard = sharding.shard(shape, self._tp.rank, self._tp.size)
+        for name in self._table:
+            parameter, stepped, held = self._parameters[name], places[name], self.held(name, self._world.rank)
             kinds = {WEIGHT: stepped.owner}
             if parameter.requires_grad:
                 kinds |= {kind: self._adam.state[stepped.owner][kind] for kind in moments[name]}
-            count = max(shard.numel - stepped.start, 0)
+            count = held.stop - held.start
             local = {kind: flat(tensor)[stepped.numbers][:count] for kind, tensor in kinds.items()}
+            if len(local[WEIGHT]) != count:
+                raise RuntimeError(f"rank {self._world.rank} holds {len(local[WEIGHT])} numbers of {name}, not {count}")
             if self._average is not None and name in self._average.tensors:
                 local[AVERAGE] = self._average.tensors[name]
-            whole = stepped.owner is parameter and not isinstance(parameter, DTensor)
-            copies, copy = 1, 0
-            for axis, alike in ((self._copies, True), (self._tp, sharding.dim is None), (self._fsdp, whole)):
-                if alike:
-                    copies, copy = copies * axis.size, copy * axis.size + axis.rank
-            tensors[name] = LocalTensor(shape, shard, stepped.start, local, copies, copy)
+            tensors[name] = LocalTensor(self._shape(name), held.shard, held.start, local, held.copies, held.copy)
         persistent = self._template.state_dict()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
         averaged = None if self._average is None else self._average.steps
@@ -240,6 +235,29 @@ class Engine(ABC):
                 step = self._adam.state[tensor]["step"]
                 steps.append(step.to_local() if isinstance(step, DTensor) else step)
         return steps
+
+    def _shape(self, name: str) -> torch.Size:
+        """Of the whole parameter."""
+        sharding = self._table[name]
+        return sharding.part(self._template.get_parameter(sharding.source)).shape
+
+    def held(self, name: str, rank: int) -> Held:
+        """Which numbers of a parameter any rank holds, by the layout: no rank has to ask another."""
+        sharding, (copy_rank, fsdp_rank, tp_rank) = self._table[name], self._world.place(rank)
+        shard = sharding.shard(self._shape(name), tp_rank, self._tp.size)
+        kept = self._kept(self._parameters[name], fsdp_rank)
+        copies, copy = self._copies.size, copy_rank
+        if sharding.dim is None:
+            copies, copy = copies * self._tp.size, copy * self._tp.size + tp_rank
+        if kept is None:
+            copies, copy, kept = copies * self._fsdp.size, copy * self._fsdp.size + fsdp_rank, (0, shard.numel)
+        # The last ranks' tensors along `tp` end in padding.
+        start, stop = (min(number, shard.numel) for number in kept)
+        return Held(shard, start, stop, copies, copy)
+
+    @abstractmethod
+    def _kept(self, parameter: Any, rank: int) -> tuple[int, int] | None:
+        """Which numbers, [first, end), of a parameter of this rank of `tp` are kept by one of `fsdp`; None for all."""
 
     @abstractmethod
     def _stepped(self, name: str) -> Stepped: ...
@@ -310,7 +328,7 @@ class FsdpEngine(Engine):
 
         def place(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
             """Copy this rank's rows of a value into a sharded parameter, without communication."""
-            own, first = flat(parameter), self._first(parameter)
+            own, (first, _) = flat(parameter), self._kept(parameter, self._fsdp.rank) or (0, 0)
             with torch.no_grad():
                 own.copy_(value.flatten()[first : first + len(own)])
             return parameter
@@ -385,14 +403,14 @@ class FsdpEngine(Engine):
         return norm
 
     def _stepped(self, name: str) -> Stepped:
-        return Stepped(self._parameters[name], slice(None), self._first(self._parameters[name]))
+        return Stepped(self._parameters[name], slice(None))
 
-    def _first(self, parameter: Tensor) -> int:
-        """The first number that FSDP keeps on this rank: each has as many rows as the first, while there are some."""
+    def _kept(self, parameter: Any, rank: int) -> tuple[int, int] | None:
         if not isinstance(parameter, DTensor):
-            return 0
+            return None
         rows, *rest = parameter.shape
-        return min(self._fsdp.rank * -(-rows // self._fsdp.size), rows) * math.prod(rest)
+        each, width = -(-rows // self._fsdp.size), math.prod(rest)  # as many rows as the first, while there are some
+        return min(rank * each, rows) * width, min((rank + 1) * each, rows) * width
 
     def _rewritten(self) -> None:
         # Free weights that a forward without backward left gathered: they stand in for the sharded ones until then.

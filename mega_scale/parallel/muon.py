@@ -3,9 +3,11 @@
 Muon (https://kellerjordan.github.io/posts/muon/) moves a matrix by its momentum with all singular values brought near
 1, which needs the matrix whole. Each step takes it in rounds of as many matrices as there are ranks: every rank is sent
 the momentum of one whole matrix, computes its direction, and sends each rank the numbers that it steps. So one rank
-holds two whole matrices at a time, each is computed once, and the result does not depend on the layout.
+holds two whole matrices at a time, each is computed once, and the result does not depend on the layout. What each rank
+holds of a matrix follows from the layout: no rank asks another, and one that has no others plans as one that has.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mega_scale.parallel.shard import MOMENTUM, LocalTensor, Shard, flat
+from mega_scale.parallel.shard import MOMENTUM, Held, LocalTensor, Shard, flat
 from mega_scale.parallel.world import World
 
 # The quintic iteration of the source above: it takes singular values from 0.003 on to between 0.7 and 1.2 in 5 rounds.
@@ -30,21 +32,14 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     zeros stays one.
     """
     wide = matrix.float()
-    wide = (wide / wide.norm().clamp(min=1e-30)).to(dtype)
+    # First by the largest number: squares of those below 1e-23 are 0 in fp32, and the norm would be too.
+    wide = wide / torch.linalg.vector_norm(wide, math.inf).clamp(min=torch.finfo(torch.float32).tiny)
+    wide = wide.div_(wide.norm().clamp(min=1e-30)).to(dtype)
     x = wide.T if wide.shape[0] > wide.shape[1] else wide
     for _ in range(_ITERATIONS):
         square = x @ x.T
         x = _COEFFICIENTS[0] * x + (_COEFFICIENTS[1] * square + _COEFFICIENTS[2] * (square @ square)) @ x
     return (x.T if wide.shape[0] > wide.shape[1] else x).float()
-
-
-class _Held(NamedTuple):
-    """What a rank has of a matrix."""
-
-    shard: Shard  # of its rank of `tp`
-    start: int  # first number in the flattened shard
-    stop: int  # the one after the last
-    first: bool  # whether it is the first of the ranks that have these numbers
 
 
 class _Matrix(NamedTuple):
@@ -54,7 +49,7 @@ class _Matrix(NamedTuple):
     shape: torch.Size
     owner: Tensor  # what the optimizer steps, and has a momentum for
     numbers: slice  # which of its numbers, flattened
-    held: list[_Held]  # by rank
+    first: bool  # whether this is the first of the ranks that have these numbers
 
 
 class Muon(torch.optim.AdamW):
@@ -69,29 +64,25 @@ class Muon(torch.optim.AdamW):
         self._momentum, self._dtype = momentum, dtype
         self._matrices: dict[int, list[_Matrix]] = {}
         self._world: World | None = None
+        self._held: Callable[[str, int], Held] | None = None
+        self._parts: dict[str, list[Held]] = {}  # by rank, of the matrices that this one computes
 
-    def attach(self, tensors: Iterable[tuple[str, LocalTensor, Tensor, slice]], world: World) -> None:
-        """Say which numbers of which matrices this rank steps; collective, with the same names on all ranks.
+    def attach(
+        self,
+        tensors: Iterable[tuple[str, LocalTensor, Tensor, slice]],
+        held: Callable[[str, int], Held],
+        world: World,
+    ) -> None:
+        """Say which numbers of which matrices this rank steps, with the same names on all ranks; not collective.
 
         Each matrix has its name, what this rank holds of it, the tensor that is stepped, and which of its numbers,
-        flattened. Raises RuntimeError where ranks hold the numbers of a matrix not just once.
+        flattened. `held` says what any rank holds of a name, the same on all.
         """
-        self._world, given = world, sorted(tensors, key=lambda one: one[0])
-        own = [
-            [*local.shard.offsets, *local.shard.sizes, local.start, len(local.tensors[MOMENTUM]), local.copy]
-            for _, local, _, _ in given
-        ]
-        everywhere = world.all_gather(torch.tensor(own, dtype=torch.int64)).tolist() if given else []
-        for number, (name, local, owner, numbers) in enumerate(given):
-            held = [
-                _Held(Shard((a, b), (m, n)), start, start + count, copy == 0)
-                for a, b, m, n, start, count, copy in (rank[number] for rank in everywhere)
-            ]
-            if sum(one.stop - one.start for one in held if one.first) != local.shape.numel():
-                raise RuntimeError(f"ranks do not hold every number of {name} once: use optimizer.name=adamw")
+        self._world, self._held = world, held
+        for name, local, owner, numbers in tensors:
             begin = numbers.start or 0  # the slice may end in padding
-            own_numbers = slice(begin, begin + len(local.tensors[MOMENTUM]))
-            self._matrices.setdefault(id(owner), []).append(_Matrix(name, local.shape, owner, own_numbers, held))
+            own = slice(begin, begin + len(local.tensors[MOMENTUM]))
+            self._matrices.setdefault(id(owner), []).append(_Matrix(name, local.shape, owner, own, local.copy == 0))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -129,15 +120,26 @@ class Muon(torch.optim.AdamW):
         if world.size == 1:
             return [self._direction(matrix, [numbers])[0] for matrix, numbers in zip(matrices, momenta, strict=True)]
         none = momenta[0][:0]
-        sent = [numbers if matrix.held[rank].first else none for matrix, numbers in zip(matrices, momenta, strict=True)]
+        sent = [numbers if matrix.first else none for matrix, numbers in zip(matrices, momenta, strict=True)]
         mine = matrices[rank] if rank < len(matrices) else None
-        held = [] if mine is None else mine.held
-        coming = [one.stop - one.start if one.first else 0 for one in held] or [0] * world.size
+        coming = [0] * world.size
+        if mine is not None:
+            coming = [0 if one.copy else one.stop - one.start for one in self._parts_of(mine)]
         received = _exchange(sent + [none] * (world.size - len(sent)), coming)
         answers = [none] * world.size if mine is None else self._direction(mine, received)
         return _exchange(answers, [len(numbers) for numbers in momenta] + [0] * (world.size - len(momenta)))[
             : len(momenta)
         ]
+
+    def _parts_of(self, matrix: _Matrix) -> list[Held]:
+        """What each rank holds of a matrix that this one computes; raises RuntimeError where that is not just all."""
+        assert self._world is not None and self._held is not None
+        if matrix.name not in self._parts:
+            parts = [self._held(matrix.name, rank) for rank in range(self._world.size)]
+            if sum(part.stop - part.start for part in parts if not part.copy) != matrix.shape.numel():
+                raise RuntimeError(f"ranks do not hold every number of {matrix.name} once: use optimizer.name=adamw")
+            self._parts[matrix.name] = parts
+        return self._parts[matrix.name]
 
     def _look_ahead(self, matrix: _Matrix) -> Tensor:
         """Take the gradient into the momentum; this rank's numbers of what is orthogonalised, on the device."""
@@ -149,16 +151,17 @@ class Muon(torch.optim.AdamW):
 
     def _direction(self, matrix: _Matrix, received: list[Tensor]) -> list[Tensor]:
         """From the numbers that each rank has sent, those of the whole matrix's direction that each rank steps."""
-        parts: dict[Shard, Tensor] = {}
-        for held, numbers in zip(matrix.held, received, strict=True):
-            if held.first:
-                part = parts.setdefault(held.shard, numbers.new_empty(held.shard.numel))
-                part[held.start : held.stop] = numbers
+        parts, held = dict[Shard, Tensor](), self._parts_of(matrix)
+        for one, numbers in zip(held, received, strict=True):
+            if len(numbers):
+                part = parts.setdefault(one.shard, numbers.new_empty(one.shard.numel))
+                part[one.start : one.stop] = numbers
         whole = received[0].new_empty(matrix.shape)
         for shard, part in parts.items():
             shard.of(whole).copy_(part.view(shard.sizes))
         move = orthogonalise(whole, self._dtype)
-        return [held.shard.of(move).reshape(-1)[held.start : held.stop] for held in matrix.held]
+        flattened = {shard: shard.of(move).reshape(-1) for shard in dict.fromkeys(one.shard for one in held)}
+        return [flattened[one.shard][one.start : one.stop] for one in held]
 
 
 def _exchange(sent: list[Tensor], counts: list[int]) -> list[Tensor]:

@@ -223,6 +223,16 @@ def assemble(names: Sequence[str], read: Callable[[str], Tensor]) -> Tensor:
     return read(names[0]) if len(names) == 1 else torch.cat([read(name) for name in names])
 
 
+class Held(NamedTuple):
+    """Which numbers of one parameter a rank holds."""
+
+    shard: Shard  # what its rank of `tp` has of the whole
+    start: int  # first number, in the flattened shard
+    stop: int  # the one after the last
+    copies: int  # ranks that hold the same numbers
+    copy: int  # number of the rank among them
+
+
 class LocalTensor(NamedTuple):
     """What this rank holds of one parameter, and of its moments."""
 

@@ -350,6 +350,11 @@ class World:
             time.sleep(0.1)
         dist.destroy_process_group()
 
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """The numbers of any rank along dp_replicate, fsdp and tp; not collective."""
+        fsdp, tp = self.axes["fsdp"].size, self.axes["tp"].size
+        return rank // (fsdp * tp), rank // tp % fsdp, rank % tp
+
     def number(self, value: Tensor, unknown: float = 1.0) -> float:
         """The number of a scalar tensor of this rank, for which the host waits; `unknown` of a tensor without numbers.
 

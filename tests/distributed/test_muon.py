@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mega_scale.model import MegaForCausalLM
 from mega_scale.parallel import Engine, ParallelConfig, World
 from mega_scale.parallel.muon import Muon, orthogonalise
+from mega_scale.parallel.shard import Held
 from mega_scale.training.config import OptimizerConfig, build_optimizer
 
 CUT, END, LR = 2, 5, 3e-3
@@ -47,6 +48,7 @@ def study(size: int, folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
             state_folder.save(made, place / "cut", world)
             more, _ = layout_study.train(made, world, range(CUT, END))
             state_folder.save(made, place / "end", world)
+            alike = knows_what_all_hold(made, world)
             made.close()
             resumed = {}
             for name, source in (("own", place / "cut"), ("alone", folder / "alone" / "cut")):
@@ -56,8 +58,26 @@ def study(size: int, folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
                 resumed[name], _ = layout_study.train(made, world, range(CUT, END))
                 state_folder.save(made, place / f"{name}-end", world)
                 made.close()
-            found[layout, key] = {"losses": losses + more, "resumed": resumed}
+            found[layout, key] = {"losses": losses + more, "resumed": resumed, "alike": alike}
     return found
+
+
+def knows_what_all_hold(made: Engine, world: World) -> bool:
+    """Whether each rank would say of every other what that one says it holds."""
+    own = [
+        [*local.shard.offsets, *local.shard.sizes, local.start, len(local.tensors["weight"]), local.copies, local.copy]
+        for local in made.state().tensors.values()
+    ]
+    told = [[number for row in own for number in row]]
+    said = [
+        [number for name in made.state().tensors for number in _numbers(made.held(name, rank))]
+        for rank in range(world.size)
+    ]
+    return world.all_agree(world.all_gather(torch.tensor(told))[:, 0].tolist() == said)
+
+
+def _numbers(held: Held) -> list[int]:
+    return [*held.shard.offsets, *held.shard.sizes, held.start, held.stop - held.start, held.copies, held.copy]
 
 
 def alone(folder: Path) -> list[float]:
@@ -148,6 +168,13 @@ def test_every_layout_trains_as_one_process_does(found, losses, run):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", ALL, ids="-".join)
+def test_a_rank_knows_what_the_others_hold_without_asking(found, run):
+    assert found[run]["alike"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", ALL, ids="-".join)
 def test_it_resumes_bit_for_bit(found, folder, run):
     place = folder / "-".join(run)
     for saved, again in (("cut", "own-again"), ("end", "own-end")):
@@ -182,7 +209,8 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape, dtype):
     turned = left.T @ found @ right.T
     assert float((turned - torch.diag(turned.diagonal())).abs().max()) < (1e-4 if dtype == torch.float32 else 0.1)
     near = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 0.1}
-    torch.testing.assert_close(orthogonalise(1e-6 * matrix, dtype), found, **near)
+    for scale in (1e-6, 1e-26, 1e26):  # the last two squared are no numbers of fp32
+        torch.testing.assert_close(orthogonalise(scale * matrix, dtype), found, **near)
     torch.testing.assert_close(orthogonalise(matrix.T, dtype).T, found, **near)
     assert not orthogonalise(torch.zeros(shape), dtype).any()
 

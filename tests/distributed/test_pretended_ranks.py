@@ -63,6 +63,7 @@ def test_any_rank_of_a_thousand_is_laid_out():
     how = ParallelConfig(engine="fsdp", dp_replicate=4, sp=4, tp=8)
     with World.pretend(517, 1024, how, local_size=8) as world:
         assert world.local_rank == 5 and world.shape == MeshShape(4, 8, 4, 8)
+        assert world.place(517) == (2, 0, 5)
         assert {name: (axis.rank, axis.size) for name, axis in world.axes.items()} == {
             "dp_replicate": (2, 4), "fsdp": (0, 32), "sp": (0, 4), "tp": (5, 8),
         }  # fmt: skip

@@ -145,8 +145,6 @@ def prepare(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, BaseConfig]
         parallel = replace(parallel, device="auto")
     elif parallel.device == "cuda":
         raise ValueError("parallel.device='cuda' is not possible: CPUs are planned, choose auto or cpu")
-    if config.optimizer.name == "muon":  # whose ranks tell each other what they hold
-        raise ValueError("optimizer.name='muon' cannot be planned: plan optimizer.name=adamw, which holds more moments")
     # Compiled arithmetic takes the same memory or less, and cannot be followed on tensors without memory.
     planned = replace(config, parallel=parallel, train=replace(config.train, compile=False))
     planned.validate(cluster.size, cluster.per_node, here=False)
@@ -178,7 +176,7 @@ def follow(
 ) -> Trace:
     """Follow one rank of what `prepare` returned, with `layers` blocks, and so many micro-batches of a step at most.
 
-    Raises what the run would raise.
+    With none, only the optimizer's step is followed, under FSDP2. Raises what the run would raise.
     """
     if layers is not None:
         model = type(model)(**{**model.to_dict(), "num_hidden_layers": layers})
@@ -213,7 +211,8 @@ def follow_in(
     engine = build_engine(module, values, config, world)
     try:
         with inside, watches[0]:
-            return _Followed(config, engine, world, cluster, watches[0]).trace(micro_batches)
+            followed = _Followed(config, engine, world, cluster, watches[0])
+            return followed.trace(micro_batches) if micro_batches else followed.step_alone()
     finally:
         engine.close()
 
@@ -269,8 +268,6 @@ class _Followed:
         found.kept = dict(self._kept)
         self._count(found, self._marks)
         found.peak, found.place, found.timeline = watch.peak, watch.place, watch.timeline
-        found.places = dict(watch.places)
-        found.kinds_at = {place: dict(kinds) for place, kinds in watch.kinds_at.items()}
         held: Counter[str] = Counter()
         at_peak: Counter[str] = Counter()
         for (kind, name), size in watch.at_peak.items():
@@ -282,6 +279,18 @@ class _Followed:
         self._evaluate()
         found.evaluation = watch.peak
         self._save(found)
+        return found
+
+    def step_alone(self) -> Trace:
+        """Follow the optimizer's step alone, on gradients such as FSDP2's backward pass leaves."""
+        found = Trace()
+        for _ in range(2):  # the first makes what the second finds, as in `trace`
+            for parameter in self._engine.module.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            self._label()
+            self._watch.restart()
+            self.step(Schedule(self._config).lr(1), skip=False)
+        self._count(found, [(0, 0)])
         return found
 
     def _take_step(self, step: int, micro_batches: int) -> None:
@@ -333,8 +342,10 @@ class _Followed:
             self._watch.label(_in_memory(tensors), kind)
 
     def _count(self, found: Trace, marks: list[tuple[int, int]]) -> None:
-        """Sort operators and collectives into the parts of a step."""
+        """Note the highest places, and sort operators and collectives into the parts of a step."""
         watch, axes = self._watch, _Axes(self._world, self._cluster)
+        found.places = dict(watch.places)
+        found.kinds_at = {place: dict(kinds) for place, kinds in watch.kinds_at.items()}
         ends = [*marks, (len(watch.events), len(watch.sent))]
         begin = (0, 0)
         for part, end in zip(("first", *(["micro-batch"] * (len(marks) - 1)), "optimizer"), ends, strict=True):
@@ -428,8 +439,8 @@ def depths(model: BaseConfig, config: RunConfig) -> tuple[int, int] | None:
     return None if config.parallel.engine == "deepspeed" or model.num_hidden_layers <= large else (small, large)
 
 
-def extrapolate(small: Trace, large: Trace, counts: tuple[int, int], layers: int) -> Trace:
-    """A trace of `layers` blocks from traces of two numbers of them."""
+def extrapolate(small: Trace, large: Trace, counts: tuple[int, int], layers: int, step: Trace | None = None) -> Trace:
+    """A trace of `layers` blocks from traces of two numbers of them, and of the optimizer's step where it is given."""
     share = (layers - counts[0]) / (counts[1] - counts[0])
 
     def at(a: Any, b: Any) -> Any:
@@ -446,12 +457,28 @@ def extrapolate(small: Trace, large: Trace, counts: tuple[int, int], layers: int
         first[name] = {place: value for place, value in first[name].items() if place in second[name]}
         second[name] = {place: value for place, value in second[name].items() if place in first[name]}
     found = Trace(**{name: at(first[name], second[name]) for name in first if name not in plain})
+    if step is not None:
+        for name in ("calls", "sent", "kernels", "flops", "seconds"):
+            tables, own = getattr(found, name), getattr(step, name)
+            tables["optimizer"] = _with_step(tables["optimizer"], own["optimizer"])
+        # Beside its work space, the same lies in memory throughout the step, and all of it is linear.
+        kinds = found.kinds_at["optimizer"]
+        kinds["optimizer"] = step.kinds_at["optimizer"]["optimizer"]
+        found.places["optimizer"] = sum(kinds.values())
     found.place = max(found.places, key=lambda place: found.places[place])
     found.peak, found.held = found.places[found.place], found.kinds_at[found.place]
     if {small.place, large.place} != {found.place}:
         found.at_peak = {}  # which is known where the peak of few blocks is
     found.timeline = large.timeline
     return found
+
+
+def _with_step(table: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
+    """A table whose keys begin with a phase, with the optimizer's from another."""
+    stepped = {key for key in (*table, *step) if key.split()[0] == "optimizer"}
+    return {key: value for key, value in table.items() if key not in stepped} | {
+        key: value for key, value in step.items() if key in stepped
+    }
 
 
 def rehearse(
@@ -468,4 +495,6 @@ def rehearse(
     if counts is None:
         return follow(config, model, cluster, rank, None, micro_batches)
     small, large = (follow(config, model, cluster, rank, count, micro_batches) for count in counts)
-    return extrapolate(small, large, counts, model.num_hidden_layers)
+    # Of Muon's, a rank's share is not linear: ranks compute matrices in turns.
+    step = follow(config, model, cluster, rank, None, 0) if config.optimizer.name == "muon" else None
+    return extrapolate(small, large, counts, model.num_hidden_layers, step)

@@ -25,13 +25,20 @@ BYTES = 1e9
 NEAR = 1e-3  # of all blocks and two numbers of them
 
 
-def plan(engine: str, layout: str, rank: int, full: bool) -> None:
+def plan(engine: str, layout: str, rank: int, full: bool, changes: list[str]) -> None:
     """Print, as JSON, what a rank holds, sends and does, and what that took."""
     warnings.simplefilter("ignore")
     cluster = Cluster(NODES, PER_NODE, Device.named("h100"), compiled=True)
-    words = ["--config", str(ROOT / "configs/megalodon-7b.yaml"), f"parallel.engine={engine}", *layout.split()]
+    words = [
+        "--config",
+        str(ROOT / "configs/megalodon-7b.yaml"),
+        f"parallel.engine={engine}",
+        *layout.split(),
+        *changes,
+    ]
     trace = rehearse(*prepare(parse(words), cluster), cluster, rank, full=full)
     found = {"peak": trace.peak, "evaluation": trace.evaluation, "written": trace.written}
+    found["step"] = trace.places["optimizer"]
     for what in ("kernels", "flops"):
         found[what] = sum(sum(phases.values()) for phases in getattr(trace, what).values())
     for what in ("calls", "sent"):
@@ -43,9 +50,9 @@ def plan(engine: str, layout: str, rank: int, full: bool) -> None:
     print(json.dumps({"found": found, "took": took}))
 
 
-def start(engine: str, layout: str, rank: int, full: bool = False) -> dict[str, dict[str, float]]:
+def start(engine: str, layout: str, rank: int, changes: list[str], full: bool = False) -> dict[str, dict[str, float]]:
     """The same in a process of its own."""
-    words = ["--one", engine, layout, str(rank), *(["full"] if full else [])]
+    words = [*changes, "--one", engine, layout, str(rank), *(["full"] if full else [])]
     ended = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
     found: dict[str, dict[str, float]] = json.loads(ended.stdout.splitlines()[-1])
     return found
@@ -60,24 +67,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", choices=list(SECONDS), action="append", help="one of the two")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="of the run, as optimizer.name=muon")
     args = parser.parse_args()
     if args.one:
         engine, layout, rank, *full = args.one
-        plan(engine, layout, int(rank), bool(full))
+        plan(engine, layout, int(rank), bool(full), args.changes)
         return
     sound = True
     for engine in args.engine or SECONDS:
         for layout in LAYOUTS:
             print(f"{engine}, {layout.replace('parallel.', '')}", flush=True)
             for rank in RANKS:
-                one = start(engine, layout, rank)
+                one = start(engine, layout, rank, args.changes)
                 cpu, size = one["took"]["cpu"], one["took"]["bytes"]
                 within = cpu <= SECONDS[engine] and size <= BYTES
                 sound &= within
                 much = "" if within else ", TOO MUCH"
                 print(f"  rank {rank:4d}: {cpu:6.1f} s of CPU, {size / 1e9:.3f} GB{much} | {_peak(one)}", flush=True)
                 if engine == "fsdp" and rank == RANKS[0]:
-                    whole = start(engine, layout, rank, full=True)
+                    whole = start(engine, layout, rank, args.changes, full=True)
                     keys = one["found"].keys() | whole["found"].keys()
                     apart = {key: one["found"].get(key, 0.0) / whole["found"].get(key, 1e-9) - 1 for key in keys}
                     worst = max(apart, key=lambda key: abs(apart[key]))

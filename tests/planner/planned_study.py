@@ -16,6 +16,7 @@ SIZES = """model.vocab_size=512 model.hidden_size=64 model.intermediate_size=128
     train.steps=10 schedule.warmup_steps=0 parallel.device=cpu"""
 MEGALODON = "model.type=megalodon model.num_attention_heads=2 model.timestep_norm_groups=4"
 RECOMPUTED = "parallel.activation_checkpoint=1"
+MUON = "optimizer.name=muon"
 CASES = {
     "fsdp dp2, two micro-batches": "parallel.engine=fsdp",
     "fsdp sp2": "parallel.engine=fsdp parallel.sp=2",
@@ -35,6 +36,12 @@ CASES = {
     "zero-3 dp2": "parallel.engine=deepspeed",
     "zero-2 sp2": "parallel.engine=deepspeed parallel.zero_stage=2 parallel.sp=2",
     "zero-1 dp2, bf16": "parallel.engine=deepspeed parallel.zero_stage=1 train.dtype=bf16",
+    "fsdp dp2, muon": f"parallel.engine=fsdp {MUON}",
+    "fsdp sp2, muon, megalodon": f"parallel.engine=fsdp parallel.sp=2 {MUON} {MEGALODON}",
+    "fsdp tp2, muon, bf16": f"parallel.engine=fsdp parallel.tp=2 train.dtype=bf16 {MUON}",
+    "zero-1 tp2, muon": f"parallel.engine=deepspeed parallel.zero_stage=1 parallel.tp=2 {MUON}",
+    "zero-2 sp2, muon": f"parallel.engine=deepspeed parallel.zero_stage=2 parallel.sp=2 {MUON}",
+    "zero-3 dp2, muon": f"parallel.engine=deepspeed {MUON}",
 }
 
 

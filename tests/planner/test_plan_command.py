@@ -135,13 +135,17 @@ def test_what_does_not_fit_ends_with_code_3(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_search_prints_layouts_and_keys_that_plan(tmp_path, capsys):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_search_prints_layouts_and_keys_that_plan(tmp_path, capsys, optimizer):
     file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
-    main([*PLACE, "--search", "--top", "2", "--json", str(file), *SMALL])
+    words = [*SMALL, f"optimizer.name={optimizer}"]
+    main([*PLACE, "--search", "--top", "2", "--json", str(file), *words])
     output = capsys.readouterr().out
     facts = json.loads(file.read_text())
     assert len(facts["layouts"]) == 2 and facts["fits"] and " ".join(facts["keys"]) in output
     steps = [float(row["step ms"].replace(",", "")) for row in facts["layouts"]]
     assert steps == sorted(steps)
-    main([*PLACE, "--plot", str(picture), *SMALL, *facts["keys"]])
+    main([*PLACE, "--plot", str(picture), "--failures", *words, *facts["keys"]])
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    output = capsys.readouterr().out
+    assert "goodput" in output and ("alltoall_base" in output) is (optimizer == "muon")

@@ -21,6 +21,8 @@ SOME = {
         "fsdp dp2, documents",
         "zero-3 dp2",
         "zero-2 sp2",
+        "fsdp dp2, muon",
+        "zero-3 dp2, muon",
     )
 }  # all of them: campaigns/planned_memory.py
 
@@ -34,6 +36,8 @@ def ranks(tmp_path_factory):
 def test_a_plan_is_what_a_real_rank_does(ranks, case):
     real, planned = ranks[1][case], asdict(planned_study.planned(CASES[case], 1))
     assert planned["peak"] == pytest.approx(real["peak"], rel=0.01)
+    # Where the optimizer's step is not the highest place, it is told too.
+    assert planned["places"]["optimizer"] == pytest.approx(real["places"]["optimizer"], rel=0.01)
     assert planned["written"] == real["written"]
     for what in ("calls", "sent"):
         # DeepSpeed compares the order of parameters between ranks once a run, by broadcasts.
@@ -52,6 +56,8 @@ def test_a_plan_is_what_a_real_rank_does(ranks, case):
         "parallel.sp=2 parallel.tp=2 train.dtype=bf16 model.num_hidden_layers=7",
         # The peak is in a block that is neither the first nor the last.
         "parallel.activation_checkpoint=1 train.micro_batch_size=1 data.sequence_length=64 model.num_hidden_layers=5",
+        # In the last of 14 rounds, this rank computes no matrix.
+        "optimizer.name=muon parallel.tp=2 data.sequence_length=64 model.num_hidden_layers=7",
     ],
 )
 def test_two_depths_give_any_other(words):
@@ -60,6 +66,7 @@ def test_two_depths_give_any_other(words):
     config, model = prepare(parse([*SIZES.replace("parallel.device=cpu", "").split(), *words.split()]), cluster)
     found, full = rehearse(config, model, cluster, 3), follow(config, model, cluster, 3)
     assert found.peak == pytest.approx(full.peak, rel=1e-3) and found.written == full.written
+    assert found.places["optimizer"] == pytest.approx(full.places["optimizer"], rel=1e-3)
     for what in ("calls", "sent", "kernels", "flops"):
         for part, table in getattr(full, what).items():
             # A kernel of an optimizer takes dozens of tensors, and a launch of few is one too.

@@ -43,8 +43,9 @@ _WIDTHS: dict[str, tuple[int, list[str]]] = {
 }
 _OTHER: tuple[int, list[str]] = (4, [])
 _COMPILE_SECONDS = 300
-KERNELS: dict[str, int] = {}
-"""Launches of a custom operator by its name, as `mega_scale::average_forward`; one unless it is listed."""
+KERNELS: dict[str, Callable[..., int]] = {}
+"""Launches of a custom operator by its name, as `mega_scale::score_products`, from its positional arguments; one unless
+it is listed."""
 ANY_LENGTH = ("export", "trace")
 """Ways of `tracing` that make one program for every length, so that no branch may depend on this one."""
 

@@ -129,11 +129,7 @@ def chunk_attention(
             "use impl='eager'"
         )
     if impl == "auto":
-        # In compiled blocks places are tensors, which the kernels do not take.
-        kernels = (
-            whole and v.dtype in (torch.bfloat16, torch.float16) and not isinstance(getattr(placed, "key", 0), Tensor)
-        )
-        kernels = kernels and runs_triton(v, compiled=True)
+        kernels = whole and v.dtype in (torch.bfloat16, torch.float16) and runs_triton(v, compiled=True)
         blocks = alone and tracing() not in ANY_LENGTH
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 

@@ -8,7 +8,7 @@ By `delta = sum dO O`, which is the mean that the softmax's gradient subtracts, 
 their product `dO V^T` is computed: neither it nor weights in fp32 are in memory.
 
 Dropout of weights is that of places (`dropout_triton`). Both kernels hash in registers, and write weights as they are
-and as they are multiplied; the latter are not saved.
+and as they are multiplied; the latter are not saved. Places are numbers, or in compiled blocks a tensor on the device.
 
 Tokens stay as layers make them, heads side by side: to lay each head out by itself would be a pass over memory.
 
@@ -20,10 +20,11 @@ its values, R queries of a block. ROWS queries meet KEYS keys in a program's til
     dropped              the same of the weights that values are multiplied with; empty without dropout
     bias                 (2C - 1,) fp32: its entry m belongs to key minus query m - (C - 1)
     since                (G, C) int32: the first key that a query sees
+    place                (3,) int64, in place of the numbers key, first_row and first_position of dropout
     delta                (M, C, H) fp32
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,9 +59,6 @@ def tile(narrow: bool) -> dict[str, int]:
 
 
 _HEAD_COLUMNS = tl.constexpr(MOST_KEYS)
-# Products of a chunk of 2,048 tokens and two heads.
-KERNELS |= {"mega_scale::weighted_values": 16, "mega_scale::values_gradient": 16, "mega_scale::score_products": 32}
-KERNELS["mega_scale::distance_sums"] = 2
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -116,11 +114,20 @@ def _stays(
     return keep(place[:, None], column_hash(columns, key)[None, :], threshold)
 
 
-@triton.jit(do_not_specialize=["key", "first_row", "first_position", "first_column", "threshold"])
+@triton.jit
+def _read_place(place, key, first_row, first_position, PLACED: tl.constexpr):
+    """Key, first row and first position: the last 32 bits of those in `place`, or the numbers."""
+    if PLACED:
+        key, first_row = tl.load(place).to(tl.int32), tl.load(place + 1).to(tl.int32)
+        first_position = tl.load(place + 2).to(tl.int32)
+    return key, first_row, first_position
+
+
+@triton.jit(do_not_specialize=["place", "key", "first_row", "first_position", "first_column", "threshold"])
 def weights_kernel(
-    q, k, bias, since, weights, dropped, key, first_row, first_position, first_column, threshold, factor, chunk, width,
-    chunks, heads, scale, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
+    q, k, bias, since, weights, dropped, place, key, first_row, first_position, first_column, threshold, factor, chunk,
+    width, chunks, heads, scale, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr,
+    PLACED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Weights of ROWS queries, zero where they do not see; program (i, g) has the i-th last ones of group g."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that take longest first
@@ -143,6 +150,7 @@ def weights_kernel(
         total = total * tl.exp(largest - beyond) + tl.sum(tl.exp(score - beyond[:, None]), 1)
         largest = most
 
+    key, first_row, first_position = _read_place(place, key, first_row, first_position, PLACED)
     # Places in a group are of 32 bits: addresses of a tile would fill the registers.
     weights += group * chunk * chunk
     dropped += group * chunk * chunk
@@ -165,11 +173,11 @@ def weights_kernel(
             tl.store(dropped + row + column[None, :], weight.to(weights.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["key", "first_row", "first_position", "first_column", "threshold"])
+@triton.jit(do_not_specialize=["place", "key", "first_row", "first_position", "first_column", "threshold"])
 def scores_gradient_kernel(
-    d_out, v, weights, delta, d_scores, dropped, key, first_row, first_position, first_column, threshold, factor, chunk,
-    width, chunks, heads, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    d_out, v, weights, delta, d_scores, dropped, place, key, first_row, first_position, first_column, threshold, factor,
+    chunk, width, chunks, heads, DROPOUT: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of scaled scores, `P (dO V^T - delta)`; program (i, j, g) has the i-th queries and j-th keys."""
     first_query, first = tl.program_id(0) * ROWS, tl.program_id(1) * KEYS
@@ -184,6 +192,7 @@ def scores_gradient_kernel(
             slope = _tile_product(d_out, v, group, query, column, chunk, width, heads, DEPTH, ROWS, KEYS)
             weight = tl.load(weights + of_group + at, mask=there, other=0.0).to(tl.float32)
             if DROPOUT:
+                key, first_row, first_position = _read_place(place, key, first_row, first_position, PLACED)
                 stays = _stays(
                     group, query, column, key, first_row, first_position, first_column, threshold, chunk, chunks, heads
                 )
@@ -263,49 +272,66 @@ def triton_attention(
         bias = None if bias is None else bias.float().contiguous()
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         drop = (v.shape[1], *((0.0, 0, 0, 0, 0) if dropout is None else dropout[:5]))
-        out: Tensor = _TritonAttention.apply(q, k, own, bias, since, scale, drop).unflatten(0, v.shape[:2])
+        place = None if dropout is None else dropout.place
+        out: Tensor = _TritonAttention.apply(q, k, own, bias, since, place, scale, drop).unflatten(0, v.shape[:2])
         return out.transpose(2, 3) if v.dim() == 5 else out.squeeze(3)
 
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, since: Tensor | None, scale: float, drop: Any
-    ) -> Tensor:
-        weights, dropped = softmax_weights(q, k, bias, since, scale, *drop)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, since: Tensor | None, place: Tensor | None,
+        scale: float, drop: Any,
+    ) -> Tensor:  # fmt: skip
+        weights, dropped = softmax_weights(q, k, bias, since, place, scale, *drop)
         out: Tensor = weighted_values(dropped if drop[1] else weights, v)
-        ctx.save_for_backward(q, k, v, weights, out)
+        ctx.save_for_backward(q, k, v, weights, out, place)
         ctx.scale, ctx.drop = scale, drop
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, out = ctx.saved_tensors
+        q, k, v, weights, out, place = ctx.saved_tensors
         # A compiler makes it part of the kernel that computes d_out, which reads out as well.
         delta = row_products(d_out, out) if tracing() is None else (d_out.float() * out.float()).sum(-1)
-        d_scores, dropped = scores_gradient(d_out, v, weights, delta, *ctx.drop)
+        d_scores, dropped = scores_gradient(d_out, v, weights, delta, place, *ctx.drop)
         d_q, d_k = score_products(d_scores, q, k, ctx.scale)
         d_v = values_gradient(dropped if ctx.drop[1] else weights, d_out)
         d_bias = None
         if ctx.needs_input_grad[3]:
             by_distance = distance_sums(d_scores).flip(0)
             d_bias = torch.cat([by_distance, by_distance.new_zeros(len(by_distance) - 1)])
-        return d_q, d_k, d_v, d_bias, None, None, None
+        return d_q, d_k, d_v, d_bias, None, None, None, None
 
 
-def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Queries of each block of x (M, C, H, W), the number of keys that they meet, and each head."""
-    _, chunk, heads, _ = x.shape
+def _products(x: Tensor, squares: Tensor, *others: Tensor) -> Iterable[tuple[slice, int, list[Tensor]]]:
+    """Queries of each block of tokens x (M, C, H, W), the number of keys that they meet, and what a launch multiplies:
+    matrices of `squares` (G, C, C), and with them tokens (batch, C, W) of x and others like x.
+
+    A batch is all chunks of a head, or all heads of a chunk, whichever makes fewer launches: no library of products
+    takes both, as both have strides of their own.
+    """
+    many, chunk, heads, _ = x.shape
+    given = [squares.view(many, heads, chunk, chunk), *(t.transpose(1, 2) for t in (x, *others))]
+    batches = [list(batch) for batch in zip(*(t.unbind(int(heads <= many)) for t in given), strict=True)]
     for begin in range(0, chunk, BLOCK):
         end = min(begin + BLOCK, chunk)
-        for head in range(heads):
-            yield slice(begin, end), end, head
+        for batch in batches:
+            yield slice(begin, end), end, batch
 
 
-def _by_head(squares: Tensor, x: Tensor) -> Tensor:
-    """(G, C, C) as (M, H, C, C), of tokens x (M, C, H, W)."""
-    return squares.view(len(x), x.shape[2], *squares.shape[1:])
+def _launches(x: Tensor) -> int:
+    """How many products `_products` says for tokens (M, C, H, W)."""
+    return -(-x.shape[1] // BLOCK) * min(x.shape[0], x.shape[2])
+
+
+KERNELS |= {
+    "mega_scale::weighted_values": lambda weights, v: _launches(v),
+    "mega_scale::values_gradient": lambda weights, d_out: _launches(d_out),
+    "mega_scale::score_products": lambda scores, q, *_: 2 * _launches(q),
+    "mega_scale::distance_sums": lambda *_: 2,
+}
 
 
 def _place_arguments(
@@ -316,15 +342,15 @@ def _place_arguments(
     return key, first_row, first_position, first_column, threshold, factor
 
 
-def _softmax_weights_fake(q, k, bias, since, scale, chunks, p, *_):
+def _softmax_weights_fake(q, k, bias, since, place, scale, chunks, p, *_):
     weights = q.new_empty(q.shape[0] * q.shape[2], q.shape[1], q.shape[1])
     return weights, torch.empty_like(weights) if p else q.new_empty(0)
 
 
 @operator(_softmax_weights_fake)
 def softmax_weights(
-    q: Tensor, k: Tensor, bias: Tensor | None, since: Tensor | None, scale: float, chunks: int, p: float, key: int,
-    first_row: int, first_position: int, first_column: int,
+    q: Tensor, k: Tensor, bias: Tensor | None, since: Tensor | None, place: Tensor | None, scale: float, chunks: int,
+    p: float, key: int, first_row: int, first_position: int, first_column: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights, and with p > 0 those that dropout leaves; rows are of so many chunks."""
     many, chunk, heads, width = q.shape
@@ -334,8 +360,9 @@ def softmax_weights(
     with torch.cuda.device_of(q):
         weights_kernel[(-(-chunk // ROWS), groups)](
             q, k, q if bias is None else bias, q if since is None else since, weights, dropped if p else weights,
-            *_place_arguments(p, key, first_row, first_position, first_column, q), chunk, width, chunks, heads, scale,
-            BIAS=bias is not None, DOCUMENTS=since is not None, DROPOUT=p > 0, BLOCK=BLOCK, **tile(True),
+            q if place is None else place, *_place_arguments(p, key, first_row, first_position, first_column, q), chunk,
+            width, chunks, heads, scale, BIAS=bias is not None, DOCUMENTS=since is not None, DROPOUT=p > 0,
+            PLACED=place is not None, BLOCK=BLOCK, **tile(True),
         )  # fmt: skip
     return weights, dropped
 
@@ -346,10 +373,10 @@ def _weighted_values_fake(weights, v):
 
 @operator(_weighted_values_fake)
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
-    """`weights v`, (M, C, H, E), a product a block of queries and head."""
-    out, weights = torch.empty_like(v), _by_head(weights, v)
-    for rows, keys, head in _blocks(v):
-        torch.bmm(weights[:, head, rows, :keys], v[:, :keys, head], out=out[:, rows, head])
+    """`weights v`, (M, C, H, E), by `_products`."""
+    out = torch.empty_like(v)
+    for rows, keys, (weight, value, result) in _products(v, weights, out):
+        torch.bmm(weight[:, rows, :keys], value[:, :keys], out=result[:, rows])
     return out
 
 
@@ -366,14 +393,14 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     return products
 
 
-def _scores_gradient_fake(d_out, v, weights, delta, chunks, p, *_):
+def _scores_gradient_fake(d_out, v, weights, delta, place, chunks, p, *_):
     return torch.empty_like(weights), torch.empty_like(weights) if p else v.new_empty(0)
 
 
 @operator(_scores_gradient_fake)
 def scores_gradient(
-    d_out: Tensor, v: Tensor, weights: Tensor, delta: Tensor, chunks: int, p: float, key: int, first_row: int,
-    first_position: int, first_column: int,
+    d_out: Tensor, v: Tensor, weights: Tensor, delta: Tensor, place: Tensor | None, chunks: int, p: float, key: int,
+    first_row: int, first_position: int, first_column: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of scaled scores, and with p > 0 the weights that dropout left, as `softmax_weights` has them."""
     many, chunk, heads, width = v.shape
@@ -382,9 +409,9 @@ def scores_gradient(
     own = tile(narrow=p > 0)
     with torch.cuda.device_of(v):
         scores_gradient_kernel[(-(-chunk // ROWS), -(-chunk // own["KEYS"]), many * heads)](
-            d_out.contiguous(), v, weights, delta, d_scores, dropped if p else d_scores,
+            d_out.contiguous(), v, weights, delta, d_scores, dropped if p else d_scores, v if place is None else place,
             *_place_arguments(p, key, first_row, first_position, first_column, v), chunk, width, chunks, heads,
-            DROPOUT=p > 0, BLOCK=BLOCK, **own,
+            DROPOUT=p > 0, PLACED=place is not None, BLOCK=BLOCK, **own,
         )  # fmt: skip
     return d_scores, dropped
 
@@ -396,12 +423,11 @@ def _score_products_fake(d_scores, q, k, scale):
 @operator(_score_products_fake)
 def score_products(d_scores: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients of queries and keys, from those of scaled scores."""
-    d_q, d_k, d_scores = torch.empty_like(q), torch.empty_like(k), _by_head(d_scores, q)
-    for rows, keys, head in _blocks(q):
-        own = d_scores[:, head]
-        _scaled_product(own[:, rows, :keys], k[:, :keys, head], scale, d_q[:, rows, head])
+    d_q, d_k = torch.empty_like(q), torch.empty_like(k)
+    for rows, keys, (slopes, query, key, of_query, of_key) in _products(q, d_scores, k, d_q, d_k):
+        _scaled_product(slopes[:, rows, :keys], key[:, :keys], scale, of_query[:, rows])
         # A block of keys is seen from its first token on: one product sums over all of its queries.
-        _scaled_product(own[:, rows.start :, rows].mT, q[:, rows.start :, head], scale, d_k[:, rows, head])
+        _scaled_product(slopes[:, rows.start :, rows].mT, query[:, rows.start :], scale, of_key[:, rows])
     return d_q, d_k
 
 
@@ -415,11 +441,10 @@ def _values_gradient_fake(weights, d_out):
 
 @operator(_values_gradient_fake)
 def values_gradient(weights: Tensor, d_out: Tensor) -> Tensor:
-    """`weights^T d_out`, (M, C, H, E), a product a block of keys and head."""
+    """`weights^T d_out`, (M, C, H, E), by `_products`, of blocks of keys."""
     d_v = torch.empty_like(d_out, memory_format=torch.contiguous_format)
-    weights = _by_head(weights, d_out)
-    for rows, _, head in _blocks(d_out):
-        torch.bmm(weights[:, head, rows.start :, rows].mT, d_out[:, rows.start :, head], out=d_v[:, rows, head])
+    for rows, _, (weight, slopes, result) in _products(d_out, weights, d_v):
+        torch.bmm(weight[:, rows.start :, rows].mT, slopes[:, rows.start :], out=result[:, rows])
     return d_v
 
 

@@ -183,6 +183,8 @@ class PositionalDropout(NamedTuple):
     first_position: int = 0
     first_column: int = 0
     featurewise: bool = False  # of tokens: one draw for a feature of a row
+    # (3,) int64, in place of key, first_row and first_position: to a compiler, numbers would be part of the program.
+    place: Tensor | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x without what is dropped, plus the residual, which has its shape; by one kernel a pass on a GPU."""
@@ -191,7 +193,7 @@ class PositionalDropout(NamedTuple):
             from mega_scale.ops.dropout_triton import triton_dropout  # noqa: PLC0415
 
             fused = residual is not None and residual.dtype == x.dtype
-            y = triton_dropout(x, residual if fused else None, *self)
+            y = triton_dropout(x, residual if fused else None, *self[:6])
             return y if fused or residual is None else residual + y
         wide = x.movedim(2, -2) if x.dim() == 5 else x  # (B, K, I, H, J)
         shape = wide.shape
@@ -199,8 +201,12 @@ class PositionalDropout(NamedTuple):
         rows, positions, columns = (torch.arange(size, device=x.device) for size in wide.shape)
         if x.dim() == 5:
             columns = columns % shape[-1] + MOST_KEYS * (columns // shape[-1])
-        positions = positions.new_zeros(1) if self.featurewise else positions + self.first_position
-        y = positional_dropout(wide, self.p, self.key, rows + self.first_row, positions, columns + self.first_column)
+        key: Any
+        row: Any
+        position: Any
+        key, row, position = self[1:4] if self.place is None else self.place.unbind()
+        positions = positions.new_zeros(1) if self.featurewise else positions + position
+        y = positional_dropout(wide, self.p, key, rows + row, positions, columns + self.first_column)
         y = y.view(shape)
         y = y.movedim(-2, 2) if x.dim() == 5 else y
         return y if residual is None else residual + y

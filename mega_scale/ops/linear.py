@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mega_scale.ops import (
+    KERNELS,
     autocast_dtype,
     device_kind,
     once_differentiable,
@@ -204,6 +205,9 @@ def _sum_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
     for a, b in zip(left[1:], right[1:], strict=True):
         total.addmm_(a, b)
     return total
+
+
+KERNELS["mega_scale::sum_products"] = lambda left, right: len(left)
 
 
 class VocabularyPart(NamedTuple):

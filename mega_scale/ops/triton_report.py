@@ -43,7 +43,7 @@ _TOKENS = ("x", "residual", "other", "y", "dx", "dy", "q", "k", "v", "d_out",
            "weights", "dropped", "d_scores", "a", "b", "logits")  # fmt: skip
 _OTHERS = {
     **dict.fromkeys(("document", "starts", "since"), "*i32"),
-    **dict.fromkeys(("count", "counts", "angle", "targets"), "*i64"),
+    **dict.fromkeys(("count", "counts", "angle", "targets", "place"), "*i64"),
     **dict.fromkeys(("totals", "before", "behind", "first_mean", "first_var", "end_mean", "end_var"), "*fp64"),
     "valid": "*u8",
     **dict.fromkeys(("scale", "eps", "factor"), "fp32"),
@@ -145,8 +145,8 @@ def _other_variants() -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     own = {**dropout_constants(_DROPOUT_WIDTH), "FEATUREWISE": False}
     for added, heads, words in ((True, False, ", residual"), (False, True, ", heads")):
         yield dropout_kernel, f"dropout_kernel{words}", "", {**own, "RESIDUAL": added, "HEADS": heads}
-    for drops, words in ((False, ""), (True, ", dropout")):
-        own = {"BLOCK": BLOCK, "DROPOUT": drops}
+    for drops, placed, words in ((False, False, ""), (True, False, ", dropout"), (True, True, ", dropout, compiled")):
+        own = {"BLOCK": BLOCK, "DROPOUT": drops, "PLACED": placed}
         yield weights_kernel, f"weights_kernel{words}", "", {**tile(True), **own, "BIAS": True, "DOCUMENTS": drops}
         yield scores_gradient_kernel, f"scores_gradient_kernel{words}", "", {**tile(drops), **own}
     yield distances_kernel, "distances_kernel", "", {**DISTANCES}

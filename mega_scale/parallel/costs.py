@@ -119,9 +119,8 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
     if not reads and not writes:
         return None  # a question, not work
     flops = FLOPS[name](*args) if name in FLOPS else 0
-    kernels: float = KERNELS.get(name, 1)
+    kernels: float = KERNELS[name](*args) if name in KERNELS else 1
     if name == _SUM:
-        kernels = len(args[0])
         writes = [(t, size * (2 * len(args[0]) - 1)) for t, size in writes]
     if "_foreach_" in name or "_fused_ad" in name:
         kernels = max(1.0, len(given) / _FOREACH)

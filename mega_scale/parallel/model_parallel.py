@@ -168,17 +168,12 @@ class _Drop:
         return int.from_bytes(digest, "little")
 
     def at(self, first_column: int) -> PositionalDropout:
-        key: Any
-        first_row: Any
-        first_token: Any
+        p, featurewise = self.module.p, self.module.featurewise
         if torch.compiler.is_compiling():  # to which numbers are part of the program, that of the first step
             assert self.place is not None
-            key, first_row, first_token = self.place.unbind()
-        else:
-            place, first_token = self.row_slice.place, self.row_slice.first_token
-            key, first_row = self.key(place.step), place.first_row
-        p, featurewise = self.module.p, self.module.featurewise
-        return PositionalDropout(p, key, first_row, first_token, first_column, featurewise)
+            return PositionalDropout(p, 0, 0, 0, first_column, featurewise, self.place)
+        place, first_token = self.row_slice.place, self.row_slice.first_token
+        return PositionalDropout(p, self.key(place.step), place.first_row, first_token, first_column, featurewise)
 
     def of_weights(self) -> PositionalDropout:
         """For attention weights (B, K, [H,] I, J)."""

@@ -93,18 +93,20 @@ def test_every_query_is_counted_in_the_bias_of_several_programs(monkeypatch):
     test_kernels_match_the_reference((5, 1, None, 20, 4, 4, None, 0.0, True), torch.float32, monkeypatch)
 
 
+@pytest.mark.parametrize("placed", [False, True], ids=["", "placed"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_operators_say_what_they_return(p):
+def test_operators_say_what_they_return(p, placed):
     """Their schemas, what fake tensors get, and that compilers can take them."""
     q, k, v = (torch.randn(2, 20, 3, width).bfloat16() for width in (4, 4, 6))
-    bias, since, place = torch.randn(39), torch.zeros(6, 20, dtype=torch.int32), (2, p, *PLACE)
-    weights, dropped = attention_triton.softmax_weights(q, k, bias, since, 0.5, *place)
+    bias, since = torch.randn(39), torch.zeros(6, 20, dtype=torch.int32)
+    place, drop = torch.tensor(PLACE[:3]) if placed else None, (2, p, *PLACE)
+    weights, dropped = attention_triton.softmax_weights(q, k, bias, since, place, 0.5, *drop)
     delta = torch.randn(2, 20, 3)
     for operator, given in (
-        ("softmax_weights", (q, k, bias, since, 0.5, *place)),
+        ("softmax_weights", (q, k, bias, since, place, 0.5, *drop)),
         ("weighted_values", (weights, v)),
         ("row_products", (v, v)),
-        ("scores_gradient", (v, v, weights, delta, *place)),
+        ("scores_gradient", (v, v, weights, delta, place, *drop)),
         ("score_products", (weights, q, k, 0.5)),
         ("values_gradient", (weights, v)),
         ("distance_sums", (weights,)),
@@ -113,8 +115,32 @@ def test_operators_say_what_they_return(p):
     assert dropped.numel() == (weights.numel() if p else 0)
 
 
-def test_compilers_take_them_whole_and_compute_delta_themselves():
-    """One graph each way, in which the sum that the backward pass needs can join the kernel before it."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("first", [PLACE[:3], (2**32 - 1, 2**31, 2**32 - 2)], ids=["", "large"])
+def test_weights_are_dropped_as_by_the_plain_form(first, dtype, monkeypatch):
+    """To the bit, by a place that the kernels read from a tensor as by numbers; and so again in the backward pass."""
+    round_bf16(monkeypatch)
+    narrow_tiles(monkeypatch)
+    rows, chunks, heads, chunk = 2, 3, 2, 20
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows * chunks, chunk, heads, w, generator=generator).to(dtype) for w in (4, 4, 6))
+    delta = torch.randn(rows * chunks, chunk, heads, generator=generator)
+    drop = PositionalDropout(0.3, *first, PLACE[3])
+    for place, numbers in ((None, drop[:5]), (torch.tensor(first), (0.3, 0, 0, 0, PLACE[3]))):
+        weights, dropped = attention_triton.softmax_weights(q, k, None, None, place, 0.5, chunks, *numbers)
+        plain = drop(weights.view(rows, chunks, heads, chunk, chunk)).reshape(weights.shape)
+        seen = torch.ones(chunk, chunk, dtype=torch.bool).tril()
+        assert torch.equal(dropped * seen, plain * seen) and (dropped == 0).sum() > (weights == 0).sum()
+        _, again = attention_triton.scores_gradient(v, v, weights, delta, place, chunks, *numbers)
+        assert torch.equal(again * seen, plain * seen)
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["", "placed"])
+def test_compilers_take_them_whole_and_compute_delta_themselves(placed):
+    """One graph each way, in which the sum that the backward pass needs can join the kernel before it.
+
+    Where the place of dropout is a tensor, as in compiled blocks, the same weights are dropped.
+    """
     graphs = []
 
     def counting(graph, inputs):
@@ -123,11 +149,13 @@ def test_compilers_take_them_whole_and_compute_delta_themselves():
 
     leaves = [torch.randn(1, 2, 20, width, requires_grad=True) for width in (4, 4, 6)]
     numbers = (torch.rand(1, 40, generator=torch.Generator().manual_seed(0)) < 0.2).cumsum(1).unflatten(1, (2, 20))
-    rules = {"documents": ChunkDocuments.all_several(numbers), "dropout": PositionalDropout(0.2, *PLACE)}
-    attend = partial(chunk_attention, causal=True, impl="triton", **rules)
+    attend = partial(chunk_attention, causal=True, impl="triton", documents=ChunkDocuments.all_several(numbers))
+    drop = PositionalDropout(0.2, *PLACE)
+    own = PositionalDropout(0.2, 0, 0, 0, PLACE[3], place=torch.tensor(PLACE[:3])) if placed else drop
     compiled = torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=counting, bw_compiler=counting))
-    found = torch.autograd.grad(compiled(*leaves)[0].square().sum(), leaves)
-    for got, want in zip(found, torch.autograd.grad(attend(*leaves)[0].square().sum(), leaves), strict=True):
+    outs = [compiled(*leaves, dropout=own)[0], attend(*leaves, dropout=drop)[0]]
+    assert torch.equal(*outs)
+    for got, want in zip(*(torch.autograd.grad(out.square().sum(), leaves) for out in outs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     forward, backward = graphs
     assert "mega_scale.softmax_weights.default" in forward and "mega_scale.scores_gradient.default" in backward

@@ -4,13 +4,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mega_scale.ops import as_if
+from mega_scale.ops import KERNELS, as_if
 from mega_scale.ops.attention import chunk_attention
 from mega_scale.ops.elementwise import PositionalDropout
 from mega_scale.parallel.meter import Meter
@@ -38,6 +40,69 @@ def test_interpreted_kernels_match_the_reference():
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize(("chunks", "heads"), [(1, 1), (1, 4), (8, 4), (4, 8), (3, 1)])
+def test_products_are_as_many_launches_as_operators_say(chunks, heads, monkeypatch):
+    """However many heads there are: one for each block of queries, and for each head or for each chunk."""
+    from mega_scale.ops import attention_triton  # noqa: PLC0415
+
+    launches = []
+
+    def counted(product, *given, **options):
+        launches.append(given)
+        return product(*given, **options)
+
+    for name in ("bmm", "baddbmm"):
+        monkeypatch.setattr(torch, name, partial(counted, getattr(torch, name)))
+    length = 600
+    x = torch.randn(chunks, length, heads, 4)
+    squares = torch.randn(chunks * heads, length, length)
+    for operator, given, each in (
+        ("weighted_values", (squares, x), 1), ("values_gradient", (squares, x), 1),
+        ("score_products", (squares, x, x, 0.5), 2),
+    ):  # fmt: skip
+        launches.clear()
+        getattr(attention_triton, operator)(*given)
+        assert len(launches) == KERNELS[f"mega_scale::{operator}"](*given) == 3 * each * min(chunks, heads), operator
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
+def test_a_compiler_gets_operators_and_no_scores_on_a_gpu(p):
+    """As many nodes for 8,192 tokens as for 512, whether or not weights are dropped by a place in a tensor."""
+
+    def graphs(chunk):
+        found = []
+
+        def keep(graph, inputs):
+            found.append([(str(node.target), node.meta.get("val")) for node in graph.graph.nodes])
+            return graph.forward
+
+        def attend(place, *given):
+            drop = PositionalDropout(p, 0, 0, 0, 0, place=place) if p else 0.0
+            return chunk_attention(*given, causal=True, scale=1.0, dropout=drop)[0]
+
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            attend, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        )
+        with FakeTensorMode(), as_if("cuda"), torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            leaves = [torch.empty(1, 2, 4, chunk, w, dtype=torch.bfloat16, requires_grad=True) for w in (16, 16, 32)]
+            compiled(torch.empty(3, dtype=torch.int64), *leaves)
+        nodes = [node for graph in found for node in graph if node[0].startswith(("aten.", "mega_scale."))]
+        own = [name.split(".")[1] for name, _ in nodes if name.startswith("mega_scale.")]
+        assert own == ["softmax_weights", "weighted_values", "scores_gradient", "score_products", "values_gradient"]
+        assert not any(
+            isinstance(value, torch.Tensor) and value.numel() >= chunk**2
+            for name, value in nodes
+            if name.startswith("aten.")
+        )
+        return [len(graph) for graph in found]
+
+    assert graphs(512) == graphs(8192)
 
 
 @needs_triton

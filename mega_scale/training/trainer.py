@@ -243,7 +243,7 @@ class Trainer:
             raise StopRun
         if config.parallel.self_test and not hurry:
             self.watchdog.beat("testing the layout")
-            compared, error = run_self_test(self.model_config, config.parallel, world, config.train.dtype)
+            compared, error = run_self_test(self.model_config, config.engine_config(world.size), world)
             self.log(
                 f"self-test: loss and {compared} gradients of a tiny model in this layout equal those of one "
                 f"process, largest relative difference {error:.1e}"

@@ -1,17 +1,20 @@
 """The test that a run makes of its own layout: it passes where gradients are right, and finds them wrong."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import layout_study
 import pytest
 import tiny_run
 import torch
+from functorch.compile import default_partition, make_boxed_func
 from layout_study import DROPOUT, LAYOUTS, OTHER_MEGALODON
 from ranks import run_ranks
+from torch._dynamo.backends.common import aot_autograd
 
 from mega_scale.model import layers
-from mega_scale.parallel import ParallelConfig, World, sequence_parallel, tensor_parallel
+from mega_scale.parallel import EngineConfig, ParallelConfig, World, sequence_parallel, tensor_parallel
 from mega_scale.parallel.mesh import check_tensor_parallel
 from mega_scale.parallel.model_parallel import run_self_test, tiny_model
 
@@ -19,13 +22,13 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def attempt(
-    world: World, engine: str, stage: int, dtype: str = "fp32", config: Any = None, **native: Any
+    world: World, engine: str, stage: int, dtype: str = "fp32", config: Any = None, compile: bool = False, **native: Any
 ) -> tuple[int, float] | str:
     config = config or tiny_run.tiny_config(**DROPOUT)
     ds_config = {"zero_optimization": native} if native else {}
     parallel = ParallelConfig(engine=engine, zero_stage=stage, ds_config=ds_config, **world.shape._asdict())
     try:
-        return run_self_test(config, parallel, world, dtype)
+        return run_self_test(config, EngineConfig(parallel, dtype, compile=compile), world)
     except RuntimeError as error:
         return str(error)
 
@@ -39,6 +42,26 @@ def broken(module: Any, name: str, wrong: Callable[..., Any], act: Callable[[], 
         setattr(module, name, right)
 
 
+def compile_as_it_is(graph: Any, inputs: Any) -> Any:
+    return make_boxed_func(graph.forward)
+
+
+def compile_wrongly(graph: Any, inputs: Any) -> Any:
+    """Make of one activation another."""
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.silu.default:
+            node.target = torch.ops.aten.relu.default
+    graph.recompile()
+    return make_boxed_func(graph.forward)
+
+
+def compiled(world: World, engine: str, compiler: Callable[..., Any], **more: Any) -> tuple[int, float] | str:
+    """The test of a run in bf16 whose blocks a compiler other than inductor, which takes the time, compiles."""
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compile_as_it_is, partition_fn=default_partition)
+    test = partial(attempt, world, engine, 3, "bf16", compile=True, **more)
+    return broken(torch, "compile", partial(torch.compile, backend=backend), test)
+
+
 def study() -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     with World.start(ParallelConfig(timeout_s=120)) as ranks:
@@ -46,6 +69,8 @@ def study() -> dict[Any, Any]:
             world = layout_study.lay_out(ranks, LAYOUTS[layout])
             for engine in ("fsdp", "deepspeed"):
                 found[layout, engine, "bf16"] = attempt(world, engine, 3, "bf16")
+            engine = "deepspeed" if layout == "sp2" else "fsdp"
+            found[layout, engine, "compiled"] = compiled(world, engine, compile_as_it_is)
             for engine, stage in [("fsdp", 3), ("fsdp", 2), ("fsdp", 1), *(("deepspeed", stage) for stage in range(4))]:
                 found[layout, engine, stage] = attempt(world, engine, stage)
             # To DeepSpeed, ranks of sp are data-parallel ones: it divides by their number in whatever way it reduces.
@@ -55,6 +80,8 @@ def study() -> dict[Any, Any]:
             model = layout_study.config(**OTHER_MEGALODON | {"num_attention_heads": heads})
             found["megalodon", heads, "sp"] = attempt(sp, ("fsdp", "deepspeed")[heads - 1], 3, "bf16", model)
             found["megalodon", heads, "tp"] = attempt(tp, ("deepspeed", "fsdp")[heads - 1], 3, "bf16", model)
+
+        found["compiled wrongly"] = compiled(sp, "fsdp", compile_wrongly)
 
         # Tokens that the moving average of a rank is given.
         found["tokens"] = {}
@@ -96,13 +123,13 @@ def study() -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(study, 2, tmp_path_factory.mktemp("self-test"), timeout_s=300)
+    return run_ranks(study, 2, tmp_path_factory.mktemp("self-test"), timeout_s=600)
 
 
 def test_right_layouts_pass(ranks):
     for rank in ranks:
         passed = {key: value for key, value in rank.items() if isinstance(key, tuple)}
-        assert len(passed) == 34
+        assert len(passed) == 37
         for key, found in passed.items():
             assert isinstance(found, tuple), (key, found)
             assert found[0] > 35 and found[1] < 1e-4, (key, found)
@@ -118,6 +145,13 @@ def test_wrong_gradients_are_found_by_all_ranks(ranks, fault):
     for rank in ranks:
         assert isinstance(rank[fault], str), rank[fault]
         assert "self-test" in rank[fault] and "parallel.self_test=false" in rank[fault]
+
+
+def test_what_a_compiler_makes_wrong_is_found_and_named(ranks):
+    """Eager blocks passed before, so the message says that these will do."""
+    for rank in ranks:
+        assert "self-test: compiled bf16 gradients" in rank["compiled wrongly"], rank["compiled wrongly"]
+        assert "set train.compile=false, as eager blocks are right" in rank["compiled wrongly"]
 
 
 def test_the_tiny_model_has_the_options_of_the_run():

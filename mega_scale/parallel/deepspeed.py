@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ class DeepSpeedEngine(Engine):
             )
             self._fill(values, partial(self._partition, init))
             if nn.functional.linear is not _linear:
-                nn.functional.linear = partial(_linear_of_rows, nn.functional.linear)
+                nn.functional.linear = _linear_of_rows(nn.functional.linear)
         else:
             # A copy of its own: a shard is a view of the whole value.
             self._fill(values, lambda old, value: nn.Parameter(value.to(world.device, copy=True).contiguous()))
@@ -257,12 +257,17 @@ class DeepSpeedEngine(Engine):
             self._names_local_rank = False
 
 
-def _linear_of_rows(linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_of_rows(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What ZeRO-3 puts in the place of PyTorch's linear, which keeps parameters for its backward, not rounded copies.
 
     Of x with other than two dimensions, it would round the product, and then its sum with the bias once more.
     """
-    return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    @wraps(linear)  # a compiler asks PyTorch's functions for their names
+    def of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    return of_rows
 
 
 def _largest_unit(model: Any) -> int:

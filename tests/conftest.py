@@ -23,9 +23,9 @@ LONGEST = [
     "test_stops", "test_layouts", "test_readme", "test_kills", "test_ema_triton", "test_pretrain", "test_reshape",
     "test_monitor", "test_killed_ranks", "test_cut_runs", "test_templates", "test_two_hosts", "test_watched_runs",
     "test_compile", "test_timestep_norm_triton", "test_attention_triton", "test_compiled_blocks",
-    "test_plan_command", "test_roofline_command", "test_benchmark_commands", "test_damaged_runs", "test_engines",
-    "test_bad_runs", "test_packaging", "test_packed_runs", "test_megalodon_runs", "test_disks", "test_hangs",
-    "test_layout_checkpoints", "test_document_layouts", "test_odd_vocabulary", "test_native_keys",
+    "test_compiled_runs", "test_plan_command", "test_roofline_command", "test_benchmark_commands", "test_damaged_runs",
+    "test_engines", "test_bad_runs", "test_packaging", "test_packed_runs", "test_megalodon_runs", "test_disks",
+    "test_hangs", "test_layout_checkpoints", "test_document_layouts", "test_odd_vocabulary", "test_native_keys",
     "test_accelerate", "test_readme_program", "test_token_stream", "test_tokenizers",
 ]  # fmt: skip
 PLACES = {name: place for place, name in enumerate(LONGEST)}

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from launching import ROOT, metrics, pretrain, pretrain_until, start
+from launching import ROOT, metrics, pretrain, pretrain_until, start, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mega_scale.checkpoint.state import open_weights
@@ -16,10 +16,6 @@ STEPS = 10  # of the runs that are compared
 NO_DROPOUT = [f"model.{name}=0" for name in (
     "dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob", "nffn_activation_dropout_prob",
 )]  # fmt: skip
-
-
-def text(text_file):
-    return ["data.source=json", f"data.path={text_file}", "data.validation_fraction=0.2"]
 
 
 def losses(run_dir):
@@ -52,7 +48,8 @@ def alone(tmp_path_factory, text_file):
     "launcher,engine,stage,more",
     [
         ("deepspeed", "deepspeed", 3, ["parallel.activation_checkpoint_segment=32"]),
-        pytest.param("torchrun", "fsdp", 3, ["train.compile=true"], marks=pytest.mark.slow),
+        # Compiling takes as long as the machine is busy.
+        pytest.param("torchrun", "fsdp", 3, ["train.compile=true", "parallel.timeout_s=600"], marks=pytest.mark.slow),
         pytest.param(
             "accelerate", "fsdp", 2, ["parallel.activation_checkpoint_policy=save_matmuls"], marks=pytest.mark.slow
         ),

@@ -82,9 +82,14 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-def pretrain(launcher, run_dir, *changes, timeout=300):
+def text(text_file):
+    """Settings of a run on the text of `write_sources`."""
+    return ["data.source=json", f"data.path={text_file}", "data.validation_fraction=0.2"]
+
+
+def pretrain(launcher, run_dir, *changes, timeout=300, environment=None):
     """Train the tiny run; returns its output, and fails unless it ends well."""
-    code, output = start(LAUNCHERS[launcher], [*TINY, f"run_dir={run_dir}", *changes], timeout)
+    code, output = start(LAUNCHERS[launcher], [*TINY, f"run_dir={run_dir}", *changes], timeout, environment)
     assert code == 0, f"exit code {code}:\n{output[-6000:]}"
     return output
 

@@ -167,6 +167,18 @@ def test_the_default_run_with_a_change_is_refused(words, fragments, places, caps
             "train.fp8=true parallel.engine=fsdp train.dtype=bf16 parallel.device=cpu",
             ["train.fp8=True", "a CPU", "train.fp8=false"],
         ),
+        (
+            "parallel.tp_overlap=true parallel.engine=fsdp",
+            ["parallel.tp_overlap=True", "parallel.tp=1", "tp=2 or more"],
+        ),
+        (
+            "parallel.tp_overlap=true parallel.tp=2 parallel.engine=deepspeed",
+            ["parallel.tp_overlap=True", "parallel.engine=deepspeed", "use parallel.engine=fsdp"],
+        ),
+        (
+            "parallel.tp_overlap=true parallel.tp=2 parallel.engine=fsdp parallel.device=cpu",
+            ["parallel.tp_overlap=True", "NVIDIA GPUs", "remove parallel.tp_overlap"],
+        ),
         ("parallel.device=cuda", ["parallel.device", "cuda", "cpu"]),
         ("run_dir={tmp}/file/run", ["run_dir", "folder"]),
         ("--resume {tmp}", ["resume", "manifest.json"]),

@@ -29,6 +29,7 @@ _LAYOUTS: dict[str, list[str]] = {
     "copies": ["parallel.dp_replicate=2"],
     "sp": ["parallel.sp=2"],
     "tp": ["parallel.tp=2"],
+    "tp, waiting": ["parallel.tp=2", "parallel.tp_overlap=false"],
 }
 
 
@@ -78,7 +79,8 @@ def _keys(device: torch.device, dtype: str, steps: int, run_dir: Path, callback:
 
 
 def layouts(device: torch.device, say: Any) -> None:
-    """Five layouts of two ranks in bf16 and fp32, with self-test: the losses of one process; a context a process."""
+    """Five layouts of two ranks in bf16 and fp32, tp with and without overlap, with self-test: the losses of one
+    process; a context a process."""
     steps = 20 if device.type == "cuda" else 3
     problems = []
     for dtype, within in _WITHIN.items():
@@ -94,11 +96,14 @@ def layouts(device: torch.device, say: Any) -> None:
                     problems.append(f"{name} in {dtype}: exit codes {codes}\n{printed.read_text()[-1000:]}")
                     continue
                 rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+                # Whether collectives travel beside products, or why they are waited for.
+                tp = [line.split("|")[-1].strip() for line in printed.read_text().splitlines() if "| tp " in line]
                 contexts = [json.loads(path.read_text()) for path in sorted(run_dir.glob("contexts-*.json"))]
             losses[name] = [row["loss"] for row in rows if row["part"] == "train"]
             furthest = max(abs(a / b - 1) for a, b in zip(losses[name], losses.get("one", losses[name]), strict=True))
             seconds = time.perf_counter() - began
-            say(layout=name, dtype=dtype, from_one=furthest, loss=losses[name][-1], contexts=contexts, seconds=seconds)
+            facts = {"from_one": furthest, "loss": losses[name][-1], "contexts": contexts, "seconds": seconds}
+            say(layout=name, dtype=dtype, **facts, **({"tp": tp[0]} if tp else {}))
             if furthest > within:
                 problems.append(f"{name} in {dtype}: losses are {furthest:.1e} from one process's")
             if any(len(one) > 1 for one in contexts):

@@ -253,7 +253,8 @@ class MegaNormalizedFeedForwardNetwork(nn.Module):
 class MegaMovingAverageGatedAttention(ChunkedAttention):
     """Moving average, attention in chunks, and gates (arXiv 2209.10655, equations 8 to 15)."""
 
-    gather: Callable[[Tensor], Tensor] | None = None  # brings all channels, where x has a rank's
+    # Brings all channels of what layers read, where x has a rank's, and what they make of them.
+    read_by: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config, causal=config.is_decoder)
@@ -295,13 +296,14 @@ class MegaMovingAverageGatedAttention(ChunkedAttention):
         """
         new_mask = None if mask is None else mask[:, -x.shape[1] :]
         normed = self.norm(x, new_mask) if self.config.normalize_before_mega else x
-        if self.gather is not None:
-            normed = self.gather(normed)
+        if self.read_by is None:
+            pre = self.v_proj(normed)
+        else:
+            normed, pre = self.read_by(normed, self.v_proj)
         averaged, ema_state = self.ema_gate(
             normed, new_mask, None if state is None else state.ema, None if borders is None else borders.starts
         )
         averaged = self.ema_dropout(averaged)
-        pre = self.v_proj(normed)
         with recomputed(self.activation, pre) as v:
             segments: Any = self.mx_proj(averaged)
             if not isinstance(segments, tuple):  # as from a layer for each, which ranks can share

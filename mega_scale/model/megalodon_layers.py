@@ -142,7 +142,8 @@ class RotaryTurns:
 class MegalodonAttention(ChunkedAttention):
     """Timestep norm, complex average, normalized attention in chunks, and gates: the first hop of a block."""
 
-    gather: Callable[[Tensor], Tensor] | None = None  # brings all channels, where x has a rank's
+    # Brings all channels of what layers read, where x has a rank's, and what they make of them.
+    read_by: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
@@ -183,12 +184,13 @@ class MegalodonAttention(ChunkedAttention):
         valid = None if mask is None else mask[:, -x.shape[1] :]
         resets = None if borders is None else borders.starts
         normed, (x, residual), moments = self.timenorm(x, None if state is None else state.norm, resets, valid)
-        if self.gather is not None:
-            normed = self.gather(normed)
+        if self.read_by is None:
+            pre = self.wv(normed)
+        else:
+            normed, pre = self.read_by(normed, self.wv)
         averaged, ema_state = self.cema(normed, None if state is None else state.ema, resets)
         with recomputed(self.rmsnorm, averaged) as averaged_normed:
             m = self.ema_dropout(averaged_normed)
-            pre = self.wv(normed)
             z, gate, candidate = linear_layers(m, self.wz, self.wr, self.wh1)
         with recomputed(F.silu, pre) as v:
             q, k = self.gates.normalized_queries_and_keys(z, self.gamma, self.beta, self.heads, self.config.norm_eps)
@@ -221,7 +223,8 @@ class MegalodonFeedForward(nn.Module):
     """
 
     alpha: nn.Parameter | None
-    gather: Callable[[Tensor], Tensor] | None = None  # brings all channels, where y has a rank's
+    # Brings all channels of what layers read, where y has a rank's, and what they make of them.
+    read_by: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __init__(self, config: MegalodonConfig, layer: int) -> None:
         super().__init__()
@@ -238,8 +241,8 @@ class MegalodonFeedForward(nn.Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y and x (B, L, D) to (B, L, D)."""
         with recomputed(self.norm, y) as normed:
-            whole = normed if self.gather is None else self.gather(normed)
-            inner = linear_layers(whole, *(layer for layer in (self.fc1, self.fc3) if layer is not None))
+            layers = (self.fc1,) if self.fc3 is None else (self.fc1, self.fc3)
+            inner = linear_layers(normed, *layers) if self.read_by is None else self.read_by(normed, *layers)[1:]
         with recomputed(F.silu if self.fc3 is None else self.gates.swiglu, *inner) as active:
             out = self.fc2(self.hidden_dropout(active))
         if self.alpha is None:

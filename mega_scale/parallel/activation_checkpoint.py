@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -41,11 +41,13 @@ _MATMULS = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
 # Attention's own, by name, as those for GPUs are not there before they are needed.
-_OWN_MATMULS = ("causal_attention", "softmax_weights", "weighted_values")
+_OWN_MATMULS = ("causal_attention", "softmax_weights", "weighted_values", "gathered_products", "scattered_product")
+_BESIDE_COLLECTIVES = "symm_mem"  # namespace of products with what travels beside them
 
 
 def _is_matmul(function: Any, *more: str) -> bool:
-    return function in _MATMULS or (function.namespace == NAMESPACE and function._opname in (*_OWN_MATMULS, *more))
+    own = function.namespace == NAMESPACE and function._opname in (*_OWN_MATMULS, *more)
+    return own or function in _MATMULS or function.namespace == _BESIDE_COLLECTIVES
 
 
 def _kept(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -81,7 +83,7 @@ def checkpoint_activations(
     """
 
     def with_matmuls() -> Any:
-        # By operator, in the order of its calls: what it returned, leaf by leaf, each with the tensor's version.
+        # By operator, in the order of its calls: what it returned, with versions of its tensors.
         results: defaultdict[Any, deque[Any]] = defaultdict(deque)
 
         @contextmanager
@@ -132,14 +134,17 @@ class _SavedMatmuls(TorchDispatchMode):
         if not self._replay:
             out = function(*args, **(kwargs or {}))
             # Detached: autograd will give the result itself a history.
-            leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(out)]
-            self._results[function].append([(leaf, getattr(leaf, "_version", 0)) for leaf in leaves])
+            saved = tree_map_only(Tensor, Tensor.detach, out)
+            self._results[function].append((saved, _versions(saved)))
             return out
-        found = self._results[function].popleft()
-        if any(getattr(leaf, "_version", 0) != version for leaf, version in found):
+        saved, versions = self._results[function].popleft()
+        if _versions(saved) != versions:
             raise RuntimeError(f"the result of {function} was changed after it was saved for recomputation")
-        leaves = [leaf for leaf, _ in found]
-        return leaves[0] if len(leaves) == 1 else tuple(leaves)
+        return saved
+
+
+def _versions(result: Any) -> list[int]:
+    return [getattr(leaf, "_version", 0) for leaf in tree_leaves(result)]
 
 
 def _as_it_is(segment: Callable[..., Any], *given: Any) -> Any:

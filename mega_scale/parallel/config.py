@@ -4,6 +4,7 @@ DeepSpeed's native keys are merged over ours, and what accelerate launch was tol
 """
 
 import contextlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +46,11 @@ class ParallelConfig:
 
     tp: int = 1
     """Tensor parallelism: ranks of one host that share the channels of every layer (ranks)."""
+
+    tp_overlap: bool | None = None
+    """Whether collectives of tp travel beside the matrix products that read or make what they bring, by symmetric
+    memory, with engine=fsdp; none means on NVIDIA GPUs that reach each other's memory, true refuses all else (no unit).
+    """
 
     self_test: bool = False
     """Whether, before training, gradients of a tiny model in this layout are compared with one process's (no unit)."""
@@ -102,6 +108,32 @@ class ParallelConfig:
              f"channels must share a host; use parallel.tp={gcd(here, self.tp)}{also}"),
         ):  # fmt: skip
             require(good, f"parallel.{key}", getattr(self, key), remedy)
+        if self.tp_overlap and (problem := self.overlap_problem()):
+            require(False, "parallel.tp_overlap", True, f"{problem}, or remove parallel.tp_overlap")
+
+    def overlap_problem(self) -> str | None:
+        """Why tp's collectives have to be waited for, with a remedy; None where only ranks that have met can tell."""
+        kind = device_kind(torch.device("cuda" if self.device != "cpu" and cuda.is_available() else "cpu"))
+        for good, problem in (
+            (self.tp > 1, f"parallel.tp={self.tp} has no collectives, use parallel.tp=2 or more"),
+            (self.engine == "fsdp", f"parallel.engine={self.engine} brings weights layer by layer, and products that "
+             "travel beside collectives need those of several, use parallel.engine=fsdp"),
+            (kind == "cuda" and torch.version.hip is None, "symmetric memory needs NVIDIA GPUs, use them"),
+            (_has_symmetric_products(), f"torch {torch.__version__} has no torch.ops.symm_mem.fused_all_gather_matmul, "
+             "install torch 2.13"),
+        ):  # fmt: skip
+            if not good:
+                return problem
+        return None
+
+
+def _has_symmetric_products() -> bool:
+    try:
+        importlib.import_module("torch.distributed._symmetric_memory")
+    except ImportError:
+        return False
+    operators = ("fused_all_gather_matmul", "fused_matmul_reduce_scatter")
+    return all(hasattr(torch.ops.symm_mem, name) for name in operators)
 
 
 @dataclass(frozen=True)

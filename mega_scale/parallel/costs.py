@@ -88,8 +88,50 @@ FLOPS: dict[str, Callable[..., int]] = {
     "mega_scale::scores_gradient": lambda d_out, v, *_: _below_diagonal(v, v.shape[1]),
     "mega_scale::score_products": lambda scores, q, *_: 2 * _below_diagonal(q, q.shape[1]),
     "mega_scale::values_gradient": lambda weights, d_out: _below_diagonal(d_out, d_out.shape[1]),
+    "symm_mem::fused_all_gather_matmul": lambda x, factors, *_: sum(
+        2 * x[..., 0].numel() * factor.numel() for factor in factors
+    ),
+    "symm_mem::fused_matmul_reduce_scatter": lambda x, factor, *_: _product(x, factor),
 }
 """Operations by operator, from its positional arguments: two a multiply-add of products; of the average, steps."""
+
+
+class Beside(NamedTuple):
+    """A collective that travels beside a product, both by one operator.
+
+    Args:
+        operation: name of the collective alone, in c10d.
+        shape: of the tensor that this rank puts in.
+        ranks: of the group, by which both are divided.
+        launches: of the operator's kernels: copies between ranks, barriers, and products, one a rank.
+        arranged: bytes read and written by the kernel that comes after.
+    """
+
+    operation: str
+    shape: tuple[int, ...]
+    ranks: int
+    launches: int
+    arranged: tuple[int, int]
+
+
+def _beside_gather(result: Any, x: Tensor, factors: list[Tensor], *_: Any) -> Beside:
+    ranks, whole = factors[0].shape[0] // x.shape[-1], bytes_of(result[0])
+    # Columns of all ranks are put beside each other.
+    return Beside("_allgather_base_", tuple(x.shape), ranks, ranks * (1 + len(factors)) + 4, (whole, whole))
+
+
+def _beside_scatter(result: Any, x: Tensor, factor: Tensor, *_: Any) -> Beside:
+    ranks, own = factor.shape[1] // result.shape[-1], bytes_of(result)
+    shape = (*x.shape[:-1], factor.shape[1])
+    # What ranks made of this one's columns is summed.
+    return Beside("_reduce_scatter_base_", shape, ranks, 4 * ranks, (own * ranks, own))
+
+
+BESIDE: dict[str, Callable[..., Beside]] = {
+    "symm_mem::fused_all_gather_matmul": _beside_gather,
+    "symm_mem::fused_matmul_reduce_scatter": _beside_scatter,
+}
+"""Collectives that travel beside products, by operator, from its result and its positional arguments."""
 
 
 def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
@@ -120,6 +162,8 @@ def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
         return None  # a question, not work
     flops = FLOPS[name](*args) if name in FLOPS else 0
     kernels: float = KERNELS[name](*args) if name in KERNELS else 1
+    if name in BESIDE:
+        kernels = BESIDE[name](result, *args).launches
     if name == _SUM:
         writes = [(t, size * (2 * len(args[0]) - 1)) for t, size in writes]
     if "_foreach_" in name or "_fused_ad" in name:

@@ -10,6 +10,7 @@ whose forward pass made the node that runs. Both follow the thread that enters t
 import bisect
 import gc
 import itertools
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mega_scale.parallel.costs import cost, tensors_in
+from mega_scale.parallel.costs import BESIDE, Beside, cost, tensors_in
 
 ROUNDED = 512
 """What PyTorch's allocator of GPUs rounds a tensor's bytes up to."""
@@ -57,6 +58,7 @@ class Sent(NamedTuple):
         shape: of the tensor that this rank puts in.
         bytes: of that tensor.
         module, phase: where it was called, as of an `Event`.
+        beside: the product that it travels beside, both divided by ranks; none where it is waited for.
     """
 
     operation: str
@@ -65,6 +67,7 @@ class Sent(NamedTuple):
     bytes: int
     module: str = ""
     phase: str = "forward"
+    beside: "Event | None" = None
 
 
 class Event(NamedTuple):
@@ -275,21 +278,40 @@ class Meter(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._storages and not tensor.is_meta:
                     self._follow(storage, _KINDS.get(self.phase, self.phase), counted=counted)
-        if self._lists_events:
-            self._add_event(func, args, kwargs, result)
+        name = func.name().split(".")[0]
+        beside = BESIDE[name](result, *args) if name in BESIDE else None
+        event = self._event(func, args, kwargs, result) if self._lists_events or beside is not None else None
+        if event is not None and self._lists_events:
+            self.events.append(event)
+        if event is not None and beside is not None:
+            self._send_beside(beside, event, next(each for each in reversed(args) if isinstance(each, str)), args[0])
         return result
 
-    def _add_event(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _send_beside(self, beside: Beside, event: Event, group: str, x: Tensor) -> None:
+        size = math.prod(beside.shape) * x.element_size()
+        what = (event.module, event.phase, event)
+        self.sent.append(Sent(beside.operation, group, beside.shape, size, *what))
+        if self._lists_events:
+            read, written = beside.arranged
+            self.events.append(
+                event._replace(
+                    name="symm_mem::copy", read=read, written=written, flops=0, kernels=1,
+                    inputs=tuple((number, read) for number, _ in event.outputs[:1]),
+                    outputs=tuple((number, written) for number, _ in event.outputs[:1]),
+                )
+            )  # fmt: skip
+
+    def _event(self, func: Any, args: Any, kwargs: Any, result: Any) -> Event | None:
         found = cost(func, args, kwargs, result)
         if found is None:
-            return
+            return None
         inputs, outputs = self._numbered(found.reads), self._numbered(found.writes)
         dtypes = [t.dtype for t in tensors_in((args, kwargs, result))]
         dtype = next((each for each in dtypes if each.is_floating_point), dtypes[0])
         name = func.name().split(".")[0]
         read, written = (sum(size for _, size in each) for each in (inputs, outputs))
         what = (found.flops, found.kernels, str(dtype).removeprefix("torch."), self._module(), self.phase)
-        self.events.append(Event(name, read, written, *what, inputs, outputs))
+        return Event(name, read, written, *what, inputs, outputs)
 
     def _numbered(self, tensors: Sequence[tuple[Tensor, int]]) -> tuple[tuple[int, int], ...]:
         numbers = (self._storages.get(tensor.untyped_storage()._cdata) for tensor, _ in tensors)

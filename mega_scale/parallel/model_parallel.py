@@ -98,7 +98,7 @@ def apply_model_parallelism(
     check_segments(config, checkpointing.activation_checkpoint_segment, checkpointing.activation_checkpoint, sp.size)
     check_sequence_parallel(config, sp.size * (config.attention_chunk or 1), sp.size)
     row_slice = RowSlice(sp.rank, sp.size, config.attention_chunk or 1)
-    received = Received()
+    received = Received(saves_matmuls=checkpointing.activation_checkpoint_policy == "save_matmuls")
     sp, tp = replace(sp, received=received), replace(tp, received=received)
 
     use_own_linear(model)

@@ -38,7 +38,7 @@ from mega_scale.parallel.tensor_parallel import (
     RowParallelLinear,
     VocabularyParallelEmbedding,
     VocabularyParallelHead,
-    gather_channels,
+    gather_for,
     sharded,
 )
 from mega_scale.parallel.world import Axis, sum_gradients
@@ -103,7 +103,7 @@ def _gated_attention(whole: Any, axis: Axis) -> nn.Module:
     attention.v_proj = on_meta(ColumnParallelLinear, whole.v_proj, axis)
     attention.h_proj = on_meta(RowParallelLinear, whole.h_proj, axis)
     attention.rel_pos_bias = sharded(type(whole.rel_pos_bias), axis, {}, config)
-    attention.gather = partial(gather_channels, axis=axis)
+    attention.read_by = partial(gather_for, axis=axis)
     return cast(nn.Module, attention)
 
 
@@ -156,7 +156,7 @@ def _normalized_attention(whole: Any, axis: Axis) -> nn.Module:
         attention.wz.needed = dict.fromkeys(("weight", "bias"), (0, *head))
         attention.needed = dict.fromkeys(("gamma", "beta"), (1, *head))
     attention.rmsnorm = sharded(MegalodonRMSNorm, axis, {}, config.hidden_size, config.norm_eps, config.norm_affine)
-    attention.gather = partial(gather_channels, axis=axis)
+    attention.read_by = partial(gather_for, axis=axis)
     return cast(nn.Module, attention)
 
 
@@ -165,7 +165,7 @@ def _swiglu_feed_forward(module: Any, axis: Axis) -> nn.Module:
     for name in layers:
         module.add_module(name, on_meta(ColumnParallelLinear, module.get_submodule(name), axis))
     module.fc2 = on_meta(RowParallelLinear, module.fc2, axis)
-    module.gather = partial(gather_channels, axis=axis)
+    module.read_by = partial(gather_for, axis=axis)
     return _own_channels(module, axis)  # alpha
 
 

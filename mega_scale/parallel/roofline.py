@@ -30,6 +30,32 @@ def seconds(event: Event, device: Device) -> float:
     return max(work, event.kernels * device.kernel)
 
 
+def collective_seconds(operation: str, ranks: int, hosts: int, size: float, device: Device, calls: float = 1) -> float:
+    """How long some collectives of `size` bytes together take: rings, over the slowest link in them.
+
+    `size` is what this rank puts in; `operation` is named as in c10d.
+    """
+    if ranks == 1:
+        return 0.0
+    rounds = 2 if "allreduce" in operation else 1
+    moved = size * (ranks - 1) * rounds
+    if "allgather" not in operation:  # the others are given what goes to all ranks, not what goes to each
+        moved /= ranks
+    bandwidth = device.link * device.link_share
+    if hosts > 1:  # ranks of a host bring a link to the network each
+        bandwidth = min(bandwidth, device.network * device.network_share * ranks / hosts)
+    hops = (ranks - hosts) * device.link_latency + (hosts if hosts > 1 else 0) * device.network_latency
+    return moved / bandwidth + calls * rounds * hops
+
+
+def hidden_seconds(product: Event, taken: float, ranks: int, device: Device) -> float:
+    """How much of a collective's seconds passes while the product that it travels beside is computed.
+
+    Both are divided by ranks. Before the first part has come, or after the last one is made, nothing travels beside it.
+    """
+    return min(taken, seconds(product, device) * (ranks - 1) / ranks)
+
+
 def _product_rate(event: Event, device: Device) -> float:
     if event.dtype.startswith("float8"):
         return device.products_fp8 * device.products_fp8_share

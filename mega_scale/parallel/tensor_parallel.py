@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, check_ids
+from mega_scale.model.basic_layers import LanguageModelHead, MegaLinear, check_ids, linear_layers
 from mega_scale.model.megalodon_layers import MegalodonLayerNorm
 from mega_scale.ops import autocast_dtype, once_differentiable, opaque
 from mega_scale.ops.linear import VocabularyPart, linear, linear_cross_entropy
+from mega_scale.parallel.overlap import gathered_products, overlaps, scattered_product
 from mega_scale.parallel.shard import on_meta, shard_length
 from mega_scale.parallel.world import Axis, collective, gather, gather_replicated, reduce_scatter, sum_gradients
 
@@ -71,7 +72,28 @@ def gather_channels(x: Tensor, axis: Axis) -> Tensor:
 
     In the dtype that those see, so that under autocast only 16 bits of a number travel.
     """
-    return gather(x.to(autocast_dtype(x.device) or x.dtype), axis)
+    return gather(_as_multiplied(x), axis)
+
+
+def gather_for(x: Tensor, *layers: "ColumnParallelLinear", axis: Axis) -> tuple[Tensor, ...]:
+    """`gather_channels`, and what layers make of all channels: (B, L, D), and (B, L, W / T) a layer."""
+    if overlaps(axis):
+        return _products(x, *layers, axis=axis)
+    whole = gather_channels(x, axis)
+    return whole, *linear_layers(whole, *layers)
+
+
+def _products(x: Tensor, *layers: "ColumnParallelLinear", axis: Axis) -> tuple[Tensor, ...]:
+    x = _as_multiplied(x)
+    whole, *outs = gathered_products(axis, x, *(layer.weight.to(x.dtype) for layer in layers))
+    biased = (
+        out if layer.bias is None else out + layer.bias.to(out.dtype) for out, layer in zip(outs, layers, strict=True)
+    )
+    return whole, *biased
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    return x.to(autocast_dtype(x.device) or x.dtype)
 
 
 class ColumnParallelLinear(TensorParallel, MegaLinear):
@@ -86,6 +108,8 @@ class GatheringLinear(ColumnParallelLinear):
     """The same of an input whose channels are sharded, (B, L, D / T), and that no other layer reads."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if overlaps(self.axis):
+            return _products(x, self, axis=self.axis)[1]
         return super().forward(gather_channels(x, self.axis))
 
 
@@ -99,7 +123,11 @@ class RowParallelLinear(TensorParallel, MegaLinear):
             self.bias = nn.Parameter(torch.empty(whole.out_features // axis.size, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = reduce_scatter(linear(x, self.weight), self.axis)
+        if overlaps(self.axis):
+            x = _as_multiplied(x)
+            out = scattered_product(self.axis, x, self.weight.to(x.dtype))
+        else:
+            out = reduce_scatter(linear(x, self.weight), self.axis)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 

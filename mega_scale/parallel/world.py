@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ class Pending:
 class Received:
     """What a block that is recomputed got from other ranks in its forward pass: it gets it again, and sends nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, saves_matmuls: bool = False) -> None:
+        self.saves_matmuls = saves_matmuls  # whether results of products are saved, with what travelled beside them
         self._kept: deque[Tensor] | None = None  # in a block that is recomputed
         self._again = False
 
@@ -92,14 +93,24 @@ class Axis:
     rank: int
     size: int
     received: Received | None = None  # of a model whose blocks may be recomputed
+    overlaps: bool = False  # whether products and collectives that adjoin them are one operator, see `overlap`
     number: int = field(default_factory=_numbers.__next__, init=False, compare=False)
 
     def __post_init__(self) -> None:
         _numbered[self.number] = self
 
-    def start(self, begin: Callable[[], Pending]) -> Pending:
-        """Start a collective without gradients of a forward pass, which a recomputed block does not repeat."""
-        return begin() if self.received is None else self.received.start(begin)
+    def start(self, begin: Callable[[], Pending], *, product: bool = False) -> Pending:
+        """Start a collective without gradients of a forward pass, which a recomputed block does not repeat.
+
+        `product` says that it travels beside a matrix product: whoever saves results of these has it with them.
+        """
+        received = self.received
+        return begin() if received is None or (product and received.saves_matmuls) else received.start(begin)
+
+    @classmethod
+    def numbered(cls, number: int) -> "Axis":
+        """The axis of a number, by which operators name it."""
+        return _numbered[number]
 
 
 register_constant(Axis)
@@ -167,7 +178,7 @@ def _like_outcome(x: Tensor, kind: str, size: int, number: int, forward: bool) -
 
 @operator(_like_outcome)
 def _collective(x: Tensor, kind: str, size: int, number: int, forward: bool) -> Tensor:
-    axis = _numbered[number]
+    axis = Axis.numbered(number)
     outcome = collective(x, axis, kind, forward)
     # Compilers write into what an operator returned once they have read it.
     return outcome.clone() if forward and axis.received is not None and axis.received.keeps else outcome
@@ -272,6 +283,7 @@ class World:
     timeout_s: float  # longest wait of one rank for the others
     store: dist.Store  # keys and values that all ranks share
     pretended: bool = False  # whether this rank has no others: see `pretend`
+    waits: str = ""  # why collectives of tp are waited for; empty where `Axis.overlaps` or there are none
     # Around all that gives an engine's model and optimizer memory; entered once an engine.
     memory: Callable[[], AbstractContextManager[Any]] = nullcontext
     _gathers: Iterator[int] = field(default_factory=count)  # numbers them
@@ -280,8 +292,9 @@ class World:
     def start(cls, config: ParallelConfig) -> "World":
         """Join the process group, NCCL on CUDA and gloo on CPUs, and share this machine's cores with its other ranks.
 
-        Raises ValueError where the launcher's variables are incomplete, the mesh does not hold the ranks, or there are
-        fewer CUDA devices than local ranks; SystemExit, after a line that says who is missing, where not all come.
+        Raises ValueError where the launcher's variables are incomplete, the mesh does not hold the ranks, there are
+        fewer CUDA devices than local ranks, or ranks that are to overlap collectives of tp cannot; SystemExit, after a
+        line that says who is missing, where not all come.
         """
         rank, size, local_rank, local_size = placement()
         share_cores(local_size)
@@ -303,11 +316,12 @@ class World:
             used = device if backend == "nccl" else None
             dist.init_process_group(backend, timeout=timeout, world_size=size, rank=rank, store=store, device_id=used)
             axes = join_axes(shape, rank, config.timeout_s)
+            axes["tp"], waits = _overlapping(axes["tp"], config, device)
         except Exception as error:
             if monitor is not None:
                 monitor.leave(error)
             raise
-        return cls(rank, size, local_rank, device, shape, axes, monitor, config.timeout_s, store)
+        return cls(rank, size, local_rank, device, shape, axes, monitor, config.timeout_s, store, waits=waits)
 
     @classmethod
     def pretend(
@@ -321,7 +335,8 @@ class World:
         """One rank of a run of `size` that nobody else is in, on the CPU: collectives leave what they fill as it was.
 
         `local_size` is the number of ranks on a host, None where all are on one. What ranks tell each other is what
-        this one says. With a `memory` of fake tensors, an engine takes none, and `number` knows no numbers.
+        this one says. With a `memory` of fake tensors, an engine takes none, and `number` knows no numbers. GPUs that
+        are pretended (`ops.as_if`) reach each other's memory.
 
         Raises ValueError where the mesh does not hold the ranks, or `rank` is none of them.
         """
@@ -332,7 +347,9 @@ class World:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         axes = join_axes(shape, rank, config.timeout_s)
         local_rank, device = rank % (local_size or size), torch.device("cpu")
-        return cls(rank, size, local_rank, device, shape, axes, None, config.timeout_s, dist.HashStore(), True, memory)
+        axes["tp"], waits = _overlapping(axes["tp"], config, None)
+        store = dist.HashStore()
+        return cls(rank, size, local_rank, device, shape, axes, None, config.timeout_s, store, True, waits, memory)
 
     def __enter__(self) -> "World":
         return self
@@ -446,6 +463,22 @@ def join_axes(shape: MeshShape, rank: int, timeout_s: float) -> dict[str, Axis]:
             group = dist.new_group(own, timeout=timeout, use_local_synchronization=True, group_desc=name)
         found[name] = Axis(group, own.index(rank), len(own))
     return found
+
+
+def _overlapping(tp: Axis, config: ParallelConfig, device: torch.device | None) -> tuple[Axis, str]:
+    """The axis with products beside its collectives, or as it is with the reason; collective.
+
+    Without a device, GPUs are taken to reach each other's memory. Raises ValueError where they have to, and do not.
+    """
+    if tp.group is None or tp.size == 1:
+        return tp, ""
+    waits = "parallel.tp_overlap=false" if config.tp_overlap is False else config.overlap_problem() or ""
+    if not waits and device is not None:
+        from mega_scale.parallel.symmetric_memory import unreachable
+
+        waits = unreachable(tp.group, device)
+    require(not (waits and config.tp_overlap), "parallel.tp_overlap", True, f"{waits}, or remove parallel.tp_overlap")
+    return (tp, waits) if waits else (replace(tp, overlaps=True), "")
 
 
 def _device(choice: str, local_rank: int) -> torch.device:

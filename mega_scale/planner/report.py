@@ -52,7 +52,12 @@ def memory_lines(trace: Trace, memory: Memory) -> list[str]:
     rows += [
         ("peak", f"{trace.peak / GIB:.3f} GiB", f"of live tensors, in {trace.place}"),
         ("allocator", f"{memory.slack / GIB:.3f} GiB", "left over between tensors, as a share of the peak"),
-        ("outside", f"{memory.outside / GIB:.3f} GiB", f"context of the device, {memory.communicators} communicators"),
+        (
+            "outside",
+            f"{memory.outside / GIB:.3f} GiB",
+            f"context of the device, {memory.communicators} communicators"
+            f"{', symmetric memory' if trace.workspace else ''}",
+        ),
         ("total", f"{memory.total / GIB:.2f} GiB", f"of {memory.limit / GIB:.1f} GiB: {_headroom(memory)}"),
     ]
     lines = ["memory at the peak of the second step", *table(rows)]

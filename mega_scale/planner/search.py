@@ -9,11 +9,11 @@ from mega_scale.config import RunConfig
 from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.parallel.devices import Device
 from mega_scale.parallel.mesh import divisors
+from mega_scale.parallel.roofline import collective_seconds
 from mega_scale.planner.times import (
     Memory,
     StepTime,
     Terms,
-    collective_seconds,
     crowding,
     memory_limit,
     memory_of,
@@ -61,6 +61,7 @@ class Paper(NamedTuple):
     kept: tuple[float, float]  # bytes for the backward pass
     seconds: tuple[float, float]  # of the device, forward and backward
     kernels: tuple[float, float]  # launches a block
+    hidden: tuple[float, float]  # seconds of tp's collectives beside products
 
     def at(self, values: tuple[float, float], tp: int) -> float:
         """Between what is shared by ranks of tp, and what is not."""
@@ -110,6 +111,8 @@ def layouts(config: RunConfig, model: BaseConfig, cluster: Cluster) -> Iterator[
 def without_layout(config: RunConfig, cluster: Cluster) -> RunConfig:
     """The run in a layout that a cluster has if it has any: the layout is what is looked for."""
     batch = config.train.global_batch_size
+    if config.parallel.tp_overlap:  # which layouts without tp cannot have
+        config = replace(config, parallel=replace(config.parallel, tp_overlap=None))
     for inner in divisors(cluster.size):
         if batch % (cluster.size // inner) == 0:
             tp = max(ranks for ranks in divisors(cluster.per_node) if inner % ranks == 0)
@@ -148,16 +151,16 @@ def calibrate(config: RunConfig, model: BaseConfig, cluster: Cluster) -> Paper:
         own = cluster._replace(nodes=1, per_node=tp)
         two, three = (follow(_small(config, parallel, length, tp), model, own, 0, layers, 1) for layers in (2, 3))
         kept = sum(three.kept.values()) - sum(two.kept.values())
-        spent, launched = (
+        spent, launched, hidden = (
             sum(many["first"].values()) - sum(few["first"].values())
-            for many, few in ((three.seconds, two.seconds), (three.kernels, two.kernels))
+            for many, few in ((getattr(three, name), getattr(two, name)) for name in ("seconds", "kernels", "hidden"))
         )
-        found.append((kept / length, spent / length, launched))
+        found.append((kept / length, spent / length, launched, hidden / length))
         if most == 1:
             found.append(found[0])
             break
     alone, shared = found
-    return Paper((1, most), *((alone[i], shared[i]) for i in range(3)))
+    return Paper((1, most), *zip(alone, shared, strict=True))
 
 
 def _small(config: RunConfig, parallel: Any, length: int, tp: int) -> RunConfig:
@@ -202,6 +205,7 @@ def estimate(
     exposed = 0.0
     if tp > 1:
         exposed = layers * (10 + 4 * recomputed) * _seconds("allgather", tp, 1, stream, gpu)
+        exposed = max(exposed - layers * tokens * paper.at(paper.hidden, tp), 0.0)
     if mesh.sp > 1:
         state = 8 * config.train.micro_batch_size * width * model.ema_projection_size / tp
         exposed += 2 * layers * _seconds("allgather", mesh.sp, max(1, mesh.sp * tp // cluster.per_node), state, gpu)
@@ -210,7 +214,7 @@ def estimate(
 
 
 def _seconds(operation: str, ranks: int, hosts: int, size: float, gpu: Device) -> float:
-    return collective_seconds(f"- {operation} - {ranks} {min(hosts, ranks)}", 1, size, gpu)
+    return collective_seconds(operation, ranks, min(hosts, ranks), size, gpu)
 
 
 def search(config: RunConfig, model: BaseConfig, cluster: Cluster, top: int, log: Any = print) -> list[Candidate]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from mega_scale.config import RunConfig
 from mega_scale.model.configuration_mega import BaseConfig
 from mega_scale.parallel.devices import Device
+from mega_scale.parallel.roofline import collective_seconds
 from mega_scale.planner.trace import PARTS, Cluster, Trace
 from mega_scale.training.metrics import training_flops_per_token
 
@@ -49,30 +50,13 @@ def memory_of(trace: Trace, config: RunConfig, cluster: Cluster) -> Memory:
     device, size, mesh = cluster.device, cluster.size, config.parallel.mesh(cluster.size)
     axes = [mesh.dp_replicate, mesh.fsdp, mesh.sp, mesh.tp]
     communicators = sum(ranks > 1 for ranks in axes) + (size > 1 and size not in axes)
-    outside = device.context + communicators * device.communicator
+    outside = device.context + communicators * device.communicator + trace.workspace
     return Memory(peak, peak * device.fragmentation, outside, communicators, memory_limit(cluster))
 
 
 def memory_limit(cluster: Cluster) -> float:
     """Bytes that a rank may take: of its device, or its share of a host's memory."""
     return cluster.device.capacity / (cluster.per_node if cluster.device.cores else 1)
-
-
-def collective_seconds(key: str, calls: float, size: float, device: Device) -> float:
-    """Seconds of some collectives of `size` bytes together, as in `Trace`: rings, over the slowest link in them."""
-    _, operation, _, ranks_, hosts_ = key.split()
-    ranks, hosts = int(ranks_), int(hosts_)
-    if ranks == 1:
-        return 0.0
-    rounds = 2 if "allreduce" in operation else 1
-    moved = size * (ranks - 1) * rounds
-    if "allgather" not in operation:  # the others are given what goes to all ranks, not what goes to each
-        moved /= ranks
-    bandwidth = device.link * device.link_share
-    if hosts > 1:  # ranks of a host bring a link to the network each
-        bandwidth = min(bandwidth, device.network * device.network_share * ranks / hosts)
-    hops = (ranks - hosts) * device.link_latency + (hosts if hosts > 1 else 0) * device.network_latency
-    return moved / bandwidth + calls * rounds * hops
 
 
 class Terms(NamedTuple):
@@ -126,8 +110,11 @@ def step_time(trace: Trace, config: RunConfig, model: BaseConfig, cluster: Clust
 def _terms(trace: Trace, part: str, cluster: Cluster) -> Terms:
     device, turns = cluster.device, crowding(cluster)
     links = {True: 0.0, False: 0.0}
+    hidden = trace.hidden.get(part, {})
     for key, calls in trace.calls.get(part, {}).items():
-        links[key.split()[2] in _EXPOSED] += collective_seconds(key, calls, trace.sent[part][key], device)
+        _, operation, axis, ranks, hosts = key.split()
+        taken = collective_seconds(operation, int(ranks), int(hosts), trace.sent[part][key], device, calls)
+        links[axis in _EXPOSED] += taken - hidden.get(key, 0.0)
     kernels = sum(trace.seconds.get(part, {}).values())
     host = sum(trace.kernels.get(part, {}).values()) * device.launch
     return Terms(*(turns * each for each in (kernels, links[True], links[False], host)))

@@ -27,7 +27,7 @@ from mega_scale.ops import as_if
 from mega_scale.parallel import Engine, World, seeded_values
 from mega_scale.parallel.devices import Device
 from mega_scale.parallel.meter import Event, Meter
-from mega_scale.parallel.roofline import fused, seconds
+from mega_scale.parallel.roofline import collective_seconds, fused, hidden_seconds, seconds
 from mega_scale.training.config import Schedule
 from mega_scale.training.trained_model import evaluate
 from mega_scale.training.trainer import build_engine, take_step
@@ -50,6 +50,10 @@ class Cluster(NamedTuple):
     def size(self) -> int:
         return self.nodes * self.per_node
 
+    def pretended(self) -> AbstractContextManager[None]:
+        """Have what lies nowhere lie on its devices."""
+        return as_if(self.device.kind, self.device.capability, self.device.multiprocessors)
+
 
 @dataclass
 class Trace:
@@ -63,6 +67,8 @@ class Trace:
         calls, sent: by part of the step, and "phase operation axis ranks hosts", how many collectives there are, and
             the bytes that this rank puts into them.
         kernels, flops, seconds: by part and phase.
+        hidden: by the same, seconds of collectives that pass while products beside them are computed.
+        workspace: bytes of symmetric memory, beside all tensors.
         evaluation: peak of an evaluation, bytes.
         written, pinned, index: bytes that this rank writes into a checkpoint, holds pinned on the host for it, and the
             index that the first rank writes.
@@ -79,6 +85,8 @@ class Trace:
     kernels: dict[str, dict[str, float]] = field(default_factory=dict)
     flops: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    hidden: dict[str, dict[str, float]] = field(default_factory=dict)
+    workspace: float = 0.0
     evaluation: float = 0.0
     written: float = 0.0
     pinned: float = 0.0
@@ -147,7 +155,8 @@ def prepare(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, BaseConfig]
         raise ValueError("parallel.device='cuda' is not possible: CPUs are planned, choose auto or cpu")
     # Compiled arithmetic takes the same memory or less, and cannot be followed on tensors without memory.
     planned = replace(config, parallel=parallel, train=replace(config.train, compile=False))
-    planned.validate(cluster.size, cluster.per_node, here=False)
+    with cluster.pretended() if parallel.tp_overlap else nullcontext():
+        planned.validate(cluster.size, cluster.per_node, here=False)
     tokenizer = None
     if planned.model.vocab_size is None or planned.data.tokenizer == "byte" or os.path.isdir(planned.data.tokenizer):
         try:
@@ -180,9 +189,11 @@ def follow(
     """
     if layers is not None:
         model = type(model)(**{**model.to_dict(), "num_hidden_layers": layers})
-    mode, device = FakeTensorMode(allow_non_fake_inputs=True), cluster.device
-    pretended = World.pretend(rank, cluster.size, config.parallel, cluster.per_node)
-    with pretended as world, as_if(device.kind, device.capability, device.multiprocessors):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with (
+        cluster.pretended(),
+        World.pretend(rank, cluster.size, config.parallel, cluster.per_node) as world,
+    ):
         return follow_in(world, config, model, cluster, mode, micro_batches)
 
 
@@ -362,13 +373,21 @@ class _Followed:
             found.seconds[part] = {phase: sum(seconds(e, device) for e in some) for phase, some in phases.items()}
             calls: Counter[str] = Counter()
             put: Counter[str] = Counter()
+            hidden: dict[str, float] = {}
             for call in sent:
                 key = f"{call.phase} {call.operation} {axes.of(call.group)}"
                 calls[key] += 1
                 put[key] += call.bytes
-            found.calls[part], found.sent[part] = dict(calls), dict(put)
+                if call.beside is not None:
+                    ranks, hosts = map(int, key.split()[-2:])
+                    taken = collective_seconds(call.operation, ranks, hosts, call.bytes, device)
+                    hidden[key] = hidden.get(key, 0.0) + hidden_seconds(call.beside, taken, ranks, device)
+                    # What a rank puts in to be read by others; of what it puts in to be summed, two parts at a time.
+                    parts = call.bytes if "allgather" in call.operation else 2 * call.bytes / ranks
+                    found.workspace = max(found.workspace, parts)
+            found.calls[part], found.sent[part], found.hidden[part] = dict(calls), dict(put), hidden
         if len(marks) == 1:  # every micro-batch is as the first
-            for table in (found.kernels, found.flops, found.seconds, found.calls, found.sent):
+            for table in (found.kernels, found.flops, found.seconds, found.calls, found.sent, found.hidden):
                 table["micro-batch"] = dict(table.get("first", {}))
 
 

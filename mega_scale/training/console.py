@@ -270,7 +270,7 @@ def describe_run(trainer: "Trainer", parameters: int) -> Run:
 
 
 def table(trainer: "Trainer", parameters: int) -> dict[str, str]:
-    """What runs, in eight rows."""
+    """What runs, in eight rows, or nine under tp."""
     config, model, world, progress = trainer.config, trainer.model_config, trainer.world, trainer.progress
     train, data, length = config.train, config.data, config.data.sequence_length
     dataset, micro, dp = trainer.loader.dataset, config.train.micro_batch_size, trainer.mesh.dp
@@ -290,6 +290,9 @@ def table(trainer: "Trainer", parameters: int) -> dict[str, str]:
     if trainer.checkpoint is None and config.init_from is not None:
         begun += f" with the weights of {config.init_from}"
     every = f"a checkpoint every {config.checkpoint.every} steps" if config.checkpoint.every else "one checkpoint"
+    sharing = {"tp": f"collectives are waited for: {world.waits}"} if world.waits else {}
+    if world.axes["tp"].overlaps:
+        sharing["tp"] = "collectives travel beside products, by symmetric memory"
     return {
         "model": f"{model.model_type}, {short(parameters)} parameters ({model.num_hidden_layers} layers of "
         f"{model.hidden_size}, vocabulary {model.vocab_size:,}), {train.dtype}",
@@ -298,6 +301,7 @@ def table(trainer: "Trainer", parameters: int) -> dict[str, str]:
         "batch": f"{train.global_batch_size} rows, {short(tokens)} tokens a step ({dp} x {micro} rows x "
         f"{train.global_batch_size // (micro * dp)} accumulated); {total}",
         "layout": f"{ranks} ({axes}), {layout['engine']} ZeRO-{layout['zero_stage']}, {_device(world.device)}",
+        **sharing,
         "memory": f"{gib(state)} a rank for weights, gradients and moments of {short(trainer.parameters_per_rank)} "
         f"parameters, activations not counted; {gib(memory_bytes(world.device))} in use of {gib(_total(world.device))}",
         "run folder": f"{config.run_dir}, {every}",
@@ -307,7 +311,7 @@ def table(trainer: "Trainer", parameters: int) -> dict[str, str]:
 
 
 def header(trainer: "Trainer", parameters: int) -> list[str]:
-    """What runs, in eight lines, then what there is to say of the text."""
+    """What runs, in a line a row, then what there is to say of the text."""
     rows = table(trainer, parameters)
     width = max(map(len, rows))
     validation = [] if trainer.validation is None else trainer.validation.tally.lines()

@@ -35,8 +35,9 @@ from mega_scale.ops.linear import times_transposed
 from mega_scale.parallel import ParallelConfig, World
 from mega_scale.parallel.devices import Device
 from mega_scale.parallel.meter import Meter
+from mega_scale.parallel.roofline import collective_seconds
 from mega_scale.planner.search import calibrate, estimate
-from mega_scale.planner.times import collective_seconds, crowding, step_time
+from mega_scale.planner.times import crowding, step_time
 from mega_scale.planner.trace import Cluster, parameter_count, prepare, rehearse
 
 BOUND = 0.8
@@ -205,7 +206,7 @@ def measure(folder, file):
 
 
 def link_seconds(operation, ranks, size, device):
-    return collective_seconds(f"- {operation} - {ranks} 1", 1, size, device)
+    return collective_seconds(operation, ranks, 1, size, device)
 
 
 # The layouts

@@ -125,6 +125,7 @@ def make_engine(
     dtype: str = "fp32",
     values: int = tiny_run.SEED,
     build_optimizer: BuildOptimizer = tiny_run.build_optimizer,
+    compile: bool = False,
     **recomputation: Any,
 ) -> Engine:
     """One of `engine_study.ENGINES` in the layout of a world, of a model with some changes and seeded values.
@@ -132,7 +133,7 @@ def make_engine(
     `recomputation` are further keys of `ParallelConfig`.
     """
     shape = config(**(changes or {}))
-    settings = engine_study.ENGINES[engine] | {"activation_checkpoint": activation_checkpoint, **recomputation}
+    settings = engine_study.ENGINES[engine] | {"activation_checkpoint": activation_checkpoint} | recomputation
     return parallelize(
         tiny_run.meta_model(shape),
         seeded_values(shape, values),
@@ -142,6 +143,7 @@ def make_engine(
             micro_batch_size=ROWS // world.shape.dp,
             max_grad_norm=0.4,
             seed=5,
+            compile=compile,
         ),
         world,
         build_optimizer,

@@ -1,5 +1,6 @@
 """What two real ranks hold and send in a step, beside what a plan of the same run says."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -56,14 +57,29 @@ def as_planned(config: RunConfig, ranks: int = 2) -> tuple[Any, Any, Cluster]:
 
 def real(cases: dict[str, str], sizes: str = SIZES) -> dict[str, dict[str, Any]]:
     """Traces of real tensors, on every rank."""
+    with World.start(ParallelConfig(device="cpu")) as world:
+        return _real(world, cases, sizes)
+
+
+def _real(
+    world: World, cases: dict[str, str], sizes: str, change: Callable[[World], World] | None = None
+) -> dict[str, dict[str, Any]]:
     found = {}
     torch.manual_seed(0)
-    with World.start(ParallelConfig(device="cpu")) as world:
-        for case, words in cases.items():
-            config, model, cluster = as_planned(run_of(words, sizes), world.size)
-            own = lay_out(world, config)
-            found[case] = asdict(follow_in(own, config, model, cluster))
+    for case, words in cases.items():
+        config, model, cluster = as_planned(run_of(words, sizes), world.size)
+        own = lay_out(world, config)
+        found[case] = asdict(follow_in(own if change is None else change(own), config, model, cluster))
     return found
+
+
+def both(cases: dict[str, str], beside: dict[str, str]) -> dict[Any, dict[str, Any]]:
+    """The same, and by (case, True) those of products with collectives beside them."""
+    from symmetric_memory import on_cpus, overlapping  # noqa: PLC0415
+
+    with World.start(ParallelConfig(device="cpu")) as world, on_cpus():
+        overlapped = _real(world, beside, SIZES, overlapping)
+        return {**_real(world, cases, SIZES), **{(case, True): found for case, found in overlapped.items()}}
 
 
 def lay_out(world: World, config: RunConfig) -> World:

@@ -62,6 +62,7 @@ def test_a_tensor_parallel_zero3_run_killed_half_way_goes_on_bit_for_bit(tmp_pat
     pretrain_until("step 6 | saved", halves, *common)
     output = pretrain("two forked", halves, *common, "--resume")  # by launchers: test_killed_ranks.py
     assert "from step 6 of" in output
+    assert "collectives are waited for: parallel.engine=deepspeed" in output
     first, second = metrics(whole), metrics(halves)
     for step in range(7, STEPS + 1):
         for key in ("loss", "grad_norm", "lr", "tokens"):

@@ -59,7 +59,7 @@ def losses(world: World, changes: dict[str, Any], dtype: str, compile: bool, how
         loss = engine.forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 192, Place(step))
         engine.backward(loss, last=True)
         engine.step(1e-2)
-        found.append(float(loss))
+        found.append(float(loss.detach()))
     engine.close()
     return found
 

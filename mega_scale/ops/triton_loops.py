@@ -108,7 +108,7 @@ class Average(NamedTuple):
     registers: int  # of a thread
     shared_bytes: int  # of a program
     warps: int
-    stages: int  # buffers of loads
+    ahead: int  # steps for which tokens are asked for before they are read
     channels: int  # of a program
     steps: int  # of a tile
     tile_tokens: int
@@ -138,6 +138,6 @@ class Average(NamedTuple):
         memory = least * max(1, gpu.units / programs)
         issue = -(-programs // gpu.units) * tiles * per_tile / gpu.hertz
         stalled = max(1, _WARP_ISSUES_EVERY * 4 / self.warps)
-        chain = waves * tiles * (per_tile * stalled / gpu.hertz + gpu.latency * self.steps / max(1, self.stages - 1))
+        chain = waves * tiles * (per_tile * stalled / gpu.hertz + gpu.latency * self.steps / max(1, self.ahead))
         share = least / max(memory, issue, chain)
         return {"memory": memory, "issue": issue, "chain": chain, "waves": waves, "share": share}

@@ -22,8 +22,9 @@ from mega_scale.ops.attention_triton import (
 )
 from mega_scale.ops.cross_entropy_triton import cross_entropy_kernel, kernel_constants
 from mega_scale.ops.dropout_triton import dropout_constants, dropout_kernel
-from mega_scale.ops.ema.triton import ENDS, MOST_COLUMNS, TILE, gradient_flags, output_flags
-from mega_scale.ops.ema.triton_kernels import gradients_kernel, outputs_kernel
+from mega_scale.ops.ema.triton import ADJOINTS, ENDS, MOST_COLUMNS, TILE, gradient_flags, output_flags
+from mega_scale.ops.ema.triton_gradients import AHEAD, gradients_kernel
+from mega_scale.ops.ema.triton_outputs import outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
     before_kernel,
     behind_kernel,
@@ -61,7 +62,6 @@ _NEEDS = {
     (False, True): ", states",
     (True, True): ", documents and states",
 }
-_NEITHER = ("LAST", "DX", "SUMS")
 _ROUND_SIZES = ("D", "chunk", "width")
 _SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "lines", "queries", "chunks", "heads", "pairs", *_ROUND_SIZES)
 
@@ -122,11 +122,10 @@ def _variants(
                 # What is read once more, before, where a row is several parts.
                 yield outputs_kernel, f"outputs_kernel{words}, ends", size, {**own, **ENDS}
                 own = TILE.constants(columns, wide, double=double, pairs=pairs, back=True) | both
-                own |= dict.fromkeys(_NEITHER, False)
-                yield gradients_kernel, f"gradients_kernel{words}, adjoints", size, own
+                yield gradients_kernel, f"gradients_kernel{words}, adjoints", size, {**own, **ADJOINTS}
             for flags in gradient_flags(wide, states, columns, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                own = TILE.constants(columns, wide, states, double, pairs, back=True)
+                own = TILE.constants(columns, wide, double, pairs, back=True)
                 yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, **flags}
     own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel):
@@ -189,9 +188,11 @@ def _tile_figures(binary: Any, registers: int, values: dict[str, Any], dtype: st
     found: dict[str, Any] = {"instructions": None, "with_borders": None, "h100_share": None}
     both = values.get("OUTPUTS") or (values.get("DX") and values.get("SUMS"))
     if both and dtype != "fp64":
-        count, cell = tile_instructions(disassemble(binary.asm["cubin"]), TILE.steps), TILE.steps * values["T"]
+        sass, cell = disassemble(binary.asm["cubin"]), TILE.steps * values["T"]
+        count = tile_instructions(sass, TILE.steps)
+        ahead = AHEAD.value if "CCTL.E.PF2" in sass else values["num_stages"] - 1
         average = Average(
-            count, registers, binary.metadata.shared, values["num_warps"], values["num_stages"], values["CH"],
+            count, registers, binary.metadata.shared, values["num_warps"], ahead, values["CH"],
             TILE.steps, cell * values["SEG"], cell / DOCUMENT if values["DOCUMENTS"] else 0.0,
         )  # fmt: skip
         found["instructions"] = round(average.per_element, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled_kernels import INSTRUCTIONS, faults
+from compiled_kernels import bounded, faults
 
 from mega_scale.ops import as_if, multiprocessors
 from mega_scale.ops.ema import EmaCoefficients, damped_ema
@@ -43,15 +43,15 @@ def test_interpreted_kernels_match_the_recurrence():
 @pytest.mark.slow
 @needs_triton
 def test_compiled_kernels_use_matrix_units_and_do_not_spill(tmp_path):
-    """All kernels of bf16 tokens on sm_90; of the average with their bounds, documents included."""
+    """All kernels of bf16 tokens on sm_90; of the average with their bounds, documents and end states included."""
     done = start("launch/benchmark", "kernels", "--architectures", 90, "--dtypes", "bf16", "--json", tmp_path / "rows")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows").read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 31 and "| sm_90 | bf16 | " in done.stdout
     assert {row["architecture"] for row in rows} == {"sm_90"}
     assert not {row["kernel"]: wrong for row in rows if (wrong := faults(row))}
-    bounded = [row for row in rows if row["kernel"].removesuffix(", documents") in INSTRUCTIONS]
-    assert len(bounded) == 4 and all(row["instructions"] and row["h100_share"] for row in bounded)
+    whole = [row for row in rows if bounded(row)]
+    assert len(whole) == 8 and all(row["instructions"] and row["h100_share"] for row in whole)
 
 
 @pytest.mark.slow

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from mega_scale.ops import device_kind, launch, multiprocessors, once_differentiable, operator
 from mega_scale.ops.ema import EmaCoefficients
-from mega_scale.ops.ema.triton_kernels import INTERPRETED, gradients_kernel, outputs_kernel, starts_kernel
+from mega_scale.ops.ema.triton_gradients import gradients_kernel
+from mega_scale.ops.ema.triton_kernels import INTERPRETED, starts_kernel
+from mega_scale.ops.ema.triton_outputs import outputs_kernel
 
 MOST_COLUMNS = 32
 _STARTS = 1024  # tokens of a program that lists segments
@@ -46,9 +48,8 @@ class Tile(NamedTuple):
     splits: int | None = None  # SPLITS, at most; none: as many as keep a GPU busy
 
     def constants(
-        self, columns: int, wide: bool, last: bool = False, double: bool = False, pairs: bool = False,
-        back: bool = False,
-    ) -> dict[str, int]:  # fmt: skip
+        self, columns: int, wide: bool, double: bool = False, pairs: bool = False, back: bool = False
+    ) -> dict[str, int]:
         """What kernels are compiled for: of complex averages with `pairs`, of gradients with `back`.
 
         More columns than `_GROUP` are groups. There are fewer channels where tokens are `wide`, or there is more to
@@ -56,28 +57,33 @@ class Tile(NamedTuple):
         """
         padded = max(self.block, 1 << (columns - 1).bit_length())
         groups = max(padded // _GROUP, 1)
-        more = (wide or last or (back and (pairs or columns > _GROUP))) + double
+        more = (wide or (back and (pairs or columns > _GROUP))) + double
         channels = max((self.channels >> more) // groups, 1)
-        return {"N": columns, "NP": padded // groups, "GROUPS": groups, "T": self.block, "SEG": self.segments,
-                "CH": channels, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
+        own = padded // groups
+        # What threads of a program exchange and keep: five numbers a segment and column, ten a column, three matrices.
+        room = channels * groups * ((5 * self.segments + 10) * own + 3 * self.block * max(own, self.block))
+        return {"N": columns, "NP": own, "GROUPS": groups, "T": self.block, "SEG": self.segments,
+                "CH": channels, "ROOM": room, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
 
 
 def output_flags(double: bool, pairs: bool) -> dict[str, int]:
-    """How `outputs_kernel` runs; with more buffers registers spill."""
+    """How `outputs_kernel` runs. No kernel has buffers of loads, from which threads would read single numbers, up to 16
+    of them from one bank of shared memory at a time."""
     # So that a multiprocessor holds two programs. Complex averages and fp64 need more.
-    return {"OUTPUTS": True, "num_stages": 2} | ({} if double or pairs else {"maxnreg": 128})
+    return {"OUTPUTS": True, "num_stages": 1} | ({} if double or pairs else {"maxnreg": 128})
 
 
 def gradient_flags(wide: bool, last: bool, columns: int, pairs: bool = False) -> list[dict[str, int]]:
-    """The runs of `gradients_kernel`: two, without buffers, where registers do not hold everything at once."""
-    if wide + (pairs or columns > _GROUP) + last > 1:
+    """The runs of `gradients_kernel`: two where registers do not hold everything at once."""
+    if wide and (pairs or columns > _GROUP):
         # Without a limit of its own ptxas may spill to halve the registers, so that two programs fit.
         return [{"LAST": last, "DX": dx, "SUMS": not dx, "num_stages": 1, "maxnreg": 255} for dx in (True, False)]
-    return [{"LAST": last, "DX": True, "SUMS": True, "num_stages": 3}]
+    return [{"LAST": last, "DX": True, "SUMS": True, "num_stages": 1}]
 
 
 TILE = Tile()
-ENDS = {"OUTPUTS": False, "INITIAL": False, "num_stages": 2}
+ENDS = {"OUTPUTS": False, "INITIAL": False, "num_stages": 1}
+ADJOINTS = {"LAST": False, "DX": False, "SUMS": False, "num_stages": 1}
 
 
 def triton_ema(
@@ -173,14 +179,14 @@ class _Rows:
         found = self.numbers(parts)
         head, steps, tiles, splits = self.cut
         if splits == 1:
-            return found[:, 0]
+            return found[:, 0] * self.fade(coefficients, 1) if back else found[:, 0]
         length, size = self._length, tiles * steps * self._tile.segments * self._tile.block
         inner = torch.arange(head + size, head + size * splits, size, device=parts.device)
         border = F.pad(inner, (1, 0)) if back else F.pad(inner, (0, 1), value=length)
         if self.document is not None:
             of_parts = self.document[:, (border - 1).clamp_min(0)]
             found = found.masked_fill((of_parts != (0 if back else self.document[:, -1:]))[..., None, None], 0)
-        return (found * self.fade(coefficients, (border if back else length - border)[:, None, None])).sum(1)
+        return (found * self.fade(coefficients, (border + 1 if back else length - border)[:, None, None])).sum(1)
 
     def outputs(self, x: Tensor, given: Any, state: Tensor | None, parts: Tensor | None) -> tuple[Tensor, Tensor]:
         """y, and columns of the states after rows, from columns of those before."""
@@ -201,23 +207,23 @@ class _Rows:
         """
         given = self.given(coefficients)
         gain, projection = coefficients.gain, self.numbers(given[2])
-        last, d_state = d_end is not None, None
+        d_state = None
         dx, sums, entered = _ema_gradients(
             x, dy, given, None if d_end is None else self.columns(d_end), parts, *self._layout
         )
         # Summed here and not by atomic additions, whose order, and so whose last bits, change from run to run.
-        adjoint, slope, *weighed = self.numbers(sums.sum(1))
+        adjoint, slope, whole = self.numbers(sums.sum(1))
         d_log_decay, d_projection, before = gain * slope, gain * adjoint, self.numbers(entered)
         if state is not None:
             if self.document is not None:  # a document that begins the row keeps the state out, be it infinite
                 state = state.masked_fill((self.document[:, 0] > 0)[:, None, None], 0)
-            d_state, d_slope = projection * before[0], before[1] if last else projection * before[1]
+            d_state, d_slope = projection * before[0], projection * before[1]
             if d_reached is not None:
                 reached = self.through(coefficients) * d_reached
                 d_state, d_slope = d_state + reached, d_slope + x.shape[1] * reached
             d_projection = d_projection + (state * before[0]).sum(0)
             d_log_decay = d_log_decay + (state * d_slope).sum(0)
-        return d_state, dx, d_log_decay, weighed[0] if last else projection * adjoint, d_projection
+        return d_state, dx, d_log_decay, whole, d_projection
 
     def fade(self, coefficients: EmaCoefficients, tokens: int | Tensor) -> Tensor:
         """q^tokens, (..., D, N), real or complex."""
@@ -257,8 +263,7 @@ def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
 
 
 def _constants(x: Tensor, gain: Tensor, columns: int, pairs: bool, tile: Tile, **flags: int) -> dict[str, int]:
-    double, last = gain.dtype == torch.float64, bool(flags.get("LAST"))
-    return tile.constants(columns, _wide(x, gain), last, double, pairs, back="LAST" in flags)
+    return tile.constants(columns, _wide(x, gain), gain.dtype == torch.float64, pairs, back="LAST" in flags)
 
 
 def _wide(x: Tensor, gain: Tensor) -> bool:
@@ -273,8 +278,7 @@ def _launch(
     own = _constants(x, gain, gain.shape[1], pairs, Tile(*tile), **flags) | {"DOCUMENTS": bool(documents)}
     grid = (len(x) * Cut(*cut).splits, -(-x.shape[2] // own["CH"]))
     others = [gain if t is None else t.contiguous() for t in (*(documents or (None, None)), *more)]
-    # What threads of a program exchange: three numbers a segment, channel and column.
-    scratch = gain.new_empty(grid[0] * grid[1] * 3 * own["SEG"] * own["GROUPS"] * own["CH"] * own["NP"])
+    scratch = gain.new_empty(grid[0] * grid[1] * own["ROOM"])
     launch(kernel, grid, x.contiguous(), *given, *others, scratch, *x.shape[1:], *cut, COMPLEX=pairs, **own, **flags)
 
 
@@ -340,8 +344,8 @@ def _ema_adjoints(
     tile: Sequence[int],
 ) -> Tensor:  # fmt: skip
     parts = _adjoints_like(dy, given, documents, pairs, cut, tile)
-    more, flags = (dy, None, parts, dy, None, None), {"LAST": False, "DX": False, "SUMS": False}
-    _launch(gradients_kernel, dy, given, more, documents, pairs, cut, tile, **flags)
+    more = dy, None, parts, dy, None, None
+    _launch(gradients_kernel, dy, given, more, documents, pairs, cut, tile, **ADJOINTS)
     return parts
 
 
@@ -350,7 +354,7 @@ def _gradients_like(
     documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gain = given[1]
-    sums = gain.new_empty(2 if ends is None else 3, len(x) * Cut(*cut).splits, *gain.shape)
+    sums = gain.new_empty(3, len(x) * Cut(*cut).splits, *gain.shape)
     return torch.empty_like(x), sums, gain.new_empty(2, len(x), *gain.shape)
 
 

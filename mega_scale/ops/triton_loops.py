@@ -6,7 +6,8 @@ speed of a device copy, over the longest of
 
     memory     those bytes, by the multiprocessors that have a program
     issue      each warp instruction takes a slot of one of four schedulers, on the multiprocessor with most programs
-    chain      a program's tiles follow each other: its own instructions, and the first loop's waits for memory
+    chain      a program's tiles follow each other: its own instructions, and the first loop's waits for memory, over
+               the steps for which tokens are asked for ahead, be it into buffers or into the L2 cache
 
 and programs run in waves of as many as registers, shared memory and threads let a multiprocessor hold. A warp issues
 once in three cycles at best, so few warps leave slots empty; bank conflicts, barriers and the pipes of single kinds of

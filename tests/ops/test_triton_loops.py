@@ -35,7 +35,7 @@ def test_instructions_of_a_tile_are_those_of_its_loops():
 
 
 def test_the_predicted_share_is_that_of_the_longest_part():
-    light = triton_loops.Average(100, 128, 50000, 8, 2, 16, 4, 1024)
+    light = triton_loops.Average(100, 128, 50000, 8, 1, 16, 4, 1024)
     parts = light.copy_share(4)
     assert light.residents() == 2 and parts["waves"] == 1 and parts["memory"] > parts["issue"]
     heavy = light._replace(instructions=3000, registers=255)

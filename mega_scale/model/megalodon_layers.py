@@ -17,8 +17,8 @@ from mega_scale.model.cache import LayerState
 from mega_scale.model.configuration_megalodon import MegalodonConfig
 from mega_scale.model.rows import DocumentBorders
 from mega_scale.ops.attention import chunk_attention, turn, turns
-from mega_scale.ops.elementwise import EAGER, divide_by_rms, plus_scaled, recomputed
-from mega_scale.ops.ema import Carry, complex_ema_coefficients, damped_ema
+from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
+from mega_scale.ops.ema import Carry, complex_ema_coefficients, damped_ema_and_residual
 from mega_scale.ops.timestep_norm import MomentCarry, Moments, timestep_norm_and_residuals
 
 
@@ -64,8 +64,9 @@ class MegalodonComplexEma(nn.Module):
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, resets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Average x (B, L, D), padding being zero, over the sequence; also returns h after the last token.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Average x (B, L, D), padding being zero, over the sequence; also returns x for what else reads it, and h
+        after the last token.
 
         The state is h before the first token, (B, D, N, 2) fp32: real and imaginary parts; resets (B, L) bool are true
         where a document begins.
@@ -76,8 +77,7 @@ class MegalodonComplexEma(nn.Module):
         *of_average, omega = parameters
         coefficients = complex_ema_coefficients(*of_average)
         carry = None if self.carry is None else self.carry()
-        y, state = damped_ema(x, coefficients, state, resets, carry=carry)
-        return plus_scaled(y, x, omega.flatten()), state
+        return damped_ema_and_residual(x, coefficients, state, resets, carry=carry, omega=omega.flatten())
 
 
 class MegalodonRMSNorm(nn.Module):
@@ -184,11 +184,11 @@ class MegalodonAttention(ChunkedAttention):
         valid = None if mask is None else mask[:, -x.shape[1] :]
         resets = None if borders is None else borders.starts
         normed, (x, residual), moments = self.timenorm(x, None if state is None else state.norm, resets, valid)
+        if self.read_by is not None:
+            normed, pre = self.read_by(normed, self.wv)
+        averaged, normed, ema_state = self.cema(normed, None if state is None else state.ema, resets)
         if self.read_by is None:
             pre = self.wv(normed)
-        else:
-            normed, pre = self.read_by(normed, self.wv)
-        averaged, ema_state = self.cema(normed, None if state is None else state.ema, resets)
         with recomputed(self.rmsnorm, averaged) as averaged_normed:
             m = self.ema_dropout(averaged_normed)
             z, gate, candidate = linear_layers(m, self.wz, self.wr, self.wh1)

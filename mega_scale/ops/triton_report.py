@@ -40,7 +40,7 @@ from mega_scale.ops.triton_loops import Average, disassemble, tile_instructions
 _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
 # Of arguments; all others are pointers to fp32, or fp64 where tokens are. As at a launch, the compiler is told which
 # are multiples of 16 in all configs: pointers, and some sizes.
-_TOKENS = ("x", "residual", "other", "y", "dx", "dy", "q", "k", "v", "d_out",
+_TOKENS = ("x", "residual", "other", "more", "y", "dx", "dy", "q", "k", "v", "d_out",
            "weights", "dropped", "d_scores", "a", "b", "logits")  # fmt: skip
 _OTHERS = {
     **dict.fromkeys(("document", "starts", "since"), "*i32"),
@@ -107,8 +107,8 @@ def _variants(
         columns, size = n * (1 + pairs), f"N={n}, complex" if pairs else f"N={n}"
         if columns > MOST_COLUMNS:
             continue
-        # A row is one part in most launches.
-        both = {"SPLITS": 1, "COMPLEX": pairs}
+        # A row is one part in most launches, outputs have omega times the input, and something else reads it.
+        both = {"SPLITS": 1, "COMPLEX": pairs, "OMEGA": True}
         for (documents, states), words in _NEEDS.items():
             both["DOCUMENTS"] = documents
             own = TILE.constants(columns, wide, double=double, pairs=pairs) | both
@@ -126,7 +126,7 @@ def _variants(
             for flags in gradient_flags(wide, states, columns, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
                 own = TILE.constants(columns, wide, double, pairs, back=True)
-                yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, **flags}
+                yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, "MORE": pairs, **flags}
     own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel):
         yield kernel, kernel.fn.__name__, f"S={_NORM_CHANNELS}", own

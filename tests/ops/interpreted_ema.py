@@ -16,9 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 from mega_scale.ops import opaque
-from mega_scale.ops.ema import EmaCoefficients, complex_ema_coefficients, damped_ema, ema_coefficients
+from mega_scale.ops.ema import (
+    EmaCoefficients,
+    complex_ema_coefficients,
+    damped_ema,
+    damped_ema_and_residual,
+    ema_coefficients,
+)
 from mega_scale.ops.ema import triton as ema_triton
-from mega_scale.ops.ema.triton import Tile, triton_ema
+from mega_scale.ops.ema.triton import Tile, triton_ema, triton_ema_and_residual
 
 PARAMETERS = ("damping", "decay", "expansion", "projection")
 COMPLEX = ("alpha", "delta", "theta", "gamma")
@@ -186,6 +192,47 @@ def test_complex_averages_match_the_recurrence_in_fp64(case):
     assert_same(got, truth(leaves, resets), 1e-5 if dtype == FP32 else 2e-5)
 
 
+# maker of leaves, dtype of tokens, length, channels, averages, sizes, where documents begin
+OMEGA_CASES = [
+    (make_leaves, FP32, 1, 1, 1, SMALL, None),
+    (make_leaves, FP32, 67, 3, 20, SPLIT, "random"),
+    (make_leaves, BF16, 65, 17, 16, Tile(), "one"),
+    (make_leaves, BF16, 63, 5, 32, Tile(), None),
+    (make_complex_leaves, FP64, 35, 3, 3, SPLIT, "borders"),
+    (make_complex_leaves, BF16, 130, 9, 16, Tile(), None),
+    (make_complex_leaves, FP32, 65, 3, 16, Tile(), "random"),
+]
+
+
+@pytest.mark.parametrize("beside, others", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("case", OMEGA_CASES, ids=lambda case: f"{case[0].__name__}, {case[1:]}")
+def test_omega_and_gradients_of_other_readers_are_part_of_the_kernels(case, beside, others):
+    make, dtype, length, channels, averages, tile, place = case
+    number = FP64 if dtype == FP64 else FP32
+    leaves = {**make(1, length, channels, averages, dtype=dtype), "omega": torch.linspace(-1, 1, channels)}
+    resets = None if place is None else make_resets(1, length, place)
+    slopes = torch.linspace(-1, 1, length * channels).view(1, length, channels).bfloat16()
+
+    def found(average, dtype, number):
+        own = {name: leaf.to(dtype if name == "x" else number).requires_grad_() for name, leaf in leaves.items()}
+        omega = own["omega"] if beside else None
+        y, residual, end = average(own["x"], coefficients_of(own), own["state"], resets, omega)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).bfloat16().to(y.dtype)
+        loss = (y * dy).sum() + end.sum() + ((residual * slopes.to(y.dtype)).sum() if others else 0)
+        names = [name for name in own if beside or name != "omega"]
+        gradients = torch.autograd.grad(loss, [own[name] for name in names])
+        return {"y": y.detach()} | {"d" + name: d for name, d in zip(names, gradients, strict=True)}
+
+    def kernels(x, coefficients, state, resets, omega):
+        return triton_ema_and_residual(x, coefficients, state, resets, omega, tile)
+
+    def recurrence(x, coefficients, state, resets, omega):
+        return damped_ema_and_residual(x, coefficients, state, resets, omega=omega, impl="recurrent")
+
+    tolerance = {FP64: 1e-10, FP32: 1e-5, BF16: 2e-5}[dtype]
+    assert_same(found(kernels, dtype, number), found(recurrence, FP64, FP64), tolerance)
+
+
 # maker of leaves, dtype of tokens, length, averages, sizes, state, where documents begin
 FP64_CASES = [
     (make_leaves, FP64, 35, 3, SPLIT, True, "random"),
@@ -286,6 +333,7 @@ def test_parts_of_a_sequence_equal_the_whole(case, make, monkeypatch):
     if place == "borders" and parts > 1:
         resets[:, [length, 2 * length - 1]] = True  # the first token of a part, and the last of one
     monkeypatch.setattr(ema_triton.triton_ema, "__defaults__", (None, tile))
+    monkeypatch.setattr(ema_triton.triton_ema_and_residual, "__defaults__", (None, None, tile))
     passes = []
     for name in ("ends", "outputs", "adjoints", "gradients"):
         monkeypatch.setattr(ema_triton._Rows, name, counted(passes, name, getattr(ema_triton._Rows, name)))

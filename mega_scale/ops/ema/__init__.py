@@ -31,10 +31,11 @@ from mega_scale.ops import (
     tracing,
     without_autocast,
 )
+from mega_scale.ops.elementwise import plus_scaled
 
 __all__ = [
     "IMPLEMENTATIONS", "Carry", "EmaCoefficients", "Fade", "Turn", "complex_ema_coefficients", "damped_ema",
-    "ema_coefficients", "forget",
+    "damped_ema_and_residual", "ema_coefficients", "forget",
 ]  # fmt: skip
 IMPLEMENTATIONS = ("auto", "recurrent", "fft", "blocked", "triton", "native")
 
@@ -195,6 +196,7 @@ def damped_ema(
     bidirectional: bool = False,
     truncation: int | None = None,
     carry: Carry | None = None,
+    omega: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Multi-dimensional damped EMA, real (arXiv 2209.10655, equations 5 and 6) or complex (arXiv 2404.08801).
@@ -212,6 +214,7 @@ def damped_ema(
         truncation: taps of the kernel, tokens; none means unlimited.
         carry: where x is one part of a longer sequence, brings the state before it, in place of `state`, once for
             each direction.
+        omega: (D,), adds omega times x to y; none means zero.
         impl: auto, recurrent (the reference), fft, blocked, triton or native. auto is recurrent for one token; fft for
             a truncated kernel; triton on an NVIDIA GPU of compute capability 8 or newer where triton is installed, for
             64 tokens or more and N up to 32, or 16 complex; native on a CPU in fp32 where a C++ compiler is found (else
@@ -225,7 +228,31 @@ def damped_ema(
     Raises:
         ValueError: a shape does not fit, or the implementation lacks what is asked for.
     """
-    given = x.dtype
+    y, _, end = damped_ema_and_residual(
+        x, coefficients, state, resets, bidirectional=bidirectional, truncation=truncation, carry=carry, omega=omega,
+        impl=impl,
+    )  # fmt: skip
+    return y, end
+
+
+def damped_ema_and_residual(
+    x: Tensor,
+    coefficients: EmaCoefficients,
+    state: Tensor | None = None,
+    resets: Tensor | None = None,
+    *,
+    bidirectional: bool = False,
+    truncation: int | None = None,
+    carry: Carry | None = None,
+    omega: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `damped_ema`, and between its results x for what else reads it.
+
+    The Triton form's backward pass then adds the gradient of that as it writes that of x, where a sum would read both
+    again; and its products take omega times x, which other forms add.
+    """
+    given = x
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
     if x.dim() != 3 or x.shape[1] < 1:
@@ -242,6 +269,8 @@ def damped_ema(
         raise ValueError(f"state has shape {tuple(state.shape)}: expected {expected}")
     if resets is not None and (resets.shape != x.shape[:2] or resets.dtype != torch.bool):
         raise ValueError(f"resets are {resets.dtype} {tuple(resets.shape)}: expected bool {tuple(x.shape[:2])}")
+    if omega is not None and omega.shape != x.shape[2:]:
+        raise ValueError(f"omega has shape {tuple(omega.shape)}: expected {tuple(x.shape[2:])}, a number a channel")
     if truncation is not None:
         if impl not in ("auto", "fft"):
             raise ValueError(f"impl={impl!r} has no truncated kernel: use impl='fft', or truncation=None")
@@ -258,9 +287,14 @@ def damped_ema(
         if tracing() == "compile":
             impl, run = _NODES.get(impl, (impl, _run))
         before = None if state is None else state.to(dtype)
+        inside = impl == "triton" and not bidirectional
         x = x if impl == "triton" else x.to(dtype)  # which widens tokens as it reads them
-        y, end = run(impl, bidirectional, truncation, carry, x, before, resets, *coefficients[:])
-        return y.to(given), end
+        own = omega.to(dtype) if inside and omega is not None else None
+        y, residual, end = run(impl, bidirectional, truncation, carry, own, x, before, resets, *coefficients[:])
+        y = y.to(given.dtype)
+    if inside:
+        return y, residual, end
+    return y if omega is None else plus_scaled(y, given, omega), given, end
 
 
 def _run(
@@ -268,16 +302,19 @@ def _run(
     bidirectional: bool,
     truncation: int | None,
     carry: Carry | None,
+    omega: Tensor | None,
     x: Tensor,
     state: Any,
     resets: Tensor | None,
     *given: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The average by one form."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The average by one form, with omega if that takes it, and x for what else reads it."""
     form: Any
     # Forms whose modules import this one, of which Triton's need a package that may not be installed.
     if impl == "triton":
-        from mega_scale.ops.ema.triton import triton_ema as form  # noqa: PLC0415
+        from mega_scale.ops.ema.triton import triton_ema, triton_ema_and_residual  # noqa: PLC0415
+
+        form = triton_ema if bidirectional else partial(triton_ema_and_residual, omega=omega)
     elif impl == "native":
         from mega_scale.ops.ema.native import native_ema as form  # noqa: PLC0415
     else:
@@ -289,8 +326,8 @@ def _run(
         both = [lambda end, fade, back=back: carry(end, fade, resets, back) for back in (False, True)]
         state = both if bidirectional else both[0]
     form = partial(_both_ways, form) if bidirectional else form
-    y, end = form(x, EmaCoefficients(*given), state, resets)
-    return y, end
+    y, *residual, end = form(x, EmaCoefficients(*given), state, resets)
+    return y, residual[0] if residual else x, end
 
 
 def _check_complex(coefficients: EmaCoefficients, bidirectional: bool, truncation: int | None) -> None:

@@ -83,7 +83,7 @@ def gradient_flags(wide: bool, last: bool, columns: int, pairs: bool = False) ->
 
 TILE = Tile()
 ENDS = {"OUTPUTS": False, "INITIAL": False, "num_stages": 1}
-ADJOINTS = {"LAST": False, "DX": False, "SUMS": False, "num_stages": 1}
+ADJOINTS = {"MORE": False, "LAST": False, "DX": False, "SUMS": False, "num_stages": 1}
 
 
 def triton_ema(
@@ -101,11 +101,26 @@ def triton_ema(
     last token in that of the state. Raises ValueError if x is not on a GPU and kernels are not interpreted, a dtype has
     no kernel, or N is too large.
     """
+    y, _, end = triton_ema_and_residual(x, coefficients, state, resets, tile=tile)
+    return y, end
+
+
+def triton_ema_and_residual(
+    x: Tensor,
+    coefficients: EmaCoefficients,
+    state: Any,
+    resets: Tensor | None = None,
+    omega: Tensor | None = None,
+    tile: Tile = TILE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `triton_ema`, and between its results x for what else reads it, whose gradient is added as that of x is
+    written. Omega (D,), in the dtype of coefficients, adds omega times x to y, within the kernels' products."""
     coefficients = EmaCoefficients(*coefficients)
     rows = _Rows(x, coefficients, resets, tile)
     carry, state = (state, None) if callable(state) else (None, state)
-    y, end = _Average.apply(rows, carry, state, x.contiguous(), *(c.contiguous() for c in coefficients))
-    return y, end
+    tensors = *(c.contiguous() for c in coefficients), *(() if omega is None else (omega.contiguous(),))
+    y, residual, end = _Average.apply(rows, carry, omega is not None, state, x.contiguous(), *tensors)
+    return y, residual, end
 
 
 class Cut(NamedTuple):
@@ -188,9 +203,11 @@ class _Rows:
             found = found.masked_fill((of_parts != (0 if back else self.document[:, -1:]))[..., None, None], 0)
         return (found * self.fade(coefficients, (border + 1 if back else length - border)[:, None, None])).sum(1)
 
-    def outputs(self, x: Tensor, given: Any, state: Tensor | None, parts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def outputs(
+        self, x: Tensor, given: Any, omega: Tensor | None, state: Tensor | None, parts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """y, and columns of the states after rows, from columns of those before."""
-        y, end = _ema_outputs(x, given, state, parts, *self._layout)
+        y, end = _ema_outputs(x, given, omega, state, parts, *self._layout)
         return y, end
 
     def adjoints(self, dy: Tensor, given: Any) -> Tensor:
@@ -198,18 +215,19 @@ class _Rows:
         return _ema_adjoints(dy, given, *self._layout)
 
     def gradients(
-        self, x: Tensor, dy: Tensor, coefficients: EmaCoefficients, state: Tensor | None, d_end: Tensor | None,
-        parts: Tensor | None, d_reached: Tensor | None,
+        self, x: Tensor, dy: Tensor, coefficients: EmaCoefficients, omega: Tensor | None, more: Tensor | None,
+        state: Tensor | None, d_end: Tensor | None, parts: Tensor | None, d_reached: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """By the state, x, log q, gain and projection; of `d_end`, only `d_reached` counts the state.
+        """By the state, x (with `more`), omega, log q, gain and projection; of `d_end`, only `d_reached` counts the
+        state.
 
         States and gradients but that of x are (..., D, N), real, or complex without conjugates.
         """
         given = self.given(coefficients)
         gain, projection = coefficients.gain, self.numbers(given[2])
         d_state = None
-        dx, sums, entered = _ema_gradients(
-            x, dy, given, None if d_end is None else self.columns(d_end), parts, *self._layout
+        dx, sums, crossings, entered = _ema_gradients(
+            x, dy, given, omega, more, None if d_end is None else self.columns(d_end), parts, *self._layout
         )
         # Summed here and not by atomic additions, whose order, and so whose last bits, change from run to run.
         adjoint, slope, whole = self.numbers(sums.sum(1))
@@ -223,7 +241,7 @@ class _Rows:
                 d_state, d_slope = d_state + reached, d_slope + x.shape[1] * reached
             d_projection = d_projection + (state * before[0]).sum(0)
             d_log_decay = d_log_decay + (state * d_slope).sum(0)
-        return d_state, dx, d_log_decay, whole, d_projection
+        return d_state, dx, crossings.sum(0), d_log_decay, whole, d_projection
 
     def fade(self, coefficients: EmaCoefficients, tokens: int | Tensor) -> Tensor:
         """q^tokens, (..., D, N), real or complex."""
@@ -271,13 +289,14 @@ def _wide(x: Tensor, gain: Tensor) -> bool:
 
 
 def _launch(
-    kernel: Any, x: Tensor, given: Sequence[Tensor], more: Sequence[Tensor | None], documents: Sequence[Tensor],
-    pairs: bool, cut: Sequence[int], tile: Sequence[int], **flags: int,
+    kernel: Any, x: Tensor, given: Sequence[Tensor], omega: Tensor | None, more: Sequence[Tensor | None],
+    documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int], **flags: int,
 ) -> None:  # fmt: skip
     gain = given[1]  # what a kernel does not read is any tensor
-    own = _constants(x, gain, gain.shape[1], pairs, Tile(*tile), **flags) | {"DOCUMENTS": bool(documents)}
+    own = _constants(x, gain, gain.shape[1], pairs, Tile(*tile), **flags)
+    own |= {"DOCUMENTS": bool(documents), "OMEGA": omega is not None}
     grid = (len(x) * Cut(*cut).splits, -(-x.shape[2] // own["CH"]))
-    others = [gain if t is None else t.contiguous() for t in (*(documents or (None, None)), *more)]
+    others = [gain if t is None else t.contiguous() for t in (*(documents or (None, None)), omega, *more)]
     scratch = gain.new_empty(grid[0] * grid[1] * own["ROOM"])
     launch(kernel, grid, x.contiguous(), *given, *others, scratch, *x.shape[1:], *cut, COMPLEX=pairs, **own, **flags)
 
@@ -311,7 +330,7 @@ def _ema_ends(
 ) -> Tensor:  # fmt: skip
     parts = _parts_like(x, given, documents, pairs, cut, tile)
     more = None, parts, x, None
-    _launch(outputs_kernel, x, given, more, documents, pairs, cut, tile, **ENDS)
+    _launch(outputs_kernel, x, given, None, more, documents, pairs, cut, tile, **ENDS)
     return parts
 
 
@@ -321,13 +340,13 @@ def _outputs_like(x: Tensor, given: Sequence[Tensor], *others: Any) -> tuple[Ten
 
 @operator(_outputs_like)
 def _ema_outputs(
-    x: Tensor, given: Sequence[Tensor], state: Tensor | None, parts: Tensor | None, documents: Sequence[Tensor],
-    pairs: bool, cut: Sequence[int], tile: Sequence[int],
+    x: Tensor, given: Sequence[Tensor], omega: Tensor | None, state: Tensor | None, parts: Tensor | None,
+    documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, end = _outputs_like(x, given)
     more = state, parts, y, end
     flags = {"INITIAL": state is not None, **output_flags(given[1].dtype == torch.float64, pairs)}
-    _launch(outputs_kernel, x, given, more, documents, pairs, cut, tile, **flags)
+    _launch(outputs_kernel, x, given, omega, more, documents, pairs, cut, tile, **flags)
     return y, end
 
 
@@ -344,55 +363,59 @@ def _ema_adjoints(
     tile: Sequence[int],
 ) -> Tensor:  # fmt: skip
     parts = _adjoints_like(dy, given, documents, pairs, cut, tile)
-    more = dy, None, parts, dy, None, None
-    _launch(gradients_kernel, dy, given, more, documents, pairs, cut, tile, **ADJOINTS)
+    more = dy, None, None, parts, dy, None, None, None
+    _launch(gradients_kernel, dy, given, None, more, documents, pairs, cut, tile, **ADJOINTS)
     return parts
 
 
 def _gradients_like(
-    x: Tensor, dy: Tensor, given: Sequence[Tensor], ends: Tensor | None, parts: Tensor | None,
-    documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, dy: Tensor, given: Sequence[Tensor], omega: Tensor | None, more: Tensor | None, ends: Tensor | None,
+    parts: Tensor | None, documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gain = given[1]
-    sums = gain.new_empty(3, len(x) * Cut(*cut).splits, *gain.shape)
-    return torch.empty_like(x), sums, gain.new_empty(2, len(x), *gain.shape)
+    sums = gain.new_empty(3, parts_of_rows := len(x) * Cut(*cut).splits, *gain.shape)
+    crossings = gain.new_empty(parts_of_rows, x.shape[2])
+    return torch.empty_like(x), sums, crossings, gain.new_empty(2, len(x), *gain.shape)
 
 
 @operator(_gradients_like)
 def _ema_gradients(
-    x: Tensor, dy: Tensor, given: Sequence[Tensor], ends: Tensor | None, parts: Tensor | None,
-    documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, sums over tokens, and what reaches the beginnings of rows; see `gradients_kernel`."""
-    dx, sums, entered = _gradients_like(x, dy, given, ends, parts, documents, pairs, cut, tile)
-    more = x, ends, parts, dx, sums, entered
+    x: Tensor, dy: Tensor, given: Sequence[Tensor], omega: Tensor | None, more: Tensor | None, ends: Tensor | None,
+    parts: Tensor | None, documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, two kinds of sums over tokens, and what reaches the beginnings of rows; see `gradients_kernel`."""
+    made = _gradients_like(x, dy, given, omega, more, ends, parts, documents, pairs, cut, tile)
+    others = x, more, ends, parts, *made
     wide, columns = _wide(x, given[1]), given[1].shape[1]
     for flags in gradient_flags(wide, ends is not None, columns, pairs):
-        _launch(gradients_kernel, dy, given, more, documents, pairs, cut, tile, **flags)
-    return dx, sums, entered
+        _launch(gradients_kernel, dy, given, omega, others, documents, pairs, cut, tile, MORE=more is not None, **flags)
+    return made
 
 
 class _Average(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: _Rows, carry: Any, state: Tensor | None, x: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, rows: _Rows, carry: Any, beside: bool, state: Tensor | None, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tensors are coefficients and, where it is `beside` them, omega."""
         ctx.set_materialize_grads(False)
-        ctx.rows, ctx.turn, coefficients = rows, None, EmaCoefficients(*tensors)
+        own: Any = tensors if beside else (*tensors, None)
+        ctx.rows, ctx.turn, ctx.beside, coefficients, omega = rows, None, beside, EmaCoefficients(*own[:-1]), own[-1]
         given = rows.given(coefficients)
         parts: Any = rows.ends(x, given) if carry is not None or rows.cut.splits > 1 else None
         if carry is not None:
             end = rows.joined(parts, coefficients)
             state, ctx.turn = carry(torch.view_as_real(end) if rows.complex else end, coefficients.fade(x.shape[1]))
         ctx.save_for_backward(state, x, *tensors)
-        y, end = rows.outputs(x, given, None if state is None else rows.columns(state), parts)
-        return y, end.view(coefficients.state_shape(len(x)))
+        y, end = rows.outputs(x, given, omega, None if state is None else rows.columns(state), parts)
+        return y, x, end.view(coefficients.state_shape(len(x)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, more: Tensor | None, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
         state, x, *tensors = ctx.saved_tensors
-        rows, coefficients = ctx.rows, EmaCoefficients(*tensors)
+        own: Any = tensors if ctx.beside else (*tensors, None)
+        rows, coefficients, omega = ctx.rows, EmaCoefficients(*own[:-1]), own[-1]
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
         given = rows.given(coefficients)
         state = state if state is None or not rows.complex else torch.view_as_complex(state.contiguous())
@@ -405,7 +428,9 @@ class _Average(torch.autograd.Function):
             d_sent, d_fade = ctx.turn(rows.paired(d_state))
             # What was sent does not count the state that arrived.
             both = rows.unpaired(d_sent if d_end is None else d_sent + d_end)
-        d_state, dx, d_log, d_gain, d_projection = rows.gradients(x, dy, coefficients, state, both, parts, reached)
+        d_state, dx, d_omega, d_log, d_gain, d_projection = rows.gradients(
+            x, dy, coefficients, omega, more, state, both, parts, reached
+        )
         if rows.complex:
             found = [d_log.real, d_gain.real, d_projection.real, -d_log.imag, -d_projection.imag]
         else:
@@ -414,4 +439,5 @@ class _Average(torch.autograd.Function):
             d_state = None
             for place, own in zip((0, 3), d_fade, strict=False):
                 found[place] = found[place] + x.shape[1] * own
-        return None, None, None if d_state is None else rows.paired(d_state), dx, *found
+        d_state = None if d_state is None else rows.paired(d_state)
+        return None, None, None, d_state, dx, *found, *((d_omega,) if ctx.beside else ())

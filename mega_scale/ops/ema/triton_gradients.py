@@ -6,6 +6,8 @@ the outputs, with adjoints a_t = dy_t + q a_{t+1}, and of the row's end, with re
     dx_t  g whole_t             d log q  g sum x_t (c s_t + (L - 1 - t) r_t), where s_t = d a_t / d log q is a slope
     d c   g sum x_t a_t         d g      sum x_t whole_t
 
+Where outputs have omega x_t as well, dx_t has omega dy_t, and d omega is sum x_t dy_t.
+
 A tile is read twice. In the first loop each segment is by itself, and neither c nor r is in it: for pairs of tokens of
 a segment it sums x_t a_t and x_t s_t, block by block, and finds the adjoint and slope of the segment, and the same of
 its tokens, `reached`: sum q^k x_t and sum k q^k x_t, k tokens before its last one. From these, joining segments adds
@@ -28,6 +30,7 @@ except ImportError as missing:
 
 from mega_scale.ops.ema.triton_kernels import (
     INTERPRETED,
+    beside_of,
     cells_of,
     channels_of,
     dot,
@@ -105,13 +108,13 @@ def _kept(scratch, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, WIDE: tl.c
 
 @triton.jit
 def _keep_matrices(
-    decay, there, weight, enters, out, scratch, T: tl.constexpr, WIDE: tl.constexpr, COMPLEX: tl.constexpr
+    decay, there, weight, enters, out, beside, scratch, T: tl.constexpr, WIDE: tl.constexpr, COMPLEX: tl.constexpr
 ):
     """Keep what the second loop multiplies by: (V, T, NP), what gradients of outputs add to wholes before a block;
     (V, NP, T), what wholes give gradients of tokens; and `toeplitz_of`."""
     t, real = tl.arange(0, T), (decay[2] == 0)[:, None, :]
     size: tl.constexpr = there.shape[0] * T * (there.shape[1] if there.shape[1] > T else T)
-    toeplitz = toeplitz_of(decay, out, enters, scratch, T, True, COMPLEX)
+    toeplitz = toeplitz_of(decay, out, enters, beside, scratch, T, True, COMPLEX)
     tl.debug_barrier()
     added = weights_of(decay, out, t + 1, COMPLEX)
     _keep(tl.where(real, added, -added), scratch, WIDE)
@@ -179,10 +182,10 @@ def _segments_back(
 
 @triton.jit
 def _gradients_of_tokens(
-    dy, dx, first, place, own_place, steps, inside, own_inside, whole, matrices, fade, STEPS, D,
-    T: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, COMPLEX: tl.constexpr,
+    dy, more, dx, first, place, own_place, steps, inside, own_inside, whole, matrices, fade, STEPS, D,
+    T: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, MORE: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """Write dx of a tile, of wholes behind its segments (V, SEG, NP)."""
+    """Write dx of a tile, of wholes behind its segments (V, SEG, NP), with MORE that of others that read x."""
     V: tl.constexpr = whole.shape[0]
     SEG: tl.constexpr = whole.shape[1]
     NP: tl.constexpr = whole.shape[2]
@@ -194,8 +197,10 @@ def _gradients_of_tokens(
         d_outputs = load_tokens(dy + block + place, mask & inside[None, None, :], WIDE, NUMBER)
         found = product(whole, from_whole, tl.zeros((V, SEG, T), NUMBER))
         found = product(d_outputs, toeplitz, found)
-        result = rounded(tl.permute(sum_groups(found, GROUPS), (1, 2, 0)), dx)
-        tl.store(dx + block + own_place, result, mask=mask & own_inside[None, None, :])
+        result, mask = tl.permute(sum_groups(found, GROUPS), (1, 2, 0)), mask & own_inside[None, None, :]
+        if MORE:
+            result += tl.load(more + block + own_place, mask=mask, other=0.0).to(NUMBER)
+        tl.store(dx + block + own_place, rounded(result, dx), mask=mask)
         whole = product(d_outputs, to_whole, times(whole, fade, COMPLEX))
 
 
@@ -306,27 +311,28 @@ def _from_parts(
 
 @triton.jit
 def _in_blocks(pairs, decay, of_adjoint, of_slope, COMPLEX: tl.constexpr):
-    """Sums (V, NP) with those of pairs of tokens in the same blocks; `pairs` (V, T, T) are sums of products, tokens
-    from the last one on."""
+    """Sums (V, NP) with those of pairs of tokens in the same blocks, and the sum of tokens times gradients of their own
+    outputs (V,); `pairs` (V, T, T) are sums of products, tokens from the last one on."""
     T: tl.constexpr = pairs.shape[1]
-    t = tl.arange(0, T)
+    t, crossed = tl.arange(0, T), tl.zeros((pairs.shape[0],), pairs.dtype)
     for lag in range(T):
         of_lag = tl.sum(tl.sum(tl.where(t[None, None, :] + t[None, :, None] == lag + T - 1, pairs, 0.0), 2), 1)
         both = of_lag[:, None] * power_of(decay[0], decay[1], decay[2], lag, COMPLEX)
         of_adjoint, of_slope = of_adjoint + both, of_slope + lag * both
-    return of_adjoint, of_slope
+        crossed = tl.where(lag == 0, of_lag, crossed)
+    return of_adjoint, of_slope, crossed
 
 
 @triton.jit
 def _head_back(
-    dy, x, dx, document, channel, own_channel, decay, enters, own_out, behind, sums, head, L, D,
-    GROUPS: tl.constexpr, DOCUMENTS: tl.constexpr, DX: tl.constexpr, COMPLEX: tl.constexpr,
+    dy, x, more, dx, document, channel, own_channel, decay, enters, own_out, beside, behind, sums, head, L, D,
+    GROUPS: tl.constexpr, DOCUMENTS: tl.constexpr, DX: tl.constexpr, MORE: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """The first `head` tokens of a row, one by one from the last: adjoint and slope at the first, and `sums` that count
     them."""
     once = power_of(decay[0], decay[1], decay[2], 1, COMPLEX)
     adjoint, slope, rest = behind[0], behind[1], behind[2]
-    of_adjoint, of_slope, of_rest, of_distance = sums
+    of_adjoint, of_slope, of_rest, of_distance, crossed = sums
     for later in range(head):
         i = head - 1 - later
         d_output = tl.load(dy + i * D + channel, mask=channel < D, other=0.0).to(adjoint.dtype)[:, None]
@@ -337,27 +343,33 @@ def _head_back(
         of_slope += token * slope
         of_rest += token * rest
         of_distance += (L - 1 - i) * token * rest
+        crossed += tl.sum(token * d_output, 1)
         if DX:
             whole = times(adjoint, own_out, COMPLEX) + rest
-            found = rounded(sum_groups(tl.sum(enters * whole, 1), GROUPS), dx)
-            tl.store(dx + i * D + own_channel, found, mask=own_channel < D)
+            found = sum_groups(tl.sum(enters * whole, 1) + beside * tl.sum(d_output, 1), GROUPS)
+            if MORE:
+                found += tl.load(more + i * D + own_channel, mask=own_channel < D, other=0.0).to(adjoint.dtype)
+            tl.store(dx + i * D + own_channel, rounded(found, dx), mask=own_channel < D)
         passes = same_document(document, i, i + 1, DOCUMENTS)
         adjoint, slope = tl.where(passes, adjoint, 0.0), tl.where(passes, slope, 0.0)
         rest = tl.where(passes, times(rest, once, COMPLEX), 0.0)
-    return adjoint, slope, (of_adjoint, of_slope, of_rest, of_distance)
+    return adjoint, slope, (of_adjoint, of_slope, of_rest, of_distance, crossed)
 
 
 @triton.jit
 def _write_sums(
-    sums, entered, found, adjoint, slope, own_out, once, at, there, SPLITS, D, N: tl.constexpr, COMPLEX: tl.constexpr
-):
-    """Of a part of a row, what `gradients_kernel` tells of `sums`; and what reaches the row's beginning."""
+    sums, crossings, entered, found, adjoint, slope, own_out, once, channel, at, there, SPLITS, D,
+    N: tl.constexpr, CH: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """Of a part of a row, what `gradients_kernel` tells of sums and crossings; and what reaches the row's beginning."""
     row, kind = (tl.program_id(0) // SPLITS).to(tl.int64), tl.num_programs(0).to(tl.int64) * D * N
-    of_adjoint, of_slope, of_rest, of_distance = found
+    of_adjoint, of_slope, of_rest, of_distance, crossed = found
     sums += tl.program_id(0).to(tl.int64) * D * N + at
     tl.store(sums, of_adjoint, mask=there)
     tl.store(sums + kind, times(of_slope, own_out, COMPLEX) + of_distance, mask=there)
     tl.store(sums + 2 * kind, times(of_adjoint, own_out, COMPLEX) + of_rest, mask=there)
+    first_group = tl.arange(0, channel.shape[0]) < CH
+    tl.store(crossings + tl.program_id(0).to(tl.int64) * D + channel, crossed, mask=first_group & (channel < D))
     if tl.program_id(0) % SPLITS == 0:
         tl.store(entered + row * D * N + at, times(adjoint, once, COMPLEX), mask=there)
         tl.store(entered + kind // SPLITS + row * D * N + at, times(slope + adjoint, once, COMPLEX), mask=there)
@@ -365,17 +377,19 @@ def _write_sums(
 
 @triton.jit
 def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end to its beginning)
-    dy, log_decay, gain, projection, angle, document, starts, x, d_end, parts, dx, sums, entered, scratch,
+    dy, log_decay, gain, projection, angle, document, starts, omega, x, more, d_end, parts,
+    dx, sums, crossings, entered, scratch,
     L, D, HEAD, STEPS, TILES, SPLITS,
     N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
-    ROOM: tl.constexpr, DOCUMENTS: tl.constexpr, LAST: tl.constexpr, DX: tl.constexpr, SUMS: tl.constexpr,
-    COMPLEX: tl.constexpr,
+    ROOM: tl.constexpr, DOCUMENTS: tl.constexpr, OMEGA: tl.constexpr, MORE: tl.constexpr, LAST: tl.constexpr,
+    DX: tl.constexpr, SUMS: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """With DX dx; with SUMS sums over tokens x, and adjoints and slopes before rows, `entered` (2, B, D, N); with
     neither those at the first tokens of `parts` (2, B, SPLITS, D, N), which are else read.
 
     LAST is for gradients by states after rows, `d_end` (B, D, N), which `entered` never counts. `sums` (3, B SPLITS, D,
-    N) are those of x times adjoints, times slopes of wholes, and times wholes.
+    N) are those of x times adjoints, times slopes of wholes, and times wholes; `crossings` (B SPLITS, D) of x times dy.
+    With MORE, `more` (B, L, D) is added to dx. OMEGA says that outputs have omega (D,) times x.
     """
     NUMBER: tl.constexpr = gain.dtype.element_ty
     WIDE: tl.constexpr = dy.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
@@ -383,7 +397,13 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
     SLOPES: tl.constexpr = SUMS or not DX
     BYTES: tl.constexpr = dy.dtype.element_ty.primitive_bitwidth // 8
     row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
-    x, dy, dx, document = x + row * L * D, dy + row * L * D, dx + row * L * D, document + row * L
+    x, dy, dx, more, document = (
+        x + row * L * D,
+        dy + row * L * D,
+        dx + row * L * D,
+        more + row * L * D,
+        document + row * L,
+    )
     t, tokens = tl.arange(0, T), STEPS * T
     starts += row * most_segments(L, HEAD, tokens)
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -393,7 +413,8 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
         log_decay, gain, projection, angle, tl.program_id(1) * CH, D, N, NP, GROUPS, CH, COMPLEX
     )
     if DX:
-        _keep_matrices(decay, there, weight, enters, out, numbers + MATRICES, T, WIDE, COMPLEX)
+        beside = beside_of(omega, tl.program_id(1) * CH, D, NUMBER, GROUPS, CH, OMEGA)
+        _keep_matrices(decay, there, weight, enters, out, beside, numbers + MATRICES, T, WIDE, COMPLEX)
     powers = tl.where(there[:, None, :], powers_of(decay, t, COMPLEX), 0.0)
     to_adjoint, to_slope = in_parts(powers, WIDE), in_parts(powers * t[None, :, None], WIDE)
     fade = power_of(decay[0], decay[1], decay[2], T, COMPLEX)[:, None, :]
@@ -431,8 +452,8 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
         distance += tl.minimum(stop - number, SEG) * tokens
         if DX:
             _gradients_of_tokens(
-                dy, dx, first, place, own_place, steps, channel < D, own_channel < D, whole, own_numbers + MATRICES,
-                fade, STEPS, D, T, GROUPS, WIDE, COMPLEX,
+                dy, more, dx, first, place, own_place, steps, channel < D, own_channel < D, whole,
+                own_numbers + MATRICES, fade, STEPS, D, T, GROUPS, WIDE, MORE, COMPLEX,
             )  # fmt: skip
 
     # Read again, as registers are short in loops.
@@ -445,15 +466,20 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
     kept = _kept_numbers(scratch + _anew(program).to(tl.int64) * ROOM + 3 * V * NP, V, NP, 7)
     of_adjoint = kept[3] + tl.sum(within[0], 1)
     of_slope = times(kept[4] + tl.sum(within[1], 1) + of_adjoint, once, COMPLEX)
-    of_adjoint = times(of_adjoint, once, COMPLEX)
+    of_adjoint, crossed = times(of_adjoint, once, COMPLEX), tl.zeros((V,), NUMBER)
     if SUMS:
-        of_adjoint, of_slope = _in_blocks(pairs, decay, of_adjoint, of_slope, COMPLEX)
+        of_adjoint, of_slope, crossed = _in_blocks(pairs, decay, of_adjoint, of_slope, COMPLEX)
     adjoint, slope, all_sums = _head_back(
-        dy, x, dx, document, channel, own_channel, decay, enters, own_out, kept,
-        (of_adjoint, of_slope, kept[5], kept[6]), tl.where(split == 0, HEAD, 0), L, D, GROUPS, DOCUMENTS, DX, COMPLEX,
+        dy, x, more, dx, document, channel, own_channel, decay, enters, own_out,
+        beside_of(omega, tl.program_id(1) * CH, D, NUMBER, GROUPS, CH, OMEGA), kept,
+        (of_adjoint, of_slope, kept[5], kept[6], crossed), tl.where(split == 0, HEAD, 0), L, D,
+        GROUPS, DOCUMENTS, DX, MORE, COMPLEX,
     )  # fmt: skip
     if SUMS:
-        _write_sums(sums, entered, all_sums, adjoint, slope, own_out, once, at, there, SPLITS, D, N, COMPLEX)
+        _write_sums(
+            sums, crossings, entered, all_sums, adjoint, slope, own_out, once, channel, at, there, SPLITS, D,
+            N, CH, COMPLEX,
+        )  # fmt: skip
     elif not DX:
         parts += (row * SPLITS + split) * D * N + at
         tl.store(parts, adjoint, mask=there)

@@ -124,13 +124,14 @@ def weights_of(decay, out, steps, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def toeplitz_of(decay, out, enters, scratch, T: tl.constexpr, BACK: tl.constexpr, COMPLEX: tl.constexpr):
-    """(V, T, T): what a row's token gives a column's output inside of a block, or with BACK the other way."""
+def toeplitz_of(decay, out, enters, beside, scratch, T: tl.constexpr, BACK: tl.constexpr, COMPLEX: tl.constexpr):
+    """(V, T, T): what a row's token gives a column's output inside of a block, or with BACK the other way; its own
+    output has `beside` (V,) times the token as well."""
     V: tl.constexpr = enters.shape[0]
     t = tl.arange(0, T)
     tl.store(
         scratch + tl.arange(0, V)[:, None] * T + t[None, :],
-        tl.sum(enters[:, None, :] * weights_of(decay, out, t, COMPLEX), 2),
+        tl.sum(enters[:, None, :] * weights_of(decay, out, t, COMPLEX), 2) + tl.where(t == 0, beside[:, None], 0.0),
     )
     tl.debug_barrier()
     lag = (t[:, None] - t[None, :] if BACK else t[None, :] - t[:, None])[None, :, :]
@@ -240,6 +241,13 @@ def channels_of(
         out = (real, tl.load(projection + at + 1 - n % 2, mask=there, other=0.0))
         enters = tl.where(shift == 0, weight, 0.0)
     return channel, at, there, (exponent, turns, shift), weight, enters, own_out, out
+
+
+@triton.jit
+def beside_of(omega, first, D, NUMBER: tl.constexpr, GROUPS: tl.constexpr, CH: tl.constexpr, OMEGA: tl.constexpr):
+    """Omega of channels from `first` on, in the first of their groups (V,), or zeros."""
+    v = tl.arange(0, GROUPS * CH)
+    return tl.load(omega + first + v, mask=OMEGA & (v < CH) & (first + v < D), other=0.0).to(NUMBER)
 
 
 @triton.jit

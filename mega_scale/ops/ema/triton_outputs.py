@@ -12,6 +12,7 @@ except ImportError as missing:
     raise ImportError("the EMA's Triton kernels need triton: pip install 'mega_scale[triton]'") from missing
 
 from mega_scale.ops.ema.triton_kernels import (
+    beside_of,
     cells_of,
     channels_of,
     has_token,
@@ -61,13 +62,15 @@ def _join(
 
 
 @triton.jit
-def outputs_kernel(
-    x, log_decay, gain, projection, angle, document, starts, state, parts, y, end, scratch,
+def outputs_kernel(  # noqa: PLR0915 (a row's head, then its tiles)
+    x, log_decay, gain, projection, angle, document, starts, omega, state, parts, y, end, scratch,
     L, D, HEAD, STEPS, TILES, SPLITS,
     N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
-    ROOM: tl.constexpr, INITIAL: tl.constexpr, DOCUMENTS: tl.constexpr, OUTPUTS: tl.constexpr, COMPLEX: tl.constexpr,
+    ROOM: tl.constexpr, INITIAL: tl.constexpr, DOCUMENTS: tl.constexpr, OMEGA: tl.constexpr, OUTPUTS: tl.constexpr,
+    COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """With OUTPUTS y and the states after rows, `end`; else those after `parts` (B, SPLITS, D, N), begun at zero."""
+    """With OUTPUTS y, to which OMEGA adds omega (D,) times x, and the states after rows, `end`; else those after
+    `parts` (B, SPLITS, D, N), begun at zero."""
     NUMBER: tl.constexpr = gain.dtype.element_ty
     WIDE: tl.constexpr = x.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
     V: tl.constexpr = GROUPS * CH
@@ -82,7 +85,8 @@ def outputs_kernel(
     )
     into = in_parts(weight[:, None, :] * powers_of(decay, T - 1 - t, COMPLEX), WIDE)
     from_state = in_parts(tl.permute(weights_of(decay, out, t + 1, COMPLEX), (0, 2, 1)), WIDE)
-    toeplitz = in_parts(toeplitz_of(decay, out, enters, scratch, T, False, COMPLEX), WIDE)
+    beside = beside_of(omega, tl.program_id(1) * CH, D, NUMBER, GROUPS, CH, OMEGA)
+    toeplitz = in_parts(toeplitz_of(decay, out, enters, beside, scratch, T, False, COMPLEX), WIDE)
     fade = power_of(decay[0], decay[1], decay[2], T, COMPLEX)[:, None, :]
     segment_fade = power_of(decay[0], decay[1], decay[2], tokens, COMPLEX)
 
@@ -99,7 +103,7 @@ def outputs_kernel(
         left = times(carry, power_of(decay[0], decay[1], decay[2], 1, COMPLEX), COMPLEX)
         carry = tl.where(same_document(document, i, i + 1, DOCUMENTS), left, 0.0) + enters * token[:, None]
         if OUTPUTS:
-            found = rounded(sum_groups(tl.sum(carry * read, 1), GROUPS), y)
+            found = rounded(sum_groups(tl.sum(carry * read, 1) + beside * token, GROUPS), y)
             tl.store(y + i * D + own_channel, found, mask=own_channel < D)
 
     begin, stop = part_of(document, split, L, HEAD, tokens, TILES, SEG, DOCUMENTS)

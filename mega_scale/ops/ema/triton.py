@@ -57,11 +57,11 @@ class Tile(NamedTuple):
         """
         padded = max(self.block, 1 << (columns - 1).bit_length())
         groups = max(padded // _GROUP, 1)
-        more = (wide or (back and (pairs or columns > _GROUP))) + double
+        more = wide + double
         channels = max((self.channels >> more) // groups, 1)
         own = padded // groups
         # What threads of a program exchange and keep: five numbers a segment and column, ten a column, three matrices.
-        room = channels * groups * ((5 * self.segments + 10) * own + 3 * self.block * max(own, self.block))
+        room = channels * groups * ((5 * self.segments + 10) * own + 4 * self.block * max(own, self.block))
         return {"N": columns, "NP": own, "GROUPS": groups, "T": self.block, "SEG": self.segments,
                 "CH": channels, "ROOM": room, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
 

@@ -417,6 +417,9 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
         _keep_matrices(decay, there, weight, enters, out, beside, numbers + MATRICES, T, WIDE, COMPLEX)
     powers = tl.where(there[:, None, :], powers_of(decay, t, COMPLEX), 0.0)
     to_adjoint, to_slope = in_parts(powers, WIDE), in_parts(powers * t[None, :, None], WIDE)
+    SLOPE: tl.constexpr = 3 * V * T * (NP if NP > T else T)
+    if COMPLEX:  # whose registers are short
+        _keep(powers * t[None, :, None], numbers + MATRICES + SLOPE, WIDE)
     fade = power_of(decay[0], decay[1], decay[2], T, COMPLEX)[:, None, :]
     segment_fade = power_of(decay[0], decay[1], decay[2], tokens, COMPLEX)
     one = tl.zeros((V, NP), NUMBER) + tl.where(decay[2] == 0, 1.0, 0.0).to(NUMBER)
@@ -442,6 +445,8 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
         back_place = (cell[:, None, None] + (T - 1 - t)[None, :, None]) * D + channel[None, None, :]
         rows = (tl.where(own_cells[1] > 0, cell, 0)[:, None] + t[None, :]) * D * BYTES
         own_numbers = scratch + _anew(program).to(tl.int64) * ROOM
+        if COMPLEX:
+            to_slope = _kept(own_numbers + MATRICES + SLOPE, V, T, NP, WIDE)
         found, within, pairs = _segments_back(
             dy, x, first, rows, place, back_place, steps, steps_of(own_cells, T, True, DOCUMENTS), channel < D, within,
             pairs, to_adjoint, to_slope, fade, one, STEPS, D, CH, WIDE, SUMS, SLOPES, COMPLEX,

@@ -22,7 +22,7 @@ from mega_scale.ops.attention_triton import (
 )
 from mega_scale.ops.cross_entropy_triton import cross_entropy_kernel, kernel_constants
 from mega_scale.ops.dropout_triton import dropout_constants, dropout_kernel
-from mega_scale.ops.ema.triton import ADJOINTS, ENDS, MOST_COLUMNS, TILE, gradient_flags, output_flags
+from mega_scale.ops.ema.triton import ADJOINTS, ENDS, MOST_COLUMNS, TILE, are_crowded, gradient_flags, output_flags
 from mega_scale.ops.ema.triton_gradients import AHEAD, gradients_kernel
 from mega_scale.ops.ema.triton_outputs import outputs_kernel
 from mega_scale.ops.timestep_norm_triton import (
@@ -92,13 +92,13 @@ def compile_kernels(
         _compile(kernel, name, size, constants, architecture, dtype)
         for architecture in architectures
         for dtype in dtypes
-        for kernel, name, size, constants in _variants(dtype, averages, numbers)
+        for kernel, name, size, constants in _variants(architecture, dtype, averages, numbers)
         if any(part in name for part in names)
     ]
 
 
 def _variants(
-    dtype: str, averages: Sequence[int], numbers: Sequence[str]
+    architecture: int, dtype: str, averages: Sequence[int], numbers: Sequence[str]
 ) -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     """Kernel, its name, the size it is compiled for, and what it is compiled with."""
     wide, double = dtype != "bf16", dtype == "fp64"
@@ -107,11 +107,13 @@ def _variants(
         columns, size = n * (1 + pairs), f"N={n}, complex" if pairs else f"N={n}"
         if columns > MOST_COLUMNS:
             continue
-        # A row is one part in most launches, outputs have omega times the input, and something else reads it.
-        both = {"SPLITS": 1, "COMPLEX": pairs, "OMEGA": True}
+        crowded = are_crowded(columns, pairs, divmod(architecture, 10))
+        # A row is one part in most launches; a Megalodon's outputs have omega times the input, which more reads.
+        always = {"SPLITS": 1, "COMPLEX": pairs, "OMEGA": pairs}
         for (documents, states), words in _NEEDS.items():
-            both["DOCUMENTS"] = documents
-            own = TILE.constants(columns, wide, double=double, pairs=pairs) | both
+            always["DOCUMENTS"] = documents
+            own = TILE.constants(columns, wide, double) | always
+            back = TILE.constants(columns, wide, double, crowded) | always
             yield (
                 outputs_kernel,
                 f"outputs_kernel{words}",
@@ -121,12 +123,10 @@ def _variants(
             if not states:
                 # What is read once more, before, where a row is several parts.
                 yield outputs_kernel, f"outputs_kernel{words}, ends", size, {**own, **ENDS}
-                own = TILE.constants(columns, wide, double=double, pairs=pairs, back=True) | both
-                yield gradients_kernel, f"gradients_kernel{words}, adjoints", size, {**own, **ADJOINTS}
+                yield gradients_kernel, f"gradients_kernel{words}, adjoints", size, {**back, **ADJOINTS}
             for flags in gradient_flags(wide, states, columns, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                own = TILE.constants(columns, wide, double, pairs, back=True)
-                yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, **both, "MORE": pairs, **flags}
+                yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**back, "MORE": pairs, **flags}
     own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel):
         yield kernel, kernel.fn.__name__, f"S={_NORM_CHANNELS}", own

@@ -4,7 +4,7 @@ The default rule reads every tensor that is given and writes every one that come
 are listed. Custom operators tell their operations here, and their launches in `mega_scale.ops.KERNELS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,9 @@ _SQUARES: dict[str, tuple[tuple[int, ...], bool]] = {
     "mega_scale::scores_gradient": ((2,), True), "mega_scale::score_products": ((0,), False),
     "mega_scale::values_gradient": ((0,), False), "mega_scale::distance_sums": ((0,), False),
 }  # fmt: skip
+# A complex average takes so many times as long as a real one of as many columns, forward and backward: by what is
+# compiled for sm_90, and the model of `ops/triton_loops.py`, at 1 x 32,768 x 2,048 with N = 16.
+_COMPLEX = 2.4, 1.45
 # Each product but the first reads what it adds to.
 _SUM = "mega_scale::sum_products"
 # Tensors that one launch of PyTorch's multi-tensor kernels takes.
@@ -53,6 +56,11 @@ class Cost(NamedTuple):
 def _product(a: Tensor, b: Tensor) -> int:
     """Operations of (..., M, K) times (..., K, N)."""
     return 2 * a.numel() * b.shape[-1]
+
+
+def _steps(x: Tensor, given: Sequence[Tensor], factor: float) -> int:
+    """Steps of the average of x (B, L, D) by Triton kernels."""
+    return round(x.numel() * given[1].shape[1] * factor)
 
 
 def _below_diagonal(x: Tensor, chunk: int) -> int:
@@ -75,10 +83,12 @@ FLOPS: dict[str, Callable[..., int]] = {
     "aten::_scaled_mm": lambda a, b, *_: _product(a, b),
     "mkldnn::_linear_pointwise": lambda a, weight, *_: _product(a, weight.t()),
     # Tokens times channels times columns of states; what reads only one tensor does half as much.
-    "mega_scale::ema_outputs": lambda x, given, *_: x.numel() * given[1].shape[1],
-    "mega_scale::ema_ends": lambda x, given, *_: x.numel() * given[1].shape[1] // 2,
-    "mega_scale::ema_adjoints": lambda x, given, *_: x.numel() * given[1].shape[1] // 2,
-    "mega_scale::ema_gradients": lambda x, dy, given, *_: x.numel() * given[1].shape[1],
+    "mega_scale::ema_outputs": lambda x, given, o, s, p, d, pairs, *_: _steps(x, given, _COMPLEX[0] if pairs else 1),
+    "mega_scale::ema_ends": lambda x, given, d, pairs, *_: _steps(x, given, _COMPLEX[0] if pairs else 1) // 2,
+    "mega_scale::ema_adjoints": lambda dy, given, d, pairs, *_: _steps(dy, given, _COMPLEX[1] if pairs else 1) // 2,
+    "mega_scale::ema_gradients": lambda x, dy, given, o, m, e, p, d, pairs, *_: _steps(
+        x, given, _COMPLEX[1] if pairs else 1
+    ),
     "mega_scale::ema_native": lambda x, rows, *_: x.numel() * rows.shape[2] * (1 + (len(rows) == 9)),
     "mega_scale::ema_native_backward": lambda x, dy, rows, *_: x.numel() * rows.shape[2] * (1 + (len(rows) == 9)),
     _SUM: lambda left, right: sum(map(_product, left, right)),

@@ -15,6 +15,8 @@ PARTS = ("products", "average", "attention", "norms", "gates", "loss", "optimize
 _AVERAGE = "::ema_"
 # Operators of our own that attend; others' names say so.
 _ATTENTION = {"softmax_weights", "weighted_values", "scores_gradient", "score_products", "values_gradient"}
+# Reads neighbours, which inductor writes to memory before: rotary positions turn pairs of channels.
+_REVERSE = "prims::rev"
 _COPIES = ("copy", "clone", "cat", "chunk", "contiguous", "split", "fsdp::", "foreach_copy")
 
 
@@ -127,9 +129,12 @@ class _Group:
     events: list[Event] = field(default_factory=list)
     reads: dict[int, int] = field(default_factory=dict)  # from outside, bytes by storage
     made: dict[int, int] = field(default_factory=dict)
+    passed: int = 0  # bytes that its kernels write for each other to read, both
 
     def add(self, event: Event) -> None:
         self.events.append(event)
+        if event.name == _REVERSE:
+            self.passed += sum(2 * size for number, size in event.inputs if number in self.made)
         for number, size in event.inputs:
             if number not in self.made:
                 self.reads[number] = max(self.reads.get(number, 0), size)
@@ -138,6 +143,7 @@ class _Group:
 
     def join(self, other: "_Group") -> None:
         self.events += other.events
+        self.passed += other.passed
         self.made |= other.made
         self.reads = {n: size for n, size in (self.reads | other.reads).items() if n not in self.made}
 
@@ -162,7 +168,8 @@ def fused(events: Sequence[Event]) -> list[Event]:
 
     A kernel reads what comes from outside once, and writes what something else reads later, or nothing ever reads (it
     leaves the step). Other operators stay as they are. Kernels that sum over tokens (gradients of biases) count with
-    the kernel whose numbers they sum. What was only made wider is not kept, but made again from what it was.
+    the kernel whose numbers they sum. What was only made wider is not kept, but made again from what it was. What a
+    reversal reads is written before, and read.
     """
     events = _from_the_narrowest(events)
     last_read: dict[int, int] = {}
@@ -177,7 +184,8 @@ def fused(events: Sequence[Event]) -> list[Event]:
         longest = max(group.events, key=lambda event: event.read + event.written)
         found.append(
             longest._replace(
-                name="fused", read=sum(group.reads.values()), written=sum(writes.values()), kernels=1,
+                name="fused", read=sum(group.reads.values()) + group.passed // 2,
+                written=sum(writes.values()) + group.passed // 2, kernels=2 if group.passed else 1,
                 inputs=tuple(group.reads.items()), outputs=tuple(writes.items()),
             )
         )  # fmt: skip

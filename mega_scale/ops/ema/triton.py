@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mega_scale.ops import device_kind, launch, multiprocessors, once_differentiable, operator
+from mega_scale.ops import device_capability, device_kind, launch, multiprocessors, once_differentiable, operator
 from mega_scale.ops.ema import EmaCoefficients
 from mega_scale.ops.ema.triton_gradients import gradients_kernel
 from mega_scale.ops.ema.triton_kernels import INTERPRETED, starts_kernel
@@ -47,20 +47,17 @@ class Tile(NamedTuple):
     warps: int = 8
     splits: int | None = None  # SPLITS, at most; none: as many as keep a GPU busy
 
-    def constants(
-        self, columns: int, wide: bool, double: bool = False, pairs: bool = False, back: bool = False
-    ) -> dict[str, int]:
-        """What kernels are compiled for: of complex averages with `pairs`, of gradients with `back`.
+    def constants(self, columns: int, wide: bool, double: bool = False, crowded: bool = False) -> dict[str, int]:
+        """What kernels are compiled for, of fp64 numbers with `double`.
 
-        More columns than `_GROUP` are groups. There are fewer channels where tokens are `wide`, or there is more to
-        hold; with fewer than warps, warps would repeat each other.
+        More columns than `_GROUP` are groups. There are fewer channels where tokens are `wide`, or registers `crowded`;
+        with fewer than warps, warps would repeat each other.
         """
         padded = max(self.block, 1 << (columns - 1).bit_length())
         groups = max(padded // _GROUP, 1)
-        more = wide + double
-        channels = max((self.channels >> more) // groups, 1)
+        channels = max((self.channels >> ((wide or crowded) + double)) // groups, 1)
         own = padded // groups
-        # What threads of a program exchange and keep: five numbers a segment and column, ten a column, three matrices.
+        # What threads of a program exchange and keep: five numbers a segment and column, ten a column, four matrices.
         room = channels * groups * ((5 * self.segments + 10) * own + 4 * self.block * max(own, self.block))
         return {"N": columns, "NP": own, "GROUPS": groups, "T": self.block, "SEG": self.segments,
                 "CH": channels, "ROOM": room, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
@@ -71,6 +68,12 @@ def output_flags(double: bool, pairs: bool) -> dict[str, int]:
     of them from one bank of shared memory at a time."""
     # So that a multiprocessor holds two programs. Complex averages and fp64 need more.
     return {"OUTPUTS": True, "num_stages": 1} | ({} if double or pairs else {"maxnreg": 128})
+
+
+def are_crowded(columns: int, pairs: bool, capability: tuple[int, int]) -> bool:
+    """Whether gradients have registers for half as many channels, as those of complex averages and of groups of columns
+    have on all GPUs but an H100, whose compiler spills none."""
+    return (pairs or columns > _GROUP) and capability[0] != 9
 
 
 def gradient_flags(wide: bool, last: bool, columns: int, pairs: bool = False) -> list[dict[str, int]]:
@@ -281,7 +284,9 @@ def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
 
 
 def _constants(x: Tensor, gain: Tensor, columns: int, pairs: bool, tile: Tile, **flags: int) -> dict[str, int]:
-    return tile.constants(columns, _wide(x, gain), gain.dtype == torch.float64, pairs, back="LAST" in flags)
+    capability = device_capability(x) if device_kind(x) == "cuda" else (9, 0)  # where it is interpreted
+    crowded = "LAST" in flags and are_crowded(columns, pairs, capability)
+    return tile.constants(columns, _wide(x, gain), gain.dtype == torch.float64, crowded)
 
 
 def _wide(x: Tensor, gain: Tensor) -> bool:

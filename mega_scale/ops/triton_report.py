@@ -123,7 +123,7 @@ def _variants(
             if not states:
                 # What is read once more, before, where a row is several parts.
                 yield outputs_kernel, f"outputs_kernel{words}, ends", size, {**own, **ENDS}
-                yield gradients_kernel, f"gradients_kernel{words}, adjoints", size, {**back, **ADJOINTS}
+                yield gradients_kernel, f"gradients_kernel{words}, adjoints", size, {**own, **ADJOINTS}
             for flags in gradient_flags(wide, states, columns, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
                 yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**back, "MORE": pairs, **flags}

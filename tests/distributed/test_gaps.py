@@ -22,7 +22,7 @@ from mega_scale.settings import resolve
 LENGTH = 32768
 # Bytes a token of a block's kernels between products, forward and backward, and how many read or write a number of
 # every token's channels, at most.
-LIMITS = {"megalodon-1.3b": (299_500, 22)}
+LIMITS = {"megalodon-1.3b": (266_500, 20)}
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ def op_cema(x, alpha, delta, theta, gamma, omega, state=None, starts=None, valid
         layer = MegalodonComplexEma(config)
     parameters = {"alpha": alpha, "delta": delta, "theta": theta, "gamma": gamma, "omega": omega}
     x = x if valid is None else x * valid[..., None]  # as the timestep norm leaves it
-    return call(layer, parameters, x, state, starts)
+    y, _, state = call(layer, parameters, x, state, starts)
+    return y, state
 
 
 def op_timestep_norm(x, weight, bias, groups, eps, state=None, starts=None, valid=None):

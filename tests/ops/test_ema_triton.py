@@ -59,7 +59,7 @@ def test_compiled_kernels_use_matrix_units_and_do_not_spill(tmp_path):
 @pytest.mark.parametrize(
     "gpu, dtype, numbers, names, count",
     [
-        (80, "fp32", "real", ["gradients_kernel, documents and states"], 2),
+        (80, "fp32", "real", ["gradients_kernel, documents and states"], 1),
         (100, "bf16", "complex", ["gradients_kernel, documents, adj", "outputs_kernel, documents and states"], 2),
     ],
 )

@@ -285,7 +285,7 @@ def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
 
 def _constants(x: Tensor, gain: Tensor, columns: int, pairs: bool, tile: Tile, **flags: int) -> dict[str, int]:
     capability = device_capability(x) if device_kind(x) == "cuda" else (9, 0)  # where it is interpreted
-    crowded = "LAST" in flags and are_crowded(columns, pairs, capability)
+    crowded = bool(flags.get("DX") or flags.get("SUMS")) and are_crowded(columns, pairs, capability)
     return tile.constants(columns, _wide(x, gain), gain.dtype == torch.float64, crowded)
 
 

@@ -18,7 +18,7 @@ from mega_scale.model.configuration_mega import BATCH_NORMS, MegaConfig
 from mega_scale.ops import without_autocast
 from mega_scale.ops.attention import chunk_attention
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
-from mega_scale.ops.ema import Carry, damped_ema, ema_coefficients
+from mega_scale.ops.ema import Carry, damped_ema_and_residual, ema_coefficients
 
 if TYPE_CHECKING:
     from mega_scale.model.cache import LayerState
@@ -170,7 +170,7 @@ class MegaMultiDimensionDampedEma(nn.Module):
         *of_average, omega = parameters
         coefficients = ema_coefficients(*of_average)
         inputs = x if mask is None else x * mask[..., None]
-        y, state = damped_ema(
+        y, _, state = damped_ema_and_residual(
             inputs,
             coefficients,
             state,

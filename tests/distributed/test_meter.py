@@ -26,7 +26,7 @@ MODELS = {
 @pytest.fixture
 def plain_forms(monkeypatch):
     """Without C++ and oneDNN, which fake tensors cannot take."""
-    for name in ("ema.has_library", "timestep_norm._has_library"):
+    for name in ("ema.native.has_library", "timestep_norm._has_library"):
         monkeypatch.setattr(f"mega_scale.ops.{name}", lambda: False)
     monkeypatch.setattr("mega_scale.ops.linear._onednn_is_faster", lambda: False)
 

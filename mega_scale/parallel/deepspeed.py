@@ -49,15 +49,16 @@ class DeepSpeedEngine(Engine):
         native = config.native_deepspeed(self._fsdp.size)
         # DeepSpeed takes memory for a bucket of 5e8 gradients whatever the model.
         native["zero_optimization"].setdefault("reduce_bucket_size", min(_largest_unit(model), _LARGEST_BUCKET))
-        # DeepSpeed reads it even where there is no launcher; others take it for a launcher's word, so close removes it.
-        self._names_local_rank = "LOCAL_RANK" not in os.environ
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         self._deepspeed, self._native = _start_deepspeed(world.device.type), native
         self._spared = ExitStack()
         if world.pretended:
             from mega_scale.parallel.pretended_deepspeed import Zeros, spare
 
             self._reading, self._spared = Zeros, spare(model)
+        # DeepSpeed reads it even where there is no launcher; others take it for a launcher's word, so close removes it,
+        # and what is refused before has not set it.
+        self._names_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         with world.memory(), self._reading():
             self._materialise(values, config, build_optimizer)
 

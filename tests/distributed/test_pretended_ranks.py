@@ -1,5 +1,6 @@
 """One rank of a run that nobody else is in, on small real tensors and on fake ones."""
 
+import os
 from contextlib import nullcontext
 
 import engine_study
@@ -92,3 +93,4 @@ def test_an_unknown_release_of_deepspeed_is_refused(monkeypatch):
     monkeypatch.setattr(deepspeed, "__version__", "1.0.0")
     with pytest.raises(ValueError, match=r"planned with DeepSpeed 0\.19.*1\.0\.0.*parallel\.engine=fsdp"):
         two_steps("zero-3", MeshShape(1, 1, 1, 1), 0, True)
+    assert "LOCAL_RANK" not in os.environ, "what follows would take the process for one that a launcher started"

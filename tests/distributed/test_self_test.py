@@ -85,13 +85,13 @@ def study() -> dict[Any, Any]:
 
         # Tokens that the moving average of a rank is given.
         found["tokens"] = {}
-        average = layers.damped_ema
+        average = layers.damped_ema_and_residual
 
         def counted(x: torch.Tensor, *args: Any, **options: Any) -> Any:
             found["tokens"][len(found["tokens"])] = x.shape[1]
             return average(x, *args, **options)
 
-        broken(layers, "damped_ema", counted, lambda: attempt(sp, "fsdp", 3))
+        broken(layers, "damped_ema_and_residual", counted, lambda: attempt(sp, "fsdp", 3))
 
         # Ranks that forget to sum the gradient of what all of them hold.
         found["not summed"] = broken(

@@ -224,6 +224,25 @@ def _keep_numbers(numbers, scratch):
 
 
 @triton.jit
+def _keep_what_joins(behind, decay, own_out, segment_fade, tokens, numbers, COMPLEX: tl.constexpr):
+    """Write what `_join_back` reads of columns, with sums of nothing yet."""
+    next_out = times(own_out, power_of(decay[0], decay[1], decay[2], 1, COMPLEX), COMPLEX)
+    nothing = tl.zeros_like(behind[0])
+    factors, sums_before = (next_out, segment_fade, tokens * segment_fade), (nothing, nothing, nothing, nothing)
+    _keep_numbers(factors + behind + sums_before, numbers)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _between_blocks(kept, within, once, COMPLEX: tl.constexpr):
+    """Sums of tokens times adjoints and slopes, between segments and within them, with the power of q that was left;
+    and none yet of tokens times gradients of their own outputs (V,)."""
+    of_adjoint = kept[3] + tl.sum(within[0], 1)
+    of_slope = times(kept[4] + tl.sum(within[1], 1) + of_adjoint, once, COMPLEX)
+    return times(of_adjoint, once, COMPLEX), of_slope, tl.zeros((within[0].shape[0],), within[0].dtype)
+
+
+@triton.jit
 def _join_back(
     found, one, distance, numbers, count, begins, tokens,
     DOCUMENTS: tl.constexpr, LAST: tl.constexpr, SUMS: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
@@ -397,13 +416,8 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
     SLOPES: tl.constexpr = SUMS or not DX
     BYTES: tl.constexpr = dy.dtype.element_ty.primitive_bitwidth // 8
     row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
-    x, dy, dx, more, document = (
-        x + row * L * D,
-        dy + row * L * D,
-        dx + row * L * D,
-        more + row * L * D,
-        document + row * L,
-    )
+    x, dy, document = x + row * L * D, dy + row * L * D, document + row * L
+    dx, more = dx + row * L * D, more + row * L * D
     t, tokens = tl.arange(0, T), STEPS * T
     starts += row * most_segments(L, HEAD, tokens)
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -423,16 +437,12 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
     fade = power_of(decay[0], decay[1], decay[2], T, COMPLEX)[:, None, :]
     segment_fade = power_of(decay[0], decay[1], decay[2], tokens, COMPLEX)
     one = tl.zeros((V, NP), NUMBER) + tl.where(decay[2] == 0, 1.0, 0.0).to(NUMBER)
-    next_out = times(own_out, power_of(decay[0], decay[1], decay[2], 1, COMPLEX), COMPLEX)
     kind = tl.num_programs(0).to(tl.int64) * D * N
     behind, distance = _from_parts(
         parts, d_end, decay, document, at, there, kind, row, split, L, D, HEAD, TILES * SEG * tokens, SPLITS,
         N, DOCUMENTS, LAST, not (DX or SUMS), COMPLEX,
     )  # fmt: skip
-    nothing = tl.zeros((V, NP), NUMBER)
-    factors, sums_before = (next_out, segment_fade, tokens * segment_fade), (nothing, nothing, nothing, nothing)
-    _keep_numbers(factors + behind + sums_before, numbers)
-    tl.debug_barrier()
+    _keep_what_joins(behind, decay, own_out, segment_fade, tokens, numbers, COMPLEX)
     within = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
     pairs = tl.zeros((V, T, T), NUMBER)
     begin, stop = part_of(document, split, L, HEAD, tokens, TILES, SEG, DOCUMENTS)
@@ -462,16 +472,13 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
             )  # fmt: skip
 
     # Read again, as registers are short in loops.
-    first_channel = _anew(tl.program_id(1)) * CH
-    own_channel = first_channel + tl.arange(0, CH)
+    own_channel = _anew(tl.program_id(1)) * CH + tl.arange(0, CH)
     channel, at, there, decay, weight, enters, own_out, out = channels_of(
-        log_decay, gain, projection, angle, first_channel, D, N, NP, GROUPS, CH, COMPLEX
+        log_decay, gain, projection, angle, _anew(tl.program_id(1)) * CH, D, N, NP, GROUPS, CH, COMPLEX
     )
     once = power_of(decay[0], decay[1], decay[2], 1, COMPLEX)
     kept = _kept_numbers(scratch + _anew(program).to(tl.int64) * ROOM + 3 * V * NP, V, NP, 7)
-    of_adjoint = kept[3] + tl.sum(within[0], 1)
-    of_slope = times(kept[4] + tl.sum(within[1], 1) + of_adjoint, once, COMPLEX)
-    of_adjoint, crossed = times(of_adjoint, once, COMPLEX), tl.zeros((V,), NUMBER)
+    of_adjoint, of_slope, crossed = _between_blocks(kept, within, once, COMPLEX)
     if SUMS:
         of_adjoint, of_slope, crossed = _in_blocks(pairs, decay, of_adjoint, of_slope, COMPLEX)
     adjoint, slope, all_sums = _head_back(

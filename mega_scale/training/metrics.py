@@ -70,7 +70,11 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Throughput:
-    """Time and tokens since the last report; evaluations, samples and checkpoints can be left out of the time."""
+    """Time and tokens since the last report.
+
+    Attributes:
+        since: when the interval began, by `time.perf_counter`; add to it what is to be left out of the time.
+    """
 
     def __init__(self, model: BaseConfig, device: torch.device, dtype: str, ranks: int) -> None:
         self.peak, self._ranks = peak_flops(device, dtype), ranks
@@ -78,7 +82,7 @@ class Throughput:
         self._begin(time.perf_counter())
 
     def _begin(self, now: float) -> None:
-        self._since, self._tokens, self._flops, self._steps, self._waited = now, 0, 0, 0, 0.0
+        self.since, self._tokens, self._flops, self._steps, self._waited = now, 0, 0, 0, 0.0
 
     def add(self, tokens: int, waited: float, length: int) -> None:
         """Count a step of so many tokens over all ranks, in sequences of a length, for which it waited some seconds."""
@@ -87,19 +91,15 @@ class Throughput:
         self._steps += 1
         self._waited += waited
 
-    def skip(self, seconds: float) -> None:
-        """Leave out time that was not training."""
-        self._since += seconds
-
     def per_step(self) -> tuple[float, float]:
         """Seconds for which this rank waited for data, and seconds in all, in a step of the interval, in the mean."""
         steps = max(self._steps, 1)
-        return self._waited / steps, (time.perf_counter() - self._since) / steps
+        return self._waited / steps, (time.perf_counter() - self.since) / steps
 
     def report(self, steps_left: int) -> dict[str, float]:
         """Figures of the interval that ends now; `loader_wait` is this rank's share of it, `mfu` of a known peak."""
         now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
+        seconds = max(now - self.since, 1e-9)
         found = {
             "tokens_per_second": self._tokens / seconds,
             "step_seconds": seconds / max(self._steps, 1),

@@ -16,6 +16,7 @@ from torch import Tensor
 from mega_scale.files import reason, replace_text
 from mega_scale.parallel import Engine
 from mega_scale.training.config import ProfileConfig
+from mega_scale.training.metrics import Throughput
 from mega_scale.training.stopping import OutOfMemory
 
 if TYPE_CHECKING:
@@ -35,13 +36,13 @@ class Profiler:
         rank: int,
         device: torch.device,
         log: Callable[[str], None],
-        pause: Callable[[float], object] = lambda seconds: None,
+        throughput: Throughput | None = None,
     ) -> None:
         self._config, self._rank, self._device, self._log = config, rank, device, log
         self._first, self._last = config.steps or (0, 0)
         self._folder = run_dir / "profile" / f"steps-{self._first}-{self._last}"
         self._trace: Any = None
-        self._pause = pause  # is told of seconds that were not training
+        self._throughput = throughput  # leaves out the time of writing
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -59,7 +60,8 @@ class Profiler:
         if step == self._last:
             began = time.perf_counter()
             self._write(step)
-            self._pause(time.perf_counter() - began)
+            if self._throughput is not None:
+                self._throughput.since += time.perf_counter() - began
 
     def _start(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # lines of its own about starting and stopping

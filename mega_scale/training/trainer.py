@@ -327,7 +327,7 @@ class Trainer:
             from mega_scale.training.profiler import Profiler
 
             profiled = self.run_dir, config.profile, self.rank, world.device
-            self.profiler = Profiler(*profiled, self.reporter.log, self.throughput.skip)
+            self.profiler = Profiler(*profiled, self.reporter.log, self.throughput)
         for callback in self.callbacks:
             callback.on_start(self)
 
@@ -442,7 +442,7 @@ class Trainer:
         if due and progress.bad.in_a_row == 0:
             self.watchdog.beat("saving")
             self.log_saves(self.save(self.loader.state_dict(progress.position)))
-        self.throughput.skip(time.perf_counter() - paused)
+        self.throughput.since += time.perf_counter() - paused
 
     def runs_command(self, step: int) -> bool:
         """Whether `train.eval_command`, which there is, is run on the checkpoint of a step."""

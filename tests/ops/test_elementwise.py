@@ -126,6 +126,26 @@ def test_gates_do_not_save_what_they_can_compute_again():
     assert "aten.silu.default" in saved
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)])
+def test_a_gate_that_writes_over_its_own_numbers_gives_those_of_pytorch(dtypes):
+    inputs = [
+        leaf.detach().to(dtype).requires_grad_() for leaf, dtype in zip(leaves(*[(2, 33, 15)] * 2), dtypes, strict=True)
+    ]
+    before = [leaf.detach().clone() for leaf in inputs]
+    found = with_gradients(EAGER.gate, inputs)
+    for got, want in zip(found, with_gradients(lambda attended, gate: attended * F.silu(gate), inputs), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+    assert all(torch.equal(leaf, old) for leaf, old in zip(inputs, before, strict=True))
+
+
+def test_a_gate_keeps_its_inputs_alone():
+    kept = []
+    inputs = leaves(*[(2, 33, 15)] * 2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        EAGER.gate(*inputs)
+    assert {tensor.data_ptr() for tensor in kept} == {leaf.data_ptr() for leaf in inputs}
+
+
 def test_other_tensors_are_saved():
     x, weight = leaves((2, 3, 4), (5, 4))
     silu = Counted()

@@ -12,7 +12,7 @@ def test_throughput_leaves_out_pauses():
     throughput = Throughput(config, torch.device("cpu"), "bf16", ranks=2)
     assert throughput.peak is None
     throughput.peak = 1e9
-    throughput.skip(-9.0)  # as if nine seconds had passed
+    throughput.since -= 9.0  # as if nine seconds had passed
     throughput.add(50, 0.0, 64)
     throughput.add(50, 0.0, 1024)  # longer sequences
     flops = 50 * sum(training_flops_per_token(config, length) for length in (64, 1024))
@@ -21,7 +21,7 @@ def test_throughput_leaves_out_pauses():
     assert report["eta_seconds"] == pytest.approx(18, rel=0.05)
     assert report["mfu"] == pytest.approx(flops / 9 / 2e9, rel=0.05)
     throughput.add(7, 0.25, 64)
-    throughput.skip(-1.0)
+    throughput.since -= 1.0
     report = throughput.report(0)
     assert report["tokens_per_second"] == pytest.approx(7, rel=0.05)
     assert report["loader_wait"] == pytest.approx(0.25, rel=0.05)

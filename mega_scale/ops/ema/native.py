@@ -113,7 +113,13 @@ class _Walk(torch.autograd.Function):
         native: Any = library()
         tokens, length = native.mega_ema_tokens(), x.shape[1]
         # Of a block, and of the last one.
-        rows = _rows(EmaCoefficients(*given), (tokens, length - (-(-length // tokens) - 1) * tokens))
+        counts = tokens, length - (-(-length // tokens) - 1) * tokens
+        log_decay, gain, projection, *turning = (c.double() for c in given)
+        if turning:
+            rows = _complex_rows(EmaCoefficients(log_decay, gain, projection, *turning), counts)
+        else:
+            fades = ((log_decay * count).exp() for count in counts)
+            rows = torch.stack([torch.expm1(log_decay), gain, projection, *fades])
         ctx.direct = in_memory(x, rows)
         y, end, befores = (ema_native if ctx.direct else _operators[0])(x, rows, resets, state, keeps)
         ctx.save_for_backward(x, rows, befores, resets)
@@ -135,13 +141,10 @@ class _Walk(torch.autograd.Function):
         return None, None, dx, d_state, d_log_decay, d_gain, d_projection, d_angle, d_imaginary
 
 
-def _rows(coefficients: EmaCoefficients, counts: tuple[int, int]) -> Tensor:
-    """Rows (5, D, N), or (9, D, N) of a complex average, in fp64: what native.cpp calls coefficients."""
-    log_decay, gain, projection, *more = (c.double() for c in coefficients[:] if c is not None)
-    if not more:
-        return torch.stack([torch.expm1(log_decay), gain, projection, *((log_decay * count).exp() for count in counts)])
-    angle, imaginary = more
-    wide = EmaCoefficients(log_decay, gain, projection, angle, imaginary)
+def _complex_rows(wide: EmaCoefficients, counts: tuple[int, int]) -> Tensor:
+    """What native.cpp calls coefficients, (9, D, N) in fp64; (5, D, N) are of a real average."""
+    log_decay, gain, projection, angle, imaginary = wide[:5]
+    assert angle is not None and imaginary is not None
     fades = [wide.fade(count).value(torch.float64) for count in counts]
     # q - 1 without the rounding of q.
     rate = torch.expm1(log_decay) * angle.cos() - 2 * (angle / 2).sin().square()

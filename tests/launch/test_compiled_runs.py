@@ -18,10 +18,19 @@ COMMON = [
 NEAR = {"loss": 1e-3, "grad_norm": 1e-2}
 
 
+@pytest.fixture(scope="module")
+def inductor(tmp_path_factory):
+    """Settings of inductor: a folder for these tests alone, as a run that is killed while it compiles leaves half a
+    file, which the next one takes for a whole one; and no processes of its own, which take longer than they save."""
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+
+
 @pytest.mark.parametrize(("launcher", "engine"), [("torchrun", "fsdp"), ("deepspeed", "deepspeed")])
-def test_compiled_runs_in_bf16_are_eager_ones_and_resume_bit_for_bit(tmp_path, text_file, launcher, engine):
-    # A folder of its own: a run that is killed as it compiles leaves half a file, which inductor takes for a whole one.
-    logged = {"TORCH_LOGS": "graph_code,recompiles", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+def test_compiled_runs_in_bf16_are_eager_ones_and_resume_bit_for_bit(tmp_path, text_file, inductor, launcher, engine):
+    logged = {"TORCH_LOGS": "graph_code,recompiles", **inductor}
     common = [*text(text_file), *COMMON, f"parallel.engine={engine}"]
     eager, whole, again = (tmp_path / name for name in ("eager", "whole", "again"))
     pretrain("two forked", eager, *common, "train.compile=false")

@@ -5,6 +5,7 @@ are listed. Custom operators tell their operations here, and their launches in `
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -144,12 +145,43 @@ BESIDE: dict[str, Callable[..., Beside]] = {
 """Collectives that travel beside products, by operator, from its result and its positional arguments."""
 
 
-def cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost | None:
-    """The cost of an operator that was called so; none where it is a view, an allocation, or moves data elsewhere."""
-    name = func.name().split(".")[0]
+class Call(NamedTuple):
+    """One call of an operator: its name as `aten::mm`, what it was called with, and the tensors given and made."""
+
+    func: Any
+    name: str
+    args: Any
+    kwargs: Any
+    result: Any
+    given: list[Tensor]
+    made: list[Tensor]
+
+    @classmethod
+    def of(cls, func: Any, args: Any, kwargs: Any, result: Any) -> "Call":
+        given = tensors_in(args)
+        if kwargs:
+            given += tensors_in(kwargs)
+        return cls(func, _name(func), args, kwargs, result, given, tensors_in(result))
+
+
+@cache  # as a step calls few operators, thousands of times
+def _name(func: Any) -> str:
+    name: str = func.name()
+    return name.split(".", maxsplit=1)[0]
+
+
+@cache
+def _written_places(func: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that an operator writes into, by its schema."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((place, one.name) for place, one in arguments if one.alias_info and one.alias_info.is_write)
+
+
+def cost(call: Call) -> Cost | None:
+    """What an operator's call costs; none where it is a view, an allocation, or moves data elsewhere."""
+    func, name, args, kwargs, result, given, made = call
     if name in _FREE or func.namespace in _ELSEWHERE:
         return None
-    given, made = tensors_in((args, kwargs)), tensors_in(result)
     written = written_arguments(func, args, kwargs)
     known = {t.untyped_storage()._cdata for t in given}
     if not written and made and all(t.untyped_storage()._cdata in known for t in made):
@@ -188,10 +220,8 @@ def _of_square(x: Tensor, seen: int, squares: set[int]) -> int:
 def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors among the arguments that an operator writes into, by its schema."""
     found: list[Tensor] = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            found += tensors_in(value)
+    for place, name in _written_places(func):
+        found += tensors_in(args[place] if place < len(args) else kwargs.get(name))
     return found
 
 

@@ -80,9 +80,11 @@ class Engine(ABC):
         self._matrices: set[str] = set()  # parameters that Muon steps
         self._build(values, config, build_optimizer)
         if self._matrices:
-            tensors, places = self.state().tensors, {name: self._stepped(name) for name in self._matrices}
+            self._optimizer_steps(self._moments())
             muon: Any = self._adam
-            muon.attach([(name, tensors[name], *places[name][:2]) for name in places], self.held, world)
+            muon.attach(
+                [(name, self._shape(name), *self._stepped(name)[:2]) for name in self._matrices], self.held, world
+            )
         if config.weight_average:
             from mega_scale.parallel.weight_average import WeightAverage
 
@@ -197,15 +199,13 @@ class Engine(ABC):
 
         These are views of the engine's memory: read them to save, write into them to load, and then call `loaded`.
         """
-        places, tensors = {name: self._stepped(name) for name in self._table}, {}
-        trained = [name for name in places if self._parameters[name].requires_grad]
-        moments = {name: (MOMENTUM,) if name in self._matrices else MOMENTS for name in trained}
-        steps = self._optimizer_steps({places[name].owner: moments[name] for name in trained})
+        moments, tensors = self._moments(), {}
+        steps = self._optimizer_steps(moments)
         for name in self._table:
-            parameter, stepped, held = self._parameters[name], places[name], self.held(name, self._world.rank)
+            stepped, held = self._stepped(name), self.held(name, self._world.rank)
             kinds = {WEIGHT: stepped.owner}
-            if parameter.requires_grad:
-                kinds |= {kind: self._adam.state[stepped.owner][kind] for kind in moments[name]}
+            if self._parameters[name].requires_grad:
+                kinds |= {kind: self._adam.state[stepped.owner][kind] for kind in moments[stepped.owner]}
             count = held.stop - held.start
             local = {kind: flat(tensor)[stepped.numbers][:count] for kind, tensor in kinds.items()}
             if len(local[WEIGHT]) != count:
@@ -217,6 +217,11 @@ class Engine(ABC):
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
         averaged = None if self._average is None else self._average.steps
         return EngineState(self._table, self._ties, self._tp.size, self._tp.rank, tensors, steps, buffers, averaged)
+
+    def _moments(self) -> dict[Tensor, Sequence[str]]:
+        """The kinds of moments of what is stepped."""
+        trained = [name for name in self._table if self._parameters[name].requires_grad]
+        return {self._stepped(name).owner: (MOMENTUM,) if name in self._matrices else MOMENTS for name in trained}
 
     def _optimizer_steps(self, owners: Mapping[Tensor, Sequence[str]]) -> list[Tensor]:
         """AdamW's counters of steps, from what is stepped with the kinds of its moments.
@@ -239,7 +244,11 @@ class Engine(ABC):
     def _shape(self, name: str) -> torch.Size:
         """Of the whole parameter."""
         sharding = self._table[name]
-        return sharding.part(self._template.get_parameter(sharding.source)).shape
+        whole = self._template.get_parameter(sharding.source).shape
+        if sharding.rows is None:
+            return whole
+        first, end = sharding.rows
+        return torch.Size((end - first, *whole[1:]))
 
     def held(self, name: str, rank: int) -> Held:
         """Which numbers of a parameter any rank holds, by the layout: no rank has to ask another."""

@@ -27,7 +27,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mega_scale.parallel.costs import BESIDE, Beside, cost, tensors_in
+from mega_scale.parallel.costs import BESIDE, Beside, Call, cost, tensors_in
 
 ROUNDED = 512
 """What PyTorch's allocator of GPUs rounds a tensor's bytes up to."""
@@ -261,7 +261,9 @@ class Meter(TorchDispatchMode):
         self._changed_to.append(self._modules[-1] if self._modules else "")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self._metered(func, types, args, kwargs or {})
+
+    def _metered(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         if any(issubclass(kind, DTensor) for kind in types):
@@ -271,16 +273,15 @@ class Meter(TorchDispatchMode):
             return result
         if func.namespace == "c10d":
             self._send(func, args)
-        given, made = tensors_in((args, kwargs)), tensors_in(result)
+        call = Call.of(func, args, kwargs, result)
         # What is given and unknown was made before the meter was entered, but for what `torch.tensor` lifts.
-        for tensors, counted in ((given, func is torch.ops.aten.lift_fresh.default), (made, True)):
+        for tensors, counted in ((call.given, func is torch.ops.aten.lift_fresh.default), (call.made, True)):
             for tensor in tensors:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._storages and not tensor.is_meta:
                     self._follow(storage, _KINDS.get(self.phase, self.phase), counted=counted)
-        name = func.name().split(".")[0]
-        beside = BESIDE[name](result, *args) if name in BESIDE else None
-        event = self._event(func, args, kwargs, result) if self._lists_events or beside is not None else None
+        beside = BESIDE[call.name](result, *args) if call.name in BESIDE else None
+        event = self._event(call) if self._lists_events or beside is not None else None
         if event is not None and self._lists_events:
             self.events.append(event)
         if event is not None and beside is not None:
@@ -301,17 +302,16 @@ class Meter(TorchDispatchMode):
                 )
             )  # fmt: skip
 
-    def _event(self, func: Any, args: Any, kwargs: Any, result: Any) -> Event | None:
-        found = cost(func, args, kwargs, result)
+    def _event(self, call: Call) -> Event | None:
+        found = cost(call)
         if found is None:
             return None
         inputs, outputs = self._numbered(found.reads), self._numbered(found.writes)
-        dtypes = [t.dtype for t in tensors_in((args, kwargs, result))]
+        dtypes = [t.dtype for t in (*call.given, *call.made)]
         dtype = next((each for each in dtypes if each.is_floating_point), dtypes[0])
-        name = func.name().split(".")[0]
         read, written = (sum(size for _, size in each) for each in (inputs, outputs))
         what = (found.flops, found.kernels, str(dtype).removeprefix("torch."), self._module(), self.phase)
-        return Event(name, read, written, *what, inputs, outputs)
+        return Event(call.name, read, written, *what, inputs, outputs)
 
     def _numbered(self, tensors: Sequence[tuple[Tensor, int]]) -> tuple[tuple[int, int], ...]:
         numbers = (self._storages.get(tensor.untyped_storage()._cdata) for tensor, _ in tensors)

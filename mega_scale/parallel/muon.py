@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mega_scale.parallel.shard import MOMENTUM, Held, LocalTensor, Shard, flat
+from mega_scale.parallel.shard import MOMENTUM, Held, Shard, flat
 from mega_scale.parallel.world import World
 
 # The quintic iteration of the source above: it takes singular values from 0.003 on to between 0.7 and 1.2 in 5 rounds.
@@ -69,20 +69,20 @@ class Muon(torch.optim.AdamW):
 
     def attach(
         self,
-        tensors: Iterable[tuple[str, LocalTensor, Tensor, slice]],
+        tensors: Iterable[tuple[str, torch.Size, Tensor, slice]],
         held: Callable[[str, int], Held],
         world: World,
     ) -> None:
         """Say which numbers of which matrices this rank steps, with the same names on all ranks; not collective.
 
-        Each matrix has its name, what this rank holds of it, the tensor that is stepped, and which of its numbers,
-        flattened. `held` says what any rank holds of a name, the same on all.
+        Each matrix has its name and whole shape, the tensor that is stepped, which has a momentum, and which of its
+        numbers, flattened. `held` says what any rank holds of a name, the same on all.
         """
         self._world, self._held = world, held
-        for name, local, owner, numbers in tensors:
-            begin = numbers.start or 0  # the slice may end in padding
-            own = slice(begin, begin + len(local.tensors[MOMENTUM]))
-            self._matrices.setdefault(id(owner), []).append(_Matrix(name, local.shape, owner, own, local.copy == 0))
+        for name, shape, owner, numbers in tensors:
+            local, begin = held(name, world.rank), numbers.start or 0  # the slice may end in padding
+            own = slice(begin, begin + local.stop - local.start)
+            self._matrices.setdefault(id(owner), []).append(_Matrix(name, shape, owner, own, local.copy == 0))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -161,7 +161,9 @@ class Muon(torch.optim.AdamW):
             shard.of(whole).copy_(part.view(shard.sizes))
         move = orthogonalise(whole, self._dtype)
         flattened = {shard: shard.of(move).reshape(-1) for shard in dict.fromkeys(one.shard for one in held)}
-        return [flattened[one.shard][one.start : one.stop] for one in held]
+        wanted = [(one.shard, one.start, one.stop) for one in held]  # of copies, the same
+        pieces = {one: flattened[one[0]][one[1] : one[2]] for one in dict.fromkeys(wanted)}
+        return [pieces[one] for one in wanted]
 
 
 def _exchange(sent: list[Tensor], counts: list[int]) -> list[Tensor]:

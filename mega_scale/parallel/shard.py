@@ -334,7 +334,10 @@ def _value(values: Values, model: nn.Module, name: str, target: Tensor) -> Tenso
 
 def flat(tensor: Tensor) -> Tensor:
     """This rank's numbers of a tensor, as a 1-D view."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().view(-1)
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():  # without a view that autograd could follow, in whose place there is another
+            tensor = tensor.to_local()
+    return tensor.detach().view(-1)
 
 
 def on_meta(module: Callable[..., nn.Module], *args: Any) -> Any:

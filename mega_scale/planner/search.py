@@ -149,7 +149,8 @@ def calibrate(config: RunConfig, model: BaseConfig, cluster: Cluster) -> Paper:
             activation_checkpoint_segment=0,
         )  # fmt: skip
         own = cluster._replace(nodes=1, per_node=tp)
-        two, three = (follow(_small(config, parallel, length, tp), model, own, 0, layers, 1) for layers in (2, 3))
+        small = _small(config, parallel, length, tp)
+        two, three = (follow(small, model, own, 0, layers, 1, save=False) for layers in (2, 3))
         kept = sum(three.kept.values()) - sum(two.kept.values())
         spent, launched, hidden = (
             sum(many["first"].values()) - sum(few["first"].values())
@@ -239,7 +240,7 @@ def search(config: RunConfig, model: BaseConfig, cluster: Cluster, top: int, log
     traced = []
     for one in chosen:
         planned, model = prepare(one.config, cluster)
-        trace = rehearse(planned, model, cluster, 0, micro_batches=1)
+        trace = rehearse(planned, model, cluster, 0, micro_batches=1, save=False)
         memory, time = memory_of(trace, planned, cluster), step_time(trace, planned, model, cluster)
         traced.append(one._replace(trace=trace, memory=memory, time=time))
     return sorted(traced, key=lambda one: (not (one.memory and one.memory.fits), one.time.seconds if one.time else 0.0))

@@ -128,8 +128,8 @@ class _Watch(Meter):
         if self.peak > highest:
             self.place = place
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+    def _metered(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        result = super()._metered(func, types, args, kwargs)
         if not self.timeline or self.timeline[-1][1] != self.total:
             self.timeline.append((self.phase, self.total))
         return result
@@ -182,10 +182,13 @@ def follow(
     rank: int,
     layers: int | None = None,
     micro_batches: int = 2,
+    *,
+    save: bool = True,
 ) -> Trace:
     """Follow one rank of what `prepare` returned, with `layers` blocks, and so many micro-batches of a step at most.
 
-    With none, only the optimizer's step is followed, under FSDP2. Raises what the run would raise.
+    With none, only Muon's step is followed, under FSDP2. Without `save`, no checkpoint is. Raises what the run
+    would raise.
     """
     if layers is not None:
         model = type(model)(**{**model.to_dict(), "num_hidden_layers": layers})
@@ -194,7 +197,7 @@ def follow(
         cluster.pretended(),
         World.pretend(rank, cluster.size, config.parallel, cluster.per_node) as world,
     ):
-        return follow_in(world, config, model, cluster, mode, micro_batches)
+        return follow_in(world, config, model, cluster, mode, micro_batches, save=save)
 
 
 def follow_in(
@@ -204,6 +207,8 @@ def follow_in(
     cluster: Cluster,
     mode: AbstractContextManager[Any] | None = None,
     micro_batches: int = 2,
+    *,
+    save: bool = True,
 ) -> Trace:
     """Follow this rank of a world, on the fake tensors of a `mode`, or else on real ones; collective."""
     inside = nullcontext() if mode is None else mode
@@ -223,7 +228,7 @@ def follow_in(
     try:
         with inside, watches[0]:
             followed = _Followed(config, engine, world, cluster, watches[0])
-            return followed.trace(micro_batches) if micro_batches else followed.step_alone()
+            return followed.trace(micro_batches, save) if micro_batches else followed.step_alone()
     finally:
         engine.close()
 
@@ -266,8 +271,8 @@ class _Followed:
         self._marks: list[tuple[int, int]] = []
         self._kept: Counter[str] = Counter()  # by module, what the last forward pass left
 
-    def trace(self, micro_batches: int) -> Trace:
-        """Follow a step that makes all that is made once, then one that is counted, an evaluation and a save."""
+    def trace(self, micro_batches: int, save: bool) -> Trace:
+        """Follow a step that makes all that is made once, then one that is counted, an evaluation, and a `save`."""
         found, watch = Trace(), self._watch
         self._label()
         # A later step finds what the first one left, such as moments and buckets.
@@ -289,18 +294,18 @@ class _Followed:
         watch.restart()
         self._evaluate()
         found.evaluation = watch.peak
-        self._save(found)
+        if save:
+            self._save(found)
         return found
 
     def step_alone(self) -> Trace:
-        """Follow the optimizer's step alone, on gradients such as FSDP2's backward pass leaves."""
+        """Follow Muon's step alone, on gradients such as FSDP2's backward pass leaves; moments are there before."""
         found = Trace()
-        for _ in range(2):  # the first makes what the second finds, as in `trace`
-            for parameter in self._engine.module.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            self._label()
-            self._watch.restart()
-            self.step(Schedule(self._config).lr(1), skip=False)
+        for parameter in self._engine.module.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self._label()
+        self._watch.restart()
+        self.step(Schedule(self._config).lr(1), skip=False)
         self._count(found, [(0, 0)])
         return found
 
@@ -508,12 +513,13 @@ def rehearse(
     *,
     full: bool = False,
     micro_batches: int = 2,
+    save: bool = True,
 ) -> Trace:
-    """The trace of one rank, from two small depths unless the model is to be followed in `full`."""
+    """The trace of one rank, from two small depths unless the model is to be followed in `full`; as by `follow`."""
     counts = None if full else depths(model, config)
     if counts is None:
-        return follow(config, model, cluster, rank, None, micro_batches)
-    small, large = (follow(config, model, cluster, rank, count, micro_batches) for count in counts)
+        return follow(config, model, cluster, rank, None, micro_batches, save=save)
+    small, large = (follow(config, model, cluster, rank, count, micro_batches, save=save) for count in counts)
     # Of Muon's, a rank's share is not linear: ranks compute matrices in turns.
     step = follow(config, model, cluster, rank, None, 0) if config.optimizer.name == "muon" else None
     return extrapolate(small, large, counts, model.num_hidden_layers, step)

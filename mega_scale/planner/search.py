@@ -15,6 +15,7 @@ from mega_scale.planner.times import (
     StepTime,
     Terms,
     crowding,
+    link_seconds,
     memory_limit,
     memory_of,
     step_time,
@@ -58,6 +59,7 @@ class Paper(NamedTuple):
     """What a token and block takes, from two small traces: at one rank of tp, and at most of them."""
 
     tp: tuple[int, int]
+    gathers: float  # of the stream over tp, which take as long as all that a block sends over it forward and backward
     kept: tuple[float, float]  # bytes for the backward pass
     seconds: tuple[float, float]  # of the device, forward and backward
     kernels: tuple[float, float]  # launches a block
@@ -142,7 +144,7 @@ def calibrate(config: RunConfig, model: BaseConfig, cluster: Cluster) -> Paper:
         except ValueError:
             continue
         most = tp
-    found = []
+    found, gathers = [], 0.0
     for tp in (1, most):
         parallel = replace(
             config.parallel, sp=1, tp=tp, dp_replicate=1, dp_shard=1, activation_checkpoint=0,
@@ -151,6 +153,13 @@ def calibrate(config: RunConfig, model: BaseConfig, cluster: Cluster) -> Paper:
         own = cluster._replace(nodes=1, per_node=tp)
         small = _small(config, parallel, length, tp)
         two, three = (follow(small, model, own, 0, layers, 1, save=False) for layers in (2, 3))
+        sent = [
+            sum(taken for _, axis, taken in link_seconds(trace, "first", own.device) if axis == "tp")
+            for trace in (two, three)
+        ]
+        if tp > 1:
+            stream = _stream(config, model, tp) * length
+            gathers = (sent[1] - sent[0]) / _seconds("allgather", tp, 1, stream, own.device)
         kept = sum(three.kept.values()) - sum(two.kept.values())
         spent, launched, hidden = (
             sum(many["first"].values()) - sum(few["first"].values())
@@ -161,7 +170,12 @@ def calibrate(config: RunConfig, model: BaseConfig, cluster: Cluster) -> Paper:
             found.append(found[0])
             break
     alone, shared = found
-    return Paper((1, most), *zip(alone, shared, strict=True))
+    return Paper((1, most), gathers, *zip(alone, shared, strict=True))
+
+
+def _stream(config: RunConfig, model: BaseConfig, tp: int) -> float:
+    """Bytes of a token's share of the stream."""
+    return (2 if config.train.dtype == "bf16" else 4) * model.hidden_size / tp
 
 
 def _small(config: RunConfig, parallel: Any, length: int, tp: int) -> RunConfig:
@@ -180,7 +194,7 @@ def estimate(
     size = 2 if config.train.dtype == "bf16" else 4
     every, policy = parallel.activation_checkpoint, parallel.activation_checkpoint_policy
     whole = paper.at(paper.kept, tp) * tokens
-    stream = size * width * tokens / tp
+    stream = _stream(config, model, tp) * tokens
     saved = 0.5 if policy == "save_matmuls" else 0.0
     recomputed = 0.0 if every == 0 else (1 - saved) / every
     kept = layers * (whole * (1 - recomputed) + stream * recomputed) + (whole if every else 0)
@@ -205,7 +219,7 @@ def estimate(
     copies = layers * _seconds("allreduce", mesh.dp_replicate, across, 4 * own / layers / mesh.fsdp, gpu)
     exposed = 0.0
     if tp > 1:
-        exposed = layers * (10 + 4 * recomputed) * _seconds("allgather", tp, 1, stream, gpu)
+        exposed = layers * paper.gathers * _seconds("allgather", tp, 1, stream, gpu)  # recomputed blocks send nothing
         exposed = max(exposed - layers * tokens * paper.at(paper.hidden, tp), 0.0)
     if mesh.sp > 1:
         state = 8 * config.train.micro_batch_size * width * model.ema_projection_size / tp

@@ -1,5 +1,6 @@
 """Seconds of a step and bytes of a rank from its trace, by the figures of a device and its links."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from mega_scale.config import RunConfig
@@ -107,13 +108,18 @@ def step_time(trace: Trace, config: RunConfig, model: BaseConfig, cluster: Clust
     return StepTime(**total, seconds=seconds, bound=bound, launches=launches, flops=flops, mfu=mfu)
 
 
+def link_seconds(trace: Trace, part: str, device: Device) -> Iterator[tuple[str, str, float]]:
+    """Each kind of collective of a part of a step, as `Trace` names it; its axis; seconds of all of it."""
+    for key, calls in trace.calls.get(part, {}).items():
+        _, operation, axis, ranks, hosts = key.split()
+        yield key, axis, collective_seconds(operation, int(ranks), int(hosts), trace.sent[part][key], device, calls)
+
+
 def _terms(trace: Trace, part: str, cluster: Cluster) -> Terms:
     device, turns = cluster.device, crowding(cluster)
     links = {True: 0.0, False: 0.0}
     hidden = trace.hidden.get(part, {})
-    for key, calls in trace.calls.get(part, {}).items():
-        _, operation, axis, ranks, hosts = key.split()
-        taken = collective_seconds(operation, int(ranks), int(hosts), trace.sent[part][key], device, calls)
+    for key, axis, taken in link_seconds(trace, part, device):
         links[axis in _EXPOSED] += taken - hidden.get(key, 0.0)
     kernels = sum(trace.seconds.get(part, {}).values())
     host = sum(trace.kernels.get(part, {}).values()) * device.launch

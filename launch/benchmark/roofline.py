@@ -56,9 +56,11 @@ CHANGED = {
     "products": "the segments of gated attention that read the average are one product each way",
     "average": "one pass over tokens each way, on matrix units, by one operator; it was read twice, in 88 launches",
     "attention": "scores stay in a kernel: weights and their gradients are written where products are computed",
-    "norms": "the timestep norm alone: others are part of the kernels of their gaps",
-    "gates": "a kernel a gap between products: attention takes heads side by side, rotary positions are in the kernel "
-    "of queries and keys, nothing is written twice or in fp32; dropout is one kernel a site and pass",
+    "norms": "the timestep norm, and gradients of a layer norm with a bias's: others are part of the kernels of their "
+    "gaps",
+    "gates": "a kernel a gap between products: attention takes heads side by side, queries and keys are one kernel "
+    "each way, biases' gradients are summed where gates' are written, nothing is written twice or in fp32; dropout is "
+    "one kernel a site and pass",
     "loss": "logits are read once, and their gradient is written over them",
     "optimizer": "nothing",
     "copies": "a single rank divides no gradients; attention's outputs are no longer copied",
@@ -141,6 +143,10 @@ def follow(
             model, _no_values, how, world, lambda m: build_optimizer(m, run.optimizer, run.train.dtype)
         )
         engine.module.train()
+        if run.train.fp8:  # to a compiler such layers are more than products: they add their own biases
+            blocks: Any = engine.module.base_model
+            for layer in [each for each in blocks.layers.modules() if isinstance(each, torch.nn.Linear)]:
+                layer.register_forward_pre_hook(lambda *_: None)
         with mode, Meter(engine.module) as meter:
             meter.label(_state(engine), "state")
             tokens = torch.zeros(run.train.micro_batch_size, run.data.sequence_length, dtype=torch.int64)

@@ -51,6 +51,14 @@ def linear_layers(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
 
 
+def products_and_biases(x: Tensor, *layers: nn.Linear) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """What several layers make of the same x (B, L, D) but for their biases, a (B, L, W) each, and these, (W,), for
+    kernels that add them; for a compiler. A layer that is more than its product adds its own: none."""
+    if not all(_is_a_product(layer) for layer in layers):
+        return tuple(layer(x) for layer in layers), (None,) * len(layers)
+    return linears(x, [layer.weight for layer in layers], [None] * len(layers)), tuple(layer.bias for layer in layers)
+
+
 def _is_a_product(layer: nn.Linear) -> bool:
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return type(layer).forward in (nn.Linear.forward, MegaLinear.forward) and not hooks
@@ -168,12 +176,14 @@ class ChunkedAttention(nn.Module):
         return_state: bool,
         return_weights: bool,
         borders: "DocumentBorders | None",
+        gate: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Any] | None]:
         """Attention of q (B, L, Z) to k (B, L, Z), v (B, L, E) and those of the state, which come before.
 
         The mask (B, L) bool, after a state also of columns before, is true for valid positions; `pads` (B,) int64 is
         the padding before each row's first token, from which chunks count; `borders` are of documents in rows without
-        such padding. Returns (B, L, E), weights or none, and with `return_state` what to remember: keys, values, and
+        such padding; the gate, for such rows alone, is (B, L, E) and its bias (E,), as `chunk_attention` has it.
+        Returns (B, L, E), weights or none, and with `return_state` what to remember: keys, values, and
         columns so far, a tensor without dimensions in a program that is exported.
         """
         if state is not None and state.rows is not None:
@@ -201,7 +211,7 @@ class ChunkedAttention(nn.Module):
             k, v = torch.cat([state.keys[:, :seen], k], 1), torch.cat([state.values[:, :seen], v], 1)
         key_mask, documents = None if mask is None else mask[:, -total:], None if borders is None else borders.chunks
         if self.chunk is None or (not any_length and total <= self.chunk):
-            out, weights = self._attend_in_chunks(q, k, v, key_mask, seen, return_weights, documents)
+            out, weights = self._attend_in_chunks(q, k, v, key_mask, seen, return_weights, documents, gate)
             out = out[:, 0]
         else:
             # Whole chunks: remembered keys get dummy queries, the last chunk is filled up with masked keys.
@@ -212,7 +222,8 @@ class ChunkedAttention(nn.Module):
                 key_mask = F.pad(valid, (0, pad), value=False)
             if seen or more:  # padding by nothing would copy
                 q, k, v = F.pad(q, (0, 0, seen, pad)), F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
-            out, weights = self._attend_in_chunks(q, k, v, key_mask, 0, return_weights, documents)
+                gate = None if gate is None else (F.pad(gate[0], (0, 0, seen, pad)), gate[1])
+            out, weights = self._attend_in_chunks(q, k, v, key_mask, 0, return_weights, documents, gate)
             out = join_chunks(out, seen, total)
         return out, weights, None if kept is None else (*kept, columns + length)
 
@@ -266,11 +277,15 @@ class ChunkedAttention(nn.Module):
         offset: int | Tensor,
         return_weights: bool,
         documents: ChunkDocuments | None,
+        gate: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of queries (B, I, Z) to keys (B, J, Z) and values (B, J, E) in whole chunks, (B, K, C, E)."""
         laid_out = tracing() in ANY_LENGTH and q.shape[1] == k.shape[1]
         size = self.chunk if self.chunk is not None and (laid_out or k.shape[1] > self.chunk) else None
-        q, k, v = (t.unsqueeze(1) if size is None else split_chunks(t, size) for t in (q, k, v))
+        q, k, v, *pre = (
+            t.unsqueeze(1) if size is None else split_chunks(t, size)
+            for t in (q, k, v, *(() if gate is None else gate[:1]))
+        )
         if key_mask is not None:
             key_mask = key_mask.unsqueeze(1) if size is None else split_chunks(key_mask, size)
         return self.attend_chunks(
@@ -281,6 +296,7 @@ class ChunkedAttention(nn.Module):
             dropout=self.attention_dropout.of_weights(),
             return_weights=return_weights,
             documents=documents,
+            gate=None if gate is None else (pre[0], gate[1]),
             impl="eager" if return_weights or self.config._attn_implementation == "eager" else "auto",
         )  # fmt: skip
 

@@ -12,14 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mega_scale.model.basic_layers import ChunkedAttention, MegaDropout, linear_layers
+from mega_scale.model.basic_layers import ChunkedAttention, MegaDropout, linear_layers, products_and_biases
 from mega_scale.model.cache import LayerState
 from mega_scale.model.configuration_megalodon import MegalodonConfig
 from mega_scale.model.rows import DocumentBorders
+from mega_scale.ops import runs_triton, tracing
 from mega_scale.ops.attention import chunk_attention, turn, turns
 from mega_scale.ops.elementwise import EAGER, divide_by_rms, recomputed
 from mega_scale.ops.ema import Carry, complex_ema_coefficients, damped_ema_and_residual
 from mega_scale.ops.timestep_norm import MomentCarry, Moments, timestep_norm_and_residuals
+
+# Of a layer norm whose kernel holds a token whole.
+_MOST_CHANNELS = 4096
 
 
 class MegalodonTimestepNorm(nn.Module):
@@ -106,10 +110,17 @@ class MegalodonLayerNorm(nn.Module):
         for name in ("weight", "bias"):
             self.register_parameter(name, nn.Parameter(torch.empty(channels)) if affine else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        """Normalise x, or for a compiler x plus what a layer left out, (D,): the kernel that sums its gradient."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.layer_norm(x.to(dtype), x.shape[-1:], _gain(self.weight, x), bias, self.eps).to(x.dtype)
+        gain = _gain(self.weight, x)
+        if more is not None:
+            # It imports triton, which not everyone has.
+            from mega_scale.ops.layer_norm_triton import layer_norm_of_sum  # noqa: PLC0415
+
+            return layer_norm_of_sum(x, more, gain, bias, self.eps)
+        return F.layer_norm(x.to(dtype), x.shape[-1:], gain, bias, self.eps).to(x.dtype)
 
 
 def _gain(weight: Tensor | None, x: Tensor) -> Tensor | None:
@@ -173,9 +184,11 @@ class MegalodonAttention(ChunkedAttention):
         state: LayerState | None = None,
         return_state: bool = False,
         borders: DocumentBorders | None = None,
-    ) -> tuple[Tensor, Tensor, LayerState | None]:
-        """The residual stream (B, L, D) plus attention, after `state`; also returns x for the second hop to read, and
-        the state after x, or none.
+        leaves_bias: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, LayerState | None]:
+        """The residual stream (B, L, D) plus attention, after `state`; a bias (D,) that this lacks, where `leaves_bias`
+        says that the second hop adds it and a compiler has a kernel for that, or none; x for the second hop to read;
+        and the state after x, or none.
 
         The mask (B, L) bool, after a state also of columns before, is true for valid positions; `pads` (B,) int64 is
         the padding before each row's first token, from which chunks count; `borders` are of documents in rows without
@@ -187,22 +200,70 @@ class MegalodonAttention(ChunkedAttention):
         if self.read_by is not None:
             normed, pre = self.read_by(normed, self.wv)
         averaged, normed, ema_state = self.cema(normed, None if state is None else state.ema, resets)
-        if self.read_by is None:
-            pre = self.wv(normed)
-        with recomputed(self.rmsnorm, averaged) as averaged_normed:
-            m = self.ema_dropout(averaged_normed)
-            z, gate, candidate = linear_layers(m, self.wz, self.wr, self.wh1)
-        with recomputed(F.silu, pre) as v:
-            q, k = self.gates.normalized_queries_and_keys(z, self.gamma, self.beta, self.heads, self.config.norm_eps)
-            q, k = self.turn(q, k, rotary)
-            attended, _, kept = self.attend(q, k, v, mask, pads, state, return_state, False, borders)
-        with recomputed(self.gates.gate, attended, gate) as gated:
-            candidate = candidate + self.wh2(self.hidden_dropout(gated))
+        bias = None
+        if mask is None and pads is None and self._has_kernels(averaged):
+            values = products_and_biases(normed, self.wv) if self.read_by is None else ((pre,), (None,))
+            candidate, bias, kept = self._attend_by_kernels(values, averaged, rotary, state, return_state, borders)
+            if bias is not None and not (leaves_bias and self.dropout.p == 0):
+                candidate, bias = candidate + bias.to(candidate.dtype), None
+        else:
+            if self.read_by is None:
+                pre = self.wv(normed)
+            with recomputed(self.rmsnorm, averaged) as averaged_normed:
+                m = self.ema_dropout(averaged_normed)
+                z, gate, candidate = linear_layers(m, self.wz, self.wr, self.wh1)
+            with recomputed(F.silu, pre) as v:
+                rules = self.heads, self.config.norm_eps
+                q, k = self.gates.normalized_queries_and_keys(z, self.gamma, self.beta, *rules)
+                q, k = self.turn(q, k, rotary)
+                attended, _, kept = self.attend(q, k, v, mask, pads, state, return_state, False, borders)
+            with recomputed(self.gates.gate, attended, gate) as gated:
+                candidate = candidate + self.wh2(self.hidden_dropout(gated))
         out = self.dropout(candidate, x)
         if not return_state:
-            return out, residual, None
+            return out, bias, residual, None
         assert kept is not None and ema_state is not None
-        return out, residual, LayerState(ema_state, *kept, moments)
+        return out, bias, residual, LayerState(ema_state, *kept, moments)
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        """Whether a compiler makes kernels for a GPU, among which those of `_attend_by_kernels` fit."""
+        # They import triton, which not everyone has.
+        if tracing() != "compile" or not self.training or not runs_triton(x, compiled=True):
+            return False
+        from mega_scale.ops.queries_triton import MOST_CHANNELS  # noqa: PLC0415
+
+        width: int = self.config.shared_representation_size // self.config.num_attention_heads
+        return x.dtype != torch.float64 and width <= MOST_CHANNELS
+
+    def _attend_by_kernels(
+        self,
+        values: tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]],
+        averaged: Tensor,
+        rotary: RotaryTurns,
+        state: LayerState | None,
+        return_state: bool,
+        borders: DocumentBorders | None,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Any] | None]:
+        """What `forward` adds to x (B, L, D) but for a bias (D,) or none, that, and what it remembers.
+
+        Queries and keys are one kernel each way, and those of gates sum gradients of biases, which products leave out.
+        `values` are the `products_and_biases` of values.
+        """
+        from mega_scale.ops.gates_triton import silu_of_sum  # noqa: PLC0415
+        from mega_scale.ops.queries_triton import turned_queries_and_keys  # noqa: PLC0415
+
+        m = self.ema_dropout(self.rmsnorm(averaged))
+        (z, gate, candidate), (of_z, of_gate, of_candidate) = products_and_biases(m, self.wz, self.wr, self.wh1)
+        (pre,), (of_values,) = values
+        v = F.silu(pre) if of_values is None else silu_of_sum(pre, of_values)
+        turns = rotary.turns.to(z.device)
+        q, k = turned_queries_and_keys(z, of_z, self.gamma, self.beta, turns, self.heads, self.config.norm_eps)
+        # Gradients of what is dropped would be written for the gate's kernel, which costs what its sum saves.
+        inside = None if of_gate is None or self.hidden_dropout.p else (gate, of_gate)
+        gated, _, kept = self.attend(q, k, v, None, None, state, return_state, False, borders, inside)
+        if inside is None:
+            gated = self.gates.gate(gated, gate if of_gate is None else gate + of_gate.to(gate.dtype))
+        return candidate + self.wh2(self.hidden_dropout(gated)), of_candidate, kept
 
     @staticmethod
     def turn(q: Tensor, k: Tensor, rotary: RotaryTurns) -> tuple[Tensor, Tensor]:
@@ -211,9 +272,14 @@ class MegalodonAttention(ChunkedAttention):
         return turn(q, turns).flatten(2), turn(k, turns).flatten(2)
 
     def attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, **rules: Any) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in (q, k, v))
+        q, k, v = (self._by_head(t) for t in (q, k, v))
+        if (gate := rules["gate"]) is not None:
+            rules["gate"] = self._by_head(gate[0]), gate[1]
         out, weights = chunk_attention(q, k, v, scale=1.0, **rules)
         return out.transpose(2, 3).flatten(3), weights
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
 
 class MegalodonFeedForward(nn.Module):
@@ -238,9 +304,9 @@ class MegalodonFeedForward(nn.Module):
         self.fc3 = nn.Linear(channels, inner, bias=False) if config.swiglu else None
         self.register_parameter("alpha", nn.Parameter(torch.empty(channels)) if config.rescale_nffn else None)
 
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """y and x (B, L, D) to (B, L, D)."""
-        with recomputed(self.norm, y) as normed:
+    def forward(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y and x (B, L, D) to (B, L, D); of y plus a bias (D,) that the first hop left out, see `adds_bias`."""
+        with recomputed(self.norm, *((y,) if bias is None else (y, bias))) as normed:
             layers = (self.fc1,) if self.fc3 is None else (self.fc1, self.fc3)
             inner = linear_layers(normed, *layers) if self.read_by is None else self.read_by(normed, *layers)[1:]
         with recomputed(F.silu if self.fc3 is None else self.gates.swiglu, *inner) as active:
@@ -248,6 +314,10 @@ class MegalodonFeedForward(nn.Module):
         if self.alpha is None:
             return self.dropout(out, x)
         return torch.addcmul(x, self.alpha.to(x.dtype), self.dropout(out))
+
+    def adds_bias(self) -> bool:
+        """Whether the norm has a kernel for what the first hop leaves out; its gradient is then summed there."""
+        return type(self.norm) is MegalodonLayerNorm and self.fc1.in_features <= _MOST_CHANNELS
 
 
 class MegalodonBlock(GradientCheckpointingLayer):
@@ -269,5 +339,5 @@ class MegalodonBlock(GradientCheckpointingLayer):
         borders: DocumentBorders | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Update the residual stream; arguments as in `MegalodonAttention`."""
-        y, residual, state = self.mega(x, rotary, mask, pads, state, return_state, borders)
-        return self.nffn(y, residual), state
+        y, bias, residual, state = self.mega(x, rotary, mask, pads, state, return_state, borders, self.nffn.adds_bias())
+        return self.nffn(y, residual, bias), state

@@ -33,6 +33,7 @@ from mega_scale.ops import (
     without_autocast,
 )
 from mega_scale.ops.elementwise import PositionalDropout
+from mega_scale.ops.elementwise import gate as gated
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "causal", "triton")
@@ -79,6 +80,7 @@ def chunk_attention(
     dropout: float | Callable[[Tensor], Tensor] = 0.0,
     return_weights: bool = False,
     documents: ChunkDocuments | None = None,
+    gate: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of every chunk to itself (arXiv 2209.10655, equations 16 to 19, and section 3.4).
@@ -101,6 +103,8 @@ def chunk_attention(
         return_weights: eager only.
         documents: of keys, numbers (B, K, J): a query sees those of its own document only, query i being key
             `offset + i` (one number for all rows); none where chunks hold one document each.
+        gate: x like the result and a bias, (E,) or (H E,): the result is multiplied by `silu(x + bias)`, whose
+            gradients triton computes with its own; none for no gate.
         impl: eager, sdpa, causal (without masks, documents or dropout, as many queries as keys), triton (the same with
             documents and dropout by place), or auto: the last that serves, triton on a compute capability of 8 or
             newer only.
@@ -133,6 +137,12 @@ def chunk_attention(
         blocks = alone and tracing() not in ANY_LENGTH
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
+    rules: dict[str, Any]
+    if gate is not None and impl != "triton":
+        rules = {"bias": bias, "scale": scale, "activation": activation, "causal": causal, "offset": offset}
+        rules |= {"key_mask": key_mask, "dropout": dropout, "return_weights": return_weights, "documents": documents}
+        out, weights = chunk_attention(q, k, v, impl=impl, **rules)
+        return gated(out, gate[0] + gate[1].view(*q.shape[2:-2], 1, v.shape[-1])), weights
     if impl == "causal":
         return causal_attention(q, k, v, bias, scale, GPU_BLOCK if device_kind(q) == "cuda" else _CPU_BLOCK), None
     if impl == "triton":
@@ -140,9 +150,9 @@ def chunk_attention(
         from mega_scale.ops.attention_triton import triton_attention  # noqa: PLC0415
 
         numbers = None if documents is None else documents.numbers
-        return triton_attention(q, k, v, bias, scale, numbers, placed), None
+        return triton_attention(q, k, v, bias, scale, numbers, placed, gate), None
 
-    rules: dict[str, Any] = {"activation": activation, "causal": causal, "offset": offset, "dropout": dropout}
+    rules = {"activation": activation, "causal": causal, "offset": offset, "dropout": dropout}
     rules |= {"eager": impl == "eager", "scale": scale}
     if documents is None or not documents.single.numel() or return_weights or callable(dropout):
         out, weights = _masked_attention(q, k, v, bias, key_mask, documents, **rules)

@@ -43,6 +43,7 @@ except ImportError as missing:
     raise ImportError("attention by Triton kernels needs triton: pip install 'mega_scale[triton]'") from missing
 
 from mega_scale.ops.dropout_triton import column_hash, keep, launch_numbers, place_hash
+from mega_scale.ops.gates_triton import gate_gradients
 
 # Of 4,096 tokens, blocks of 256 multiply 0.53 of the square, of 512 0.56, and read values at 256 FLOPs a byte.
 BLOCK = GPU_BLOCK
@@ -240,14 +241,16 @@ def triton_attention(
     scale: float | None = None,
     numbers: Tensor | None = None,
     dropout: PositionalDropout | None = None,
+    gate: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`softmax(scale q k^T + bias) v` over the keys up to each query, of its own document.
+    """`softmax(scale q k^T + bias) v` over the keys up to each query, of its own document, times `silu` of the gate.
 
     q and k are (B, K, [H,] C, Z) in any floating dtype, v (B, K, [H,] C, E) in bf16 or fp16 (in fp32 matrix products
     are slow), the bias (2C - 1,) and the scale as in `chunk_attention`; `numbers` (B, K, C) do not decrease in a chunk
     and are equal in a document, none where a chunk is one. Queries and keys are rounded to the dtype of v, as fused
     attention does. Scores, softmax and the gradients of weights are fp32; weights and the gradients of scores are
-    multiplied in the dtype of v. `dropout` drops weights by place. Differentiable once.
+    multiplied in the dtype of v. `dropout` drops weights by place. The gate is as in `chunk_attention`. Differentiable
+    once.
     """
     if device_kind(v) != "cuda" and not INTERPRETED.value:
         raise ValueError(
@@ -258,10 +261,13 @@ def triton_attention(
     with without_autocast(q.device):
         heads = v.shape[2] if v.dim() == 5 else 1
         # (M, C, H, W), which is what layers made before heads became an axis of their own.
-        q, k, own = (
-            (t.transpose(2, 3) if t.dim() == 5 else t.unsqueeze(3)).to(v.dtype).flatten(0, 1).contiguous()
-            for t in (q, k, v)
-        )
+
+        def by_token(t: Tensor) -> Tensor:
+            t = t.transpose(2, 3) if t.dim() == 5 else t.unsqueeze(3)
+            return t.to(v.dtype).flatten(0, 1).contiguous()
+
+        q, k, own = by_token(q), by_token(k), by_token(v)
+        pre, shift = (None, None) if gate is None else (by_token(gate[0]), gate[1])
         since = None
         if numbers is not None:
             # The place in its chunk where each token's document begins.
@@ -273,7 +279,8 @@ def triton_attention(
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         drop = (v.shape[1], *((0.0, 0, 0, 0, 0) if dropout is None else dropout[:5]))
         place = None if dropout is None else dropout.place
-        out: Tensor = _TritonAttention.apply(q, k, own, bias, since, place, scale, drop).unflatten(0, v.shape[:2])
+        out: Tensor = _TritonAttention.apply(q, k, own, bias, since, place, scale, drop, pre, shift)
+        out = out.unflatten(0, v.shape[:2])
         return out.transpose(2, 3) if v.dim() == 5 else out.squeeze(3)
 
 
@@ -281,20 +288,25 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, since: Tensor | None, place: Tensor | None,
-        scale: float, drop: Any,
+        scale: float, drop: Any, pre: Tensor | None, shift: Tensor | None,
     ) -> Tensor:  # fmt: skip
         weights, dropped = softmax_weights(q, k, bias, since, place, scale, *drop)
         out: Tensor = weighted_values(dropped if drop[1] else weights, v)
-        ctx.save_for_backward(q, k, v, weights, out, place)
+        ctx.save_for_backward(q, k, v, weights, out, place, pre, shift)
         ctx.scale, ctx.drop = scale, drop
-        return out
+        return out if pre is None or shift is None else (out * F.silu(pre + shift.view(v.shape[2:]))).to(v.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, out, place = ctx.saved_tensors
-        # A compiler makes it part of the kernel that computes d_out, which reads out as well.
-        delta = row_products(d_out, out) if tracing() is None else (d_out.float() * out.float()).sum(-1)
+        q, k, v, weights, out, place, pre, shift = ctx.saved_tensors
+        d_pre = d_shift = None
+        if pre is not None:
+            d_out, d_pre, delta, d_shift = _ungate(d_out, out, pre, shift)
+        elif tracing() is None:
+            delta = row_products(d_out, out)
+        else:  # a compiler makes it part of the kernel that computes d_out, which reads out as well
+            delta = (d_out.float() * out.float()).sum(-1)
         d_scores, dropped = scores_gradient(d_out, v, weights, delta, place, *ctx.drop)
         d_q, d_k = score_products(d_scores, q, k, ctx.scale)
         d_v = values_gradient(dropped if ctx.drop[1] else weights, d_out)
@@ -302,7 +314,16 @@ class _TritonAttention(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             by_distance = distance_sums(d_scores).flip(0)
             d_bias = torch.cat([by_distance, by_distance.new_zeros(len(by_distance) - 1)])
-        return d_q, d_k, d_v, d_bias, None, None, None, None
+        return d_q, d_k, d_v, d_bias, None, None, None, None, d_pre, d_shift
+
+
+def _ungate(gradient: Tensor, out: Tensor, pre: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient of gated outputs those of outputs and of the gate (M, C, H, E), delta, and that of its bias."""
+    tokens, heads = out.shape[:2], out.shape[2]
+    flat = (t.flatten(2).flatten(0, 1) for t in (gradient, out, pre))
+    d_out, d_pre, delta, sums = gate_gradients(*flat, shift, heads)
+    d_out, d_pre = (t.view(out.shape) for t in (d_out, d_pre))
+    return d_out, d_pre, delta.sum(-1).unflatten(0, tokens), sums.sum(0).to(shift.dtype)
 
 
 def _products(x: Tensor, squares: Tensor, *others: Tensor) -> Iterable[tuple[slice, int, list[Tensor]]]:

@@ -25,6 +25,9 @@ from mega_scale.ops.dropout_triton import dropout_constants, dropout_kernel
 from mega_scale.ops.ema.triton import ADJOINTS, ENDS, MOST_COLUMNS, TILE, are_crowded, gradient_flags, output_flags
 from mega_scale.ops.ema.triton_gradients import AHEAD, gradients_kernel
 from mega_scale.ops.ema.triton_outputs import outputs_kernel
+from mega_scale.ops.gates_triton import gate_constants, gate_slopes_kernel
+from mega_scale.ops.layer_norm_triton import layer_norm_constants, layer_norm_slopes_kernel
+from mega_scale.ops.queries_triton import queries_constants, queries_kernel, queries_slopes_kernel
 from mega_scale.ops.timestep_norm_triton import (
     before_kernel,
     behind_kernel,
@@ -41,7 +44,7 @@ _TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
 # Of arguments; all others are pointers to fp32, or fp64 where tokens are. As at a launch, the compiler is told which
 # are multiples of 16 in all configs: pointers, and some sizes.
 _TOKENS = ("x", "residual", "other", "more", "y", "dx", "dy", "q", "k", "v", "d_out",
-           "weights", "dropped", "d_scores", "a", "b", "logits")  # fmt: skip
+           "weights", "dropped", "d_scores", "a", "b", "logits", "z", "dz", "dq", "dk", "out")  # fmt: skip
 _OTHERS = {
     **dict.fromkeys(("document", "starts", "since"), "*i32"),
     **dict.fromkeys(("count", "counts", "angle", "targets", "place"), "*i64"),
@@ -55,6 +58,7 @@ DOCUMENT = 1000
 """Tokens of a document, on average, for which instructions and shares of kernels with documents are counted."""
 _NORM_CHANNELS = 64  # of a group, as in the largest models
 _DROPOUT_WIDTH = 4096
+_VALUES, _KEYS = 2048, 256  # channels of a head
 # What an average may have: documents, and states before and gradients of those after rows.
 _NEEDS = {
     (False, False): "",
@@ -63,7 +67,22 @@ _NEEDS = {
     (True, True): ", documents and states",
 }
 _ROUND_SIZES = ("D", "chunk", "width")
-_SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "lines", "queries", "chunks", "heads", "pairs", *_ROUND_SIZES)
+_SIZES = (
+    "L",
+    "HEAD",
+    "STEPS",
+    "TILES",
+    "G",
+    "M",
+    "lines",
+    "queries",
+    "chunks",
+    "heads",
+    "pairs",
+    "tokens",
+    "rows",
+    *_ROUND_SIZES,
+)
 
 
 def compile_kernels(
@@ -152,6 +171,13 @@ def _other_variants() -> Iterator[tuple[Any, str, str, dict[str, Any]]]:
     own = {**kernel_constants(_WORDS), "STATISTICS": True, "GRADIENT": True}
     yield cross_entropy_kernel, "cross_entropy_kernel", f"{_WORDS} words", own
     yield row_products_kernel, "row_products_kernel", "", {**WIDTH}
+    for gates, words in ((False, ""), (True, ", attention")):
+        own = {**gate_constants(_VALUES), "GATES": gates}
+        yield gate_slopes_kernel, f"gate_slopes_kernel{words}", f"{_VALUES} channels", own
+    own = layer_norm_constants(_VALUES)
+    yield layer_norm_slopes_kernel, "layer_norm_slopes_kernel", f"{_VALUES} channels", own
+    for kernel in (queries_kernel, queries_slopes_kernel):
+        yield kernel, kernel.fn.__name__, f"{_KEYS} channels", {**queries_constants(_KEYS), "BIAS": True}
 
 
 def _compile(kernel: Any, name: str, size: str, values: dict[str, Any], architecture: int, dtype: str) -> Any:

@@ -21,8 +21,9 @@ from mega_scale.settings import resolve
 
 LENGTH = 32768
 # Bytes a token of a block's kernels between products, forward and backward, and how many read or write a number of
-# every token's channels, at most.
-LIMITS = {"megalodon-1.3b": (266_500, 20)}
+# every token's channels, at most; our own among them.
+LIMITS = {"megalodon-1.3b": (235_500, 14)}
+OWN = ("silu_gradient", "gate_gradients", "turned_queries", "queries_gradients", "layer_norm_gradient")
 
 
 @pytest.mark.slow
@@ -57,6 +58,7 @@ def test_inductor_fuses_what_the_roofline_says(name):
     said = sum(event.read + event.written for event in gaps)
     assert len(graphs) == 2
     assert said == pytest.approx(sum(kernels), rel=0.05)
+    kernels += [e.read + e.written for e in meter.events if e.name.removeprefix("mega_scale::") in OWN]
     most, many = LIMITS[name]
     assert sum(kernels) <= most * LENGTH
     assert sum(size >= 1000 * LENGTH for size in kernels) <= many

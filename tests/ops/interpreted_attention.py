@@ -20,6 +20,7 @@ from mega_scale.ops.attention import ChunkDocuments, chunk_attention
 from mega_scale.ops.elementwise import PositionalDropout
 
 NAMES = ("out", "dq", "dk", "dv", "dbias")
+GATED = ("out", "dq", "dk", "dv", "dgate", "dshift")
 PLACE = (123456789, 5, 1000, 3 * 2**20)  # of dropout: key, first row, position and column
 
 
@@ -82,6 +83,28 @@ def test_kernels_match_the_reference(case, dtype, monkeypatch):
         bound = 1e-5 if dtype == torch.float32 else 3e-2 if p else 2e-2
         # not <=, so that NaN fails
         assert error <= bound, f"{name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("heads, share, p", [(None, None, 0.0), (2, 0.05, 0.1), (3, None, 0.0)])
+def test_a_gate_has_its_gradients_with_those_of_attention(heads, share, p, dtype, monkeypatch):
+    round_bf16(monkeypatch)
+    narrow_tiles(monkeypatch)
+    before, generator = (2, 1) if heads is None else (2, 1, heads), torch.Generator().manual_seed(5)
+    leaves = [torch.randn(*before, 37, w, generator=generator).bfloat16().to(dtype) for w in (4, 4, 6, 6)]
+    leaves += [torch.randn((heads or 1) * 6, generator=generator)]
+    gradient = torch.randn(*before, 37, 6, generator=generator).bfloat16()
+    begins = torch.rand(2, 37, generator=generator) < (share or 0)
+    rules = {"documents": ChunkDocuments.of(begins.cumsum(1)[:, None]) if share else None, "scale": 1.0, "causal": True}
+    rules["dropout"] = PositionalDropout(p, *PLACE) if p else 0.0
+    found = []
+    for impl, kind in (("triton", None), ("eager", torch.float64)):
+        given = [leaf.to(kind or leaf.dtype).clone().requires_grad_() for leaf in leaves]
+        out, _ = chunk_attention(*given[:3], gate=(given[3], given[4]), impl=impl, **rules)
+        found.append([out, *torch.autograd.grad(out, given, gradient.to(out.dtype))])
+    for name, got, want in zip(GATED, *found, strict=True):
+        error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1)
+        assert error <= (1e-5 if dtype == torch.float32 else 3e-2), f"{name} differs by {error:.1e}"
 
 
 def test_a_long_chunk_in_bf16_with_documents(monkeypatch):

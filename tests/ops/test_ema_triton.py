@@ -47,7 +47,7 @@ def test_compiled_kernels_use_matrix_units_and_do_not_spill(tmp_path):
     done = start("launch/benchmark", "kernels", "--architectures", 90, "--dtypes", "bf16", "--json", tmp_path / "rows")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows").read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == 31 and "| sm_90 | bf16 | " in done.stdout
+    assert len(rows) == 36 and "| sm_90 | bf16 | " in done.stdout
     assert {row["architecture"] for row in rows} == {"sm_90"}
     assert not {row["kernel"]: wrong for row in rows if (wrong := faults(row))}
     whole = [row for row in rows if bounded(row)]

@@ -22,8 +22,9 @@ from mega_scale.ops.attention_triton import (
 )
 from mega_scale.ops.cross_entropy_triton import cross_entropy_kernel, kernel_constants
 from mega_scale.ops.dropout_triton import dropout_constants, dropout_kernel
-from mega_scale.ops.ema.triton import ADJOINTS, ENDS, MOST_COLUMNS, TILE, are_crowded, gradient_flags, output_flags
-from mega_scale.ops.ema.triton_gradients import AHEAD, gradients_kernel
+from mega_scale.ops.ema.triton import ADJOINTS, ENDS, MOST_COLUMNS, TILE, gradient_flags, output_flags
+from mega_scale.ops.ema.triton_gradients import gradients_kernel
+from mega_scale.ops.ema.triton_kernels import AHEAD
 from mega_scale.ops.ema.triton_outputs import outputs_kernel
 from mega_scale.ops.gates_triton import gate_constants, gate_slopes_kernel
 from mega_scale.ops.layer_norm_triton import layer_norm_constants, layer_norm_slopes_kernel
@@ -126,26 +127,20 @@ def _variants(
         columns, size = n * (1 + pairs), f"N={n}, complex" if pairs else f"N={n}"
         if columns > MOST_COLUMNS:
             continue
-        crowded = are_crowded(columns, pairs, divmod(architecture, 10))
         # A row is one part in most launches; a Megalodon's outputs have omega times the input, which more reads.
         always = {"SPLITS": 1, "COMPLEX": pairs, "OMEGA": pairs}
         for (documents, states), words in _NEEDS.items():
             always["DOCUMENTS"] = documents
             own = TILE.constants(columns, wide, double) | always
-            back = TILE.constants(columns, wide, double, crowded) | always
-            yield (
-                outputs_kernel,
-                f"outputs_kernel{words}",
-                size,
-                {**own, "INITIAL": states, **output_flags(double, pairs)},
-            )
+            flags = output_flags(wide, double, columns, pairs, divmod(architecture, 10))
+            yield outputs_kernel, f"outputs_kernel{words}", size, {**own, "INITIAL": states, **flags}
             if not states:
                 # What is read once more, before, where a row is several parts.
                 yield outputs_kernel, f"outputs_kernel{words}, ends", size, {**own, **ENDS}
                 yield gradients_kernel, f"gradients_kernel{words}, adjoints", size, {**own, **ADJOINTS}
             for flags in gradient_flags(wide, states, columns, pairs):
                 part = "" if flags["DX"] and flags["SUMS"] else ", dx" if flags["DX"] else ", sums"
-                yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**back, "MORE": pairs, **flags}
+                yield gradients_kernel, f"gradients_kernel{words}{part}", size, {**own, "MORE": pairs, **flags}
     own = {**token_constants(_NORM_CHANNELS, documents=True, padding=True), "num_warps": 4}
     for kernel in (totals_kernel, normalise_kernel, slopes_kernel):
         yield kernel, kernel.fn.__name__, f"S={_NORM_CHANNELS}", own

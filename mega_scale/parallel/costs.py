@@ -36,9 +36,9 @@ _SQUARES: dict[str, tuple[tuple[int, ...], bool]] = {
     "mega_scale::scores_gradient": ((2,), True), "mega_scale::score_products": ((0,), False),
     "mega_scale::values_gradient": ((0,), False), "mega_scale::distance_sums": ((0,), False),
 }  # fmt: skip
-# A complex average takes so many times as long as a real one of as many columns, forward and backward: by what is
-# compiled for sm_90, and the model of `ops/triton_loops.py`, at 1 x 32,768 x 2,048 with N = 16.
-_COMPLEX = 2.4, 1.45
+# A complex average takes so many times as long as `devices.py` counts for a real one of as many columns, forward and
+# backward: by what is compiled for sm_90, and the model of `ops/triton_loops.py`, at 1 x 32,768 x 2,048 with N = 16.
+_COMPLEX = 0.82, 1.13
 # Each product but the first reads what it adds to.
 _SUM = "mega_scale::sum_products"
 # Tensors that one launch of PyTorch's multi-tensor kernels takes.

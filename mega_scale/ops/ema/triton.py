@@ -34,7 +34,7 @@ from mega_scale.ops.ema.triton_outputs import outputs_kernel
 
 MOST_COLUMNS = 32
 _STARTS = 1024  # tokens of a program that lists segments
-_GROUP = 16  # of columns, at most: those of more have no room in a warp's registers
+_MANY = 16  # columns: with more of them a warp has registers for one channel, not two
 
 
 class Tile(NamedTuple):
@@ -47,38 +47,28 @@ class Tile(NamedTuple):
     warps: int = 8
     splits: int | None = None  # SPLITS, at most; none: as many as keep a GPU busy
 
-    def constants(self, columns: int, wide: bool, double: bool = False, crowded: bool = False) -> dict[str, int]:
-        """What kernels are compiled for, of fp64 numbers with `double`.
-
-        More columns than `_GROUP` are groups. There are fewer channels where tokens are `wide`, or registers `crowded`;
-        with fewer than warps, warps would repeat each other.
-        """
+    def constants(self, columns: int, wide: bool, double: bool = False) -> dict[str, int]:
+        """What kernels are compiled for, of fp64 numbers with `double`. There are fewer channels with more columns than
+        `_MANY`, and where tokens are `wide`."""
         padded = max(self.block, 1 << (columns - 1).bit_length())
-        groups = max(padded // _GROUP, 1)
-        channels = max((self.channels >> ((wide or crowded) + double)) // groups, 1)
-        own = padded // groups
+        channels = max(self.channels >> (wide + double + (columns > _MANY)), 1)
         # What threads of a program exchange and keep: five numbers a segment and column, ten a column, four matrices.
-        room = channels * groups * ((5 * self.segments + 10) * own + 4 * self.block * max(own, self.block))
-        return {"N": columns, "NP": own, "GROUPS": groups, "T": self.block, "SEG": self.segments,
-                "CH": channels, "ROOM": room, "num_warps": min(self.warps, channels * groups)}  # fmt: skip
+        room = channels * ((5 * self.segments + 10) * padded + 4 * self.block * max(padded, self.block))
+        return {"N": columns, "NP": padded, "T": self.block, "SEG": self.segments,
+                "CH": channels, "ROOM": room, "num_warps": min(self.warps, channels)}  # fmt: skip
 
 
-def output_flags(double: bool, pairs: bool) -> dict[str, int]:
+def output_flags(wide: bool, double: bool, columns: int, pairs: bool, capability: tuple[int, int]) -> dict[str, int]:
     """How `outputs_kernel` runs. No kernel has buffers of loads, from which threads would read single numbers, up to 16
     of them from one bank of shared memory at a time."""
-    # So that a multiprocessor holds two programs. Complex averages and fp64 need more.
-    return {"OUTPUTS": True, "num_stages": 1} | ({} if double or pairs else {"maxnreg": 128})
-
-
-def are_crowded(columns: int, pairs: bool, capability: tuple[int, int]) -> bool:
-    """Whether gradients have registers for half as many channels, as those of complex averages and of groups of columns
-    have on all GPUs but an H100, whose compiler spills none."""
-    return (pairs or columns > _GROUP) and capability[0] != 9
+    # So that a multiprocessor holds two programs, where the compiler then spills nothing.
+    limited = not wide and capability[0] < 10 if columns > _MANY else not (double or pairs)
+    return {"OUTPUTS": True, "num_stages": 1} | ({"maxnreg": 128} if limited else {})
 
 
 def gradient_flags(wide: bool, last: bool, columns: int, pairs: bool = False) -> list[dict[str, int]]:
     """The runs of `gradients_kernel`: two where registers do not hold everything at once."""
-    if wide and (pairs or columns > _GROUP):
+    if wide and (pairs or columns > _MANY):
         # Without a limit of its own ptxas may spill to halve the registers, so that two programs fit.
         return [{"LAST": last, "DX": dx, "SUMS": not dx, "num_stages": 1, "maxnreg": 255} for dx in (True, False)]
     return [{"LAST": last, "DX": True, "SUMS": True, "num_stages": 1}]
@@ -86,7 +76,7 @@ def gradient_flags(wide: bool, last: bool, columns: int, pairs: bool = False) ->
 
 TILE = Tile()
 ENDS = {"OUTPUTS": False, "INITIAL": False, "num_stages": 1}
-ADJOINTS = {"MORE": False, "LAST": False, "DX": False, "SUMS": False, "num_stages": 1}
+ADJOINTS = {"MORE": False, "LAST": False, "DX": False, "SUMS": False, "num_stages": 1, "maxnreg": 255}
 
 
 def triton_ema(
@@ -160,7 +150,7 @@ class _Rows:
             )
         self._length, self._tile = x.shape[1], tile
         columns = averages * (1 + self.complex)
-        channels = _constants(x, coefficients.gain, columns, self.complex, tile)["CH"]
+        channels = _constants(x, coefficients.gain, columns, tile)["CH"]
         self.cut = _cut(x, tile, channels)
         tokens = self.cut.steps * tile.block
         documents = () if resets is None else _ema_documents(resets.contiguous(), self.cut.head, tokens)
@@ -283,10 +273,8 @@ def _cut(x: Tensor, tile: Tile, channels: int) -> Cut:
     return Cut(head, steps, tiles, max(1, -(-segments // max(1, tiles * tile.segments))))
 
 
-def _constants(x: Tensor, gain: Tensor, columns: int, pairs: bool, tile: Tile, **flags: int) -> dict[str, int]:
-    capability = device_capability(x) if device_kind(x) == "cuda" else (9, 0)  # where it is interpreted
-    crowded = bool(flags.get("DX") or flags.get("SUMS")) and are_crowded(columns, pairs, capability)
-    return tile.constants(columns, _wide(x, gain), gain.dtype == torch.float64, crowded)
+def _constants(x: Tensor, gain: Tensor, columns: int, tile: Tile) -> dict[str, int]:
+    return tile.constants(columns, _wide(x, gain), gain.dtype == torch.float64)
 
 
 def _wide(x: Tensor, gain: Tensor) -> bool:
@@ -298,7 +286,7 @@ def _launch(
     documents: Sequence[Tensor], pairs: bool, cut: Sequence[int], tile: Sequence[int], **flags: int,
 ) -> None:  # fmt: skip
     gain = given[1]  # what a kernel does not read is any tensor
-    own = _constants(x, gain, gain.shape[1], pairs, Tile(*tile), **flags)
+    own = _constants(x, gain, gain.shape[1], Tile(*tile))
     own |= {"DOCUMENTS": bool(documents), "OMEGA": omega is not None}
     grid = (len(x) * Cut(*cut).splits, -(-x.shape[2] // own["CH"]))
     others = [gain if t is None else t.contiguous() for t in (*(documents or (None, None)), omega, *more)]
@@ -350,7 +338,9 @@ def _ema_outputs(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, end = _outputs_like(x, given)
     more = state, parts, y, end
-    flags = {"INITIAL": state is not None, **output_flags(given[1].dtype == torch.float64, pairs)}
+    gain, capability = given[1], device_capability(x) if device_kind(x) == "cuda" else (9, 0)  # interpreted
+    flags = output_flags(_wide(x, gain), gain.dtype == torch.float64, gain.shape[1], pairs, capability)
+    flags["INITIAL"] = state is not None
     _launch(outputs_kernel, x, given, omega, more, documents, pairs, cut, tile, **flags)
     return y, end
 

@@ -19,7 +19,7 @@ x are read from a block's last one on, so that the powers they meet are those th
 
 # Tuples grow in loops that the compiler unrolls; it knows no starred elements.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment, var-annotated"
+# mypy: disable-error-code="assignment, misc, var-annotated"
 
 try:
     # In a `try`, as transformers demands every other import of a model's own files to be installed.
@@ -29,40 +29,36 @@ except ImportError as missing:
     raise ImportError("the EMA's Triton kernels need triton: pip install 'mega_scale[triton]'") from missing
 
 from mega_scale.ops.ema.triton_kernels import (
+    AHEAD,
     INTERPRETED,
+    ask_for,
     beside_of,
     cells_of,
     channels_of,
     dot,
     has_token,
     in_parts,
+    load_parts,
     load_tokens,
     most_segments,
+    numbers_at,
     part_of,
+    parts_where,
     places_of,
+    plus_times,
+    plus_times_parts,
     power_of,
     powers_of,
     product,
     rounded,
     same_document,
     steps_of,
-    sum_groups,
+    store_parts,
     times,
     toeplitz_of,
     unless_begun,
     weights_of,
 )
-
-AHEAD = tl.constexpr(2)
-"""Steps of a tile for which tokens are asked for before they are read."""
-
-
-@triton.jit
-def _ask_for(pointer, offset):
-    """Have memory bring what is `offset` bytes behind a pointer to the GPU's cache, and do not wait for it."""
-    if not INTERPRETED:
-        ask: tl.constexpr = "{ .reg .u64 at; mad.wide.s32 at, $2, 1, $1; prefetch.global.L2 [at]; mov.u32 $0, 0; }"
-        tl.inline_asm_elementwise(ask, "=r,l,r", [pointer.to(tl.int64), offset], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -110,8 +106,8 @@ def _kept(scratch, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, WIDE: tl.c
 def _keep_matrices(
     decay, there, weight, enters, out, beside, scratch, T: tl.constexpr, WIDE: tl.constexpr, COMPLEX: tl.constexpr
 ):
-    """Keep what the second loop multiplies by: (V, T, NP), what gradients of outputs add to wholes before a block;
-    (V, NP, T), what wholes give gradients of tokens; and `toeplitz_of`."""
+    """Keep what the second loop multiplies by: (CH, T, NP), what gradients of outputs add to wholes before a block;
+    (CH, NP, T), what wholes give gradients of tokens; and `toeplitz_of`."""
     t, real = tl.arange(0, T), (decay[2] == 0)[:, None, :]
     size: tl.constexpr = there.shape[0] * T * (there.shape[1] if there.shape[1] > T else T)
     toeplitz = toeplitz_of(decay, out, enters, beside, scratch, T, True, COMPLEX)
@@ -125,10 +121,21 @@ def _keep_matrices(
 
 
 @triton.jit
-def _kept_matrices(scratch, V: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
-    size: tl.constexpr = V * T * (NP if NP > T else T)
-    to_whole, from_whole = _kept(scratch, V, T, NP, WIDE), _kept(scratch + size, V, NP, T, WIDE)
-    return to_whole, from_whole, _kept(scratch + 2 * size, V, T, T, WIDE)
+def _kept_matrices(scratch, CH: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
+    size: tl.constexpr = CH * T * (NP if NP > T else T)
+    to_whole, from_whole = _kept(scratch, CH, T, NP, WIDE), _kept(scratch + size, CH, NP, T, WIDE)
+    return to_whole, from_whole, _kept(scratch + 2 * size, CH, T, T, WIDE)
+
+
+@triton.jit
+def _plus_rows(sums, a, b, COMPLEX: tl.constexpr):
+    """Sums (CH, SEG // 2, NP) plus a b, of which a thread has rows of both halves."""
+    CH: tl.constexpr = a.shape[0]
+    NP: tl.constexpr = a.shape[2]
+    shape: tl.constexpr = (CH, 2, a.shape[1] // 2, NP)
+    a_first, a_second = tl.split(tl.permute(tl.reshape(a, shape), (0, 2, 3, 1)))
+    b_first, b_second = tl.split(tl.permute(tl.reshape(b, shape), (0, 2, 3, 1)))
+    return plus_times(plus_times(sums, a_first, b_first, COMPLEX), a_second, b_second, COMPLEX)
 
 
 @triton.jit
@@ -138,14 +145,14 @@ def _segments_back(
     CH: tl.constexpr, WIDE: tl.constexpr, SUMS: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """Of the segments of a tile, from the last block to the first: adjoint, slope and with SUMS tokens reached; sums of
-    tokens times adjoints and slopes behind their blocks, added to those `within` segments (V, SEG, NP); and `pairs`."""
-    V: tl.constexpr = within[0].shape[0]
-    SEG: tl.constexpr = within[0].shape[1]
+    tokens times adjoints and slopes behind their blocks, added to those `within` segments (CH, SEG // 2, NP); and
+    `pairs`."""
+    SEG: tl.constexpr = within[0].shape[1] * 2
     NP: tl.constexpr = within[0].shape[2]
     T: tl.constexpr = pairs.shape[1]
     NUMBER: tl.constexpr = fade.dtype
-    adjoint, slope = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
-    reached, reached_slope = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
+    adjoint, slope = tl.zeros((CH, SEG, NP), NUMBER), tl.zeros((CH, SEG, NP), NUMBER)
+    reached, reached_slope = tl.zeros((CH, SEG, NP), NUMBER), tl.zeros((CH, SEG, NP), NUMBER)
     of_adjoint, of_slope = within
     left = one[:, None, :]
     for i in range(STEPS):
@@ -156,13 +163,13 @@ def _segments_back(
         if SUMS:
             mask = has_token(back_steps, step) & inside[None, None, :]
             own = load_tokens(x + block + back_place, mask, WIDE, NUMBER)
-            of_block = product(own, to_adjoint, tl.zeros((V, SEG, NP), NUMBER))
-            of_adjoint += times(of_block, adjoint, COMPLEX)
-            of_slope += times(of_block, slope, COMPLEX)
-            reached += times(of_block, left, COMPLEX)
-            of_block_slope = product(own, to_slope, tl.zeros((V, SEG, NP), NUMBER))
-            of_slope += times(of_block_slope, adjoint, COMPLEX)
-            reached_slope += times(of_block_slope + (i * T) * of_block, left, COMPLEX)
+            of_block = product(own, to_adjoint, tl.zeros((CH, SEG, NP), NUMBER))
+            of_adjoint = _plus_rows(of_adjoint, of_block, adjoint, COMPLEX)
+            of_slope = _plus_rows(of_slope, of_block, slope, COMPLEX)
+            reached = plus_times(reached, of_block, left, COMPLEX)
+            of_block_slope = product(own, to_slope, tl.zeros((CH, SEG, NP), NUMBER))
+            of_slope = _plus_rows(of_slope, of_block_slope, adjoint, COMPLEX)
+            reached_slope = plus_times(reached_slope, of_block_slope + (i * T) * of_block, left, COMPLEX)
             left = times(left, fade, COMPLEX)
             pairs = dot(tl.permute(own, (0, 2, 1)), d_outputs, pairs)
         if SLOPES:
@@ -174,53 +181,53 @@ def _segments_back(
             tl.maximum(first + tl.where(later < 0, later + STEPS - SEG * STEPS, later) * T, 0).to(tl.int64) * D
             + tl.program_id(1) * CH
         )
-        _ask_for(dy + later, rows)
+        ask_for(dy + later, rows)
         if SUMS:
-            _ask_for(x + later, rows)
+            ask_for(x + later, rows)
     return (adjoint, slope, reached, reached_slope), (of_adjoint, of_slope), pairs
 
 
 @triton.jit
 def _gradients_of_tokens(
-    dy, more, dx, first, place, own_place, steps, inside, own_inside, whole, matrices, fade, STEPS, D,
-    T: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, MORE: tl.constexpr, COMPLEX: tl.constexpr,
+    dy, more, dx, first, place, steps, inside, whole, matrices, fade, STEPS, D,
+    T: tl.constexpr, WIDE: tl.constexpr, MORE: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """Write dx of a tile, of wholes behind its segments (V, SEG, NP), with MORE that of others that read x."""
-    V: tl.constexpr = whole.shape[0]
+    """Write dx of a tile, of wholes behind its segments (CH, SEG, NP), with MORE that of others that read x."""
+    CH: tl.constexpr = whole.shape[0]
     SEG: tl.constexpr = whole.shape[1]
     NP: tl.constexpr = whole.shape[2]
     NUMBER: tl.constexpr = whole.dtype
-    to_whole, from_whole, toeplitz = _kept_matrices(matrices, V, NP, T, WIDE)
+    to_whole, from_whole, toeplitz = _kept_matrices(matrices, CH, NP, T, WIDE)
     for i in range(STEPS):
         step = STEPS - 1 - i
-        block, mask = (first + step * T).to(tl.int64) * D, has_token(steps, step)
-        d_outputs = load_tokens(dy + block + place, mask & inside[None, None, :], WIDE, NUMBER)
-        found = product(whole, from_whole, tl.zeros((V, SEG, T), NUMBER))
+        block, mask = (first + step * T).to(tl.int64) * D, has_token(steps, step) & inside[None, None, :]
+        d_outputs = load_tokens(dy + block + place, mask, WIDE, NUMBER)
+        found = product(whole, from_whole, tl.zeros((CH, SEG, T), NUMBER))
         found = product(d_outputs, toeplitz, found)
-        result, mask = tl.permute(sum_groups(found, GROUPS), (1, 2, 0)), mask & own_inside[None, None, :]
+        result = tl.permute(found, (1, 2, 0))
         if MORE:
-            result += tl.load(more + block + own_place, mask=mask, other=0.0).to(NUMBER)
-        tl.store(dx + block + own_place, rounded(result, dx), mask=mask)
+            result += tl.load(more + block + place, mask=mask, other=0.0).to(NUMBER)
+        tl.store(dx + block + place, rounded(result, dx), mask=mask)
         whole = product(d_outputs, to_whole, times(whole, fade, COMPLEX))
 
 
 @triton.jit
-def _kept_numbers(scratch, V: tl.constexpr, NP: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT numbers of each column (V, NP), which `_keep_numbers` has written."""
-    thin = scratch + tl.arange(0, V)[:, None] * NP + tl.arange(0, NP)[None, :]
+def _kept_numbers(scratch, CH: tl.constexpr, NP: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT numbers of each column (CH, NP), which `_keep_numbers` has written."""
+    thin = scratch + tl.arange(0, CH)[:, None] * NP + tl.arange(0, NP)[None, :]
     numbers = ()
     for k in tl.static_range(COUNT):
-        numbers = numbers + (tl.load(thin + k * V * NP),)
+        numbers = numbers + (tl.load(thin + k * CH * NP),)
     return numbers
 
 
 @triton.jit
 def _keep_numbers(numbers, scratch):
-    V: tl.constexpr = numbers[0].shape[0]
+    CH: tl.constexpr = numbers[0].shape[0]
     NP: tl.constexpr = numbers[0].shape[1]
-    thin = scratch + tl.arange(0, V)[:, None] * NP + tl.arange(0, NP)[None, :]
+    thin = scratch + tl.arange(0, CH)[:, None] * NP + tl.arange(0, NP)[None, :]
     for k in tl.static_range(len(numbers)):
-        tl.store(thin + k * V * NP, numbers[k])
+        tl.store(thin + k * CH * NP, numbers[k])
 
 
 @triton.jit
@@ -236,66 +243,80 @@ def _keep_what_joins(behind, decay, own_out, segment_fade, tokens, numbers, COMP
 @triton.jit
 def _between_blocks(kept, within, once, COMPLEX: tl.constexpr):
     """Sums of tokens times adjoints and slopes, between segments and within them, with the power of q that was left;
-    and none yet of tokens times gradients of their own outputs (V,)."""
+    and none yet of tokens times gradients of their own outputs (CH,)."""
     of_adjoint = kept[3] + tl.sum(within[0], 1)
     of_slope = times(kept[4] + tl.sum(within[1], 1) + of_adjoint, once, COMPLEX)
     return times(of_adjoint, once, COMPLEX), of_slope, tl.zeros((within[0].shape[0],), within[0].dtype)
 
 
 @triton.jit
+def _plus_scaled(parts, others, factor):
+    scaled = ()
+    for i in tl.static_range(len(parts)):
+        scaled = scaled + (parts[i] + others[i] * factor,)
+    return scaled
+
+
+@triton.jit
 def _join_back(
-    found, one, distance, numbers, count, begins, tokens,
+    found, distance, numbers, count, begins, tokens,
     DOCUMENTS: tl.constexpr, LAST: tl.constexpr, SUMS: tl.constexpr, SLOPES: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """From the last segment of a tile to the first, of which `count` exist: wholes behind segments (V, SEG, NP).
+    """From the last segment of a tile to the first, of which `count` exist: wholes behind segments (CH, SEG, NP).
 
-    `found` are adjoint, slope, and tokens reached, of each segment (V, SEG, NP), which are zeros where there is none.
-    `distance` are the tokens behind the tile. At `numbers` (10, V, NP) are what adjoints are multiplied by for wholes;
+    `found` are adjoint, slope, and tokens reached, of each segment (CH, SEG, NP), which are zeros where there is none.
+    `distance` are the tokens behind the tile. At `numbers` (10, CH, NP) are what adjoints are multiplied by for wholes;
     what a segment leaves of an adjoint, and that times its tokens; and, kept from tile to tile, adjoint, slope and rest
     behind the tile, and sums of reached times adjoint, times slope, times rest, and times rest and distance. `begins`
     has bits of segments with which documents begin."""
-    V: tl.constexpr = found[0].shape[0]
+    CH: tl.constexpr = found[0].shape[0]
     SEG: tl.constexpr = found[0].shape[1]
     NP: tl.constexpr = found[0].shape[2]
-    size: tl.constexpr = V * NP
+    size: tl.constexpr = CH * NP
     kind: tl.constexpr = SEG * size
     KINDS: tl.constexpr = 4 if SUMS else 2 if SLOPES else 1
-    thin, wide = places_of(numbers + 10 * size, found[0])
+    thin, wide = places_of(numbers + 10 * size, found[0], COMPLEX)
     tl.debug_barrier()
     for k in tl.static_range(KINDS):
         tl.store(wide + k * kind, found[k])
     tl.debug_barrier()
-    next_out, fade, far = _kept_numbers(numbers, V, NP, 3)
-    adjoint, slope, rest, of_adjoint, of_slope, of_rest, of_distance = _kept_numbers(numbers + 3 * size, V, NP, 7)
-    wholes = ()
-    step, distance = tokens.to(adjoint.dtype), (distance + (tl.minimum(count, SEG) - SEG) * tokens).to(adjoint.dtype)
+    kept = ()
+    for k in tl.static_range(10):
+        kept = kept + (load_parts(numbers_at(numbers, CH, NP, COMPLEX) + k * size, COMPLEX),)
+    next_out, fade, far, adjoint, slope, rest, of_adjoint, of_slope, of_rest, of_distance = kept
+    wholes, nothing = (), (0.0, 0.0)
+    step, distance = tokens.to(wide.dtype.element_ty), distance + (tl.minimum(count, SEG) - SEG) * tokens
+    distance = distance.to(wide.dtype.element_ty)
     for i in tl.static_range(SEG):
         s = SEG - 1 - i
         at = thin + s * size
         # Where there is no segment, all passes.
-        left, left_far = tl.where(s < count, fade, one), tl.where(s < count, far, 0.0)
-        whole = times(adjoint, next_out, COMPLEX)
-        wholes = wholes + (whole + rest if LAST else whole,)
+        left, left_far = parts_where(s < count, fade, (1.0, 0.0)), parts_where(s < count, far, (0.0, 0.0))
+        wholes = wholes + (plus_times_parts(rest if LAST else nothing, adjoint, next_out, COMPLEX),)
         if SUMS:
-            reached, reached_slope = tl.load(at + 2 * kind), tl.load(at + 3 * kind)
-            of_adjoint += times(reached, adjoint, COMPLEX)
-            of_slope += times(reached, slope, COMPLEX)
-            of_slope += times(reached_slope, adjoint, COMPLEX)
+            reached, reached_slope = load_parts(at + 2 * kind, COMPLEX), load_parts(at + 3 * kind, COMPLEX)
+            of_adjoint = plus_times_parts(of_adjoint, reached, adjoint, COMPLEX)
+            of_slope = plus_times_parts(of_slope, reached, slope, COMPLEX)
+            of_slope = plus_times_parts(of_slope, reached_slope, adjoint, COMPLEX)
             if LAST:
-                of_rest += times(reached, rest, COMPLEX)
-                of_distance += times(reached_slope + distance * reached, rest, COMPLEX)
+                of_rest = plus_times_parts(of_rest, reached, rest, COMPLEX)
+                far_reached = _plus_scaled(reached_slope, reached, distance)
+                of_distance = plus_times_parts(of_distance, far_reached, rest, COMPLEX)
                 distance += step
         if SLOPES:
-            slope = tl.load(at + kind) + times(slope, left, COMPLEX)
-            slope = unless_begun(begins, s, slope + times(adjoint, left_far, COMPLEX), DOCUMENTS)
+            slope = plus_times_parts(load_parts(at + kind, COMPLEX), slope, left, COMPLEX)
+            slope = unless_begun(begins, s, plus_times_parts(slope, adjoint, left_far, COMPLEX), DOCUMENTS)
         if LAST:
-            rest = unless_begun(begins, s, times(rest, left, COMPLEX), DOCUMENTS)
-        adjoint = unless_begun(begins, s, tl.load(at) + times(adjoint, left, COMPLEX), DOCUMENTS)
+            rest = unless_begun(begins, s, plus_times_parts(nothing, rest, left, COMPLEX), DOCUMENTS)
+        adjoint = plus_times_parts(load_parts(at, COMPLEX), adjoint, left, COMPLEX)
+        adjoint = unless_begun(begins, s, adjoint, DOCUMENTS)
     # Not among the loads, which would wait for one another. Several threads may hold the same number: all have read.
     tl.debug_barrier()
     for i in tl.static_range(SEG):
-        tl.store(thin + 4 * kind + (SEG - 1 - i) * size, wholes[i])
-    _keep_numbers((adjoint, slope, rest, of_adjoint, of_slope, of_rest, of_distance), numbers + 3 * size)
+        store_parts(thin + 4 * kind + (SEG - 1 - i) * size, wholes[i])
+    changed = adjoint, slope, rest, of_adjoint, of_slope, of_rest, of_distance
+    for k in tl.static_range(7):
+        store_parts(numbers_at(numbers, CH, NP, COMPLEX) + (3 + k) * size, changed[k])
     tl.debug_barrier()
     return tl.load(wide + 4 * kind)
 
@@ -330,8 +351,8 @@ def _from_parts(
 
 @triton.jit
 def _in_blocks(pairs, decay, of_adjoint, of_slope, COMPLEX: tl.constexpr):
-    """Sums (V, NP) with those of pairs of tokens in the same blocks, and the sum of tokens times gradients of their own
-    outputs (V,); `pairs` (V, T, T) are sums of products, tokens from the last one on."""
+    """Sums (CH, NP) with those of pairs of tokens in the same blocks, and the sum of tokens times gradients of their
+    own outputs (CH,); `pairs` (CH, T, T) are sums of products, tokens from the last one on."""
     T: tl.constexpr = pairs.shape[1]
     t, crossed = tl.arange(0, T), tl.zeros((pairs.shape[0],), pairs.dtype)
     for lag in range(T):
@@ -344,8 +365,8 @@ def _in_blocks(pairs, decay, of_adjoint, of_slope, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _head_back(
-    dy, x, more, dx, document, channel, own_channel, decay, enters, own_out, beside, behind, sums, head, L, D,
-    GROUPS: tl.constexpr, DOCUMENTS: tl.constexpr, DX: tl.constexpr, MORE: tl.constexpr, COMPLEX: tl.constexpr,
+    dy, x, more, dx, document, channel, decay, enters, own_out, beside, behind, sums, head, L, D,
+    DOCUMENTS: tl.constexpr, DX: tl.constexpr, MORE: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """The first `head` tokens of a row, one by one from the last: adjoint and slope at the first, and `sums` that count
     them."""
@@ -365,10 +386,10 @@ def _head_back(
         crossed += tl.sum(token * d_output, 1)
         if DX:
             whole = times(adjoint, own_out, COMPLEX) + rest
-            found = sum_groups(tl.sum(enters * whole, 1) + beside * tl.sum(d_output, 1), GROUPS)
+            found = tl.sum(enters * whole, 1) + beside * tl.sum(d_output, 1)
             if MORE:
-                found += tl.load(more + i * D + own_channel, mask=own_channel < D, other=0.0).to(adjoint.dtype)
-            tl.store(dx + i * D + own_channel, rounded(found, dx), mask=own_channel < D)
+                found += tl.load(more + i * D + channel, mask=channel < D, other=0.0).to(adjoint.dtype)
+            tl.store(dx + i * D + channel, rounded(found, dx), mask=channel < D)
         passes = same_document(document, i, i + 1, DOCUMENTS)
         adjoint, slope = tl.where(passes, adjoint, 0.0), tl.where(passes, slope, 0.0)
         rest = tl.where(passes, times(rest, once, COMPLEX), 0.0)
@@ -399,7 +420,7 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
     dy, log_decay, gain, projection, angle, document, starts, omega, x, more, d_end, parts,
     dx, sums, crossings, entered, scratch,
     L, D, HEAD, STEPS, TILES, SPLITS,
-    N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, SEG: tl.constexpr, CH: tl.constexpr,
     ROOM: tl.constexpr, DOCUMENTS: tl.constexpr, OMEGA: tl.constexpr, MORE: tl.constexpr, LAST: tl.constexpr,
     DX: tl.constexpr, SUMS: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
@@ -412,7 +433,6 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
     """
     NUMBER: tl.constexpr = gain.dtype.element_ty
     WIDE: tl.constexpr = dy.dtype.element_ty != tl.bfloat16 or gain.dtype.element_ty == tl.float64
-    V: tl.constexpr = GROUPS * CH
     SLOPES: tl.constexpr = SUMS or not DX
     BYTES: tl.constexpr = dy.dtype.element_ty.primitive_bitwidth // 8
     row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
@@ -421,71 +441,69 @@ def gradients_kernel(  # noqa: PLR0915 (what the forward pass does, from its end
     t, tokens = tl.arange(0, T), STEPS * T
     starts += row * most_segments(L, HEAD, tokens)
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    numbers, MATRICES = scratch + program.to(tl.int64) * ROOM, (10 + 5 * SEG) * V * NP
-    own_channel = tl.program_id(1) * CH + tl.arange(0, CH)
+    numbers, MATRICES = scratch + program.to(tl.int64) * ROOM, (10 + 5 * SEG) * CH * NP
     channel, at, there, decay, weight, enters, own_out, out = channels_of(
-        log_decay, gain, projection, angle, tl.program_id(1) * CH, D, N, NP, GROUPS, CH, COMPLEX
+        log_decay, gain, projection, angle, tl.program_id(1) * CH, D, N, NP, CH, COMPLEX
     )
     if DX:
-        beside = beside_of(omega, tl.program_id(1) * CH, D, NUMBER, GROUPS, CH, OMEGA)
+        beside = beside_of(omega, tl.program_id(1) * CH, D, NUMBER, CH, OMEGA)
         _keep_matrices(decay, there, weight, enters, out, beside, numbers + MATRICES, T, WIDE, COMPLEX)
     powers = tl.where(there[:, None, :], powers_of(decay, t, COMPLEX), 0.0)
     to_adjoint, to_slope = in_parts(powers, WIDE), in_parts(powers * t[None, :, None], WIDE)
-    SLOPE: tl.constexpr = 3 * V * T * (NP if NP > T else T)
+    SLOPE: tl.constexpr = 3 * CH * T * (NP if NP > T else T)
     if COMPLEX:  # whose registers are short
         _keep(powers * t[None, :, None], numbers + MATRICES + SLOPE, WIDE)
     fade = power_of(decay[0], decay[1], decay[2], T, COMPLEX)[:, None, :]
     segment_fade = power_of(decay[0], decay[1], decay[2], tokens, COMPLEX)
-    one = tl.zeros((V, NP), NUMBER) + tl.where(decay[2] == 0, 1.0, 0.0).to(NUMBER)
+    one = tl.zeros((CH, NP), NUMBER) + tl.where(decay[2] == 0, 1.0, 0.0).to(NUMBER)
     kind = tl.num_programs(0).to(tl.int64) * D * N
     behind, distance = _from_parts(
         parts, d_end, decay, document, at, there, kind, row, split, L, D, HEAD, TILES * SEG * tokens, SPLITS,
         N, DOCUMENTS, LAST, not (DX or SUMS), COMPLEX,
     )  # fmt: skip
     _keep_what_joins(behind, decay, own_out, segment_fade, tokens, numbers, COMPLEX)
-    within = tl.zeros((V, SEG, NP), NUMBER), tl.zeros((V, SEG, NP), NUMBER)
-    pairs = tl.zeros((V, T, T), NUMBER)
+    within = tl.zeros((CH, SEG // 2, NP), NUMBER), tl.zeros((CH, SEG // 2, NP), NUMBER)
+    pairs = tl.zeros((CH, T, T), NUMBER)
     begin, stop = part_of(document, split, L, HEAD, tokens, TILES, SEG, DOCUMENTS)
     for tile in range(tl.cdiv(stop - begin, SEG)):
         number = begin + (tl.cdiv(stop - begin, SEG) - 1 - tile) * SEG
         first, cell, own_cells, begins = cells_of(starts, number, stop, HEAD, tokens, SEG, DOCUMENTS)
         steps = steps_of(own_cells, T, False, DOCUMENTS)
         of_tokens = (cell[:, None, None] + t[None, :, None]) * D
-        place, own_place = of_tokens + channel[None, None, :], of_tokens + own_channel[None, None, :]
+        place = of_tokens + channel[None, None, :]
         back_place = (cell[:, None, None] + (T - 1 - t)[None, :, None]) * D + channel[None, None, :]
         rows = (tl.where(own_cells[1] > 0, cell, 0)[:, None] + t[None, :]) * D * BYTES
         own_numbers = scratch + _anew(program).to(tl.int64) * ROOM
         if COMPLEX:
-            to_slope = _kept(own_numbers + MATRICES + SLOPE, V, T, NP, WIDE)
+            to_slope = _kept(own_numbers + MATRICES + SLOPE, CH, T, NP, WIDE)
         found, within, pairs = _segments_back(
             dy, x, first, rows, place, back_place, steps, steps_of(own_cells, T, True, DOCUMENTS), channel < D, within,
             pairs, to_adjoint, to_slope, fade, one, STEPS, D, CH, WIDE, SUMS, SLOPES, COMPLEX,
         )  # fmt: skip
         whole = _join_back(
-            found, one, distance, own_numbers, stop - number, begins, tokens, DOCUMENTS, LAST, SUMS, SLOPES, COMPLEX,
+            found, distance, own_numbers, stop - number, begins, tokens, DOCUMENTS, LAST, SUMS, SLOPES, COMPLEX,
         )  # fmt: skip
         distance += tl.minimum(stop - number, SEG) * tokens
         if DX:
             _gradients_of_tokens(
-                dy, more, dx, first, place, own_place, steps, channel < D, own_channel < D, whole,
-                own_numbers + MATRICES, fade, STEPS, D, T, GROUPS, WIDE, MORE, COMPLEX,
+                dy, more, dx, first, place, steps, channel < D, whole,
+                own_numbers + MATRICES, fade, STEPS, D, T, WIDE, MORE, COMPLEX,
             )  # fmt: skip
 
     # Read again, as registers are short in loops.
-    own_channel = _anew(tl.program_id(1)) * CH + tl.arange(0, CH)
     channel, at, there, decay, weight, enters, own_out, out = channels_of(
-        log_decay, gain, projection, angle, _anew(tl.program_id(1)) * CH, D, N, NP, GROUPS, CH, COMPLEX
+        log_decay, gain, projection, angle, _anew(tl.program_id(1)) * CH, D, N, NP, CH, COMPLEX
     )
     once = power_of(decay[0], decay[1], decay[2], 1, COMPLEX)
-    kept = _kept_numbers(scratch + _anew(program).to(tl.int64) * ROOM + 3 * V * NP, V, NP, 7)
+    kept = _kept_numbers(scratch + _anew(program).to(tl.int64) * ROOM + 3 * CH * NP, CH, NP, 7)
     of_adjoint, of_slope, crossed = _between_blocks(kept, within, once, COMPLEX)
     if SUMS:
         of_adjoint, of_slope, crossed = _in_blocks(pairs, decay, of_adjoint, of_slope, COMPLEX)
     adjoint, slope, all_sums = _head_back(
-        dy, x, more, dx, document, channel, own_channel, decay, enters, own_out,
-        beside_of(omega, tl.program_id(1) * CH, D, NUMBER, GROUPS, CH, OMEGA), kept,
+        dy, x, more, dx, document, channel, decay, enters, own_out,
+        beside_of(omega, tl.program_id(1) * CH, D, NUMBER, CH, OMEGA), kept,
         (of_adjoint, of_slope, kept[5], kept[6], crossed), tl.where(split == 0, HEAD, 0), L, D,
-        GROUPS, DOCUMENTS, DX, MORE, COMPLEX,
+        DOCUMENTS, DX, MORE, COMPLEX,
     )  # fmt: skip
     if SUMS:
         _write_sums(

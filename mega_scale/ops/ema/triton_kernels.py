@@ -4,12 +4,11 @@ COMPLEX: a moving average is two columns of a state, its real and its imaginary 
 NUMBER, fp32 or fp64, is the dtype of coefficients, and so of states, sums and scratch memory. WIDE: tokens are widened
 to it, as they are not bf16 or have fp64 coefficients.
 
-A warp multiplies for one channel, whose states and matrices it holds. With more columns than that leaves registers
-for, a channel is several: GROUPS, each with NP columns, in which all is linear, so that only outputs are summed.
+A warp multiplies for one or two channels, whose states and matrices it holds.
 
-Legend: B batch, L length, D channels, N columns of a state, NP those of a group padded, CH channels of a program, V
-those by group. x, y and their gradients are contiguous (B, L, D), coefficients (D, N), states (B, D, N). `document`
-(B, L) counts the documents that have begun.
+Legend: B batch, L length, D channels, N columns of a state, NP those padded, CH channels of a program. x, y and their
+gradients are contiguous (B, L, D), coefficients (D, N), states (B, D, N). `document` (B, L) counts the documents that
+have begun.
 
 Segments are cells, STEPS T tokens each from token HEAD on, of which the last ends where the row does. Where documents
 begin in a cell it is several segments: each has all places of the cell, of which only its own tokens are read and
@@ -19,6 +18,8 @@ then 2 L. A document that begins a cell leaves an empty segment before it: a row
 and documents.
 """
 
+# Tuples grow in loops that the compiler unrolls; it knows no starred elements.
+# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 
 try:
@@ -29,6 +30,16 @@ except ImportError as missing:
     raise ImportError("the EMA's Triton kernels need triton: pip install 'mega_scale[triton]'") from missing
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+AHEAD = tl.constexpr(2)
+"""Steps of a tile for which tokens are asked for before they are read."""
+
+
+@triton.jit
+def ask_for(pointer, offset):
+    """Have memory bring what is `offset` bytes behind a pointer to the GPU's cache, and do not wait for it."""
+    if not INTERPRETED:
+        ask: tl.constexpr = "{ .reg .u64 at; mad.wide.s32 at, $2, 1, $1; prefetch.global.L2 [at]; mov.u32 $0, 0; }"
+        tl.inline_asm_elementwise(ask, "=r,l,r", [pointer.to(tl.int64), offset], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -89,6 +100,82 @@ def times(a, b, COMPLEX: tl.constexpr):
 
 
 @triton.jit
+def plus_times(sum, a, b, COMPLEX: tl.constexpr):
+    """sum + a b, number by number, by as few instructions as there are products."""
+    result = sum + a * b
+    if COMPLEX:
+        re, im = _halves(sum)
+        a_re, a_im = _halves(a)
+        b_re, b_im = _halves(b)
+        re, im = re + a_re * b_re - a_im * b_im, im + a_re * b_im + a_im * b_re
+        result = tl.reshape(tl.join(re, im), result.shape)
+    return result
+
+
+@triton.jit
+def parts_of(numbers, COMPLEX: tl.constexpr):
+    """A tuple of numbers (CH, NP), or of their real and imaginary parts (CH, NP // 2), which threads then multiply
+    without those of others."""
+    parts = (numbers,)
+    if COMPLEX:
+        parts = _halves(numbers)
+    return parts
+
+
+@triton.jit
+def numbers_of(parts, COMPLEX: tl.constexpr):
+    """The other way."""
+    numbers = parts[0]
+    if COMPLEX:
+        joined = tl.join(parts[0], parts[1])
+        numbers = tl.reshape(joined, (joined.shape[0], joined.shape[1] * 2))
+    return numbers
+
+
+@triton.jit
+def load_parts(places, COMPLEX: tl.constexpr):
+    """`parts_of` numbers that begin at `places`."""
+    parts = (tl.load(places),)
+    if COMPLEX:
+        parts = parts + (tl.load(places + 1),)
+    return parts
+
+
+@triton.jit
+def store_parts(places, parts):
+    for i in tl.static_range(len(parts)):
+        tl.store(places + i, parts[i])
+
+
+@triton.jit
+def plus_times_parts(sum, a, b, COMPLEX: tl.constexpr):
+    """`plus_times` of `parts_of`."""
+    parts = (sum[0] + a[0] * b[0],)
+    if COMPLEX:
+        parts = (sum[0] + a[0] * b[0] - a[1] * b[1], sum[1] + a[0] * b[1] + a[1] * b[0])
+    return parts
+
+
+@triton.jit
+def parts_where(condition, parts, others):
+    chosen = ()
+    for i in tl.static_range(len(parts)):
+        chosen = chosen + (tl.where(condition, parts[i], others[i]),)
+    return chosen
+
+
+@triton.jit
+def _cosine(turns):
+    """The cosine of fp32 angles of up to 0.75 turns each way, within 2e-7. The vendor's has branches for large angles,
+    which take registers where programs begin."""
+    # Folded to the sine of up to a quarter turn each way, by the polynomial that errs least there.
+    turns = tl.abs(tl.abs(turns) - 0.5) - 0.25
+    square = turns * turns
+    sine = 81.60247802734375 + square * (-76.58128356933594 + square * 39.76072311401367)
+    return turns * (6.2831854820251465 + square * (-41.34168243408203 + square * sine))
+
+
+@triton.jit
 def power_of(exponent, turns, shift, steps, COMPLEX: tl.constexpr):
     """q^steps; of complex ones real parts in columns whose shift is 0, and imaginary parts where it is a quarter turn.
 
@@ -98,22 +185,26 @@ def power_of(exponent, turns, shift, steps, COMPLEX: tl.constexpr):
     if COMPLEX:
         if exponent.dtype == tl.float64:
             phase = (turns * steps).to(tl.float64) * 2.0**-64
+            size *= tl.cos(6.283185307179586 * (phase - shift))
         else:
-            phase = ((turns * steps) >> 32).to(tl.float32) * 2.0**-32
-        size *= tl.cos(6.283185307179586 * (phase - shift))
+            phase = turns * steps
+            phase = (phase if turns.dtype == tl.int32 else phase >> 32).to(tl.float32) * 2.0**-32
+            size *= _cosine(phase - shift)
     return size
 
 
 @triton.jit
 def powers_of(decay, steps, COMPLEX: tl.constexpr):
-    """(V, T, NP): q^steps of `decay`, which is exponent, turns and shift (V, NP), for steps (T,)."""
+    """(CH, T, NP): q^steps of `decay`, which is exponent, turns and shift (CH, NP), for steps (T,), up to T."""
     exponent, turns, shift = decay
+    if COMPLEX and exponent.dtype == tl.float32:
+        turns = (turns >> 32).to(tl.int32)  # as few steps need no more
     return power_of(exponent[:, None, :], turns[:, None, :], shift[:, None, :], steps[None, :, None], COMPLEX)
 
 
 @triton.jit
 def weights_of(decay, out, steps, COMPLEX: tl.constexpr):
-    """(V, T, NP): what the columns of a state so many steps old give an output: of complex ones Re(c q^steps),
+    """(CH, T, NP): what the columns of a state so many steps old give an output: of complex ones Re(c q^steps),
     -Im(c q^steps), `out` being the parts of c."""
     exponent, turns, shift = decay
     weights = out[0][:, None, :] * powers_of(decay, steps, COMPLEX)
@@ -125,22 +216,22 @@ def weights_of(decay, out, steps, COMPLEX: tl.constexpr):
 
 @triton.jit
 def toeplitz_of(decay, out, enters, beside, scratch, T: tl.constexpr, BACK: tl.constexpr, COMPLEX: tl.constexpr):
-    """(V, T, T): what a row's token gives a column's output inside of a block, or with BACK the other way; its own
-    output has `beside` (V,) times the token as well."""
-    V: tl.constexpr = enters.shape[0]
+    """(CH, T, T): what a row's token gives a column's output inside of a block, or with BACK the other way; its own
+    output has `beside` (CH,) times the token as well."""
+    CH: tl.constexpr = enters.shape[0]
     t = tl.arange(0, T)
     tl.store(
-        scratch + tl.arange(0, V)[:, None] * T + t[None, :],
+        scratch + tl.arange(0, CH)[:, None] * T + t[None, :],
         tl.sum(enters[:, None, :] * weights_of(decay, out, t, COMPLEX), 2) + tl.where(t == 0, beside[:, None], 0.0),
     )
     tl.debug_barrier()
     lag = (t[:, None] - t[None, :] if BACK else t[None, :] - t[:, None])[None, :, :]
-    return tl.load(scratch + tl.arange(0, V)[:, None, None] * T + lag, mask=lag >= 0, other=0.0)
+    return tl.load(scratch + tl.arange(0, CH)[:, None, None] * T + lag, mask=lag >= 0, other=0.0)
 
 
 @triton.jit
 def load_tokens(pointer, mask, WIDE: tl.constexpr, NUMBER: tl.constexpr):
-    """Tokens (SEG, T, V) as (V, SEG, T)."""
+    """Tokens (SEG, T, CH) as (CH, SEG, T)."""
     tokens = tl.permute(tl.load(pointer, mask=mask, other=0.0), (2, 0, 1))
     return tokens.to(NUMBER) if WIDE else tokens
 
@@ -217,18 +308,15 @@ def has_token(steps, step):
 
 @triton.jit
 def channels_of(
-    log_decay, gain, projection, angle, first, D, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr,
-    CH: tl.constexpr, COMPLEX: tl.constexpr,
+    log_decay, gain, projection, angle, first, D, N: tl.constexpr, NP: tl.constexpr, CH: tl.constexpr,
+    COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """Of channels from `first` on, group after group (V,): the channel; and of their columns (V, NP) the place in
+    """Of channels from `first` on (CH,): the channel; and of their columns (CH, NP) the place in
     coefficients; whether there is one; `decay`; gain; what of it a token enters the column with; projection; and `out`.
     """
     NUMBER: tl.constexpr = gain.dtype.element_ty
-    v, n = tl.arange(0, GROUPS * CH), tl.arange(0, NP)[None, :]
-    channel, column = first + v, n
-    if GROUPS > 1:
-        channel, column = first + v % CH, n + (v // CH * NP)[:, None]
-    at, there = channel[:, None] * N + column, (channel < D)[:, None] & (column < N)
+    channel, n = first + tl.arange(0, CH), tl.arange(0, NP)[None, :]
+    at, there = channel[:, None] * N + n, (channel < D)[:, None] & (n < N)
     exponent = tl.load(log_decay + at, mask=there, other=0.0)
     weight = tl.load(gain + at, mask=there, other=0.0)
     own_out = tl.load(projection + at, mask=there, other=0.0)
@@ -244,39 +332,36 @@ def channels_of(
 
 
 @triton.jit
-def beside_of(omega, first, D, NUMBER: tl.constexpr, GROUPS: tl.constexpr, CH: tl.constexpr, OMEGA: tl.constexpr):
-    """Omega of channels from `first` on, in the first of their groups (V,), or zeros."""
-    v = tl.arange(0, GROUPS * CH)
-    return tl.load(omega + first + v, mask=OMEGA & (v < CH) & (first + v < D), other=0.0).to(NUMBER)
+def beside_of(omega, first, D, NUMBER: tl.constexpr, CH: tl.constexpr, OMEGA: tl.constexpr):
+    """Omega of channels from `first` on (CH,), or zeros."""
+    channel = first + tl.arange(0, CH)
+    return tl.load(omega + channel, mask=OMEGA & (channel < D), other=0.0).to(NUMBER)
 
 
 @triton.jit
-def sum_groups(values, GROUPS: tl.constexpr):
-    """Sums over groups, of (V,) or (V, SEG, T)."""
-    if GROUPS > 1:
-        if len(values.shape) == 1:
-            values = tl.sum(tl.reshape(values, (GROUPS, values.shape[0] // GROUPS)), 0)
-        else:
-            shape: tl.constexpr = (GROUPS, values.shape[0] // GROUPS, values.shape[1], values.shape[2])
-            values = tl.sum(tl.reshape(values, shape), 0)
-    return values
+def unless_begun(begins, s: tl.constexpr, parts, DOCUMENTS: tl.constexpr):
+    """`parts_of` numbers, or zeros where a document begins with segment s."""
+    if DOCUMENTS:
+        parts = parts_where((begins & (1 << s)) == 0, parts, (0.0, 0.0))
+    return parts
 
 
 @triton.jit
-def unless_begun(begins, s: tl.constexpr, values, DOCUMENTS: tl.constexpr):
-    """Values, or zeros where a document begins with segment s."""
-    return tl.where((begins & (1 << s)) != 0, 0.0, values) if DOCUMENTS else values
+def numbers_at(scratch, CH: tl.constexpr, NP: tl.constexpr, COMPLEX: tl.constexpr):
+    """Where numbers of columns (CH, NP) begin: (CH, NP), or of complex ones (CH, NP // 2)."""
+    WIDTH: tl.constexpr = 1 + COMPLEX
+    return scratch + tl.arange(0, CH)[:, None] * NP + tl.arange(0, NP // WIDTH)[None, :] * WIDTH
 
 
 @triton.jit
-def places_of(scratch, states):
-    """Where numbers of states (V, SEG, NP) are exchanged: those of a segment (V, NP), and all."""
-    V: tl.constexpr = states.shape[0]
+def places_of(scratch, states, COMPLEX: tl.constexpr):
+    """Where numbers of states (CH, SEG, NP) are exchanged: those of a segment, for `load_parts`, and all."""
+    CH: tl.constexpr = states.shape[0]
     SEG: tl.constexpr = states.shape[1]
     NP: tl.constexpr = states.shape[2]
-    thin = scratch + tl.arange(0, V)[:, None] * NP + tl.arange(0, NP)[None, :]
-    wide = scratch + tl.arange(0, SEG)[None, :, None] * (V * NP)
-    return thin, wide + tl.arange(0, V)[:, None, None] * NP + tl.arange(0, NP)[None, None, :]
+    thin = numbers_at(scratch, CH, NP, COMPLEX)
+    wide = scratch + tl.arange(0, SEG)[None, :, None] * (CH * NP)
+    return thin, wide + tl.arange(0, CH)[:, None, None] * NP + tl.arange(0, NP)[None, None, :]
 
 
 @triton.jit

@@ -68,22 +68,8 @@ _NEEDS = {
     (True, True): ", documents and states",
 }
 _ROUND_SIZES = ("D", "chunk", "width")
-_SIZES = (
-    "L",
-    "HEAD",
-    "STEPS",
-    "TILES",
-    "G",
-    "M",
-    "lines",
-    "queries",
-    "chunks",
-    "heads",
-    "pairs",
-    "tokens",
-    "rows",
-    *_ROUND_SIZES,
-)
+_SIZES = ("L", "HEAD", "STEPS", "TILES", "G", "M", "lines", "queries", "chunks", "heads", "pairs", "tokens", "rows",
+          *_ROUND_SIZES)  # fmt: skip
 
 
 def compile_kernels(

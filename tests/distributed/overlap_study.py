@@ -70,9 +70,7 @@ def study(size: int) -> dict[Any, dict[str, Any]]:
         for layout in LAYOUT[size]:
             waiting = layout_study.lay_out(ranks, LAYOUTS[layout])
             for case in CASES if layout.startswith("tp") else FEW:
-                # Four ranks on few cores take long: what one process did is enough to compare with, where it did it.
-                needs_waiting = size == 2 or CASES[case][2] != "fp32"
-                for world in (waiting, overlapping(waiting)) if needs_waiting else (overlapping(waiting),):
+                for world in (waiting, overlapping(waiting)):
                     found[layout, case, world.axes["tp"].overlaps] = train(world, case)
     return found
 

@@ -38,10 +38,8 @@ def found(tmp_path_factory) -> dict[Any, list[dict[str, Any]]]:
 @pytest.mark.parametrize(("layout", "case"), RUNS)
 def test_trains_as_with_collectives_that_are_waited_for_and_as_one_process(found, alone, layout, case):
     within = 1e-5 if CASES[case][2] == "fp32" else 1e-2
-    overlapped, waiting = found[layout, case, True], found.get((layout, case, False))
-    assert waiting is not None or case in alone
-    for i, run in enumerate(overlapped):
-        for expected in ([] if waiting is None else [waiting[i]]) + ([alone[case]] if case in alone else []):
+    for run, waiting in zip(found[layout, case, True], found[layout, case, False], strict=True):
+        for expected in (waiting, alone.get(case, waiting)):
             assert run["losses"] == pytest.approx(expected["losses"], rel=within)
             assert run["norms"] == pytest.approx(expected["norms"], rel=within)
             for name, tensor in expected["end"].items():

@@ -137,27 +137,34 @@ def chunk_attention(
         blocks = alone and tracing() not in ANY_LENGTH
         impl = "triton" if kernels else "causal" if blocks else "sdpa" if fused else "eager"
 
-    rules: dict[str, Any]
-    if gate is not None and impl != "triton":
-        rules = {"bias": bias, "scale": scale, "activation": activation, "causal": causal, "offset": offset}
-        rules |= {"key_mask": key_mask, "dropout": dropout, "return_weights": return_weights, "documents": documents}
-        out, weights = chunk_attention(q, k, v, impl=impl, **rules)
-        return gated(out, gate[0] + gate[1].view(*q.shape[2:-2], 1, v.shape[-1])), weights
-    if impl == "causal":
-        return causal_attention(q, k, v, bias, scale, GPU_BLOCK if device_kind(q) == "cuda" else _CPU_BLOCK), None
     if impl == "triton":
         # Not before it is needed: triton may not be installed.
         from mega_scale.ops.attention_triton import triton_attention  # noqa: PLC0415
 
         numbers = None if documents is None else documents.numbers
         return triton_attention(q, k, v, bias, scale, numbers, placed, gate), None
+    weights = None
+    if impl == "causal":
+        out = causal_attention(q, k, v, bias, scale, GPU_BLOCK if device_kind(q) == "cuda" else _CPU_BLOCK)
+    else:
+        rules = {"activation": activation, "causal": causal, "offset": offset, "dropout": dropout}
+        rules |= {"eager": impl == "eager", "scale": scale}
+        out, weights = _by_documents(q, k, v, bias, key_mask, documents, return_weights or callable(dropout), rules)
+    if gate is not None:
+        out = gated(out, gate[0] + gate[1].view(*q.shape[2:-2], 1, v.shape[-1]))
+    return out, weights if return_weights else None
 
-    rules = {"activation": activation, "causal": causal, "offset": offset, "dropout": dropout}
-    rules |= {"eager": impl == "eager", "scale": scale}
-    if documents is None or not documents.single.numel() or return_weights or callable(dropout):
-        out, weights = _masked_attention(q, k, v, bias, key_mask, documents, **rules)
-        return out, weights if return_weights else None
-    # Chunks of several documents attend with a mask of their own, for which alone they pay; the others without.
+
+def _by_documents(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None, documents: ChunkDocuments | None,
+    together: bool, rules: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention with masks: `together`, or chunks of several documents apart, which alone pay for theirs.
+
+    Weights are returned where chunks attend together.
+    """
+    if documents is None or not documents.single.numel() or together:
+        return _masked_attention(q, k, v, bias, key_mask, documents, **rules)
     flat = [None if t is None else t.flatten(0, 1) for t in (q, k, v, key_mask)]
     parts = []
     mixed = ChunkDocuments.all_several(documents.numbers.flatten(0, 1)[documents.several][None])
